@@ -1,0 +1,114 @@
+"""What an objective sees: the signals of a forward pass, and what it asks a forward pass to capture."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+MatrixKey = tuple[int, str]
+"""(block 1..L, name): the name is one of `kdcli.models.anatomy.BLOCK_MATRICES`."""
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What must be captured from one model's forward pass; everything else is not even looked at.
+
+    Block numbers follow the literature: hidden[0] is the embedding output, hidden[l] the output of block l.
+    """
+
+    logits: bool = False
+    hidden: frozenset[int] = frozenset()
+    matrices: frozenset[MatrixKey] = frozenset()
+    factors: bool = False
+
+    def __or__(self, other: "Wants") -> "Wants":
+        return Wants(
+            self.logits or other.logits,
+            self.hidden | other.hidden,
+            self.matrices | other.matrices,
+            self.factors or other.factors,
+        )
+
+    @property
+    def only_logits(self) -> bool:
+        """True when nothing inside the model is asked for."""
+        return not (self.hidden or self.matrices or self.factors)
+
+
+@dataclass
+class Signals:
+    """What one forward pass said, as far as somebody asked.
+
+    mask: (batch, seq), 1 at real tokens. logits: (batch, classes). hidden[l]: (batch, seq, hidden).
+    matrices[(l, name)]: output of that linear map with its bias, (batch, seq, out).
+    factors[(l, name)]: the tensor chain of that matrix, only for over-parameterised weights.
+    heads: number of attention heads.
+    """
+
+    mask: Tensor
+    heads: int
+    logits: Tensor | None = None
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    matrices: dict[MatrixKey, Tensor] = field(default_factory=dict)
+    factors: Mapping[MatrixKey, tuple[Tensor, ...]] = field(default_factory=dict)
+    _scores: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def split_heads(self, layer: int, name: str, heads: int | None = None) -> Tensor:
+        """Return a projection of block `layer` as (batch, heads, seq, head size), in fp32."""
+        x = self.matrices[(layer, name)].float()
+        batch, seq, width = x.shape
+        heads = heads or self.heads
+        return x.view(batch, seq, heads, width // heads).transpose(1, 2)
+
+    def attention_scores(self, layer: int) -> Tensor:
+        """Return q k^T / sqrt(d_k) of block `layer`, (batch, heads, seq, seq), fp32, without any mask.
+
+        Formed from the captured projections and kept, so that objectives share it; the forward pass
+        itself keeps its fused attention.
+        """
+        if layer not in self._scores:
+            query = self.split_heads(layer, "query")
+            key = self.split_heads(layer, "key")
+            self._scores[layer] = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        return self._scores[layer]
+
+
+class Objective(nn.Module):
+    """One differentiable term that compares student and teacher.
+
+    It sees tensors and masks, never a model or a recipe. Parameters of its own (bridges between widths)
+    are trained with the student and thrown away at the end.
+
+    Every reduction is a mean over the real tokens of each example, then over the examples of the batch:
+    padding does not change it, and equal shares of a batch on several devices average to the whole.
+    """
+
+    def student_wants(self) -> Wants:
+        """What must be captured from the student."""
+        raise NotImplementedError
+
+    def teacher_wants(self) -> Wants:
+        """What must be captured from the teacher; empty when it needs none."""
+        raise NotImplementedError
+
+    def forward(self, student: Signals, teacher: Signals, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the term as a scalar in fp32."""
+        raise NotImplementedError
+
+
+def token_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of `values` over each example's real tokens, then over examples.
+
+    values: (batch, seq); mask: (batch, seq). Returns a scalar.
+    """
+    mask = mask.to(values.dtype)
+    per_example = (values * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)
+    return per_example.mean()
+
+
+def masked_log_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return log-softmax of `scores` (batch, heads, seq, seq) over real keys only; padded keys get -inf-like rows."""
+    bias = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask == 0, torch.finfo(scores.dtype).min)
+    return torch.log_softmax(scores + bias[:, None, None, :], dim=-1)

@@ -1,0 +1,274 @@
+"""What a recipe may say: one pydantic model a TOML table.
+
+Only what can be judged without data and models is judged here. A method's own options are checked by the
+method (`kdcli.methods`), and what needs a model's shape is checked when the plan is made.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """Base of all tables: unknown keys and wrong types are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TaskSection(Section):
+    """`[task]`: a GLUE name, the built-in `reviews` task, or the user's own data."""
+
+    name: str
+    type: Literal["classification", "regression"] | None = None
+    data: str | None = None
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    hub: str | None = None
+    hub_config: str | None = None
+    text: str | list[str] | None = None
+    label: str | None = None
+    labels: list[str] | None = None
+    validation_fraction: Fraction = 0.1
+    split_seed: int = 0
+    metrics: list[str] | None = None
+    max_length: PositiveInt = 128
+    train_samples: PositiveInt | None = None
+    validation_samples: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        sources = [key for key in ("data", "train", "hub") if getattr(self, key) is not None]
+        if len(sources) > 1:
+            raise ValueError(f"give one of data, train and hub, not {' and '.join(sources)}")
+        if (self.validation or self.test) and self.train is None:
+            raise ValueError("validation and test files need a train file")
+        if sources and self.text is None:
+            raise ValueError("own data needs text = \"COLUMN\" (or two columns)")
+        if isinstance(self.text, list) and len(self.text) not in (1, 2):
+            raise ValueError("text takes one or two columns")
+        if not sources and self.text is not None:
+            raise ValueError("text = ... needs data, train or hub")
+        return self
+
+    @property
+    def is_custom(self) -> bool:
+        """True when the task is the user's own data."""
+        return any((self.data, self.train, self.hub))
+
+
+class FinetuneSection(Section):
+    """`[teacher.finetune]`: how a base model becomes the teacher."""
+
+    epochs: PositiveFloat = 3.0
+    max_steps: PositiveInt | None = None
+    learning_rate: PositiveFloat = 5e-5
+    batch_size: PositiveInt = 32
+    warmup: Share = 0.1
+    weight_decay: NonNegativeFloat = 0.01
+
+
+class ScratchSection(Section):
+    """`[teacher.scratch]`: a new, randomly initialised teacher with a tokenizer trained on the task's text."""
+
+    family: str = "bert"
+    layers: PositiveInt = 4
+    hidden_size: PositiveInt = 128
+    heads: PositiveInt = 4
+    intermediate_size: PositiveInt = 512
+    vocab_size: PositiveInt = 4096
+
+
+class TeacherSection(Section):
+    """`[teacher]`: the model to copy from: a hub name, a folder, or one made on the spot."""
+
+    model: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    labels: list[str] | None = None
+    trust_remote_code: bool = False
+    cache: bool = True
+    finetune: FinetuneSection | bool | None = None
+    scratch: ScratchSection | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.model is None) == (self.scratch is None):
+            raise ValueError("give teacher.model (a hub name or a folder) or [teacher.scratch], one of them")
+        if self.scratch is not None and self.finetune is False:
+            raise ValueError("a teacher from scratch must be trained: finetune = false makes no sense")
+        return self
+
+
+class StudentSection(Section):
+    """`[student]`: the form of the smaller model."""
+
+    form: Literal["depth", "low-rank", "width", "checkpoint"] | None = None
+    # depth
+    layers: PositiveInt | list[NonNegativeInt] | None = None
+    select: Literal["even", "first", "last"] = "even"
+    # low-rank
+    budget: Fraction | None = None
+    rank: PositiveInt | None = None
+    params: PositiveInt | str | None = None
+    energy: Fraction | None = None
+    embedding_rank: PositiveInt | None = None
+    # width
+    hidden_size: PositiveInt | None = None
+    intermediate_size: PositiveInt | None = None
+    heads: PositiveInt | None = None
+    init: Literal["teacher", "sliced", "random"] = "teacher"
+    # checkpoint
+    model: str | None = None
+
+    @field_validator("params")
+    @classmethod
+    def _params(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, str):
+            parse_count(value)
+        return value
+
+    @model_validator(mode="after")
+    def _fits_form(self) -> Self:
+        fields: dict[str, tuple[str, ...]] = {
+            "depth": ("layers",),
+            "low-rank": ("budget", "rank", "params", "energy", "embedding_rank"),
+            "width": ("hidden_size", "intermediate_size", "heads", "layers"),
+            "checkpoint": ("model",),
+        }
+        if self.form is not None:
+            strangers = [
+                key
+                for form, keys in fields.items()
+                for key in keys
+                if form != self.form and key not in fields[self.form] and getattr(self, key) is not None
+            ]
+            if strangers:
+                raise ValueError(f"form = \"{self.form}\" has no {', '.join(strangers)}")
+        sizes = [k for k in ("budget", "rank", "params", "energy") if getattr(self, k) is not None]
+        if len(sizes) > 1:
+            raise ValueError(f"give one of budget, rank, params and energy, not {' and '.join(sizes)}")
+        if self.form == "checkpoint" and self.model is None:
+            raise ValueError("form = \"checkpoint\" needs model = \"FOLDER OR HUB NAME\"")
+        return self
+
+
+def parse_count(text: int | str) -> int:
+    """Return the whole number that `14.5M`, `800k`, `1_000` or an int says.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(text, int):
+        return text
+    units = {"k": 1e3, "m": 1e6, "b": 1e9}
+    body, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1.0)
+    try:
+        value = round(float(body) * unit)
+    except ValueError:
+        raise ValueError(f"{text!r} is no parameter count; write 14.5M, 800k or 14500000") from None
+    if value <= 0:
+        raise ValueError("a parameter count must be above 0")
+    return value
+
+
+class MethodSection(BaseModel):
+    """`method = "makd"` or a `[method]` table: the name, and the method's own options beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options as written; the method's own schema judges them."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class OverparamSection(Section):
+    """`[overparam]`: chains of tensors in place of the student's block matrices while it trains (OPDF)."""
+
+    factorization: Literal["mpo", "svd", "svd-plain"] = "mpo"
+    length: NonNegativeInt = 3
+    scale: Annotated[float, Field(gt=1.0)] | None = None
+    factors: dict[str, list[PositiveInt]] | None = None
+    targets: list[Literal["attention", "ffn"]] = ["attention", "ffn"]
+    layers: list[NonNegativeInt] | None = None
+    aux_weight: NonNegativeFloat = 1.0
+    aux_reduction: Literal["mean", "sum"] = "mean"
+    aux_mismatch: Literal["skip", "truncate"] = "skip"
+    gauge: Literal["symmetric", "left"] = "symmetric"
+    svd_dtype: Literal["float32", "float64"] = "float64"
+    learning_rate: PositiveFloat | None = None
+
+
+class TrainSection(Section):
+    """`[train]`: the loop. What is None takes the method's default."""
+
+    epochs: PositiveFloat | None = None
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 32
+    gradient_accumulation: PositiveInt = 1
+    learning_rate: PositiveFloat | None = None
+    scheduler: Literal["linear", "cosine", "constant"] | None = None
+    warmup: Share | None = None
+    weight_decay: NonNegativeFloat | None = None
+    max_grad_norm: PositiveFloat = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    group_by_length: bool = True
+    eval_every: PositiveInt | None = None
+    patience: PositiveInt | None = None
+    select: Literal["best", "last"] = "best"
+    log_every: PositiveInt = 50
+    workers: NonNegativeInt = 0
+
+
+class EvaluateSection(Section):
+    """`[evaluate]`: how the result is judged."""
+
+    protocol: Literal["dev", "half-dev"] = "dev"
+    batch_size: PositiveInt = 64
+    fail_under: float | None = None
+
+
+class ExportSection(Section):
+    """`[export]`: the ONNX file and its latency grid; `onnx = true` exports at the end of the run."""
+
+    onnx: bool = False
+    opset: Annotated[int, Field(ge=20, le=23)] = 23
+    batch_sizes: list[PositiveInt] = [1, 8]
+    sequence_lengths: list[PositiveInt] = [16, 128]
+    threads: PositiveInt | None = None
+    runs: PositiveInt = 30
+
+
+class Recipe(Section):
+    """A whole recipe. `task`, `method` and `teacher.model` are enough; everything else has a default."""
+
+    task: TaskSection
+    method: MethodSection
+    teacher: TeacherSection
+    name: str | None = None
+    student: StudentSection = StudentSection()
+    overparam: OverparamSection | None = None
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    export: ExportSection = ExportSection()
+    seed: NonNegativeInt = 42
+    output: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            data = dict(data)
+            for key in ("task", "method"):
+                if isinstance(data.get(key), str):
+                    data[key] = {"name": data[key]}
+        return data
