@@ -1,0 +1,141 @@
+"""Where each model family keeps its embeddings, its blocks and the six matrices of a block.
+
+To add a family, add one row to `FAMILIES` and a tiny configuration to `tests/models/families.py`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from kdcli.errors import InputError
+from kdcli.objectives.base import MatrixKey
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+BLOCK_MATRICES = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
+"""The six linear maps of a block, by their names in the literature."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Paths inside a model's body (`model.bert`, ...), and the names of its sizes in the configuration.
+
+    `embeddings` names the module whose output is hidden[0]; `projection` a module after it, present only
+    when the embeddings are narrower than the blocks, whose output takes that place.
+    """
+
+    family: str
+    title: str
+    blocks: str
+    matrices: dict[str, str]
+    embeddings: str = "embeddings"
+    word_embeddings: str = "embeddings.word_embeddings"
+    projection: str | None = None
+    layers: str = "num_hidden_layers"
+    hidden: str = "hidden_size"
+    heads: str = "num_attention_heads"
+    intermediate: str = "intermediate_size"
+
+
+_BERT = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention_output": "attention.output.dense",
+    "ffn_in": "intermediate.dense",
+    "ffn_out": "output.dense",
+}
+
+FAMILIES: dict[str, Anatomy] = {
+    anatomy.family: anatomy
+    for anatomy in (
+        Anatomy("bert", "BERT", "encoder.layer", _BERT),
+        Anatomy("roberta", "RoBERTa", "encoder.layer", _BERT),
+        Anatomy("xlm-roberta", "XLM-RoBERTa", "encoder.layer", _BERT),
+        Anatomy("electra", "ELECTRA", "encoder.layer", _BERT, projection="embeddings_project"),
+        Anatomy(
+            "distilbert",
+            "DistilBERT",
+            "transformer.layer",
+            {
+                "query": "attention.q_lin",
+                "key": "attention.k_lin",
+                "value": "attention.v_lin",
+                "attention_output": "attention.out_lin",
+                "ffn_in": "ffn.lin1",
+                "ffn_out": "ffn.lin2",
+            },
+            layers="n_layers",
+            hidden="dim",
+            heads="n_heads",
+            intermediate="hidden_dim",
+        ),
+        Anatomy(
+            "deberta-v2",
+            "DeBERTa-v2/v3",
+            "encoder.layer",
+            {
+                **_BERT,
+                "query": "attention.self.query_proj",
+                "key": "attention.self.key_proj",
+                "value": "attention.self.value_proj",
+            },
+        ),
+    )
+}
+
+
+def anatomy_of(config: "PretrainedConfig") -> Anatomy:
+    """Return the anatomy of a model's family.
+
+    Raises InputError for an unknown family.
+    """
+    family = config.model_type
+    if family not in FAMILIES:
+        raise InputError(
+            f"models of the family {family!r} are not known; known are {', '.join(sorted(FAMILIES))}",
+            hint="a family is one row of the table in kdcli/models/anatomy.py: where its blocks and their six "
+            "matrices are",
+        )
+    return FAMILIES[family]
+
+
+def body_of(model: "PreTrainedModel") -> nn.Module:
+    """Return the encoder below the task's head (`model.bert`), or the model itself when it has no head."""
+    return model.base_model
+
+
+def blocks_of(model: "PreTrainedModel") -> nn.ModuleList:
+    """Return the list of transformer blocks."""
+    blocks = body_of(model).get_submodule(anatomy_of(model.config).blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def embeddings_of(model: "PreTrainedModel") -> nn.Module:
+    """Return the module whose output is hidden[0], (batch, seq, hidden)."""
+    anatomy, body = anatomy_of(model.config), body_of(model)
+    if anatomy.projection is not None and hasattr(body, anatomy.projection):
+        return body.get_submodule(anatomy.projection)
+    return body.get_submodule(anatomy.embeddings)
+
+
+def block_matrix(model: "PreTrainedModel", layer: int, name: str) -> nn.Module:
+    """Return one of the six linear maps of block `layer` (1..L)."""
+    return blocks_of(model)[layer - 1].get_submodule(anatomy_of(model.config).matrices[name])
+
+
+def set_block_matrix(model: "PreTrainedModel", layer: int, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of one of the six linear maps of block `layer` (1..L)."""
+    path, _, attribute = anatomy_of(model.config).matrices[name].rpartition(".")
+    setattr(blocks_of(model)[layer - 1].get_submodule(path), attribute, module)
+
+
+def iter_block_matrices(model: "PreTrainedModel") -> Iterator[tuple[MatrixKey, nn.Module]]:
+    """Yield ((block, name), module) for every matrix of every block, from the first block on."""
+    for layer in range(1, len(blocks_of(model)) + 1):
+        for name in BLOCK_MATRICES:
+            yield (layer, name), block_matrix(model, layer, name)

@@ -1,0 +1,191 @@
+"""The forms that a student can take."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kdcli.errors import InputError
+from kdcli.models.anatomy import anatomy_of, blocks_of
+from kdcli.models.load import load_model
+from kdcli.models.lowrank import factorise
+from kdcli.models.shape import shape_of
+from kdcli.recipe.schema import StudentSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class StudentBuild:
+    """A new student, the 0-based teacher blocks that its blocks are copies of, and notes for the user."""
+
+    model: "PreTrainedModel"
+    form: str
+    teacher_layers: list[int] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def build_student(teacher: "PreTrainedModel", section: StudentSection, *, seed: int) -> StudentBuild:
+    """Return a student of `section.form` made from `teacher`, which is not changed.
+
+    Raises InputError when the sizes asked for do not fit the teacher.
+    """
+    torch.manual_seed(seed)
+    if section.form == "low-rank":
+        student = copy.deepcopy(teacher)
+        notes = factorise(student, section)
+        return StudentBuild(student, "low-rank", list(range(shape_of(teacher.config).layers)), notes)
+    if section.form == "depth":
+        return _depth(teacher, section)
+    if section.form == "width":
+        return _width(teacher, section)
+    if section.form == "checkpoint":
+        return _checkpoint(teacher, section)
+    raise InputError("the student has no form", where="student.form")
+
+
+def chosen_layers(section: StudentSection, depth: int) -> list[int]:
+    """Return the 0-based teacher blocks that a depth student keeps.
+
+    `even` keeps blocks round(m N / n), counted from 1: 12 -> 6 gives 2, 4, ..., 12.
+    """
+    wanted = section.layers if section.layers is not None else max(1, depth // 2)
+    if isinstance(wanted, list):
+        wrong = [layer for layer in wanted if layer >= depth]
+        if wrong:
+            raise InputError(
+                f"the teacher has blocks 0 to {depth - 1}, not {wrong[0]}", where="student.layers"
+            )
+        if not wanted or sorted(set(wanted)) != wanted:
+            raise InputError("student.layers must be block numbers in rising order", where="student.layers")
+        return wanted
+    if wanted > depth:
+        raise InputError(
+            f"the teacher has {depth} blocks, so a student of {wanted} cannot be cut from it",
+            where="student.layers",
+            hint=f"use 1 to {depth}",
+        )
+    if section.select == "first":
+        return list(range(wanted))
+    if section.select == "last":
+        return list(range(depth - wanted, depth))
+    return [round(m * depth / wanted) - 1 for m in range(1, wanted + 1)]
+
+
+def _depth(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
+    depth = shape_of(teacher.config).layers
+    layers = chosen_layers(section, depth)
+    config = copy.deepcopy(teacher.config)
+    setattr(config, anatomy_of(config).layers, len(layers))
+    student = _empty_like(teacher, config)
+    kept = {layer: number for number, layer in enumerate(layers)}
+    prefix = _blocks_prefix(teacher)
+    state = {}
+    for key, value in teacher.state_dict().items():
+        if key.startswith(prefix):
+            layer, rest = key[len(prefix) :].split(".", 1)
+            if int(layer) in kept:
+                state[f"{prefix}{kept[int(layer)]}.{rest}"] = value
+        else:
+            state[key] = value
+    student.load_state_dict(state, strict=True)
+    if section.init == "random":
+        for module in blocks_of(student).modules():
+            _reset(student, module)
+    names = ", ".join(map(str, layers))
+    return StudentBuild(student.eval(), "depth", layers, [f"blocks {names} of the teacher's {depth} (from 0)"])
+
+
+def _blocks_prefix(model: "PreTrainedModel") -> str:
+    body = "" if model.base_model is model else model.base_model_prefix + "."
+    return f"{body}{anatomy_of(model.config).blocks}."
+
+
+def _empty_like(model: "PreTrainedModel", config: Any) -> "PreTrainedModel":
+    return type(model)(config).to(next(model.parameters()).dtype)
+
+
+def _reset(model: "PreTrainedModel", module: nn.Module) -> None:
+    module._is_hf_initialized = False  # type: ignore[assignment]
+    for parameter in module.parameters(recurse=False):
+        if hasattr(parameter, "_is_hf_initialized"):
+            parameter._is_hf_initialized = False
+    model._init_weights(module)
+
+
+def _width(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
+    shape, anatomy = shape_of(teacher.config), anatomy_of(teacher.config)
+    hidden = section.hidden_size or shape.hidden
+    head_size = shape.hidden // shape.heads
+    heads = section.heads or (hidden // head_size if hidden % head_size == 0 else shape.heads)
+    if hidden % heads:
+        fitting = [h for h in range(1, hidden + 1) if hidden % h == 0]
+        raise InputError(
+            f"hidden_size {hidden} is not divisible by {heads} heads",
+            where="student.heads",
+            hint=f"use {min(fitting, key=lambda h: abs(h - heads))} heads",
+        )
+    layers = section.layers if section.layers is not None else shape.layers
+    if isinstance(layers, list):
+        raise InputError("a width student takes a number of layers, not a list", where="student.layers")
+    intermediate = section.intermediate_size or round(shape.intermediate * hidden / shape.hidden)
+    config = copy.deepcopy(teacher.config)
+    for name, value in (
+        (anatomy.hidden, hidden),
+        (anatomy.heads, heads),
+        (anatomy.intermediate, intermediate),
+        (anatomy.layers, layers),
+    ):
+        setattr(config, name, value)
+    if getattr(config, "pooler_hidden_size", None) is not None:
+        config.pooler_hidden_size = hidden
+    if anatomy.projection is None and hasattr(config, "embedding_size"):
+        config.embedding_size = hidden
+    student = _empty_like(teacher, config)
+    notes = [f"{layers} blocks, width {hidden}, {heads} heads, feed-forward width {intermediate}"]
+    kept = None
+    if section.init != "random":
+        kept = chosen_layers(StudentSection(form="depth", layers=min(layers, shape.layers)), shape.layers)
+        _slice_into(teacher, student, kept)
+        notes.append("initialised with leading slices of the teacher's weights")
+    return StudentBuild(student.eval(), "width", kept, notes)
+
+
+def _slice_into(teacher: "PreTrainedModel", student: "PreTrainedModel", kept: list[int]) -> None:
+    prefix = _blocks_prefix(teacher)
+    source = teacher.state_dict()
+    with torch.no_grad():
+        for key, target in student.state_dict().items():
+            name = key
+            if key.startswith(prefix):
+                layer, rest = key[len(prefix) :].split(".", 1)
+                if int(layer) >= len(kept):
+                    continue
+                name = f"{prefix}{kept[int(layer)]}.{rest}"
+            value = source.get(name)
+            if value is None or not target.is_floating_point() or value.ndim != target.ndim:
+                continue
+            window = tuple(slice(0, min(a, b)) for a, b in zip(target.shape, value.shape, strict=True))
+            target[window].copy_(value[window])
+
+
+def _checkpoint(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
+    assert section.model is not None
+    labels = list(teacher.config.id2label.values())
+    student = load_model(
+        section.model,
+        num_labels=teacher.config.num_labels,
+        label_names=labels,
+        problem_type=teacher.config.problem_type,
+    )
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise InputError(
+            f"the student's vocabulary has {student.config.vocab_size:,} tokens, the teacher's "
+            f"{teacher.config.vocab_size:,}: both must read the same tokens",
+            where="student.model",
+            hint="choose a student with the teacher's tokenizer",
+        )
+    return StudentBuild(student, "checkpoint", None, [f"from {section.model}"])

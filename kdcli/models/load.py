@@ -1,0 +1,295 @@
+"""Loading models and tokenizers: from safetensors only, with errors that say what to do."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kdcli.errors import InputError
+from kdcli.models.anatomy import FAMILIES, anatomy_of
+from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
+from kdcli.models.save import KDCLI_MODEL_TYPE
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_CLASSES = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "masked-lm": "AutoModelForMaskedLM",
+    "base": "AutoModel",
+}
+
+
+def _folder(name: str | Path) -> Path | None:
+    """Return the folder that `name` means, or None for a hub name. Raises InputError for a broken path."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    text = str(name)
+    if path.exists():
+        raise InputError(f"{text} is a file; a model is a folder with config.json and model.safetensors")
+    if text.startswith((".", "/", "~")) or text.count("/") > 1 or os.sep != "/" and os.sep in text:
+        raise InputError(f"no model folder at {text}", hint="check the path; a hub name looks like owner/name")
+    return None
+
+
+def _read_config(name: str | Path, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Return config.json as written. Raises InputError when there is none, or when it is broken."""
+    folder = _folder(name)
+    if folder is not None:
+        path = folder / "config.json"
+        if not path.is_file():
+            raise InputError(f"{folder} has no config.json", hint="give a Hugging Face model folder")
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            path = Path(hf_hub_download(str(name), "config.json", revision=revision))
+        except HFValidationError as error:
+            raise InputError(f"{name!r} is neither a folder nor a hub name") from error
+        except Exception as error:
+            raise InputError(
+                f"{name!r} is no folder here, and the hub gave no such model ({type(error).__name__})",
+                hint="check the name and the network; HF_TOKEN for private models, HF_HUB_OFFLINE=0 to go online",
+            ) from error
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(f"{path} names no model_type", hint="give a Hugging Face model folder")
+    return config
+
+
+def _weight_files(name: str | Path, revision: str | None) -> list[Path]:
+    """Return the safetensors files of a model. Raises InputError when there are none, or when one is corrupt."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = _folder(name)
+    if folder is None:
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(
+                snapshot_download(str(name), revision=revision, allow_patterns=["*.safetensors", "*.json"])
+            )
+        except Exception as error:
+            raise InputError(f"cannot fetch {name!r} from the hub ({type(error).__name__})") from error
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        pickles = [p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
+        if pickles:
+            raise InputError(
+                f"{name} has its weights only as a pickle ({', '.join(sorted(pickles))}), which kdcli does not read",
+                hint="convert it to model.safetensors: load it in transformers and save_pretrained() it again",
+            )
+        raise InputError(f"{name} has no model.safetensors")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is not a readable safetensors file: {error}") from error
+    return files
+
+
+def _keys(files: list[Path]) -> set[str]:
+    from safetensors import safe_open
+
+    keys: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            keys |= set(tensors.keys())
+    return keys
+
+
+def has_classifier(name: str | Path) -> bool:
+    """True when a checkpoint carries a trained sequence-classification head."""
+    config = _read_config(name, None, False)
+    _known(config, name)
+    return any(key.startswith("classifier.") for key in _keys(_weight_files(name, None)))
+
+
+def _known(config: dict[str, Any], name: str | Path) -> None:
+    kind = config.get("kdcli", {}).get("base_model_type") if config["model_type"] == KDCLI_MODEL_TYPE else None
+    family = kind or config["model_type"]
+    if family not in FAMILIES:
+        raise InputError(
+            f"{name} is of the family {family!r}, which kdcli does not know; known are {', '.join(sorted(FAMILIES))}",
+            hint="a family is one row of the table in kdcli/models/anatomy.py",
+        )
+
+
+def load_model(
+    name: str | Path,
+    *,
+    num_labels: int | None = None,
+    label_names: list[str] | None = None,
+    problem_type: str | None = None,
+    task: str = "sequence-classification",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> "PreTrainedModel":
+    """Load a model in eval mode and fp32: a hub name, a folder, a low-rank or an over-parameterised one.
+
+    A head that the checkpoint lacks is initialised freshly; anything else missing is an error.
+    Raises InputError when there is no such model, its files are broken, or its family is unknown.
+    """
+    import transformers
+    from transformers import AutoConfig
+
+    raw = _read_config(name, revision, trust_remote_code)
+    if not trust_remote_code:
+        _known(raw, name)
+    files = _weight_files(name, revision)
+    changes: dict[str, Any] = {}
+    if num_labels is not None:
+        changes["num_labels"] = num_labels
+    if label_names is not None:
+        changes["id2label"] = dict(enumerate(label_names))
+        changes["label2id"] = {label: i for i, label in enumerate(label_names)}
+    if problem_type is not None:
+        changes["problem_type"] = problem_type
+    auto = getattr(transformers, _CLASSES[task])
+    if raw["model_type"] == KDCLI_MODEL_TYPE:
+        return _load_structured(name, raw, files, auto, changes)
+    with _quiet():
+        try:
+            config = AutoConfig.from_pretrained(
+                name, revision=revision, trust_remote_code=trust_remote_code, **changes
+            )
+            model, report = auto.from_pretrained(
+                name,
+                config=config,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
+            raise InputError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    _refuse_holes(name, model, report)
+    if not trust_remote_code:
+        anatomy_of(model.config)
+    return model.eval()
+
+
+def _refuse_holes(name: str | Path, model: "PreTrainedModel", report: Any) -> None:
+    prefix = model.base_model_prefix + "."
+    missing = [key for key in report["missing_keys"] if key.startswith(prefix) and ".pooler." not in key]
+    if model.base_model is model:
+        missing = [key for key in report["missing_keys"] if "pooler" not in key]
+    if missing:
+        raise InputError(
+            f"{name} lacks {len(missing)} of the model's weights, such as {missing[0]}",
+            hint="is it another model's file, or an un-contracted one? kdcli folders keep their config.json",
+        )
+    mismatched = [key[0] if isinstance(key, tuple | list) else key for key in report.get("mismatched_keys", [])]
+    inside = [key for key in mismatched if key.startswith(prefix)]
+    if inside:
+        raise InputError(f"{name}: {inside[0]} has another shape than config.json says")
+
+
+def _load_structured(
+    name: str | Path, raw: dict[str, Any], files: list[Path], auto: Any, changes: dict[str, Any]
+) -> "PreTrainedModel":
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model as load_weights
+    from transformers import AutoConfig
+
+    from kdcli.tensors.parametrize import restore_overparam
+
+    raw = dict(raw)
+    structure = dict(raw.pop("kdcli"))
+    raw.pop("model_type")
+    raw.update(changes)
+    family = structure.pop("base_model_type")
+    try:
+        config: PretrainedConfig = AutoConfig.for_model(family, **raw)
+        model = auto.from_config(config)
+        for path, rank in structure.get("low_rank", {}).items():
+            linear = model.get_submodule(path)
+            _replace(
+                model, path, LowRankLinear(linear.in_features, linear.out_features, rank, bias=linear.bias is not None)
+            )
+        for path, rank in structure.get("low_rank_embeddings", {}).items():
+            table = model.get_submodule(path)
+            _replace(
+                model, path, LowRankEmbedding(table.num_embeddings, table.embedding_dim, rank, table.padding_idx)
+            )
+        if "overparam" in structure:
+            restore_overparam(model, structure["overparam"])
+        load_weights(model, files[0], strict=True)
+    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{name} cannot be restored: {str(error).splitlines()[0]}") from error
+    return model.eval()
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+class _quiet:
+    """Silences the library's own report on loading: kdcli says what matters itself."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.level = logging.get_verbosity()
+        self.bar = logging.is_progress_bar_enabled()
+        logging.set_verbosity(logging.CRITICAL)
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self.level)
+        if self.bar:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """Load the tokenizer of a folder or a hub name. Raises InputError when there is none."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = _folder(name)
+    if folder is not None and not any(
+        (folder / file).exists() for file in ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model", "tokenizer.model")
+    ):
+        raise InputError(
+            f"{folder} has no tokenizer files", hint="save the tokenizer beside the model, or set teacher.tokenizer"
+        )
+    with _quiet():
+        try:
+            config = _read_config(name, None, False) if folder is None or (folder / "config.json").exists() else {}
+            if config.get("model_type") == KDCLI_MODEL_TYPE and folder is not None:
+                settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+                import transformers
+
+                kind = getattr(transformers, settings.get("tokenizer_class", ""), PreTrainedTokenizerFast)
+                return kind.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(name)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"the tokenizer of {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def check_tokenizer(model: "PreTrainedModel", tokenizer: Any) -> None:
+    """Raise InputError when the tokenizer can give ids that the model has no embedding for."""
+    rows = model.config.vocab_size
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer):,} tokens, but the model has embeddings for {rows:,}",
+            where="teacher.tokenizer",
+            hint="use the tokenizer that the model was trained with",
+        )
+    if tokenizer.pad_token_id is None:
+        raise InputError("the tokenizer has no padding token", where="teacher.tokenizer")

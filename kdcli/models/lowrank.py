@@ -1,0 +1,237 @@
+"""Low-rank students: linear maps as two thin factors, from the SVD of the teacher's weights."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from kdcli.errors import InputError
+from kdcli.models.anatomy import anatomy_of, body_of, iter_block_matrices, set_block_matrix
+from kdcli.models.counts import count_parameters
+from kdcli.objectives.base import MatrixKey
+from kdcli.recipe.schema import StudentSection, parse_count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Shape = tuple[int, int]
+"""(out features, in features)"""
+
+
+class LowRankLinear(nn.Module):
+    """y = A (B x) + b with A = up.weight (out, rank) and B = down.weight (rank, in); A B is never formed."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in). Returns (..., out)."""
+        return self.up(self.down(x))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, rank: int) -> "LowRankLinear":
+        """Return the best factors of `linear`'s weight in the Frobenius norm (Eckart-Young); bias copied."""
+        with torch.device(linear.weight.device):
+            factored = cls(linear.in_features, linear.out_features, rank, bias=linear.bias is not None)
+        up, down = svd_factors(linear.weight.detach(), rank)
+        with torch.no_grad():
+            factored.up.weight.copy_(up)
+            factored.down.weight.copy_(down)
+            if linear.bias is not None:
+                factored.up.bias.copy_(linear.bias)
+        return factored.to(linear.weight.dtype)
+
+    def merged(self) -> nn.Linear:
+        """Return the dense linear map A B, b."""
+        with torch.device(self.up.weight.device):
+            dense = nn.Linear(self.in_features, self.out_features, bias=self.up.bias is not None)
+        with torch.no_grad():
+            dense.weight.copy_((self.up.weight.double() @ self.down.weight.double()).to(dense.weight.dtype))
+            if self.up.bias is not None:
+                dense.bias.copy_(self.up.bias)
+        return dense
+
+
+class LowRankEmbedding(nn.Module):
+    """A lookup table E1 E2 with E1 = down.weight (vocabulary, rank) and E2 = up.weight^T (rank, width)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, padding_idx: int | None) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.rank = rank
+        self.padding_idx = padding_idx
+        self.down = nn.Embedding(num_embeddings, rank, padding_idx=padding_idx)
+        self.up = nn.Linear(rank, embedding_dim, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: (batch, seq). Returns (batch, seq, width)."""
+        return self.up(self.down(ids))
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole table, (vocabulary, width), formed on demand."""
+        return self.down.weight @ self.up.weight.T
+
+    @classmethod
+    def from_embedding(cls, table: nn.Embedding, rank: int) -> "LowRankEmbedding":
+        """Return the best factors of a table in the Frobenius norm."""
+        with torch.device(table.weight.device):
+            factored = cls(table.num_embeddings, table.embedding_dim, rank, table.padding_idx)
+        left, right = svd_factors(table.weight.detach(), rank)
+        with torch.no_grad():
+            factored.down.weight.copy_(left)
+            factored.up.weight.copy_(right.T)
+        return factored
+
+
+def svd_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A (out, rank), B (rank, in) with A = U_r sqrt(S_r), B = sqrt(S_r) V_r^T, in `weight`'s type."""
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    root = values[:rank].sqrt()
+    return (left[:, :rank] * root).to(weight.dtype), (root[:, None] * right[:rank]).to(weight.dtype)
+
+
+def break_even_rank(out_features: int, in_features: int) -> float:
+    """Return the rank at which two factors hold as many weights as the dense matrix: o i / (o + i)."""
+    return out_features * in_features / (out_features + in_features)
+
+
+def factored_count(shape: Shape, rank: int | None) -> int:
+    """Return the number of weights of a matrix kept dense (None) or as factors of `rank`."""
+    out_features, in_features = shape
+    return out_features * in_features if rank is None else rank * (out_features + in_features)
+
+
+def ranks_at(shapes: Mapping[MatrixKey, Shape], rank: int) -> dict[MatrixKey, int | None]:
+    """Return one rank for every matrix; None where factors would hold no fewer weights than the matrix."""
+    return {key: rank if rank < break_even_rank(*shape) else None for key, shape in shapes.items()}
+
+
+def plan_ranks(
+    shapes: Mapping[MatrixKey, Shape],
+    section: StudentSection,
+    *,
+    fixed_params: int,
+    weights: Mapping[MatrixKey, Tensor] | None = None,
+) -> dict[MatrixKey, int | None]:
+    """Return the rank of every block matrix; None where it stays dense.
+
+    shapes: (out, in) of each matrix. fixed_params: parameters outside the matrices' weights. `budget`, `params`
+    and the default give one rank everywhere, the largest that fits (methods 4.2, 5.3); `energy` gives each
+    matrix the smallest rank that keeps that share of its squared singular values, and needs `weights`.
+    Raises InputError when nothing fits or nothing would be saved.
+    """
+    dense = sum(factored_count(shape, None) for shape in shapes.values())
+    largest = max(break_even_rank(*shape) for shape in shapes.values())
+    if section.energy is not None:
+        assert weights is not None
+        return {key: _energy_rank(weights[key], section.energy) for key in shapes}
+    if section.rank is not None:
+        if section.rank >= largest:
+            raise InputError(
+                f"rank {section.rank} is not below the break-even rank of any matrix (largest {largest:.1f}): "
+                "the factors would hold more weights than the matrices",
+                where="student.rank",
+                hint=f"use a rank up to {_below(largest)}",
+            )
+        return ranks_at(shapes, section.rank)
+    if section.params is not None:
+        allowed = parse_count(section.params) - fixed_params
+        smallest = sum(factored_count(shape, 1) for shape in shapes.values())
+        if allowed < smallest:
+            raise InputError(
+                f"{parse_count(section.params):,} parameters are not enough: embeddings, biases, norms and head "
+                f"alone take {fixed_params:,}, and rank 1 everywhere {smallest:,} more",
+                where="student.params",
+                hint="factorise the embeddings, too (student.embedding_rank), or allow more",
+            )
+    else:
+        allowed = int((section.budget if section.budget is not None else 0.5) * dense)
+        if section.budget == 1.0:
+            return dict.fromkeys(shapes)
+    best: dict[MatrixKey, int | None] | None = None
+    for rank in range(1, _below(largest) + 1):
+        candidate = ranks_at(shapes, rank)
+        if sum(factored_count(shapes[key], candidate[key]) for key in shapes) <= allowed:
+            best = candidate
+    if best is None:
+        raise InputError(
+            f"a budget of {allowed:,} block weights is under rank 1 everywhere", where="student.budget"
+        )
+    return best
+
+
+def _below(value: float) -> int:
+    return int(value) - 1 if value == int(value) else int(value)
+
+
+def _energy_rank(weight: Tensor, energy: float) -> int | None:
+    squares = torch.linalg.svdvals(weight.double()) ** 2
+    kept = torch.cumsum(squares, 0) / squares.sum().clamp(min=1e-300)
+    rank = int((kept < energy).sum()) + 1
+    return rank if rank < break_even_rank(*weight.shape) else None
+
+
+def factorise(model: "PreTrainedModel", section: StudentSection) -> list[str]:
+    """Replace the block matrices (and, if asked for, the word embeddings) of `model` by factors, in place.
+
+    Returns notes for the user. Raises InputError when the sizes asked for make no sense.
+    """
+    notes = []
+    if section.embedding_rank is not None:
+        notes.append(_factorise_embeddings(model, section.embedding_rank))
+    matrices = {key: m for key, m in iter_block_matrices(model) if isinstance(m, nn.Linear)}
+    shapes = {key: (m.out_features, m.in_features) for key, m in matrices.items()}
+    fixed = count_parameters(model) - sum(m.weight.numel() for m in matrices.values())
+    ranks = plan_ranks(
+        shapes, section, fixed_params=fixed, weights={key: m.weight.detach() for key, m in matrices.items()}
+    )
+    for key, rank in ranks.items():
+        if rank is not None:
+            set_block_matrix(model, *key, LowRankLinear.from_linear(matrices[key], rank))
+    used = sorted({rank for rank in ranks.values() if rank is not None})
+    dense = [key for key, rank in ranks.items() if rank is None]
+    kept = sum(factored_count(shapes[key], ranks[key]) for key in shapes)
+    whole = sum(factored_count(shape, None) for shape in shapes.values())
+    span = str(used[0]) if len(used) == 1 else f"{used[0]} to {used[-1]}" if used else "none"
+    notes.append(f"rank {span}: {kept:,} of {whole:,} block weights ({kept / whole:.1%})")
+    if dense:
+        notes.append(f"{len(dense)} matrices stay dense, since factors would save nothing there")
+    return notes
+
+
+def _factorise_embeddings(model: "PreTrainedModel", rank: int) -> str:
+    path = anatomy_of(model.config).word_embeddings
+    parent, _, attribute = path.rpartition(".")
+    holder = body_of(model).get_submodule(parent)
+    table = getattr(holder, attribute)
+    limit = break_even_rank(table.num_embeddings, table.embedding_dim)
+    if rank >= limit:
+        raise InputError(
+            f"embedding_rank {rank} is not below the break-even rank {limit:.1f}",
+            where="student.embedding_rank",
+            hint=f"use a rank up to {_below(limit)}",
+        )
+    setattr(holder, attribute, LowRankEmbedding.from_embedding(table, rank))
+    return f"word embeddings of rank {rank}"
+
+
+def merge_low_rank(model: nn.Module) -> nn.Module:
+    """Replace every factored map of `model` by the dense one that it equals, in place, and return `model`."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, LowRankLinear):
+                setattr(module, name, child.merged())
+            elif isinstance(child, LowRankEmbedding):
+                table = nn.Embedding(child.num_embeddings, child.embedding_dim, child.padding_idx)
+                with torch.no_grad():
+                    table.weight.copy_(child.weight)
+                setattr(module, name, table)
+    return model

@@ -1,0 +1,51 @@
+"""Logits behind decisions: what a black-box teacher must have thought to decide as it did (DBKD)."""
+
+import numpy as np
+import torch
+from scipy.special import ndtr
+from torch import Tensor
+
+_NODES, _WEIGHTS = np.polynomial.hermite.hermgauss(80)
+
+
+def decision_probabilities(logits: np.ndarray, sigma: float = 1.0) -> np.ndarray:
+    """Return P(argmax_k (z_k + sigma xi_k) = i) for independent standard normal xi.
+
+    logits: (n, classes). Returns (n, classes); rows sum to 1 up to the quadrature's error.
+    P_i = integral of phi(u) prod_{j != i} Phi(u + (z_i - z_j) / sigma) du, by 80-point Gauss-Hermite.
+    """
+    points = np.sqrt(2.0) * _NODES
+    difference = (logits[:, :, None] - logits[:, None, :]) / sigma
+    classes = logits.shape[1]
+    below = ndtr(points[None, None, None, :] + difference[:, :, :, None])
+    below[:, np.arange(classes), np.arange(classes), :] = 1.0
+    return (below.prod(axis=2) * _WEIGHTS).sum(-1) / np.sqrt(np.pi)
+
+
+def logits_from_decisions(
+    counts: np.ndarray, *, sigma: float = 1.0, rounds: int = 20, tolerance: float = 1e-3
+) -> np.ndarray:
+    """Return centred logits that explain decision counts (DBKD, section on decision-based estimation).
+
+    counts: (n, classes), how often each class was decided on noised copies of an example. The fixed point
+    z <- z + (c / m - P(z)) starts at c / m and stops after `rounds` rounds or when sum |dz| <= `tolerance`.
+    A class that was never decided has no finite solution: the number of rounds defines the answer.
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    unique, inverse = np.unique(counts, axis=0, return_inverse=True)
+    target = unique / unique.sum(axis=1, keepdims=True)
+    logits = target.copy()
+    active = np.ones(len(unique), dtype=bool)
+    for _ in range(rounds):
+        if not active.any():
+            break
+        step = target[active] - decision_probabilities(logits[active], sigma)
+        logits[active] += step
+        active[np.flatnonzero(active)[np.abs(step).sum(axis=1) <= tolerance]] = False
+    logits -= logits.mean(axis=1, keepdims=True)
+    return logits[inverse.reshape(-1)]
+
+
+def counts_of(decisions: Tensor, classes: int) -> np.ndarray:
+    """Return (n, classes) counts of decisions (n, copies), each a class number."""
+    return torch.nn.functional.one_hot(decisions.long(), classes).sum(1).numpy()

@@ -1,0 +1,514 @@
+"""From a recipe to a run folder: the one road that `kdcli distill` takes."""
+
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+import transformers
+from rich.console import Console
+from transformers import set_seed
+
+from kdcli import __version__, runs
+from kdcli.errors import ExitCode, InputError
+from kdcli.evaluation.comparison import Comparison, compare, describe_model
+from kdcli.evaluation.score import evaluate_model
+from kdcli.files import atomic_folder
+from kdcli.methods import registry
+from kdcli.methods.base import Context, Method, Stage, Term
+from kdcli.methods.layer_maps import uniform
+from kdcli.models.card import model_card
+from kdcli.models.forms import StudentBuild, build_student
+from kdcli.models.save import save_model
+from kdcli.models.shape import shape_of
+from kdcli.objectives.tensor import TensorObjective
+from kdcli.recipe.schema import Recipe, StudentSection
+from kdcli.tasks.base import Task
+from kdcli.tasks.encode import Collator, encode
+from kdcli.tasks.load import load_task
+from kdcli.tasks.metrics import chance_level
+from kdcli.tensors.parametrize import OverparamReport, contract_model, overparameterise, teacher_factors
+from kdcli.training.distiller import Distiller
+from kdcli.training.distributed import agree, is_main, main_does
+from kdcli.training.hashing import hash_of_weights
+from kdcli.training.logits_cache import cached_logits
+from kdcli.training.teacher import Teacher, make_teacher, metrics_of
+from kdcli.training.trainer import COMPLETE, WEIGHTS, LoopSettings, fit, load_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe with every default filled in."""
+
+    recipe: Recipe
+    name: str
+    base: Path
+    method: Method
+    options: Any
+    student: StudentSection
+    loop: LoopSettings
+
+
+def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Resolved:
+    """Fill in what the recipe left to the method."""
+    method = registry.get(recipe.method.name)
+    options = method.options.model_validate(recipe.method.options)
+    written = recipe.student.model_dump(exclude_unset=True)
+    defaults = method.student if recipe.student.form in (None, method.student.get("form")) else {}
+    sizes = {"budget", "rank", "params", "energy"}
+    if sizes & set(written):
+        defaults = {key: value for key, value in defaults.items() if key not in sizes}
+    student = StudentSection.model_validate({**defaults, **written})
+    if student.form is None:
+        student = StudentSection.model_validate({**student.model_dump(exclude_unset=True), "form": "depth"})
+    train = recipe.train
+
+    def pick(key: str, fallback: Any) -> Any:
+        value = getattr(train, key)
+        return value if value is not None else method.train.get(key, fallback)
+
+    rate = float(pick("learning_rate", 5e-5))
+    loop = LoopSettings(
+        epochs=float(pick("epochs", 3.0)),
+        max_steps=train.max_steps,
+        batch_size=train.batch_size,
+        gradient_accumulation=train.gradient_accumulation,
+        learning_rate=rate,
+        scheduler=pick("scheduler", "linear"),
+        warmup=float(pick("warmup", 0.1)),
+        weight_decay=float(pick("weight_decay", 0.01)),
+        max_grad_norm=train.max_grad_norm,
+        precision=train.precision,
+        device=train.device,
+        group_by_length=train.group_by_length,
+        eval_every=train.eval_every,
+        patience=train.patience,
+        select=train.select,
+        log_every=train.log_every,
+        workers=train.workers,
+        seed=recipe.seed,
+        metric=task.primary if task is not None else "",
+        eval_batch_size=recipe.evaluate.batch_size,
+        chain_learning_rate=_chain_rate(recipe, rate),
+    )
+    return Resolved(
+        recipe=recipe,
+        name=recipe.name or recipe_path.stem,
+        base=recipe_path.resolve().parent,
+        method=method,
+        options=options,
+        student=student,
+        loop=loop,
+    )
+
+
+def _chain_rate(recipe: Recipe, rate: float) -> float | None:
+    """Return the factors' learning rate: one step moves a weight 1.5 + 0.8 L times as far (methods 3.10)."""
+    section = recipe.overparam
+    if section is None:
+        return None
+    if section.learning_rate is not None:
+        return section.learning_rate
+    length = section.length if section.factorization == "mpo" else 0
+    return rate / (1.5 + 0.8 * length)
+
+
+def context_of(teacher: "PreTrainedModel", student: "PreTrainedModel", form: str, task: Task) -> Context:
+    """Return what a method may know of the two models: their shapes, never their weights."""
+    teacher_shape, student_shape = shape_of(teacher.config), shape_of(student.config)
+    return Context(
+        teacher=teacher_shape,
+        student=student_shape,
+        student_form=form,
+        kind=task.kind,
+        num_labels=max(1, len(task.label_names)),
+        pairs=uniform(student_shape.layers, teacher_shape.layers),
+    )
+
+
+@dataclass
+class RunResult:
+    """A finished run: its record, and the table that a user sees."""
+
+    record: dict[str, Any]
+    comparison: Comparison | None
+    exit_code: ExitCode = ExitCode.OK
+
+    def to_json(self) -> dict[str, Any]:
+        return self.record
+
+    def table(self) -> Any:
+        assert self.comparison is not None
+        return self.comparison.table()
+
+
+def run_distill(
+    recipe: Recipe,
+    *,
+    recipe_path: Path,
+    output: Path | None = None,
+    force: bool = False,
+    resume: bool = False,
+    refresh: bool = False,
+    fail_under: float | None = None,
+    overrides: list[str] | None = None,
+    console: Console | None = None,
+) -> RunResult:
+    """Train or load the teacher, build the student, distil, contract, evaluate, report.
+
+    Raises InputError for a wrong recipe, model or data; nothing is left behind then.
+    """
+    console = console or Console(stderr=True)
+    if not is_main():
+        console = Console(stderr=True, quiet=True)
+    begun = time.perf_counter()
+    seconds: dict[str, float] = {}
+    resolve(recipe, recipe_path)
+    task = load_task(recipe.task, recipe.evaluate, base=recipe_path.resolve().parent, seed=recipe.seed)
+    resolved = resolve(recipe, recipe_path, task)
+    root = output or Path(recipe.output or "runs")
+    run: runs.Run = runs.open_run(root, resolved.name, force=force, resume=resume, create=is_main())
+    document = recipe.model_dump(exclude_none=True)
+    if resume and run.record.get("status") == "done":
+        console.print(f"{run.path} is finished already", highlight=False)
+        return RunResult(run.record, Comparison.from_record(run.record))
+    if resume and run.record and run.record.get("recipe") != document:
+        raise InputError(
+            f"{run.path} was started with another recipe",
+            hint="go back to that recipe, or start again with --force",
+        )
+    with _fresh_run(run, resume):
+        main_does(
+            lambda: run.begin(
+                recipe=document,
+                source=recipe_path,
+                overrides=overrides or [],
+                seed=recipe.seed,
+                versions=versions(),
+            )
+        )
+        set_seed(recipe.seed)
+        with _timed(seconds, "teacher"):
+            teacher = make_teacher(
+                recipe,
+                task,
+                base=resolved.base,
+                console=console,
+                refresh=refresh,
+                resume=resume,
+                work=run.checkpoints / "teacher",
+            )
+            teacher_scores = _scores(teacher.model, teacher.tokenizer, task, resolved)
+        _warn_of_chance(teacher_scores, task, console)
+        set_seed(recipe.seed)
+        with _timed(seconds, "student"):
+            build = build_student(teacher.model, resolved.student, seed=recipe.seed)
+        assert resolved.student.form is not None
+        for note in build.notes:
+            console.print(f"student: {note}", highlight=False, soft_wrap=True)
+        plain_hash = hash_of_weights(build.model)
+        context = context_of(teacher.model, build.model, resolved.student.form, task)
+        resolved.method.check(resolved.options, context)
+        with _timed(seconds, "overparam"):
+            chain = _overparameterise(build, teacher.model, context, resolved, console)
+        stages = resolved.method.build(resolved.options, context)
+        with _timed(seconds, "train"):
+            training = _train(stages, build, teacher, chain, task, resolved, run, console, resume=resume)
+        contraction = None
+        if chain is not None:
+            with _timed(seconds, "contract"):
+                contraction = contract_model(build.model)
+        with _timed(seconds, "evaluate"):
+            student_scores = _scores(build.model, teacher.tokenizer, task, resolved)
+        comparison = compare(
+            task,
+            teacher=describe_model(teacher.model, teacher_scores),
+            student=describe_model(build.model, student_scores),
+        )
+        seconds["total"] = round(time.perf_counter() - begun, 3)
+        record = {
+            "status": "done",
+            "method": {
+                "name": resolved.method.name,
+                "title": resolved.method.title,
+                "paper": resolved.method.paper,
+                "options": resolved.options.model_dump(),
+            },
+            "task": {**task.description, "name": task.name, "kind": task.kind, "primary": task.primary},
+            **comparison.to_json(),
+            "teacher_origin": teacher.origin,
+            "teacher_path": str(teacher.path) if teacher.path else None,
+            "student_form": resolved.student.form,
+            "teacher_layers": build.teacher_layers,
+            "overparam": chain.report.to_json() if chain is not None else None,
+            "contraction": contraction.to_json() if contraction is not None else None,
+            "training": training,
+            "seconds": seconds,
+            "hashes": {
+                "teacher": hash_of_weights(teacher.model),
+                "student_before": plain_hash,
+                "student": hash_of_weights(build.model),
+                "data": task.description["fingerprint"],
+            },
+        }
+        main_does(lambda: _keep(run, record, build, teacher))
+        if recipe.export.onnx:
+            with _timed(seconds, "export"):
+                main_does(lambda: _export(run, build, teacher, task, resolved, console))
+            main_does(lambda: run.update({"seconds": seconds}))
+    code = ExitCode.OK
+    limit = fail_under if fail_under is not None else recipe.evaluate.fail_under
+    if limit is not None and comparison.student_score < limit:
+        console.print(
+            f"gate not met: {task.primary} {comparison.student_score:.4f} is under {limit}", highlight=False
+        )
+        code = ExitCode.GATE
+    return RunResult(run.record, comparison, code)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], key: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    yield
+    seconds[key] = round(time.perf_counter() - begun, 3)
+
+
+@contextmanager
+def _fresh_run(run: runs.Run, resume: bool) -> Iterator[None]:
+    """Leave nothing behind when the input turns out to be wrong after the folder was made."""
+    try:
+        yield
+    except InputError:
+        if is_main() and not resume:
+            run.discard()
+        raise
+    except BaseException:
+        if is_main():
+            run.mark_failed()
+        raise
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    import datasets
+    import onnxruntime
+
+    return {
+        "kdcli": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "datasets": datasets.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _scores(
+    model: "PreTrainedModel", tokenizer: Any, task: Task, resolved: Resolved
+) -> dict[str, dict[str, float]]:
+    return evaluate_model(
+        model,
+        tokenizer,
+        task,
+        batch_size=resolved.recipe.evaluate.batch_size,
+        max_length=resolved.recipe.task.max_length,
+    )
+
+
+def _warn_of_chance(scores: dict[str, dict[str, float]], task: Task, console: Console) -> None:
+    score = sum(values[task.primary] for values in scores.values()) / len(scores)
+    chance = chance_level(task)
+    if score <= chance + 0.02:
+        console.print(
+            f"[bold red]WARNING[/]: the teacher scores {task.primary} {score:.4f}, no better than chance "
+            f"({chance:.4f}). A student cannot learn the task from it. Is the model fine-tuned on this task, "
+            "and are its labels in the right order (teacher.labels)?",
+            highlight=False,
+        )
+
+
+@dataclass
+class Chain:
+    """The over-parameterised student: what was done, and the teacher's tensors to compare with."""
+
+    report: OverparamReport
+    teacher: dict[Any, tuple[torch.Tensor, ...]]
+
+
+def _overparameterise(
+    build: StudentBuild, teacher: "PreTrainedModel", context: Context, resolved: Resolved, console: Console
+) -> Chain | None:
+    section = resolved.recipe.overparam
+    if section is None:
+        return None
+    factors: dict[Any, tuple[torch.Tensor, ...]] = {}
+    report = overparameterise(build.model, section)
+    if section.aux_weight > 0:
+        factors, skipped = teacher_factors(teacher, build.model, context.pairs, section)
+        if not factors:
+            raise InputError(
+                "overparam.aux_weight is above 0, but no matrix of the student has a teacher matrix of its shape",
+                where="overparam.aux_weight",
+                hint="set aux_weight = 0, or aux_mismatch = \"truncate\"",
+            )
+        if skipped:
+            console.print(
+                f"overparam: no teacher tensors for {len(skipped)} matrices: {', '.join(map(str, skipped[:6]))}"
+                + (" ..." if len(skipped) > 6 else ""),
+                highlight=False,
+                soft_wrap=True,
+            )
+    return Chain(report, factors)
+
+
+def _train(
+    stages: list[Stage],
+    build: StudentBuild,
+    teacher: Teacher,
+    chain: Chain | None,
+    task: Task,
+    resolved: Resolved,
+    run: runs.Run,
+    console: Console,
+    *,
+    resume: bool,
+) -> list[dict[str, Any]]:
+    collator = Collator(teacher.tokenizer)
+    length = resolved.recipe.task.max_length
+    train = encode(task.train, teacher.tokenizer, length)
+    selection = encode(task.selection, teacher.tokenizer, length)
+    total = resolved.loop.steps(len(train))
+    records = []
+    for number, stage in enumerate(stages, 1):
+        terms = list(stage.terms)
+        if chain is not None and chain.teacher:
+            section = resolved.recipe.overparam
+            assert section is not None
+            terms.append(Term("tensor", TensorObjective(section.aux_reduction), section.aux_weight))
+        distiller = make_distiller(
+            build.model,
+            terms,
+            teacher.model,
+            train,
+            collator,
+            cache=resolved.recipe.teacher.cache,
+            batch_size=resolved.recipe.evaluate.batch_size,
+            factors=chain.teacher if chain is not None else None,
+        )
+        loop = stage_loop(resolved.loop, stage, total, len(train))
+        folder = run.checkpoints / f"{number}-{stage.name}"
+        final = folder / "final"
+        if resume and agree((final / COMPLETE).exists()):
+            load_weights(distiller, final)
+            distiller.close()
+            records.append({"stage": stage.name, "resumed": True})
+            continue
+        record = fit(
+            distiller,
+            train=train,
+            selection=selection,
+            collator=collator,
+            metrics=metrics_of(task),
+            settings=loop,
+            folder=folder,
+            log_dir=run.log / stage.name,
+            title=stage.name if len(stages) == 1 else f"{number}/{len(stages)} {stage.name}",
+            console=console,
+            resume=resume,
+        )
+        records.append({"stage": stage.name, **record})
+        main_does(lambda final=final, distiller=distiller: _keep_stage(final, distiller))  # type: ignore[misc]
+    build.model.eval().to("cpu")  # type: ignore[arg-type]
+    teacher.model.to("cpu")  # type: ignore[arg-type]
+    return records
+
+
+def stage_loop(loop: LoopSettings, stage: Stage, total: int, examples: int) -> LoopSettings:
+    """Return the loop of one stage: its share of the steps, or its own epochs, and its own learning rate."""
+    if stage.epochs is not None and loop.max_steps is None:
+        steps = math.ceil(stage.epochs * math.ceil(examples / loop.batch_size))
+    else:
+        steps = max(1, round(stage.share * total))
+    rate = stage.learning_rate or loop.learning_rate
+    chain = loop.chain_learning_rate
+    return replace(
+        loop,
+        max_steps=steps,
+        learning_rate=rate,
+        chain_learning_rate=chain * rate / loop.learning_rate if chain is not None else None,
+    )
+
+
+def make_distiller(
+    student: "PreTrainedModel",
+    terms: list[Term],
+    teacher: "PreTrainedModel",
+    train: Any,
+    collator: Any,
+    *,
+    cache: bool,
+    batch_size: int,
+    factors: dict[Any, tuple[torch.Tensor, ...]] | None = None,
+) -> Distiller:
+    """Return the step of a stage; a teacher of whom only logits are asked speaks once, before training."""
+    wants = [term.objective.teacher_wants() for term in terms if term.weight > 0]
+    inside = any(want.hidden or want.matrices for want in wants)
+    logits = None
+    if cache and not inside and any(want.logits for want in wants):
+        logits = cached_logits(teacher, train, collator, batch_size=batch_size)
+    return Distiller(student, terms, teacher=teacher, teacher_logits=logits, teacher_factors=factors)
+
+
+def _keep_stage(final: Path, distiller: Distiller) -> None:
+    with atomic_folder(final, force=True) as folder:
+        safetensors.torch.save_model(distiller, str(folder / WEIGHTS))
+        (folder / COMPLETE).touch()
+
+
+def _keep(run: runs.Run, record: dict[str, Any], build: StudentBuild, teacher: Teacher) -> None:
+    with atomic_folder(run.student, force=True) as folder:
+        save_model(build.model, folder, teacher.tokenizer)
+        (folder / "README.md").write_text(model_card({**run.record, **record}), encoding="utf-8")
+    if teacher.path is None:
+        with atomic_folder(run.path / "teacher", force=True) as folder:
+            save_model(teacher.model, folder, teacher.tokenizer)
+        record["teacher_path"] = str(run.path / "teacher")
+    run.update(record)
+    run.mark_latest()
+
+
+def _export(
+    run: runs.Run, build: StudentBuild, teacher: Teacher, task: Task, resolved: Resolved, console: Console
+) -> None:
+    from kdcli.export.export import export_model
+
+    section = resolved.recipe.export
+    result = export_model(
+        build.model,
+        teacher.tokenizer,
+        run.onnx,
+        task=task,
+        max_length=resolved.recipe.task.max_length,
+        opset=section.opset,
+        batch_sizes=section.batch_sizes,
+        sequence_lengths=section.sequence_lengths,
+        threads=section.threads or os.cpu_count() or 1,
+        runs=section.runs,
+        teacher=teacher.model,
+        force=True,
+    )
+    run.update({"export": result.to_json()})
+    console.print(result.table())

@@ -1,0 +1,160 @@
+"""What a recipe would do, told without doing it (`kdcli distill --dry-run`)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from kdcli.models.counts import count_parameters
+from kdcli.models.forms import build_student
+from kdcli.models.shape import shape_of
+from kdcli.pipeline import Resolved, context_of, resolve, stage_loop
+from kdcli.recipe.schema import Recipe
+from kdcli.tasks.load import load_task
+from kdcli.tensors.parametrize import overparameterise, teacher_factors
+from kdcli.training.teacher import initial_teacher, needs_training, resolve_source
+from kdcli.training.trainer import resolve_precision
+
+
+@dataclass
+class Plan:
+    """The resolved plan: models, counts, steps, matched matrices and memory."""
+
+    document: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.document
+
+    def table(self) -> Table:
+        document = self.document
+        table = Table(title=f"plan: {document['name']}", show_header=False)
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        teacher, student = document["teacher"], document["student"]
+        sizes = ", ".join(f"{name} {rows:,}" for name, rows in document["task"]["sizes"].items())
+        table.add_row("task", f"{document['task']['name']} ({document['task']['kind']}): {sizes}")
+        table.add_row("method", f"{document['method']['name']}: {document['method']['title']}")
+        table.add_row("teacher", f"{teacher['origin']}, {teacher['parameters']:,} parameters ({teacher['preparation']})")
+        table.add_row(
+            "student",
+            f"{student['form']}, {student['parameters']:,} parameters "
+            f"({student['parameters'] / teacher['parameters']:.1%} of the teacher)",
+        )
+        for note in student["notes"]:
+            table.add_row("", note)
+        if document["overparam"] is not None:
+            chain = document["overparam"]
+            table.add_row(
+                "overparam",
+                f"{chain['matrices']} matrices as chains of {chain['tensors']} tensors: "
+                f"{chain['parameters']:,} parameters while training",
+            )
+            table.add_row("", f"matched with teacher matrices: {chain['matched']}, not matched: {chain['unmatched']}")
+        for stage in document["stages"]:
+            terms = ", ".join(f"{name} x {weight:g}" for name, weight in stage["terms"].items())
+            table.add_row(f"stage {stage['name']}", f"{stage['steps']:,} steps at {stage['learning_rate']:g}: {terms}")
+        table.add_row("matched blocks", ", ".join(f"{s}<-{t}" for s, t in document["pairs"]) + " (student<-teacher)")
+        loop = document["train"]
+        table.add_row("training", f"{loop['batch_size']} examples a step, {loop['precision']}, seed {document['seed']}")
+        table.add_row("memory", f"about {document['memory_megabytes']:,} MB while training")
+        return table
+
+
+def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
+    """Return the plan of a recipe. Reads data and configurations, trains nothing, writes nothing."""
+    base = recipe_path.resolve().parent
+    resolve(recipe, recipe_path)
+    task = load_task(recipe.task, recipe.evaluate, base=base, seed=recipe.seed)
+    resolved = resolve(recipe, recipe_path, task)
+    section = recipe.teacher
+    source = resolve_source(section.model, base) if section.model is not None else None
+    trains = needs_training(recipe, source)
+    teacher, _ = initial_teacher(recipe, task, source, base)
+    build = build_student(teacher, resolved.student, seed=recipe.seed)
+    parameters = count_parameters(build.model)
+    assert resolved.student.form is not None
+    context = context_of(teacher, build.model, resolved.student.form, task)
+    resolved.method.check(resolved.options, context)
+    chain = None
+    if recipe.overparam is not None:
+        report = overparameterise(build.model, recipe.overparam)
+        matched: Any = {}
+        skipped: Any = []
+        if recipe.overparam.aux_weight > 0:
+            matched, skipped = teacher_factors(teacher, build.model, context.pairs, recipe.overparam)
+        chain = {
+            "matrices": len(report.rows),
+            "tensors": recipe.overparam.length + 2 if recipe.overparam.factorization == "mpo" else 2,
+            "parameters": count_parameters(build.model),
+            "matched": len(matched),
+            "unmatched": len(skipped),
+        }
+    stages = resolved.method.build(resolved.options, context)
+    examples = len(task.train)
+    total = resolved.loop.steps(examples)
+    rows = []
+    for stage in stages:
+        loop = stage_loop(resolved.loop, stage, total, examples)
+        rows.append(
+            {
+                "name": stage.name,
+                "steps": loop.max_steps,
+                "learning_rate": loop.learning_rate,
+                "terms": {term.name: term.weight for term in stage.terms},
+            }
+        )
+    return Plan(
+        {
+            "name": resolved.name,
+            "seed": recipe.seed,
+            "task": {
+                "name": task.name,
+                "kind": task.kind,
+                "sizes": {
+                    "train": examples,
+                    "selection": len(task.selection),
+                    **{name: len(rows_) for name, rows_ in task.report.items()},
+                },
+            },
+            "method": {
+                "name": resolved.method.name,
+                "title": resolved.method.title,
+                "options": resolved.options.model_dump(),
+            },
+            "teacher": {
+                "origin": section.model or "from scratch",
+                "preparation": "fine-tuned first, or taken from the cache" if trains else "used as it is",
+                "parameters": count_parameters(teacher),
+            },
+            "student": {
+                "form": resolved.student.form,
+                "parameters": parameters,
+                "notes": build.notes,
+                "teacher_layers": build.teacher_layers,
+            },
+            "overparam": chain,
+            "pairs": [list(pair) for pair in context.pairs],
+            "stages": rows,
+            "train": {
+                "batch_size": resolved.loop.batch_size,
+                "precision": resolve_precision(resolved.loop.precision, resolved.loop.device),
+            },
+            "memory_megabytes": estimate_memory(
+                resolved, count_parameters(teacher), count_parameters(build.model), shape_of(teacher.config)
+            ),
+        }
+    )
+
+
+def estimate_memory(resolved: Resolved, teacher: int, student: int, shape: Any) -> int:
+    """Return the megabytes that training needs, roughly.
+
+    Teacher weights once; student weights, gradients and two Adam moments, all fp32; and what the backward pass
+    keeps of each block: about 10 vectors of the hidden and 3 of the feed-forward width a token.
+    """
+    tokens = resolved.loop.batch_size // resolved.loop.gradient_accumulation * resolved.recipe.task.max_length
+    width = 10 * shape.hidden + 3 * shape.intermediate
+    element = 2 if resolve_precision(resolved.loop.precision, resolved.loop.device) == "bf16" else 4
+    activations = tokens * width * shape.layers * element
+    return round((4 * teacher + 16 * student + activations) / 1e6)

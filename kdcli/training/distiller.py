@@ -1,0 +1,113 @@
+"""One training step as a module: student, teacher and the terms that compare them."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from kdcli.objectives.base import MatrixKey, Signals, Wants
+from kdcli.training.capture import Capture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kdcli.methods.base import Term
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the part of a batch that a model's forward pass takes."""
+    return {key: batch[key] for key in MODEL_INPUTS if key in batch}
+
+
+class Distiller(nn.Module):
+    """Computes the loss of one batch: one forward pass of each model, whatever the number of terms.
+
+    The student and the terms' own parameters (bridges) are registered; the teacher is not, so that it is
+    neither trained, saved, counted nor wrapped. Only what some term asks for is captured. When all that is
+    asked of the teacher are logits that are already known (`teacher_logits`), the teacher does not run.
+    """
+
+    def __init__(
+        self,
+        student: "PreTrainedModel",
+        terms: Sequence["Term"],
+        *,
+        teacher: "PreTrainedModel | None" = None,
+        teacher_logits: Tensor | None = None,
+        teacher_factors: Mapping[MatrixKey, tuple[Tensor, ...]] | None = None,
+    ) -> None:
+        """`teacher_logits`: (number of examples, classes), row i for the example with index i."""
+        super().__init__()
+        self.student = student
+        active = [term for term in terms if term.weight > 0]
+        self.objectives = nn.ModuleDict({term.name: term.objective for term in active})
+        self.weights = {term.name: float(term.weight) for term in active}
+        student_wants, self.teacher_wants = Wants(), Wants()
+        for term in active:
+            student_wants |= term.objective.student_wants()
+            self.teacher_wants |= term.objective.teacher_wants()
+        self.student_capture = Capture(student, student_wants)
+        self.teacher_capture: Capture | None = None
+        # A plain dict hides the teacher from nn.Module's registration.
+        self._fixed: dict[str, PreTrainedModel] = {}
+        self.teacher_logits = teacher_logits if self.teacher_wants.only_logits else None
+        self.teacher_factors = dict(teacher_factors or {})
+        if teacher is not None and self._teacher_must_run():
+            teacher.eval().requires_grad_(False)
+            self._fixed["teacher"] = teacher
+            self.teacher_capture = Capture(teacher, self.teacher_wants)
+
+    def _teacher_must_run(self) -> bool:
+        wants = self.teacher_wants
+        return bool(wants.hidden or wants.matrices or (wants.logits and self.teacher_logits is None))
+
+    def place(self, device: torch.device) -> None:
+        """Move what is not registered (the teacher and what it said) to `device`."""
+        for model in self._fixed.values():
+            model.to(device)  # type: ignore[arg-type]
+        if self.teacher_logits is not None:
+            self.teacher_logits = self.teacher_logits.to(device)
+        self.teacher_factors = {
+            key: tuple(factor.to(device) for factor in chain) for key, chain in self.teacher_factors.items()
+        }
+
+    def close(self) -> None:
+        """Remove all hooks from both models."""
+        self.student_capture.close()
+        if self.teacher_capture is not None:
+            self.teacher_capture.close()
+
+    def teacher_signals(self, batch: Mapping[str, Tensor]) -> Signals:
+        """Return what the teacher says about `batch`, without gradient."""
+        mask = batch["attention_mask"]
+        if self.teacher_capture is None:
+            signals = Signals(mask=mask, heads=0)
+            if self.teacher_logits is not None:
+                signals.logits = self.teacher_logits[batch["index"]]
+        else:
+            with torch.no_grad(), self.teacher_capture:
+                output = self._fixed["teacher"](**model_inputs(batch))
+                signals = self.teacher_capture.signals(mask, output.logits)
+        signals.factors = self.teacher_factors
+        return signals
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return {"loss", "logits"} and each unweighted term under its name; in eval mode only the logits."""
+        if not self.training:
+            return {"logits": self.student(**model_inputs(batch)).logits}
+        teacher = self.teacher_signals(batch)
+        with self.student_capture:
+            output = self.student(**model_inputs(batch))
+            student = self.student_capture.signals(batch["attention_mask"], output.logits)
+        device_type = output.logits.device.type
+        result = {}
+        with torch.autocast(device_type, enabled=False):
+            total = output.logits.new_zeros((), dtype=torch.float32)
+            for name, objective in self.objectives.items():
+                value = objective(student, teacher, batch)
+                total = total + self.weights[name] * value
+                result[name] = value.detach()
+        return {"loss": total, "logits": output.logits.detach(), **result}

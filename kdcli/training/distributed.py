@@ -1,0 +1,39 @@
+"""Small helpers for runs over several processes; in a single process each is the identity."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+Value = TypeVar("Value")
+
+
+def is_main() -> bool:
+    """True in the process that writes files and talks to the user."""
+    return PartialState().is_main_process
+
+
+def agree(value: Value) -> Value:
+    """Return the main process's `value` in every process."""
+    if PartialState().num_processes == 1:
+        return value
+    box = [value]
+    broadcast_object_list(box, from_process=0)
+    return box[0]
+
+
+def main_does(action: Callable[[], object]) -> None:
+    """Run `action` in the main process only; the others wait until it is done.
+
+    When it fails, every process fails with the same error instead of waiting forever.
+    """
+    error: BaseException | None = None
+    if is_main():
+        try:
+            action()
+        except Exception as caught:
+            error = caught
+    error = agree(error)
+    if error is not None:
+        raise error

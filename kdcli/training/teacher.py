@@ -1,0 +1,258 @@
+"""Where the teacher comes from: loaded, fine-tuned once and kept, or made from scratch."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from kdcli import __version__
+from kdcli.errors import InputError
+from kdcli.files import atomic_folder, cache_dir, fingerprint, write_json
+from kdcli.models.load import check_tokenizer, has_classifier, load_model, load_tokenizer
+from kdcli.models.save import save_model
+from kdcli.models.scratch import build_scratch
+from kdcli.recipe.schema import FinetuneSection, Recipe
+from kdcli.tasks.base import Task
+from kdcli.tasks.encode import Collator, encode
+from kdcli.tasks.labels import label_permutation
+from kdcli.tasks.metrics import compute_metrics
+from kdcli.training.distributed import agree, main_does
+from kdcli.training.hashing import hash_of_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Teacher:
+    """The model to copy from, its classes in the task's order."""
+
+    model: "PreTrainedModel"
+    tokenizer: Any
+    origin: str
+    path: Path | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def resolve_source(model: str, base: Path) -> str:
+    """Return a folder's absolute path when `model` names one (relative to the recipe), else the hub name."""
+    path = Path(model).expanduser()
+    for candidate in (path if path.is_absolute() else base / path, path):
+        if candidate.exists():
+            return str(candidate.resolve())
+    return model
+
+
+def needs_training(recipe: Recipe, source: str | None) -> bool:
+    """True when the teacher must be fine-tuned: from scratch, asked for, or without a classification head."""
+    section = recipe.teacher
+    if section.scratch is not None or section.finetune not in (None, False):
+        return True
+    assert source is not None
+    if has_classifier(source):
+        return False
+    if section.finetune is False:
+        raise InputError(
+            f"{source} has no trained classification head, and teacher.finetune = false forbids training one",
+            where="teacher.model",
+            hint="give a fine-tuned model, or leave finetune out",
+        )
+    return True
+
+
+def make_teacher(
+    recipe: Recipe, task: Task, *, base: Path, console: Console, refresh: bool, resume: bool, work: Path
+) -> Teacher:
+    """Return the teacher of a recipe.
+
+    A fine-tuned one is kept in the cache under a name made of everything that shaped it (base weights, data,
+    settings, seed), and reused; `refresh` makes it again. `work` is where a training keeps its checkpoints.
+    """
+    section = recipe.teacher
+    source = resolve_source(section.model, base) if section.model is not None else None
+    if not needs_training(recipe, source):
+        assert source is not None
+        model = load_model(source, revision=section.revision, trust_remote_code=section.trust_remote_code)
+        tokenizer = load_tokenizer(resolve_source(section.tokenizer, base) if section.tokenizer else source)
+        check_tokenizer(model, tokenizer)
+        _align(model, task, section.labels)
+        return Teacher(model, tokenizer, origin=section.model or source, path=Path(source) if Path(source).exists() else None)
+    return _finetuned(
+        recipe, task, source, base=base, console=console, refresh=refresh, resume=resume, work=work
+    )
+
+
+def initial_teacher(recipe: Recipe, task: Task, source: str | None, base: Path) -> tuple["PreTrainedModel", Any]:
+    """Return the untrained start of a teacher (a base model with a fresh head, or one from scratch)."""
+    section = recipe.teacher
+    labels = _label_options(task)
+    if section.scratch is not None:
+        return build_scratch(section.scratch, _texts(task), seed=recipe.seed, **labels)
+    assert source is not None
+    torch.manual_seed(recipe.seed)
+    model = load_model(
+        source, revision=section.revision, trust_remote_code=section.trust_remote_code, **labels
+    )
+    tokenizer = load_tokenizer(resolve_source(section.tokenizer, base) if section.tokenizer else source)
+    check_tokenizer(model, tokenizer)
+    return model, tokenizer
+
+
+def _texts(task: Task) -> list[str]:
+    columns = ["text", "text_pair"] if task.is_pair else ["text"]
+    return [text for column in columns for text in task.train[column]]
+
+
+def _label_options(task: Task) -> dict[str, Any]:
+    if task.kind == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "num_labels": len(task.label_names),
+        "label_names": list(task.label_names),
+        "problem_type": "single_label_classification",
+    }
+
+
+def _finetuned(
+    recipe: Recipe,
+    task: Task,
+    source: str | None,
+    *,
+    base: Path,
+    console: Console,
+    refresh: bool,
+    resume: bool,
+    work: Path,
+) -> Teacher:
+    section = recipe.teacher
+    settings = section.finetune if isinstance(section.finetune, FinetuneSection) else FinetuneSection()
+    model, tokenizer = initial_teacher(recipe, task, source, base)
+    identity = {
+        "base": hash_of_weights(model),
+        "task": task.description["fingerprint"],
+        "max_length": recipe.task.max_length,
+        "finetune": settings.model_dump(),
+        "precision": recipe.train.precision,
+        "seed": recipe.seed,
+        "format": 1,
+    }
+    folder = cache_dir() / "teachers" / fingerprint(identity)
+    origin = section.model or "from scratch"
+    if agree((folder / "kdcli.json").exists()) and not refresh:
+        console.print(f"teacher: {origin}, fine-tuned before, from {folder}", highlight=False, soft_wrap=True)
+        return Teacher(load_model(str(folder)), load_tokenizer(str(folder)), origin=origin, path=folder)
+    console.print(f"teacher: {origin}, fine-tuning on {task.name}", highlight=False, soft_wrap=True)
+    record = finetune(
+        model, tokenizer, task, recipe, settings, work=work, console=console, resume=resume, title="teacher"
+    )
+
+    def keep() -> None:
+        with atomic_folder(folder, force=True) as temporary:
+            save_model(model, temporary, tokenizer)
+            write_json(temporary / "kdcli.json", {"identity": identity, "version": __version__, "training": record})
+        shutil.rmtree(work, ignore_errors=True)
+
+    main_does(keep)
+    return Teacher(model, tokenizer, origin=origin, path=folder, training=record)
+
+
+def finetune(
+    model: "PreTrainedModel",
+    tokenizer: Any,
+    task: Task,
+    recipe: Recipe,
+    settings: FinetuneSection,
+    *,
+    work: Path,
+    console: Console,
+    resume: bool,
+    title: str,
+) -> dict[str, Any]:
+    """Train `model` on the gold labels of `task`, in place, and return the loop's record."""
+    from kdcli.methods.base import Term
+    from kdcli.objectives.task import TaskObjective
+    from kdcli.training.distiller import Distiller
+    from kdcli.training.trainer import LoopSettings, fit
+
+    loop = LoopSettings(
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        batch_size=settings.batch_size,
+        gradient_accumulation=1,
+        learning_rate=settings.learning_rate,
+        scheduler="linear",
+        warmup=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=1.0,
+        precision=recipe.train.precision,
+        device=recipe.train.device,
+        group_by_length=recipe.train.group_by_length,
+        eval_every=None,
+        patience=None,
+        # The teacher is not chosen on the data that judges the student.
+        select="last",
+        log_every=recipe.train.log_every,
+        workers=recipe.train.workers,
+        seed=recipe.seed,
+        metric=task.primary,
+    )
+    terms = [Term("task", TaskObjective(task.kind), 1.0)]
+    return fit(
+        Distiller(model, terms),
+        train=encode(task.train, tokenizer, recipe.task.max_length),
+        selection=None,
+        collator=Collator(tokenizer),
+        metrics=metrics_of(task),
+        settings=loop,
+        folder=work,
+        log_dir=None,
+        title=title,
+        console=console,
+        resume=resume,
+    )
+
+
+def metrics_of(task: Task) -> Callable[[Any, Any], dict[str, float]]:
+    """Return the task's metrics as a function of (logits, labels)."""
+    return lambda logits, labels: compute_metrics(task.metrics, logits, labels)
+
+
+def _align(model: "PreTrainedModel", task: Task, names: list[str] | None) -> None:
+    """Reorder the classes of `model` in place, so that class i is the task's label i."""
+    if names is not None:
+        if len(names) != model.config.num_labels:
+            raise InputError(
+                f"teacher.labels has {len(names)} names, but the model has {model.config.num_labels} classes",
+                where="teacher.labels",
+            )
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: i for i, name in enumerate(names)}
+    permutation = label_permutation(model.config, task)
+    if permutation is not None and permutation != list(range(len(permutation))):
+        head = final_classifier(model)
+        order = torch.tensor(permutation)
+        with torch.no_grad():
+            head.weight.copy_(head.weight[order].clone())
+            if head.bias is not None:
+                head.bias.copy_(head.bias[order].clone())
+    if task.kind == "classification":
+        model.config.id2label = dict(enumerate(task.label_names))
+        model.config.label2id = {name: i for i, name in enumerate(task.label_names)}
+
+
+def final_classifier(model: "PreTrainedModel") -> nn.Linear:
+    """Return the linear layer that gives the logits."""
+    classes = model.config.num_labels
+    heads = [
+        module
+        for name, module in model.named_modules()
+        if name.startswith("classifier") and isinstance(module, nn.Linear) and module.out_features == classes
+    ]
+    if not heads:
+        raise InputError(f"{type(model).__name__} has no linear classifier at its end")
+    return heads[-1]

@@ -1,0 +1,332 @@
+"""The training loop: the Hugging Face Trainer around a `Distiller`."""
+
+import contextlib
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from datasets import Dataset
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from kdcli.errors import InputError
+from kdcli.training.distiller import Distiller
+from kdcli.training.progress import ProgressDisplay
+from kdcli.training.sampler import EpochSampler
+
+WEIGHTS = "model.safetensors"
+COMPLETE = "complete"
+"""An empty file that a checkpoint folder gets last: without it the folder is a torso of a killed run."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Everything the loop needs to know, resolved: no None stands for a default any more.
+
+    `batch_size` counts the examples of one optimizer step over all processes and accumulation steps, so that
+    a recipe gives the same result on any number of devices.
+    """
+
+    epochs: float
+    max_steps: int | None
+    batch_size: int
+    gradient_accumulation: int
+    learning_rate: float
+    scheduler: str
+    warmup: float
+    weight_decay: float
+    max_grad_norm: float
+    precision: str
+    device: str
+    group_by_length: bool
+    eval_every: int | None
+    patience: int | None
+    select: str
+    log_every: int
+    workers: int
+    seed: int
+    metric: str
+    eval_batch_size: int = 64
+    chain_learning_rate: float | None = None
+
+    def steps(self, examples: int) -> int:
+        """Return the number of optimizer steps over `examples` training examples."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """Return "bf16" or "fp32": bf16 wherever the hardware multiplies in it (GPU, or CPU with AVX-512 BF16/AMX)."""
+    if precision != "auto":
+        return precision
+    if device != "cpu" and torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def _is_chain(name: str) -> bool:
+    return ".parametrizations." in name
+
+
+class EvaluateAtEnd(TrainerCallback):
+    """Judges the last step, too, when it falls between two evaluations."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True
+
+
+class DistillationTrainer(Trainer):
+    """The Trainer with our batches, our parameter groups, our checkpoints; the loop itself is untouched."""
+
+    model: Distiller
+
+    def __init__(
+        self, *args: Any, settings: LoopSettings, log_dir: Path | None, display: ProgressDisplay, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings = settings
+        self.remove_callback(PrinterCallback)
+        self.add_callback(EvaluateAtEnd)
+        self.add_callback(display)
+        if log_dir is not None and self.is_world_process_zero():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(log_dir))))
+        self.label_names = ["labels"]
+        self._term_sums: dict[str, Tensor] = {}
+        self._term_count = 0
+        self.model.place(self.args.device)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        return EpochSampler(
+            dataset["length"],
+            self.settings.batch_size,
+            seed=self.settings.seed,
+            group=self.settings.group_by_length,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            rate = self.settings.learning_rate
+            chain_rate = self.settings.chain_learning_rate or rate
+            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            chains = [p for n, p in named if _is_chain(n)]
+            decayed = [p for n, p in named if not _is_chain(n) and p.ndim > 1]
+            plain = [p for n, p in named if not _is_chain(n) and p.ndim <= 1]
+            groups = [
+                {"params": decayed, "weight_decay": self.settings.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+                # Decay would shrink a chain by (1 - lr wd)^n and pull its identities to zero (methods 3.10).
+                {"params": chains, "weight_decay": 0.0, "lr": chain_rate},
+            ]
+            self.optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]], lr=rate, fused=True
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        outputs = model(inputs)
+        for name, value in outputs.items():
+            if name not in ("loss", "logits"):
+                self._term_sums[name] = self._term_sums.get(name, 0.0) + value  # type: ignore[operator]
+        self._term_count += 1
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, Tensor, Tensor]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            logits = model(inputs)["logits"].float()
+        return None, logits, inputs["labels"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._term_count:
+            # The only place where the terms' values leave the device: once per logging interval.
+            logs.update({name: float(total) / self._term_count for name, total in self._term_sums.items()})
+            self._term_sums, self._term_count = {}, 0
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            safetensors.torch.save_model(self.model, str(folder / WEIGHTS))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        with contextlib.suppress(FileNotFoundError):
+            (folder / COMPLETE).unlink()
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            (folder / COMPLETE).touch()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        load_weights(self.model, Path(self.state.best_model_checkpoint))
+
+
+def load_weights(distiller: Distiller, folder: Path) -> None:
+    """Load the weights of a checkpoint folder into `distiller`, every key or none."""
+    device = next(distiller.parameters()).device
+    safetensors.torch.load_model(distiller, folder / WEIGHTS, strict=True, device=str(device))
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end, and remove torsos after it."""
+    while folder.is_dir() and (name := get_last_checkpoint(str(folder))) is not None:
+        path = Path(name)
+        if (path / COMPLETE).exists():
+            return path
+        shutil.rmtree(path)
+    return None
+
+
+def fit(
+    distiller: Distiller,
+    *,
+    train: Dataset,
+    selection: Dataset | None,
+    collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
+    metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    settings: LoopSettings,
+    folder: Path,
+    log_dir: Path | None,
+    title: str,
+    console: Console,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train `distiller` in place and return what happened: steps, seconds, history, best score.
+
+    train, selection: encoded data sets. metrics: from (logits, labels) to named scores. Checkpoints go to
+    `folder`; with `resume`, training goes on from the newest complete one.
+    Raises InputError when the batch cannot be split over the processes.
+    """
+    arguments = _arguments(settings, folder, len(train), evaluates=selection is not None)
+    display = ProgressDisplay(console, title, settings.batch_size)
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
+
+    trainer = DistillationTrainer(
+        model=distiller,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=selection,
+        data_collator=collator,
+        compute_metrics=compute_metrics,
+        settings=settings,
+        log_dir=log_dir,
+        display=display,
+    )
+    if settings.patience is not None and selection is not None:
+        trainer.add_callback(EarlyStoppingCallback(settings.patience))
+    checkpoint = last_complete_checkpoint(folder) if resume else None
+    distiller.student.train()
+    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    distiller.close()
+    history = [
+        {k: v for k, v in entry.items() if not k.endswith(("_runtime", "_per_second", "total_flos"))}
+        for entry in trainer.state.log_history
+        if "train_runtime" not in entry
+    ]
+    return {
+        "steps": outcome.global_step,
+        "seconds": round(float(outcome.metrics.get("train_runtime", 0.0)), 3),
+        "best": trainer.state.best_metric,
+        "best_step": trainer.state.best_global_step,
+        "precision": resolve_precision(settings.precision, settings.device),
+        "history": history,
+    }
+
+
+def _arguments(settings: LoopSettings, folder: Path, examples: int, *, evaluates: bool) -> TrainingArguments:
+    use_cpu = settings.device == "cpu"
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("train.device is \"cuda\" but PyTorch sees no GPU", hint="use device = \"auto\"")
+    steps = settings.steps(examples)
+    every = settings.eval_every or max(1, math.ceil(examples / settings.batch_size))
+    every = min(every, steps)
+    strategy = "steps" if evaluates else "no"
+    common = {
+        "output_dir": str(folder),
+        "use_cpu": use_cpu,
+    }
+    world = TrainingArguments(**common).world_size
+    share, rest = divmod(settings.batch_size, world * settings.gradient_accumulation)
+    if rest or not share:
+        raise InputError(
+            f"train.batch_size = {settings.batch_size} cannot be split over {world} process(es) x "
+            f"{settings.gradient_accumulation} accumulation step(s)",
+            hint=f"use a multiple of {world * settings.gradient_accumulation}",
+        )
+    return TrainingArguments(
+        **common,
+        max_steps=steps,
+        per_device_train_batch_size=share,
+        per_device_eval_batch_size=settings.eval_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.scheduler if settings.scheduler != "constant" else "constant_with_warmup",
+        warmup_steps=int(settings.warmup * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=resolve_precision(settings.precision, settings.device) == "bf16",
+        eval_strategy=strategy,
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=evaluates and settings.select == "best",
+        metric_for_best_model=settings.metric if evaluates else None,
+        greater_is_better=True,
+        logging_steps=settings.log_every,
+        # The filter looks at every step's loss on the host: a synchronisation a step.
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=settings.workers,
+        dataloader_pin_memory=torch.cuda.is_available() and not use_cpu,
+        ddp_find_unused_parameters=True if world > 1 else None,
+        seed=settings.seed,
+        log_level="error",
+        label_names=["labels"],
+    )
+
+

@@ -1,0 +1,64 @@
+"""MaKD on SST-2: retention at half of the block weights, and at a quarter against logits only.
+
+    KDCLI_DATA_DIR=... python tests/benchmarks/makd_sst2.py [--samples 20000] [--epochs 2] [--output bench]
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+from common import need_data, report, run, sst2
+
+VARIANTS = {
+    "makd": {},
+    "without matrix": {"matrix": 0.0},
+    "without layer": {"layer": 0.0},
+    "without model": {"model": 0.0},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("bench"))
+    parser.add_argument("--only", nargs="*", default=None, help="names of the rows to measure")
+    options = parser.parse_args()
+    need_data()
+    options.output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    table = [("half: makd", 0.5, {"name": "makd"}, 2), ("quarter: logits only", 0.25, {"name": "kd", "alpha": 1.0}, options.seeds)]
+    table += [(f"quarter: {n}", 0.25, {"name": "makd", **({"weights": w} if w else {})}, options.seeds) for n, w in VARIANTS.items()]
+    for name, budget, method, seeds in table:
+        if options.only is not None and name not in options.only:
+            continue
+        results = []
+        for seed in range(1, seeds + 1):
+            document = sst2(
+                options.samples,
+                teacher_epochs=2,
+                seed=seed,
+                method=method,
+                student={"form": "low-rank", "budget": budget},
+                train={"epochs": options.epochs, "select": "last"},
+            )
+            slug = f"{name.replace(': ', '-').replace(' ', '-')}-{seed}"
+            results.append(run(slug, document, options.output).to_json())
+        teachers = [r["teacher"]["score"] for r in results]
+        students = [r["student"]["score"] for r in results]
+        rows.append(
+            {
+                "student": name,
+                "seeds": seeds,
+                "teacher": statistics.mean(teachers),
+                "accuracy": statistics.mean(students),
+                "std": statistics.stdev(students) if seeds > 1 else 0.0,
+                "retention": statistics.mean(s / t for s, t in zip(students, teachers, strict=True)),
+            }
+        )
+    report(rows, options.output / "makd_sst2.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The whole road on a tiny task: recipe in, student, report and ONNX file out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+def kdcli(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "kdcli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+    if check:
+        assert result.returncode == 0, result.stderr
+    return result
+
+
+def write_recipe(folder: Path, **extra: str) -> Path:
+    text = """
+method = "METHOD"
+
+[task]
+name = "reviews"
+train_samples = 320
+validation_samples = 100
+
+[teacher.scratch]
+layers = 2
+hidden_size = 32
+heads = 2
+intermediate_size = 64
+vocab_size = 500
+
+[teacher.finetune]
+max_steps = 12
+learning_rate = 1e-3
+
+[train]
+max_steps = 12
+learning_rate = 1e-3
+eval_every = 6
+log_every = 6
+"""
+    text = text.replace("METHOD", extra.pop("method", "makd"))
+    path = folder / "tiny.toml"
+    path.write_text(text + "\n".join(extra.values()))
+    return path
+
+
+def test_distill_eval_export_in_a_row(tmp_path: Path):
+    recipe = write_recipe(tmp_path, student="[student]\nbudget = 0.5\n", over="[overparam]\nlength = 1\n")
+    document = json.loads(kdcli("distill", str(recipe), "--json", cwd=tmp_path).stdout)
+    assert document["status"] == "done"
+    assert document["student"]["parameters"] < document["teacher"]["parameters"]
+    run = tmp_path / "runs" / "tiny"
+    for name in ("run.json", "recipe.toml", "student/model.safetensors", "student/config.json", "student/README.md"):
+        assert (run / name).is_file(), name
+    assert json.loads((run / "run.json").read_text())["student"] == document["student"]
+
+    scores = json.loads(kdcli("eval", "--task", "reviews", "--json", cwd=tmp_path).stdout)
+    assert json.dumps(document["student"]["metrics"]) in json.dumps(scores)
+
+    export = json.loads(kdcli("export", "--onnx", "--runs", "2", "--json", cwd=tmp_path).stdout)
+    assert (run / "onnx" / "model.onnx").is_file()
+    assert export["parity"]["max_abs_difference"] < 1e-4
+    onnx_scores = json.loads(kdcli("eval", str(run / "onnx"), "--task", "reviews", "--json", cwd=tmp_path).stdout)
+    assert json.dumps(document["student"]["metrics"]) in json.dumps(onnx_scores)
+
+
+def test_a_contracted_depth_student_is_a_plain_model(tmp_path: Path):
+    recipe = write_recipe(
+        tmp_path, method="kd", student='[student]\nform = "depth"\nlayers = 1\n', over="[overparam]\nlength = 2\n"
+    )
+    document = json.loads(kdcli("distill", str(recipe), "--json", cwd=tmp_path).stdout)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs" / "tiny" / "student")
+    assert sum(p.numel() for p in model.parameters()) == document["student"]["parameters"]
+    assert document["contraction"]["max_abs_difference"] < 1e-4
+    assert not [key for key in model.state_dict() if "parametrizations" in key]
+
+
+def test_dry_run_trains_and_writes_nothing(tmp_path: Path):
+    recipe = write_recipe(tmp_path, student="[student]\nbudget = 0.5\n", over="[overparam]\nlength = 1\n")
+    plan = json.loads(kdcli("distill", str(recipe), "--dry-run", "--json", cwd=tmp_path).stdout)
+    assert plan["overparam"]["matched"] == plan["overparam"]["matrices"] > 0
+    assert plan["student"]["parameters"] < plan["teacher"]["parameters"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.toml"]
+
+
+def test_an_existing_run_is_not_overwritten_without_force(tmp_path: Path):
+    recipe = write_recipe(tmp_path)
+    kdcli("distill", str(recipe), cwd=tmp_path)
+    before = (tmp_path / "runs" / "tiny" / "run.json").read_bytes()
+    refused = kdcli("distill", str(recipe), cwd=tmp_path, check=False)
+    assert refused.returncode == 2
+    assert "--force" in refused.stderr
+    assert (tmp_path / "runs" / "tiny" / "run.json").read_bytes() == before
+
+
+def test_the_same_seed_gives_the_same_student(tmp_path: Path, own_cache: Path):
+    from safetensors.torch import load_file
+
+    recipe = write_recipe(tmp_path, student="[student]\nbudget = 0.5\n")
+    weights = []
+    for name in ("one", "two"):
+        kdcli("distill", str(recipe), "--refresh", "--set", f"name={name}", cwd=tmp_path)
+        weights.append(load_file(tmp_path / "runs" / name / "student" / "model.safetensors"))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_the_teacher_is_trained_once_and_reused(tmp_path: Path):
+    recipe = write_recipe(tmp_path)
+    first = kdcli("distill", str(recipe), "--json", cwd=tmp_path)
+    second = kdcli("distill", str(recipe), "--force", "--json", cwd=tmp_path)
+    assert "fine-tuned before" not in first.stderr
+    assert "fine-tuned before" in second.stderr
+    assert json.loads(first.stdout)["hashes"]["teacher"] == json.loads(second.stdout)["hashes"]["teacher"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path):
+    import signal
+    import time
+
+    from safetensors.torch import load_file
+
+    recipe = write_recipe(tmp_path, student="[student]\nbudget = 0.5\n")
+    long = ["--set", "train.max_steps=60", "--set", "train.eval_every=10"]
+    kdcli("distill", str(recipe), *long, "--set", "name=whole", cwd=tmp_path)
+    command = [sys.executable, "-m", "kdcli", "distill", str(recipe), *long, "--set", "name=killed"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    checkpoints = tmp_path / "runs" / "killed" / "checkpoints"
+    deadline = time.time() + 120
+    while not list(checkpoints.glob("*/checkpoint-*/complete")) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(checkpoints.glob("*/checkpoint-*/complete"))
+    resumed = kdcli("distill", str(recipe), *long, "--set", "name=killed", "--resume", "--json", cwd=tmp_path)
+    assert json.loads(resumed.stdout)["status"] == "done"
+    whole, killed = (load_file(tmp_path / "runs" / n / "student" / "model.safetensors") for n in ("whole", "killed"))
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
