@@ -1,0 +1,58 @@
+"""From text to batches."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+
+def encode(dataset: Dataset, tokenizer: Any, max_length: int) -> Dataset:
+    """Return the columns index, input_ids, attention_mask, [token_type_ids], labels and length, in memory.
+
+    Pairs are cut from their longer side first, to `max_length` tokens with the special ones.
+    """
+    pair = dataset["text_pair"] if "text_pair" in dataset.column_names else None
+    longest = min(max_length, getattr(tokenizer, "model_max_length", max_length))
+    encoded = tokenizer(
+        list(dataset["text"]),
+        list(pair) if pair is not None else None,
+        truncation="longest_first" if pair is not None else True,
+        max_length=longest,
+    )
+    columns: dict[str, Any] = {"index": list(dataset["index"])}
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        if name in encoded:
+            columns[name] = encoded[name]
+    columns["labels"] = list(dataset["label"])
+    columns["length"] = [len(ids) for ids in encoded["input_ids"]]
+    return Dataset.from_dict(columns)
+
+
+class Collator:
+    """Pads encoded rows to the longest of the batch (a multiple of 8) and stacks them."""
+
+    def __init__(self, tokenizer: Any, *, multiple: int = 8) -> None:
+        self.pad = {
+            "input_ids": tokenizer.pad_token_id,
+            "attention_mask": 0,
+            "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
+        }
+        self.multiple = multiple
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return (batch, seq) tensors of ids, mask and types, and (batch,) tensors of labels and index."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        width = -(-longest // self.multiple) * self.multiple
+        batch = {}
+        for name, value in self.pad.items():
+            if name in rows[0]:
+                table = torch.full((len(rows), width), value, dtype=torch.long)
+                for i, row in enumerate(rows):
+                    table[i, : len(row[name])] = torch.tensor(row[name])
+                batch[name] = table
+        labels = [row["labels"] for row in rows]
+        kind = torch.float32 if isinstance(labels[0], float) else torch.long
+        batch["labels"] = torch.tensor(labels, dtype=kind)
+        batch["index"] = torch.tensor([row["index"] for row in rows], dtype=torch.long)
+        return batch

@@ -1,0 +1,50 @@
+"""Matching the classes of a model with the labels of a task, by their names."""
+
+import re
+from typing import TYPE_CHECKING
+
+from kdcli.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from kdcli.tasks.base import Task
+
+
+def _normal(name: object) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_")
+
+
+def label_permutation(config: "PretrainedConfig", task: "Task") -> list[int] | None:
+    """Return the model's class number for each of the task's labels, or None for regression.
+
+    Names match whatever their case and punctuation; a model with the library's own names (LABEL_0, ...) is
+    taken to have the task's order. Raises InputError when the number or the names differ.
+    """
+    if task.kind == "regression":
+        if config.num_labels != 1:
+            raise InputError(
+                f"task {task.name} is a regression, but the model has {config.num_labels} outputs",
+                where="teacher.model",
+            )
+        return None
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    if len(names) != len(task.label_names):
+        raise InputError(
+            f"the model has {len(names)} classes ({', '.join(map(str, names))}), task {task.name} has "
+            f"{len(task.label_names)} ({', '.join(task.label_names)})",
+            where="teacher.model",
+            hint="fine-tune it on this task: [teacher.finetune]",
+        )
+    if all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names):
+        return list(range(len(names)))
+    place = {_normal(name): i for i, name in enumerate(names)}
+    found = [place.get(_normal(label)) for label in task.label_names]
+    if None in found or len(place) != len(names):
+        raise InputError(
+            f"the model's classes ({', '.join(map(str, names))}) are not the task's labels "
+            f"({', '.join(task.label_names)})",
+            where="teacher.labels",
+            hint="name them in the model's order: teacher.labels = [...], with the task's words",
+        )
+    return [i for i in found if i is not None]
