@@ -1,0 +1,75 @@
+"""What a method is: a named, citable choice of objectives, schedule and defaults."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from kdcli.models.shape import ModelShape
+from kdcli.objectives.base import Objective
+
+
+class Options(BaseModel):
+    """Base of a method's own options, which stand beside its name in `[method]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may know: shapes, never weights. `pairs` are (student block, teacher block) from 1."""
+
+    teacher: ModelShape
+    student: ModelShape
+    student_form: str
+    kind: str
+    num_labels: int
+    pairs: list[tuple[int, int]]
+
+
+@dataclass
+class Term:
+    """An objective with its name in logs and its weight in the sum."""
+
+    name: str
+    objective: Objective
+    weight: float = 1.0
+
+
+@dataclass
+class Stage:
+    """A part of the training with its own terms: a share of all steps, or `epochs` of its own."""
+
+    name: str
+    terms: list[Term]
+    share: float = 1.0
+    learning_rate: float | None = None
+    epochs: float | None = None
+
+
+def _no_check(options: Any, context: Context) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method by name.
+
+    title, paper, formula, signals, constraints, cost: for `kdcli methods`. options: the schema of its own
+    options. student, train: defaults for those tables. check(options, context) raises InputError for what
+    cannot work, with the nearest setting that does; build(options, context) returns the stages.
+    """
+
+    name: str
+    title: str
+    paper: str
+    formula: str
+    signals: str
+    constraints: str
+    cost: str
+    options: type[BaseModel]
+    build: Callable[[Any, Context], list[Stage]]
+    check: Callable[[Any, Context], None] = _no_check
+    student: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)

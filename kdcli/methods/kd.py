@@ -1,0 +1,44 @@
+"""Knowledge distillation from logits and labels."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.objectives.output import OutputObjective
+from kdcli.objectives.task import TaskObjective
+
+
+class KDOptions(Options):
+    """`alpha` is the share of the teacher's prediction, 1 - alpha that of the gold labels."""
+
+    alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+def build(options: KDOptions, context: Context) -> list[Stage]:
+    """Return one stage with the two terms."""
+    return [
+        Stage(
+            "distil",
+            [
+                Term("output", OutputObjective(context.kind, options.temperature), options.alpha),
+                Term("task", TaskObjective(context.kind), 1.0 - options.alpha),
+            ],
+        )
+    ]
+
+
+METHOD = Method(
+    name="kd",
+    title="Knowledge distillation from logits and labels",
+    paper="Hinton, Vinyals, Dean (2015): Distilling the Knowledge in a Neural Network. arXiv 1503.02531",
+    formula="alpha T^2 KL(softmax(z_T / T) || softmax(z_S / T)) + (1 - alpha) CE(z_S, y)",
+    signals="logits, gold labels",
+    constraints="none",
+    cost="student only: the teacher speaks once and is cached",
+    options=KDOptions,
+    build=build,
+    student={"form": "depth"},
+    train={"epochs": 3.0, "learning_rate": 5e-5},
+)

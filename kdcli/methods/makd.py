@@ -1,0 +1,133 @@
+"""MaKD: multi-aspect distillation into a low-rank student."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kdcli.errors import InputError
+from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.objectives.attention import AttentionObjective
+from kdcli.objectives.hidden import HiddenObjective
+from kdcli.objectives.matrix import MatrixObjective
+from kdcli.objectives.output import OutputObjective
+from kdcli.objectives.task import TaskObjective
+
+Weight = Annotated[float, Field(ge=0.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class Levels(Options):
+    """Weights of the three levels; 0 switches one off, and nothing is captured for it."""
+
+    matrix: Weight = 1.0
+    layer: Weight = 1.0
+    model: Weight = 1.0
+
+
+class Terms(Options):
+    """Weights of the terms inside their levels."""
+
+    mha: Weight = 1.0
+    ffn: Weight = 1.0
+    attention: Weight = 1.0
+    hidden: Weight = 1.0
+    embedding: Weight = 0.0
+
+
+class MaKDOptions(Options):
+    """Options of MaKD: weights, temperature, the share alpha of the teacher's prediction, the schedule."""
+
+    weights: Levels = Levels()
+    terms: Terms = Terms()
+    alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    matrix_norm: bool = True
+    hidden_norm: bool = False
+    schedule: Literal["joint", "staged"] = "joint"
+    shares: Annotated[list[Share], Field(min_length=3, max_length=3)] = [0.4, 0.3, 0.3]
+    final_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
+
+
+def check(options: MaKDOptions, context: Context) -> None:
+    """Raise InputError when the widths or heads differ where the terms need them equal."""
+    teacher, student = context.teacher, context.student
+    if not any((options.weights.matrix, options.weights.layer, options.weights.model)):
+        raise InputError("all levels of MaKD are switched off", where="method.weights")
+    inner = options.weights.matrix > 0 or options.weights.layer > 0
+    if inner and (teacher.hidden, teacher.intermediate) != (student.hidden, student.intermediate):
+        raise InputError(
+            f"MaKD compares matrices and layers of equal widths; the teacher's are {teacher.hidden} and "
+            f"{teacher.intermediate}, the student's {student.hidden} and {student.intermediate}",
+            where="method.name",
+            hint="use a low-rank or depth student, or weights = {matrix = 0, layer = 0}",
+        )
+    if options.weights.layer > 0 and options.terms.attention > 0 and teacher.heads != student.heads:
+        raise InputError(
+            f"attention can be compared between equal numbers of heads, not {teacher.heads} and {student.heads}",
+            where="method.terms.attention",
+            hint="set it to 0",
+        )
+    if abs(sum(options.shares) - 1.0) > 1e-6:
+        raise InputError(
+            f"method.shares must add up to 1, not {sum(options.shares):g}", where="method.shares"
+        )
+
+
+def build(options: MaKDOptions, context: Context) -> list[Stage]:
+    """Return one joint stage, or three from fine to coarse (methods 5.3)."""
+
+    def matrix_level() -> list[Term]:
+        weight, terms = options.weights.matrix, options.terms
+        heads = ("query", "key", "value", "attention_output")
+        return [
+            Term("mha", MatrixObjective(context.pairs, heads, match_norm=options.matrix_norm), weight * terms.mha),
+            Term(
+                "ffn",
+                MatrixObjective(context.pairs, ("ffn_in", "ffn_out"), match_norm=options.matrix_norm),
+                weight * terms.ffn,
+            ),
+        ]
+
+    def layer_level() -> list[Term]:
+        weight, terms = options.weights.layer, options.terms
+        return [
+            Term("attention", AttentionObjective(context.pairs), weight * terms.attention),
+            Term("hidden", HiddenObjective(context.pairs, match_norm=options.hidden_norm), weight * terms.hidden),
+            Term("embedding", HiddenObjective([(0, 0)], match_norm=options.hidden_norm), weight * terms.embedding),
+        ]
+
+    def model_level() -> list[Term]:
+        weight = options.weights.model
+        return [
+            Term("output", OutputObjective(context.kind, options.temperature), weight * options.alpha),
+            Term("task", TaskObjective(context.kind), weight * (1.0 - options.alpha)),
+        ]
+
+    if options.schedule == "joint":
+        return [Stage("distil", matrix_level() + layer_level() + model_level())]
+    first, second, third = options.shares
+    stages = [
+        Stage("matrix", matrix_level(), first),
+        Stage("layer", matrix_level() + layer_level(), second),
+        Stage(
+            "model", matrix_level() + layer_level() + model_level(), third, learning_rate=options.final_learning_rate
+        ),
+    ]
+    return [stage for stage in stages if any(term.weight > 0 for term in stage.terms)]
+
+
+METHOD = Method(
+    name="makd",
+    title="Multi-aspect distillation of matrices, layers and predictions into a low-rank student",
+    paper="Liu, Mao, Xu, Peng, Huang (2026): Multi-Aspect Knowledge Distillation for Language Model with "
+    "Low-rank Factorization. arXiv 2604.03110",
+    formula="w_M mean_l(L_mha + L_ffn) + w_L mean_l(KL_att + MSE_hid) + w_P (alpha T^2 KL + (1 - alpha) CE)",
+    signals="outputs of all six matrices of every block, attention, hidden states, logits, gold labels",
+    constraints="student as wide as the teacher, with the same heads",
+    cost="one teacher forward pass a step",
+    options=MaKDOptions,
+    build=build,
+    check=check,
+    student={"form": "low-rank", "budget": 0.5},
+    train={"epochs": 3.0, "learning_rate": 1e-4},
+)

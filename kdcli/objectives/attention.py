@@ -1,0 +1,56 @@
+"""The attention objective: where heads look."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kdcli.objectives.base import Objective, Signals, Wants, masked_log_softmax, token_mean
+
+
+def attention_kl(student_scores: Tensor, teacher_scores: Tensor, mask: Tensor) -> Tensor:
+    """Return KL(teacher || student) of attention rows, mean over heads, real queries and examples.
+
+    student_scores, teacher_scores: (batch, heads, seq, seq), before softmax and mask; mask: (batch, seq).
+    Source: MiniLM (Wang et al. 2020), eq. 5; methods 5.3 and 7.
+    """
+    student = masked_log_softmax(student_scores, mask)
+    teacher = masked_log_softmax(teacher_scores, mask)
+    keys = mask[:, None, None, :].to(student.dtype)
+    rows = (teacher.exp() * (teacher - student) * keys).sum(-1).mean(1)
+    return token_mean(rows, mask)
+
+
+def attention_mse(student_scores: Tensor, teacher_scores: Tensor, mask: Tensor) -> Tensor:
+    """Return the squared difference of attention scores over heads and real query-key pairs.
+
+    Padded entries count as equal and are not in the mean, unlike in the released code.
+    Source: TinyBERT (Jiao et al. 2020), eq. 7; methods 9.
+    """
+    keys = mask[:, None, None, :].to(student_scores.dtype)
+    difference = ((student_scores - teacher_scores) * keys).square().sum(-1) / keys.sum(-1).clamp(min=1)
+    return token_mean(difference.mean(1), mask)
+
+
+class AttentionObjective(Objective):
+    """Mean over pairs (student block, teacher block) of the difference of attention: `kl` or `mse` (of scores).
+
+    Scores are formed from captured queries and keys, so that the models keep their fused attention.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[int, int]], *, measure: str = "kl") -> None:
+        super().__init__()
+        self.pairs = tuple(pairs)
+        self.measure = attention_kl if measure == "kl" else attention_mse
+
+    def student_wants(self) -> Wants:
+        return Wants(matrices=frozenset((s, n) for s, _ in self.pairs for n in ("query", "key")))
+
+    def teacher_wants(self) -> Wants:
+        return Wants(matrices=frozenset((t, n) for _, t in self.pairs for n in ("query", "key")))
+
+    def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
+        terms = [
+            self.measure(student.attention_scores(s), teacher.attention_scores(t), student.mask)
+            for s, t in self.pairs
+        ]
+        return sum(terms[1:], terms[0]) / len(terms)

@@ -1,0 +1,63 @@
+"""The hidden-state objective: what blocks say, token by token."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kdcli.objectives.base import Objective, Signals, Wants, token_mean
+
+
+def token_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, match_norm: bool = False) -> Tensor:
+    """Return the squared difference, mean over features, real tokens and examples.
+
+    student, teacher: (batch, seq, width); mask: (batch, seq). With `match_norm` it is divided by the teacher's
+    own mean square over the batch's real tokens: a relative error that no activation's size can make heavy.
+    """
+    student, teacher = student.float(), teacher.float()
+    error = token_mean((student - teacher).square().mean(-1), mask)
+    if match_norm:
+        error = error / token_mean(teacher.square().mean(-1), mask).clamp(min=1e-12)
+    return error
+
+
+class HiddenObjective(Objective):
+    """Mean over pairs (student layer, teacher layer) of the squared difference of hidden states.
+
+    Layers count from 0 (the embedding output). With `bridge`, a learned linear map (student width, teacher
+    width) comes before the comparison: one a student layer, or a single one when `shared` (TinyBERT).
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        *,
+        widths: tuple[int, int] | None = None,
+        bridge: bool = False,
+        shared: bool = False,
+        match_norm: bool = False,
+    ) -> None:
+        """widths: (student, teacher), needed for a bridge."""
+        super().__init__()
+        self.pairs = tuple(pairs)
+        self.match_norm = match_norm
+        self.shared = shared
+        self.bridges: nn.ModuleDict | None = None
+        if bridge:
+            assert widths is not None
+            names = ["shared"] if shared else sorted({str(s) for s, _ in self.pairs})
+            self.bridges = nn.ModuleDict({name: nn.Linear(*widths, bias=shared) for name in names})
+
+    def student_wants(self) -> Wants:
+        return Wants(hidden=frozenset(s for s, _ in self.pairs))
+
+    def teacher_wants(self) -> Wants:
+        return Wants(hidden=frozenset(t for _, t in self.pairs))
+
+    def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
+        terms = []
+        for s, t in self.pairs:
+            state = student.hidden[s].float()
+            if self.bridges is not None:
+                state = self.bridges["shared" if self.shared else str(s)](state)
+            terms.append(token_mse(state, teacher.hidden[t], student.mask, match_norm=self.match_norm))
+        return sum(terms[1:], terms[0]) / len(terms)

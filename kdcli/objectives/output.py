@@ -1,0 +1,50 @@
+"""The output objective: the student's prediction against the teacher's (Hinton et al., 2015)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kdcli.objectives.base import Objective, Signals, Wants
+
+
+def kl_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, scale: bool = True
+) -> Tensor:
+    """Return T^2 KL(teacher || student) at temperature T, mean over the batch, sum over classes.
+
+    student_logits, teacher_logits: (batch, classes). With `scale=False` the factor T^2 is left out (LGTM,
+    AD-KD). Zero when the logits agree up to a constant. Source: Hinton et al. 2015, eq. 2-4; methods 0.4.
+    """
+    student = torch.log_softmax(student_logits.float() / temperature, dim=-1)
+    teacher = torch.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    value = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return value * temperature**2 if scale else value
+
+
+def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return -sum p_T log p_S, mean over the batch: KL plus the teacher's entropy, with KL's gradient."""
+    student = torch.log_softmax(student_logits.float() / temperature, dim=-1)
+    teacher = torch.softmax(teacher_logits.float() / temperature, dim=-1)
+    return -(teacher * student).sum(-1).mean()
+
+
+class OutputObjective(Objective):
+    """T^2 KL of the logits; for regression the squared difference of the predictions (methods 0.4)."""
+
+    def __init__(self, kind: str = "classification", temperature: float = 1.0, *, scale: bool = True) -> None:
+        super().__init__()
+        self.kind = kind
+        self.temperature = temperature
+        self.scale = scale
+
+    def student_wants(self) -> Wants:
+        return Wants(logits=True)
+
+    def teacher_wants(self) -> Wants:
+        return Wants(logits=True)
+
+    def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
+        assert student.logits is not None and teacher.logits is not None
+        if self.kind == "regression":
+            return nn.functional.mse_loss(student.logits.float(), teacher.logits.float())
+        return kl_divergence(student.logits, teacher.logits, self.temperature, scale=self.scale)
