@@ -1,0 +1,36 @@
+"""Logits of a model for a whole data set."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@torch.inference_mode()
+def predict(model: Any, dataset: Dataset, collator: Any, *, batch_size: int = 64) -> np.ndarray:
+    """Return logits (n, classes) in the data set's order, fp32.
+
+    model: a PyTorch model, or anything called with the batch's inputs that returns an object with `.logits`
+    (an `OnnxModel`). Batches are sorted by length inside; a PyTorch model is put in eval mode for the time.
+    """
+    order = np.argsort(np.asarray(dataset["length"]), kind="stable")[::-1]
+    training = getattr(model, "training", False)
+    device = torch.device("cpu")
+    if isinstance(model, torch.nn.Module):
+        model.eval()
+        device = next(model.parameters()).device
+    parts = []
+    for start in range(0, len(order), batch_size):
+        rows = [dataset[int(i)] for i in order[start : start + batch_size]]
+        batch = collator(rows)
+        inputs = {key: batch[key].to(device) for key in INPUTS if key in batch}
+        parts.append(torch.as_tensor(model(**inputs).logits).float().cpu().numpy())
+    if training:
+        model.train()
+    sorted_logits = np.concatenate(parts)
+    logits = np.empty_like(sorted_logits)
+    logits[order] = sorted_logits
+    return logits

@@ -1,0 +1,27 @@
+"""Scores of a model on a task's report sets."""
+
+from typing import Any
+
+import numpy as np
+
+from kdcli.evaluation.predict import predict
+from kdcli.tasks.base import Task
+from kdcli.tasks.encode import Collator, encode
+from kdcli.tasks.metrics import compute_metrics
+
+
+def evaluate_model(
+    model: Any, tokenizer: Any, task: Task, *, batch_size: int = 64, max_length: int = 128
+) -> dict[str, dict[str, float]]:
+    """Return {report set: {metric: value}} of a PyTorch model or an `OnnxModel`; its classes in the task's order."""
+    collator = Collator(tokenizer)
+    scores = {}
+    for name, rows in task.report.items():
+        logits = predict(model, encode(rows, tokenizer, max_length), collator, batch_size=batch_size)
+        scores[name] = compute_metrics(task.metrics, logits, np.asarray(rows["label"]))
+    return scores
+
+
+def primary_score(scores: dict[str, dict[str, float]], primary: str) -> float:
+    """Return the first metric, mean over report sets (MNLI: matched and mismatched)."""
+    return float(np.mean([values[primary] for values in scores.values()]))

@@ -1,0 +1,128 @@
+"""A whole export: graph, parity on real inputs, latency beside the teacher; the folder appears whole or not at all."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+
+from kdcli.errors import GateError
+from kdcli.export.graph import export_onnx, operators, plain_copy
+from kdcli.export.latency import LatencyReport, measure
+from kdcli.export.parity import TOLERANCE, parity
+from kdcli.export.session import MODEL, OnnxModel
+from kdcli.files import atomic_folder
+from kdcli.tasks.base import Task
+from kdcli.tasks.encode import Collator, encode
+from kdcli.tensors.parametrize import probe_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class ExportResult:
+    """Where the graph is, how far its logits are from PyTorch's, and how fast both are."""
+
+    folder: Path
+    megabytes: float
+    difference: float
+    inputs: str
+    operators: dict[str, int]
+    latency: LatencyReport | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.folder),
+            "megabytes": round(self.megabytes, 3),
+            "parity": {"max_abs_difference": self.difference, "tolerance": TOLERANCE, "inputs": self.inputs},
+            "operators": self.operators,
+            "latency": self.latency.to_json() if self.latency is not None else None,
+        }
+
+    def table(self) -> Group:
+        table = Table(show_header=False)
+        table.add_row("graph", f"{self.folder / MODEL} ({self.megabytes:.1f} MB)")
+        table.add_row("parity", f"logits within {self.difference:.1e} of PyTorch's on {self.inputs}")
+        return Group(table, *([self.latency.table()] if self.latency is not None else []))
+
+
+def export_model(
+    model: "PreTrainedModel",
+    tokenizer: Any,
+    folder: Path,
+    *,
+    task: Task | None,
+    max_length: int = 128,
+    opset: int = 23,
+    latency: bool = True,
+    batch_sizes: Sequence[int] = (1, 8),
+    sequence_lengths: Sequence[int] = (16, 128),
+    threads: int = 1,
+    runs: int = 30,
+    teacher: "PreTrainedModel | None" = None,
+    force: bool = False,
+) -> ExportResult:
+    """Export `model`, check it, time it beside PyTorch and the teacher, and keep it in `folder`.
+
+    Parity is checked on the task's own inputs (random ones without a task). Raises GateError, and leaves no
+    folder, when a logit differs by more than 1e-4; InputError when the folder exists and `force` is False.
+    """
+    plain = plain_copy(model)
+    batches, source = _real_batches(plain, tokenizer, task, max_length)
+    with atomic_folder(folder, force=force) as temporary:
+        export_onnx(plain, tokenizer, temporary, opset=opset)
+        session = OnnxModel(temporary, threads=threads)
+        difference = parity(plain, session, batches)
+        if not difference <= TOLERANCE:
+            raise GateError(
+                f"the exported graph's logits differ from PyTorch's by {difference:.2e} (allowed {TOLERANCE:g})"
+            )
+        report = None
+        if latency:
+            report = _latency(plain, session, teacher, tokenizer, batch_sizes, sequence_lengths, threads, runs)
+        size, nodes = session.megabytes, operators(temporary / MODEL)
+    return ExportResult(folder, size, difference, source, nodes, report)
+
+
+def _real_batches(model: Any, tokenizer: Any, task: Task | None, max_length: int) -> tuple[list[Any], str]:
+    if task is None:
+        return [probe_batch(model)], "random inputs"
+    rows = next(iter(task.report.values()))
+    data = encode(rows.select(range(min(64, len(rows)))), tokenizer, max_length)
+    collator, size = Collator(tokenizer), 8
+    batches = [
+        collator([data[i] for i in range(start, min(start + size, len(data)))])
+        for start in range(0, len(data), size)
+    ]
+    batches.append(collator([data[0]]))
+    return batches, f"{len(data)} examples of {task.name}"
+
+
+def _latency(
+    model: Any,
+    session: OnnxModel,
+    teacher: "PreTrainedModel | None",
+    tokenizer: Any,
+    batch_sizes: Sequence[int],
+    sequence_lengths: Sequence[int],
+    threads: int,
+    runs: int,
+) -> LatencyReport:
+    models: dict[str, tuple[Any, OnnxModel | None]] = {"student": (model, session)}
+    with tempfile.TemporaryDirectory() as folder:
+        if teacher is not None:
+            beside = plain_copy(teacher)
+            export_onnx(beside, tokenizer, Path(folder) / "teacher")
+            models["teacher"] = (beside, OnnxModel(Path(folder) / "teacher", threads=threads))
+        return measure(
+            models,
+            batch_sizes=batch_sizes,
+            sequence_lengths=sequence_lengths,
+            threads=threads,
+            runs=runs,
+            vocab_size=model.config.vocab_size,
+        )

@@ -1,0 +1,123 @@
+"""From a PyTorch model to an ONNX graph."""
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcli.errors import RunError
+from kdcli.export.session import MODEL
+from kdcli.tensors.parametrize import contract_model, is_overparameterised
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class _Logits(nn.Module):
+    """The model as a function of plain tensors, returning logits only."""
+
+    def __init__(self, model: "PreTrainedModel", names: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
+
+
+def input_names(model: "PreTrainedModel", tokenizer: Any) -> list[str]:
+    """Return the inputs that both tokenizer and model know."""
+    names = ["input_ids", "attention_mask"]
+    takes_types = getattr(model.config, "type_vocab_size", 0) > 0 and model.config.model_type != "distilbert"
+    if takes_types and "token_type_ids" in tokenizer.model_input_names:
+        names.append("token_type_ids")
+    return names
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def plain_copy(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Return a copy for export: on the CPU, fp32, eval mode, contracted if it was over-parameterised."""
+    model = copy.deepcopy(model).to("cpu").float().eval()  # type: ignore[arg-type]
+    if is_overparameterised(model):
+        contract_model(model, check=False)
+    return model
+
+
+def export_onnx(model: "PreTrainedModel", tokenizer: Any, folder: Path, *, opset: int = 23) -> Path:
+    """Write model.onnx, config.json and the tokenizer into `folder`, and return the graph's path.
+
+    Batch and sequence are dynamic. The given model is not changed; an over-parameterised one is contracted in
+    a copy first. Raises RunError when the exporter or onnx.checker refuses the graph.
+    """
+    import onnx
+
+    model = plain_copy(model)
+    names = input_names(model, tokenizer)
+    ids = torch.randint(5, model.config.vocab_size, (2, 11), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    batch, sequence = torch.export.Dim("batch", min=1), torch.export.Dim("sequence", min=1, max=_positions(model))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / MODEL
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                _Logits(model, names).eval(),
+                tuple(values[name] for name in names),
+                dynamo=True,
+                opset_version=opset,
+                input_names=names,
+                output_names=["logits"],
+                dynamic_shapes={"inputs": tuple({0: batch, 1: sequence} for _ in names)},
+            )
+            assert program is not None
+            program.save(str(path))
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        raise RunError(f"{type(model).__name__} cannot be exported: {str(error).splitlines()[0]}") from error
+    config = model.config.to_dict()
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+    return path
+
+
+def _positions(model: "PreTrainedModel") -> int:
+    offset = 2 if model.config.model_type in ("roberta", "xlm-roberta") else 0
+    return model.config.max_position_embeddings - offset
+
+
+def operators(path: Path) -> dict[str, int]:
+    """Return how often each operator occurs in a graph."""
+    import onnx
+
+    counts: dict[str, int] = {}
+    for node in onnx.load(str(path), load_external_data=False).graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return dict(sorted(counts.items()))

@@ -1,0 +1,77 @@
+"""An exported model that is called like a PyTorch one."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kdcli.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+MODEL = "model.onnx"
+
+
+@dataclass
+class OnnxOutput:
+    """logits: (batch, classes)."""
+
+    logits: torch.Tensor
+
+
+class OnnxModel:
+    """An ONNX folder in an ONNX Runtime session: `model(input_ids=..., attention_mask=...)` gives logits."""
+
+    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
+        """threads: of the session's operators; None leaves it to ONNX Runtime.
+
+        Raises InputError when the folder holds no graph that can be run.
+        """
+        import onnxruntime
+
+        path = folder / MODEL
+        if not path.is_file():
+            raise InputError(f"{folder} has no {MODEL}")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+            options.inter_op_num_threads = 1
+        providers = ["CPUExecutionProvider"]
+        if torch.cuda.is_available() and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            providers.insert(0, "CUDAExecutionProvider")
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:
+            raise InputError(f"{path} cannot be run: {str(error).splitlines()[0]}") from error
+        self.folder = folder
+        self.inputs = [node.name for node in self.session.get_inputs()]
+
+    @property
+    def config(self) -> "PretrainedConfig":
+        """The configuration beside the graph."""
+        from transformers import AutoConfig
+
+        raw = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        family = raw.pop("model_type")
+        return AutoConfig.for_model(family, **raw)
+
+    @property
+    def megabytes(self) -> float:
+        """Size of the graph and its weights on disk, in 10^6 bytes."""
+        return sum(f.stat().st_size for f in self.folder.glob(f"{MODEL}*")) / 1e6
+
+    def __call__(self, **inputs: torch.Tensor) -> OnnxOutput:
+        feed = {name: inputs[name].numpy() for name in self.inputs if name in inputs}
+        for name in self.inputs:
+            if name not in feed:
+                feed[name] = torch.zeros_like(inputs["input_ids"]).numpy()
+        return OnnxOutput(torch.from_numpy(self.session.run(["logits"], feed)[0]))
+
+
+def is_onnx_folder(path: Path) -> bool:
+    """True when a folder holds an exported graph."""
+    return (path / MODEL).is_file()

@@ -1,0 +1,191 @@
+"""The run folder: the only place that knows where in it things are."""
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdcli.errors import InputError
+from kdcli.files import write_json, write_text
+
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One `distill`: recipe.toml, run.json, checkpoints/, log/, student/, and onnx/ once it is exported."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def student(self) -> Path:
+        return self.path / "student"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log"
+
+    @property
+    def onnx(self) -> Path:
+        return self.path / "onnx"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What run.json says; empty when there is none yet. Raises InputError when it is broken."""
+        file = self.path / "run.json"
+        if not file.is_file():
+            return {}
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file} is not valid JSON: {error}", hint="start the run again with --force") from error
+
+    def update(self, changes: dict[str, Any]) -> None:
+        """Merge `changes` into run.json, atomically."""
+        write_json(self.path / "run.json", {**self.record, **changes})
+
+    def begin(
+        self, *, recipe: dict[str, Any], source: Path, overrides: list[str], seed: int, versions: dict[str, str]
+    ) -> None:
+        """Write the resolved recipe and the first run.json."""
+        write_text(self.path / "recipe.toml", to_toml(recipe))
+        self.update(
+            {
+                "name": self.name,
+                "status": "running",
+                "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "recipe": recipe,
+                "recipe_file": str(source),
+                "recipe_folder": str(source.resolve().parent),
+                "overrides": overrides,
+                "seed": seed,
+                "versions": versions,
+            }
+        )
+
+    def mark_failed(self) -> None:
+        """Say in run.json that the run ended early, as far as the disk still lets us."""
+        with contextlib.suppress(OSError, InputError):
+            if self.path.is_dir():
+                self.update({"status": "failed"})
+
+    def discard(self) -> None:
+        """Remove a run that never started."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.path.parent.rmdir()
+
+    def mark_latest(self) -> None:
+        """Let `latest` point to this run: a relative link, or a text file where links cannot be made."""
+        link = self.path.parent / LATEST
+        temporary = self.path.parent / f".{LATEST}.{os.getpid()}"
+        try:
+            os.symlink(self.name, temporary)
+            os.replace(temporary, link)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            if link.is_dir() and not link.is_symlink():
+                return
+            write_text(link, self.name + "\n")
+
+
+def open_run(root: Path, name: str, *, force: bool, resume: bool, create: bool = True) -> Run:
+    """Return the run `name` under `root`, its folder made and free to write to.
+
+    Raises InputError when it exists and neither `force` (which replaces it) nor `resume` is given, when
+    there is nothing to resume, or when the place cannot be written to.
+    """
+    if not name or name in (LATEST, ".", "..") or "/" in name or os.sep in name:
+        raise InputError(f"{name!r} cannot be a run's name", where="name", hint="use a plain word")
+    run = Run(root / name)
+    if not create:
+        return run
+    if resume and not run.path.is_dir():
+        raise InputError(f"there is no run at {run.path} to resume", hint="leave out --resume")
+    if run.path.exists() and any(run.path.iterdir()) and not (force or resume):
+        raise InputError(
+            f"{run.path} exists already",
+            hint="--force to replace it, --resume to go on with it, or --set name=OTHER",
+        )
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+        if force and run.path.exists():
+            aside = Path(tempfile.mkdtemp(dir=root, prefix=".old."))
+            os.replace(run.path, aside / name)
+            shutil.rmtree(aside, ignore_errors=True)
+        run.path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {root}: {error.strerror}", where="output") from error
+    return run
+
+
+def latest_run(root: Path | None = None) -> Run:
+    """Return the newest finished run under `root` (default: runs/ here). Raises InputError when there is none."""
+    root = root or Path("runs")
+    link = root / LATEST
+    path = None
+    if link.is_dir():
+        path = link.resolve()
+    elif link.is_file():
+        path = root / link.read_text(encoding="utf-8").strip()
+    if path is None or not (path / "student").is_dir():
+        raise InputError(
+            f"no run yet: there is no {link}",
+            hint="run `kdcli distill RECIPE` here first, or name a model folder",
+        )
+    return Run(path)
+
+
+def run_of_model(folder: Path) -> Run | None:
+    """Return the run that a model folder (its student/ or onnx/) belongs to, if any."""
+    parent = folder.resolve().parent
+    return Run(parent) if (parent / "run.json").is_file() else None
+
+
+def to_toml(document: dict[str, Any]) -> str:
+    """Return `document` as TOML: first the plain values, then a table a nested dictionary."""
+    lines: list[str] = []
+
+    def write(table: dict[str, Any], path: tuple[str, ...]) -> None:
+        plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
+        nested = {k: v for k, v in table.items() if isinstance(v, dict)}
+        if path and (plain or not nested):
+            lines.append(f"\n[{'.'.join(map(_key, path))}]")
+        lines.extend(f"{_key(k)} = {_value(v)}" for k, v in plain.items() if v is not None)
+        for key, value in nested.items():
+            write(value, (*path, key))
+
+    write(document, ())
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _key(name: str) -> str:
+    return name if name and all(c.isascii() and (c.isalnum() or c in "-_") for c in name) else json.dumps(name)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_value(item) for item in value) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value)
