@@ -293,3 +293,8 @@ def check_tokenizer(model: "PreTrainedModel", tokenizer: Any) -> None:
         )
     if tokenizer.pad_token_id is None:
         raise InputError("the tokenizer has no padding token", where="teacher.tokenizer")
+
+
+def load_any(name: str | Path) -> "PreTrainedModel":
+    """Load a model with the head that its checkpoint has: a classifier, or none."""
+    return load_model(name, task="sequence-classification" if has_classifier(name) else "base")

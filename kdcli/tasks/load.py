@@ -267,3 +267,33 @@ def _split(rows: custom.Columns, section: TaskSection, kind: str) -> tuple[custo
         return {name: [values[i] for i in sorted(indices)] for name, values in rows.items()}
 
     return take(kept), take(held)
+
+
+def load_rows(path: Path, text: list[str], label: str, config: Any) -> Task:
+    """Return a task of held-out rows in a file, whose labels are a model's own classes.
+
+    Raises InputError when the file, a column or a label does not fit.
+    """
+    regression = config.num_labels == 1
+    section = TaskSection(
+        name=path.stem, data=str(path), text=text, label=label, type="regression" if regression else "classification"
+    )
+    kind = "regression" if regression else "classification"
+    rows = custom.clean_rows(custom.read_file(path, "--data"), section, kind, str(path))
+    names: tuple[str, ...] = ()
+    if not regression:
+        names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+        numbers = {str(i) for i in range(config.num_labels)}
+        if set(rows["label"]) <= numbers and not set(rows["label"]) <= set(names):
+            rows["label"] = [names[int(value)] for value in rows["label"]]
+        custom.to_ids(rows, names, str(path))
+    return _task(
+        section,
+        EvaluateSection(),
+        kind=kind,
+        labels=names,
+        metrics=("pearson", "spearman") if regression else ("accuracy", "f1"),
+        train=rows,
+        validation={"rows": rows},
+        source=str(path),
+    )

@@ -245,6 +245,26 @@ def _align(model: "PreTrainedModel", task: Task, names: list[str] | None) -> Non
         model.config.label2id = {name: i for i, name in enumerate(task.label_names)}
 
 
+def align_labels(model: Any, task: Task) -> Any:
+    """Return `model` with its classes in the task's order: a PyTorch model in place, a session wrapped.
+
+    Raises InputError when the classes are not the task's labels.
+    """
+    if isinstance(model, nn.Module):
+        _align(model, task, None)  # type: ignore[arg-type]
+        return model
+    permutation = label_permutation(model.config, task)
+    if permutation is None or permutation == list(range(len(permutation))):
+        return model
+
+    def permuted(**inputs: torch.Tensor) -> Any:
+        output = model(**inputs)
+        output.logits = output.logits[:, permutation]
+        return output
+
+    return permuted
+
+
 def final_classifier(model: "PreTrainedModel") -> nn.Linear:
     """Return the linear layer that gives the logits."""
     classes = model.config.num_labels

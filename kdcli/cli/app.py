@@ -1,0 +1,139 @@
+"""The program: its commands, and how its errors reach the shell."""
+
+import importlib
+import os
+import sys
+from typing import Annotated, Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from kdcli import __version__
+from kdcli.errors import ExitCode, KdcliError
+
+COMMANDS = {
+    "distill": ("kdcli.cli.distill:distill", "Make a student from a recipe: train, compress, judge, report."),
+    "overparam": ("kdcli.cli.overparam:overparam", "Put tensor chains in place of a model's block matrices."),
+    "contract": ("kdcli.cli.contract:contract", "Multiply tensor chains back into the plain model."),
+    "eval": ("kdcli.cli.eval:evaluate", "Score a model on a task."),
+    "export": ("kdcli.cli.export:export", "Write a model as ONNX, check it, time it."),
+    "methods": ("kdcli.cli.methods:methods", "List the methods, or explain one."),
+    "env": ("kdcli.cli.env:env", "Show versions, devices and folders, for bug reports."),
+}
+"""name -> (module:function, one line for --help). A command is imported when it is called."""
+
+
+class _Commands(TyperGroup):
+    """Imports a command's module only when the command is run or its own help is shown."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        place, summary = COMMANDS[name]
+        module, function = place.split(":")
+        sub = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+        sub.command(name, short_help=summary)(getattr(importlib.import_module(module), function))
+        return typer.main.get_command(sub)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+
+app = typer.Typer(
+    name="kdcli",
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"kdcli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Make transformer models smaller by knowledge distillation, with the evidence.
+
+    kdcli distill recipe.toml, then kdcli eval --task sst2, then kdcli export --onnx.
+    """
+
+
+def _wants_debug(arguments: list[str]) -> bool:
+    return "--debug" in arguments or os.environ.get("KDCLI_DEBUG", "") not in ("", "0")
+
+
+def _report(message: str, where: str | None = None, hint: str | None = None) -> None:
+    from rich.markup import escape
+
+    from kdcli.cli.console import err
+
+    head = f"{where}: {message}" if where else message
+    err.print(f"[bold red]error:[/] {escape(head)}", highlight=False, soft_wrap=True)
+    if hint:
+        err.print(f"  hint: {escape(hint)}", highlight=False, soft_wrap=True)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the program on `arguments` (default: the process's own) and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = _wants_debug(arguments)
+    # Accepted in any place, so that it can be added to a command that has just failed.
+    arguments = [a for a in arguments if a != "--debug"]
+    from kdcli.cli.console import quiet_libraries
+
+    quiet_libraries()
+    try:
+        result = typer.main.get_command(app).main(arguments, prog_name="kdcli", standalone_mode=False)
+    except KdcliError as error:
+        if debug:
+            raise
+        _report(error.message, error.where, error.hint)
+        return int(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.ctx.get_help() if error.ctx else "")
+        return int(ExitCode.INPUT)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "kdcli"
+        _report(error.format_message(), hint=f"{command} --help shows what there is")
+        return int(ExitCode.INPUT)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        _report("interrupted", hint="a distill goes on with --resume")
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`kdcli ... | head`): nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitCode.OK)
+    except Exception as error:
+        if debug:
+            raise
+        text = str(error).strip().splitlines()
+        _report(
+            f"{type(error).__name__}: {text[0] if text else 'no message'}",
+            hint="this is a bug or a broken machine; run again with --debug for the traceback",
+        )
+        return int(ExitCode.RUN)
+    return int(_code(result))
+
+
+def _code(result: Any) -> int:
+    return int(result) if isinstance(result, int) else 0
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run())

@@ -1,0 +1,39 @@
+"""Where words go: the result to stdout, everything else to stderr."""
+
+import json
+import logging
+import os
+import warnings
+from typing import Any
+
+from rich.console import Console
+
+out = Console(soft_wrap=False)
+err = Console(stderr=True)
+
+
+def emit(document: Any, *, table: Any, as_json: bool) -> None:
+    """Print the result: one JSON document, or a table for people."""
+    if as_json:
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+    else:
+        # On a pipe there is no width to fit: a cut table would be a wrong table.
+        width = None if out.is_terminal else max(out.width, 120)
+        Console(width=width).print(table)
+
+
+def info(message: str) -> None:
+    """Say something on stderr."""
+    err.print(message, highlight=False, soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own warnings and progress bars away from the user: kdcli says what matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    warnings.filterwarnings("ignore")
+    for name in ("transformers", "datasets", "torch", "accelerate", "onnxscript", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)

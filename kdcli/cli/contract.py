@@ -1,0 +1,52 @@
+"""kdcli contract"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def contract(
+    model: Annotated[str, typer.Argument(help="An over-parameterised model folder.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)],
+    merge_lowrank: Annotated[
+        bool, typer.Option("--merge-lowrank", help="Merge low-rank factors, too; the model grows again.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> int:
+    """Multiply tensor chains back into the plain model, and check that its outputs stay equal.
+
+    \b
+    Examples:
+      kdcli contract wide --out plain
+      kdcli contract runs/latest/student --merge-lowrank --out dense
+    """
+    from kdcli.cli.console import emit, info
+    from kdcli.errors import GateError
+    from kdcli.export.parity import TOLERANCE
+    from kdcli.files import atomic_folder
+    from kdcli.models.counts import count_parameters
+    from kdcli.models.load import load_any, load_tokenizer
+    from kdcli.models.lowrank import merge_low_rank
+    from kdcli.models.save import save_model
+    from kdcli.tensors.parametrize import contract_model, probe
+
+    loaded = load_any(model)
+    tokenizer = load_tokenizer(model)
+    before = probe(loaded)
+    report = contract_model(loaded)
+    if merge_lowrank:
+        merge_low_rank(loaded)
+        report.after = count_parameters(loaded)
+    report.max_abs_difference = float((probe(loaded) - before).abs().max())
+    if not report.max_abs_difference <= TOLERANCE:
+        raise GateError(
+            f"contraction changes the outputs by {report.max_abs_difference:.2e} (allowed {TOLERANCE:g})"
+        )
+    with atomic_folder(out, force=force) as folder:
+        save_model(loaded, folder, tokenizer)
+    emit({"folder": str(out), **report.to_json()}, table=report.table(), as_json=as_json)
+    what = "nothing to contract: " if not report.matrices and not merge_lowrank else ""
+    info(f"{out}: {what}outputs within {report.max_abs_difference:.1e} of {model}'s")
+    return 0

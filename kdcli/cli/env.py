@@ -1,0 +1,41 @@
+"""kdcli env"""
+
+from typing import Annotated
+
+import typer
+
+
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> int:
+    """Show what a bug report needs: versions, devices, threads, folders.
+
+    \b
+    Examples:
+      kdcli env
+      kdcli env --json
+    """
+    import os
+
+    import onnxruntime
+    import torch
+    from rich.table import Table
+
+    from kdcli.cli.console import emit
+    from kdcli.files import cache_dir
+    from kdcli.pipeline import versions
+    from kdcli.training.trainer import resolve_precision
+
+    document = {
+        **versions(),
+        "gpus": str(torch.cuda.device_count()),
+        "precision": resolve_precision("auto", "auto"),
+        "onnxruntime_providers": ", ".join(onnxruntime.get_available_providers()),
+        "cache": str(cache_dir()),
+        "KDCLI_DATA_DIR": os.environ.get("KDCLI_DATA_DIR", "not set"),
+        "HF_HOME": os.environ.get("HF_HOME", "not set"),
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "not set"),
+    }
+    table = Table(show_header=False)
+    for key, value in document.items():
+        table.add_row(key, value)
+    emit(document, table=table, as_json=as_json)
+    return 0

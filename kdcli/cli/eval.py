@@ -1,0 +1,105 @@
+"""kdcli eval"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Protocol(StrEnum):
+    """Which part of the validation set is scored."""
+
+    dev = "dev"
+    half_dev = "half-dev"
+
+
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A model folder, ONNX folder, run or hub name; default: the newest run's student."),
+    ] = None,
+    task: Annotated[str | None, typer.Option("--task", help="A task's name; default: the run's own.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Own data to score on: CSV, JSONL or Parquet.")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text column of --data, or two with a comma.")] = None,
+    label: Annotated[str, typer.Option("--label", help="Label column of --data.")] = "label",
+    teacher: Annotated[str | None, typer.Option("--teacher", help="A model to compare with.")] = None,
+    protocol: Annotated[Protocol | None, typer.Option("--protocol")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
+    max_samples: Annotated[int | None, typer.Option("--max-samples", min=1, help="Score a random part only.")] = None,
+    fail_under: Annotated[float | None, typer.Option("--fail-under", help="Exit with 1 below this score (0 to 1).")] = None,
+    fail_under_retention: Annotated[
+        float | None, typer.Option("--fail-under-retention", help="Exit with 1 below this share of the teacher's score.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> int:
+    """Score a model on a task.
+
+    \b
+    Examples:
+      kdcli eval --task sst2
+      kdcli eval runs/sst2-makd/onnx --task sst2 --json
+      kdcli eval MODEL --task rte --teacher TEACHER --fail-under-retention 0.97
+      kdcli eval --data held_out.csv --text message --label team
+    """
+    from kdcli.cli.choose import choose_model, choose_task
+    from kdcli.cli.console import emit, info
+    from kdcli.errors import ExitCode, InputError
+
+    choice = choose_model(model)
+    if data is None:
+        section, judged, base = choose_task(
+            choice, task, protocol=protocol.value if protocol else None, samples=max_samples
+        )
+    from rich.table import Table
+
+    from kdcli.cli.choose import load_contestant
+    from kdcli.evaluation.score import evaluate_model, primary_score
+    from kdcli.tasks.load import load_rows, load_task
+    from kdcli.training.teacher import align_labels
+
+    contestant, tokenizer = load_contestant(choice.model)
+    if data is not None:
+        if text is None:
+            raise InputError("--data needs --text COLUMN", where="--text")
+        loaded = load_rows(data, text.split(","), label, contestant.config)
+    else:
+        loaded = load_task(section, judged, base=base)
+    length = section.max_length if data is None else 128
+    models = {"student" if teacher else "score": (choice.model, contestant, tokenizer)}
+    if teacher is not None:
+        models["teacher"] = (teacher, *load_contestant(teacher))
+    document: dict = {"task": loaded.name, "primary": loaded.primary, "metrics": {}}
+    scores = {}
+    for role, (name, one, words) in models.items():
+        values = evaluate_model(
+            align_labels(one, loaded), words, loaded, batch_size=batch_size, max_length=length
+        )
+        scores[role] = primary_score(values, loaded.primary)
+        document["metrics" if role != "teacher" else "teacher_metrics"] = values
+        document["model" if role != "teacher" else "teacher"] = name
+    own = next(iter(scores.values()))
+    document["score"] = own
+    if teacher is not None:
+        document["teacher_score"] = scores["teacher"]
+        document["retention"] = own / scores["teacher"] if scores["teacher"] > 0 else None
+    table = Table("", *models, title=f"{loaded.name}: {choice.model}")
+    for name, metrics in document["metrics"].items():
+        for metric, value in metrics.items():
+            row = [f"{100 * value:.2f}"]
+            if teacher is not None:
+                row.append(f"{100 * document['teacher_metrics'][name][metric]:.2f}")
+            table.add_row(f"{metric} ({name}, {len(loaded.report[name]):,} examples)", *row)
+    emit(document, table=table, as_json=as_json)
+    failed = []
+    if fail_under is not None and own < fail_under:
+        failed.append(f"{loaded.primary} {own:.4f} is under {fail_under}")
+    if fail_under_retention is not None:
+        retention = document.get("retention")
+        if retention is None:
+            raise InputError("--fail-under-retention needs --teacher MODEL", where="--fail-under-retention")
+        if retention < fail_under_retention:
+            failed.append(f"retention {retention:.4f} is under {fail_under_retention}")
+    for message in failed:
+        info(f"gate not met: {message}")
+    return int(ExitCode.GATE if failed else ExitCode.OK)

@@ -1,0 +1,99 @@
+"""kdcli export"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    model: Annotated[
+        str | None, typer.Argument(help="A model folder, run or hub name; default: the newest run's student.")
+    ] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX (the one format there is).")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default: onnx/ in the run.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Task whose inputs parity is checked on.")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="Model to time beside; default: the run's teacher.")] = None,
+    opset: Annotated[int, typer.Option("--opset", min=20, max=23)] = 23,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency")] = True,
+    batch_sizes: Annotated[str, typer.Option("--batch-sizes")] = "1,8",
+    sequence_lengths: Annotated[str, typer.Option("--sequence-lengths")] = "16,128",
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: all cores.")] = None,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Timed runs of each grid cell.")] = 30,
+    max_latency_ms: Annotated[
+        float | None, typer.Option("--max-latency-ms", help="Exit with 1 when the first cell's p50 in ONNX Runtime is above.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> int:
+    """Write a model as ONNX with dynamic batch and sequence, check its logits, measure its latency.
+
+    \b
+    Examples:
+      kdcli export --onnx
+      kdcli export MODEL --onnx --out served --task sst2
+      kdcli export --onnx --batch-sizes 1,32 --sequence-lengths 64 --threads 4 --max-latency-ms 8
+    """
+    import os
+
+    from kdcli.cli.choose import choose_model, choose_task
+    from kdcli.cli.console import emit, info
+    from kdcli.errors import ExitCode, InputError
+
+    if not onnx:
+        raise InputError("say which format: --onnx", where="kdcli export")
+    choice = choose_model(model)
+    if out is None and choice.run is None:
+        raise InputError("--out DIR is needed for a model outside a run", where="--out")
+    grid = [_numbers(batch_sizes, "--batch-sizes"), _numbers(sequence_lengths, "--sequence-lengths")]
+    from kdcli.export.export import export_model
+    from kdcli.models.load import load_model, load_tokenizer
+    from kdcli.tasks.load import load_task
+
+    loaded, length = None, 128
+    if task is not None or choice.run is not None:
+        section, judged, base = choose_task(choice, task)
+        loaded, length = load_task(section, judged, base=base), section.max_length
+    beside = teacher
+    if beside is None and choice.run is not None and latency:
+        beside = choice.run.record.get("teacher_path")
+        if beside is not None and not Path(beside).is_dir():
+            info(f"the run's teacher is gone ({beside}): timing the student alone")
+            beside = None
+    result = export_model(
+        load_model(choice.model),
+        load_tokenizer(choice.model),
+        out or choice.run.onnx,  # type: ignore[union-attr]
+        task=loaded,
+        max_length=length,
+        opset=opset,
+        latency=latency,
+        batch_sizes=grid[0],
+        sequence_lengths=grid[1],
+        threads=threads or os.cpu_count() or 1,
+        runs=runs,
+        teacher=load_model(beside) if beside is not None else None,
+        # A run's own graph is made from its student: making it again loses nothing.
+        force=force or out is None,
+    )
+    if choice.run is not None and out is None:
+        choice.run.update({"export": result.to_json()})
+    emit(result.to_json(), table=result.table(), as_json=as_json)
+    if max_latency_ms is not None and result.latency is not None:
+        p50 = result.latency.of("student", "ONNX Runtime", grid[0][0], grid[1][0])["p50"]
+        if p50 > max_latency_ms:
+            info(f"gate not met: p50 {p50:.2f} ms is above {max_latency_ms} ms")
+            return int(ExitCode.GATE)
+    return 0
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    from kdcli.errors import InputError
+
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise InputError(f"{option} takes whole numbers from 1 with commas, not {text!r}", where=option)
+    return numbers
