@@ -5,7 +5,6 @@ import os
 import sys
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -27,10 +26,10 @@ COMMANDS = {
 class _Commands(TyperGroup):
     """Imports a command's module only when the command is run or its own help is shown."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: typer.Context) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+    def get_command(self, ctx: typer.Context, name: str) -> Any:
         if name not in COMMANDS:
             return None
         place, summary = COMMANDS[name]
@@ -39,7 +38,7 @@ class _Commands(TyperGroup):
         sub.command(name, short_help=summary)(getattr(importlib.import_module(module), function))
         return typer.main.get_command(sub)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
@@ -104,14 +103,17 @@ def run(arguments: list[str] | None = None) -> int:
             raise
         _report(error.message, error.where, error.hint)
         return int(error.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.ctx.get_help() if error.ctx else "")
-        return int(ExitCode.INPUT)
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "kdcli"
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
+            print(context.get_help())
+            return int(ExitCode.INPUT)
+        command = context.command_path if context is not None else "kdcli"
         _report(error.format_message(), hint=f"{command} --help shows what there is")
         return int(ExitCode.INPUT)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except typer.Exit as error:
+        return int(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
         _report("interrupted", hint="a distill goes on with --resume")
         return 130
     except BrokenPipeError:

@@ -276,7 +276,7 @@ def fit(
 
 
 def _arguments(settings: LoopSettings, folder: Path, examples: int, *, evaluates: bool) -> TrainingArguments:
-    use_cpu = settings.device == "cpu"
+    use_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError("train.device is \"cuda\" but PyTorch sees no GPU", hint="use device = \"auto\"")
     steps = settings.steps(examples)
