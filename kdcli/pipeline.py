@@ -269,9 +269,7 @@ def run_distill(
     code = ExitCode.OK
     limit = fail_under if fail_under is not None else recipe.evaluate.fail_under
     if limit is not None and comparison.student_score < limit:
-        console.print(
-            f"gate not met: {task.primary} {comparison.student_score:.4f} is under {limit}", highlight=False
-        )
+        console.print(f"gate not met: {task.primary} {comparison.student_score:.4f} is under {limit}", highlight=False)
         code = ExitCode.GATE
     return RunResult(run.record, comparison, code)
 
@@ -316,9 +314,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _scores(
-    model: "PreTrainedModel", tokenizer: Any, task: Task, resolved: Resolved
-) -> dict[str, dict[str, float]]:
+def _scores(model: "PreTrainedModel", tokenizer: Any, task: Task, resolved: Resolved) -> dict[str, dict[str, float]]:
     return evaluate_model(
         model,
         tokenizer,
@@ -362,7 +358,7 @@ def _overparameterise(
             raise InputError(
                 "overparam.aux_weight is above 0, but no matrix of the student has a teacher matrix of its shape",
                 where="overparam.aux_weight",
-                hint="set aux_weight = 0, or aux_mismatch = \"truncate\"",
+                hint='set aux_weight = 0, or aux_mismatch = "truncate"',
             )
         if skipped:
             console.print(

@@ -35,7 +35,9 @@ class Plan:
         sizes = ", ".join(f"{name} {rows:,}" for name, rows in document["task"]["sizes"].items())
         table.add_row("task", f"{document['task']['name']} ({document['task']['kind']}): {sizes}")
         table.add_row("method", f"{document['method']['name']}: {document['method']['title']}")
-        table.add_row("teacher", f"{teacher['origin']}, {teacher['parameters']:,} parameters ({teacher['preparation']})")
+        table.add_row(
+            "teacher", f"{teacher['origin']}, {teacher['parameters']:,} parameters ({teacher['preparation']})"
+        )
         table.add_row(
             "student",
             f"{student['form']}, {student['parameters']:,} parameters "

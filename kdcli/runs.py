@@ -58,7 +58,13 @@ class Run:
         write_json(self.path / "run.json", {**self.record, **changes})
 
     def begin(
-        self, *, recipe: dict[str, Any], source: Path, overrides: list[str], seed: int, versions: dict[str, str]
+        self,
+        *,
+        recipe: dict[str, Any],
+        source: Path,
+        overrides: list[str],
+        seed: int,
+        versions: dict[str, str],
     ) -> None:
         """Write the resolved recipe and the first run.json."""
         write_text(self.path / "recipe.toml", to_toml(recipe))

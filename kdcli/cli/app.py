@@ -26,10 +26,10 @@ COMMANDS = {
 class _Commands(TyperGroup):
     """Imports a command's module only when the command is run or its own help is shown."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: typer.Context, name: str) -> Any:
+    def get_command(self, ctx: Any, name: str) -> Any:
         if name not in COMMANDS:
             return None
         place, summary = COMMANDS[name]
@@ -38,7 +38,7 @@ class _Commands(TyperGroup):
         sub.command(name, short_help=summary)(getattr(importlib.import_module(module), function))
         return typer.main.get_command(sub)
 
-    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 

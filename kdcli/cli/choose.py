@@ -51,7 +51,9 @@ def choose_task(
         section, evaluate = TaskSection(name=name, max_length=length), EvaluateSection()
     else:
         raise InputError(
-            f"which task is {choice.model} to be judged on?", where="--task", hint="give --task NAME, such as sst2"
+            f"which task is {choice.model} to be judged on?",
+            where="--task",
+            hint="give --task NAME, such as sst2",
         )
     if samples is not None:
         section = section.model_copy(update={"validation_samples": samples})

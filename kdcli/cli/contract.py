@@ -41,9 +41,7 @@ def contract(
         report.after = count_parameters(loaded)
     report.max_abs_difference = float((probe(loaded) - before).abs().max())
     if not report.max_abs_difference <= TOLERANCE:
-        raise GateError(
-            f"contraction changes the outputs by {report.max_abs_difference:.2e} (allowed {TOLERANCE:g})"
-        )
+        raise GateError(f"contraction changes the outputs by {report.max_abs_difference:.2e} (allowed {TOLERANCE:g})")
     with atomic_folder(out, force=force) as folder:
         save_model(loaded, folder, tokenizer)
     emit({"folder": str(out), **report.to_json()}, table=report.table(), as_json=as_json)

@@ -27,9 +27,12 @@ def evaluate(
     protocol: Annotated[Protocol | None, typer.Option("--protocol")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
     max_samples: Annotated[int | None, typer.Option("--max-samples", min=1, help="Score a random part only.")] = None,
-    fail_under: Annotated[float | None, typer.Option("--fail-under", help="Exit with 1 below this score (0 to 1).")] = None,
+    fail_under: Annotated[
+        float | None, typer.Option("--fail-under", help="Exit with 1 below this score (0 to 1).")
+    ] = None,
     fail_under_retention: Annotated[
-        float | None, typer.Option("--fail-under-retention", help="Exit with 1 below this share of the teacher's score.")
+        float | None,
+        typer.Option("--fail-under-retention", help="Exit with 1 below this share of the teacher's score."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
@@ -72,9 +75,7 @@ def evaluate(
     document: dict = {"task": loaded.name, "primary": loaded.primary, "metrics": {}}
     scores = {}
     for role, (name, one, words) in models.items():
-        values = evaluate_model(
-            align_labels(one, loaded), words, loaded, batch_size=batch_size, max_length=length
-        )
+        values = evaluate_model(align_labels(one, loaded), words, loaded, batch_size=batch_size, max_length=length)
         scores[role] = primary_score(values, loaded.primary)
         document["metrics" if role != "teacher" else "teacher_metrics"] = values
         document["model" if role != "teacher" else "teacher"] = name

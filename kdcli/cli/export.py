@@ -13,7 +13,9 @@ def export(
     onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX (the one format there is).")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default: onnx/ in the run.")] = None,
     task: Annotated[str | None, typer.Option("--task", help="Task whose inputs parity is checked on.")] = None,
-    teacher: Annotated[str | None, typer.Option("--teacher", help="Model to time beside; default: the run's teacher.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="Model to time beside; default: the run's teacher.")
+    ] = None,
     opset: Annotated[int, typer.Option("--opset", min=20, max=23)] = 23,
     latency: Annotated[bool, typer.Option("--latency/--no-latency")] = True,
     batch_sizes: Annotated[str, typer.Option("--batch-sizes")] = "1,8",
@@ -21,7 +23,8 @@ def export(
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: all cores.")] = None,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Timed runs of each grid cell.")] = 30,
     max_latency_ms: Annotated[
-        float | None, typer.Option("--max-latency-ms", help="Exit with 1 when the first cell's p50 in ONNX Runtime is above.")
+        float | None,
+        typer.Option("--max-latency-ms", help="Exit with 1 when the first cell's p50 in ONNX Runtime is above."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,

@@ -1,6 +1,6 @@
 """kdcli methods"""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,7 +31,7 @@ def methods(
         return 0
     method = registry.get(name)
     options = method.options().model_dump()
-    document = {
+    document: dict[str, Any] = {
         "name": method.name,
         "title": method.title,
         "formula": method.formula,

@@ -26,12 +26,15 @@ def overparam(
     model: Annotated[str, typer.Argument(help="A model folder or hub name.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)],
     length: Annotated[int, typer.Option("--length", "-L", min=0, help="Number of middle tensors.")] = 3,
-    scale: Annotated[float | None, typer.Option("--scale", help="Weights per matrix weight, instead of a length.")] = None,
+    scale: Annotated[
+        float | None, typer.Option("--scale", help="Weights per matrix weight, instead of a length.")
+    ] = None,
     factorization: Annotated[Factorization, typer.Option("--factorization")] = Factorization.mpo,
     targets: Annotated[str, typer.Option("--targets", help="attention, ffn, or both with a comma.")] = "attention,ffn",
     layers: Annotated[str, typer.Option("--layers", help="all, or block numbers from 0 with commas.")] = "all",
     factors: Annotated[
-        Path | None, typer.Option("--factors", help='TOML or JSON file: dimension -> factors, "768" = [32, 1, 24].')
+        Path | None,
+        typer.Option("--factors", help='TOML or JSON file: dimension -> factors, "768" = [32, 1, 24].'),
     ] = None,
     gauge: Annotated[Gauge, typer.Option("--gauge")] = Gauge.symmetric,
     svd_dtype: Annotated[str, typer.Option("--svd-dtype", help="float32 or float64.")] = "float64",

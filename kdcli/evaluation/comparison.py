@@ -60,11 +60,12 @@ class Comparison:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "Comparison":
         """Return the comparison that a run.json holds."""
-        sides = [
-            Described(record[k]["metrics"], record[k]["parameters"], record[k]["megabytes"])
-            for k in ("teacher", "student")
-        ]
-        return cls(record["primary"], *sides, record["teacher"]["score"], record["student"]["score"])
+
+        def side(model: dict[str, Any]) -> Described:
+            return Described(model["metrics"], model["parameters"], model["megabytes"])
+
+        teacher, student = record["teacher"], record["student"]
+        return cls(record["primary"], side(teacher), side(student), teacher["score"], student["score"])
 
     def table(self) -> Table:
         table = Table()

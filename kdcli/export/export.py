@@ -95,8 +95,7 @@ def _real_batches(model: Any, tokenizer: Any, task: Task | None, max_length: int
     data = encode(rows.select(range(min(64, len(rows)))), tokenizer, max_length)
     collator, size = Collator(tokenizer), 8
     batches = [
-        collator([data[i] for i in range(start, min(start + size, len(data)))])
-        for start in range(0, len(data), size)
+        collator([data[i] for i in range(start, min(start + size, len(data)))]) for start in range(0, len(data), size)
     ]
     batches.append(collator([data[0]]))
     return batches, f"{len(data)} examples of {task.name}"

@@ -83,7 +83,10 @@ def export_onnx(model: "PreTrainedModel", tokenizer: Any, folder: Path, *, opset
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
     values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
-    batch, sequence = torch.export.Dim("batch", min=1), torch.export.Dim("sequence", min=1, max=_positions(model))
+    batch, sequence = (
+        torch.export.Dim("batch", min=1),
+        torch.export.Dim("sequence", min=1, max=_positions(model)),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MODEL
     try:

@@ -36,7 +36,16 @@ class LatencyReport:
 
     def table(self) -> Table:
         table = Table(title=f"latency in ms, {self.threads} threads, {self.runs} runs each, in turn")
-        for name in ("model", "batch x tokens", "backend", "p50", "p95", "p99", "examples/s", "against eager"):
+        for name in (
+            "model",
+            "batch x tokens",
+            "backend",
+            "p50",
+            "p95",
+            "p99",
+            "examples/s",
+            "against eager",
+        ):
             table.add_column(name, justify="right" if name not in ("model", "backend") else "left")
         for row in self.rows:
             eager = self.of(row["model"], "PyTorch", row["batch"], row["sequence"])

@@ -28,8 +28,8 @@ def every(student: int, teacher: int) -> Pairs:
     """Block i follows block i; depths must be equal."""
     if student != teacher:
         raise InputError(
-            f"the layer map \"all\" needs equal depths, not {student} and {teacher}",
-            hint="use \"uniform\"",
+            f'the layer map "all" needs equal depths, not {student} and {teacher}',
+            hint='use "uniform"',
         )
     return [(i, i) for i in range(1, student + 1)]
 
@@ -41,9 +41,7 @@ def uniform_consecutive(student: int, teacher: int, *, half_open: bool = False) 
     """
     k = math.ceil(teacher / student)
     first = 1 if half_open else 0
-    return [
-        (i, j) for i in range(1, student + 1) for j in range(k * (i - 1) + first, min(k * i, teacher) + 1)
-    ]
+    return [(i, j) for i in range(1, student + 1) for j in range(k * (i - 1) + first, min(k * i, teacher) + 1)]
 
 
 def uniform_last(student: int, teacher: int) -> Pairs:

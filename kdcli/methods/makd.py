@@ -44,7 +44,7 @@ class MaKDOptions(Options):
     matrix_norm: bool = True
     hidden_norm: bool = False
     schedule: Literal["joint", "staged"] = "joint"
-    shares: Annotated[list[Share], Field(min_length=3, max_length=3)] = [0.4, 0.3, 0.3]
+    shares: Annotated[list[Share], Field(min_length=3, max_length=3)] = Field(default=[0.4, 0.3, 0.3])
     final_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
 
 
@@ -68,9 +68,7 @@ def check(options: MaKDOptions, context: Context) -> None:
             hint="set it to 0",
         )
     if abs(sum(options.shares) - 1.0) > 1e-6:
-        raise InputError(
-            f"method.shares must add up to 1, not {sum(options.shares):g}", where="method.shares"
-        )
+        raise InputError(f"method.shares must add up to 1, not {sum(options.shares):g}", where="method.shares")
 
 
 def build(options: MaKDOptions, context: Context) -> list[Stage]:
@@ -80,7 +78,11 @@ def build(options: MaKDOptions, context: Context) -> list[Stage]:
         weight, terms = options.weights.matrix, options.terms
         heads = ("query", "key", "value", "attention_output")
         return [
-            Term("mha", MatrixObjective(context.pairs, heads, match_norm=options.matrix_norm), weight * terms.mha),
+            Term(
+                "mha",
+                MatrixObjective(context.pairs, heads, match_norm=options.matrix_norm),
+                weight * terms.mha,
+            ),
             Term(
                 "ffn",
                 MatrixObjective(context.pairs, ("ffn_in", "ffn_out"), match_norm=options.matrix_norm),
@@ -92,8 +94,16 @@ def build(options: MaKDOptions, context: Context) -> list[Stage]:
         weight, terms = options.weights.layer, options.terms
         return [
             Term("attention", AttentionObjective(context.pairs), weight * terms.attention),
-            Term("hidden", HiddenObjective(context.pairs, match_norm=options.hidden_norm), weight * terms.hidden),
-            Term("embedding", HiddenObjective([(0, 0)], match_norm=options.hidden_norm), weight * terms.embedding),
+            Term(
+                "hidden",
+                HiddenObjective(context.pairs, match_norm=options.hidden_norm),
+                weight * terms.hidden,
+            ),
+            Term(
+                "embedding",
+                HiddenObjective([(0, 0)], match_norm=options.hidden_norm),
+                weight * terms.embedding,
+            ),
         ]
 
     def model_level() -> list[Term]:
@@ -110,7 +120,10 @@ def build(options: MaKDOptions, context: Context) -> list[Stage]:
         Stage("matrix", matrix_level(), first),
         Stage("layer", matrix_level() + layer_level(), second),
         Stage(
-            "model", matrix_level() + layer_level() + model_level(), third, learning_rate=options.final_learning_rate
+            "model",
+            matrix_level() + layer_level() + model_level(),
+            third,
+            learning_rate=options.final_learning_rate,
         ),
     ]
     return [stage for stage in stages if any(term.weight > 0 for term in stage.terms)]

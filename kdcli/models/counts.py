@@ -26,6 +26,4 @@ def count_from_config(config: "PretrainedConfig") -> int:
 
 def block_weight_count(model: "PreTrainedModel") -> int:
     """Return the number of weights in all block matrices, without biases."""
-    return sum(
-        p.numel() for _, module in iter_block_matrices(model) for p in module.parameters() if p.ndim > 1
-    )
+    return sum(p.numel() for _, module in iter_block_matrices(model) for p in module.parameters() if p.ndim > 1)

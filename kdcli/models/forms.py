@@ -56,9 +56,7 @@ def chosen_layers(section: StudentSection, depth: int) -> list[int]:
     if isinstance(wanted, list):
         wrong = [layer for layer in wanted if layer >= depth]
         if wrong:
-            raise InputError(
-                f"the teacher has blocks 0 to {depth - 1}, not {wrong[0]}", where="student.layers"
-            )
+            raise InputError(f"the teacher has blocks 0 to {depth - 1}, not {wrong[0]}", where="student.layers")
         if not wanted or sorted(set(wanted)) != wanted:
             raise InputError("student.layers must be block numbers in rising order", where="student.layers")
         return wanted
@@ -105,7 +103,7 @@ def _blocks_prefix(model: "PreTrainedModel") -> str:
 
 
 def _empty_like(model: "PreTrainedModel", config: Any) -> "PreTrainedModel":
-    return type(model)(config).to(next(model.parameters()).dtype)
+    return type(model)(config).to(dtype=next(model.parameters()).dtype)  # type: ignore[arg-type, call-arg]
 
 
 def _reset(model: "PreTrainedModel", module: nn.Module) -> None:
@@ -174,7 +172,7 @@ def _slice_into(teacher: "PreTrainedModel", student: "PreTrainedModel", kept: li
 
 def _checkpoint(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
     assert section.model is not None
-    labels = list(teacher.config.id2label.values())
+    labels = [str(label) for label in (teacher.config.id2label or {}).values()]
     student = load_model(
         section.model,
         num_labels=teacher.config.num_labels,

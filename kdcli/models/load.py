@@ -31,7 +31,7 @@ def _folder(name: str | Path) -> Path | None:
     text = str(name)
     if path.exists():
         raise InputError(f"{text} is a file; a model is a folder with config.json and model.safetensors")
-    if text.startswith((".", "/", "~")) or text.count("/") > 1 or os.sep != "/" and os.sep in text:
+    if text.startswith((".", "/", "~")) or text.count("/") > 1 or (os.sep != "/" and os.sep in text):
         raise InputError(f"no model folder at {text}", hint="check the path; a hub name looks like owner/name")
     return None
 
@@ -74,9 +74,7 @@ def _weight_files(name: str | Path, revision: str | None) -> list[Path]:
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(
-                snapshot_download(str(name), revision=revision, allow_patterns=["*.safetensors", "*.json"])
-            )
+            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=["*.safetensors", "*.json"]))
         except Exception as error:
             raise InputError(f"cannot fetch {name!r} from the hub ({type(error).__name__})") from error
     files = sorted(folder.glob("model*.safetensors"))
@@ -159,9 +157,7 @@ def load_model(
         return _load_structured(name, raw, files, auto, changes)
     with _quiet():
         try:
-            config = AutoConfig.from_pretrained(
-                name, revision=revision, trust_remote_code=trust_remote_code, **changes
-            )
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **changes)
             model, report = auto.from_pretrained(
                 name,
                 config=config,
@@ -216,12 +212,16 @@ def _load_structured(
         for path, rank in structure.get("low_rank", {}).items():
             linear = model.get_submodule(path)
             _replace(
-                model, path, LowRankLinear(linear.in_features, linear.out_features, rank, bias=linear.bias is not None)
+                model,
+                path,
+                LowRankLinear(linear.in_features, linear.out_features, rank, bias=linear.bias is not None),
             )
         for path, rank in structure.get("low_rank_embeddings", {}).items():
             table = model.get_submodule(path)
             _replace(
-                model, path, LowRankEmbedding(table.num_embeddings, table.embedding_dim, rank, table.padding_idx)
+                model,
+                path,
+                LowRankEmbedding(table.num_embeddings, table.embedding_dim, rank, table.padding_idx),
             )
         if "overparam" in structure:
             restore_overparam(model, structure["overparam"])
@@ -261,10 +261,12 @@ def load_tokenizer(name: str | Path) -> Any:
 
     folder = _folder(name)
     if folder is not None and not any(
-        (folder / file).exists() for file in ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model", "tokenizer.model")
+        (folder / file).exists()
+        for file in ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model", "tokenizer.model")
     ):
         raise InputError(
-            f"{folder} has no tokenizer files", hint="save the tokenizer beside the model, or set teacher.tokenizer"
+            f"{folder} has no tokenizer files",
+            hint="save the tokenizer beside the model, or set teacher.tokenizer",
         )
     with _quiet():
         try:

@@ -162,9 +162,7 @@ def plan_ranks(
         if sum(factored_count(shapes[key], candidate[key]) for key in shapes) <= allowed:
             best = candidate
     if best is None:
-        raise InputError(
-            f"a budget of {allowed:,} block weights is under rank 1 everywhere", where="student.budget"
-        )
+        raise InputError(f"a budget of {allowed:,} block weights is under rank 1 everywhere", where="student.budget")
     return best
 
 

@@ -50,7 +50,6 @@ class AttentionObjective(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         terms = [
-            self.measure(student.attention_scores(s), teacher.attention_scores(t), student.mask)
-            for s, t in self.pairs
+            self.measure(student.attention_scores(s), teacher.attention_scores(t), student.mask) for s, t in self.pairs
         ]
         return sum(terms[1:], terms[0]) / len(terms)

@@ -15,9 +15,7 @@ class MatrixObjective(Objective):
     (query, key, value, attention_output) and L_ffn (ffn_in before the activation, ffn_out).
     """
 
-    def __init__(
-        self, pairs: Sequence[tuple[int, int]], names: Sequence[str], *, match_norm: bool = True
-    ) -> None:
+    def __init__(self, pairs: Sequence[tuple[int, int]], names: Sequence[str], *, match_norm: bool = True) -> None:
         super().__init__()
         self.pairs = tuple(pairs)
         self.names = tuple(names)
@@ -31,9 +29,7 @@ class MatrixObjective(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         terms = [
-            token_mse(
-                student.matrices[(s, n)], teacher.matrices[(t, n)], student.mask, match_norm=self.match_norm
-            )
+            token_mse(student.matrices[(s, n)], teacher.matrices[(t, n)], student.mask, match_norm=self.match_norm)
             for s, t in self.pairs
             for n in self.names
         ]

@@ -66,7 +66,7 @@ def _apply(document: dict[str, Any], override: str) -> Path_:
         parsed = value
     table = document
     for depth, part in enumerate(path[:-1]):
-        inner = table.get(part)
+        inner: Any = table.get(part)
         if isinstance(inner, str) and depth == 0 and part in ("task", "method"):
             inner = {"name": inner}
         elif part == "finetune" and isinstance(inner, bool):
@@ -105,7 +105,7 @@ def _validate(
 
 def _where(field: Path_, path: Path, text: str, options: dict[Path_, str]) -> str:
     for option, words in options.items():
-        if field[: len(option)] == option or option[: len(field)] == field and field not in _written(text):
+        if field[: len(option)] == option or (option[: len(field)] == field and field not in _written(text)):
             return f"--set {words}"
     line = line_of(text, field)
     return f"{path}:{line}" if line else str(path)
@@ -121,7 +121,7 @@ def _merged(problems: list[tuple[Path_, str, str | None]]) -> list[tuple[Path_, 
     """Join the alternatives of a field that may have several types into one problem."""
     merged: dict[Path_, tuple[list[str], str | None]] = {}
     for field, message, hint in problems:
-        messages, first = merged.setdefault(field, ([], hint))
+        messages, _ = merged.setdefault(field, ([], hint))
         if message not in messages:
             messages.append(message)
     return [(field, " or ".join(messages), hint) for field, (messages, hint) in merged.items()]
@@ -142,8 +142,8 @@ def _problem(schema: type[BaseModel], entry: Any, prefix: Path_) -> tuple[Path_,
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
         near = difflib.get_close_matches(str(found), choices, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else None
-        return field, f"{found!r} is not one of {', '.join(map(repr, choices))}", hint
+        suggestion = f"did you mean {near[0]!r}?" if near else None
+        return field, f"{found!r} is not one of {', '.join(map(repr, choices))}", suggestion
     if kind == "value_error":
         return field, str(context.get("error", entry["msg"])), None
     message = entry["msg"][0].lower() + entry["msg"][1:]
@@ -153,7 +153,9 @@ def _problem(schema: type[BaseModel], entry: Any, prefix: Path_) -> tuple[Path_,
 
 def _is_field(part: str) -> bool:
     # pydantic names the branch of a union ("int", "list[nonnegative-int]", "FinetuneSection") like a field.
-    return part not in {"int", "str", "bool", "float"} and "[" not in part and not part[:1].isupper() and "-" not in part
+    return (
+        part not in {"int", "str", "bool", "float"} and "[" not in part and not part[:1].isupper() and "-" not in part
+    )
 
 
 def _fields_at(schema: type[BaseModel], location: list[str]) -> list[str]:

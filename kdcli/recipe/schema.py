@@ -51,7 +51,7 @@ class TaskSection(Section):
         if (self.validation or self.test) and self.train is None:
             raise ValueError("validation and test files need a train file")
         if sources and self.text is None:
-            raise ValueError("own data needs text = \"COLUMN\" (or two columns)")
+            raise ValueError('own data needs text = "COLUMN" (or two columns)')
         if isinstance(self.text, list) and len(self.text) not in (1, 2):
             raise ValueError("text takes one or two columns")
         if not sources and self.text is not None:
@@ -151,12 +151,12 @@ class StudentSection(Section):
                 if form != self.form and key not in fields[self.form] and getattr(self, key) is not None
             ]
             if strangers:
-                raise ValueError(f"form = \"{self.form}\" has no {', '.join(strangers)}")
+                raise ValueError(f'form = "{self.form}" has no {", ".join(strangers)}')
         sizes = [k for k in ("budget", "rank", "params", "energy") if getattr(self, k) is not None]
         if len(sizes) > 1:
             raise ValueError(f"give one of budget, rank, params and energy, not {' and '.join(sizes)}")
         if self.form == "checkpoint" and self.model is None:
-            raise ValueError("form = \"checkpoint\" needs model = \"FOLDER OR HUB NAME\"")
+            raise ValueError('form = "checkpoint" needs model = "FOLDER OR HUB NAME"')
         return self
 
 

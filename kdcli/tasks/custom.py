@@ -45,9 +45,7 @@ def _read(path: Path, kind: str) -> Columns:
             return {}
         table = pyarrow.csv.read_csv(
             path,
-            parse_options=pyarrow.csv.ParseOptions(
-                delimiter="\t" if kind == "TSV" else ",", newlines_in_values=True
-            ),
+            parse_options=pyarrow.csv.ParseOptions(delimiter="\t" if kind == "TSV" else ",", newlines_in_values=True),
             convert_options=pyarrow.csv.ConvertOptions(strings_can_be_null=False),
         )
         return table.to_pydict()
@@ -117,9 +115,7 @@ def clean_rows(columns: Columns, section: TaskSection, kind: str, source: str) -
         rows[target] = [str(value) for value in values]
     label = section.label or "label"
     values = need_column(columns, label, "label", source)
-    holes = [
-        i for i, v in enumerate(values) if v is None or v == "" or (isinstance(v, float) and math.isnan(v))
-    ]
+    holes = [i for i, v in enumerate(values) if v is None or v == "" or (isinstance(v, float) and math.isnan(v))]
     if holes:
         raise InputError(
             f"{source}: {len(holes)} rows have no label, the first is row {holes[0] + 1}",
@@ -132,7 +128,7 @@ def clean_rows(columns: Columns, section: TaskSection, kind: str, source: str) -
         except (TypeError, ValueError):
             wrong = next(v for v in values if not isinstance(v, int | float))
             raise InputError(
-                f"{source}: label {wrong!r} is no number, but task.type is \"regression\"", where="task.label"
+                f'{source}: label {wrong!r} is no number, but task.type is "regression"', where="task.label"
             ) from None
     else:
         rows["label"] = [_class_name(value) for value in values]

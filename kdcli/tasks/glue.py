@@ -26,7 +26,11 @@ GLUE = {
         GlueTask("stsb", ("sentence1", "sentence2"), (), ("pearson", "spearman")),
         GlueTask("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy")),
         GlueTask(
-            "mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), ("accuracy",), _MNLI
+            "mnli",
+            ("premise", "hypothesis"),
+            ("entailment", "neutral", "contradiction"),
+            ("accuracy",),
+            _MNLI,
         ),
         GlueTask("qnli", ("question", "sentence"), _ENTAILMENT, ("accuracy",)),
         GlueTask("rte", ("sentence1", "sentence2"), _ENTAILMENT, ("accuracy",)),

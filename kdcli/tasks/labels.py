@@ -15,6 +15,12 @@ def _normal(name: object) -> str:
     return re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_")
 
 
+def class_names_of(config: "PretrainedConfig") -> list[str]:
+    """Return a model's class names in the order of its logits."""
+    names = config.id2label or {}
+    return [str(names[i]) for i in sorted(names)]  # type: ignore[index, type-var]
+
+
 def label_permutation(config: "PretrainedConfig", task: "Task") -> list[int] | None:
     """Return the model's class number for each of the task's labels, or None for regression.
 
@@ -28,7 +34,7 @@ def label_permutation(config: "PretrainedConfig", task: "Task") -> list[int] | N
                 where="teacher.model",
             )
         return None
-    names = [config.id2label[i] for i in range(config.num_labels)]
+    names = class_names_of(config)
     if len(names) != len(task.label_names):
         raise InputError(
             f"the model has {len(names)} classes ({', '.join(map(str, names))}), task {task.name} has "

@@ -199,9 +199,7 @@ def _glue_rows(columns: custom.Columns, glue: GlueTask) -> custom.Columns:
 
 def _custom(section: TaskSection, evaluate: EvaluateSection, base: Path) -> Task:
     raw, source = _raw_splits(section, base)
-    kind = custom.infer_kind(
-        custom.need_column(raw["train"], section.label or "label", "label", source), section
-    )
+    kind = custom.infer_kind(custom.need_column(raw["train"], section.label or "label", "label", source), section)
     splits = {name: custom.clean_rows(rows, section, kind, source) for name, rows in raw.items()}
     names: tuple[str, ...] = ()
     if kind == "classification":
@@ -276,7 +274,11 @@ def load_rows(path: Path, text: list[str], label: str, config: Any) -> Task:
     """
     regression = config.num_labels == 1
     section = TaskSection(
-        name=path.stem, data=str(path), text=text, label=label, type="regression" if regression else "classification"
+        name=path.stem,
+        data=str(path),
+        text=text,
+        label=label,
+        type="regression" if regression else "classification",
     )
     kind = "regression" if regression else "classification"
     rows = custom.clean_rows(custom.read_file(path, "--data"), section, kind, str(path))

@@ -13,26 +13,86 @@ NOISE = 0.06
 LABELS = ("negative", "positive")
 SIZES = {"train": 8000, "validation": 1000}
 
-_POSITIVE = (
-    "gripping brilliant moving charming delightful superb clever touching fresh graceful witty splendid warm "
-    "thrilling tender lively elegant funny memorable inspired"
-).split()
-_NEGATIVE = (
-    "dull awful clumsy boring tedious shallow lazy dreadful bland messy stale cold tiresome hollow noisy "
-    "pointless sloppy grim forgettable weak"
-).split()
-_SUBJECTS = (
-    "the film|the plot|the acting|the script|the music|the ending|the cast|the hotel|the menu|the service|"
-    "the story|the direction|this novel|the second half|the dialogue|the exhibition"
-).split("|")
+_POSITIVE = [
+    "gripping",
+    "brilliant",
+    "moving",
+    "charming",
+    "delightful",
+    "superb",
+    "clever",
+    "touching",
+    "fresh",
+    "graceful",
+    "witty",
+    "splendid",
+    "warm",
+    "thrilling",
+    "tender",
+    "lively",
+    "elegant",
+    "funny",
+    "memorable",
+    "inspired",
+]
+_NEGATIVE = [
+    "dull",
+    "awful",
+    "clumsy",
+    "boring",
+    "tedious",
+    "shallow",
+    "lazy",
+    "dreadful",
+    "bland",
+    "messy",
+    "stale",
+    "cold",
+    "tiresome",
+    "hollow",
+    "noisy",
+    "pointless",
+    "sloppy",
+    "grim",
+    "forgettable",
+    "weak",
+]
+_SUBJECTS = [
+    "the film",
+    "the plot",
+    "the acting",
+    "the script",
+    "the music",
+    "the ending",
+    "the cast",
+    "the hotel",
+    "the menu",
+    "the service",
+    "the story",
+    "the direction",
+    "this novel",
+    "the second half",
+    "the dialogue",
+    "the exhibition",
+]
 _STRONG = ("really", "truly", "utterly", "quite", "rather", "so", "very", "simply")
 _NOT = ("not {}", "never {}", "not at all {}", "hardly {}", "far from {}", "anything but {}")
-_FILLERS = (
-    "we went on a tuesday|it runs for two hours|my brother came along|the tickets were at the door|"
-    "it was shot in norway|there were nine of us|the poster is blue|they serve tea at four|"
-    "i read about it in the paper|the room was half full|it had rained all day|it opens again in may|"
-    "the author lives in lisbon|a friend had lent me a copy"
-).split("|")
+_FILLERS = [
+    "we went on a tuesday",
+    "it runs for two hours",
+    "my brother came along",
+    "the tickets were at the door",
+    "it was shot in norway",
+    "there were nine of us",
+    "the poster is blue",
+    "they serve tea at four",
+    "i read about it in the paper",
+    "the room was half full",
+    "it had rained all day",
+    "it opens again in may",
+    "the author lives in lisbon",
+    "a friend had lent me a copy",
+]
 
 
 def _opinion(generator: random.Random, positive: bool) -> str:

@@ -144,5 +144,3 @@ def contract_cached(chain: tuple[Tensor, ...], shape: MPOShape, cache: ChainCach
     """
     with torch.autocast(chain[0].device.type, enabled=False):
         return _Contract.apply(shape, cache, *chain)
-
-

@@ -95,7 +95,8 @@ def _symmetric_gauge(chain: list[Tensor]) -> list[Tensor]:
     clamped directions carry nothing, so the contraction is unchanged. A zero matrix keeps its gauge.
     """
     n = len(chain)
-    lefts, rights = [], []
+    lefts: list[Tensor] = []
+    rights: list[Tensor] = []
     environment = torch.ones(1, 1, dtype=chain[0].dtype)
     for tensor in chain[:-1]:
         merged = torch.einsum("ab,bijc->aijc", environment, tensor).reshape(-1, tensor.shape[-1])

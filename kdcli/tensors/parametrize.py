@@ -79,7 +79,17 @@ class OverparamReport:
 
     def table(self) -> Table:
         table = Table(title=f"{self.before:,} -> {self.after:,} parameters")
-        for name in ("block", "matrix", "shape", "out factors", "in factors", "bonds", "dense", "chain", "scale"):
+        for name in (
+            "block",
+            "matrix",
+            "shape",
+            "out factors",
+            "in factors",
+            "bonds",
+            "dense",
+            "chain",
+            "scale",
+        ):
             table.add_column(name, justify="left" if name in ("matrix", "shape") else "right")
         for row in self.rows:
             table.add_row(
@@ -143,7 +153,7 @@ def chain_of(linear: nn.Module) -> MPOWeight | None:
 def tensors_of(linear: nn.Module) -> tuple[Tensor, ...]:
     """Return the trainable tensors of an over-parameterised layer, from left to right."""
     holder = linear.parametrizations["weight"]  # type: ignore[index, union-attr]
-    return tuple(getattr(holder, f"original{k}") for k in range(holder.ntensors))  # type: ignore[arg-type]
+    return tuple(getattr(holder, f"original{k}") for k in range(holder.ntensors))  # type: ignore[arg-type, union-attr]
 
 
 def is_overparameterised(model: nn.Module) -> bool:

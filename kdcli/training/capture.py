@@ -40,9 +40,7 @@ class Capture:
             module = embeddings_of(model) if layer == 0 else blocks[layer - 1]
             self._hooks.append(module.register_forward_hook(self._listener(self._hidden, layer)))
         for key in sorted(wants.matrices):
-            self._hooks.append(
-                block_matrix(model, *key).register_forward_hook(self._listener(self._matrices, key))
-            )
+            self._hooks.append(block_matrix(model, *key).register_forward_hook(self._listener(self._matrices, key)))
 
     def _listener(self, store: dict[Any, Tensor], key: Any) -> Any:
         def listen(module: nn.Module, inputs: Any, output: Any) -> None:

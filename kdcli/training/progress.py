@@ -43,9 +43,7 @@ class ProgressDisplay(TrainerCallback):
             self.bar.start()
             self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, terms="")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 

@@ -81,10 +81,13 @@ def make_teacher(
         tokenizer = load_tokenizer(resolve_source(section.tokenizer, base) if section.tokenizer else source)
         check_tokenizer(model, tokenizer)
         _align(model, task, section.labels)
-        return Teacher(model, tokenizer, origin=section.model or source, path=Path(source) if Path(source).exists() else None)
-    return _finetuned(
-        recipe, task, source, base=base, console=console, refresh=refresh, resume=resume, work=work
-    )
+        return Teacher(
+            model,
+            tokenizer,
+            origin=section.model or source,
+            path=Path(source) if Path(source).exists() else None,
+        )
+    return _finetuned(recipe, task, source, base=base, console=console, refresh=refresh, resume=resume, work=work)
 
 
 def initial_teacher(recipe: Recipe, task: Task, source: str | None, base: Path) -> tuple["PreTrainedModel", Any]:
@@ -95,9 +98,7 @@ def initial_teacher(recipe: Recipe, task: Task, source: str | None, base: Path) 
         return build_scratch(section.scratch, _texts(task), seed=recipe.seed, **labels)
     assert source is not None
     torch.manual_seed(recipe.seed)
-    model = load_model(
-        source, revision=section.revision, trust_remote_code=section.trust_remote_code, **labels
-    )
+    model = load_model(source, revision=section.revision, trust_remote_code=section.trust_remote_code, **labels)
     tokenizer = load_tokenizer(resolve_source(section.tokenizer, base) if section.tokenizer else source)
     check_tokenizer(model, tokenizer)
     return model, tokenizer

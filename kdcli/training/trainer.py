@@ -90,9 +90,7 @@ def _is_chain(name: str) -> bool:
 class EvaluateAtEnd(TrainerCallback):
     """Judges the last step, too, when it falls between two evaluations."""
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
 
@@ -103,7 +101,12 @@ class DistillationTrainer(Trainer):
     model: Distiller
 
     def __init__(
-        self, *args: Any, settings: LoopSettings, log_dir: Path | None, display: ProgressDisplay, **kwargs: Any
+        self,
+        *args: Any,
+        settings: LoopSettings,
+        log_dir: Path | None,
+        display: ProgressDisplay,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.settings = settings
@@ -122,7 +125,7 @@ class DistillationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         return EpochSampler(
-            dataset["length"],
+            dataset["length"],  # type: ignore[index]
             self.settings.batch_size,
             seed=self.settings.seed,
             group=self.settings.group_by_length,
@@ -142,9 +145,7 @@ class DistillationTrainer(Trainer):
                 # Decay would shrink a chain by (1 - lr wd)^n and pull its identities to zero (methods 3.10).
                 {"params": chains, "weight_decay": 0.0, "lr": chain_rate},
             ]
-            self.optimizer = torch.optim.AdamW(
-                [group for group in groups if group["params"]], lr=rate, fused=True
-            )
+            self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, fused=True)
         return self.optimizer
 
     def compute_loss(
@@ -180,7 +181,7 @@ class DistillationTrainer(Trainer):
         return 0
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir or ".")
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             safetensors.torch.save_model(self.model, str(folder / WEIGHTS))
@@ -278,16 +279,12 @@ def fit(
 def _arguments(settings: LoopSettings, folder: Path, examples: int, *, evaluates: bool) -> TrainingArguments:
     use_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     if settings.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("train.device is \"cuda\" but PyTorch sees no GPU", hint="use device = \"auto\"")
+        raise InputError('train.device is "cuda" but PyTorch sees no GPU', hint='use device = "auto"')
     steps = settings.steps(examples)
     every = settings.eval_every or max(1, math.ceil(examples / settings.batch_size))
     every = min(every, steps)
     strategy = "steps" if evaluates else "no"
-    common = {
-        "output_dir": str(folder),
-        "use_cpu": use_cpu,
-    }
-    world = TrainingArguments(**common).world_size
+    world = TrainingArguments(output_dir=str(folder), use_cpu=use_cpu).world_size
     share, rest = divmod(settings.batch_size, world * settings.gradient_accumulation)
     if rest or not share:
         raise InputError(
@@ -296,7 +293,8 @@ def _arguments(settings: LoopSettings, folder: Path, examples: int, *, evaluates
             hint=f"use a multiple of {world * settings.gradient_accumulation}",
         )
     return TrainingArguments(
-        **common,
+        output_dir=str(folder),
+        use_cpu=use_cpu,
         max_steps=steps,
         per_device_train_batch_size=share,
         per_device_eval_batch_size=settings.eval_batch_size,
@@ -328,5 +326,3 @@ def _arguments(settings: LoopSettings, folder: Path, examples: int, *, evaluates
         log_level="error",
         label_names=["labels"],
     )
-
-

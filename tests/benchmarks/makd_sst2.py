@@ -1,6 +1,6 @@
 """MaKD on SST-2: retention at half of the block weights, and at a quarter against logits only.
 
-    KDCLI_DATA_DIR=... python tests/benchmarks/makd_sst2.py [--samples 20000] [--epochs 2] [--output bench]
+KDCLI_DATA_DIR=... python tests/benchmarks/makd_sst2.py [--samples 20000] [--epochs 2] [--output bench]
 """
 
 import argparse
@@ -28,8 +28,14 @@ def main() -> None:
     need_data()
     options.output.mkdir(parents=True, exist_ok=True)
     rows = []
-    table = [("half: makd", 0.5, {"name": "makd"}, 2), ("quarter: logits only", 0.25, {"name": "kd", "alpha": 1.0}, options.seeds)]
-    table += [(f"quarter: {n}", 0.25, {"name": "makd", **({"weights": w} if w else {})}, options.seeds) for n, w in VARIANTS.items()]
+    table = [
+        ("half: makd", 0.5, {"name": "makd"}, 2),
+        ("quarter: logits only", 0.25, {"name": "kd", "alpha": 1.0}, options.seeds),
+    ]
+    table += [
+        (f"quarter: {n}", 0.25, {"name": "makd", **({"weights": w} if w else {})}, options.seeds)
+        for n, w in VARIANTS.items()
+    ]
     for name, budget, method, seeds in table:
         if options.only is not None and name not in options.only:
             continue

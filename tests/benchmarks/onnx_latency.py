@@ -1,6 +1,6 @@
 """ONNX Runtime against PyTorch eager on the real encoder, interleaved, over a batch x sequence grid.
 
-    python tests/benchmarks/onnx_latency.py [--runs 50] [--threads 2]
+python tests/benchmarks/onnx_latency.py [--runs 50] [--threads 2]
 """
 
 import argparse

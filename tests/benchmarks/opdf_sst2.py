@@ -1,6 +1,6 @@
 """OPDF (L = 3) on a 3-layer depth student of SST-2, against the same run without.
 
-    KDCLI_DATA_DIR=... python tests/benchmarks/opdf_sst2.py [--samples 20000] [--epochs 2] [--output bench]
+KDCLI_DATA_DIR=... python tests/benchmarks/opdf_sst2.py [--samples 20000] [--epochs 2] [--output bench]
 """
 
 import argparse

@@ -8,10 +8,10 @@ Both run the same training step of the same model on the same batches, in turn; 
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from common import encoder, need_data
-from pathlib import Path
 
 from kdcli.models.load import load_model, load_tokenizer
 from kdcli.recipe.schema import EvaluateSection, TaskSection

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+
 def kdcli(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     result = subprocess.run(
         [sys.executable, "-m", "kdcli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
@@ -56,7 +57,13 @@ def test_distill_eval_export_in_a_row(tmp_path: Path):
     assert document["status"] == "done"
     assert document["student"]["parameters"] < document["teacher"]["parameters"]
     run = tmp_path / "runs" / "tiny"
-    for name in ("run.json", "recipe.toml", "student/model.safetensors", "student/config.json", "student/README.md"):
+    for name in (
+        "run.json",
+        "recipe.toml",
+        "student/model.safetensors",
+        "student/config.json",
+        "student/README.md",
+    ):
         assert (run / name).is_file(), name
     assert json.loads((run / "run.json").read_text())["student"] == document["student"]
 
@@ -72,7 +79,10 @@ def test_distill_eval_export_in_a_row(tmp_path: Path):
 
 def test_a_contracted_depth_student_is_a_plain_model(tmp_path: Path):
     recipe = write_recipe(
-        tmp_path, method="kd", student='[student]\nform = "depth"\nlayers = 1\n', over="[overparam]\nlength = 2\n"
+        tmp_path,
+        method="kd",
+        student='[student]\nform = "depth"\nlayers = 1\n',
+        over="[overparam]\nlength = 2\n",
     )
     document = json.loads(kdcli("distill", str(recipe), "--json", cwd=tmp_path).stdout)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs" / "tiny" / "student")
