@@ -77,20 +77,23 @@ def overparam(
     from kdcli.models.save import save_model
     from kdcli.tensors.parametrize import overparameterise, probe
 
-    loaded = load_any(model)
-    tokenizer = load_tokenizer(model)
-    before = probe(loaded)
-    report = overparameterise(loaded, section)
-    difference = float((probe(loaded) - before).abs().max())
-    if not difference <= TOLERANCE:
-        raise GateError(f"the chains change the outputs by {difference:.2e} (allowed {TOLERANCE:g})")
+    # The folder first: that it exists already should not be said after minutes of work.
     with atomic_folder(out, force=force) as folder:
+        loaded = load_any(model)
+        tokenizer = load_tokenizer(model)
+        before = probe(loaded)
+        report = overparameterise(loaded, section)
+        difference = float((probe(loaded) - before).abs().max())
+        if not difference <= TOLERANCE:
+            raise GateError(f"the chains change the outputs by {difference:.2e} (allowed {TOLERANCE:g})")
         save_model(loaded, folder, tokenizer)
     emit(
         {"folder": str(out), "max_abs_difference": difference, **report.to_json()},
         table=report.table(),
         as_json=as_json,
     )
+    for name in report.skipped:
+        info(f"left as it is: {name}")
     info(f"{out}: outputs within {difference:.1e} of the plain model's; kdcli contract {out} brings it back")
     return 0
 

@@ -11,6 +11,7 @@ from kdcli.models.anatomy import anatomy_of, body_of, iter_block_matrices, set_b
 from kdcli.models.counts import count_parameters
 from kdcli.objectives.base import MatrixKey
 from kdcli.recipe.schema import StudentSection, parse_count
+from kdcli.tensors.mpo import signed_svd
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,10 +53,10 @@ class LowRankLinear(nn.Module):
         with torch.device(self.up.weight.device):
             dense = nn.Linear(self.in_features, self.out_features, bias=self.up.bias is not None)
         with torch.no_grad():
-            dense.weight.copy_((self.up.weight.double() @ self.down.weight.double()).to(dense.weight.dtype))
+            dense.weight.copy_(self.up.weight.double() @ self.down.weight.double())
             if self.up.bias is not None:
                 dense.bias.copy_(self.up.bias)
-        return dense
+        return dense.to(self.up.weight.dtype)
 
 
 class LowRankEmbedding(nn.Module):
@@ -79,6 +80,14 @@ class LowRankEmbedding(nn.Module):
         """The whole table, (vocabulary, width), formed on demand."""
         return self.down.weight @ self.up.weight.T
 
+    def merged(self) -> nn.Embedding:
+        """Return the plain table E1 E2."""
+        with torch.device(self.down.weight.device):
+            table = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx)
+        with torch.no_grad():
+            table.weight.copy_(self.down.weight.double() @ self.up.weight.double().T)
+        return table.to(self.down.weight.dtype)
+
     @classmethod
     def from_embedding(cls, table: nn.Embedding, rank: int) -> "LowRankEmbedding":
         """Return the best factors of a table in the Frobenius norm."""
@@ -88,12 +97,17 @@ class LowRankEmbedding(nn.Module):
         with torch.no_grad():
             factored.down.weight.copy_(left)
             factored.up.weight.copy_(right.T)
-        return factored
+        return factored.to(table.weight.dtype)
 
 
 def svd_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A (out, rank), B (rank, in) with A = U_r sqrt(S_r), B = sqrt(S_r) V_r^T, in `weight`'s type."""
-    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    """Return A (out, rank), B (rank, in) with A = U_r sqrt(S_r), B = sqrt(S_r) V_r^T, in `weight`'s type.
+
+    Deterministic: computed in fp64, with fixed signs. Source: LoSparse's code; methods 4.1.
+    """
+    if weight.is_meta:
+        return weight.new_empty(weight.shape[0], rank), weight.new_empty(rank, weight.shape[1])
+    left, values, right = signed_svd(weight.double())
     root = values[:rank].sqrt()
     return (left[:, :rank] * root).to(weight.dtype), (root[:, None] * right[:rank]).to(weight.dtype)
 
@@ -123,9 +137,9 @@ def plan_ranks(
 ) -> dict[MatrixKey, int | None]:
     """Return the rank of every block matrix; None where it stays dense.
 
-    shapes: (out, in) of each matrix. fixed_params: parameters outside the matrices' weights. `budget`, `params`
-    and the default give one rank everywhere, the largest that fits (methods 4.2, 5.3); `energy` gives each
-    matrix the smallest rank that keeps that share of its squared singular values, and needs `weights`.
+    shapes: (out, in) of each matrix. fixed_params: parameters outside the matrices' weights. `budget`,
+    `params` and the default give one rank everywhere, the largest that fits (methods 4.2, 5.3); `energy` gives
+    each matrix the smallest rank that keeps that share of its squared singular values, and needs `weights`.
     Raises InputError when nothing fits or nothing would be saved.
     """
     dense = sum(factored_count(shape, None) for shape in shapes.values())
@@ -136,8 +150,8 @@ def plan_ranks(
     if section.rank is not None:
         if section.rank >= largest:
             raise InputError(
-                f"rank {section.rank} is not below the break-even rank of any matrix (largest {largest:.1f}): "
-                "the factors would hold more weights than the matrices",
+                f"rank {section.rank} is not below the break-even rank of any matrix (largest {largest:.1f}), "
+                "so factors would hold more weights than the matrices",
                 where="student.rank",
                 hint=f"use a rank up to {_below(largest)}",
             )
@@ -147,13 +161,14 @@ def plan_ranks(
         smallest = sum(factored_count(shape, 1) for shape in shapes.values())
         if allowed < smallest:
             raise InputError(
-                f"{parse_count(section.params):,} parameters are not enough: embeddings, biases, norms and head "
-                f"alone take {fixed_params:,}, and rank 1 everywhere {smallest:,} more",
+                f"{parse_count(section.params):,} parameters are not enough: embeddings, biases, norms and "
+                f"head alone take {fixed_params:,}, and rank 1 everywhere {smallest:,} more",
                 where="student.params",
                 hint="factorise the embeddings, too (student.embedding_rank), or allow more",
             )
     else:
-        allowed = int((section.budget if section.budget is not None else 0.5) * dense)
+        # The small term undoes binary fractions: 0.29 of 100 weights are 29, not 28.
+        allowed = int((section.budget if section.budget is not None else 0.5) * dense + 1e-6)
         if section.budget == 1.0:
             return dict.fromkeys(shapes)
     best: dict[MatrixKey, int | None] | None = None
@@ -225,11 +240,6 @@ def merge_low_rank(model: nn.Module) -> nn.Module:
     """Replace every factored map of `model` by the dense one that it equals, in place, and return `model`."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, LowRankLinear):
+            if isinstance(child, LowRankLinear | LowRankEmbedding):
                 setattr(module, name, child.merged())
-            elif isinstance(child, LowRankEmbedding):
-                table = nn.Embedding(child.num_embeddings, child.embedding_dim, child.padding_idx)
-                with torch.no_grad():
-                    table.weight.copy_(child.weight)
-                setattr(module, name, table)
     return model

@@ -1,4 +1,4 @@
-"""The tensor objective: the student's auxiliary tensors against the teacher's (OPDF, arXiv 2411.06448, eq. 8)."""
+"""The tensor objective: the student's auxiliary tensors against the teacher's (OPDF, arXiv 2411.06448)."""
 
 from collections.abc import Sequence
 
@@ -9,20 +9,28 @@ from kdcli.objectives.base import Objective, Signals, Wants
 from kdcli.tensors.mpo import auxiliary_indices
 
 
+def comparable(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[int]:
+    """Return the places of the auxiliary tensors of which both chains have the same factors i_k and j_k."""
+    if len(student) != len(teacher):
+        return []
+    return [k for k in auxiliary_indices(len(student)) if student[k].shape[1:3] == teacher[k].shape[1:3]]
+
+
 def aux_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Return the squared difference of a chain's auxiliary tensors: element mean, then mean over tensors.
 
     student, teacher: chains of tensors (d_{k-1}, i_k, j_k, d_k). The central tensor is free. Where bonds
-    differ, leading sub-blocks are compared: bonds are ordered by singular value. The student's tensors are
-    live: the released code compared detached copies, which has no gradient (methods 3.9).
+    differ, leading sub-blocks are compared: bonds are ordered by singular value. Tensors of other factors are
+    left out; with none left the chains cannot be compared, which is a ValueError. The student's tensors are
+    live: the released code compared detached copies, which has no gradient (methods 3.8, 3.9).
     """
     terms = []
-    for k in auxiliary_indices(len(student)):
-        a, b = student[k], teacher[k]
-        if a.shape != b.shape:
-            left, right = min(a.shape[0], b.shape[0]), min(a.shape[3], b.shape[3])
-            a, b = a[:left, :, :, :right], b[:left, :, :, :right]
-        terms.append((a.float() - b.detach().float()).square().mean())
+    for k in comparable(student, teacher):
+        a, b = student[k], teacher[k].detach()
+        left, right = min(a.shape[0], b.shape[0]), min(a.shape[3], b.shape[3])
+        terms.append((a[:left, ..., :right].float() - b[:left, ..., :right].float()).square().mean())
+    if not terms:
+        raise ValueError("the chains have no auxiliary tensor of the same factors")
     return torch.stack(terms).mean()
 
 

@@ -1,6 +1,5 @@
 """Contracting a chain while it trains: at the cost of its FLOPs, and once per optimizer step."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kdcli.tensors.factors import MPOShape
-from kdcli.tensors.mpo import restore
+from kdcli.tensors.mpo import rearrange, restore
 
 
 def _sizes(shape: MPOShape) -> list[int]:
@@ -33,7 +32,7 @@ def from_right(shape: MPOShape) -> bool:
 
 
 def chain_flops(shape: MPOShape, *, backward: bool = True) -> int:
-    """Return the floating-point operations of one contraction; its backward pass costs twice as many again."""
+    """Return the floating-point operations of one contraction, with its backward pass (twice as many again)."""
     forward = 2 * min(_cost(shape, from_right=True), _cost(shape, from_right=False))
     return forward * 3 if backward else forward
 
@@ -46,31 +45,64 @@ def _count_step(*_: Any) -> None:
     _steps += 1
 
 
+# Fused optimizers write into parameters without raising their versions; that a step was made is all there is.
 register_optimizer_step_post_hook(_count_step)
 
 
-@dataclass
 class ChainCache:
-    """The last contraction of one chain: the weight, and the partial products that the backward pass needs.
+    """The last contraction of one chain: the weight, and the partial products that its backward pass needs.
 
-    It holds for one state of the tensors: `key` is their places in memory, their versions (which every in-place
-    change such as `copy_` or a broadcast raises) and the number of optimizer steps so far (fused optimizers do
-    not raise versions). Under gradient accumulation and in evaluation the chain is therefore contracted once
-    per optimizer step, and never stale.
+    It holds for one state of the tensors: their places in memory, their versions (which every in-place change
+    such as `copy_`, a broadcast or loading raises) and the number of optimizer steps so far. Under gradient
+    accumulation and in evaluation a chain is therefore contracted once per optimizer step. What nobody can see
+    is a write through `.data` outside of an optimizer step: call `clear` after one.
     """
 
-    key: tuple[Any, ...] = ()
-    weight: Tensor | None = None
-    partials: list[Tensor] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the contraction and give its memory back."""
+        self._key: tuple[Any, ...] | None = None
+        # Holding on to the tensors keeps another one from getting the same place in memory.
+        self._held: tuple[Tensor, ...] = ()
+        self._weight: Tensor | None = None
+        self._partials: list[Tensor] = []
+
+    def read(self, chain: tuple[Tensor, ...], shape: MPOShape) -> tuple[Tensor, list[Tensor]]:
+        """Return the matrix (out, in) of a chain, and its partial products from the starting end; no gradient."""
+        # Tensors made in inference mode could not be used in a later training step; these outlive the mode.
+        with torch.inference_mode(False), torch.no_grad():
+            key = self._key_of(chain)
+            if key is None or key != self._key or self._weight is None:
+                self.clear()
+                held = tuple(tensor.detach() for tensor in chain)
+                products = _products(tuple(_wide(tensor) for tensor in held), shape, from_right(shape))
+                self._weight = restore(products[-1], shape).to(chain[0].dtype)
+                self._partials = products[:-1]
+                self._held = held
+                # Taken after the work: `_weight` is new, and the tensors have not changed in between.
+                self._key = self._key_of(chain)
+            return self._weight, self._partials
+
+    def _key_of(self, chain: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
+        if any(tensor.is_inference() for tensor in chain):
+            return None
+        # The weight's own version: it is handed out, and somebody may write into it.
+        own = None if self._weight is None else self._weight._version
+        places = ((t.data_ptr(), t._version, t.dtype, t.device) for t in chain)
+        return (_steps, own, *places)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ChainCache":
         return ChainCache()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
+    def __reduce__(self) -> Any:
+        return ChainCache, ()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a half-precision tensor in fp32: a bf16 chain of n tensors would lose about n 2^-8 (methods 3.7)."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _products(chain: tuple[Tensor, ...], shape: MPOShape, right: bool) -> list[Tensor]:
@@ -96,51 +128,57 @@ class _Contract(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shape: MPOShape, cache: ChainCache, *chain: Tensor) -> Tensor:
-        key = (_steps, *((tensor.data_ptr(), tensor._version, tensor.device) for tensor in chain))
-        right = from_right(shape)
-        if cache.key != key or cache.weight is None:
-            products = _products(tuple(t.detach() for t in chain), shape, right)
-            cache.weight = restore(products[-1], shape)
-            cache.partials = products[:-1]
-            cache.key = key
-        ctx.shape, ctx.right, ctx.partials = shape, right, cache.partials
+        weight, ctx.partials = cache.read(chain, shape)
+        ctx.shape = shape
         ctx.save_for_backward(*chain)
-        # A fresh view: autograd must not see the cached tensor as an output twice.
-        return cache.weight.view_as(cache.weight)
+        # A fresh alias: autograd marks it as this node's output, and the cached tensor stays free.
+        return weight.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         chain: tuple[Tensor, ...] = ctx.saved_tensors
-        shape: MPOShape = ctx.shape
-        n = len(shape)
-        axes = [axis for k in range(n) for axis in (k, n + k)]
-        grad = gradients[0].reshape(*shape.out_factors, *shape.in_factors).permute(axes)
-        result: list[Tensor] = [grad] * n
-        if ctx.right:
-            grad = grad.reshape(1, -1)
-            for k in range(n - 1):
-                tensor, product = chain[k], ctx.partials[n - 2 - k]
-                # grad: (d_{k-1}, i j rest) of the product that starts at tensor k
-                grad = grad.reshape(-1, product.shape[1])
-                result[k] = (grad @ product.T).reshape(tensor.shape)
-                grad = tensor.reshape(-1, tensor.shape[-1]).T @ grad
-            result[n - 1] = grad.reshape(chain[n - 1].shape)
-        else:
-            grad = grad.reshape(-1, 1)
-            for k in range(n - 1, 0, -1):
-                tensor, product = chain[k], ctx.partials[k - 1]
-                grad = grad.reshape(product.shape[0], -1)
-                result[k] = (product.T @ grad).reshape(tensor.shape)
-                grad = grad @ tensor.reshape(tensor.shape[0], -1).T
-            result[0] = grad.reshape(chain[0].shape)
-        return (None, None, *result)
+        with torch.autocast(chain[0].device.type, enabled=False):
+            grads = _gradients(rearrange(_wide(gradients[0]), ctx.shape), chain, ctx.partials, ctx.shape)
+        needed = ctx.needs_input_grad[2:]
+        return (
+            None,
+            None,
+            *(
+                grad.reshape(tensor.shape).to(tensor.dtype) if need else None
+                for grad, tensor, need in zip(grads, chain, needed, strict=True)
+            ),
+        )
+
+
+def _gradients(grad: Tensor, chain: tuple[Tensor, ...], partials: list[Tensor], shape: MPOShape) -> list[Tensor]:
+    """Return the gradient of every tensor from that of the rearranged matrix: the contraction, backwards."""
+    n = len(shape)
+    result: list[Tensor] = [grad] * n
+    if from_right(shape):
+        for k in range(n - 1):
+            # The product right of tensor k, and the gradient of the product that starts at tensor k.
+            product = partials[n - 2 - k]
+            grad = grad.reshape(-1, product.shape[1])
+            result[k] = grad @ product.T
+            grad = _wide(chain[k]).reshape(-1, chain[k].shape[-1]).T @ grad
+        result[n - 1] = grad
+    else:
+        for k in range(n - 1, 0, -1):
+            product = partials[k - 1]
+            grad = grad.reshape(product.shape[0], -1)
+            result[k] = product.T @ grad
+            grad = grad @ _wide(chain[k]).reshape(chain[k].shape[0], -1).T
+        result[0] = grad
+    return result
 
 
 def contract_cached(chain: tuple[Tensor, ...], shape: MPOShape, cache: ChainCache) -> Tensor:
     """Return the matrix (out, in) of a chain in the tensors' own type, differentiable once.
 
-    Autocast is off inside: a bf16 chain of n tensors would lose about n 2^-8 (methods 3.7).
+    Autocast is off inside: products of the tensors are formed in fp32 at least.
     """
     with torch.autocast(chain[0].device.type, enabled=False):
-        return _Contract.apply(shape, cache, *chain)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in chain):
+            return _Contract.apply(shape, cache, *chain)
+        return cache.read(chain, shape)[0].detach()

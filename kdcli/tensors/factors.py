@@ -84,30 +84,51 @@ def length_for_scale(shape: tuple[int, int], scale: float) -> int:
     return max(0, round((scale - 1) * large / small - 1))
 
 
+def check_factors(section: OverparamSection) -> None:
+    """Raise InputError for settings of `[overparam]` that contradict themselves, whatever the model is."""
+    if section.scale is not None and section.factorization != "mpo":
+        raise InputError(
+            f"a scale needs middle tensors, which factorization {section.factorization!r} does not have",
+            where="overparam.scale",
+            hint='use factorization "mpo", or leave the scale out',
+        )
+    if section.factors and section.factorization != "mpo":
+        raise InputError(
+            f"factor lists make no sense with factorization {section.factorization!r}",
+            where="overparam.factors",
+            hint='use factorization "mpo", or leave the lists out',
+        )
+    for key, given in (section.factors or {}).items():
+        where = f"overparam.factors.{key}"
+        if not key.isdecimal():
+            raise InputError(f"the name of a factor list is a dimension such as 768, not {key!r}", where=where)
+        if math.prod(given) != int(key):
+            raise InputError(f"the factors {given} multiply to {math.prod(given)}, not {key}", where=where)
+        if len(given) < 2:
+            raise InputError("a factor list has at least 2 entries", where=where)
+
+
 def shape_for(out_features: int, in_features: int, section: OverparamSection) -> MPOShape:
     """Return the factor lists of a matrix (out, in) under a recipe's `[overparam]`.
 
+    Where one side's list is longer, ones in front of the last entry fill the other.
     Raises InputError when a dimension has no fitting factors.
     """
+    check_factors(section)
     if section.factorization == "svd-plain":
         return MPOShape((out_features, 1), (1, in_features))
+    given = section.factors or {}
     length = section.length if section.factorization == "mpo" else 0
-    if section.scale is not None:
-        length = length_for_scale((out_features, in_features), section.scale)
     sides = []
     for dimension in (out_features, in_features):
-        given = (section.factors or {}).get(str(dimension))
-        if given is not None:
-            if math.prod(given) != dimension:
-                raise InputError(
-                    f"the factors {given} multiply to {math.prod(given)}, not {dimension}",
-                    where=f"overparam.factors.{dimension}",
-                )
-            sides.append(tuple(given))
-        else:
-            a, b = auto_factors(dimension)
-            sides.append((a, *(1,) * length, b))
-    if len(sides[0]) != len(sides[1]):
-        longest = max(map(len, sides))
-        sides = [(*side[:-1], *(1,) * (longest - len(side)), side[-1]) for side in sides]
+        if str(dimension) in given:
+            sides.append(tuple(given[str(dimension)]))
+            continue
+        a, b = auto_factors(dimension)
+        middle = length
+        if section.scale is not None and not {str(out_features), str(in_features)} & set(given):
+            middle = length_for_scale((out_features, in_features), section.scale)
+        sides.append((a, *(1,) * middle, b))
+    longest = max(map(len, sides))
+    sides = [(*side[:-1], *(1,) * (longest - len(side)), side[-1]) for side in sides]
     return MPOShape(sides[0], sides[1])

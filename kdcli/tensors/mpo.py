@@ -1,8 +1,9 @@
-"""Matrix product operators: a matrix as a chain of 4-way tensors, and back (OPDF, section 3; MPOP, section 2)."""
+"""Matrix product operators: a matrix as a chain of 4-way tensors, and back (OPDF, section 3; MPOP, 2)."""
 
 import torch
 from torch import Tensor
 
+from kdcli.errors import InputError
 from kdcli.tensors.factors import MPOShape
 
 
@@ -31,46 +32,62 @@ def restore(tensor: Tensor, shape: MPOShape) -> Tensor:
     return tensor.reshape(sizes).permute(axes).reshape(shape.matrix)
 
 
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD with a sign of its own choosing taken away: the largest entry of each left vector is positive."""
+def signed_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin SVD U, s, V^T with fixed signs: the largest entry of each left vector is positive."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    largest = left.abs().argmax(dim=0)
-    signs = torch.sign(left[largest, torch.arange(left.shape[1], device=left.device)])
-    signs = torch.where(signs == 0, torch.ones_like(signs), signs)
-    return left * signs, values, right * signs[:, None]
+    signs = torch.sign(left.gather(0, left.abs().argmax(dim=0, keepdim=True)))
+    signs = torch.where(signs == 0, 1.0, signs)
+    return left * signs, values, right * signs.T
 
 
 def decompose(
     weight: Tensor, shape: MPOShape, *, gauge: str = "symmetric", dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, ...]:
-    """Return the untruncated chain of `weight` (out, in): tensors (d_{k-1}, i_k, j_k, d_k), in `weight`'s type.
+    """Return the untruncated chain of `weight` (out, in): tensors (d_{k-1}, i_k, j_k, d_k), in its type.
 
     gauge "symmetric" shares every bond's singular values equally between its two sides, so that for factor
     lists [a, 1^L, b] all middle tensors are identities; "left" keeps the raw sweep's left-orthogonal tensors.
-    The result is deterministic: computed in `dtype` on the CPU, with fixed signs.
+    The result is deterministic: computed in `dtype` on the CPU, with fixed signs. A weight on the meta device
+    gives tensors there. Raises InputError when the weight holds NaN or infinity.
     Source: OPDF (arXiv 2411.06448), section 3 and its released normalisation.
     """
-    origin = weight
-    matrix = rearrange(weight.detach().to(device="cpu" if not weight.is_meta else "meta", dtype=dtype), shape)
+    if tuple(weight.shape) != shape.matrix:
+        raise ValueError(f"factor lists of {shape.matrix} do not fit a matrix of {tuple(weight.shape)}")
+    if weight.is_meta:
+        return tuple(torch.empty(s, dtype=weight.dtype, device="meta") for s in shape.shapes())
+    matrix = rearrange(weight.detach().to(device="cpu", dtype=dtype), shape)
+    if not bool(torch.isfinite(matrix).all()):
+        raise InputError("a weight matrix holds NaN or infinity", hint="the model's training has diverged")
     if gauge == "symmetric" and shape.is_chain_of_ones:
         chain = _closed_form(matrix, shape)
     else:
         chain = _sweep(matrix, shape)
         if gauge == "symmetric":
             chain = _symmetric_gauge(chain)
-    return tuple(tensor.to(device=origin.device, dtype=origin.dtype).contiguous() for tensor in chain)
+    return tuple(tensor.to(device=weight.device, dtype=weight.dtype).contiguous() for tensor in chain)
+
+
+def _shares(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how singular values are shared between the sides of a bond: two vectors whose product they are.
+
+    Both are square roots, except in the null directions, where the left side is not zero: two zeros would
+    get no gradient, ever, and a matrix of zeros would stay one. For a zero matrix the left side is 1.
+    """
+    largest = float(values.max())
+    if largest == 0.0:
+        return torch.ones_like(values), values
+    root = values.clamp(min=1e-6 * largest).sqrt()
+    return root, values / root
 
 
 def _closed_form(tensor: Tensor, shape: MPOShape) -> list[Tensor]:
-    """[a, 1^L, b]: one SVD, U sqrt(s) and sqrt(s) Vt at the ends, identities between."""
+    """[a, 1^L, b]: one SVD, U sqrt(s) and sqrt(s) V^T at the ends, identities between."""
     (i1, *_, i2), (j1, *_, j2) = shape.out_factors, shape.in_factors
-    left, values, right = _svd(tensor.reshape(i1 * j1, i2 * j2))
-    root, rank = values.sqrt(), len(values)
-    middle = [
-        torch.eye(rank, dtype=tensor.dtype, device=tensor.device).reshape(rank, 1, 1, rank)
-        for _ in range(len(shape) - 2)
-    ]
-    return [(left * root).reshape(1, i1, j1, rank), *middle, (root[:, None] * right).reshape(rank, i2, j2, 1)]
+    left, values, right = signed_svd(tensor.reshape(i1 * j1, i2 * j2))
+    near, far = _shares(values)
+    rank = len(values)
+    middle = [torch.eye(rank, dtype=tensor.dtype).reshape(rank, 1, 1, rank) for _ in range(len(shape) - 2)]
+    return [(left * near).reshape(1, i1, j1, rank), *middle, (far[:, None] * right).reshape(rank, i2, j2, 1)]
 
 
 def _sweep(tensor: Tensor, shape: MPOShape) -> list[Tensor]:
@@ -79,44 +96,31 @@ def _sweep(tensor: Tensor, shape: MPOShape) -> list[Tensor]:
     chain, rest = [], tensor.reshape(1, -1)
     for k in range(len(shape) - 1):
         i, j = shape.out_factors[k], shape.in_factors[k]
-        left, values, right = _svd(rest.reshape(bonds[k] * i * j, -1))
-        rank = bonds[k + 1]
-        chain.append(left[:, :rank].reshape(bonds[k], i, j, rank))
-        rest = values[:rank, None] * right[:rank]
+        left, values, right = signed_svd(rest.reshape(bonds[k] * i * j, -1))
+        chain.append(left.reshape(bonds[k], i, j, bonds[k + 1]))
+        rest = values[:, None] * right
     chain.append(rest.reshape(bonds[-2], shape.out_factors[-1], shape.in_factors[-1], 1))
     return chain
 
 
 def _symmetric_gauge(chain: list[Tensor]) -> list[Tensor]:
-    """Share each bond's singular values as square roots between its sides (Vidal's form).
+    """Share each bond's singular values between its sides (Vidal's form), for a left-orthogonal chain.
 
-    At bond k, L_k R_k = U lam V for the left and right environments; the pair p = R V^T lam^-1/2 and
-    q = lam^-1/2 U^T L is inserted, with p q = 1. Singular values are clamped at 1e-6 of the largest: the
-    clamped directions carry nothing, so the contraction is unchanged. A zero matrix keeps its gauge.
+    Left of bond k all is orthonormal, so the right environment R_k = U lam V^T alone holds its singular values.
+    The pair p = U near and q = near^-1 U^T is inserted, where near is sqrt(lam), clamped: p q = 1 exactly,
+    whatever lam is, so the contraction is unchanged. (The released p = R V^T lam^-1/2 is the same where lam is
+    not clamped, and infinite for a zero matrix.)
     """
-    n = len(chain)
-    lefts: list[Tensor] = []
-    rights: list[Tensor] = []
     environment = torch.ones(1, 1, dtype=chain[0].dtype)
-    for tensor in chain[:-1]:
-        merged = torch.einsum("ab,bijc->aijc", environment, tensor).reshape(-1, tensor.shape[-1])
-        environment = torch.linalg.qr(merged).R
-        lefts.append(environment)
-    environment = torch.ones(1, 1, dtype=chain[0].dtype)
-    for tensor in reversed(chain[1:]):
+    gauged = list(chain)
+    for k in reversed(range(len(chain) - 1)):
+        tensor = chain[k + 1]
         merged = torch.einsum("aijb,bc->aijc", tensor, environment).reshape(tensor.shape[0], -1)
         environment = torch.linalg.qr(merged.T).R.T
-        rights.insert(0, environment)
-    gauged = list(chain)
-    for k in range(n - 1):
-        left, values, right = _svd(lefts[k] @ rights[k])
-        if values.numel() == 0 or values[0] == 0:
-            continue
-        scale = values.clamp(min=1e-6 * values[0]).rsqrt()
-        p = rights[k] @ right.T * scale
-        q = scale[:, None] * (left.T @ lefts[k])
-        gauged[k] = torch.einsum("aijb,bc->aijc", gauged[k], p)
-        gauged[k + 1] = torch.einsum("ab,bijc->aijc", q, gauged[k + 1])
+        left, values, _ = signed_svd(environment)
+        near, _ = _shares(values)
+        gauged[k] = torch.einsum("aijb,bc->aijc", gauged[k], left * near)
+        gauged[k + 1] = torch.einsum("ab,bijc->aijc", left.T / near[:, None], gauged[k + 1])
     return gauged
 
 

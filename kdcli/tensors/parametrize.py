@@ -1,6 +1,6 @@
 """Over-parameterising a model's block matrices, and contracting them again (OPDF, arXiv 2411.06448)."""
 
-import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,8 @@ from kdcli.models.lowrank import LowRankLinear, svd_factors
 from kdcli.objectives.base import MatrixKey
 from kdcli.recipe.schema import OverparamSection
 from kdcli.tensors.chain import ChainCache, contract_cached
-from kdcli.tensors.factors import MPOShape, shape_for
-from kdcli.tensors.mpo import decompose
+from kdcli.tensors.factors import MPOShape, check_factors, shape_for
+from kdcli.tensors.mpo import auxiliary_indices, decompose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,11 +38,14 @@ class MPOWeight(nn.Module):
         self.gauge = gauge
         self.svd_dtype = svd_dtype
         self.cache = ChainCache()
+        self.blank = False
 
     def forward(self, *chain: Tensor) -> Tensor:
         return contract_cached(chain, self.shape, self.cache)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
+        if self.blank:
+            return tuple(weight.new_zeros(shape) for shape in self.shape.shapes())
         return decompose(weight, self.shape, gauge=self.gauge, dtype=getattr(torch, self.svd_dtype))
 
 
@@ -108,7 +111,7 @@ class OverparamReport:
 
 @dataclass
 class ContractReport:
-    """What was contracted, and how far the logits of a probe batch moved."""
+    """What was contracted, and how far the logits of a probe batch moved; None when nobody looked."""
 
     matrices: list[dict[str, Any]]
     before: int
@@ -125,10 +128,18 @@ class ContractReport:
 
     def table(self) -> Table:
         table = Table(title=f"{self.before:,} -> {self.after:,} parameters")
-        for name in ("matrix", "shape", "bonds"):
-            table.add_column(name)
+        for name in ("matrix", "shape", "out factors", "in factors", "bonds", "chain", "dense"):
+            table.add_column(name, justify="left" if name in ("matrix", "shape") else "right")
         for row in self.matrices:
-            table.add_row(row["matrix"], "x".join(map(str, row["shape"])), ",".join(map(str, row["bonds"])))
+            table.add_row(
+                row["name"],
+                "x".join(map(str, row["shape"])),
+                "x".join(map(str, row["out_factors"])),
+                "x".join(map(str, row["in_factors"])),
+                ",".join(map(str, row["bonds"])),
+                f"{row['chain']:,}",
+                f"{row['dense']:,}",
+            )
         return table
 
 
@@ -161,55 +172,131 @@ def is_overparameterised(model: nn.Module) -> bool:
     return any(chain_of(module) is not None for module in model.modules())
 
 
-def _attach(linear: nn.Linear, weight: MPOWeight) -> None:
+def _attach(linear: nn.Linear, weight: MPOWeight, *, blank: bool = False) -> None:
+    """Put a chain behind a layer's weight: of equal value, or (blank) of zeros, without any decomposition."""
+    weight.blank = blank
     parametrize.register_parametrization(linear, "weight", weight, unsafe=True)
+    weight.blank = False
+
+
+def _share(linear: nn.Linear, source: nn.Module) -> None:
+    """Put the very chain of `source` behind a layer's weight, as the two shared one weight before."""
+    chain = chain_of(source)
+    assert chain is not None
+    _attach(linear, MPOWeight(chain.shape, chain.gauge, chain.svd_dtype), blank=True)
+    linear.parametrizations["weight"] = source.parametrizations["weight"]  # type: ignore[index, operator, union-attr]
+
+
+def _holders(model: nn.Module) -> dict[int, set[int]]:
+    """Return for every parameter (by its id) the modules (by theirs) that hold it."""
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add(id(module))
+    return holders
+
+
+@dataclass
+class _Wanted:
+    key: MatrixKey
+    linear: nn.Linear
+    weight: Tensor
+    shape: MPOShape
+
+    @property
+    def name(self) -> str:
+        return f"{self.key[0]}.{self.key[1]}"
+
+
+def _wanted(model: "PreTrainedModel", section: OverparamSection) -> tuple[list[_Wanted], list[str]]:
+    """Return the layers that `section` names with their factor lists, and those that it cannot have."""
+    check_factors(section)
+    depth = len(blocks_of(model))
+    layers = set(range(depth)) if section.layers is None else set(section.layers)
+    if wrong := sorted(layer for layer in layers if layer >= depth):
+        raise InputError(f"the student has blocks 0 to {depth - 1}, not {wrong[0]}", where="overparam.layers")
+    names = {name for target in section.targets for name in TARGETS[target]}
+    wanted, skipped = [], []
+    for key, linear in linears_of(model):
+        matrix, _, part = key[1].partition(".")
+        if key[0] - 1 not in layers or matrix not in names:
+            continue
+        try:
+            shape = shape_for(linear.out_features, linear.in_features, section)
+        except InputError as error:
+            # A width is the user's choice; a rank often is not (`energy`, `budget`), and may be prime.
+            if not part:
+                raise
+            skipped.append(f"{key[0]}.{key[1]} ({error.message})")
+            continue
+        wanted.append(_Wanted(key, linear, linear.weight, shape))
+    sizes = {str(size) for item in wanted for size in item.shape.matrix}
+    unused = sorted(set(section.factors or {}) - sizes)
+    if unused and section.aux_mismatch == "skip":
+        raise InputError(
+            f"no matrix has a side of {unused[0]}; there are {', '.join(sorted(sizes, key=int)) or 'none'}",
+            where=f"overparam.factors.{unused[0]}",
+        )
+    return wanted, skipped
 
 
 def overparameterise(model: "PreTrainedModel", section: OverparamSection) -> OverparamReport:
     """Put chains in place of the block matrices that `section` names, in place; the function is unchanged.
 
-    A weight that several layers share is left alone after the first. Raises InputError when the model is
-    over-parameterised already, when a dimension has no factors, or when nothing is left to do.
+    A weight that several of these layers share becomes one chain that they share; one that is shared with
+    another part of the model stays dense, and so do low-rank factors of a rank without fitting factors.
+    Raises InputError, with the model untouched, when it is over-parameterised already, when a dimension has
+    no factors, or when nothing is left to do.
     """
     if is_overparameterised(model):
         raise InputError("the model is over-parameterised already", hint="contract it first")
     before = count_parameters(model)
-    depth = len(blocks_of(model))
-    layers = {layer + 1 for layer in section.layers} if section.layers is not None else set(range(1, depth + 1))
-    if wrong := sorted(layer - 1 for layer in layers if layer > depth):
-        raise InputError(f"the student has blocks 0 to {depth - 1}, not {wrong[0]}", where="overparam.layers")
-    names = {name for target in section.targets for name in TARGETS[target]}
-    rows, seen, skipped = [], set(), []
-    # All shapes first: an error must not leave a model half done.
-    wanted = [
-        (key, linear, shape_for(linear.out_features, linear.in_features, section))
-        for key, linear in linears_of(model)
-        if key[0] in layers and key[1].split(".")[0] in names
-    ]
-    for (layer, name), linear, shape in wanted:
-        if id(linear.weight) in seen:
-            skipped.append(f"{layer}.{name}")
-            continue
-        seen.add(id(linear.weight))
-        dense = linear.weight.numel()
-        _attach(linear, MPOWeight(shape, section.gauge, section.svd_dtype))
-        rows.append(
-            MatrixReport(
-                layer, name, shape.matrix, shape.out_factors, shape.in_factors, shape.bond_dims(), dense,
-                shape.parameter_count(),
+    wanted, skipped = _wanted(model, section)
+    holders = _holders(model)
+    ours = {id(item.linear) for item in wanted}
+    rows: list[MatrixReport] = []
+    first: dict[int, _Wanted] = {}
+    for item in wanted:
+        if holders[id(item.weight)] - ours:
+            skipped.append(f"{item.name} (shared with another part of the model)")
+        elif id(item.weight) in first:
+            source = first[id(item.weight)]
+            if item.linear is not source.linear:
+                _share(item.linear, source.linear)
+            skipped.append(f"{item.name} (shares the chain of {source.name})")
+        else:
+            first[id(item.weight)] = item
+            shape = item.shape
+            _attach(item.linear, MPOWeight(shape, section.gauge, section.svd_dtype))
+            rows.append(
+                MatrixReport(
+                    block=item.key[0],
+                    matrix=item.key[1],
+                    shape=shape.matrix,
+                    out_factors=shape.out_factors,
+                    in_factors=shape.in_factors,
+                    bonds=shape.bond_dims(),
+                    dense=item.weight.numel(),
+                    chain=shape.parameter_count(),
+                )
             )
-        )  # fmt: skip
     if not rows:
-        raise InputError("no matrix is left to over-parameterise", where="overparam")
+        raise InputError(
+            "no matrix is left to over-parameterise",
+            where="overparam",
+            hint=f"left out: {'; '.join(skipped[:3])}" if skipped else None,
+        )
     return OverparamReport(rows, before, count_parameters(model), skipped)
 
 
 def probe_batch(model: "PreTrainedModel") -> dict[str, Tensor]:
     """Return a small random batch (4 x 16 tokens, the last rows padded) that any model of its kind takes."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, model.config.vocab_size, (4, 16), generator=generator)
+    # RoBERTa's positions start at 2.
+    length = min(16, getattr(model.config, "max_position_embeddings", 18) - 2)
+    ids = torch.randint(5, model.config.vocab_size, (4, length), generator=generator)
     mask = torch.ones_like(ids)
-    mask[2:, 11:] = 0
+    mask[2:, -(length // 3) :] = 0
     device = next(model.parameters()).device
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
@@ -229,13 +316,29 @@ def contract_model(model: "PreTrainedModel", *, check: bool = True) -> ContractR
     The report holds the largest change of the logits on a probe batch.
     """
     before = count_parameters(model)
+    chained = [(path, module) for path, module in model.named_modules() if chain_of(module) is not None]
+    names = {id(linear): f"{layer}.{name}" for (layer, name), linear in linears_of(model)}
     reference = probe(model) if check else None
     rows = []
-    for path, module in list(model.named_modules()):
-        weight = chain_of(module)
-        if weight is not None:
-            rows.append({"matrix": path, "shape": weight.shape.matrix, "bonds": weight.shape.bond_dims()})
-            _detach(module)
+    plain: dict[int, nn.Parameter] = {}
+    for path, module in chained:
+        chain = chain_of(module)
+        assert chain is not None
+        shape = chain.shape
+        rows.append(
+            {
+                "matrix": path,
+                "name": names.get(id(module), path),
+                "shape": shape.matrix,
+                "out_factors": shape.out_factors,
+                "in_factors": shape.in_factors,
+                "bonds": shape.bond_dims(),
+                "chain": shape.parameter_count(),
+                "dense": math.prod(shape.matrix),
+            }
+        )
+        # Layers that shared a chain share the plain weight again.
+        plain[id(chain)] = _detach(module, plain.get(id(chain)))
     difference = None
     if reference is not None:
         difference = float((probe(model) - reference).abs().max())
@@ -243,14 +346,17 @@ def contract_model(model: "PreTrainedModel", *, check: bool = True) -> ContractR
 
 
 @torch.no_grad()
-def _detach(linear: nn.Module) -> None:
-    """Give a layer its plain weight back, with memory of its own and in its old place before the bias."""
-    value = linear.weight.detach().clone()  # type: ignore[union-attr, operator]
+def _detach(linear: nn.Module, weight: nn.Parameter | None) -> nn.Parameter:
+    """Give a layer a plain weight back (its own value, unless one is given), in its old place before the bias."""
+    if weight is None:
+        value = linear.weight.detach().clone()  # type: ignore[union-attr, operator]
+        weight = nn.Parameter(value, requires_grad=any(t.requires_grad for t in tensors_of(linear)))
     parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
     del linear.weight
     bias = linear._parameters.pop("bias", None)
-    linear.weight = nn.Parameter(value)
+    linear.weight = weight
     linear.register_parameter("bias", bias)
+    return weight
 
 
 def factors_of(model: "PreTrainedModel") -> dict[MatrixKey, tuple[Tensor, ...]]:
@@ -259,30 +365,44 @@ def factors_of(model: "PreTrainedModel") -> dict[MatrixKey, tuple[Tensor, ...]]:
 
 
 def overparam_state(model: nn.Module) -> dict[str, Any]:
-    """Return the factor lists of every chain by the layer's path, as JSON-able data."""
-    state = {}
+    """Return the factor lists of every chain by the layer's path, as JSON-able data.
+
+    A layer that shares another's chain has that one's path under "same_as".
+    """
+    state: dict[str, Any] = {}
+    paths: dict[int, str] = {}
     for path, module in model.named_modules():
-        weight = chain_of(module)
-        if weight is not None:
-            state[path] = {
-                "out_factors": list(weight.shape.out_factors),
-                "in_factors": list(weight.shape.in_factors),
-                "gauge": weight.gauge,
-            }
-    return json.loads(json.dumps(state))
+        chain = chain_of(module)
+        if chain is None:
+            continue
+        if id(chain) in paths:
+            state[path] = {"same_as": paths[id(chain)]}
+            continue
+        paths[id(chain)] = path
+        state[path] = {
+            "out_factors": list(chain.shape.out_factors),
+            "in_factors": list(chain.shape.in_factors),
+            "gauge": chain.gauge,
+        }
+    return state
 
 
 def restore_overparam(model: nn.Module, state: dict[str, Any]) -> None:
-    """Give `model` the chains that `overparam_state` described; the tensors' values are for the caller to load."""
+    """Give `model` the chains that `overparam_state` described; loading their values is for the caller.
+
+    Raises ValueError when the description does not fit the model.
+    """
     for path, entry in state.items():
-        shape = MPOShape(tuple(entry["out_factors"]), tuple(entry["in_factors"]))
         linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{path} is no linear layer, so it has no chain")
+        if "same_as" in entry:
+            _share(linear, model.get_submodule(entry["same_as"]))
+            continue
+        shape = MPOShape(tuple(entry["out_factors"]), tuple(entry["in_factors"]))
         if shape.matrix != (linear.out_features, linear.in_features):
             raise ValueError(f"the chain of {path} does not fit its layer")
-        with torch.no_grad():
-            linear.weight.zero_()
-        _attach(linear, MPOWeight(shape, entry.get("gauge", "symmetric")))
+        _attach(linear, MPOWeight(shape, entry.get("gauge", "symmetric")), blank=True)
 
 
 def teacher_factors(
@@ -293,10 +413,10 @@ def teacher_factors(
 ) -> tuple[dict[MatrixKey, tuple[Tensor, ...]], list[str]]:
     """Return the teacher's tensors for each of the student's chains, and the names of those without.
 
-    pairs: (student block, teacher block), counted from 1. The teacher's matrix is decomposed with the student's
-    factor lists; a student's low-rank factors are paired with the teacher's SVD factors of the same rank.
-    A matrix of another shape is skipped, or with `aux_mismatch = "truncate"` compared on leading sub-blocks
-    (only where the factors agree and the bonds differ).
+    pairs: (student block, teacher block), counted from 1. The teacher's matrix is decomposed with the
+    student's factor lists; a student's low-rank factors are paired with the teacher's SVD factors of the same
+    rank. A matrix of another shape is skipped, or with `aux_mismatch = "truncate"` decomposed with factor
+    lists of its own, of which only tensors with the student's i_k and j_k are compared, on leading sub-blocks.
     """
     blocks = dict(pairs)
     dtype = getattr(torch, section.svd_dtype)
@@ -309,11 +429,33 @@ def teacher_factors(
             continue
         matrix, _, part = name.partition(".")
         weight = _teacher_weight(teacher, blocks.get(layer), matrix, part, linear, splits)
-        if weight is None or tuple(weight.shape) != chain.shape.matrix:
+        shape = _teacher_shape(weight, chain.shape, section) if weight is not None else None
+        if weight is None or shape is None:
             skipped.append(f"{layer}.{name}")
             continue
-        found[(layer, name)] = decompose(weight.detach(), chain.shape, gauge=section.gauge, dtype=dtype)
+        found[(layer, name)] = decompose(weight.detach(), shape, gauge=section.gauge, dtype=dtype)
     return found, skipped
+
+
+def _teacher_shape(weight: Tensor, student: MPOShape, section: OverparamSection) -> MPOShape | None:
+    """Return the factor lists for a teacher's matrix beside a student's chain; None when nothing compares."""
+    if tuple(weight.shape) == student.matrix:
+        return student
+    if section.aux_mismatch == "skip":
+        return None
+    try:
+        shape = shape_for(weight.shape[0], weight.shape[1], section)
+    except InputError:
+        return None
+    if len(shape) != len(student):
+        return None
+    places = auxiliary_indices(len(shape))
+    alike = [
+        k
+        for k in places
+        if (shape.out_factors[k], shape.in_factors[k]) == (student.out_factors[k], student.in_factors[k])
+    ]
+    return shape if alike else None
 
 
 def _teacher_weight(
@@ -328,7 +470,7 @@ def _teacher_weight(
         return None
     module = block_matrix(teacher, layer, matrix)
     if not part:
-        return module.weight if isinstance(module, nn.Linear) else None
+        return module.merged().weight if isinstance(module, LowRankLinear) else module.weight  # type: ignore[return-value]
     if isinstance(module, LowRankLinear):
         return getattr(module, part).weight
     assert isinstance(module, nn.Linear)
