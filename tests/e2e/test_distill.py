@@ -117,6 +117,8 @@ def test_the_same_seed_gives_the_same_student(tmp_path: Path, own_cache: Path):
     for name in ("one", "two"):
         kdcli("distill", str(recipe), "--refresh", "--set", f"name={name}", cwd=tmp_path)
         weights.append(load_file(tmp_path / "runs" / name / "student" / "model.safetensors"))
+    hashes = [json.loads((tmp_path / "runs" / name / "run.json").read_text())["hashes"] for name in ("one", "two")]
+    assert hashes[0] == hashes[1]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
