@@ -98,14 +98,15 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
-def token_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of `values` over each example's real tokens, then over examples.
-
-    values: (batch, seq); mask: (batch, seq). Returns a scalar.
-    """
+def example_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of `values` (batch, seq) over each example's real tokens, (batch,)."""
     mask = mask.to(values.dtype)
-    per_example = (values * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)
-    return per_example.mean()
+    return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)
+
+
+def token_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of `values` (batch, seq) over each example's real tokens, then over examples: a scalar."""
+    return example_mean(values, mask).mean()
 
 
 def masked_log_softmax(scores: Tensor, mask: Tensor) -> Tensor:

@@ -4,20 +4,22 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from kdcli.objectives.base import Objective, Signals, Wants, token_mean
+from kdcli.objectives.base import Objective, Signals, Wants, example_mean, token_mean
 
 
 def token_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, match_norm: bool = False) -> Tensor:
     """Return the squared difference, mean over features, real tokens and examples.
 
-    student, teacher: (batch, seq, width); mask: (batch, seq). With `match_norm` it is divided by the teacher's
-    own mean square over the batch's real tokens: a relative error that no activation's size can make heavy.
+    student, teacher: (batch, seq, width); mask: (batch, seq). With `match_norm` each example's error is divided
+    by the teacher's mean square over that example: a relative error that no activation's size can make heavy,
+    and that still averages over examples, so that shares of a batch on several devices agree with the whole.
     """
     student, teacher = student.float(), teacher.float()
-    error = token_mean((student - teacher).square().mean(-1), mask)
+    error = (student - teacher).square().mean(-1)
     if match_norm:
-        error = error / token_mean(teacher.square().mean(-1), mask).clamp(min=1e-12)
-    return error
+        size = example_mean(teacher.square().mean(-1), mask).clamp(min=1e-12)
+        error = error / size[:, None]
+    return token_mean(error, mask)
 
 
 class HiddenObjective(Objective):
