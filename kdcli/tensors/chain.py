@@ -1,5 +1,6 @@
 """Contracting a chain while it trains: at the cost of its FLOPs, and once per optimizer step."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -105,6 +106,13 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Switch autocast off, on devices that have it (the meta device has not)."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def _products(chain: tuple[Tensor, ...], shape: MPOShape, right: bool) -> list[Tensor]:
     """Return the partial products from the starting end: the last one is the whole rearranged matrix.
 
@@ -138,7 +146,7 @@ class _Contract(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         chain: tuple[Tensor, ...] = ctx.saved_tensors
-        with torch.autocast(chain[0].device.type, enabled=False):
+        with _full_precision(chain[0].device):
             grads = _gradients(rearrange(_wide(gradients[0]), ctx.shape), chain, ctx.partials, ctx.shape)
         needed = ctx.needs_input_grad[2:]
         return (
@@ -178,7 +186,7 @@ def contract_cached(chain: tuple[Tensor, ...], shape: MPOShape, cache: ChainCach
 
     Autocast is off inside: products of the tensors are formed in fp32 at least.
     """
-    with torch.autocast(chain[0].device.type, enabled=False):
+    with _full_precision(chain[0].device):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in chain):
             return _Contract.apply(shape, cache, *chain)
         return cache.read(chain, shape)[0].detach()
