@@ -44,6 +44,7 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     """
     if path.exists() and not force and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{path} exists already", hint="give another --out, or --force to replace it")
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -61,6 +62,10 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        # Folders that were made only for this one go, too, unless something else has moved in.
+        with contextlib.suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
         raise
 
 

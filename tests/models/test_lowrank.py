@@ -1,0 +1,226 @@
+"""Low-rank students: optimal factors, exact counts, and the sizes that are refused."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, BertConfig, BertForSequenceClassification, PreTrainedModel
+
+from kdcli.errors import InputError
+from kdcli.models.anatomy import iter_block_matrices, set_block_matrix
+from kdcli.models.counts import block_weight_count, count_parameters
+from kdcli.models.lowrank import (
+    LowRankEmbedding,
+    LowRankLinear,
+    break_even_rank,
+    factorise,
+    merge_low_rank,
+    plan_ranks,
+    svd_factors,
+)
+from kdcli.recipe.schema import StudentSection
+from kdcli.tensors.parametrize import probe
+
+
+def section(**sizes: object) -> StudentSection:
+    return StudentSection(form="low-rank", **sizes)  # type: ignore[arg-type]
+
+
+def tiny(seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    model = BertForSequenceClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def bert_base() -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModel.from_config(BertConfig())
+
+
+@pytest.mark.parametrize("size", [(12, 20), (20, 12), (16, 16)])
+def test_the_error_is_what_was_discarded_and_falls_with_the_rank(size: tuple[int, int]):
+    weight = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    squares = torch.linalg.svdvals(weight).square()
+    errors = []
+    for rank in range(1, min(size) + 1):
+        up, down = svd_factors(weight, rank)
+        assert up.shape == (size[0], rank) and down.shape == (rank, size[1])
+        errors.append(float((weight - up @ down).square().sum()))
+        assert errors[-1] == pytest.approx(float(squares[rank:].sum()), abs=1e-10)
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-20
+
+
+def test_both_factors_carry_the_root_of_the_singular_values():
+    weight = torch.randn(10, 14, dtype=torch.float64)
+    up, down = svd_factors(weight, 6)
+    values = torch.diag(torch.linalg.svdvals(weight)[:6])
+    torch.testing.assert_close(up.T @ up, values)
+    torch.testing.assert_close(down @ down.T, values)
+
+
+def test_factors_are_the_same_to_the_bit_each_time():
+    weight = torch.randn(10, 14)
+    assert all(torch.equal(a, b) for a, b in zip(svd_factors(weight, 6), svd_factors(weight.clone(), 6), strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_factored_map_of_full_rank_is_the_map(bias: bool):
+    linear = nn.Linear(12, 20, bias=bias)
+    factored = LowRankLinear.from_linear(linear, 12)
+    x = torch.randn(3, 5, 12)
+    torch.testing.assert_close(factored(x), linear(x), atol=1e-6, rtol=1e-5)
+    assert (factored.in_features, factored.out_features, factored.rank) == (12, 20, 12)
+    assert (factored.up.bias is not None) == bias and factored.down.bias is None
+    merged = factored.merged()
+    torch.testing.assert_close(merged.weight, linear.weight, atol=1e-6, rtol=1e-5)
+    assert [n for n, _ in merged.named_parameters()] == [n for n, _ in linear.named_parameters()]
+
+
+def test_a_student_of_full_rank_is_the_teacher():
+    teacher = tiny()
+    student = copy.deepcopy(teacher)
+    for key, linear in list(iter_block_matrices(student)):
+        assert isinstance(linear, nn.Linear)
+        set_block_matrix(student, *key, LowRankLinear.from_linear(linear, min(linear.weight.shape)))
+    assert (probe(student) - probe(teacher)).square().mean() < 1e-8
+
+
+def test_break_even_ranks():
+    assert break_even_rank(768, 768) == 384
+    assert break_even_rank(768, 3072) == 614.4
+
+
+@pytest.mark.parametrize(("rank", "total"), [(32, 29_856_000), (256, 67_014_912), (320, 77_631_744)])
+def test_totals_of_bert_base_by_rank(rank: int, total: int):
+    model = bert_base()
+    assert count_parameters(model) == 109_482_240
+    factorise(model, section(rank=rank))
+    assert count_parameters(model) == total == 165_888 * rank + 119_808 + 23_837_184 + 590_592
+    for _, matrix in iter_block_matrices(model):
+        assert isinstance(matrix, LowRankLinear)
+        assert matrix.up.weight.numel() + matrix.down.weight.numel() == rank * (
+            matrix.in_features + matrix.out_features
+        )
+
+
+@pytest.mark.parametrize(("rank", "embedding", "total"), [(32, 256, 14_425_344), (64, 96, 14_727_360)])
+def test_totals_of_bert_base_with_factored_embeddings(rank: int, embedding: int, total: int):
+    model = bert_base()
+    factorise(model, section(rank=rank, embedding_rank=embedding))
+    assert count_parameters(model) == total
+
+
+@pytest.mark.parametrize(("budget", "rank"), [(0.5, 256), (None, 256), (0.25, 128), (0.125, 64), (0.0625, 32)])
+def test_a_budget_of_block_weights_gives_one_rank(budget: float | None, rank: int):
+    model = bert_base()
+    dense = block_weight_count(model)
+    notes = factorise(model, section(budget=budget))
+    assert {m.rank for _, m in iter_block_matrices(model) if isinstance(m, LowRankLinear)} == {rank}
+    assert block_weight_count(model) == (budget or 0.5) * dense
+    assert f"rank {rank}" in notes[-1]
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.29, 0.6, 0.7, 0.9])
+def test_the_rank_is_the_largest_within_the_budget(budget: float):
+    model = bert_base()
+    dense = block_weight_count(model)
+    shapes = {key: (m.out_features, m.in_features) for key, m in iter_block_matrices(model)}  # type: ignore[misc]
+    ranks = plan_ranks(shapes, section(budget=budget), fixed_params=0)  # type: ignore[arg-type]
+
+    def cost(ranks: dict) -> int:
+        return sum(o * i if ranks[k] is None else ranks[k] * (o + i) for k, (o, i) in shapes.items())
+
+    rank = next(r for r in ranks.values() if r is not None)
+    assert cost(ranks) <= budget * dense
+    more = {k: rank + 1 if rank + 1 < break_even_rank(*s) else None for k, s in shapes.items()}  # type: ignore[misc]
+    assert cost(more) > budget * dense
+
+
+def test_the_whole_budget_leaves_the_model_dense():
+    model = tiny()
+    factorise(model, section(budget=1.0))
+    assert not any(isinstance(m, LowRankLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize("wanted", ["67.1M", 45_800_000, "30M"])
+def test_a_total_is_kept_and_used_up(wanted: str | int):
+    model = bert_base()
+    factorise(model, section(params=wanted))
+    limit = int(float(wanted[:-1]) * 1e6) if isinstance(wanted, str) else wanted
+    assert limit - 165_888 < count_parameters(model) <= limit
+
+
+def test_matrices_stay_dense_where_factors_save_nothing():
+    model = bert_base()
+    notes = factorise(model, section(rank=400))
+    kinds = {key[1]: type(m) for key, m in iter_block_matrices(model)}
+    assert kinds["query"] is nn.Linear and kinds["ffn_in"] is LowRankLinear
+    assert "48 matrices stay dense" in notes[-1]
+
+
+def test_energy_keeps_that_share_with_the_smallest_rank():
+    model = tiny()
+    weights = {key: m.weight.detach().clone() for key, m in iter_block_matrices(model)}  # type: ignore[union-attr]
+    factorise(model, section(energy=0.6))
+    for key, matrix in iter_block_matrices(model):
+        squares = torch.linalg.svdvals(weights[key].double()).square()
+        kept = squares.cumsum(0) / squares.sum()
+        if isinstance(matrix, LowRankLinear):
+            assert kept[matrix.rank - 1] >= 0.6 and (matrix.rank == 1 or kept[matrix.rank - 2] < 0.6)
+        else:
+            rank = int((kept < 0.6).sum()) + 1
+            assert rank >= break_even_rank(*weights[key].shape)
+    assert any(isinstance(m, LowRankLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "where"),
+    [
+        ({"rank": 43}, "student.rank"),
+        ({"budget": 0.001}, "student.budget"),
+        ({"params": 1000}, "student.params"),
+        ({"embedding_rank": 30}, "student.embedding_rank"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(sizes: dict, where: str):
+    with pytest.raises(InputError) as caught:
+        factorise(tiny(), section(**sizes))
+    assert caught.value.where == where
+
+
+def test_the_students_keys_are_the_original_ones_and_the_factor_pairs():
+    teacher = tiny()
+    student = copy.deepcopy(teacher)
+    factorise(student, section(rank=8))
+    extra = set(student.state_dict()) - set(teacher.state_dict())
+    assert all(k.endswith((".up.weight", ".up.bias", ".down.weight")) for k in extra)
+    assert len(extra) == 12 * 3
+
+
+def test_merging_gives_the_plain_model_of_the_same_function():
+    teacher = tiny()
+    student = copy.deepcopy(teacher)
+    factorise(student, section(rank=8, embedding_rank=10))
+    logits = probe(student)
+    merged = merge_low_rank(student)
+    torch.testing.assert_close(probe(merged), logits, atol=1e-5, rtol=0)  # type: ignore[arg-type]
+    assert list(merged.state_dict()) == list(teacher.state_dict())
+    assert {k: v.shape for k, v in merged.state_dict().items()} == {k: v.shape for k, v in teacher.state_dict().items()}
+
+
+def test_a_factored_table_looks_up_the_product():
+    table = nn.Embedding(40, 12, padding_idx=0)
+    ids = torch.tensor([[0, 3, 39], [5, 5, 1]])
+    full = LowRankEmbedding.from_embedding(table, 12)
+    torch.testing.assert_close(full(ids), table(ids), atol=1e-6, rtol=1e-5)
+    factored = LowRankEmbedding.from_embedding(table, 4)
+    torch.testing.assert_close(factored(ids), factored.weight[ids], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(factored.merged()(ids), factored(ids), atol=1e-6, rtol=1e-5)
+    assert sum(p.numel() for p in factored.parameters()) == 4 * (40 + 12)
