@@ -3,21 +3,30 @@
 import difflib
 import re
 import tomllib
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from kdcli.errors import InputError
-from kdcli.recipe.locate import line_of
+from kdcli.recipe.locate import Keys, line_of, lines_of_keys
+from kdcli.recipe.problems import Problem, problems_of
 from kdcli.recipe.schema import Recipe
 
-Path_ = tuple[str, ...]
+_NEEDED = {
+    ("task",): 'add task = "sst2", or a [task] table for your own data',
+    ("method",): 'add method = "makd"; `kdcli methods` lists what there is',
+    ("teacher",): 'add a [teacher] table with model = "HUB NAME OR FOLDER"',
+    ("task", "name"): "give the task a name",
+    ("method", "name"): "`kdcli methods` lists what there is",
+}
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Return the recipe in `path` with `--set` overrides on top.
+    """Return the recipe in `path` with `--set FIELD=VALUE` overrides on top.
 
+    A value is read as TOML, or as a plain string where it is none; tables that are not there yet are made.
     Raises InputError with every problem found: file and line (or the option), field, what was found, and
     what is allowed.
     """
@@ -25,24 +34,40 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        place = re.search(r"\(at line (\d+), column (\d+)\)", str(error))
-        where = f"{path}:{place[1]}:{place[2]}" if place else str(path)
-        reason = re.sub(r" \(at .*\)$", "", str(error))
-        raise InputError(f"not valid TOML: {reason}", where=where) from error
-    options: dict[Path_, str] = {}
+        reason, line, column = _broken(error, text)
+        raise InputError(f"not valid TOML: {reason}", where=f"{path}:{line}:{column}") from error
+    source = _Source(path, text)
     for override in overrides or []:
-        options[_apply(document, override)] = override
-    recipe = _validate(Recipe, document, path, text, options, prefix=())
-    assert isinstance(recipe, Recipe)
-    _check_method(recipe, path, text, options)
+        source.options[_apply(document, override)] = override
+    problems: list[Problem] = []
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        problems += problems_of(Recipe, error)
+    problems += _problems_of_method(document)
+    if recipe is None or problems:
+        raise source.error(problems)
     return recipe
+
+
+def validate_section(schema: type[BaseModel], values: dict[str, Any]) -> Any:
+    """Return a command's options as a section. Raises InputError that names the options that do not fit."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        lines = [
+            (f"--{'.'.join(problem.path).replace('_', '-')}: " if problem.path else "") + problem.text
+            for problem in problems_of(schema, error)
+        ]
+        raise InputError("\n  ".join(lines)) from error
 
 
 def _read(path: Path) -> str:
     if path.is_dir():
         raise InputError(f"{path} is a folder, not a recipe", hint="name a TOML file")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
         raise InputError(
@@ -50,146 +75,131 @@ def _read(path: Path) -> str:
         ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text", hint="is it a TOML file?") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _apply(document: dict[str, Any], override: str) -> Path_:
+def _broken(error: tomllib.TOMLDecodeError, text: str) -> tuple[str, int, int]:
+    """Return tomllib's reason, the line and the column; the end of the text when it says no more."""
+    reason = re.sub(r" \(at .*\)$", "", str(error))
+    if place := re.search(r"\(at line (\d+), column (\d+)\)", str(error)):
+        return reason, int(place[1]), int(place[2])
+    lines = text.split("\n")
+    return reason, len(lines), len(lines[-1]) + 1
+
+
+def _apply(document: dict[str, Any], override: str) -> Keys:
     """Put one `--set FIELD=VALUE` into the document, in place, and return the field's path."""
-    field, equals, value = override.partition("=")
-    path = tuple(part.strip() for part in field.split("."))
-    if not equals or not all(path):
+    name, equals, value = override.partition("=")
+    path = _path(name)
+    if not equals or not path:
         raise InputError(f"--set takes FIELD=VALUE, such as student.budget=0.25, not {override!r}", where="--set")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value
     table = document
-    for depth, part in enumerate(path[:-1]):
+    for depth, part in enumerate(path[:-1], 1):
         inner: Any = table.get(part)
-        if isinstance(inner, str) and depth == 0 and part in ("task", "method"):
+        if depth == 1 and part in ("task", "method") and isinstance(inner, str):
             inner = {"name": inner}
-        elif part == "finetune" and isinstance(inner, bool):
+        elif path[:depth] == ("teacher", "finetune") and isinstance(inner, bool):
             inner = {}
         elif inner is not None and not isinstance(inner, dict):
-            raise InputError(f"{'.'.join(path[: depth + 1])} is no table", where=f"--set {override}")
+            raise InputError(
+                f"{'.'.join(path[:depth])} is {inner!r}, not a table that has fields", where=f"--set {override}"
+            )
         table[part] = dict(inner or {})
         table = table[part]
-    last = path[-1]
-    if len(path) == 1 and last in ("task", "method") and isinstance(table.get(last), dict) and isinstance(parsed, str):
-        table[last] = {**table[last], "name": parsed}
-    else:
-        table[last] = parsed
+    parsed, last = _value(value.strip()), path[-1]
+    if path in (("task",), ("method",)) and isinstance(table.get(last), dict) and isinstance(parsed, str):
+        parsed = {**table[last], "name": parsed}
+    table[last] = parsed
     return path
 
 
-def _validate(
-    schema: type[BaseModel],
-    document: dict[str, Any],
-    path: Path,
-    text: str,
-    options: dict[Path_, str],
-    prefix: Path_,
-) -> BaseModel:
+def _path(name: str) -> Keys:
+    """Return the parts of a dotted TOML key, or nothing when it is none."""
     try:
-        return schema.model_validate(document)
-    except ValidationError as error:
-        problems = _merged([_problem(schema, entry, prefix) for entry in error.errors()])
-        lines = []
-        for field, message, hint in problems:
-            where = _where(field, path, text, options)
-            name = ".".join(field)
-            lines.append(f"{where}: {name + ': ' if name else ''}{message}" + (f" ({hint})" if hint else ""))
-        raise InputError("\n".join(dict.fromkeys(lines))) from error
+        inner: Any = tomllib.loads(f"{name.strip()} = 0")
+    except tomllib.TOMLDecodeError:
+        return ()
+    path: Keys = ()
+    while isinstance(inner, dict) and len(inner) == 1:
+        [(part, inner)] = inner.items()
+        path = (*path, part)
+    return path if inner == 0 else ()
 
 
-def _where(field: Path_, path: Path, text: str, options: dict[Path_, str]) -> str:
-    for option, words in options.items():
-        if field[: len(option)] == option or (option[: len(field)] == field and field not in _written(text)):
-            return f"--set {words}"
-    line = line_of(text, field)
-    return f"{path}:{line}" if line else str(path)
+def _value(text: str) -> Any:
+    try:
+        document = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return document["value"] if document.keys() == {"value"} else text
 
 
-def _written(text: str) -> set[Path_]:
-    from kdcli.recipe.locate import lines_of_keys
-
-    return set(lines_of_keys(text))
-
-
-def _merged(problems: list[tuple[Path_, str, str | None]]) -> list[tuple[Path_, str, str | None]]:
-    """Join the alternatives of a field that may have several types into one problem."""
-    merged: dict[Path_, tuple[list[str], str | None]] = {}
-    for field, message, hint in problems:
-        messages, _ = merged.setdefault(field, ([], hint))
-        if message not in messages:
-            messages.append(message)
-    return [(field, " or ".join(messages), hint) for field, (messages, hint) in merged.items()]
-
-
-def _problem(schema: type[BaseModel], entry: Any, prefix: Path_) -> tuple[Path_, str, str | None]:
-    location = [str(part) for part in entry["loc"] if isinstance(part, str) and _is_field(part)]
-    field = (*prefix, *location)
-    kind, found = entry["type"], entry["input"]
-    context = entry.get("ctx", {})
-    if kind == "extra_forbidden":
-        known = _fields_at(schema, location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
-        return field, "unknown field", hint
-    if kind == "missing":
-        return field, "is missing", None
-    if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", context["expected"])
-        near = difflib.get_close_matches(str(found), choices, n=1)
-        suggestion = f"did you mean {near[0]!r}?" if near else None
-        return field, f"{found!r} is not one of {', '.join(map(repr, choices))}", suggestion
-    if kind == "value_error":
-        return field, str(context.get("error", entry["msg"])), None
-    message = entry["msg"][0].lower() + entry["msg"][1:]
-    message = message.replace("input should be", "must be").replace("a valid ", "a ")
-    return field, f"{message}, not {found!r}", None
-
-
-def _is_field(part: str) -> bool:
-    # pydantic names the branch of a union ("int", "list[nonnegative-int]", "FinetuneSection") like a field.
-    return (
-        part not in {"int", "str", "bool", "float"} and "[" not in part and not part[:1].isupper() and "-" not in part
-    )
-
-
-def _fields_at(schema: type[BaseModel], location: list[str]) -> list[str]:
-    current: Any = schema
-    for part in location:
-        field = current.model_fields.get(part)
-        if field is None:
-            return []
-        candidates = [field.annotation, *get_args(field.annotation)]
-        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if current is None:
-            return []
-    return list(current.model_fields)
-
-
-def _check_method(recipe: Recipe, path: Path, text: str, options: dict[Path_, str]) -> None:
+def _problems_of_method(document: dict[str, Any]) -> list[Problem]:
+    """Judge the method's own options by its own schema, as far as there is a method."""
+    table = document.get("method")
+    table = {"name": table} if isinstance(table, str) else table
+    if not isinstance(table, dict) or not isinstance(table.get("name"), str):
+        return []
     from kdcli.methods import registry
 
     try:
-        method = registry.get(recipe.method.name)
+        method = registry.get(table["name"])
     except InputError as error:
-        field = ("method", "name")
-        raise InputError(
-            error.message, where=f"{_where(field, path, text, options)}: method.name", hint=error.hint
-        ) from None
-    _validate(method.options, recipe.method.options, path, text, options, prefix=("method",))
-
-
-def validate_section(schema: type[BaseModel], values: dict[str, Any]) -> Any:
-    """Return `values` as a section. Raises InputError in the words of a recipe when something does not fit."""
+        return [Problem(("method", "name"), error.message, error.hint)]
+    options = {key: value for key, value in table.items() if key != "name"}
     try:
-        return schema.model_validate(values)
+        method.options.model_validate(options)
     except ValidationError as error:
-        problems = _merged([_problem(schema, entry, ()) for entry in error.errors()])
-        raise InputError(
-            "\n".join(f"--{'.'.join(f).replace('_', '-')}: {m}" + (f" ({h})" if h else "") for f, m, h in problems)
-        ) from error
+        return problems_of(method.options, error, prefix=("method",))
+    return []
+
+
+def with_place(error: InputError, path: Path, overrides: list[str] | None = None) -> InputError:
+    """Return an error whose `where` is a recipe's field (`student.rank`) with file and line, or the option, before it.
+
+    Any other error is returned as it is.
+    """
+    field_ = _path(error.where or "")
+    if not field_ or field_[0] not in Recipe.model_fields:
+        return error
+    source = _Source(path, _read(path), {_path(words.partition("=")[0]): words for words in overrides or []})
+    return InputError(error.message, where=f"{source.where(field_)}: {error.where}", hint=error.hint)
+
+
+@dataclass
+class _Source:
+    """Where a recipe's fields come from: lines of a file, and options."""
+
+    path: Path
+    text: str
+    options: dict[Keys, str] = field(default_factory=dict)
+
+    def error(self, problems: list[Problem]) -> InputError:
+        """Return one error that tells all problems, in the order of the file's lines, options last."""
+        found = sorted(problems, key=self._order)
+        hints = [_NEEDED.get(p.path, p.hint) if p.missing else p.hint for p in found]
+        places = [self.where(p.path) + (f": {p.name}" if p.path else "") for p in found]
+        if len(found) == 1:
+            return InputError(found[0].message, where=places[0], hint=hints[0])
+        lines = [
+            f"{place}: {problem.message}" + (f" ({hint})" if hint else "")
+            for place, problem, hint in zip(places, found, hints, strict=True)
+        ]
+        return InputError("\n  ".join([f"{self.path}: {len(lines)} problems", *lines]))
+
+    def _order(self, problem: Problem) -> tuple[bool, int]:
+        return self.where(problem.path).startswith("--set"), line_of(self.text, problem.path) or 0
+
+    def where(self, path: Keys) -> str:
+        """Return `FILE:LINE`, or the option that set the field; both when a table's parts come from both."""
+        exact = [words for option, words in self.options.items() if path[: len(option)] == option]
+        if exact:
+            return f"--set {exact[-1]}"
+        below = [words for option, words in self.options.items() if path and option[: len(path)] == path]
+        options = ", ".join(f"--set {words}" for words in below)
+        if below and path not in lines_of_keys(self.text):
+            return options
+        line = line_of(self.text, path)
+        place = f"{self.path}:{line}" if line else str(self.path)
+        return f"{place} with {options}" if below else place

@@ -1,33 +1,29 @@
 """The line of a TOML text where a key is written."""
 
 import re
+from bisect import bisect_right
 
-_TABLE = re.compile(r"^\s*\[\[?\s*([^\]]+?)\s*\]\]?\s*(?:#.*)?$")
-_KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+_SPACE = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
+_STRING = re.compile(
+    r'"""(?:[^\\]|\\.)*?"{3,5}' r"|'''.*?'{3,5}" r'|"(?:[^"\\\n]|\\.)*"' r"|'[^'\n]*'",
+    re.DOTALL,
+)
+_SCALAR = re.compile(r"[^,\]}#\r\n]+")
 
-
-def _parts(dotted: str) -> tuple[str, ...]:
-    return tuple(part.strip().strip("\"'") for part in re.split(r"\.(?=(?:[^\"']*[\"'][^\"']*[\"'])*[^\"']*$)", dotted))
-
-
-def lines_of_keys(text: str) -> dict[tuple[str, ...], int]:
-    """Return the line (from 1) of every table header and key of a TOML text; a good guess for odd layouts."""
-    found: dict[tuple[str, ...], int] = {}
-    table: tuple[str, ...] = ()
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := _TABLE.match(line):
-            table = _parts(header[1])
-            found.setdefault(table, number)
-        elif key := _KEY.match(line):
-            path = (*table, *_parts(key[1]))
-            found.setdefault(path, number)
-            rest = line[key.end() :]
-            for inner in re.finditer(r"[{,]\s*([A-Za-z0-9_-]+)\s*=", rest):
-                found.setdefault((*path, inner[1]), number)
-    return found
+Keys = tuple[str, ...]
 
 
-def line_of(text: str, path: tuple[str, ...]) -> int | None:
+def lines_of_keys(text: str) -> dict[Keys, int]:
+    """Return the line (from 1) where each table and key of a valid TOML text is first written.
+
+    Keys are paths from the top: `("student", "budget")` for `budget` under `[student]`, for `student.budget`,
+    and for `student = {budget = ...}` alike. Tables that only a longer header or a dotted key implies count, too.
+    """
+    return _Scanner(text).scan()
+
+
+def line_of(text: str, path: Keys) -> int | None:
     """Return the line of a field, or of the innermost table around it that is written; None when none is."""
     lines = lines_of_keys(text)
     while path:
@@ -35,3 +31,81 @@ def line_of(text: str, path: tuple[str, ...]) -> int | None:
             return lines[path]
         path = path[:-1]
     return None
+
+
+class _Scanner:
+    """Walks over a text that tomllib has accepted; it need not find errors, only keys."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.place = 0
+        self.starts = [0, *(match.end() for match in re.finditer("\n", text))]
+        self.found: dict[Keys, int] = {}
+
+    def scan(self) -> dict[Keys, int]:
+        table: Keys = ()
+        while self._peek():
+            if self._peek() == "[":
+                self._take("[[" if self.text.startswith("[[", self.place) else "[")
+                table = self._key(())
+                self._take("]]" if self.text.startswith("]]", self.place) else "]")
+            else:
+                self._pair(table)
+        return self.found
+
+    def _peek(self) -> str:
+        """Skip white space and comments, and return the next character, or "" at the end."""
+        match = _SPACE.match(self.text, self.place)
+        assert match is not None
+        self.place = match.end()
+        return self.text[self.place : self.place + 1]
+
+    def _take(self, words: str) -> None:
+        self._peek()
+        if not self.text.startswith(words, self.place):
+            raise ValueError(f"no {words!r} at character {self.place}: the text is not valid TOML")
+        self.place += len(words)
+
+    def _match(self, pattern: re.Pattern[str]) -> str:
+        self._peek()
+        match = pattern.match(self.text, self.place)
+        if match is None:
+            raise ValueError(f"the text is not valid TOML at character {self.place}")
+        self.place = match.end()
+        return match[0]
+
+    def _key(self, table: Keys) -> Keys:
+        """Read a dotted key, note its line, and return its path."""
+        self._peek()
+        line = bisect_right(self.starts, self.place)
+        while True:
+            quoted = self._peek() in ('"', "'")
+            part = self._match(_STRING if quoted else _BARE)
+            table = (*table, part[1:-1] if quoted else part)
+            self.found.setdefault(table, line)
+            if self._peek() != ".":
+                return table
+            self._take(".")
+
+    def _pair(self, table: Keys) -> None:
+        path = self._key(table)
+        self._take("=")
+        self._value(path)
+
+    def _value(self, path: Keys) -> None:
+        opening = self._peek()
+        if opening in ("[", "{"):
+            self._take(opening)
+            closing = "]" if opening == "[" else "}"
+            while self._peek() != closing:
+                if self._peek() == ",":
+                    self._take(",")
+                elif opening == "[":
+                    self._value(path)
+                else:
+                    self._pair(path)
+            self._take(closing)
+        elif opening in ('"', "'"):
+            self._match(_STRING)
+        else:
+            self._match(_SCALAR)

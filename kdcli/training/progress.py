@@ -58,7 +58,11 @@ class ProgressDisplay(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         shown = {k: v for k, v in logs.items() if k not in _HIDDEN and isinstance(v, int | float)}
-        evaluated = {k.removeprefix("eval_"): v for k, v in shown.items() if k.startswith("eval_")}
+        evaluated = {
+            k.removeprefix("eval_"): v
+            for k, v in shown.items()
+            if k.startswith("eval_") and not k.endswith(("_runtime", "_per_second"))
+        }
         done = state.global_step - self.first_step
         elapsed = time.perf_counter() - self.begun
         speed = done * self.batch_size / elapsed if elapsed > 0 else 0.0
