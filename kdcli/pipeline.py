@@ -28,6 +28,7 @@ from kdcli.models.card import model_card
 from kdcli.models.forms import StudentBuild, build_student
 from kdcli.models.save import save_model
 from kdcli.models.shape import shape_of
+from kdcli.objectives.base import Wants
 from kdcli.objectives.tensor import TensorObjective
 from kdcli.recipe.schema import Recipe, StudentSection
 from kdcli.tasks.base import Task
@@ -39,6 +40,7 @@ from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, is_main, main_does
 from kdcli.training.hashing import hash_of_weights
 from kdcli.training.logits_cache import cached_logits
+from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.teacher import Teacher, make_teacher, metrics_of
 from kdcli.training.trainer import COMPLETE, WEIGHTS, LoopSettings, fit, load_weights
 
@@ -394,39 +396,47 @@ def _train(
             section = resolved.recipe.overparam
             assert section is not None
             terms.append(Term("tensor", TensorObjective(section.aux_reduction), section.aux_weight))
-        distiller = make_distiller(
-            build.model,
-            terms,
-            teacher.model,
-            train,
-            collator,
-            cache=resolved.recipe.teacher.cache,
-            batch_size=resolved.recipe.evaluate.batch_size,
-            factors=chain.teacher if chain is not None else None,
-        )
         loop = stage_loop(resolved.loop, stage, total, len(train))
+        scheme = stage.scheme or Scheme()
+        rows = scheme.begin(
+            Setting(
+                student=build.model,
+                teacher=teacher.model,
+                tokenizer=teacher.tokenizer,
+                task=task,
+                train=train,
+                collator=collator,
+                loop=loop,
+                base=resolved.base,
+                cache=resolved.recipe.teacher.cache,
+                console=console,
+            )
+        )
+        distiller = make_distiller(build.model, terms, scheme, rows, factors=chain.teacher if chain else None)
         folder = run.checkpoints / f"{number}-{stage.name}"
         final = folder / "final"
         if resume and agree((final / COMPLETE).exists()):
             load_weights(distiller, final)
             distiller.close()
             records.append({"stage": stage.name, "resumed": True})
-            continue
-        record = fit(
-            distiller,
-            train=train,
-            selection=selection,
-            collator=collator,
-            metrics=metrics_of(task),
-            settings=loop,
-            folder=folder,
-            log_dir=run.log / stage.name,
-            title=stage.name if len(stages) == 1 else f"{number}/{len(stages)} {stage.name}",
-            console=console,
-            resume=resume,
-        )
-        records.append({"stage": stage.name, **record})
-        main_does(lambda final=final, distiller=distiller: _keep_stage(final, distiller))  # type: ignore[misc]
+        else:
+            record = fit(
+                distiller,
+                train=rows,
+                selection=selection,
+                collator=collator,
+                metrics=metrics_of(task),
+                settings=loop,
+                folder=folder,
+                log_dir=run.log / stage.name,
+                title=stage.name if len(stages) == 1 else f"{number}/{len(stages)} {stage.name}",
+                console=console,
+                scheme=scheme,
+                resume=resume,
+            )
+            records.append({"stage": stage.name, **record})
+            main_does(lambda final=final, distiller=distiller: _keep_stage(final, distiller))  # type: ignore[misc]
+        scheme.end()
     build.model.eval().to("cpu")  # type: ignore[arg-type]
     teacher.model.to("cpu")  # type: ignore[arg-type]
     return records
@@ -451,20 +461,20 @@ def stage_loop(loop: LoopSettings, stage: Stage, total: int, examples: int) -> L
 def make_distiller(
     student: "PreTrainedModel",
     terms: list[Term],
-    teacher: "PreTrainedModel",
-    train: Any,
-    collator: Any,
+    scheme: Scheme,
+    rows: Any,
     *,
-    cache: bool,
-    batch_size: int,
     factors: dict[Any, tuple[torch.Tensor, ...]] | None = None,
 ) -> Distiller:
-    """Return the step of a stage; a teacher of whom only logits are asked speaks once, before training."""
-    wants = [term.objective.teacher_wants() for term in terms if term.weight > 0]
-    inside = any(want.hidden or want.matrices for want in wants)
-    logits = None
-    if cache and not inside and any(want.logits for want in wants):
-        logits = cached_logits(teacher, train, collator, batch_size=batch_size)
+    """Return the step of a stage; a fixed teacher of whom only logits are asked speaks once, before training."""
+    setting, teacher, logits = scheme.setting, scheme.teacher(), scheme.teacher_logits()
+    wants = Wants()
+    for term in terms:
+        if term.weight > 0:
+            wants |= term.objective.teacher_wants()
+    if logits is None and teacher is not None and setting.cache and scheme.teacher_is_fixed:
+        if wants.logits and not wants.inside:
+            logits = cached_logits(teacher, rows, setting.collator, batch_size=setting.loop.eval_batch_size)
     return Distiller(student, terms, teacher=teacher, teacher_logits=logits, teacher_factors=factors)
 
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from kdcli.models.shape import ModelShape
 from kdcli.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from kdcli.training.schemes.base import Scheme
 
 
 class Options(BaseModel):
@@ -39,13 +42,17 @@ class Term:
 
 @dataclass
 class Stage:
-    """A part of the training with its own terms: a share of all steps, or `epochs` of its own."""
+    """A part of the training with its own terms: a share of all steps, or `epochs` of its own.
+
+    scheme: how a step runs, where the method changes the loop itself.
+    """
 
     name: str
     terms: list[Term]
     share: float = 1.0
     learning_rate: float | None = None
     epochs: float | None = None
+    scheme: "Scheme | None" = None
 
 
 def _no_check(options: Any, context: Context) -> None:
@@ -58,7 +65,8 @@ class Method:
 
     title, paper, formula, signals, constraints, cost: for `kdcli methods`. options: the schema of its own
     options. student, train: defaults for those tables. check(options, context) raises InputError for what
-    cannot work, with the nearest setting that does; build(options, context) returns the stages.
+    cannot work, with the nearest setting that does; build(options, context) returns the stages. kinds: of tasks
+    that it can be used on ("classification", "regression", "text").
     """
 
     name: str
@@ -71,5 +79,6 @@ class Method:
     options: type[BaseModel]
     build: Callable[[Any, Context], list[Stage]]
     check: Callable[[Any, Context], None] = _no_check
+    kinds: frozenset[str] = frozenset({"classification", "regression"})
     student: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)

@@ -16,12 +16,18 @@ class Wants:
     """What must be captured from one model's forward pass; everything else is not even looked at.
 
     Block numbers follow the literature: hidden[0] is the embedding output, hidden[l] the output of block l.
+    `all_positions` matters for language models only: logits at every real token, not just at the masked ones.
+    `gradients` keeps the graph from hidden[0] to the logits, twice differentiable; `path` is the number of points
+    between a zero embedding and hidden[0] at which the model is to be run for it (integrated gradients).
     """
 
     logits: bool = False
     hidden: frozenset[int] = frozenset()
     matrices: frozenset[MatrixKey] = frozenset()
     factors: bool = False
+    all_positions: bool = False
+    gradients: bool = False
+    path: int = 1
 
     def __or__(self, other: "Wants") -> "Wants":
         return Wants(
@@ -29,27 +35,34 @@ class Wants:
             self.hidden | other.hidden,
             self.matrices | other.matrices,
             self.factors or other.factors,
+            self.all_positions or other.all_positions,
+            self.gradients or other.gradients,
+            max(self.path, other.path),
         )
 
     @property
-    def only_logits(self) -> bool:
-        """True when nothing inside the model is asked for."""
-        return not (self.hidden or self.matrices or self.factors)
+    def inside(self) -> bool:
+        """True when something inside a forward pass is asked for: known logits do not do."""
+        return bool(self.hidden or self.matrices or self.gradients)
 
 
 @dataclass
 class Signals:
     """What one forward pass said, as far as somebody asked.
 
-    mask: (batch, seq), 1 at real tokens. logits: (batch, classes). hidden[l]: (batch, seq, hidden).
+    mask: (batch, seq), 1 at real tokens. logits: (batch, classes); of a language model (positions, vocabulary), at
+    the flat positions `positions` (into batch x seq). hidden[l]: (batch, seq, hidden).
     matrices[(l, name)]: output of that linear map with its bias, (batch, seq, out).
     factors[(l, name)]: the tensor chain of that matrix, only for over-parameterised weights.
+    path: (scaled embedding output, logits) for alpha = 1/K, ..., 1, where a gradient's path is asked for.
     heads: number of attention heads.
     """
 
     mask: Tensor
     heads: int
     logits: Tensor | None = None
+    positions: Tensor | None = None
+    path: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     matrices: dict[MatrixKey, Tensor] = field(default_factory=dict)
     factors: Mapping[MatrixKey, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -96,6 +109,9 @@ class Objective(nn.Module):
     def forward(self, student: Signals, teacher: Signals, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the term as a scalar in fp32."""
         raise NotImplementedError
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Take note that epoch `epoch` (from 0) of `epochs` begins; for terms that change over time."""
 
 
 def example_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """Capturing signals from a forward pass: hooks on the modules that some objective asks for, and on no others."""
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kdcli.models.anatomy import block_matrix, blocks_of, embeddings_of
+from kdcli.models.anatomy import block_matrix, blocks_of, body_of, embeddings_of
 from kdcli.models.shape import shape_of
 from kdcli.objectives.base import MatrixKey, Signals, Wants
 from kdcli.tensors.parametrize import chain_of, linears_of, tensors_of
@@ -13,41 +16,78 @@ from kdcli.tensors.parametrize import chain_of, linears_of, tensors_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the part of a batch that a model's forward pass takes."""
+    return {key: batch[key] for key in MODEL_INPUTS if key in batch}
+
+
+class _HeardEnough(Exception):
+    """Ends a forward pass whose rest nobody wants to hear."""
+
 
 def _tensor(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
 class Capture:
-    """Listens to a model while `with capture:` holds, and gives what it heard as `Signals`.
+    """Runs a model and gives what somebody wants of it as `Signals`, and nothing more.
 
-    Tensors are kept as they are: no copy, no detach, no change of the forward pass. Hooks stay installed
-    until `close()`, and do nothing outside the block.
+    Tensors are kept as they are: no copy, no detach. Where no logits are wanted the head does not run, and the
+    pass ends as soon as the last wanted module has spoken. A language model's head sees only the wanted positions.
+    Hooks stay installed until `close()`, and do nothing outside a run.
     """
 
     def __init__(self, model: "PreTrainedModel", wants: Wants) -> None:
+        self.model = model
         self.wants = wants
         self.heads = shape_of(model.config).heads
         self.chains: dict[MatrixKey, nn.Module] = {}
         if wants.factors:
             self.chains = {key: linear for key, linear in linears_of(model) if chain_of(linear) is not None}
         self._listening = False
+        self._scale: float | None = None
+        self._positions: Tensor | None = None
+        self._may_stop = False
         self._hidden: dict[int, Tensor] = {}
         self._matrices: dict[MatrixKey, Tensor] = {}
-        self._hooks = []
+        self._hooks: list[Any] = []
         blocks = blocks_of(model)
-        for layer in sorted(wants.hidden):
+        if wants.gradients:
+            self._hooks.append(embeddings_of(model).register_forward_hook(self._make_leaf))
+        layers = wants.hidden | ({0} if wants.gradients else frozenset())
+        for layer in sorted(layers):
             module = embeddings_of(model) if layer == 0 else blocks[layer - 1]
-            self._hooks.append(module.register_forward_hook(self._listener(self._hidden, layer)))
+            self._listen_to(module, self._hidden, layer)
         for key in sorted(wants.matrices):
-            self._hooks.append(block_matrix(model, *key).register_forward_hook(self._listener(self._matrices, key)))
+            self._listen_to(block_matrix(model, *key), self._matrices, key)
+        self._expected = len(layers) + len(wants.matrices)
+        self._hooks.append(body_of(model).register_forward_hook(self._select_positions))
 
-    def _listener(self, store: dict[Any, Tensor], key: Any) -> Any:
+    def _listen_to(self, module: nn.Module, store: dict[Any, Tensor], key: Any) -> None:
         def listen(module: nn.Module, inputs: Any, output: Any) -> None:
             if self._listening:
                 store[key] = _tensor(output)
+                if self._may_stop and len(self._hidden) + len(self._matrices) == self._expected:
+                    raise _HeardEnough
 
-        return listen
+        self._hooks.append(module.register_forward_hook(listen))
+
+    def _make_leaf(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        if not self._listening:
+            return None
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        return output if self._scale is None else output * self._scale
+
+    def _select_positions(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if not self._listening or self._positions is None:
+            return None
+        states = output[0]
+        output.last_hidden_state = states.reshape(-1, states.shape[-1])[self._positions][None]
+        return output
 
     def __enter__(self) -> "Capture":
         self._listening = True
@@ -57,19 +97,60 @@ class Capture:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._listening = False
+        self._positions = None
         self._hidden.clear()
         self._matrices.clear()
 
-    def signals(self, mask: Tensor, logits: Tensor | None) -> Signals:
-        """Return what the last forward pass said; call it inside the `with` block."""
+    def run(self, batch: Mapping[str, Tensor]) -> Signals:
+        """Run the model on `batch` and return what it said; call it inside the `with` block."""
+        inputs = model_inputs(batch)
+        logits = self.wants.logits or self.wants.gradients
+        self._positions = self._wanted_positions(batch) if logits else None
+        self._may_stop = not logits
+        with self._kernels():
+            output = self._forward(inputs, logits)
+            path = list(self._path(inputs)) if self.wants.path > 1 else []
         return Signals(
-            mask=mask,
+            mask=batch["attention_mask"],
             heads=self.heads,
-            logits=logits,
+            logits=output,
+            positions=self._positions,
             hidden=dict(self._hidden),
             matrices=dict(self._matrices),
             factors={key: tensors_of(linear) for key, linear in self.chains.items()},
+            path=path,
         )
+
+    def _forward(self, inputs: dict[str, Tensor], logits: bool) -> Tensor | None:
+        if not logits:
+            with contextlib.suppress(_HeardEnough):
+                body_of(self.model)(**inputs)
+            return None
+        output = self.model(**inputs).logits
+        return output if self._positions is None else output[0]
+
+    def _path(self, inputs: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield scaled embeddings and their logits; the last point is the plain pass, which has run already."""
+        kept, heard = dict(self._hidden), dict(self._matrices)
+        steps = self.wants.path
+        for number in range(1, steps + 1):
+            self._scale = number / steps
+            logits = self._forward(inputs, True)
+            assert logits is not None
+            yield self._hidden[0], logits
+        self._scale = None
+        self._hidden.update(kept)
+        self._matrices.update(heard)
+
+    def _wanted_positions(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the flat positions whose logits a language model is asked for; None for a classifier."""
+        if "masked_positions" not in batch:
+            return None
+        return batch["real_positions" if self.wants.all_positions else "masked_positions"]
+
+    def _kernels(self) -> contextlib.AbstractContextManager[None]:
+        # Fused attention cannot be differentiated twice.
+        return sdpa_kernel(SDPBackend.MATH) if self.wants.gradients else contextlib.nullcontext()
 
     def close(self) -> None:
         """Remove all hooks."""

@@ -7,19 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.objectives.base import MatrixKey, Signals, Wants
-from kdcli.training.capture import Capture
+from kdcli.training.capture import Capture, model_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kdcli.methods.base import Term
-
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
-
-def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the part of a batch that a model's forward pass takes."""
-    return {key: batch[key] for key in MODEL_INPUTS if key in batch}
 
 
 class Distiller(nn.Module):
@@ -53,16 +46,16 @@ class Distiller(nn.Module):
         self.teacher_capture: Capture | None = None
         # A plain dict hides the teacher from nn.Module's registration.
         self._fixed: dict[str, PreTrainedModel] = {}
-        self.teacher_logits = teacher_logits if self.teacher_wants.only_logits else None
+        self.teacher_logits = None if self.teacher_wants.inside else teacher_logits
         self.teacher_factors = dict(teacher_factors or {})
         if teacher is not None and self._teacher_must_run():
-            teacher.eval().requires_grad_(False)
+            teacher.eval()
             self._fixed["teacher"] = teacher
             self.teacher_capture = Capture(teacher, self.teacher_wants)
 
     def _teacher_must_run(self) -> bool:
         wants = self.teacher_wants
-        return bool(wants.hidden or wants.matrices or (wants.logits and self.teacher_logits is None))
+        return wants.inside or (wants.logits and self.teacher_logits is None)
 
     def place(self, device: torch.device) -> None:
         """Move what is not registered (the teacher and what it said) to `device`."""
@@ -81,33 +74,29 @@ class Distiller(nn.Module):
             self.teacher_capture.close()
 
     def teacher_signals(self, batch: Mapping[str, Tensor]) -> Signals:
-        """Return what the teacher says about `batch`, without gradient."""
-        mask = batch["attention_mask"]
+        """Return what the teacher says about `batch`, without gradient of its weights."""
         if self.teacher_capture is None:
-            signals = Signals(mask=mask, heads=0)
+            signals = Signals(mask=batch["attention_mask"], heads=0)
             if self.teacher_logits is not None:
                 signals.logits = self.teacher_logits[batch["index"]]
         else:
-            with torch.no_grad(), self.teacher_capture:
-                output = self._fixed["teacher"](**model_inputs(batch))
-                signals = self.teacher_capture.signals(mask, output.logits)
+            with torch.set_grad_enabled(self.teacher_wants.gradients), self.teacher_capture as capture:
+                signals = capture.run(batch)
         signals.factors = self.teacher_factors
         return signals
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return {"loss", "logits"} and each unweighted term under its name; in eval mode only the logits."""
-        if not self.training:
+        """Return "loss" and each unweighted term under its name; of a classifier in eval mode, only "logits"."""
+        if not self.training and "masked_positions" not in batch:
             return {"logits": self.student(**model_inputs(batch)).logits}
         teacher = self.teacher_signals(batch)
-        with self.student_capture:
-            output = self.student(**model_inputs(batch))
-            student = self.student_capture.signals(batch["attention_mask"], output.logits)
-        device_type = output.logits.device.type
+        with self.student_capture as capture:
+            student = capture.run(batch)
+        total = torch.zeros((), device=student.mask.device)
         result = {}
-        with torch.autocast(device_type, enabled=False):
-            total = output.logits.new_zeros((), dtype=torch.float32)
+        with torch.autocast(student.mask.device.type, enabled=False):
             for name, objective in self.objectives.items():
                 value = objective(student, teacher, batch)
                 total = total + self.weights[name] * value
                 result[name] = value.detach()
-        return {"loss": total, "logits": output.logits.detach(), **result}
+        return {"loss": total, **result}

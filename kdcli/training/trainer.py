@@ -31,8 +31,10 @@ from kdcli.errors import InputError
 from kdcli.training.distiller import Distiller
 from kdcli.training.progress import ProgressDisplay
 from kdcli.training.sampler import EpochSampler
+from kdcli.training.schemes.base import Scheme
 
 WEIGHTS = "model.safetensors"
+SCHEME = "scheme.pt"
 COMPLETE = "complete"
 """An empty file that a checkpoint folder gets last: without it the folder is a torso of a killed run."""
 
@@ -95,6 +97,19 @@ class EvaluateAtEnd(TrainerCallback):
             control.should_evaluate = True
 
 
+class TellEpochs(TrainerCallback):
+    """Tells the objectives which epoch begins."""
+
+    def __init__(self, distiller: Distiller) -> None:
+        self.distiller = distiller
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for objective in self.distiller.objectives.values():
+            objective.begin_epoch(round(state.epoch or 0), math.ceil(state.num_train_epochs))  # type: ignore[operator]
+
+
 class DistillationTrainer(Trainer):
     """The Trainer with our batches, our parameter groups, our checkpoints; the loop itself is untouched."""
 
@@ -104,14 +119,17 @@ class DistillationTrainer(Trainer):
         self,
         *args: Any,
         settings: LoopSettings,
+        scheme: Scheme,
         log_dir: Path | None,
         display: ProgressDisplay,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.settings = settings
+        self.scheme = scheme
         self.remove_callback(PrinterCallback)
         self.add_callback(EvaluateAtEnd)
+        self.add_callback(TellEpochs(self.model))
         self.add_callback(display)
         if log_dir is not None and self.is_world_process_zero():
             from torch.utils.tensorboard import SummaryWriter
@@ -121,6 +139,7 @@ class DistillationTrainer(Trainer):
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
         self.model.place(self.args.device)
+        self.scheme.place(self.args.device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -147,6 +166,13 @@ class DistillationTrainer(Trainer):
             ]
             self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, fused=True)
         return self.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        inputs = self._prepare_inputs(inputs)
+        self.scheme.before_step(self.state.global_step, inputs, self.optimizer)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -192,10 +218,15 @@ class DistillationTrainer(Trainer):
             (folder / COMPLETE).unlink()
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
+            if state := self.scheme.state_dict():
+                torch.save(state, folder / SCHEME)
             (folder / COMPLETE).touch()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights(self.model, Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        load_weights(self.model, folder)
+        if (folder / SCHEME).exists():
+            self.scheme.load_state_dict(torch.load(folder / SCHEME, map_location=self.args.device, weights_only=True))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -230,12 +261,13 @@ def fit(
     log_dir: Path | None,
     title: str,
     console: Console,
+    scheme: Scheme | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
     """Train `distiller` in place and return what happened: steps, seconds, history, best score.
 
     train, selection: encoded data sets. metrics: from (logits, labels) to named scores. Checkpoints go to
-    `folder`; with `resume`, training goes on from the newest complete one.
+    `folder`; with `resume`, training goes on from the newest complete one. scheme: begun already.
     Raises InputError when the batch cannot be split over the processes.
     """
     arguments = _arguments(settings, folder, len(train), evaluates=selection is not None)
@@ -252,6 +284,7 @@ def fit(
         data_collator=collator,
         compute_metrics=compute_metrics,
         settings=settings,
+        scheme=scheme or Scheme(),
         log_dir=log_dir,
         display=display,
     )

@@ -1,0 +1,80 @@
+"""How a training step runs: the standard way, and what a method may do differently."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kdcli.tasks.base import Task
+    from kdcli.training.trainer import LoopSettings
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a scheme may know of a stage: both models, the data, and the loop.
+
+    `teacher` is None for a black box without a model here. `train` holds the encoded rows; `base` is the folder
+    that relative paths start from.
+    """
+
+    student: "PreTrainedModel"
+    teacher: "PreTrainedModel | None"
+    tokenizer: Any
+    task: "Task"
+    train: Dataset
+    collator: Any
+    loop: "LoopSettings"
+    base: Path
+    cache: bool
+    console: Console
+
+
+class Scheme:
+    """How a training step runs. This one is the standard: both models once forward, the student once backward.
+
+    A published method that changes the loop itself overrides the parts that it changes. The trainer calls
+    `begin` before the optimizer is made, `before_step` before every forward pass of the student in training, and
+    `end` when the stage is over. What `state_dict` returns is kept in every checkpoint.
+    """
+
+    teacher_is_fixed = True
+    """False when the teacher learns: nothing that it says may be kept."""
+
+    def begin(self, setting: Setting) -> Dataset:
+        """Get ready, and return the rows to train on."""
+        self.setting = setting
+        if setting.teacher is not None and self.teacher_is_fixed:
+            setting.teacher.eval().requires_grad_(False)
+        return setting.train
+
+    def teacher(self) -> "PreTrainedModel | None":
+        """Return the model that the objectives listen to."""
+        return self.setting.teacher
+
+    def teacher_logits(self) -> Tensor | None:
+        """Return a table of the teacher's logits, row i for index i, when they do not come from its forward pass."""
+        return None
+
+    def place(self, device: torch.device) -> None:
+        """Move what the scheme holds to the device that trains."""
+
+    def before_step(self, step: int, batch: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Do what comes before optimizer step `step` (from 0) on `batch`."""
+
+    def end(self) -> None:
+        """Leave both models as plain models."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs beside the weights; tensors and plain values only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
