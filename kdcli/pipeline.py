@@ -472,9 +472,9 @@ def make_distiller(
     for term in terms:
         if term.weight > 0:
             wants |= term.objective.teacher_wants()
-    if logits is None and teacher is not None and setting.cache and scheme.teacher_is_fixed:
-        if wants.logits and not wants.inside:
-            logits = cached_logits(teacher, rows, setting.collator, batch_size=setting.loop.eval_batch_size)
+    speaks_once = setting.cache and scheme.teacher_is_fixed and wants.logits and not wants.inside
+    if logits is None and teacher is not None and speaks_once:
+        logits = cached_logits(teacher, rows, setting.collator, batch_size=setting.loop.eval_batch_size)
     return Distiller(student, terms, teacher=teacher, teacher_logits=logits, teacher_factors=factors)
 
 

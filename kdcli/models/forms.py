@@ -140,7 +140,8 @@ def _width(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
         setattr(config, name, value)
     if getattr(config, "pooler_hidden_size", None) is not None:
         config.pooler_hidden_size = hidden
-    if anatomy.projection is None and hasattr(config, "embedding_size"):
+    # Where embeddings are as wide as the blocks, no random projection may come between them in the student.
+    if getattr(config, "embedding_size", None) == shape.hidden:
         config.embedding_size = hidden
     student = _empty_like(teacher, config)
     notes = [f"{layers} blocks, width {hidden}, {heads} heads, feed-forward width {intermediate}"]

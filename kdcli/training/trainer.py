@@ -171,6 +171,7 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         inputs = self._prepare_inputs(inputs)
+        assert self.optimizer is not None
         self.scheme.before_step(self.state.global_step, inputs, self.optimizer)
         return super().training_step(model, inputs, num_items_in_batch)
 
