@@ -1,0 +1,249 @@
+"""Students cut from a teacher: which blocks and slices they keep, and that they are plain models."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import NAMES, tiny, tokenizer
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from kdcli.errors import InputError
+from kdcli.models.anatomy import FAMILIES, blocks_of
+from kdcli.models.forms import build_student, chosen_layers
+from kdcli.models.lowrank import LowRankLinear
+from kdcli.models.save import save_model
+from kdcli.models.shape import shape_of
+from kdcli.recipe.schema import StudentSection
+from kdcli.tensors.parametrize import probe
+
+
+def depth(**values: Any) -> StudentSection:
+    return StudentSection(form="depth", **values)
+
+
+def width(**values: Any) -> StudentSection:
+    return StudentSection(form="width", **values)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def block_states(model: PreTrainedModel) -> list[dict[str, Tensor]]:
+    return [block.state_dict() for block in blocks_of(model)]
+
+
+def outside(model: PreTrainedModel) -> dict[str, Tensor]:
+    prefix = f"{model.base_model_prefix}.{FAMILIES[model.config.model_type].blocks}."
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(prefix)}
+
+
+def loads_plainly(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Return what the library's own loader makes of the saved model; nothing may be missing or left over."""
+    save_model(model, folder)
+    loaded, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return loaded.eval()
+
+
+@pytest.mark.parametrize(
+    ("depth_", "wanted", "kept"),
+    [
+        (12, 6, [1, 3, 5, 7, 9, 11]),
+        (12, 4, [2, 5, 8, 11]),
+        (12, 3, [3, 7, 11]),
+        (24, 6, [3, 7, 11, 15, 19, 23]),
+        (5, 2, [1, 4]),
+        (7, 3, [1, 4, 6]),
+        (6, 1, [5]),
+        (4, 4, [0, 1, 2, 3]),
+    ],
+)
+def test_even_layers_end_with_the_last_block(depth_: int, wanted: int, kept: list[int]):
+    assert chosen_layers(depth(layers=wanted), depth_) == kept
+
+
+def test_even_layers_are_different_blocks_spread_over_the_whole_depth():
+    for teacher in range(1, 30):
+        for student in range(1, teacher + 1):
+            kept = chosen_layers(depth(layers=student), teacher)
+            gaps = [b - a for a, b in zip([-1, *kept], kept, strict=False)]
+            assert len(kept) == student and kept[-1] == teacher - 1 and kept[0] >= 0
+            assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 2
+
+
+def test_first_last_and_named_layers():
+    assert chosen_layers(depth(layers=3, select="first"), 12) == [0, 1, 2]
+    assert chosen_layers(depth(layers=3, select="last"), 12) == [9, 10, 11]
+    assert chosen_layers(depth(layers=[0, 5, 11]), 12) == [0, 5, 11]
+    assert chosen_layers(depth(), 12) == chosen_layers(depth(layers=6), 12)
+    assert chosen_layers(depth(), 1) == [0]
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        (13, "12 blocks, so a student of 13"),
+        ([0, 12], "blocks 0 to 11, not 12"),
+        ([3, 1], "rising"),
+        ([1, 1], "rising"),
+        ([], "rising"),
+    ],
+)
+def test_layers_that_the_teacher_does_not_have_are_refused(layers: int | list[int], words: str):
+    with pytest.raises(InputError, match=words) as caught:
+        chosen_layers(depth(layers=layers), 12)
+    assert caught.value.where == "student.layers"
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_a_depth_student_is_a_plain_model_of_the_teachers_blocks(family: str, tmp_path: Path):
+    teacher = tiny(family, layers=5)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    build = build_student(teacher, depth(layers=[0, 2, 3]), seed=0)
+    student = build.model
+    assert build.form == "depth" and build.teacher_layers == [0, 2, 3]
+    assert type(student) is type(teacher) and shape_of(student.config).layers == 3
+    plain = tiny(family, layers=3, seed=9)
+    assert [(k, v.shape) for k, v in student.state_dict().items()] == [
+        (k, v.shape) for k, v in plain.state_dict().items()
+    ]
+    for block, origin in zip(block_states(student), (0, 2, 3), strict=True):
+        assert same(block, block_states(teacher)[origin])
+    assert same(outside(student), outside(teacher))
+    assert same(teacher.state_dict(), before) and shape_of(teacher.config).layers == 5
+    assert torch.equal(probe(loads_plainly(student, tmp_path)), probe(student))
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_a_depth_student_of_all_blocks_is_the_teacher_in_memory_of_its_own(family: str):
+    teacher = tiny(family)
+    student = build_student(teacher, depth(layers=2), seed=0).model
+    assert torch.equal(probe(student), probe(teacher)) and not student.training
+    own = {p.data_ptr() for p in student.parameters()}
+    assert own.isdisjoint(p.data_ptr() for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_random_blocks_of_a_depth_student_are_new_and_follow_the_seed(family: str):
+    teacher = tiny(family, layers=4)
+    student = build_student(teacher, depth(layers=2, init="random"), seed=3).model
+    again = build_student(teacher, depth(layers=2, init="random"), seed=3).model
+    other = build_student(teacher, depth(layers=2, init="random"), seed=4).model
+    assert same(outside(student), outside(teacher))
+    assert same(student.state_dict(), again.state_dict())
+    for block, origin, third in zip(block_states(student), (1, 3), block_states(other), strict=True):
+        for key, value in block.items():
+            if value.ndim > 1:
+                assert not torch.equal(value, block_states(teacher)[origin][key])
+                assert not torch.equal(value, third[key])
+                # The usual start has a standard deviation of 0.02, the tiny teachers have 0.08.
+                assert 0.01 < value.std() < 0.03
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_a_width_student_starts_from_leading_slices_of_the_teacher(family: str, tmp_path: Path):
+    teacher = tiny(family, layers=4)
+    build = build_student(teacher, width(hidden_size=16, layers=2), seed=0)
+    student = build.model
+    shape = shape_of(student.config)
+    assert (shape.layers, shape.hidden, shape.heads, shape.intermediate) == (2, 16, 2, 32)
+    assert build.teacher_layers == [1, 3]
+    source, prefix = teacher.state_dict(), f"{teacher.base_model_prefix}.{FAMILIES[family].blocks}."
+    compared = 0
+    for key, value in student.state_dict().items():
+        name = key.replace(f"{prefix}1.", f"{prefix}3.").replace(f"{prefix}0.", f"{prefix}1.")
+        assert torch.equal(value, source[name][tuple(slice(0, size) for size in value.shape)])
+        compared += 1
+    assert compared == len(student.state_dict()) > 30
+    assert torch.equal(probe(loads_plainly(student, tmp_path)), probe(student))
+
+
+def test_a_width_student_of_the_teachers_own_width_is_the_teacher():
+    teacher = tiny("roberta")
+    assert torch.equal(probe(build_student(teacher, width(), seed=0).model), probe(teacher))
+
+
+def test_a_random_width_student_shares_nothing_with_the_teacher():
+    teacher = tiny("bert")
+    build = build_student(teacher, width(hidden_size=16, init="random"), seed=0)
+    assert build.teacher_layers is None
+    table = build.model.bert.embeddings.word_embeddings.weight
+    assert not torch.equal(table, teacher.bert.embeddings.word_embeddings.weight[:, :16])
+    again = build_student(teacher, width(hidden_size=16, init="random"), seed=0).model
+    assert same(build.model.state_dict(), again.state_dict())
+
+
+def test_a_width_student_may_be_deeper_than_the_teacher():
+    teacher = tiny("bert")
+    build = build_student(teacher, width(hidden_size=16, layers=3), seed=0)
+    assert shape_of(build.model.config).layers == 3 and build.teacher_layers == [0, 1]
+    assert probe(build.model).isfinite().all()
+
+
+def test_sizes_of_a_width_student_can_be_given_one_by_one():
+    student = build_student(tiny("bert"), width(hidden_size=24, heads=6, intermediate_size=40), seed=0).model
+    shape = shape_of(student.config)
+    assert (shape.layers, shape.hidden, shape.heads, shape.intermediate) == (2, 24, 6, 40)
+
+
+def test_an_electra_without_projection_gives_a_student_without_one():
+    teacher = tiny("electra", embedding_size=32)
+    student = build_student(teacher, width(hidden_size=16), seed=0).model
+    assert list(student.state_dict()) == list(teacher.state_dict())
+    table = student.electra.embeddings.word_embeddings.weight
+    assert torch.equal(table, teacher.electra.embeddings.word_embeddings.weight[:, :16])
+
+
+def test_a_width_that_its_heads_do_not_divide_is_refused_with_the_nearest_number():
+    with pytest.raises(InputError, match="hidden_size 18 is not divisible by 4 heads") as caught:
+        build_student(tiny("bert"), width(hidden_size=18, heads=4), seed=0)
+    assert caught.value.where == "student.heads" and caught.value.hint == "use 3 heads"
+    with pytest.raises(InputError, match="a number of layers"):
+        build_student(tiny("bert"), width(layers=[0]), seed=0)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_a_low_rank_student_leaves_the_teacher_alone(family: str):
+    teacher = tiny(family)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    build = build_student(teacher, StudentSection(form="low-rank", rank=8), seed=0)
+    assert build.teacher_layers == [0, 1]
+    assert sum(isinstance(m, LowRankLinear) for m in build.model.modules()) == 12
+    assert same(teacher.state_dict(), before)
+
+
+def test_a_checkpoint_student_keeps_its_weights_and_takes_the_teachers_labels(tmp_path: Path):
+    teacher = tiny("bert", layers=3, labels=3, id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})
+    checkpoint = tiny("bert", layers=1, seed=1)
+    save_model(checkpoint, tmp_path, tokenizer())
+    section = StudentSection(form="checkpoint", model=str(tmp_path))
+    build = build_student(teacher, section, seed=5)
+    assert build.teacher_layers is None
+    assert build.model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert same(build.model.bert.state_dict(), checkpoint.bert.state_dict())
+    assert build.model.classifier.weight.shape == (3, 32)
+    again = build_student(teacher, section, seed=5)
+    assert torch.equal(build.model.classifier.weight, again.model.classifier.weight)
+
+
+def test_a_checkpoint_student_with_as_many_labels_keeps_its_head(tmp_path: Path):
+    checkpoint = tiny("distilbert", layers=1, seed=1)
+    save_model(checkpoint, tmp_path)
+    section = StudentSection(form="checkpoint", model=str(tmp_path))
+    student = build_student(tiny("bert"), section, seed=0).model
+    assert torch.equal(probe(student), probe(checkpoint))
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path: Path):
+    save_model(tiny("bert", vocab_size=100), tmp_path)
+    with pytest.raises(InputError, match="100 tokens, the teacher's 220") as caught:
+        build_student(tiny("bert"), StudentSection(form="checkpoint", model=str(tmp_path)), seed=0)
+    assert caught.value.where == "student.model"
+
+
+def test_a_student_without_a_form_is_refused():
+    with pytest.raises(InputError, match="no form"):
+        build_student(tiny("bert"), StudentSection(), seed=0)
