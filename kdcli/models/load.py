@@ -60,7 +60,7 @@ def _read_config(name: str | Path, revision: str | None, trust_remote_code: bool
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise InputError(f"{path} names no model_type", hint="give a Hugging Face model folder")
     return config
 
@@ -113,9 +113,10 @@ def has_classifier(name: str | Path) -> bool:
 
 
 def _known(config: dict[str, Any], name: str | Path) -> None:
-    kind = config.get("kdcli", {}).get("base_model_type") if config["model_type"] == KDCLI_MODEL_TYPE else None
-    family = kind or config["model_type"]
-    if family not in FAMILIES:
+    family = config["model_type"]
+    if family == KDCLI_MODEL_TYPE and isinstance(config.get("kdcli"), dict):
+        family = config["kdcli"].get("base_model_type") or family
+    if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(
             f"{name} is of the family {family!r}, which kdcli does not know; known are {', '.join(sorted(FAMILIES))}",
             hint="a family is one row of the table in kdcli/models/anatomy.py",
@@ -168,12 +169,19 @@ def load_model(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-        except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
-            raise InputError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        except Exception as error:
+            # What a broken config.json makes the library raise has no common type.
+            raise InputError(f"{name} cannot be loaded: {_reason(error)}") from error
     _refuse_holes(name, model, report)
     if not trust_remote_code:
         anatomy_of(model.config)
     return model.eval()
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error that says something, or its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.rstrip().endswith(":")]
+    return lines[0] if lines else type(error).__name__
 
 
 def _refuse_holes(name: str | Path, model: "PreTrainedModel", report: Any) -> None:
@@ -195,7 +203,6 @@ def _refuse_holes(name: str | Path, model: "PreTrainedModel", report: Any) -> No
 def _load_structured(
     name: str | Path, raw: dict[str, Any], files: list[Path], auto: Any, changes: dict[str, Any]
 ) -> "PreTrainedModel":
-    from safetensors import SafetensorError
     from safetensors.torch import load_model as load_weights
     from transformers import AutoConfig
 
@@ -226,8 +233,8 @@ def _load_structured(
         if "overparam" in structure:
             restore_overparam(model, structure["overparam"])
         load_weights(model, files[0], strict=True)
-    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{name} cannot be restored: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        raise InputError(f"{name} cannot be restored: {_reason(error)}") from error
     return model.eval()
 
 
@@ -281,7 +288,7 @@ def load_tokenizer(name: str | Path) -> Any:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"the tokenizer of {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise InputError(f"the tokenizer of {name} cannot be loaded: {_reason(error)}") from error
 
 
 def check_tokenizer(model: "PreTrainedModel", tokenizer: Any) -> None:
