@@ -302,7 +302,7 @@ def test_a_broken_tokenizer_is_an_input_error(structured: bool, folder: Path):
     if structured:
         save_model(low_rank(tiny("bert")), folder)
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match="tokenizer of .* cannot be loaded"):
+    with pytest.raises(InputError, match=r"tokenizer of .* cannot be loaded"):
         load_tokenizer(folder)
 
 
