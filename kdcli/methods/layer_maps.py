@@ -50,9 +50,9 @@ def uniform_last(student: int, teacher: int) -> Pairs:
     return [pair for pairs in both for pair in dict.fromkeys(pairs)]
 
 
-def random(student: int, teacher: int, seed: int = 0) -> Pairs:
-    """The student follows a random sorted choice of n teacher blocks (RAIL-KD)."""
-    chosen = sorted(random_module.Random(seed).sample(range(1, teacher + 1), student))
+def random(student: int, teacher: int, seed: int = 0, epoch: int = 0) -> Pairs:
+    """The student follows a random sorted choice of n teacher blocks, another one in every epoch (RAIL-KD)."""
+    chosen = sorted(random_module.Random(f"{seed}, {epoch}").sample(range(1, teacher + 1), student))
     return list(enumerate(chosen, 1))
 
 
@@ -67,8 +67,12 @@ MAPS = {
 }
 
 
-def layer_map(name: str | list[list[int]], student: int, teacher: int) -> Pairs:
+def layer_map(
+    name: str | list[list[int]], student: int, teacher: int, *, half_open: bool = False, seed: int = 0, epoch: int = 0
+) -> Pairs:
     """Return the pairs of a map's name, or of an explicit list [[student, teacher], ...].
+
+    half_open: for "uniform-consecutive"; seed and epoch: for "random".
 
     Raises InputError for an unknown name and for layers that are not there.
     """
@@ -77,7 +81,11 @@ def layer_map(name: str | list[list[int]], student: int, teacher: int) -> Pairs:
             raise InputError(f"unknown layer map {name!r}; known are {', '.join(MAPS)}", where="method.layer_map")
         if name in ("last-k", "uniform+last", "random") and student > teacher:
             raise InputError(f"the layer map {name!r} needs a student no deeper than the teacher")
-        return MAPS[name](student, teacher)
+        if name == "uniform-consecutive":
+            return uniform_consecutive(student, teacher, half_open=half_open)
+        return random(student, teacher, seed, epoch) if name == "random" else MAPS[name](student, teacher)
+    if not name:
+        raise InputError("a layer map needs at least one pair", where="method.layer_map")
     for s, t in name:
         if not (0 <= s <= student and 0 <= t <= teacher):
             raise InputError(

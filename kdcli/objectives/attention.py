@@ -14,7 +14,7 @@ def attention_kl(student_scores: Tensor, teacher_scores: Tensor, mask: Tensor) -
     Source: MiniLM (Wang et al. 2020), eq. 5; methods 5.3 and 7.
     """
     student = masked_log_softmax(student_scores, mask)
-    teacher = masked_log_softmax(teacher_scores, mask)
+    teacher = masked_log_softmax(teacher_scores.detach(), mask)
     keys = mask[:, None, None, :].to(student.dtype)
     rows = (teacher.exp() * (teacher - student) * keys).sum(-1).mean(1)
     return token_mean(rows, mask)
@@ -27,7 +27,7 @@ def attention_mse(student_scores: Tensor, teacher_scores: Tensor, mask: Tensor) 
     Source: TinyBERT (Jiao et al. 2020), eq. 7; methods 9.
     """
     keys = mask[:, None, None, :].to(student_scores.dtype)
-    difference = ((student_scores - teacher_scores) * keys).square().sum(-1) / keys.sum(-1).clamp(min=1)
+    difference = ((student_scores - teacher_scores.detach()) * keys).square().sum(-1) / keys.sum(-1).clamp(min=1)
     return token_mean(difference.mean(1), mask)
 
 

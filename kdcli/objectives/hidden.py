@@ -1,6 +1,6 @@
 """The hidden-state objective: what blocks say, token by token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ def token_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, match_norm: boo
     by the teacher's mean square over that example: a relative error that no activation's size can make heavy,
     and that still averages over examples, so that shares of a batch on several devices agree with the whole.
     """
-    student, teacher = student.float(), teacher.float()
+    student, teacher = student.float(), teacher.detach().float()
     error = (student - teacher).square().mean(-1)
     if match_norm:
         size = example_mean(teacher.square().mean(-1), mask).clamp(min=1e-12)
@@ -27,6 +27,8 @@ class HiddenObjective(Objective):
 
     Layers count from 0 (the embedding output). With `bridge`, a learned linear map (student width, teacher
     width) comes before the comparison: one a student layer, or a single one when `shared` (TinyBERT).
+    With `redraw` every epoch has pairs of its own, redraw(epoch); they stay within the student layers of `pairs`
+    and `teacher_layers`, all of which are then captured (RAIL-KD).
     """
 
     def __init__(
@@ -37,10 +39,14 @@ class HiddenObjective(Objective):
         bridge: bool = False,
         shared: bool = False,
         match_norm: bool = False,
+        redraw: Callable[[int], Sequence[tuple[int, int]]] | None = None,
+        teacher_layers: Iterable[int] = (),
     ) -> None:
         """widths: (student, teacher), needed for a bridge."""
         super().__init__()
         self.pairs = tuple(pairs)
+        self.redraw = redraw
+        self.layers = frozenset(s for s, _ in pairs), frozenset(t for _, t in pairs) | frozenset(teacher_layers)
         self.match_norm = match_norm
         self.shared = shared
         self.bridges: nn.ModuleDict | None = None
@@ -50,10 +56,14 @@ class HiddenObjective(Objective):
             self.bridges = nn.ModuleDict({name: nn.Linear(*widths, bias=shared) for name in names})
 
     def student_wants(self) -> Wants:
-        return Wants(hidden=frozenset(s for s, _ in self.pairs))
+        return Wants(hidden=self.layers[0])
 
     def teacher_wants(self) -> Wants:
-        return Wants(hidden=frozenset(t for _, t in self.pairs))
+        return Wants(hidden=self.layers[1])
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        if self.redraw is not None:
+            self.pairs = tuple(self.redraw(epoch))
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         terms = []

@@ -45,6 +45,8 @@ class OutputObjective(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         assert student.logits is not None and teacher.logits is not None
+        # Attribution keeps the teacher's graph alive; this term must not run back through it.
+        target = teacher.logits.detach()
         if self.kind == "regression":
-            return nn.functional.mse_loss(student.logits.float(), teacher.logits.float())
-        return kl_divergence(student.logits, teacher.logits, self.temperature, scale=self.scale)
+            return nn.functional.mse_loss(student.logits.float(), target.float())
+        return kl_divergence(student.logits, target, self.temperature, scale=self.scale)

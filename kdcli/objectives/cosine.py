@@ -1,0 +1,34 @@
+"""The cosine objective: in which direction hidden states point (DistilBERT)."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional
+
+from kdcli.objectives.base import Objective, Signals, Wants, token_mean
+
+
+def cosine_distance(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Return 1 - cos of hidden states, mean over real tokens and examples; between 0 and 2.
+
+    student, teacher: (batch, seq, width); mask: (batch, seq). Source: DistilBERT (Sanh et al. 2019); methods 10.
+    """
+    return token_mean(1.0 - functional.cosine_similarity(student.float(), teacher.detach().float(), dim=-1), mask)
+
+
+class CosineObjective(Objective):
+    """Mean over pairs (student layer, teacher layer), from 0, of 1 - cos of hidden states of the same width."""
+
+    def __init__(self, pairs: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self.pairs = tuple(pairs)
+
+    def student_wants(self) -> Wants:
+        return Wants(hidden=frozenset(s for s, _ in self.pairs))
+
+    def teacher_wants(self) -> Wants:
+        return Wants(hidden=frozenset(t for _, t in self.pairs))
+
+    def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
+        terms = [cosine_distance(student.hidden[s], teacher.hidden[t], student.mask) for s, t in self.pairs]
+        return sum(terms[1:], terms[0]) / len(terms)

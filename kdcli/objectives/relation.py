@@ -1,0 +1,191 @@
+"""The relation objective: how tokens relate to each other within queries, keys and values (MiniLM, MiniLMv2)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from kdcli.objectives.base import Objective, Signals, Wants
+from kdcli.objectives.hidden import token_mse
+
+Relation = tuple[str, str]
+"""(rows, columns): names of two projections; ("value", "value") is MiniLM's value relation."""
+
+SELF_RELATIONS: dict[Relation, float] = {(name, name): 1.0 for name in ("query", "key", "value")}
+"""MiniLMv2's choice: Q-Q, K-K and V-V, all of weight 1."""
+
+CHUNK_ELEMENTS = 2**22
+"""Scores that are held at a time; more costs memory without being any faster."""
+
+
+def _split(vectors: Tensor, heads: int) -> Tensor:
+    batch, seq, width = vectors.shape
+    if width % heads:
+        raise ValueError(f"{heads} relation heads do not divide a width of {width}")
+    return vectors.float().reshape(batch, seq, heads, width // heads).transpose(1, 2)
+
+
+class _RelationKL(torch.autograd.Function):
+    """The KL divergence of two softmaxed Gram matrices, chunk by chunk of heads.
+
+    Its gradient is formed along with the value, so that a chunk's (batch, heads, seq, seq) matrices are dropped at
+    once; autograd would keep several of them for all heads until the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, teacher_queries: Tensor, teacher_keys: Tensor, mask: Tensor, chunk: int
+    ) -> Tensor:
+        batch, heads, _, size = queries.shape
+        scale, teacher_scale = size**-0.5, teacher_queries.shape[-1] ** -0.5
+        padding = torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask == 0, torch.finfo(torch.float32).min)
+        padding = padding[:, None, None, :]
+        real = mask.float()
+        weight = (real / real.sum(-1, keepdim=True).clamp(min=1.0) / (batch * heads))[:, None, :, None]
+        differentiate = any(ctx.needs_input_grad[:2])
+        query_gradient, key_gradient = torch.empty_like(queries), torch.empty_like(keys)
+        value = queries.new_zeros(())
+        for start in range(0, heads, chunk):
+            part = slice(start, start + chunk)
+            q, k = queries[:, part], keys[:, part]
+            student = torch.log_softmax((q * scale) @ k.transpose(-1, -2) + padding, dim=-1)
+            target = (teacher_queries[:, part] * teacher_scale) @ teacher_keys[:, part].transpose(-1, -2)
+            teacher = torch.log_softmax(target + padding, dim=-1)
+            probabilities = teacher.exp()
+            value = value + ((teacher - student).mul_(probabilities) * weight).sum()
+            if differentiate:
+                error = student.exp_().sub_(probabilities).mul_(weight * scale)
+                query_gradient[:, part] = error @ k
+                key_gradient[:, part] = error.transpose(-1, -2) @ q
+        ctx.save_for_backward(query_gradient, key_gradient)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query_gradient, key_gradient = ctx.saved_tensors
+        return gradient * query_gradient, gradient * key_gradient, None, None, None, None
+
+
+def relation_kl(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    heads: int,
+    *,
+    student_columns: Tensor | None = None,
+    teacher_columns: Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Return KL(teacher || student) of relation matrices, mean over relation heads, real rows and examples.
+
+    A relation matrix is softmax(X Y^T / sqrt(d_r)) over real keys: X are `student` or `teacher`, (batch, seq, width)
+    with all heads side by side, split anew into `heads` pieces of width d_r; Y are the `..._columns`, by default X.
+    Widths may differ, but `heads` must divide both: else ValueError. `chunk` heads are worked on at a time.
+    Source: MiniLM (Wang et al. 2020), eq. 6-8; MiniLMv2 (Wang et al. 2021), eq. 5-7; methods 7 and 8.
+    """
+    rows, teacher_rows = _split(student, heads), _split(teacher.detach(), heads)
+    columns = rows if student_columns is None else _split(student_columns, heads)
+    targets = teacher_rows if teacher_columns is None else _split(teacher_columns.detach(), heads)
+    batch, seq = mask.shape
+    chunk = chunk or max(1, CHUNK_ELEMENTS // (batch * seq * seq))
+    return _RelationKL.apply(rows, columns, teacher_rows, targets, mask, chunk)
+
+
+class RelationObjective(Objective):
+    """Weighted sum over relations of their KL divergence, mean over pairs (student block, teacher block).
+
+    heads: number of relation heads; None takes the models' own, which must be the same number (MiniLM).
+    relations: weight of each (rows, columns). ("query", "key") with the models' own heads is the attention
+    distribution of a model with plain dot-product attention.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        *,
+        relations: Mapping[Relation, float] | None = None,
+        heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.pairs = tuple(pairs)
+        self.relations = {key: w for key, w in (relations or SELF_RELATIONS).items() if w != 0}
+        self.names = sorted({name for relation in self.relations for name in relation})
+        self.heads = heads
+
+    def student_wants(self) -> Wants:
+        return Wants(matrices=frozenset((s, n) for s, _ in self.pairs for n in self.names))
+
+    def teacher_wants(self) -> Wants:
+        return Wants(matrices=frozenset((t, n) for _, t in self.pairs for n in self.names))
+
+    def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
+        if self.heads is None and student.heads != teacher.heads:
+            raise ValueError(
+                f"heads of their own can be compared in equal numbers, not {student.heads}, {teacher.heads}"
+            )
+        total = torch.zeros((), device=student.mask.device)
+        for s, t in self.pairs:
+            for (rows, columns), weight in self.relations.items():
+                same = rows == columns
+                total = total + weight * relation_kl(
+                    student.matrices[(s, rows)],
+                    teacher.matrices[(t, rows)],
+                    student.mask,
+                    self.heads or student.heads,
+                    student_columns=None if same else student.matrices[(s, columns)],
+                    teacher_columns=None if same else teacher.matrices[(t, columns)],
+                )
+        return total / len(self.pairs)
+
+
+class DirectRelationObjective(Objective):
+    """Squared difference of queries, keys and values themselves, relation head by relation head.
+
+    Each student head of width d_S / heads goes through a learned linear map of its own to d_T / heads. The maps start
+    as the identity where widths agree, else with orthonormal rows or columns. Mean over heads, features, real tokens
+    and pairs; weighted sum over `names`. Source: DirectMiniLM, methods 6.3 (there a sum over heads).
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        *,
+        widths: tuple[int, int],
+        heads: int,
+        names: Mapping[str, float] | None = None,
+    ) -> None:
+        """widths: (student, teacher), both divisible by `heads`."""
+        super().__init__()
+        if widths[0] % heads or widths[1] % heads:
+            raise ValueError(f"{heads} relation heads do not divide the widths {widths[0]} and {widths[1]}")
+        self.pairs = tuple(pairs)
+        self.names = dict(names or dict.fromkeys(("query", "key", "value"), 1.0))
+        self.heads = heads
+        sizes = (widths[0] // heads, widths[1] // heads)
+        self.bridges = nn.ParameterDict(
+            {f"{s}_{name}": _first_map(heads, *sizes) for s in sorted({s for s, _ in pairs}) for name in self.names}
+        )
+
+    def student_wants(self) -> Wants:
+        return Wants(matrices=frozenset((s, n) for s, _ in self.pairs for n in self.names))
+
+    def teacher_wants(self) -> Wants:
+        return Wants(matrices=frozenset((t, n) for _, t in self.pairs for n in self.names))
+
+    def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
+        total = torch.zeros((), device=student.mask.device)
+        for s, t in self.pairs:
+            for name, weight in self.names.items():
+                vectors = _split(student.matrices[(s, name)], self.heads) @ self.bridges[f"{s}_{name}"]
+                value = token_mse(vectors.transpose(1, 2).flatten(2), teacher.matrices[(t, name)], student.mask)
+                total = total + weight * value
+        return total / len(self.pairs)
+
+
+def _first_map(heads: int, student: int, teacher: int) -> nn.Parameter:
+    if student == teacher:
+        return nn.Parameter(torch.eye(student).repeat(heads, 1, 1))
+    return nn.Parameter(torch.stack([nn.init.orthogonal_(torch.empty(student, teacher)) for _ in range(heads)]))

@@ -1,0 +1,160 @@
+"""Progressive module replacement: teacher blocks give way to student blocks while these train (BERT-of-Theseus)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from kdcli.errors import InputError
+from kdcli.models.anatomy import blocks_of, body_of
+from kdcli.training.schemes.base import Scheme, Setting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """The chance p that a successor takes its predecessors' place, step by step.
+
+    linear: p = min(1, rate + k t), from step t = 0; constant: p = rate before step `until`, then 1. Without k, or
+    until, p reaches 1 at the share `full_at` of all steps.
+    """
+
+    schedule: Literal["linear", "constant"] = "linear"
+    rate: float = 0.3
+    k: float | None = None
+    until: int | None = None
+    full_at: float = 2 / 3
+
+    def probability(self, step: int, steps: int) -> float:
+        """Return p for step `step` (from 0) of `steps`."""
+        if self.schedule == "constant":
+            until = self.until if self.until is not None else round(self.full_at * steps)
+            return self.rate if step < until else 1.0
+        k = self.k if self.k is not None else (1.0 - self.rate) / max(1.0, self.full_at * steps)
+        return min(1.0, self.rate + k * step)
+
+
+def draw(probability: float, units: int, *, seed: int, step: int) -> list[bool]:
+    """Return for every unit whether its successor runs; the same in every process and after a resumption."""
+    # A generator's first numbers for neighbouring seeds are unrelated.
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return (torch.rand(units, generator=generator) < probability).tolist()
+
+
+class Unit:
+    """A student block and the c frozen teacher blocks whose work it learns to do.
+
+    It stands in for the block's own `forward`, on that one module: the state dict, the module tree and hooks see
+    the student as it always was. In evaluation the block itself runs, whatever was drawn.
+    """
+
+    def __init__(self, successor: nn.Module, predecessors: list[nn.Module], *, last: bool) -> None:
+        self.successor = successor
+        self.predecessors = predecessors
+        self.last = last
+        self.own = successor.forward
+        self.replaced = True
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the successor, or its predecessors in a row with the same further arguments."""
+        if self.replaced or not self.successor.training:
+            return self.own(hidden, *args, **kwargs)
+        output: Any = hidden
+        for block in self.predecessors:
+            output = block(hidden, *args, **kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+        if self.last and torch.is_grad_enabled() and not hidden.requires_grad:
+            # No successor at all was drawn: the loss still needs something to be differentiated by.
+            hidden = hidden.detach().requires_grad_()
+            output = (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return output
+
+
+class TheseusScheme(Scheme):
+    """Each student block stands for c = N / n teacher blocks, and takes their place with a rising chance p.
+
+    Once per optimizer step every unit draws whether its successor runs, or its predecessors: frozen, but gradients
+    pass through them to the successors below. Only blocks train: embeddings, pooler and classifier stay the
+    teacher's. Predecessors keep their dropout (the released code's way) unless `predecessor_eval`. Source: Xu et
+    al. 2020; methods 11.
+    """
+
+    def __init__(self, replacement: Replacement, *, predecessor_eval: bool = False) -> None:
+        self.replacement = replacement
+        self.predecessor_eval = predecessor_eval
+        self.units: list[Unit] = []
+        self._frozen: list[nn.Parameter] = []
+
+    def begin(self, setting: Setting) -> Dataset:
+        """Put the predecessors behind the student's blocks, and freeze everything but these.
+
+        Raises InputError when there is no teacher model, when its depth is no multiple of the student's, or when
+        something else than blocks stands between two blocks.
+        """
+        rows = super().begin(setting)
+        if setting.teacher is None:
+            raise InputError("theseus runs the teacher's own blocks, so it needs the model", where="teacher.model")
+        successors, blocks = list(blocks_of(setting.student)), list(blocks_of(setting.teacher))
+        share, rest = divmod(len(blocks), len(successors))
+        if rest or not share:
+            raise InputError(
+                f"{len(successors)} student blocks cannot stand for {len(blocks)} teacher blocks in equal parts",
+                where="student.layers",
+            )
+        if share > 1 and _has_convolution(setting.teacher):
+            raise InputError(
+                "this model has a convolution after its first block, so that block has no place inside a unit",
+                where="method.name",
+                hint="use another method, or a DeBERTa model without a convolution (v3)",
+            )
+        self.steps = setting.loop.steps(len(rows))
+        final = self.replacement.probability(self.steps - 1, self.steps)
+        if final < 1.0:
+            setting.console.print(
+                f"theseus: the chance of replacement ends at {final:.2f}, below 1: the student never trains alone",
+                highlight=False,
+            )
+        ours = {id(parameter) for block in successors for parameter in block.parameters()}
+        self._frozen = [p for p in setting.student.parameters() if id(p) not in ours and p.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        for number, successor in enumerate(successors):
+            predecessors = blocks[number * share : (number + 1) * share]
+            for block in predecessors:
+                block.train(not self.predecessor_eval)
+            unit = Unit(successor, predecessors, last=number == len(successors) - 1)
+            successor.forward = unit  # type: ignore[assignment]
+            self.units.append(unit)
+        return rows
+
+    def place(self, device: torch.device) -> None:
+        """Move the predecessors to the device that trains; the rest of the teacher stays where it is."""
+        for unit in self.units:
+            for block in unit.predecessors:
+                block.to(device)
+
+    def before_step(self, step: int, batch: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Draw for every unit who runs in this step."""
+        chance = self.replacement.probability(step, self.steps)
+        drawn = draw(chance, len(self.units), seed=self.setting.loop.seed, step=step)
+        for unit, replaced in zip(self.units, drawn, strict=True):
+            unit.replaced = replaced
+
+    def end(self) -> None:
+        """Give the blocks their own forward back, and every parameter its right to train."""
+        for unit in self.units:
+            del unit.successor.forward
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        if self.setting.teacher is not None:
+            self.setting.teacher.eval()
+        self.units, self._frozen = [], []
+
+
+def _has_convolution(model: "PreTrainedModel") -> bool:
+    return getattr(getattr(body_of(model), "encoder", None), "conv", None) is not None

@@ -1,0 +1,174 @@
+"""What holds for every objective: zero at equality, no notice of padding, no gradient where none belongs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from objectives.worlds import leaves, mask_of, speak
+from torch import Tensor, nn
+
+from kdcli.objectives.attention import AttentionObjective
+from kdcli.objectives.attribution import AttributionObjective
+from kdcli.objectives.base import Objective, Signals
+from kdcli.objectives.cosine import CosineObjective
+from kdcli.objectives.hidden import HiddenObjective
+from kdcli.objectives.matrix import MatrixObjective
+from kdcli.objectives.output import OutputObjective
+from kdcli.objectives.relation import DirectRelationObjective, RelationObjective
+from kdcli.objectives.task import TaskObjective
+from kdcli.objectives.transport import EMDObjective
+from kdcli.objectives.vocabulary import MaskedLMObjective, VocabularyObjective
+
+LENGTHS = [5, 9, 2, 7]
+SAME = [(1, 1), (2, 2), (3, 3)]
+
+
+@dataclass
+class Case:
+    name: str
+    make: Callable[[], Objective]
+    world: dict[str, Any] = field(default_factory=dict)
+    text: bool = False
+    zero: bool = True
+    shares: bool = True
+
+    @property
+    def classifier(self) -> bool:
+        """True when it listens to the logits of the made-up classifier."""
+        return not self.text and self.make().student_wants().logits
+
+
+def bridged() -> Objective:
+    objective = HiddenObjective([(0, 0), (2, 2), (3, 3)], widths=(16, 16), bridge=True, shared=True)
+    nn.init.eye_(objective.bridges["shared"].weight)
+    nn.init.zeros_(objective.bridges["shared"].bias)
+    return objective
+
+
+CASES = [
+    Case("output", lambda: OutputObjective(temperature=2.0)),
+    Case("output-regression", lambda: OutputObjective("regression"), {"classes": 1}),
+    Case("task", lambda: TaskObjective(), zero=False),
+    Case("hidden", lambda: HiddenObjective([(0, 0), (1, 1), (3, 3)])),
+    Case("hidden-relative", lambda: HiddenObjective(SAME, match_norm=True)),
+    Case("hidden-shared-bridge", bridged),
+    Case("attention", lambda: AttentionObjective(SAME)),
+    Case("attention-scores", lambda: AttentionObjective(SAME, measure="mse")),
+    Case("matrix", lambda: MatrixObjective(SAME, ("query", "ffn_in"))),
+    Case("relation-own-heads", lambda: RelationObjective([(3, 3)], relations={("value", "value"): 1.0})),
+    Case("relation", lambda: RelationObjective([(2, 2), (3, 3)], heads=8)),
+    Case("relation-cross", lambda: RelationObjective([(3, 3)], relations={("query", "value"): 0.5}, heads=2)),
+    Case("relation-direct", lambda: DirectRelationObjective([(3, 3)], widths=(16, 16), heads=8)),
+    Case("cosine", lambda: CosineObjective([(3, 3)])),
+    Case("vocabulary", lambda: VocabularyObjective(2.0), {"vocabulary": 11}, text=True),
+    Case("vocabulary-all", lambda: VocabularyObjective(all_positions=True), {"vocabulary": 11}, text=True),
+    Case("masked-lm", MaskedLMObjective, {"vocabulary": 11}, text=True, zero=False),
+    Case("transport", lambda: EMDObjective((3, 3), attention=True), shares=False),
+    Case("transport-uniform", lambda: EMDObjective((3, 3), learn_weights=False), shares=False),
+    Case("attribution", lambda: AttributionObjective(num_labels=3)),
+    Case("attribution-two", lambda: AttributionObjective(num_labels=2), {"classes": 2}),
+    Case("attribution-regression", lambda: AttributionObjective("regression", 1), {"classes": 1}),
+    Case("attribution-path", lambda: AttributionObjective(num_labels=3, steps=4), {"steps": 4}),
+]
+
+
+def cases(which: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", [case for case in CASES if which(case)], ids=lambda c: c.name)
+
+
+def batch_of(case: Case, mask: Tensor, first: int = 0) -> dict[str, Tensor]:
+    rows = torch.arange(first, first + len(mask))
+    if case.text:
+        tokens = torch.arange(mask.shape[1])[None]
+        masked = (mask != 0) & ((tokens + rows[:, None]) % 3 == 1)
+        return {"labels": torch.where(masked, (tokens + rows[:, None]) % 11, -100)}
+    return {"labels": rows.float() / 3 if case.world.get("classes") == 1 else rows % case.world.get("classes", 3)}
+
+
+def value(case: Case, student: Signals, teacher: Signals, objective: Objective | None = None) -> Tensor:
+    return (objective or case.make())(student, teacher, batch_of(case, student.mask))
+
+
+def pair(case: Case, mask: Tensor, **extra: Any) -> tuple[Signals, Signals]:
+    return speak(1, mask, **case.world, **extra), speak(2, mask, **case.world, **extra)
+
+
+@cases(lambda case: case.zero)
+def test_is_zero_when_the_student_says_what_the_teacher_says(case: Case):
+    mask = mask_of(LENGTHS)
+    assert value(case, speak(1, mask, **case.world), speak(1, mask, **case.world)).item() == pytest.approx(0, abs=1e-6)
+
+
+@cases()
+def test_is_a_positive_finite_fp32_number_otherwise(case: Case):
+    mask = mask_of(LENGTHS)
+    for seed in range(2, 6):
+        found = value(case, speak(1, mask, **case.world), speak(seed, mask, **case.world))
+        assert found.shape == () and found.dtype == torch.float32
+        assert 1e-5 < found.item() < 1e4
+
+
+@cases()
+def test_padding_changes_nothing_however_much_and_whatever_it_holds(case: Case):
+    narrow, wide = mask_of(LENGTHS), mask_of(LENGTHS, seq=14)
+    plain = value(case, *pair(case, narrow))
+    torch.testing.assert_close(value(case, *pair(case, narrow, garbage=30.0)), plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(value(case, *pair(case, wide, garbage=30.0)), plain, rtol=1e-5, atol=1e-6)
+
+
+@cases()
+def test_the_gradient_reaches_real_student_tokens_only(case: Case):
+    mask = mask_of(LENGTHS)
+    student, teacher = pair(case, mask, garbage=30.0)
+    objective = case.make()
+    value(case, student, teacher, objective).backward()
+    assert all(x.grad is None for x in leaves(teacher).values())
+    assert all(parameter.grad is not None for parameter in objective.parameters())
+    wants = objective.student_wants()
+    for name, x in leaves(student).items():
+        if x.grad is None:
+            continue
+        assert x.grad[mask == 0].abs().max() == 0.0, name
+        assert torch.isfinite(x.grad).all(), name
+    reached = {layer for layer, x in student.hidden.items() if x.grad is not None and x.grad.abs().max() > 0}
+    assert reached == wants.hidden | ({0} if wants.logits and not case.text else frozenset())
+    reached = {key for key, x in student.matrices.items() if x.grad is not None and x.grad.abs().max() > 0}
+    assert reached == wants.matrices
+
+
+@cases(lambda case: case.shares)
+def test_equal_shares_of_a_batch_average_to_the_whole(case: Case):
+    mask = mask_of(LENGTHS)
+    objective = case.make()
+    halves = []
+    for first, rows in ((0, mask[:2]), (2, mask[2:])):
+        student, teacher = pair(case, rows, first=first)
+        halves.append(objective(student, teacher, batch_of(case, rows, first)))
+    torch.testing.assert_close(
+        torch.stack(halves).mean(), value(case, *pair(case, mask), objective), rtol=1e-5, atol=1e-6
+    )
+
+
+@cases(lambda case: not case.classifier)
+def test_a_row_of_nothing_but_padding_is_harmless(case: Case):
+    student, teacher = pair(case, mask_of([4, 0, 6]), garbage=1.0)
+    found = value(case, student, teacher)
+    found.backward()
+    assert torch.isfinite(found)
+    assert all(x.grad is None or torch.isfinite(x.grad).all() for x in leaves(student).values())
+
+
+@cases(lambda case: not case.classifier)
+def test_half_precision_signals_give_nearly_the_same_value(case: Case):
+    student, teacher = pair(case, mask_of(LENGTHS))
+    exact = value(case, student, teacher)
+    for signals in (student, teacher):
+        signals._scores.clear()
+        signals.hidden = {key: x.detach().bfloat16() for key, x in signals.hidden.items()}
+        signals.matrices = {key: x.detach().bfloat16() for key, x in signals.matrices.items()}
+        signals.logits = signals.logits.detach().bfloat16()
+    rough = value(case, student, teacher)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.03, atol=0.01)
