@@ -11,6 +11,7 @@ from torch import nn
 from kdcli.errors import InputError
 from kdcli.models.anatomy import FAMILIES, anatomy_of
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
+from kdcli.models.quiet import quiet_transformers
 from kdcli.models.save import KDCLI_MODEL_TYPE
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def load_model(
     auto = getattr(transformers, _CLASSES[task])
     if raw["model_type"] == KDCLI_MODEL_TYPE:
         return _load_structured(name, raw, files, auto, changes)
-    with _quiet():
+    with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **changes)
             model, report = auto.from_pretrained(
@@ -243,25 +244,6 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), attribute, module)
 
 
-class _quiet:
-    """Silences the library's own report on loading: kdcli says what matters itself."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self.level = logging.get_verbosity()
-        self.bar = logging.is_progress_bar_enabled()
-        logging.set_verbosity(logging.CRITICAL)
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self.level)
-        if self.bar:
-            logging.enable_progress_bar()
-
-
 def load_tokenizer(name: str | Path) -> Any:
     """Load the tokenizer of a folder or a hub name. Raises InputError when there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -275,7 +257,7 @@ def load_tokenizer(name: str | Path) -> Any:
             f"{folder} has no tokenizer files",
             hint="save the tokenizer beside the model, or set teacher.tokenizer",
         )
-    with _quiet():
+    with quiet_transformers():
         try:
             config = _read_config(name, None, False) if folder is None or (folder / "config.json").exists() else {}
             if config.get("model_type") == KDCLI_MODEL_TYPE and folder is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
+from kdcli.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,8 @@ def save_model(model: "PreTrainedModel", folder: Path, tokenizer: Any = None) ->
 
     structure = structure_of(model)
     if not structure:
-        model.save_pretrained(folder)
+        with quiet_transformers():
+            model.save_pretrained(folder)
     else:
         config = json.loads(model.config.to_json_string(use_diff=True))
         config["architectures"] = [type(model).__name__]
@@ -49,5 +51,8 @@ def save_model(model: "PreTrainedModel", folder: Path, tokenizer: Any = None) ->
         config["model_type"] = KDCLI_MODEL_TYPE
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         safetensors.torch.save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    for file in folder.glob("*.safetensors"):
+        # The library leaves them readable to their owner only, beside files that anyone may read.
+        file.chmod((folder / "config.json").stat().st_mode & 0o777)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
