@@ -15,8 +15,8 @@ def last(student: int, teacher: int) -> Pairs:
 
 
 def uniform(student: int, teacher: int) -> Pairs:
-    """Block i follows block round(i N / n): 12 -> 4 gives 3, 6, 9, 12."""
-    return [(i, math.floor(i * teacher / student + 0.5)) for i in range(1, student + 1)]
+    """Block i follows block round(i N / n), but never the embeddings: 12 -> 4 gives 3, 6, 9, 12."""
+    return [(i, max(1, math.floor(i * teacher / student + 0.5))) for i in range(1, student + 1)]
 
 
 def last_k(student: int, teacher: int) -> Pairs:
@@ -86,7 +86,10 @@ def layer_map(
         return random(student, teacher, seed, epoch) if name == "random" else MAPS[name](student, teacher)
     if not name:
         raise InputError("a layer map needs at least one pair", where="method.layer_map")
-    for s, t in name:
+    for pair in name:
+        if len(pair) != 2:
+            raise InputError(f"{list(pair)} is not a pair [student block, teacher block]", where="method.layer_map")
+        s, t = pair
         if not (0 <= s <= student and 0 <= t <= teacher):
             raise InputError(
                 f"the pair [{s}, {t}] is not within the student's {student} and the teacher's {teacher} blocks",
