@@ -1,7 +1,7 @@
 """Layer maps: the whole table for common depths, what holds for all depths, and what is refused."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcli.errors import InputError
@@ -92,6 +92,7 @@ def test_the_uniform_map_with_the_embeddings_is_tinyberts():
     assert [0, *(t for _, t in layer_map("uniform", 4, 12))] == [0, 3, 6, 9, 12]
 
 
+@settings(deadline=None)
 @given(DEPTHS)
 def test_one_to_one_maps_name_every_student_block_once_and_rise(depths):
     student, teacher = depths
@@ -103,6 +104,7 @@ def test_one_to_one_maps_name_every_student_block_once_and_rise(depths):
         assert name == "random" or blocks[-1] == teacher
 
 
+@settings(deadline=None)
 @given(DEPTHS)
 def test_uniform_consecutive_leaves_no_teacher_block_out(depths):
     student, teacher = depths
