@@ -19,29 +19,33 @@ from transformers import set_seed
 from kdcli import __version__, runs
 from kdcli.errors import ExitCode, InputError
 from kdcli.evaluation.comparison import Comparison, compare, describe_model
+from kdcli.evaluation.general import General
 from kdcli.evaluation.score import evaluate_model
 from kdcli.files import atomic_folder
 from kdcli.methods import registry
 from kdcli.methods.base import Context, Method, Stage, Term
 from kdcli.methods.layer_maps import uniform
 from kdcli.models.card import model_card
+from kdcli.models.counts import count_parameters
 from kdcli.models.forms import StudentBuild, build_student
+from kdcli.models.load import load_config
 from kdcli.models.save import save_model
 from kdcli.models.shape import shape_of
 from kdcli.objectives.base import Wants
 from kdcli.objectives.tensor import TensorObjective
-from kdcli.recipe.schema import Recipe, StudentSection
+from kdcli.recipe.schema import OverparamSection, Recipe, StudentSection
 from kdcli.tasks.base import Task
-from kdcli.tasks.encode import Collator, encode
+from kdcli.tasks.encode import encode_task
 from kdcli.tasks.load import load_task
 from kdcli.tasks.metrics import chance_level
 from kdcli.tensors.parametrize import OverparamReport, contract_model, overparameterise, teacher_factors
 from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, is_main, main_does
+from kdcli.training.downstream import score_on_tasks
 from kdcli.training.hashing import hash_of_weights
 from kdcli.training.logits_cache import cached_logits
 from kdcli.training.schemes.base import Scheme, Setting
-from kdcli.training.teacher import Teacher, make_teacher, metrics_of
+from kdcli.training.teacher import Teacher, make_teacher, metrics_of, resolve_source
 from kdcli.training.trainer import COMPLETE, WEIGHTS, LoopSettings, fit, load_weights
 
 if TYPE_CHECKING:
@@ -64,6 +68,12 @@ class Resolved:
 def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Resolved:
     """Fill in what the recipe left to the method."""
     method = registry.get(recipe.method.name)
+    if task is not None and task.kind not in method.kinds:
+        raise InputError(
+            f"{method.name} works on {' and '.join(sorted(method.kinds))} tasks; {task.name} is a {task.kind} task",
+            where="method.name",
+            hint="`kdcli methods` lists what each one needs",
+        )
     options = method.options.model_validate(recipe.method.options)
     written = recipe.student.model_dump(exclude_unset=True)
     defaults = method.student if recipe.student.form in (None, method.student.get("form")) else {}
@@ -140,18 +150,17 @@ def context_of(teacher: "PreTrainedModel", student: "PreTrainedModel", form: str
 
 @dataclass
 class RunResult:
-    """A finished run: its record, and the table that a user sees."""
+    """A finished run: its record, and the result that a user sees."""
 
     record: dict[str, Any]
-    comparison: Comparison | None
+    result: Comparison | General
     exit_code: ExitCode = ExitCode.OK
 
     def to_json(self) -> dict[str, Any]:
         return self.record
 
     def table(self) -> Any:
-        assert self.comparison is not None
-        return self.comparison.table()
+        return self.result.table()
 
 
 def run_distill(
@@ -183,7 +192,8 @@ def run_distill(
     document = recipe.model_dump(exclude_none=True)
     if resume and run.record.get("status") == "done":
         console.print(f"{run.path} is finished already", highlight=False)
-        return RunResult(run.record, Comparison.from_record(run.record))
+        kind: type[Comparison | General] = General if task.kind == "text" else Comparison
+        return RunResult(run.record, kind.from_record(run.record))
     if resume and run.record and run.record.get("recipe") != document:
         raise InputError(
             f"{run.path} was started with another recipe",
@@ -199,44 +209,61 @@ def run_distill(
                 versions=versions(),
             )
         )
+        head = head_needed(resolved, task)
         set_seed(recipe.seed)
         with _timed(seconds, "teacher"):
             teacher = make_teacher(
                 recipe,
                 task,
+                head,
                 base=resolved.base,
                 console=console,
                 refresh=refresh,
                 resume=resume,
                 work=run.checkpoints / "teacher",
             )
-            teacher_scores = _scores(teacher.model, teacher.tokenizer, task, resolved)
-        _warn_of_chance(teacher_scores, task, console)
-        set_seed(recipe.seed)
-        with _timed(seconds, "student"):
-            build = build_student(teacher.model, resolved.student, seed=recipe.seed)
-        assert resolved.student.form is not None
-        for note in build.notes:
-            console.print(f"student: {note}", highlight=False, soft_wrap=True)
-        plain_hash = hash_of_weights(build.model)
-        context = context_of(teacher.model, build.model, resolved.student.form, task)
-        resolved.method.check(resolved.options, context)
-        with _timed(seconds, "overparam"):
-            chain = _overparameterise(build, teacher.model, context, resolved, console)
-        stages = resolved.method.build(resolved.options, context)
-        with _timed(seconds, "train"):
-            training = _train(stages, build, teacher, chain, task, resolved, run, console, resume=resume)
-        contraction = None
-        if chain is not None:
-            with _timed(seconds, "contract"):
-                contraction = contract_model(build.model)
+            teacher_scores = {} if task.kind == "text" else _scores(teacher.model, teacher.tokenizer, task, resolved)
+        if teacher_scores:
+            _warn_of_chance(teacher_scores, task, console)
+        road = _Road(task, resolved, run, console, seconds, resume=resume)
+        made, nearest = None, teacher
+        if recipe.assistant is not None:
+            section = recipe.assistant
+            if section.form is None:
+                section = StudentSection.model_validate({**section.model_dump(exclude_unset=True), "form": "width"})
+            made = road.distil(teacher, section, None, folder="assistant", title="assistant: ")
+            nearest = replace(teacher, model=made.build.model, path=None)
+        student = road.distil(nearest, resolved.student, recipe.overparam)
+        build, training = student.build, student.training
+        if task.kind == "text" and not student.speaks:
+            # Nothing taught its head to speak: what is handed over is the body.
+            build = replace(build, model=build.model.base_model)  # type: ignore[arg-type]
+        result: Comparison | General
         with _timed(seconds, "evaluate"):
-            student_scores = _scores(build.model, teacher.tokenizer, task, resolved)
-        comparison = compare(
-            task,
-            teacher=describe_model(teacher.model, teacher_scores),
-            student=describe_model(build.model, student_scores),
-        )
+            if task.kind == "text":
+                described = [describe_model(model, {}) for model in (teacher.model, build.model)]
+                result = General(
+                    held_out_loss(training),
+                    (described[0].parameters, described[1].parameters),
+                    (described[0].megabytes, described[1].megabytes),
+                    score_on_tasks(
+                        build.model,
+                        teacher.model,
+                        teacher.tokenizer,
+                        recipe,
+                        base=resolved.base,
+                        folder=run.path / "finetune",
+                        work=run.checkpoints / "finetune",
+                        console=console,
+                        resume=resume,
+                    ),
+                )
+            else:
+                result = compare(
+                    task,
+                    teacher=describe_model(teacher.model, teacher_scores),
+                    student=describe_model(build.model, _scores(build.model, teacher.tokenizer, task, resolved)),
+                )
         seconds["total"] = round(time.perf_counter() - begun, 3)
         record = {
             "status": "done",
@@ -247,18 +274,19 @@ def run_distill(
                 "options": resolved.options.model_dump(),
             },
             "task": {**task.description, "name": task.name, "kind": task.kind, "primary": task.primary},
-            **comparison.to_json(),
+            **result.to_json(),
             "teacher_origin": teacher.origin,
             "teacher_path": str(teacher.path) if teacher.path else None,
             "student_form": resolved.student.form,
             "teacher_layers": build.teacher_layers,
-            "overparam": chain.report.to_json() if chain is not None else None,
-            "contraction": contraction.to_json() if contraction is not None else None,
+            "assistant": made.to_json() if made is not None else None,
+            "overparam": student.overparam,
+            "contraction": student.contraction,
             "training": training,
             "seconds": seconds,
             "hashes": {
                 "teacher": hash_of_weights(teacher.model),
-                "student_before": plain_hash,
+                "student_before": student.hash_before,
                 "student": hash_of_weights(build.model),
                 "data": task.description["fingerprint"],
             },
@@ -270,10 +298,119 @@ def run_distill(
             main_does(lambda: run.update({"seconds": seconds}))
     code = ExitCode.OK
     limit = fail_under if fail_under is not None else recipe.evaluate.fail_under
-    if limit is not None and comparison.student_score < limit:
-        console.print(f"gate not met: {task.primary} {comparison.student_score:.4f} is under {limit}", highlight=False)
+    if limit is not None and isinstance(result, Comparison) and result.student_score < limit:
+        console.print(f"gate not met: {task.primary} {result.student_score:.4f} is under {limit}", highlight=False)
         code = ExitCode.GATE
-    return RunResult(run.record, comparison, code)
+    return RunResult(run.record, result, code)
+
+
+def head_needed(resolved: Resolved, task: Task) -> str:
+    """Return what must stand on the teacher's body: a classifier; for plain text a masked-LM head, or nothing.
+
+    A head for plain text is needed where some term listens to predictions, and where a teacher is to be trained.
+    """
+    if task.kind != "text":
+        return "sequence-classification"
+    teacher = resolved.recipe.teacher
+    if teacher.model is None or teacher.finetune not in (None, False):
+        return "masked-lm"
+    shape = shape_of(load_config(resolve_source(teacher.model, resolved.base)))
+    blocks = [(layer, layer) for layer in range(1, shape.layers + 1)]
+    stages = resolved.method.build(resolved.options, Context(shape, shape, "checkpoint", task.kind, 1, blocks))
+    return "masked-lm" if speaks(stages) else "base"
+
+
+def speaks(stages: list[Stage]) -> bool:
+    """True when some term of weight listens to the student's predictions."""
+    return any(t.objective.student_wants().logits for stage in stages for t in stage.terms if t.weight > 0)
+
+
+def held_out_loss(training: list[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """Return the first and the last held-out loss of the last stage; None where it was not measured."""
+    losses = [entry["eval_loss"] for entry in training[-1].get("history", []) if "eval_loss" in entry]
+    return (losses[0], losses[-1]) if losses else (None, None)
+
+
+@dataclass
+class Distilled:
+    """A student at the end of its training, contracted."""
+
+    build: StudentBuild
+    speaks: bool
+    hash_before: str
+    overparam: dict[str, Any] | None
+    contraction: dict[str, Any] | None
+    training: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what run.json says of an assistant."""
+        return {
+            "form": self.build.form,
+            "notes": self.build.notes,
+            "parameters": count_parameters(self.build.model),
+            "training": self.training,
+        }
+
+
+@dataclass
+class _Road:
+    """What a student's way from a teacher needs, whichever student it is."""
+
+    task: Task
+    resolved: Resolved
+    run: runs.Run
+    console: Console
+    seconds: dict[str, float]
+    resume: bool
+
+    def distil(
+        self,
+        teacher: Teacher,
+        section: StudentSection,
+        overparam: OverparamSection | None,
+        *,
+        folder: str = "",
+        title: str = "",
+    ) -> Distilled:
+        """Build a student of `teacher`, train it, and contract it. folder, title: of its checkpoints and progress."""
+        resolved, task, seed = self.resolved, self.task, self.resolved.recipe.seed
+        set_seed(seed)
+        with _timed(self.seconds, f"{folder or 'student'}"):
+            build = build_student(teacher.model, section, seed=seed)
+        for note in build.notes:
+            self.console.print(f"{folder or 'student'}: {note}", highlight=False, soft_wrap=True)
+        plain_hash = hash_of_weights(build.model)
+        context = context_of(teacher.model, build.model, build.form, task)
+        resolved.method.check(resolved.options, context)
+        with _timed(self.seconds, "overparam"):
+            chain = _overparameterise(build, teacher.model, context, overparam, self.console)
+        stages = resolved.method.build(resolved.options, context)
+        with _timed(self.seconds, "train" if not folder else f"{folder} train"):
+            training = _train(
+                stages,
+                build,
+                teacher,
+                chain,
+                task,
+                resolved,
+                self.run.checkpoints / folder,
+                self.run.log / folder,
+                self.console,
+                title=title,
+                resume=self.resume,
+            )
+        contraction = None
+        if chain is not None:
+            with _timed(self.seconds, "contract"):
+                contraction = contract_model(build.model).to_json()
+        return Distilled(
+            build,
+            speaks(stages),
+            plain_hash,
+            chain.report.to_json() if chain is not None else None,
+            contraction,
+            training,
+        )
 
 
 @contextmanager
@@ -347,9 +484,12 @@ class Chain:
 
 
 def _overparameterise(
-    build: StudentBuild, teacher: "PreTrainedModel", context: Context, resolved: Resolved, console: Console
+    build: StudentBuild,
+    teacher: "PreTrainedModel",
+    context: Context,
+    section: OverparamSection | None,
+    console: Console,
 ) -> Chain | None:
-    section = resolved.recipe.overparam
     if section is None:
         return None
     factors: dict[Any, tuple[torch.Tensor, ...]] = {}
@@ -379,15 +519,15 @@ def _train(
     chain: Chain | None,
     task: Task,
     resolved: Resolved,
-    run: runs.Run,
+    checkpoints: Path,
+    log: Path,
     console: Console,
     *,
+    title: str,
     resume: bool,
 ) -> list[dict[str, Any]]:
-    collator = Collator(teacher.tokenizer)
-    length = resolved.recipe.task.max_length
-    train = encode(task.train, teacher.tokenizer, length)
-    selection = encode(task.selection, teacher.tokenizer, length)
+    encoded = encode_task(task, teacher.tokenizer, resolved.recipe.task.max_length, seed=resolved.loop.seed)
+    train, collator = encoded.train, encoded.collator
     total = resolved.loop.steps(len(train))
     records = []
     for number, stage in enumerate(stages, 1):
@@ -413,7 +553,7 @@ def _train(
             )
         )
         distiller = make_distiller(build.model, terms, scheme, rows, factors=chain.teacher if chain else None)
-        folder = run.checkpoints / f"{number}-{stage.name}"
+        folder = checkpoints / f"{number}-{stage.name}"
         final = folder / "final"
         if resume and agree((final / COMPLETE).exists()):
             load_weights(distiller, final)
@@ -423,13 +563,13 @@ def _train(
             record = fit(
                 distiller,
                 train=rows,
-                selection=selection,
+                selection=encoded.selection,
                 collator=collator,
                 metrics=metrics_of(task),
                 settings=loop,
                 folder=folder,
-                log_dir=run.log / stage.name,
-                title=stage.name if len(stages) == 1 else f"{number}/{len(stages)} {stage.name}",
+                log_dir=log / stage.name,
+                title=title + (stage.name if len(stages) == 1 else f"{number}/{len(stages)} {stage.name}"),
                 console=console,
                 scheme=scheme,
                 resume=resume,
@@ -472,7 +612,9 @@ def make_distiller(
     for term in terms:
         if term.weight > 0:
             wants |= term.objective.teacher_wants()
-    speaks_once = setting.cache and scheme.teacher_is_fixed and wants.logits and not wants.inside
+    # Plain text is hidden anew in every epoch: no prediction about it is ever asked for twice.
+    asked_again = setting.cache and setting.task.kind != "text"
+    speaks_once = asked_again and scheme.teacher_is_fixed and wants.logits and not wants.inside
     if logits is None and teacher is not None and speaks_once:
         logits = cached_logits(teacher, rows, setting.collator, batch_size=setting.loop.eval_batch_size)
     return Distiller(student, terms, teacher=teacher, teacher_logits=logits, teacher_factors=factors)

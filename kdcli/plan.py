@@ -9,9 +9,10 @@ from rich.table import Table
 from kdcli.models.counts import count_parameters
 from kdcli.models.forms import build_student
 from kdcli.models.shape import shape_of
-from kdcli.pipeline import Resolved, context_of, resolve, stage_loop
+from kdcli.pipeline import Resolved, context_of, head_needed, resolve, stage_loop
 from kdcli.recipe.schema import Recipe
 from kdcli.tasks.load import load_task
+from kdcli.tasks.text import pack
 from kdcli.tensors.parametrize import overparameterise, teacher_factors
 from kdcli.training.teacher import initial_teacher, needs_training, resolve_source
 from kdcli.training.trainer import resolve_precision
@@ -71,8 +72,9 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
     resolved = resolve(recipe, recipe_path, task)
     section = recipe.teacher
     source = resolve_source(section.model, base) if section.model is not None else None
-    trains = needs_training(recipe, source)
-    teacher, _ = initial_teacher(recipe, task, source, base)
+    head = head_needed(resolved, task)
+    trains = needs_training(recipe, source, head)
+    teacher, tokenizer = initial_teacher(recipe, task, source, head, base)
     build = build_student(teacher, resolved.student, seed=recipe.seed)
     parameters = count_parameters(build.model)
     assert resolved.student.form is not None
@@ -93,7 +95,8 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
             "unmatched": len(skipped),
         }
     stages = resolved.method.build(resolved.options, context)
-    examples = len(task.train)
+    packed = task.kind == "text"
+    examples = len(pack(task.train["text"], tokenizer, recipe.task.max_length)) if packed else len(task.train)
     total = resolved.loop.steps(examples)
     rows = []
     for stage in stages:
@@ -114,7 +117,7 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
                 "name": task.name,
                 "kind": task.kind,
                 "sizes": {
-                    "train": examples,
+                    ("train blocks" if packed else "train"): examples,
                     "selection": len(task.selection),
                     **{name: len(rows_) for name, rows_ in task.report.items()},
                 },

@@ -122,6 +122,8 @@ def open_run(root: Path, name: str, *, force: bool, resume: bool, create: bool =
         return run
     if resume and not run.path.is_dir():
         raise InputError(f"there is no run at {run.path} to resume", hint="leave out --resume")
+    if run.path.exists() and not run.path.is_dir():
+        raise InputError(f"{run.path} is a file where the run's folder should be", hint="move it, or --set name=OTHER")
     if run.path.exists() and any(run.path.iterdir()) and not (force or resume):
         raise InputError(
             f"{run.path} exists already",
@@ -137,7 +139,7 @@ def open_run(root: Path, name: str, *, force: bool, resume: bool, create: bool =
             shutil.rmtree(aside, ignore_errors=True)
         run.path.mkdir(exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot write to {root}: {error.strerror}", where="output") from error
+        raise InputError(f"cannot write to {root}: {error.strerror}") from error
     return run
 
 
@@ -192,6 +194,8 @@ def _value(value: Any) -> str:
         return repr(value)
     if isinstance(value, list):
         return "[" + ", ".join(_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items() if v is not None) + "}"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value)

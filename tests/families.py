@@ -17,7 +17,9 @@ def tokenizer() -> Any:
     return train_tokenizer(reviews()["train"]["text"][:500], 200)
 
 
-def tiny(family: str, *, layers: int = 2, hidden: int = 32, labels: int = 2, seed: int = 0, **extra: Any) -> PreTrainedModel:
+def tiny(
+    family: str, *, layers: int = 2, hidden: int = 32, labels: int = 2, seed: int = 0, **extra: Any
+) -> PreTrainedModel:
     """Return a random classifier of `family`, in eval mode: width 32, 4 heads, feed-forward width 64."""
     anatomy = FAMILIES[family]
     values = {

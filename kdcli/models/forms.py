@@ -9,7 +9,7 @@ from torch import nn
 
 from kdcli.errors import InputError
 from kdcli.models.anatomy import anatomy_of, blocks_of
-from kdcli.models.load import load_model
+from kdcli.models.load import head_of, load_model
 from kdcli.models.lowrank import factorise
 from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import StudentSection
@@ -173,13 +173,15 @@ def _slice_into(teacher: "PreTrainedModel", student: "PreTrainedModel", kept: li
 
 def _checkpoint(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
     assert section.model is not None
-    labels = [str(label) for label in (teacher.config.id2label or {}).values()]
-    student = load_model(
-        section.model,
-        num_labels=teacher.config.num_labels,
-        label_names=labels,
-        problem_type=teacher.config.problem_type,
-    )
+    head = head_of(teacher)
+    labels: dict[str, Any] = {}
+    if head == "sequence-classification":
+        labels = {
+            "num_labels": teacher.config.num_labels,
+            "label_names": [str(label) for label in (teacher.config.id2label or {}).values()],
+            "problem_type": teacher.config.problem_type,
+        }
+    student = load_model(section.model, task=head, **labels)
     if student.config.vocab_size != teacher.config.vocab_size:
         raise InputError(
             f"the student's vocabulary has {student.config.vocab_size:,} tokens, the teacher's "

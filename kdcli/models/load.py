@@ -17,10 +17,17 @@ from kdcli.models.save import KDCLI_MODEL_TYPE
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_CLASSES = {
+HEADS = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "masked-lm": "AutoModelForMaskedLM",
     "base": "AutoModel",
+}
+"""What stands on a model's body, and the class of the library that makes both."""
+
+_HEAD_KEYS = {
+    "sequence-classification": ("classifier.",),
+    "masked-lm": ("cls.predictions.", "lm_head.", "vocab_transform.", "generator_predictions.", "lm_predictions."),
+    "base": ("",),
 }
 
 
@@ -106,11 +113,21 @@ def _keys(files: list[Path]) -> set[str]:
     return keys
 
 
-def has_classifier(name: str | Path) -> bool:
-    """True when a checkpoint carries a trained sequence-classification head."""
-    config = _read_config(name, None, False)
-    _known(config, name)
-    return any(key.startswith("classifier.") for key in _keys(_weight_files(name, None)))
+def has_head(name: str | Path, head: str) -> bool:
+    """True when a checkpoint carries the weights of a head: one of `HEADS`."""
+    _known(_read_config(name, None, False), name)
+    return _has_keys(_keys(_weight_files(name, None)), head)
+
+
+def _has_keys(keys: set[str], head: str) -> bool:
+    return any(key.startswith(_HEAD_KEYS[head]) for key in keys)
+
+
+def head_of(model: "PreTrainedModel") -> str:
+    """Return which of `HEADS` stands on the body of `model`."""
+    if model.base_model is model:
+        return "base"
+    return "masked-lm" if type(model).__name__.endswith("ForMaskedLM") else "sequence-classification"
 
 
 def _known(config: dict[str, Any], name: str | Path) -> None:
@@ -122,6 +139,18 @@ def _known(config: dict[str, Any], name: str | Path) -> None:
             f"{name} is of the family {family!r}, which kdcli does not know; known are {', '.join(sorted(FAMILIES))}",
             hint="a family is one row of the table in kdcli/models/anatomy.py",
         )
+
+
+def load_config(name: str | Path) -> "PretrainedConfig":
+    """Return a model's configuration without its weights; of kdcli's own folders that of the plain family."""
+    from transformers import AutoConfig
+
+    raw = dict(_read_config(name, None, False))
+    _known(raw, name)
+    family = raw.pop("model_type")
+    if family == KDCLI_MODEL_TYPE:
+        family = raw.pop("kdcli")["base_model_type"]
+    return AutoConfig.for_model(family, **raw)
 
 
 def load_model(
@@ -154,9 +183,9 @@ def load_model(
         changes["label2id"] = {label: i for i, label in enumerate(label_names)}
     if problem_type is not None:
         changes["problem_type"] = problem_type
-    auto = getattr(transformers, _CLASSES[task])
+    auto = getattr(transformers, HEADS[task])
     if raw["model_type"] == KDCLI_MODEL_TYPE:
-        return _load_structured(name, raw, files, auto, changes)
+        return _load_structured(name, raw, files, task, changes)
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **changes)
@@ -202,8 +231,9 @@ def _refuse_holes(name: str | Path, model: "PreTrainedModel", report: Any) -> No
 
 
 def _load_structured(
-    name: str | Path, raw: dict[str, Any], files: list[Path], auto: Any, changes: dict[str, Any]
+    name: str | Path, raw: dict[str, Any], files: list[Path], head: str, changes: dict[str, Any]
 ) -> "PreTrainedModel":
+    import transformers
     from safetensors.torch import load_model as load_weights
     from transformers import AutoConfig
 
@@ -214,29 +244,41 @@ def _load_structured(
     raw.pop("model_type")
     raw.update(changes)
     family = structure.pop("base_model_type")
+    keys = _keys(files)
+    present = next((h for h in ("sequence-classification", "masked-lm") if _has_keys(keys, h)), "base")
     try:
         config: PretrainedConfig = AutoConfig.for_model(family, **raw)
-        model = auto.from_config(config)
+        # Without its own head a headed checkpoint is loaded whole, and only its body is given.
+        model = getattr(transformers, HEADS[present if head == "base" else head]).from_config(config)
+        root = model.base_model if present == "base" else model
         for path, rank in structure.get("low_rank", {}).items():
-            linear = model.get_submodule(path)
+            linear = root.get_submodule(path)
             _replace(
-                model,
+                root,
                 path,
                 LowRankLinear(linear.in_features, linear.out_features, rank, bias=linear.bias is not None),
             )
         for path, rank in structure.get("low_rank_embeddings", {}).items():
-            table = model.get_submodule(path)
+            table = root.get_submodule(path)
             _replace(
-                model,
+                root,
                 path,
                 LowRankEmbedding(table.num_embeddings, table.embedding_dim, rank, table.padding_idx),
             )
         if "overparam" in structure:
-            restore_overparam(model, structure["overparam"])
-        load_weights(model, files[0], strict=True)
+            restore_overparam(root, structure["overparam"])
+        missing, strangers = load_weights(root, files[0], strict=False)
+        if present != "base" and head in (present, "base"):
+            holes, surplus = list(missing), list(strangers)
+        else:
+            body = "" if root is model.base_model else model.base_model_prefix + "."
+            holes = [key for key in missing if key.startswith(body) and ".pooler." not in f".{key}"]
+            surplus = [key for key in strangers if key.startswith(body) and ".pooler." not in f".{key}"]
+        if holes or surplus:
+            raise ValueError(f"its weights are not those of its config.json, such as {(holes or surplus)[0]}")
     except Exception as error:
         raise InputError(f"{name} cannot be restored: {_reason(error)}") from error
-    return model.eval()
+    return (model.base_model if head == "base" else model).eval()
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -287,5 +329,6 @@ def check_tokenizer(model: "PreTrainedModel", tokenizer: Any) -> None:
 
 
 def load_any(name: str | Path) -> "PreTrainedModel":
-    """Load a model with the head that its checkpoint has: a classifier, or none."""
-    return load_model(name, task="sequence-classification" if has_classifier(name) else "base")
+    """Load a model with the head that its checkpoint has: a classifier, a language model's, or none."""
+    heads = ("sequence-classification", "masked-lm", "base")
+    return load_model(name, task=next(head for head in heads if has_head(name, head)))

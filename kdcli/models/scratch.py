@@ -8,6 +8,7 @@ import torch
 
 from kdcli.errors import InputError
 from kdcli.models.anatomy import FAMILIES
+from kdcli.models.load import HEADS
 from kdcli.recipe.schema import ScratchSection
 
 if TYPE_CHECKING:
@@ -60,16 +61,18 @@ def build_scratch(
     section: ScratchSection,
     texts: Iterable[str],
     *,
-    num_labels: int,
+    num_labels: int = 2,
     seed: int,
+    head: str = "sequence-classification",
     label_names: list[str] | None = None,
     problem_type: str | None = None,
 ) -> tuple["PreTrainedModel", Any]:
-    """Return a randomly initialised classifier of `section`'s sizes, and its tokenizer.
+    """Return a randomly initialised model of `section`'s sizes with a head, and its tokenizer.
 
     Raises InputError for an unknown family, or a width that its heads do not divide.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    import transformers
+    from transformers import AutoConfig
 
     if section.family not in FAMILIES:
         raise InputError(
@@ -106,4 +109,4 @@ def build_scratch(
         sizes["embedding_size"] = section.hidden_size
     torch.manual_seed(seed)
     config = AutoConfig.for_model(section.family, **sizes)
-    return AutoModelForSequenceClassification.from_config(config).eval(), tokenizer
+    return getattr(transformers, HEADS[head]).from_config(config).eval(), tokenizer

@@ -23,10 +23,10 @@ class Section(BaseModel):
 
 
 class TaskSection(Section):
-    """`[task]`: a GLUE name, the built-in `reviews` task, or the user's own data."""
+    """`[task]`: a GLUE name, the built-in `reviews` task, the user's own data, or plain text."""
 
     name: str
-    type: Literal["classification", "regression"] | None = None
+    type: Literal["classification", "regression", "text"] | None = None
     data: str | None = None
     train: str | None = None
     validation: str | None = None
@@ -42,6 +42,8 @@ class TaskSection(Section):
     max_length: PositiveInt = 128
     train_samples: PositiveInt | None = None
     validation_samples: PositiveInt | None = None
+    mask_probability: Fraction = 0.15
+    mask_smoothing: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -50,6 +52,13 @@ class TaskSection(Section):
             raise ValueError(f"give one of data, train and hub, not {' and '.join(sources)}")
         if (self.validation or self.test) and self.train is None:
             raise ValueError("validation and test files need a train file")
+        if self.type == "text":
+            strangers = [key for key in ("label", "labels", "metrics", "test") if getattr(self, key) is not None]
+            if strangers:
+                raise ValueError(f'type = "text" has no {", ".join(strangers)}')
+            if isinstance(self.text, list) and len(self.text) != 1:
+                raise ValueError("plain text takes one text column")
+            return self
         if sources and self.text is None:
             raise ValueError('own data needs text = "COLUMN" (or two columns)')
         if isinstance(self.text, list) and len(self.text) not in (1, 2):
@@ -60,8 +69,8 @@ class TaskSection(Section):
 
     @property
     def is_custom(self) -> bool:
-        """True when the task is the user's own data."""
-        return any((self.data, self.train, self.hub))
+        """True when the task is the user's own data with labels."""
+        return self.type != "text" and any((self.data, self.train, self.hub))
 
 
 class FinetuneSection(Section):
@@ -84,6 +93,37 @@ class ScratchSection(Section):
     heads: PositiveInt = 4
     intermediate_size: PositiveInt = 512
     vocab_size: PositiveInt = 4096
+
+
+class DownstreamSection(Section):
+    """`[[finetune]]`: a task that the general student is fine-tuned and scored on, after distilling on plain text.
+
+    seeds: how many runs the score is the mean of. against: what is fine-tuned in the same way, to compare with:
+    the same architecture from random weights ("scratch"), and the teacher ("teacher").
+    """
+
+    task: TaskSection
+    epochs: PositiveFloat = 3.0
+    max_steps: PositiveInt | None = None
+    learning_rate: PositiveFloat = 5e-5
+    batch_size: PositiveInt = 32
+    warmup: Share = 0.1
+    weight_decay: NonNegativeFloat = 0.01
+    seeds: PositiveInt = 1
+    against: list[Literal["scratch", "teacher"]] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("task"), str):
+            data = {**data, "task": {"name": data["task"]}}
+        return data
+
+    @model_validator(mode="after")
+    def _labelled(self) -> Self:
+        if self.task.type == "text":
+            raise ValueError("a model is fine-tuned on a task with labels, not on plain text")
+        return self
 
 
 class TeacherSection(Section):
@@ -256,10 +296,12 @@ class Recipe(Section):
     teacher: TeacherSection
     name: str | None = None
     student: StudentSection = StudentSection()
+    assistant: StudentSection | None = None
     overparam: OverparamSection | None = None
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
     export: ExportSection = ExportSection()
+    finetune: list[DownstreamSection] = []
     seed: NonNegativeInt = 42
     output: str | None = None
 
@@ -272,3 +314,11 @@ class Recipe(Section):
                 if isinstance(data.get(key), str):
                     data[key] = {"name": data[key]}
         return data
+
+    @model_validator(mode="after")
+    def _text_or_labels(self) -> Self:
+        if self.finetune and self.task.type != "text":
+            raise ValueError('[[finetune]] follows distilling on plain text: [task] type = "text"')
+        if self.task.type == "text" and self.evaluate.fail_under is not None:
+            raise ValueError("evaluate.fail_under needs a task with labels; plain text has no score")
+        return self

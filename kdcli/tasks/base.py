@@ -7,11 +7,20 @@ from datasets import Dataset
 
 
 @dataclass(frozen=True)
+class Masking:
+    """How words of a text are hidden: the share of them, and how much more often rare ones are."""
+
+    probability: float = 0.15
+    smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
 class Task:
-    """A data set ready to be encoded.
+    """A data set ready to be encoded. kind: "classification", "regression" or "text".
 
     Every split has the columns index (unique in the split), text, text_pair (when `is_pair`) and label (an
-    int, or a float for regression). `selection` chooses checkpoints; `report` holds the sets that are scored.
+    int, or a float for regression); plain text has index and text alone, and `masking`.
+    `selection` chooses checkpoints; `report` holds the sets that are scored.
     """
 
     name: str
@@ -23,4 +32,5 @@ class Task:
     train: Dataset
     selection: Dataset
     report: dict[str, Dataset]
+    masking: Masking | None = None
     description: dict[str, Any] = field(default_factory=dict)

@@ -1,10 +1,13 @@
 """From text to batches."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+
+from kdcli.tasks.base import Task
 
 
 def encode(dataset: Dataset, tokenizer: Any, max_length: int) -> Dataset:
@@ -29,6 +32,37 @@ def encode(dataset: Dataset, tokenizer: Any, max_length: int) -> Dataset:
     return Dataset.from_dict(columns)
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A task as a model reads it. collator: from rows of either set to a batch."""
+
+    train: Dataset
+    selection: Dataset
+    collator: Any
+
+
+def encode_task(task: Task, tokenizer: Any, max_length: int, *, seed: int = 0) -> Encoded:
+    """Return a task's rows, encoded: sentences one by one, plain text packed into blocks.
+
+    seed: of the words that are hidden in plain text.
+    """
+    if task.masking is None:
+        return Encoded(
+            encode(task.train, tokenizer, max_length),
+            encode(task.selection, tokenizer, max_length),
+            Collator(tokenizer),
+        )
+    from kdcli.tasks.text import Masker, TextCollator, hide_once, pack, token_counts
+
+    train = pack(task.train["text"], tokenizer, max_length)
+    counts = token_counts(train, len(tokenizer)) if task.masking.smoothing > 0 else None
+    masker = Masker(tokenizer, task.masking, seed=seed, counts=counts)
+    # The held-out words that are asked are the same for every model and every seed.
+    judge = Masker(tokenizer, task.masking, seed=0, counts=counts)
+    held = hide_once(pack(task.selection["text"], tokenizer, max_length), judge)
+    return Encoded(train, held, TextCollator(tokenizer, masker))
+
+
 class Collator:
     """Pads encoded rows to the longest of the batch (a multiple of 8) and stacks them."""
 
@@ -49,7 +83,7 @@ class Collator:
             if name in rows[0]:
                 table = torch.full((len(rows), width), value, dtype=torch.long)
                 for i, row in enumerate(rows):
-                    table[i, : len(row[name])] = torch.tensor(row[name])
+                    table[i, : len(row[name])] = torch.as_tensor(row[name])
                 batch[name] = table
         labels = [row["labels"] for row in rows]
         kind = torch.float32 if isinstance(labels[0], float) else torch.long

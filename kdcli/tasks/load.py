@@ -12,8 +12,8 @@ from sklearn.model_selection import train_test_split
 
 from kdcli.errors import InputError
 from kdcli.recipe.schema import EvaluateSection, TaskSection
-from kdcli.tasks import custom, synthetic
-from kdcli.tasks.base import Task
+from kdcli.tasks import custom, synthetic, text
+from kdcli.tasks.base import Masking, Task
 from kdcli.tasks.glue import GLUE, HUB, GlueTask
 from kdcli.tasks.metrics import ERRORS, known
 
@@ -27,6 +27,8 @@ def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path, se
     validation set chooses checkpoints and the second half is reported (methods 17.1).
     Raises InputError when the data is missing, empty or does not fit.
     """
+    if section.type == "text":
+        return _text(section, base)
     if section.is_custom:
         return _custom(section, evaluate, base)
     if section.name in GLUE:
@@ -131,6 +133,36 @@ def _task(
             "sizes": {name: len(rows["text"]) for name, rows in splits.items()},
             "max_length": section.max_length,
             "fingerprint": fingerprint_of({"train": train, **{f"report-{k}": v for k, v in report.items()}}),
+        },
+    )
+
+
+def _text(section: TaskSection, base: Path) -> Task:
+    documents, source = text.read_documents(section, base, os.environ.get("KDCLI_DATA_DIR"))
+    if not documents["train"]:
+        raise InputError(f"{source} has no text", where="task")
+    if not documents.get("validation"):
+        documents = text.hold_out(documents["train"], section.validation_fraction, section.split_seed)
+    sizes = {"train": section.train_samples, "validation": section.validation_samples}
+    splits = {name: _subset({"text": documents[name]}, size, section.split_seed) for name, size in sizes.items()}
+    held = _dataset(splits["validation"])
+    return Task(
+        name=section.name,
+        kind="text",
+        label_names=(),
+        metrics=("loss",),
+        primary="loss",
+        is_pair=False,
+        train=_dataset(splits["train"]),
+        selection=held,
+        report={"validation": held},
+        masking=Masking(section.mask_probability, section.mask_smoothing),
+        description={
+            "source": source,
+            "protocol": "held-out text",
+            "sizes": {name: len(rows["text"]) for name, rows in splits.items()},
+            "max_length": section.max_length,
+            "fingerprint": fingerprint_of({name: dict(rows) for name, rows in splits.items()}),
         },
     )
 

@@ -13,12 +13,12 @@ from torch import nn
 from kdcli import __version__
 from kdcli.errors import InputError
 from kdcli.files import atomic_folder, cache_dir, fingerprint, write_json
-from kdcli.models.load import check_tokenizer, has_classifier, load_model, load_tokenizer
+from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer
 from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
-from kdcli.recipe.schema import FinetuneSection, Recipe
+from kdcli.recipe.schema import DownstreamSection, FinetuneSection, Recipe, TrainSection
 from kdcli.tasks.base import Task
-from kdcli.tasks.encode import Collator, encode
+from kdcli.tasks.encode import encode_task
 from kdcli.tasks.labels import label_permutation
 from kdcli.tasks.metrics import compute_metrics
 from kdcli.training.distributed import agree, main_does
@@ -48,17 +48,18 @@ def resolve_source(model: str, base: Path) -> str:
     return model
 
 
-def needs_training(recipe: Recipe, source: str | None) -> bool:
-    """True when the teacher must be fine-tuned: from scratch, asked for, or without a classification head."""
+def needs_training(recipe: Recipe, source: str | None, head: str) -> bool:
+    """True when the teacher must be fine-tuned: from scratch, asked for, or without the head that is needed."""
     section = recipe.teacher
     if section.scratch is not None or section.finetune not in (None, False):
         return True
     assert source is not None
-    if has_classifier(source):
+    if has_head(source, head):
         return False
     if section.finetune is False:
+        what = "masked-LM" if head == "masked-lm" else "classification"
         raise InputError(
-            f"{source} has no trained classification head, and teacher.finetune = false forbids training one",
+            f"{source} has no trained {what} head, and teacher.finetune = false forbids training one",
             where="teacher.model",
             hint="give a fine-tuned model, or leave finetune out",
         )
@@ -66,39 +67,44 @@ def needs_training(recipe: Recipe, source: str | None) -> bool:
 
 
 def make_teacher(
-    recipe: Recipe, task: Task, *, base: Path, console: Console, refresh: bool, resume: bool, work: Path
+    recipe: Recipe, task: Task, head: str, *, base: Path, console: Console, refresh: bool, resume: bool, work: Path
 ) -> Teacher:
-    """Return the teacher of a recipe.
+    """Return the teacher of a recipe, with a head for it: "sequence-classification", "masked-lm" or "base" (none).
 
     A fine-tuned one is kept in the cache under a name made of everything that shaped it (base weights, data,
     settings, seed), and reused; `refresh` makes it again. `work` is where a training keeps its checkpoints.
     """
     section = recipe.teacher
     source = resolve_source(section.model, base) if section.model is not None else None
-    if not needs_training(recipe, source):
+    if not needs_training(recipe, source, head):
         assert source is not None
-        model = load_model(source, revision=section.revision, trust_remote_code=section.trust_remote_code)
+        model = load_model(source, task=head, revision=section.revision, trust_remote_code=section.trust_remote_code)
         tokenizer = load_tokenizer(resolve_source(section.tokenizer, base) if section.tokenizer else source)
         check_tokenizer(model, tokenizer)
-        _align(model, task, section.labels)
+        if task.kind != "text":
+            _align(model, task, section.labels)
         return Teacher(
             model,
             tokenizer,
             origin=section.model or source,
             path=Path(source) if Path(source).exists() else None,
         )
-    return _finetuned(recipe, task, source, base=base, console=console, refresh=refresh, resume=resume, work=work)
+    return _finetuned(recipe, task, source, head, base=base, console=console, refresh=refresh, resume=resume, work=work)
 
 
-def initial_teacher(recipe: Recipe, task: Task, source: str | None, base: Path) -> tuple["PreTrainedModel", Any]:
+def initial_teacher(
+    recipe: Recipe, task: Task, source: str | None, head: str, base: Path
+) -> tuple["PreTrainedModel", Any]:
     """Return the untrained start of a teacher (a base model with a fresh head, or one from scratch)."""
     section = recipe.teacher
-    labels = _label_options(task)
+    labels = label_options(task)
     if section.scratch is not None:
-        return build_scratch(section.scratch, _texts(task), seed=recipe.seed, **labels)
+        return build_scratch(section.scratch, _texts(task), seed=recipe.seed, head=head, **labels)
     assert source is not None
     torch.manual_seed(recipe.seed)
-    model = load_model(source, revision=section.revision, trust_remote_code=section.trust_remote_code, **labels)
+    model = load_model(
+        source, task=head, revision=section.revision, trust_remote_code=section.trust_remote_code, **labels
+    )
     tokenizer = load_tokenizer(resolve_source(section.tokenizer, base) if section.tokenizer else source)
     check_tokenizer(model, tokenizer)
     return model, tokenizer
@@ -109,7 +115,10 @@ def _texts(task: Task) -> list[str]:
     return [text for column in columns for text in task.train[column]]
 
 
-def _label_options(task: Task) -> dict[str, Any]:
+def label_options(task: Task) -> dict[str, Any]:
+    """Return what a classifier's configuration must know of a task; nothing for plain text."""
+    if task.kind == "text":
+        return {}
     if task.kind == "regression":
         return {"num_labels": 1, "problem_type": "regression"}
     return {
@@ -123,6 +132,7 @@ def _finetuned(
     recipe: Recipe,
     task: Task,
     source: str | None,
+    head: str,
     *,
     base: Path,
     console: Console,
@@ -132,7 +142,7 @@ def _finetuned(
 ) -> Teacher:
     section = recipe.teacher
     settings = section.finetune if isinstance(section.finetune, FinetuneSection) else FinetuneSection()
-    model, tokenizer = initial_teacher(recipe, task, source, base)
+    model, tokenizer = initial_teacher(recipe, task, source, head, base)
     identity = {
         "base": hash_of_weights(model),
         "task": task.description["fingerprint"],
@@ -146,10 +156,20 @@ def _finetuned(
     origin = section.model or "from scratch"
     if agree((folder / "kdcli.json").exists()) and not refresh:
         console.print(f"teacher: {origin}, fine-tuned before, from {folder}", highlight=False, soft_wrap=True)
-        return Teacher(load_model(str(folder)), load_tokenizer(str(folder)), origin=origin, path=folder)
+        return Teacher(load_model(str(folder), task=head), load_tokenizer(str(folder)), origin=origin, path=folder)
     console.print(f"teacher: {origin}, fine-tuning on {task.name}", highlight=False, soft_wrap=True)
     record = finetune(
-        model, tokenizer, task, recipe, settings, work=work, console=console, resume=resume, title="teacher"
+        model,
+        tokenizer,
+        task,
+        settings,
+        recipe.train,
+        max_length=recipe.task.max_length,
+        seed=recipe.seed,
+        work=work,
+        console=console,
+        resume=resume,
+        title="teacher",
     )
 
     def keep() -> None:
@@ -166,17 +186,23 @@ def finetune(
     model: "PreTrainedModel",
     tokenizer: Any,
     task: Task,
-    recipe: Recipe,
-    settings: FinetuneSection,
+    settings: FinetuneSection | DownstreamSection,
+    train: TrainSection,
     *,
+    max_length: int,
+    seed: int,
     work: Path,
     console: Console,
     resume: bool,
     title: str,
 ) -> dict[str, Any]:
-    """Train `model` on the gold labels of `task`, in place, and return the loop's record."""
+    """Train `model` on the gold labels (or the hidden words) of `task`, in place, and return the loop's record.
+
+    train: where and how precisely, as for the student; batch size, rate and the like come from `settings`.
+    """
     from kdcli.methods.base import Term
     from kdcli.objectives.task import TaskObjective
+    from kdcli.objectives.vocabulary import MaskedLMObjective
     from kdcli.training.distiller import Distiller
     from kdcli.training.trainer import LoopSettings, fit
 
@@ -190,24 +216,25 @@ def finetune(
         warmup=settings.warmup,
         weight_decay=settings.weight_decay,
         max_grad_norm=1.0,
-        precision=recipe.train.precision,
-        device=recipe.train.device,
-        group_by_length=recipe.train.group_by_length,
+        precision=train.precision,
+        device=train.device,
+        group_by_length=train.group_by_length,
         eval_every=None,
         patience=None,
         # The teacher is not chosen on the data that judges the student.
         select="last",
-        log_every=recipe.train.log_every,
-        workers=recipe.train.workers,
-        seed=recipe.seed,
+        log_every=train.log_every,
+        workers=train.workers,
+        seed=seed,
         metric=task.primary,
     )
-    terms = [Term("task", TaskObjective(task.kind), 1.0)]
+    objective = MaskedLMObjective() if task.kind == "text" else TaskObjective(task.kind)
+    encoded = encode_task(task, tokenizer, max_length, seed=seed)
     return fit(
-        Distiller(model, terms),
-        train=encode(task.train, tokenizer, recipe.task.max_length),
+        Distiller(model, [Term("task", objective, 1.0)]),
+        train=encoded.train,
         selection=None,
-        collator=Collator(tokenizer),
+        collator=encoded.collator,
         metrics=metrics_of(task),
         settings=loop,
         folder=work,
@@ -218,8 +245,10 @@ def finetune(
     )
 
 
-def metrics_of(task: Task) -> Callable[[Any, Any], dict[str, float]]:
-    """Return the task's metrics as a function of (logits, labels)."""
+def metrics_of(task: Task) -> Callable[[Any, Any], dict[str, float]] | None:
+    """Return the task's metrics as a function of (logits, labels); None for plain text, judged by the loss."""
+    if task.kind == "text":
+        return None
     return lambda logits, labels: compute_metrics(task.metrics, logits, labels)
 
 

@@ -98,16 +98,21 @@ class EvaluateAtEnd(TrainerCallback):
 
 
 class TellEpochs(TrainerCallback):
-    """Tells the objectives which epoch begins."""
+    """Tells the objectives, and a collator that cares, which epoch begins."""
 
-    def __init__(self, distiller: Distiller) -> None:
+    def __init__(self, distiller: Distiller, collator: Any) -> None:
         self.distiller = distiller
+        self.collator = collator
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # A resumed run begins in the middle of an epoch.
+        epoch = int((state.epoch or 0.0) + 1e-6)
         for objective in self.distiller.objectives.values():
-            objective.begin_epoch(round(state.epoch or 0), math.ceil(state.num_train_epochs))  # type: ignore[operator]
+            objective.begin_epoch(epoch, math.ceil(state.num_train_epochs))  # type: ignore[operator]
+        if hasattr(self.collator, "begin_epoch"):
+            self.collator.begin_epoch(epoch)
 
 
 class DistillationTrainer(Trainer):
@@ -129,7 +134,7 @@ class DistillationTrainer(Trainer):
         self.scheme = scheme
         self.remove_callback(PrinterCallback)
         self.add_callback(EvaluateAtEnd)
-        self.add_callback(TellEpochs(self.model))
+        self.add_callback(TellEpochs(self.model, self.data_collator))
         self.add_callback(display)
         if log_dir is not None and self.is_world_process_zero():
             from torch.utils.tensorboard import SummaryWriter
@@ -191,11 +196,13 @@ class DistillationTrainer(Trainer):
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[None, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            logits = model(inputs)["logits"].float()
-        return None, logits, inputs["labels"]
+            outputs = model(inputs)
+        if "logits" not in outputs:
+            return outputs["loss"], None, None
+        return None, outputs["logits"].float(), inputs["labels"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._term_count:
@@ -256,7 +263,7 @@ def fit(
     train: Dataset,
     selection: Dataset | None,
     collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
-    metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None,
     settings: LoopSettings,
     folder: Path,
     log_dir: Path | None,
@@ -267,14 +274,16 @@ def fit(
 ) -> dict[str, Any]:
     """Train `distiller` in place and return what happened: steps, seconds, history, best score.
 
-    train, selection: encoded data sets. metrics: from (logits, labels) to named scores. Checkpoints go to
-    `folder`; with `resume`, training goes on from the newest complete one. scheme: begun already.
+    train, selection: encoded data sets. metrics: from (logits, labels) to named scores; None judges by the loss on
+    `selection`. Checkpoints go to `folder`; with `resume`, training goes on from the newest complete one. scheme:
+    begun already.
     Raises InputError when the batch cannot be split over the processes.
     """
-    arguments = _arguments(settings, folder, len(train), evaluates=selection is not None)
+    arguments = _arguments(settings, folder, len(train), evaluates=selection is not None, by_loss=metrics is None)
     display = ProgressDisplay(console, title, settings.batch_size)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        assert metrics is not None
         return metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
 
     trainer = DistillationTrainer(
@@ -283,7 +292,7 @@ def fit(
         train_dataset=train,
         eval_dataset=selection,
         data_collator=collator,
-        compute_metrics=compute_metrics,
+        compute_metrics=compute_metrics if metrics is not None else None,
         settings=settings,
         scheme=scheme or Scheme(),
         log_dir=log_dir,
@@ -310,7 +319,9 @@ def fit(
     }
 
 
-def _arguments(settings: LoopSettings, folder: Path, examples: int, *, evaluates: bool) -> TrainingArguments:
+def _arguments(
+    settings: LoopSettings, folder: Path, examples: int, *, evaluates: bool, by_loss: bool
+) -> TrainingArguments:
     use_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError('train.device is "cuda" but PyTorch sees no GPU', hint='use device = "auto"')
@@ -345,8 +356,10 @@ def _arguments(settings: LoopSettings, folder: Path, examples: int, *, evaluates
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=evaluates and settings.select == "best",
-        metric_for_best_model=settings.metric if evaluates else None,
-        greater_is_better=True,
+        metric_for_best_model=("loss" if by_loss else settings.metric) if evaluates else None,
+        greater_is_better=not by_loss,
+        # What a loss fell to says little without what it fell from.
+        eval_on_start=evaluates and by_loss,
         logging_steps=settings.log_every,
         # The filter looks at every step's loss on the host: a synchronisation a step.
         logging_nan_inf_filter=False,

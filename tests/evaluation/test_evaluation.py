@@ -39,11 +39,15 @@ def test_scores_are_those_of_the_argmax(task):
     model, words = tiny("bert"), tokenizer()
     scores = evaluate_model(model, words, task)
     logits = predict(model, encode(task.selection, words, 128), Collator(words))
-    assert scores["validation"]["accuracy"] == pytest.approx((logits.argmax(1) == np.array(task.selection["label"])).mean())
+    assert scores["validation"]["accuracy"] == pytest.approx(
+        (logits.argmax(1) == np.array(task.selection["label"])).mean()
+    )
 
 
 def test_the_score_of_several_sets_is_their_mean():
-    assert primary_score({"matched": {"accuracy": 0.8}, "mismatched": {"accuracy": 0.6}}, "accuracy") == pytest.approx(0.7)
+    assert primary_score({"matched": {"accuracy": 0.8}, "mismatched": {"accuracy": 0.6}}, "accuracy") == pytest.approx(
+        0.7
+    )
 
 
 def test_a_comparison_survives_its_record(task):

@@ -21,14 +21,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SCRIPT = """
 import json, sys
 from kdcli.errors import InputError
-from kdcli.models.load import has_classifier, load_model, load_tokenizer
+from kdcli.models.load import has_head, load_model, load_tokenizer
 from kdcli.tensors.parametrize import probe
 
 found = {}
 for name in sys.argv[1:]:
     try:
         ids = load_tokenizer(name)("so dull")["input_ids"]
-        found[name] = [has_classifier(name), probe(load_model(name)).tolist(), ids]
+        found[name] = [has_head(name, "sequence-classification"), probe(load_model(name)).tolist(), ids]
     except InputError as error:
         found[name] = error.message
 print(json.dumps(found))

@@ -20,7 +20,7 @@ from transformers import (
 
 from kdcli.errors import InputError
 from kdcli.models.forms import build_student
-from kdcli.models.load import check_tokenizer, has_classifier, load_any, load_model, load_tokenizer
+from kdcli.models.load import check_tokenizer, has_head, load_any, load_model, load_tokenizer
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
 from kdcli.models.save import save_model, structure_of
 from kdcli.recipe.schema import OverparamSection, StudentSection
@@ -117,7 +117,7 @@ def test_half_precision_weights_are_loaded_as_fp32(tmp_path: Path):
 def test_a_base_model_gets_a_fresh_head_of_the_wanted_size(tmp_path: Path):
     model = tiny("bert")
     save_model(model.bert, tmp_path)
-    assert not has_classifier(tmp_path)
+    assert not has_head(tmp_path, "sequence-classification")
     torch.manual_seed(0)
     loaded = load_model(tmp_path, num_labels=3, label_names=["a", "b", "c"])
     assert loaded.classifier.weight.shape == (3, 32) and class_names_of(loaded.config) == ["a", "b", "c"]
@@ -128,7 +128,7 @@ def test_a_base_model_gets_a_fresh_head_of_the_wanted_size(tmp_path: Path):
 
 
 def test_a_head_of_another_size_is_replaced_and_one_of_the_same_size_kept(folder: Path):
-    assert has_classifier(folder)
+    assert has_head(folder, "sequence-classification")
     assert load_model(folder, num_labels=5).classifier.weight.shape == (5, 32)
     kept = load_model(folder, num_labels=2, label_names=["x", "y"])
     assert torch.equal(kept.classifier.weight, tiny("bert").classifier.weight)
@@ -136,7 +136,7 @@ def test_a_head_of_another_size_is_replaced_and_one_of_the_same_size_kept(folder
 
 
 def test_the_real_encoder_loads_and_is_no_classifier(encoder: Path):
-    assert not has_classifier(encoder)
+    assert not has_head(encoder, "sequence-classification")
     model = load_any(encoder)
     reference = AutoModel.from_pretrained(encoder, dtype=torch.float32).eval()
     inputs = load_tokenizer(encoder)(["a small test of a real model"], return_tensors="pt")
@@ -260,7 +260,7 @@ def test_weights_in_several_files_are_read_and_a_missing_one_is_noticed(tmp_path
     ],
 )
 def test_a_model_that_is_not_there_is_an_input_error(name: str, words: str):
-    for load in (load_model, load_tokenizer, has_classifier):
+    for load in (load_model, load_tokenizer, lambda name: has_head(name, "base")):
         with pytest.raises(InputError, match=words):
             load(name)
 

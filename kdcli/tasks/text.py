@@ -1,0 +1,278 @@
+"""Plain text: documents packed into blocks, and words hidden anew in every epoch."""
+
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from kdcli.errors import InputError
+from kdcli.objectives.vocabulary import IGNORED
+from kdcli.tasks import custom
+from kdcli.tasks.base import Masking
+from kdcli.tasks.encode import Collator
+
+if TYPE_CHECKING:
+    from kdcli.recipe.schema import TaskSection
+
+SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev", "test")}
+"""Split names, the first that is there counts."""
+
+
+def read_documents(section: "TaskSection", base: Path, root: str | None) -> tuple[dict[str, list[str]], str]:
+    """Return the documents of "train" and, if there are any, of "validation", and where they come from.
+
+    Reads, in this order: a hub set, `task.train` and `task.validation`, `task.data` (a file or a folder of .txt or
+    table files), or the folder lm/NAME of the data folder `root`. In a folder, files whose names begin with a
+    split's name are that split; else all of them are "train".
+    Raises InputError when there is no text.
+    """
+    if section.hub is not None:
+        splits = custom.read_hub(section.hub, section.hub_config, "task.hub")
+        named = {
+            target: next((splits[name] for name in names if name in splits), None) for target, names in SPLITS.items()
+        }
+        if named["train"] is None:
+            raise InputError(f"{section.hub} has no split named train; it has {', '.join(splits)}", where="task.hub")
+        found = {name: _texts(columns, section, section.hub) for name, columns in named.items() if columns is not None}
+        return found, section.hub
+    if section.train is not None:
+        found = {"train": _read(_path(section.train, base), section, "task.train")}
+        if section.validation is not None:
+            found["validation"] = _read(_path(section.validation, base), section, "task.validation")
+        return found, section.train
+    if section.data is not None:
+        path, where, source = _path(section.data, base), "task.data", section.data
+    elif root is not None and (Path(root) / "lm" / section.name).is_dir():
+        path, where, source = Path(root) / "lm" / section.name, "task.name", f"lm/{section.name}"
+    else:
+        raise InputError(
+            f"text task {section.name!r}: there is no text",
+            where="task",
+            hint="give task.data (a file or a folder of .txt files), task.train or task.hub",
+        )
+    if path.is_dir():
+        return _read_folder(path, section, where), source
+    return {"train": _read(path, section, where)}, source
+
+
+def _path(text: str, base: Path) -> Path:
+    given = Path(text).expanduser()
+    return given if given.is_absolute() else base / given
+
+
+def _read_folder(folder: Path, section: "TaskSection", where: str) -> dict[str, list[str]]:
+    readable = (".txt", *custom.READABLE)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in readable)
+    if not files:
+        raise InputError(f"{folder} holds none of {', '.join(readable)}", where=where)
+    found: dict[str, list[str]] = {}
+    for target, names in SPLITS.items():
+        for name in names:
+            own = [p for p in files if p.stem == name or p.stem.startswith((f"{name}-", f"{name}.", f"{name}_"))]
+            if own and target not in found:
+                found[target] = [text for path in own for text in _read(path, section, where)]
+    if "train" not in found:
+        found = {"train": [text for path in files for text in _read(path, section, where)]}
+    return found
+
+
+def _read(path: Path, section: "TaskSection", where: str) -> list[str]:
+    if path.suffix.lower() != ".txt":
+        return _texts(custom.read_file(path, where), section, str(path))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(
+            f"no file at {path}", where=where, hint="relative paths start at the recipe's folder"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not readable as UTF-8 text", where=where) from error
+    return [text] if text.strip() else []
+
+
+def _texts(columns: custom.Columns, section: "TaskSection", source: str) -> list[str]:
+    name = section.text if isinstance(section.text, str) else (section.text or ["text"])[0]
+    return [str(v) for v in custom.need_column(columns, name, "text", source) if v is not None and str(v).strip()]
+
+
+def hold_out(documents: list[str], fraction: float, seed: int) -> dict[str, list[str]]:
+    """Return a seeded split of documents; fewer than 20 are cut into their paragraphs first.
+
+    Raises InputError when there is too little to split.
+    """
+    if len(documents) < 20:
+        documents = [part for text in documents for part in re.split(r"\n\s*\n", text) if part.strip()]
+    if len(documents) < 2:
+        raise InputError(
+            "the text is one single paragraph: nothing of it can be held out",
+            where="task",
+            hint="give a validation file, or paragraphs with empty lines between them",
+        )
+    size = min(max(1, round(fraction * len(documents))), len(documents) - 1)
+    held = set(random.Random(f"text-{seed}").sample(range(len(documents)), size))
+    return {
+        "train": [text for i, text in enumerate(documents) if i not in held],
+        "validation": [text for i, text in enumerate(documents) if i in held],
+    }
+
+
+def pack(documents: Iterable[str], tokenizer: Any, max_length: int) -> Dataset:
+    """Return blocks of at most `max_length` tokens: index, input_ids, attention_mask and length.
+
+    Documents follow each other with a separator between them, so that no block but the last has room left. Each
+    block has the tokenizer's usual special tokens around it.
+    Raises InputError when there is not one token.
+    """
+    before, after = _frame(tokenizer)
+    room = max_length - len(before) - len(after)
+    if room < 2:
+        raise InputError(f"max_length {max_length} leaves no room for text", where="task.max_length")
+    separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    blocks = list(_blocks(_tokens(documents, tokenizer, separator), room))
+    if not blocks:
+        raise InputError("the text has no token that the tokenizer knows", where="task")
+    rows = [before + block + after for block in blocks]
+    return Dataset.from_dict(
+        {
+            "index": list(range(len(rows))),
+            "input_ids": rows,
+            "attention_mask": [[1] * len(row) for row in rows],
+            "length": [len(row) for row in rows],
+        }
+    )
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the special tokens before and after a sequence."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
+    first = special.index(0) if 0 in special else len(ids)
+    last = len(special) - special[::-1].index(0) if 0 in special else len(ids)
+    return ids[:first], ids[last:]
+
+
+def _tokens(documents: Iterable[str], tokenizer: Any, separator: int | None) -> Iterator[list[int]]:
+    batch: list[str] = []
+
+    def encode(texts: list[str]) -> Iterator[list[int]]:
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for ids in encoded["input_ids"]:
+            yield [*ids, separator] if separator is not None else ids
+
+    for document in documents:
+        batch.append(document)
+        if len(batch) == 256:
+            yield from encode(batch)
+            batch = []
+    if batch:
+        yield from encode(batch)
+
+
+def _blocks(documents: Iterable[list[int]], room: int) -> Iterator[list[int]]:
+    waiting: list[int] = []
+    for ids in documents:
+        waiting.extend(ids)
+        while len(waiting) >= room:
+            yield waiting[:room]
+            waiting = waiting[room:]
+    if len(waiting) > 1:
+        # The separator after the very last document separates nothing.
+        yield waiting[:-1]
+
+
+class Masker:
+    """Hides tokens: of those chosen 80% become the mask, 10% a random token, 10% stay.
+
+    Every token but the special ones is chosen with `probability` (0.15); with `smoothing` above 0 in proportion to
+    count^-smoothing of its type, so that rare words are asked more often (DistilBERT: 0.7). What is drawn depends
+    on seed, epoch and the row's number alone: a resumed or a distributed run hides the same tokens.
+    Source: BERT (Devlin et al. 2019), 3.1; methods 10.
+    """
+
+    def __init__(self, tokenizer: Any, masking: Masking, *, seed: int, counts: Tensor | None = None) -> None:
+        """counts: (vocabulary,), how often each token occurs; needed for smoothing."""
+        if tokenizer.mask_token_id is None:
+            raise InputError("the tokenizer has no mask token, so words cannot be hidden", where="teacher.tokenizer")
+        size = len(tokenizer)
+        self.mask = int(tokenizer.mask_token_id)
+        self.seed = seed
+        self.probability = torch.full((size,), masking.probability)
+        if masking.smoothing > 0:
+            assert counts is not None
+            weights = counts.double().clamp(min=1.0).pow(-masking.smoothing)
+            # On average over the text as many tokens are hidden as without smoothing.
+            scale = masking.probability * counts.sum() / (counts * weights).sum()
+            self.probability = (weights * scale).clamp(max=1.0).float()
+        special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
+        self.probability[special] = 0.0
+        ordinary = torch.ones(size, dtype=torch.bool)
+        ordinary[special] = False
+        self.ordinary = ordinary.nonzero().squeeze(-1)
+
+    def __call__(self, ids: Tensor, index: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return the row's ids with some hidden, and its labels (-100 where nothing is asked). ids: (seq,)."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 10_000_019 + index)
+        draws = torch.rand(2, len(ids), generator=generator)
+        chosen = draws[0] < self.probability[ids]
+        labels = torch.where(chosen, ids, IGNORED)
+        strangers = self.ordinary[torch.randint(len(self.ordinary), (len(ids),), generator=generator)]
+        hidden = torch.where(chosen & (draws[1] < 0.8), self.mask, ids)
+        return torch.where(chosen & (draws[1] >= 0.8) & (draws[1] < 0.9), strangers, hidden), labels
+
+
+class TextCollator:
+    """Pads blocks and hides words in them; rows that bring labels with them are hidden already.
+
+    Beside ids, mask and labels a batch has flat positions into (batch x seq): `masked_positions`, where something is
+    asked, and `real_positions`, all that is not padding.
+    """
+
+    def __init__(self, tokenizer: Any, masker: Masker, *, multiple: int = 8) -> None:
+        self.collate = Collator(tokenizer, multiple=multiple)
+        self.masker = masker
+        self.epoch = 0
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Hide other words from now on."""
+        self.epoch = epoch
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        hidden = []
+        for row in rows:
+            if "labels" in row:
+                ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+            else:
+                ids, labels = self.masker(torch.tensor(row["input_ids"]), row["index"], self.epoch)
+            hidden.append((ids, labels))
+        batch = self.collate(
+            [{**row, "input_ids": ids, "labels": 0} for row, (ids, _) in zip(rows, hidden, strict=True)]
+        )
+        table = torch.full_like(batch["input_ids"], IGNORED)
+        for i, (_, labels) in enumerate(hidden):
+            table[i, : len(labels)] = labels
+        batch["labels"] = table
+        batch["masked_positions"] = (table.flatten() != IGNORED).nonzero().squeeze(-1)
+        batch["real_positions"] = batch["attention_mask"].flatten().nonzero().squeeze(-1)
+        return batch
+
+
+def hide_once(blocks: Dataset, masker: Masker) -> Dataset:
+    """Return blocks with their words hidden once and for all, for scores that can be compared."""
+    ids, labels = [], []
+    for row in blocks:
+        one, answer = masker(torch.tensor(row["input_ids"]), row["index"], -1)  # type: ignore[call-overload, index]
+        ids.append(one.tolist())
+        labels.append(answer.tolist())
+    columns = {name: blocks[name] for name in blocks.column_names if name != "input_ids"}
+    return Dataset.from_dict({**{k: list(v) for k, v in columns.items()}, "input_ids": ids, "labels": labels})
+
+
+def token_counts(blocks: Dataset, size: int) -> Tensor:
+    """Return how often each of `size` tokens occurs, (size,)."""
+    ids = torch.tensor([token for row in blocks["input_ids"] for token in row])
+    return torch.bincount(ids, minlength=size).float()

@@ -1,0 +1,84 @@
+"""Fine-tuning a general student on tasks, beside others that are fine-tuned in the same way."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from kdcli.evaluation.general import TaskScores
+from kdcli.evaluation.score import evaluate_model, primary_score
+from kdcli.files import atomic_folder
+from kdcli.models.heads import reinitialise, with_classifier
+from kdcli.models.save import save_model
+from kdcli.recipe.schema import Recipe
+from kdcli.tasks.load import load_task
+from kdcli.training.distributed import main_does
+from kdcli.training.teacher import finetune, label_options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def score_on_tasks(
+    student: "PreTrainedModel",
+    teacher: "PreTrainedModel",
+    tokenizer: Any,
+    recipe: Recipe,
+    *,
+    base: Path,
+    folder: Path,
+    work: Path,
+    console: Console,
+    resume: bool,
+) -> list[TaskScores]:
+    """Fine-tune and score the student, and what it is compared with, on every task of `[[finetune]]`.
+
+    The student of the first seed is kept in `folder`/TASK. Neither model is changed.
+    """
+    results = []
+    for number, section in enumerate(recipe.finetune, 1):
+        task = load_task(section.task, recipe.evaluate, base=base)
+        names = ["student", *dict.fromkeys(section.against)]
+        scores: dict[str, list[float]] = {name: [] for name in names}
+        metrics: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in names}
+        for seed in range(recipe.seed, recipe.seed + section.seeds):
+            for name in names:
+                torch.manual_seed(seed)
+                model = with_classifier(teacher if name == "teacher" else student, **label_options(task))
+                if name == "scratch":
+                    reinitialise(model)
+                finetune(
+                    model,
+                    tokenizer,
+                    task,
+                    section,
+                    recipe.train,
+                    max_length=section.task.max_length,
+                    seed=seed,
+                    work=work / f"{number}-{name}-{seed}",
+                    console=console,
+                    resume=resume,
+                    title=f"{task.name} {name}",
+                )
+                model.eval().to("cpu")  # type: ignore[arg-type]
+                found = evaluate_model(
+                    model,
+                    tokenizer,
+                    task,
+                    batch_size=recipe.evaluate.batch_size,
+                    max_length=section.task.max_length,
+                )
+                metrics[name].append(found)
+                scores[name].append(primary_score(found, task.primary))
+                if name == "student" and seed == recipe.seed:
+                    main_does(partial(_keep, model, tokenizer, folder / task.name))
+        results.append(TaskScores(task.name, task.primary, scores, metrics))
+    return results
+
+
+def _keep(model: "PreTrainedModel", tokenizer: Any, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(folder, force=True) as temporary:
+        save_model(model, temporary, tokenizer)
