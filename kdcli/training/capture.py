@@ -109,7 +109,7 @@ class Capture:
         self._may_stop = not logits
         with self._kernels():
             output = self._forward(inputs, logits)
-            path = list(self._path(inputs)) if self.wants.path > 1 else []
+            path = list(self._path(inputs, output)) if self.wants.path > 1 and output is not None else []
         return Signals(
             mask=batch["attention_mask"],
             heads=self.heads,
@@ -129,11 +129,11 @@ class Capture:
         output = self.model(**inputs).logits
         return output if self._positions is None else output[0]
 
-    def _path(self, inputs: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield scaled embeddings and their logits; the last point is the plain pass, which has run already."""
+    def _path(self, inputs: dict[str, Tensor], plain: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield scaled embeddings and their logits; the last point is the plain pass, whose logits are `plain`."""
         kept, heard = dict(self._hidden), dict(self._matrices)
         steps = self.wants.path
-        for number in range(1, steps + 1):
+        for number in range(1, steps):
             self._scale = number / steps
             logits = self._forward(inputs, True)
             assert logits is not None
@@ -141,6 +141,7 @@ class Capture:
         self._scale = None
         self._hidden.update(kept)
         self._matrices.update(heard)
+        yield self._hidden[0], plain
 
     def _wanted_positions(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Return the flat positions whose logits a language model is asked for; None for a classifier."""
