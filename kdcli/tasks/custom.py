@@ -1,19 +1,22 @@
 """A user's own data: files or a hub set, one or two text columns, a label column."""
 
+import csv
 import difflib
 import json
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
 from kdcli.errors import InputError
 from kdcli.recipe.schema import TaskSection
 
 Columns = dict[str, list[Any]]
+NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 READABLE = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON lines", ".json": "JSON", ".parquet": "Parquet"}
 
 
@@ -27,60 +30,94 @@ def read_file(path: Path, where: str) -> Columns:
             f"{path.name} is none of {', '.join(sorted(READABLE))}", where=where, hint="rename or convert it"
         )
     try:
-        columns = _read(path, kind)
-    except InputError:
-        raise
-    except (pa.ArrowException, ValueError, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not readable as {kind}: {str(error).splitlines()[0]}", where=where) from error
-    if not columns or not len(next(iter(columns.values()))):
+        names, values = _read(path, kind, where)
+    except (pa.ArrowException, csv.Error, ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path} is not readable as {kind}: {_first_line(error)}", where=where) from error
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise InputError(f"{path} has two columns {twice!r}", where=where, hint="rename one of them")
+    if not values or not len(values[0]):
         raise InputError(f"{path} has no rows", where=where)
-    return columns
+    return dict(zip(names, values, strict=True))
 
 
-def _read(path: Path, kind: str) -> Columns:
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _read(path: Path, kind: str, where: str) -> tuple[list[str], list[list[Any]]]:
+    """Return the names of the columns and their values."""
     if kind == "Parquet":
-        return pyarrow.parquet.read_table(path).to_pydict()
+        table = pyarrow.parquet.read_table(path)
+        return table.column_names, [column.to_pylist() for column in table.columns]
     if kind in ("CSV", "TSV"):
-        if path.stat().st_size == 0:
-            return {}
-        table = pyarrow.csv.read_csv(
-            path,
-            parse_options=pyarrow.csv.ParseOptions(delimiter="\t" if kind == "TSV" else ",", newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(strings_can_be_null=False),
-        )
-        return table.to_pydict()
-    text = path.read_text(encoding="utf-8")
+        return _read_csv(path, "\t" if kind == "TSV" else ",", where)
+    # A byte order mark is no part of the text. Lines end at line feeds alone: the other separators that Unicode
+    # knows may stand inside a JSON string.
+    text = path.read_text(encoding="utf-8-sig")
     if kind == "JSON":
         rows = json.loads(text)
         if not isinstance(rows, list):
-            raise InputError(f"{path} must hold a JSON array of objects, or be named .jsonl with one a line")
+            raise InputError(
+                f"{path} must hold a JSON array of objects, or be named .jsonl with one a line", where=where
+            )
     else:
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     rows.append(json.loads(line))
                 except ValueError as error:
-                    raise InputError(f"{path}:{number} is not valid JSON: {error}") from error
+                    raise InputError(f"{path}:{number} is not valid JSON: {error}", where=where) from error
     if not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"every row of {path} must be a JSON object")
+        raise InputError(f"every row of {path} must be a JSON object", where=where)
     names = list(dict.fromkeys(key for row in rows for key in row))
-    return {name: [row.get(name) for row in rows] for name in names}
+    return names, [[row.get(name) for row in rows] for name in names]
 
 
-def read_hub(name: str, config: str | None, where: str) -> dict[str, Columns]:
-    """Return every split of a hub set. Raises InputError when it cannot be fetched."""
-    from datasets import load_dataset
+def _read_csv(path: Path, delimiter: str, where: str) -> tuple[list[str], list[list[str]]]:
+    """Return names and values; every value is the text as it stands there, so that "007" stays "007"."""
+    # The library's limit of 131,072 characters a cell is shorter than some documents.
+    csv.field_size_limit(2**31 - 1)
+    rows: list[list[str]] = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        for row in reader:
+            if rows and row and len(row) != len(rows[0]):
+                raise InputError(
+                    f"{path}:{reader.line_num} has {len(row)} columns, the header has {len(rows[0])}",
+                    where=where,
+                    hint="a text with the separator in it needs quotes around it",
+                )
+            if row:
+                rows.append(row)
+    names = rows[0] if rows else []
+    return names, [[row[i] for row in rows[1:]] for i in range(len(names))]
+
+
+def read_hub(name: str, config: str | None, where: str, *, label: str | None = None) -> dict[str, Columns]:
+    """Return every split of a hub set, or of a folder that the library reads like one.
+
+    label: the column whose numbers are replaced by the class names that the set gives them, if it does.
+    Raises InputError when it cannot be fetched.
+    """
+    from datasets import ClassLabel, load_dataset
 
     try:
         loaded = load_dataset(name, config)
     except Exception as error:
         raise InputError(
-            f"cannot load the data set {name!r} ({type(error).__name__}: {str(error).splitlines()[0][:200]})",
+            f"cannot load the data set {name!r} ({type(error).__name__}: {_first_line(error)})",
             where=where,
             hint="check the name and the network; HF_HUB_OFFLINE, HF_HOME and HF_TOKEN work as everywhere",
         ) from error
-    return {split: loaded[split].to_dict() for split in loaded}
+    splits: dict[str, Columns] = {split: loaded[split].to_dict() for split in loaded}
+    for split, columns in splits.items():
+        feature = loaded[split].features.get(label)
+        if isinstance(feature, ClassLabel):
+            # Sets without public answers have -1 there.
+            columns[label] = [None if v is None or v < 0 else feature.names[v] for v in columns[label]]  # type: ignore[index]
+    return splits
 
 
 def need_column(columns: Columns, name: str, what: str, source: str) -> list[Any]:
@@ -95,59 +132,107 @@ def need_column(columns: Columns, name: str, what: str, source: str) -> list[Any
     return columns[name]
 
 
+def is_missing(value: Any) -> bool:
+    """Return True for what stands for no value: nothing, not-a-number, an empty text."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
 def infer_kind(labels: list[Any], section: TaskSection) -> str:
-    """Return "regression" for labels with fractions, else "classification"; `task.type` decides when given."""
+    """Return "regression" for numbers with fractions among them, else "classification".
+
+    `task.type` decides when given, and so does `task.labels`. Raises InputError when they contradict each other.
+    """
+    if section.labels is not None:
+        if section.type == "regression":
+            raise InputError("a regression has no classes to list", where="task.labels")
+        return "classification"
     if section.type is not None:
         return section.type
-    fractional = [v for v in labels if isinstance(v, float) and not float(v).is_integer()]
-    return "regression" if fractional else "classification"
+    given = [value for value in labels if not is_missing(value)]
+    if not all(isinstance(value, int | float) or NUMBER.fullmatch(str(value)) for value in given):
+        return "classification"
+    return "classification" if all(float(value).is_integer() for value in given) else "regression"
 
 
 def clean_rows(columns: Columns, section: TaskSection, kind: str, source: str) -> Columns:
     """Return text, [text_pair] and raw label of every row. Raises InputError for holes and wrong types."""
     names = [section.text] if isinstance(section.text, str) else list(section.text or [])
-    rows: Columns = {}
-    for target, name in zip(("text", "text_pair"), names, strict=False):
-        values = need_column(columns, name, "text", source)
-        empty = [i for i, value in enumerate(values) if value is None]
-        if empty:
-            raise InputError(f"{source}: row {empty[0] + 1} has no {name!r}", where="task.text")
-        rows[target] = [str(value) for value in values]
+    rows = text_columns(columns, names, source)
+    empty = [i for i, texts in enumerate(zip(*rows.values(), strict=True)) if not any(t.strip() for t in texts)]
+    if empty:
+        raise InputError(
+            f"{source}: {len(empty)} rows have no text, the first is row {empty[0] + 1}",
+            where="task.text",
+            hint="remove them",
+        )
     label = section.label or "label"
     values = need_column(columns, label, "label", source)
-    holes = [i for i, v in enumerate(values) if v is None or v == "" or (isinstance(v, float) and math.isnan(v))]
+    holes = [i for i, value in enumerate(values) if is_missing(value)]
     if holes:
         raise InputError(
             f"{source}: {len(holes)} rows have no label, the first is row {holes[0] + 1}",
             where="task.label",
             hint="remove or label them",
         )
-    if kind == "regression":
-        try:
-            rows["label"] = [float(value) for value in values]
-        except (TypeError, ValueError):
-            wrong = next(v for v in values if not isinstance(v, int | float))
+    for row, value in enumerate(values, 1):
+        if isinstance(value, list | dict | bytes):
             raise InputError(
-                f'{source}: label {wrong!r} is no number, but task.type is "regression"', where="task.label"
-            ) from None
+                f"{source}: the label of row {row} is a {type(value).__name__}, not one text or number",
+                where="task.label",
+            )
+    if kind == "regression":
+        rows["label"] = [_number(value, row, source) for row, value in enumerate(values, 1)]
     else:
-        rows["label"] = [_class_name(value) for value in values]
+        rows["label"] = [_class_name(value, section.labels or ()) for value in values]
     return rows
 
 
-def _class_name(value: Any) -> str:
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
+def text_columns(columns: Columns, names: Sequence[str], source: str) -> Columns:
+    """Return the columns `names` as text and text_pair. Raises InputError for a row without one of them."""
+    rows: Columns = {}
+    for target, name in zip(("text", "text_pair"), names, strict=False):
+        values = need_column(columns, name, "text", source)
+        for row, value in enumerate(values, 1):
+            if value is None or (isinstance(value, float) and math.isnan(value)):
+                raise InputError(f"{source}: row {row} has no {name!r}", where="task.text")
+            if isinstance(value, list | dict | bytes):
+                raise InputError(
+                    f"{source}: {name!r} of row {row} is a {type(value).__name__}, not a text", where="task.text"
+                )
+        rows[target] = [str(value) for value in values]
+    return rows
+
+
+def _number(value: Any, row: int, source: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(
+            f"{source}: row {row}: the label {value!r} is no number, but the task is a regression",
+            where="task.label",
+        )
+    return number
+
+
+def _class_name(value: Any, known: Sequence[str]) -> str:
+    """Return a class's name. Whole numbers have no decimals, whatever kind of file they come from: 1.0 is "1"."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    name = str(value)
+    return name.split(".")[0] if name not in known and re.fullmatch(r"-?\d+\.0+", name, re.ASCII) else name
 
 
 def class_names(rows: Columns, section: TaskSection, source: str) -> tuple[str, ...]:
     """Return the classes in order: as given in `task.labels`, else sorted (numbers as numbers).
 
-    Raises InputError when there is only one, or when a label is not among those given.
+    Raises InputError when there is only one, or when a label is not among those given, or one is given twice.
     """
     present = set(rows["label"])
     if section.labels is not None:
+        if len(set(section.labels)) < len(section.labels):
+            raise InputError("a class is listed twice", where="task.labels")
         strange = sorted(present - set(section.labels))
         if strange:
             raise InputError(
@@ -156,8 +241,8 @@ def class_names(rows: Columns, section: TaskSection, source: str) -> tuple[str, 
             )
         names = list(section.labels)
     else:
-        numeric = all(name.lstrip("-").isdigit() for name in present)
-        names = sorted(present, key=int) if numeric else sorted(present)
+        numeric = all(re.fullmatch(r"-?\d+", name, re.ASCII) for name in present)
+        names = sorted(present, key=lambda name: (int(name) if numeric else 0, name))
     if len(present) < 2:
         raise InputError(
             f"{source} has one class only ({next(iter(present))!r}): there is nothing to learn",
@@ -166,13 +251,13 @@ def class_names(rows: Columns, section: TaskSection, source: str) -> tuple[str, 
     return tuple(names)
 
 
-def to_ids(rows: Columns, names: tuple[str, ...], source: str) -> None:
-    """Replace class names by numbers, in place. Raises InputError for a class that training does not have."""
+def to_ids(rows: Columns, names: tuple[str, ...], source: str, *, owner: str = "the training data") -> None:
+    """Replace class names by numbers, in place. Raises InputError for a class that `owner` does not have."""
     place = {name: i for i, name in enumerate(names)}
     strange = sorted(set(rows["label"]) - set(place))
     if strange:
         raise InputError(
-            f"{source} has the label {strange[0]!r}, which the training data does not have ({', '.join(names)})",
+            f"{source} has the label {strange[0]!r}, which {owner} does not have ({', '.join(names)})",
             where="task.label",
         )
     rows["label"] = [place[name] for name in rows["label"]]

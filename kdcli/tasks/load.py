@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import os
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def _task(
             "labels": list(labels),
             "sizes": {name: len(rows["text"]) for name, rows in splits.items()},
             "max_length": section.max_length,
-            "fingerprint": fingerprint_of({"train": train, **{f"report-{k}": v for k, v in report.items()}}),
+            "fingerprint": fingerprint_of({**splits, "labels": {"names": list(labels)}}),
         },
     )
 
@@ -207,7 +208,10 @@ def _glue(section: TaskSection, evaluate: EvaluateSection, glue: GlueTask) -> Ta
             ) from error
         reports = [(name, split) for name, split in glue.report if split in local]
     kind = "classification" if glue.labels else "regression"
-    splits = {split: _glue_rows(local[split], glue) for split in ["train", *(split for _, split in reports)]}
+    splits = {
+        split: _glue_rows(local[split], glue, f"GLUE {glue.name} {split}")
+        for split in ["train", *(split for _, split in reports)]
+    }
     return _task(
         section,
         evaluate,
@@ -220,24 +224,31 @@ def _glue(section: TaskSection, evaluate: EvaluateSection, glue: GlueTask) -> Ta
     )
 
 
-def _glue_rows(columns: custom.Columns, glue: GlueTask) -> custom.Columns:
-    rows: custom.Columns = {}
-    for target, name in zip(("text", "text_pair"), glue.columns, strict=False):
-        rows[target] = [str(value) for value in custom.need_column(columns, name, "text", f"GLUE {glue.name}")]
-    labels = custom.need_column(columns, "label", "label", f"GLUE {glue.name}")
-    rows["label"] = [int(v) for v in labels] if glue.labels else [float(v) for v in labels]
+def _glue_rows(columns: custom.Columns, glue: GlueTask, source: str) -> custom.Columns:
+    rows = custom.text_columns(columns, glue.columns, source)
+    allowed = ", ".join(f"{i} ({name})" for i, name in enumerate(glue.labels))
+    rows["label"] = []
+    for row, value in enumerate(custom.need_column(columns, "label", "label", source), 1):
+        if custom.is_missing(value):
+            raise InputError(f"{source}: row {row} has no label", where="task.name")
+        number = isinstance(value, int | float)
+        if not number or (glue.labels and value not in range(len(glue.labels))):
+            right = f"one of {allowed}" if glue.labels else "a number"
+            raise InputError(f"{source}: row {row} has the label {value!r}, not {right}", where="task.name")
+        rows["label"].append(int(value) if glue.labels else float(value))
     return rows
 
 
 def _custom(section: TaskSection, evaluate: EvaluateSection, base: Path) -> Task:
     raw, source = _raw_splits(section, base)
     kind = custom.infer_kind(custom.need_column(raw["train"], section.label or "label", "label", source), section)
-    splits = {name: custom.clean_rows(rows, section, kind, source) for name, rows in raw.items()}
+    files = {name: getattr(section, name, None) or source for name in raw}
+    splits = {name: custom.clean_rows(rows, section, kind, files[name]) for name, rows in raw.items()}
     names: tuple[str, ...] = ()
     if kind == "classification":
         names = custom.class_names(splits["train"], section, source)
-        for rows in splits.values():
-            custom.to_ids(rows, names, source)
+        for name, rows in splits.items():
+            custom.to_ids(rows, names, files[name])
     elif len(set(splits["train"]["label"])) < 2:
         raise InputError(f"{source}: all labels are equal: there is nothing to learn", where="task.label")
     if "validation" not in splits:
@@ -262,9 +273,13 @@ def _raw_splits(section: TaskSection, base: Path) -> tuple[dict[str, custom.Colu
         return given if given.is_absolute() else base / given
 
     if section.hub is not None:
-        splits = custom.read_hub(section.hub, section.hub_config, "task.hub")
+        label = section.label or "label"
+        splits = custom.read_hub(section.hub, section.hub_config, "task.hub", label=label)
         if "train" not in splits:
             raise InputError(f"{section.hub} has no split named train; it has {', '.join(splits)}", where="task.hub")
+        # Many sets keep the answers of their test split to themselves: nothing can be scored on such a split.
+        if all(custom.is_missing(value) for value in splits.get("test", {}).get(label, [])):
+            splits.pop("test", None)
         return {k: v for k, v in splits.items() if k in ("train", "validation", "test")}, section.hub
     if section.data is not None:
         return {"train": custom.read_file(path(section.data), "task.data")}, section.data
@@ -278,7 +293,10 @@ def _raw_splits(section: TaskSection, base: Path) -> tuple[dict[str, custom.Colu
 
 
 def _split(rows: custom.Columns, section: TaskSection, kind: str) -> tuple[custom.Columns, custom.Columns]:
-    """Return a seeded split, with the classes' shares kept where every class has two examples."""
+    """Return a seeded split.
+
+    The classes' shares are kept where every class has two examples, and both parts have room for all classes.
+    """
     count = len(rows["text"])
     size = round(count * section.validation_fraction)
     if not 0 < size < count:
@@ -287,8 +305,9 @@ def _split(rows: custom.Columns, section: TaskSection, kind: str) -> tuple[custo
             where="task.validation_fraction",
         )
     labels: Any = rows["label"]
-    counts = {label: labels.count(label) for label in set(labels)} if kind == "classification" else {}
-    stratify = labels if counts and min(counts.values()) > 1 and size >= len(counts) else None
+    counts = Counter(labels) if kind == "classification" else Counter()
+    enough = min(size, count - size) >= len(counts)
+    stratify = labels if counts and enough and min(counts.values()) > 1 else None
     kept, held = train_test_split(
         list(range(count)), test_size=size, random_state=section.split_seed, stratify=stratify
     )
@@ -320,7 +339,7 @@ def load_rows(path: Path, text: list[str], label: str, config: Any) -> Task:
         numbers = {str(i) for i in range(config.num_labels)}
         if set(rows["label"]) <= numbers and not set(rows["label"]) <= set(names):
             rows["label"] = [names[int(value)] for value in rows["label"]]
-        custom.to_ids(rows, names, str(path))
+        custom.to_ids(rows, names, str(path), owner="the model")
     return _task(
         section,
         EvaluateSection(),
