@@ -1,0 +1,78 @@
+"""DistilBERT: the teacher's prediction, the gold answer, and the direction of the last hidden states."""
+
+from typing import Literal
+
+from kdcli.errors import InputError
+from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.terms import ALL_KINDS, Temperature, Weight, need_equal_vocabulary, refuse_strangers, weighted
+from kdcli.objectives.base import Objective
+from kdcli.objectives.cosine import CosineObjective
+from kdcli.objectives.output import OutputObjective
+from kdcli.objectives.task import TaskObjective
+from kdcli.objectives.vocabulary import MaskedLMObjective, VocabularyObjective
+
+
+class Weights(Options):
+    """output: of the teacher's prediction; task: of the hidden words or gold labels; cosine: of the directions."""
+
+    output: Weight = 5.0
+    task: Weight = 2.0
+    cosine: Weight = 1.0
+
+
+class DistilBERTOptions(Options):
+    """positions: on plain text, where predictions are compared: at "all" words, or at the "masked" ones."""
+
+    weights: Weights = Weights()
+    temperature: Temperature = 2.0
+    positions: Literal["all", "masked"] = "all"
+
+
+def check(options: DistilBERTOptions, context: Context) -> None:
+    """Raise InputError when vocabularies or widths differ."""
+    refuse_strangers(options, context, labels=(), text=("positions",))
+    if context.kind == "text":
+        need_equal_vocabulary(context)
+    teacher, student = context.teacher.hidden, context.student.hidden
+    if options.weights.cosine > 0 and teacher != student:
+        raise InputError(
+            f"directions can be compared between equal widths, not {teacher} of the teacher and {student} of the "
+            "student",
+            where="student.hidden_size",
+            hint=f"use {teacher}, or method.weights.cosine = 0",
+        )
+
+
+def build(options: DistilBERTOptions, context: Context) -> list[Stage]:
+    """Return one stage with the three terms."""
+    weights = options.weights
+    output: Objective
+    if context.kind == "text":
+        output = VocabularyObjective(options.temperature, all_positions=options.positions == "all")
+        task = Term("mlm", MaskedLMObjective(), weights.task)
+    else:
+        output = OutputObjective(context.kind, options.temperature)
+        task = Term("task", TaskObjective(context.kind), weights.task)
+    last = CosineObjective([(context.student.layers, context.teacher.layers)])
+    terms = [Term("output", output, weights.output), task, Term("cosine", last, weights.cosine)]
+    return [Stage("distil", weighted(terms))]
+
+
+METHOD = Method(
+    name="distilbert",
+    title="Predictions, hidden words and the direction of the last hidden states",
+    paper="Sanh, Debut, Chaumond, Wolf (2019): DistilBERT, a distilled version of BERT: smaller, faster, cheaper and "
+    "lighter. arXiv 1910.01108",
+    formula="5 T^2 KL(softmax(z_T / T) || softmax(z_S / T)) + 2 CE of the hidden words (or labels) + "
+    "1 (1 - cos(h_S[n], h_T[N]))",
+    signals="masked-LM logits, hidden words, last hidden states; with labels the classifier's logits, gold labels",
+    constraints="same vocabulary and width",
+    cost="one teacher forward pass a step",
+    options=DistilBERTOptions,
+    build=build,
+    check=check,
+    kinds=ALL_KINDS,
+    student={"form": "depth"},
+    # Published for some thousand examples a step: 5e-4. Batches of the usual size take a tenth.
+    train={"epochs": 3.0, "learning_rate": 5e-5, "warmup": 0.05, "weight_decay": 0.0},
+)

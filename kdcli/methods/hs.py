@@ -1,0 +1,167 @@
+"""HS transfer: hidden states of the student's blocks follow those of the teacher's, by any layer map."""
+
+import difflib
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from kdcli.errors import InputError
+from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.layer_maps import MAPS, Pairs, layer_map
+from kdcli.methods.terms import (
+    ALL_KINDS,
+    PredictionWeights,
+    Share,
+    Temperature,
+    Weight,
+    need_equal_heads,
+    needs_bridge,
+    prediction_terms,
+    refuse_strangers,
+    weighted,
+)
+from kdcli.objectives.base import Objective
+from kdcli.objectives.hidden import HiddenObjective
+from kdcli.objectives.transport import EMDObjective
+
+NAMES = (*MAPS, "emd")
+EMD_PAPER = "Li et al. (2020), arXiv 2010.06133"
+
+
+class Weights(PredictionWeights):
+    """hidden: of the mapped blocks; embedding: of the embedding output."""
+
+    hidden: Weight = 1.0
+    embedding: Weight = 0.0
+
+
+class EMDOptions(Options):
+    """What `layer_map = "emd"` does beside finding the cheapest transport of hidden states between all blocks.
+
+    attention: transport attention scores, too. learn_weights: give more weight to layers that are cheap to match.
+    separate: attention and hidden states have layer weights of their own.
+    """
+
+    attention: bool = False
+    learn_weights: bool = True
+    separate: bool = False
+
+
+class HSOptions(Options):
+    """Which block follows which, and what else is learnt.
+
+    layer_map: "last", "uniform", "last-k", "all", "uniform-consecutive", "uniform+last", "random" (drawn anew every
+    epoch, from `seed`), "emd", or a list of pairs [student block, teacher block] counted from 1, 0 for embeddings.
+    consecutive: whether the intervals of "uniform-consecutive" hold both their ends ("closed") or the upper one.
+    bridge: learned linear maps, one a student block, before the comparison; without it only where widths differ.
+    match_norm: errors relative to the size of the teacher's states. alpha: the share of the teacher's prediction on
+    a task with labels, 1 - alpha that of the gold labels.
+    """
+
+    layer_map: str | list[list[int]] = "uniform"
+    consecutive: Literal["closed", "half-open"] = "closed"
+    seed: Annotated[int, Field(ge=0)] = 0
+    emd: EMDOptions = EMDOptions()
+    bridge: bool | None = None
+    match_norm: bool = False
+    weights: Weights = Weights()
+    alpha: Share = 0.5
+    temperature: Temperature = 1.0
+
+    @field_validator("layer_map")
+    @classmethod
+    def _known(cls, value: str | list[list[int]]) -> str | list[list[int]]:
+        if isinstance(value, str) and value not in NAMES:
+            near = difflib.get_close_matches(value, NAMES, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown layer map {value!r}; known are {', '.join(NAMES)}{meant}")
+        return value
+
+
+def _pairs(options: HSOptions, context: Context, epoch: int = 0) -> Pairs:
+    half_open = options.consecutive == "half-open"
+    depths = context.student.layers, context.teacher.layers
+    return layer_map(options.layer_map, *depths, half_open=half_open, seed=options.seed, epoch=epoch)
+
+
+def check(options: HSOptions, context: Context) -> None:
+    """Raise InputError when the map does not fit both depths, leaves blocks untrained, or options contradict."""
+    refuse_strangers(options, context, labels=("alpha", "temperature", "weights.prediction"), text=("weights.mlm",))
+    for name, owner in (("consecutive", "uniform-consecutive"), ("seed", "random"), ("emd", "emd")):
+        if name in options.model_fields_set and options.layer_map != owner:
+            raise InputError(
+                f'{name} belongs to layer_map = "{owner}"',
+                where=f"method.{name}",
+                hint=f'leave it out, or set method.layer_map = "{owner}"',
+            )
+    needs_bridge(options.bridge, context)
+    if options.layer_map == "emd":
+        if options.match_norm:
+            raise InputError('match_norm says nothing with layer_map = "emd"', where="method.match_norm")
+        if options.emd.attention:
+            need_equal_heads(context, "method.emd.attention", "leave attention out")
+        return
+    top = max((s for s, _ in _pairs(options, context)), default=0)
+    if context.kind == "text" and options.weights.mlm == 0 and 0 < top < context.student.layers:
+        raise InputError(
+            f"nothing trains the student's blocks above {top}: no teacher block is mapped to them",
+            where="method.layer_map",
+            hint=f"map block {context.student.layers} to some teacher block, or give weights.mlm",
+        )
+
+
+def _hidden(options: HSOptions, context: Context) -> Objective:
+    widths = context.student.hidden, context.teacher.hidden
+    bridge = needs_bridge(options.bridge, context)
+    if options.layer_map == "emd":
+        return EMDObjective(
+            (context.student.layers, context.teacher.layers),
+            attention=options.emd.attention,
+            widths=widths,
+            bridge=bridge,
+            learn_weights=options.emd.learn_weights,
+            separate=options.emd.separate,
+        )
+    random = options.layer_map == "random"
+    return HiddenObjective(
+        _pairs(options, context),
+        widths=widths,
+        bridge=bridge,
+        match_norm=options.match_norm,
+        redraw=(lambda epoch: _pairs(options, context, epoch)) if random else None,
+        teacher_layers=range(1, context.teacher.layers + 1) if random else (),
+    )
+
+
+def build(options: HSOptions, context: Context) -> list[Stage]:
+    """Return one stage: hidden states, embeddings where they weigh something, and the prediction or hidden words."""
+    embedding = HiddenObjective(
+        [(0, 0)],
+        widths=(context.student.hidden, context.teacher.hidden),
+        bridge=needs_bridge(options.bridge, context),
+        match_norm=options.match_norm,
+    )
+    terms = [
+        Term("hidden", _hidden(options, context), options.weights.hidden),
+        Term("embedding", embedding, options.weights.embedding),
+        *prediction_terms(context, options.weights, options.alpha, options.temperature),
+    ]
+    return [Stage("distil", weighted(terms))]
+
+
+METHOD = Method(
+    name="hs",
+    title="Hidden state transfer with a choice of layer maps",
+    paper="Udagawa, Trivedi, Merler, Bhattacharjee (2023): A Comparative Analysis of Task-Agnostic Distillation "
+    f"Methods for Compressing Transformer Language Models. arXiv 2310.08797; emd: {EMD_PAPER}",
+    formula="mean_(i, j) MSE(W_i h_S[i], h_T[j]) (+ w_p (alpha T^2 KL + (1 - alpha) CE) with labels)",
+    signals="hidden states; with labels also logits and gold labels",
+    constraints='none; "all" needs equal depths, "last-k", "uniform+last" and "random" a student no deeper',
+    cost="the teacher's forward pass up to its highest mapped block a step",
+    options=HSOptions,
+    build=build,
+    check=check,
+    kinds=ALL_KINDS,
+    student={"form": "depth"},
+    train={"epochs": 3.0, "learning_rate": 5e-5},
+)

@@ -1,0 +1,71 @@
+"""MiniLM: the last block's attention, and how its values relate to each other."""
+
+from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.terms import (
+    ALL_KINDS,
+    PredictionWeights,
+    Share,
+    Temperature,
+    Weight,
+    need_equal_heads,
+    prediction_terms,
+    refuse_strangers,
+    weighted,
+)
+from kdcli.objectives.relation import Relation, RelationObjective
+
+
+class Weights(PredictionWeights):
+    """attention: of the attention distributions; value: of the relations between values."""
+
+    attention: Weight = 1.0
+    value: Weight = 1.0
+
+
+class MiniLMOptions(Options):
+    """alpha: the share of the teacher's prediction on a task with labels, 1 - alpha that of the gold labels."""
+
+    weights: Weights = Weights()
+    alpha: Share = 0.5
+    temperature: Temperature = 1.0
+
+
+def check(options: MiniLMOptions, context: Context) -> None:
+    """Raise InputError when the numbers of heads differ."""
+    refuse_strangers(options, context, labels=("alpha", "temperature", "weights.prediction"), text=("weights.mlm",))
+    need_equal_heads(context, otherwise="the method minilmv2, which needs no equal heads")
+
+
+def build(options: MiniLMOptions, context: Context) -> list[Stage]:
+    """Return one stage over the last block of both models."""
+
+    def last(relation: Relation) -> RelationObjective:
+        return RelationObjective([(context.student.layers, context.teacher.layers)], relations={relation: 1.0})
+
+    terms = [
+        # Queries against keys are the attention itself, and relations need no (heads, seq, seq) in memory for long.
+        Term("attention", last(("query", "key")), options.weights.attention),
+        Term("value", last(("value", "value")), options.weights.value),
+        *prediction_terms(context, options.weights, options.alpha, options.temperature),
+    ]
+    return [Stage("distil", weighted(terms))]
+
+
+METHOD = Method(
+    name="minilm",
+    title="Deep self-attention distillation: last-block attention and value relations",
+    paper="Wang, Wei, Dong, Bao, Yang, Zhou (2020): MiniLM: Deep Self-Attention Distillation for Task-Agnostic "
+    "Compression of Pre-Trained Transformers. arXiv 2002.10957",
+    formula="KL(A_T || A_S) + KL(R_T || R_S) of the last blocks, A = softmax(Q K^T / sqrt(d_k)), "
+    "R = softmax(V V^T / sqrt(d_k)) (+ w_p (alpha T^2 KL + (1 - alpha) CE) with labels)",
+    signals="queries, keys and values of the last block; with labels also logits and gold labels",
+    constraints="as many heads as the teacher; any depth and width. For a student of at most half the depth and "
+    "width an [assistant] of the teacher's depth and the student's width helps",
+    cost="one teacher forward pass a step",
+    options=MiniLMOptions,
+    build=build,
+    check=check,
+    kinds=ALL_KINDS,
+    student={"form": "depth"},
+    train={"epochs": 3.0, "learning_rate": 5e-5},
+)

@@ -1,0 +1,153 @@
+"""MiniLMv2: relations within queries, keys and values of one teacher block, over heads split anew."""
+
+import math
+from typing import Annotated
+
+from pydantic import Field
+
+from kdcli.errors import InputError
+from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.terms import (
+    ALL_KINDS,
+    PredictionWeights,
+    Share,
+    Temperature,
+    Weight,
+    prediction_terms,
+    refuse_strangers,
+    weighted,
+)
+from kdcli.objectives.base import Objective
+from kdcli.objectives.relation import DirectRelationObjective, RelationObjective
+
+PROJECTIONS = {"q": "query", "k": "key", "v": "value"}
+LARGE_WIDTH = 1024
+
+
+class Weights(PredictionWeights):
+    """relation: of the sum over all relations."""
+
+    relation: Weight = 1.0
+
+
+class Relations(Options):
+    """Weight of each relation of rows to columns: qk relates queries to keys."""
+
+    qq: Weight = 1.0
+    kk: Weight = 1.0
+    vv: Weight = 1.0
+    qk: Weight = 0.0
+    qv: Weight = 0.0
+    kq: Weight = 0.0
+    kv: Weight = 0.0
+    vq: Weight = 0.0
+    vk: Weight = 0.0
+
+
+class MiniLMv2Options(Options):
+    """Which block is followed, and how its projections are compared.
+
+    relation_heads: into how many heads projections are split anew; without it 48 (64 with a teacher 1024 or more
+    wide), or the next lower number that divides both widths. teacher_layer: from 1, or from the end with -1 as the
+    last. direct: compare queries, keys and values themselves through learned maps, not their relations. alpha: the
+    share of the teacher's prediction on a task with labels, 1 - alpha that of the gold labels.
+    """
+
+    relation_heads: Annotated[int, Field(gt=0)] | None = None
+    teacher_layer: int = -2
+    relations: Relations = Relations()
+    direct: bool = False
+    weights: Weights = Weights()
+    alpha: Share = 0.5
+    temperature: Temperature = 1.0
+
+
+def relation_heads(options: MiniLMv2Options, context: Context) -> int:
+    """Return the number of relation heads. Raises InputError when the one asked for does not divide both widths."""
+    teacher, student = context.teacher.hidden, context.student.hidden
+    common = math.gcd(teacher, student)
+    wanted = options.relation_heads or (64 if teacher >= LARGE_WIDTH else 48)
+    fitting = [heads for heads in range(1, common + 1) if common % heads == 0]
+    if options.relation_heads is None:
+        return max(heads for heads in fitting if heads <= wanted)
+    if wanted not in fitting:
+        widths = f"a width of {teacher}" if teacher == student else f"both {teacher} and {student}, the widths"
+        raise InputError(
+            f"{wanted} relation heads do not divide {widths}",
+            where="method.relation_heads",
+            hint=f"use {min(fitting, key=lambda heads: (abs(heads - wanted), heads))}",
+        )
+    return wanted
+
+
+def teacher_layer(options: MiniLMv2Options, context: Context) -> int:
+    """Return the number of the teacher's block, from 1. Raises InputError when it has no such block."""
+    depth, layer = context.teacher.layers, options.teacher_layer
+    found = layer + depth + 1 if layer < 0 else layer
+    if not 1 <= found <= depth:
+        raise InputError(
+            f"the teacher has no block {layer}: it has {depth}",
+            where="method.teacher_layer",
+            hint=f"use 1 to {depth}, or -1 to -{depth} from the end",
+        )
+    return found
+
+
+def check(options: MiniLMv2Options, context: Context) -> None:
+    """Raise InputError for heads that divide no width, a block that is not there, or options that contradict."""
+    refuse_strangers(options, context, labels=("alpha", "temperature", "weights.prediction"), text=("weights.mlm",))
+    relation_heads(options, context)
+    teacher_layer(options, context)
+    given = {name: weight for name, weight in options.relations.model_dump().items() if weight > 0}
+    if options.weights.relation > 0 and not given:
+        raise InputError("all relations have the weight 0", where="method.relations")
+    crossed = [name for name in given if name[0] != name[1]]
+    if options.direct and crossed:
+        raise InputError(
+            f"with direct = true nothing is related, so there is no {crossed[0]}",
+            where=f"method.relations.{crossed[0]}",
+            hint="use qq, kk and vv as weights of queries, keys and values",
+        )
+
+
+def _objective(options: MiniLMv2Options, context: Context) -> Objective:
+    pairs = [(context.student.layers, teacher_layer(options, context))]
+    heads = relation_heads(options, context)
+    given = {
+        (PROJECTIONS[name[0]], PROJECTIONS[name[1]]): weight
+        for name, weight in options.relations.model_dump().items()
+        if weight > 0
+    }
+    if not options.direct:
+        return RelationObjective(pairs, relations=given, heads=heads)
+    widths = context.student.hidden, context.teacher.hidden
+    names = {rows: weight for (rows, columns), weight in given.items() if rows == columns}
+    return DirectRelationObjective(pairs, widths=widths, heads=heads, names=names)
+
+
+def build(options: MiniLMv2Options, context: Context) -> list[Stage]:
+    """Return one stage: the student's last block follows one block of the teacher."""
+    terms = [
+        Term("relation", _objective(options, context), options.weights.relation),
+        *prediction_terms(context, options.weights, options.alpha, options.temperature),
+    ]
+    return [Stage("distil", weighted(terms))]
+
+
+METHOD = Method(
+    name="minilmv2",
+    title="Multi-head self-attention relations of one upper teacher block (MHA transfer)",
+    paper="Wang, Bao, Huang, Dong, Wei (2021): MiniLMv2: Multi-Head Self-Attention Relation Distillation for "
+    "Compressing Pretrained Transformers. arXiv 2012.15828",
+    formula="sum_(X = Q, K, V) KL(R_T || R_S), R = softmax(X X^T / sqrt(d_r)) over d / d_r relation heads "
+    "(+ w_p (alpha T^2 KL + (1 - alpha) CE) with labels)",
+    signals="queries, keys and values of one block; with labels also logits and gold labels",
+    constraints="relation heads that divide both widths; any depth, width and number of heads",
+    cost="the teacher's forward pass up to that block a step; on a task with labels to its end",
+    options=MiniLMv2Options,
+    build=build,
+    check=check,
+    kinds=ALL_KINDS,
+    student={"form": "depth"},
+    train={"epochs": 3.0, "learning_rate": 5e-5},
+)

@@ -1,0 +1,55 @@
+"""OD transfer: the student learns the teacher's distribution over the vocabulary, on plain text."""
+
+from typing import Literal
+
+from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.terms import Temperature, Weight, need_equal_vocabulary, weighted
+from kdcli.objectives.vocabulary import MaskedLMObjective, VocabularyObjective
+
+
+class Weights(Options):
+    """output: of the teacher's distribution; mlm: of the hidden words themselves."""
+
+    output: Weight = 1.0
+    mlm: Weight = 0.0
+
+
+class ODOptions(Options):
+    """positions: where the distributions are compared, at the "masked" words or at "all" words of the text."""
+
+    positions: Literal["masked", "all"] = "masked"
+    temperature: Temperature = 1.0
+    weights: Weights = Weights()
+
+
+def check(options: ODOptions, context: Context) -> None:
+    """Raise InputError when the vocabularies differ."""
+    need_equal_vocabulary(context)
+
+
+def build(options: ODOptions, context: Context) -> list[Stage]:
+    """Return one stage with the distribution, and the hidden words where they weigh something."""
+    output = VocabularyObjective(options.temperature, all_positions=options.positions == "all")
+    terms = [
+        Term("output", output, options.weights.output),
+        Term("mlm", MaskedLMObjective(), options.weights.mlm),
+    ]
+    return [Stage("distil", weighted(terms))]
+
+
+METHOD = Method(
+    name="od",
+    title="Output distribution transfer over the vocabulary, on plain text",
+    paper="Udagawa, Trivedi, Merler, Bhattacharjee (2023): A Comparative Analysis of Task-Agnostic Distillation "
+    "Methods for Compressing Transformer Language Models. arXiv 2310.08797",
+    formula="T^2 KL(softmax(z_T / T) || softmax(z_S / T)) at masked words (+ w_mlm CE of the hidden words)",
+    signals="masked-LM logits",
+    constraints="same vocabulary; a teacher with a masked-LM head",
+    cost="one teacher forward pass a step; both heads run at the compared words only",
+    options=ODOptions,
+    build=build,
+    check=check,
+    kinds=frozenset({"text"}),
+    student={"form": "depth"},
+    train={"epochs": 3.0, "learning_rate": 1e-4},
+)

@@ -1,0 +1,122 @@
+"""TinyBERT: attention scores and hidden states first, then the prediction."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from kdcli.errors import InputError
+from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.terms import (
+    ALL_KINDS,
+    Share,
+    Temperature,
+    Weight,
+    need_equal_heads,
+    needs_bridge,
+    refuse_strangers,
+    weighted,
+)
+from kdcli.objectives.attention import AttentionObjective
+from kdcli.objectives.hidden import HiddenObjective
+from kdcli.objectives.output import OutputObjective
+from kdcli.objectives.task import TaskObjective
+
+
+class Weights(Options):
+    """attention, hidden: of the sums over blocks (hidden states include the embeddings), as published."""
+
+    attention: Weight = 1.0
+    hidden: Weight = 1.0
+
+
+class TinyBERTOptions(Options):
+    """Two stages on a task with labels; on plain text the first one alone (general distillation).
+
+    bridge: one learned linear map of the student's hidden states and embeddings, shared by all blocks; without it
+    only where widths differ. shares: of all steps, of the first and the second stage. final_learning_rate: of the
+    second stage. alpha: the second stage's share of the teacher's prediction, 1 - alpha that of the gold labels;
+    without it 1, and 0 for regression.
+    """
+
+    weights: Weights = Weights()
+    bridge: bool | None = None
+    shares: Annotated[list[Annotated[float, Field(gt=0.0, lt=1.0)]], Field(min_length=2, max_length=2)] = Field(
+        default=[0.77, 0.23]
+    )
+    final_learning_rate: Annotated[float, Field(gt=0.0)] | None = 3e-5
+    alpha: Share | None = None
+    temperature: Temperature = 1.0
+
+
+def check(options: TinyBERTOptions, context: Context) -> None:
+    """Raise InputError when depths do not divide, or heads differ."""
+    refuse_strangers(options, context, labels=("shares", "final_learning_rate", "alpha", "temperature"))
+    depth, blocks = context.teacher.layers, context.student.layers
+    if depth % blocks:
+        nearest = min((n for n in range(1, depth + 1) if depth % n == 0), key=lambda n: (abs(n - blocks), n))
+        raise InputError(
+            f"tinybert follows every c-th teacher block: {depth} blocks cannot be divided among {blocks}",
+            where="student.layers",
+            hint=f"use {nearest} blocks",
+        )
+    if options.weights.attention > 0:
+        need_equal_heads(context, otherwise="method.weights.attention = 0")
+    needs_bridge(options.bridge, context)
+    if abs(sum(options.shares) - 1.0) > 1e-6:
+        raise InputError(f"method.shares must add up to 1, not {sum(options.shares):g}", where="method.shares")
+
+
+def _inside(options: TinyBERTOptions, context: Context) -> list[Term]:
+    depth, blocks = context.teacher.layers, context.student.layers
+    pairs = [(m, m * depth // blocks) for m in range(blocks + 1)]
+    hidden = HiddenObjective(
+        pairs,
+        widths=(context.student.hidden, context.teacher.hidden),
+        bridge=needs_bridge(options.bridge, context),
+        shared=True,
+    )
+    # Objectives are means over blocks, the published terms are sums.
+    return weighted(
+        [
+            Term("attention", AttentionObjective(pairs[1:], measure="mse"), options.weights.attention * blocks),
+            Term("hidden", hidden, options.weights.hidden * (blocks + 1)),
+        ]
+    )
+
+
+def build(options: TinyBERTOptions, context: Context) -> list[Stage]:
+    """Return the stages: the inside of the model, then its prediction; on plain text only the first."""
+    if context.kind == "text":
+        return [Stage("general", _inside(options, context))]
+    alpha = options.alpha
+    if alpha is None:
+        alpha = 0.0 if context.kind == "regression" else 1.0
+    prediction = [
+        Term("output", OutputObjective(context.kind, options.temperature), alpha),
+        Term("task", TaskObjective(context.kind), 1.0 - alpha),
+    ]
+    first, second = options.shares
+    return [
+        Stage("intermediate", _inside(options, context), first),
+        Stage("prediction", weighted(prediction), second, learning_rate=options.final_learning_rate),
+    ]
+
+
+METHOD = Method(
+    name="tinybert",
+    title="Attention scores, hidden states and embeddings, then the prediction",
+    paper="Jiao, Yin, Shang, Jiang, Chen, Li, Wang, Liu (2020): TinyBERT: Distilling BERT for Natural Language "
+    "Understanding. arXiv 1909.10351",
+    formula="1: sum_m MSE(Q K^T / sqrt(d_k)) + sum_(m >= 0) MSE(h_S[m] W, h_T[m N / n]); 2: KL(p_T || p_S) at T = 1, "
+    "for regression MSE(z_S, y)",
+    signals="1: queries, keys, hidden states, embeddings; 2: logits, for regression gold labels",
+    constraints="a depth that divides the teacher's, as many heads; any width",
+    cost="1: one teacher forward pass a step; 2: student only, the teacher speaks once and is cached",
+    options=TinyBERTOptions,
+    build=build,
+    check=check,
+    kinds=ALL_KINDS,
+    student={"form": "depth"},
+    # About 10 epochs for the first and 3 for the second stage.
+    train={"epochs": 13.0, "learning_rate": 5e-5},
+)
