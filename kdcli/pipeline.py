@@ -28,7 +28,7 @@ from kdcli.methods.layer_maps import uniform
 from kdcli.models.card import model_card
 from kdcli.models.counts import count_parameters
 from kdcli.models.forms import StudentBuild, build_student
-from kdcli.models.load import load_config
+from kdcli.models.load import head_of, load_config
 from kdcli.models.save import save_model
 from kdcli.models.shape import shape_of
 from kdcli.objectives.base import Wants
@@ -252,8 +252,7 @@ def run_distill(
                         teacher.tokenizer,
                         recipe,
                         base=resolved.base,
-                        folder=run.path / "finetune",
-                        work=run.checkpoints / "finetune",
+                        run=run,
                         console=console,
                         resume=resume,
                     ),
@@ -278,6 +277,7 @@ def run_distill(
             "teacher_origin": teacher.origin,
             "teacher_path": str(teacher.path) if teacher.path else None,
             "student_form": resolved.student.form,
+            "student_head": head_of(build.model),
             "teacher_layers": build.teacher_layers,
             "assistant": made.to_json() if made is not None else None,
             "overparam": student.overparam,

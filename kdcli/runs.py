@@ -30,6 +30,10 @@ class Run:
     def student(self) -> Path:
         return self.path / "student"
 
+    def tuned(self, task: str) -> Path:
+        """Return the folder of a general student that was fine-tuned on `task`."""
+        return self.path / "finetune" / task
+
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
@@ -161,8 +165,10 @@ def latest_run(root: Path | None = None) -> Run:
 
 
 def run_of_model(folder: Path) -> Run | None:
-    """Return the run that a model folder (its student/ or onnx/) belongs to, if any."""
+    """Return the run that a model folder (its student/, onnx/ or finetune/TASK/) belongs to, if any."""
     parent = folder.resolve().parent
+    if parent.name == "finetune":
+        parent = parent.parent
     return Run(parent) if (parent / "run.json").is_file() else None
 
 

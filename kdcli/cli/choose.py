@@ -22,15 +22,32 @@ class Choice:
         return Recipe.model_validate(self.run.record["recipe"]) if self.run is not None else None
 
 
-def choose_model(model: str | None) -> Choice:
-    """Return the model that was named, or the newest run's student. Raises InputError without any run."""
+def choose_model(model: str | None, task: str | None = None) -> Choice:
+    """Return the model that was named, or the newest run's student; of a run on plain text what was fine-tuned.
+
+    Raises InputError without any run, and for a general student that nothing was fine-tuned from.
+    """
     if model is None:
         run = latest_run()
-        return Choice(str(run.student), run)
+        return Choice(_classifier_of(run, task), run)
     path = Path(model)
     if (path / "student").is_dir() and (path / "run.json").is_file():
-        return Choice(str(path / "student"), Run(path.resolve()))
+        run = Run(path.resolve())
+        return Choice(_classifier_of(run, task), run)
     return Choice(model, run_of_model(path) if path.is_dir() else None)
+
+
+def _classifier_of(run: Run, task: str | None) -> str:
+    """Return the folder of a run's classifier: its student, or one of the students that were fine-tuned from it."""
+    if run.record.get("task", {}).get("kind") != "text":
+        return str(run.student)
+    tasks = [section["task"]["name"] for section in run.record["recipe"].get("finetune", [])]
+    if not tasks or (task is not None and task not in tasks):
+        raise InputError(
+            f"the student of {run.path} is a general one, without a head for {task or 'any task'}",
+            hint=f"it was fine-tuned on {', '.join(tasks)}" if tasks else "add [[finetune]] tables to the recipe",
+        )
+    return str(run.tuned(task or tasks[0]))
 
 
 def choose_task(
@@ -42,7 +59,12 @@ def choose_task(
     """
     recipe = choice.recipe
     base = Path()
-    if recipe is not None and name in (None, recipe.task.name):
+    tuned = {section.task.name: section.task for section in recipe.finetune} if recipe is not None else {}
+    if recipe is not None and tuned and (name in tuned or name is None):
+        assert choice.run is not None
+        section, evaluate = tuned[name or Path(choice.model).name], recipe.evaluate
+        base = Path(choice.run.record["recipe_folder"])
+    elif recipe is not None and name in (None, recipe.task.name):
         assert choice.run is not None
         section, evaluate = recipe.task, recipe.evaluate
         base = Path(choice.run.record["recipe_folder"])
@@ -65,8 +87,20 @@ def choose_task(
 def load_contestant(name: str) -> tuple[Any, Any]:
     """Return a classifier (PyTorch model or ONNX session) and its tokenizer."""
     from kdcli.export.session import OnnxModel, is_onnx_folder
-    from kdcli.models.load import load_model, load_tokenizer
+    from kdcli.models.load import load_tokenizer
 
     if is_onnx_folder(Path(name)):
         return OnnxModel(Path(name)), load_tokenizer(name)
-    return load_model(name), load_tokenizer(name)
+    return load_classifier(name), load_tokenizer(name)
+
+
+def load_classifier(name: str) -> Any:
+    """Return a model with a trained head. Raises InputError for a base model: its head would be a random one."""
+    from kdcli.models.load import has_head, load_model
+
+    if not has_head(name, "sequence-classification"):
+        raise InputError(
+            f"{name} has no trained classification head",
+            hint="fine-tune it first: kdcli distill does, when it is the recipe's teacher",
+        )
+    return load_model(name)

@@ -49,7 +49,15 @@ def evaluate(
     from kdcli.cli.console import emit, info
     from kdcli.errors import ExitCode, InputError
 
-    choice = choose_model(model)
+    if fail_under_retention is not None and teacher is None:
+        raise InputError("needs --teacher MODEL", where="--fail-under-retention")
+    if data is not None:
+        if text is None:
+            raise InputError("needs --text COLUMN", where="--data")
+        both = {"--task": task, "--protocol": protocol, "--max-samples": max_samples}
+        if given := [option for option, value in both.items() if value is not None]:
+            raise InputError(f"scores a whole file, without {' and '.join(given)}", where="--data")
+    choice = choose_model(model, task)
     if data is None:
         section, judged, base = choose_task(
             choice, task, protocol=protocol.value if protocol else None, samples=max_samples
@@ -63,8 +71,7 @@ def evaluate(
 
     contestant, tokenizer = load_contestant(choice.model)
     if data is not None:
-        if text is None:
-            raise InputError("--data needs --text COLUMN", where="--text")
+        assert text is not None
         loaded = load_rows(data, text.split(","), label, contestant.config)
     else:
         loaded = load_task(section, judged, base=base)
@@ -96,10 +103,10 @@ def evaluate(
     if fail_under is not None and own < fail_under:
         failed.append(f"{loaded.primary} {own:.4f} is under {fail_under}")
     if fail_under_retention is not None:
-        retention = document.get("retention")
+        retention = document["retention"]
         if retention is None:
-            raise InputError("--fail-under-retention needs --teacher MODEL", where="--fail-under-retention")
-        if retention < fail_under_retention:
+            failed.append(f"no retention of a teacher's score of {scores['teacher']:.4f}")
+        elif retention < fail_under_retention:
             failed.append(f"retention {retention:.4f} is under {fail_under_retention}")
     for message in failed:
         info(f"gate not met: {message}")

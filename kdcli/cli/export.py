@@ -39,18 +39,18 @@ def export(
     """
     import os
 
-    from kdcli.cli.choose import choose_model, choose_task
+    from kdcli.cli.choose import choose_model, choose_task, load_classifier
     from kdcli.cli.console import emit, info
     from kdcli.errors import ExitCode, InputError
 
     if not onnx:
         raise InputError("say which format: --onnx", where="kdcli export")
-    choice = choose_model(model)
+    choice = choose_model(model, task)
     if out is None and choice.run is None:
         raise InputError("--out DIR is needed for a model outside a run", where="--out")
     grid = [_numbers(batch_sizes, "--batch-sizes"), _numbers(sequence_lengths, "--sequence-lengths")]
     from kdcli.export.export import export_model
-    from kdcli.models.load import load_model, load_tokenizer
+    from kdcli.models.load import load_tokenizer
     from kdcli.tasks.load import load_task
 
     loaded, length = None, 128
@@ -58,13 +58,14 @@ def export(
         section, judged, base = choose_task(choice, task)
         loaded, length = load_task(section, judged, base=base), section.max_length
     beside = teacher
-    if beside is None and choice.run is not None and latency:
+    general = choice.run is not None and choice.run.record.get("task", {}).get("kind") == "text"
+    if beside is None and choice.run is not None and latency and not general:
         beside = choice.run.record.get("teacher_path")
         if beside is not None and not Path(beside).is_dir():
             info(f"the run's teacher is gone ({beside}): timing the student alone")
             beside = None
     result = export_model(
-        load_model(choice.model),
+        load_classifier(choice.model),
         load_tokenizer(choice.model),
         out or choice.run.onnx,  # type: ignore[union-attr]
         task=loaded,
@@ -75,7 +76,7 @@ def export(
         sequence_lengths=grid[1],
         threads=threads or os.cpu_count() or 1,
         runs=runs,
-        teacher=load_model(beside) if beside is not None else None,
+        teacher=load_classifier(beside) if beside is not None else None,
         # A run's own graph is made from its student: making it again loses nothing.
         force=force or out is None,
     )

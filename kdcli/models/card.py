@@ -5,6 +5,8 @@ from typing import Any
 
 def model_card(record: dict[str, Any]) -> str:
     """Return README.md of a student: where it comes from, what it scores, how to load it."""
+    if record["task"]["kind"] == "text":
+        return _general_card(record)
     method, task, student, teacher = record["method"], record["task"], record["student"], record["teacher"]
     plain = record["student_form"] in ("depth", "width", "checkpoint")
     rows = "\n".join(
@@ -13,15 +15,7 @@ def model_card(record: dict[str, Any]) -> str:
         for metric, value in metrics.items()
     )
     over = "\n- over-parameterised while training (OPDF), contracted afterwards" if record["overparam"] else ""
-    loading = (
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
-        'model = AutoModelForSequenceClassification.from_pretrained("FOLDER")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
-        if plain
-        else "import kdcli\nfrom transformers import PreTrainedTokenizerFast\n\n"
-        'model = kdcli.load_model("FOLDER")  # low-rank weights: a plain loader refuses this folder\n'
-        'tokenizer = PreTrainedTokenizerFast.from_pretrained("FOLDER")'
-    )
+    loading = _loading("AutoModelForSequenceClassification", plain=plain)
     retention = f"{record['retention']:.1%}" if record["retention"] is not None else "not defined"
     return f"""---
 library_name: {"transformers" if plain else "kdcli"}
@@ -56,6 +50,65 @@ The student keeps {retention} of the teacher's {record["primary"]}.
 
 Scores hold for data like the task's own. The student inherits the teacher's biases, and seed {record["seed"]}
 is one sample of the training's randomness.
+
+## Source
+
+{method["paper"]}
+"""
+
+
+def _loading(auto: str, *, plain: bool) -> str:
+    if plain:
+        return (
+            f"from transformers import {auto}, AutoTokenizer\n\n"
+            f'model = {auto}.from_pretrained("FOLDER")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+        )
+    task = {"AutoModel": ', task="base"', "AutoModelForMaskedLM": ', task="masked-lm"'}.get(auto, "")
+    return (
+        "import kdcli\nfrom transformers import PreTrainedTokenizerFast\n\n"
+        f'model = kdcli.load_model("FOLDER"{task})  # low-rank weights: a plain loader refuses this folder\n'
+        'tokenizer = PreTrainedTokenizerFast.from_pretrained("FOLDER")'
+    )
+
+
+def _general_card(record: dict[str, Any]) -> str:
+    method, task, student, teacher = record["method"], record["task"], record["student"], record["teacher"]
+    plain = record["student_form"] in ("depth", "width", "checkpoint")
+    before, after = record["loss"]["before"], record["loss"]["after"]
+    fell = f"\n- held-out loss of the distillation: {before:.4f} before, {after:.4f} after" if before else ""
+    tuned = "".join(
+        f"| {scores['metric']} ({scores['task']}) | {name} | {100 * value:.2f} | {len(scores['scores'][name])} |\n"
+        for scores in record["finetune"]
+        for name, value in scores["mean"].items()
+    )
+    table = f"\n| fine-tuned on | model | mean | seeds |\n| --- | --- | ---: | ---: |\n{tuned}" if tuned else ""
+    auto = "AutoModelForMaskedLM" if record["student_head"] == "masked-lm" else "AutoModel"
+    return f"""---
+library_name: {"transformers" if plain else "kdcli"}
+pipeline_tag: {"fill-mask" if auto == "AutoModelForMaskedLM" else "feature-extraction"}
+tags: [knowledge-distillation, {method["name"]}]
+---
+
+# {record.get("name", "student")}
+
+A smaller general transformer, distilled on plain text with kdcli {record["versions"]["kdcli"]}, to be fine-tuned.
+
+- teacher: {record["teacher_origin"]}, {teacher["parameters"]:,} parameters
+- student: {record["student_form"]}, {student["parameters"]:,} parameters
+- method: {method["name"]}, {method["title"]}
+- text: {task["source"]}, {task["sizes"]["train"]:,} documents{fell}
+{table}
+## Loading
+
+```python
+{_loading(auto, plain=plain)}
+```
+
+## Limits
+
+The student inherits the teacher's biases and those of the text. Seed {record["seed"]} is one sample of the training's
+randomness.
 
 ## Source
 

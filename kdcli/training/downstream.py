@@ -13,6 +13,7 @@ from kdcli.files import atomic_folder
 from kdcli.models.heads import reinitialise, with_classifier
 from kdcli.models.save import save_model
 from kdcli.recipe.schema import Recipe
+from kdcli.runs import Run
 from kdcli.tasks.load import load_task
 from kdcli.training.distributed import main_does
 from kdcli.training.teacher import finetune, label_options
@@ -28,14 +29,13 @@ def score_on_tasks(
     recipe: Recipe,
     *,
     base: Path,
-    folder: Path,
-    work: Path,
+    run: Run,
     console: Console,
     resume: bool,
 ) -> list[TaskScores]:
     """Fine-tune and score the student, and what it is compared with, on every task of `[[finetune]]`.
 
-    The student of the first seed is kept in `folder`/TASK. Neither model is changed.
+    The student of the first seed is kept in the run. Neither model is changed.
     """
     results = []
     for number, section in enumerate(recipe.finetune, 1):
@@ -57,7 +57,7 @@ def score_on_tasks(
                     recipe.train,
                     max_length=section.task.max_length,
                     seed=seed,
-                    work=work / f"{number}-{name}-{seed}",
+                    work=run.checkpoints / "finetune" / f"{number}-{name}-{seed}",
                     console=console,
                     resume=resume,
                     title=f"{task.name} {name}",
@@ -73,7 +73,7 @@ def score_on_tasks(
                 metrics[name].append(found)
                 scores[name].append(primary_score(found, task.primary))
                 if name == "student" and seed == recipe.seed:
-                    main_does(partial(_keep, model, tokenizer, folder / task.name))
+                    main_does(partial(_keep, model, tokenizer, run.tuned(task.name)))
         results.append(TaskScores(task.name, task.primary, scores, metrics))
     return results
 
