@@ -33,32 +33,39 @@ def distill(
       kdcli distill recipe.toml --json --fail-under 0.9 > result.json
       torchrun --nproc-per-node 2 -m kdcli distill recipe.toml
     """
-    from kdcli.recipe.load import load_recipe
-
-    loaded = load_recipe(recipe, set_ or [])
-    from kdcli.cli.console import emit
+    from kdcli.errors import InputError
+    from kdcli.recipe.load import load_recipe, with_place
 
     if force and resume:
         raise typer.BadParameter("--force and --resume exclude each other")
+    loaded = load_recipe(recipe, set_ or [])
+    from kdcli.cli.console import emit
+
     if dry_run:
         from kdcli.plan import make_plan
 
-        plan = make_plan(loaded, recipe_path=recipe)
+        try:
+            plan = make_plan(loaded, recipe_path=recipe)
+        except InputError as error:
+            raise with_place(error, recipe, set_) from error
         emit(plan.to_json(), table=plan.table(), as_json=as_json)
         return 0
     from kdcli.pipeline import run_distill
     from kdcli.training.distributed import is_main
 
-    result = run_distill(
-        loaded,
-        recipe_path=recipe,
-        output=output,
-        force=force,
-        resume=resume,
-        refresh=refresh,
-        fail_under=fail_under,
-        overrides=set_ or [],
-    )
+    try:
+        result = run_distill(
+            loaded,
+            recipe_path=recipe,
+            output=output,
+            force=force,
+            resume=resume,
+            refresh=refresh,
+            fail_under=fail_under,
+            overrides=set_ or [],
+        )
+    except InputError as error:
+        raise with_place(error, recipe, set_) from error
     if is_main():
         emit(result.to_json(), table=result.table(), as_json=as_json)
     return int(result.exit_code)

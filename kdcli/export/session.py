@@ -57,8 +57,14 @@ class OnnxModel:
         """The configuration beside the graph."""
         from transformers import AutoConfig
 
-        raw = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        family = raw.pop("model_type")
+        path = self.folder / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            family = raw.pop("model_type")
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"{path}, which names the classes of {MODEL}, is missing or broken", hint="export the model again"
+            ) from error
         return AutoConfig.for_model(family, **raw)
 
     @property

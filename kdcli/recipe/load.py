@@ -93,7 +93,7 @@ def _apply(document: dict[str, Any], override: str) -> Keys:
     name, equals, value = override.partition("=")
     path = _path(name)
     if not equals or not path:
-        raise InputError(f"--set takes FIELD=VALUE, such as student.budget=0.25, not {override!r}", where="--set")
+        raise InputError(f"takes FIELD=VALUE, such as student.budget=0.25, not {override!r}", where="--set")
     table = document
     for depth, part in enumerate(path[:-1], 1):
         inner: Any = table.get(part)

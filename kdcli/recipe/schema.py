@@ -268,6 +268,15 @@ class TrainSection(Section):
     log_every: PositiveInt = 50
     workers: NonNegativeInt = 0
 
+    @model_validator(mode="after")
+    def _whole_parts(self) -> Self:
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be split over {self.gradient_accumulation} accumulation steps; "
+                f"use a multiple of {self.gradient_accumulation}"
+            )
+        return self
+
 
 class EvaluateSection(Section):
     """`[evaluate]`: how the result is judged."""

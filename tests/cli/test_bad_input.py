@@ -1,0 +1,756 @@
+"""Wrong input of every kind: exit code 2, one clear message, no traceback, and nothing left behind."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROWS, World
+from onnx import TensorProto, helper
+from safetensors.torch import load_file, save_file
+
+from kdcli.runs import open_run
+
+Prepare = Callable[[World], list[str]]
+"""Puts the wrong thing into the working folder, and returns the arguments of the program."""
+
+CASES: dict[str, tuple[Prepare, tuple[str, ...]]] = {}
+"""name -> (what to prepare, words that the message must have)."""
+
+
+def case(*words: str) -> Callable[[Prepare], Prepare]:
+    def add(prepare: Prepare) -> Prepare:
+        assert prepare.__name__ not in CASES and words
+        CASES[prepare.__name__] = (prepare, words)
+        return prepare
+
+    return add
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+# The recipe
+
+
+@case("recipe.toml:2:", "not valid TOML")
+def broken_toml(world: World) -> list[str]:
+    return ["distill", world.write("recipe.toml", 'task = "sst2"\nmethod = \n')]
+
+
+@case("recipe.toml:18: train.colour", "unknown field", "known here")
+def unknown_key(world: World) -> list[str]:
+    return ["distill", world.recipe(train={"max_steps": 1, "colour": "red"})]
+
+
+@case("recipe.toml", "student.bugdet", "did you mean 'budget'?")
+def near_miss_of_a_key(world: World) -> list[str]:
+    return ["distill", world.recipe(student={"bugdet": 0.5})]
+
+
+@case("recipe.toml", "evaluate.batch_size", "must be a whole number above 0", '"many"')
+def wrong_type(world: World) -> list[str]:
+    return ["distill", world.recipe(evaluate={"batch_size": "many"})]
+
+
+@case("recipe.toml:1", "seed", "a whole number", '"seven"')
+def wrong_type_of_seed(world: World) -> list[str]:
+    return [
+        "distill",
+        world.write("recipe.toml", 'seed = "seven"\ntask = "sst2"\nmethod = "kd"\n[teacher]\nmodel = "x"'),
+    ]
+
+
+@case("no recipe at nowhere.toml")
+def missing_recipe(world: World) -> list[str]:
+    return ["distill", "nowhere.toml"]
+
+
+@case("no recipe at recpie.toml", "did you mean recipe.toml?")
+def near_miss_of_a_recipe(world: World) -> list[str]:
+    world.recipe()
+    return ["distill", "recpie.toml"]
+
+
+@case("is a folder, not a recipe")
+def recipe_is_a_folder(world: World) -> list[str]:
+    return ["distill", str(world.folder)]
+
+
+@case("recipe.toml: 3 problems", "task: is missing", "method: is missing", "teacher: is missing")
+def empty_recipe(world: World) -> list[str]:
+    return ["distill", world.write("recipe.toml", "")]
+
+
+@case("recipe.toml", "not UTF-8")
+def recipe_is_not_text(world: World) -> list[str]:
+    return ["distill", world.write("recipe.toml", b"\xff\xfe\x00")]
+
+
+@case("task: is missing", 'add task = "sst2"')
+def missing_task(world: World) -> list[str]:
+    return ["distill", world.recipe("task")]
+
+
+@case("method: is missing", 'add method = "makd"')
+def missing_method(world: World) -> list[str]:
+    return ["distill", world.recipe("method")]
+
+
+@case("teacher: is missing", "add a [teacher] table")
+def missing_teacher(world: World) -> list[str]:
+    return ["distill", world.recipe("teacher")]
+
+
+@case("give teacher.model", "[teacher.scratch]")
+def teacher_table_names_no_model(world: World) -> list[str]:
+    return ["distill", world.recipe("teacher", teacher={"cache": True})]
+
+
+@case("recipe.toml:1", "unknown method 'makdd'", "did you mean 'makd'?")
+def unknown_method(world: World) -> list[str]:
+    return ["distill", world.recipe(method="makdd")]
+
+
+@case("method.temprature", "did you mean 'temperature'?")
+def unknown_option_of_a_method(world: World) -> list[str]:
+    return ["distill", world.recipe(method={"name": "kd", "temprature": 2.0})]
+
+
+@case("method.alpha", "from 0 to 1", "1.5")
+def option_of_a_method_out_of_range(world: World) -> list[str]:
+    return ["distill", world.recipe(method={"name": "kd", "alpha": 1.5})]
+
+
+@case("unknown task 'sst'", "did you mean 'sst2'?", "recipe.toml")
+def unknown_task(world: World) -> list[str]:
+    return ["distill", world.recipe("task", task="sst")]
+
+
+@case("data", "train", "give one of")
+def two_sources_of_data(world: World) -> list[str]:
+    return ["distill", world.recipe(task={"train": "rows.csv"})]
+
+
+@case("--set", "FIELD=VALUE", "not 'student.budget'")
+def set_without_a_value(world: World) -> list[str]:
+    return ["distill", world.recipe(), "--set", "student.budget"]
+
+
+@case("--set trian.epochs=2", "did you mean 'train'?")
+def set_of_an_unknown_field(world: World) -> list[str]:
+    return ["distill", world.recipe(), "--set", "trian.epochs=2"]
+
+
+@case("--set train.epochs=many", "train.epochs", "must be a number above 0")
+def set_of_a_wrong_type(world: World) -> list[str]:
+    return ["distill", world.recipe(), "--set", "train.epochs=many"]
+
+
+@case("--set train.max_steps.first=1", "not a table")
+def set_inside_a_number(world: World) -> list[str]:
+    return ["distill", world.recipe(), "--set", "train.max_steps.first=1"]
+
+
+@case("student.params", "'lots' is no parameter count")
+def a_count_that_is_none(world: World) -> list[str]:
+    return ["distill", world.recipe(student={"form": "low-rank", "params": "lots"}, task="reviews")]
+
+
+@case("recipe.toml:2: name", "'a/b' cannot be a run's name")
+def a_name_with_a_slash(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(name="a/b")]
+
+
+# Options
+
+
+@case("--force and --resume")
+def options_that_exclude_each_other(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(), "--force", "--resume"]
+
+
+@case("--fail-under", "valid number")
+def fail_under_is_no_number(world: World) -> list[str]:
+    return ["distill", world.recipe(), "--fail-under", "plenty"]
+
+
+@case("--sett")
+def unknown_option(world: World) -> list[str]:
+    return ["distill", world.recipe(), "--sett", "seed=1"]
+
+
+@case("distil", "No such command")
+def unknown_command(world: World) -> list[str]:
+    return ["distil", world.recipe()]
+
+
+@case("Missing argument 'recipe'", "kdcli distill --help")
+def no_recipe_given(world: World) -> list[str]:
+    return ["distill"]
+
+
+@case("unknown method 'nonesuch'")
+def methods_of_an_unknown_name(world: World) -> list[str]:
+    return ["methods", "nonesuch"]
+
+
+# The data
+
+
+@case("no file at", "absent.csv", "recipe.toml:5: task.data")
+def missing_data_file(world: World) -> list[str]:
+    return ["distill", world.recipe(task={"data": "absent.csv"})]
+
+
+@case("empty.csv has no rows")
+def empty_data(world: World) -> list[str]:
+    return ["distill", world.recipe(task={"data": world.write("empty.csv", "")})]
+
+
+@case("header.csv has no rows")
+def data_with_a_header_only(world: World) -> list[str]:
+    return ["distill", world.recipe(task={"data": world.csv("header.csv", [])})]
+
+
+@case("one class only", "'yes'")
+def one_class_only(world: World) -> list[str]:
+    return ["distill", world.recipe(task={"data": world.csv("one.csv", [("fine", "yes"), ("good", "yes")])})]
+
+
+@case("no label column 'label'", "did you mean 'labels'?", "'text', 'labels'")
+def label_column_missing(world: World) -> list[str]:
+    return ["distill", world.recipe(task={"data": world.csv("rows.csv", ROWS, header="text,labels")})]
+
+
+@case("no text column 'text'", "'message'", "task.text")
+def text_column_missing(world: World) -> list[str]:
+    return ["distill", world.recipe(task={"data": world.csv("rows.csv", ROWS, header="message,label")})]
+
+
+@case("null.jsonl", "row 2 has no 'text'")
+def null_text(world: World) -> list[str]:
+    rows = [{"text": "good", "label": "yes"}, {"text": None, "label": "no"}]
+    return ["distill", world.recipe(task={"data": world.write("null.jsonl", "\n".join(map(json.dumps, rows)))})]
+
+
+@case("1 rows have no label", "row 3")
+def a_label_missing(world: World) -> list[str]:
+    return ["distill", world.recipe(task={"data": world.csv("holes.csv", [*ROWS[:2], ("so so", "")])})]
+
+
+@case("lines.jsonl:2", "not valid JSON")
+def broken_json_line(world: World) -> list[str]:
+    return ["distill", world.recipe(task={"data": world.write("lines.jsonl", '{"text": "a", "label": 1}\n{"text"')})]
+
+
+@case("rows.parquet", "not readable as Parquet")
+def broken_parquet(world: World) -> list[str]:
+    return ["distill", world.recipe(task={"data": world.write("rows.parquet", "text,label\ngood,1\n")})]
+
+
+@case("rows.xlsx is none of", ".csv")
+def a_format_that_is_not_read(world: World) -> list[str]:
+    return ["distill", world.recipe(task={"data": world.write("rows.xlsx", "x")})]
+
+
+@case("held.csv", "'maybe'", "training data does not have")
+def a_class_that_training_lacks(world: World) -> list[str]:
+    held = world.csv("held.csv", [*ROWS[:2], ("perhaps", "maybe")])
+    return [
+        "distill",
+        world.recipe("task", task={"name": "own", "train": "rows.csv", "validation": held, "text": "text"}),
+    ]
+
+
+@case("'yes' is no number", "regression")
+def words_as_numbers(world: World) -> list[str]:
+    return ["distill", world.recipe(task={"type": "regression"})]
+
+
+@case("'bleu'", "task.metrics", "accuracy")
+def unknown_metric(world: World) -> list[str]:
+    return ["distill", world.recipe(task={"metrics": ["bleu"]})]
+
+
+@case("2 rows cannot be split", "validation_fraction")
+def too_few_rows_to_split(world: World) -> list[str]:
+    return ["distill", world.recipe(task={"data": world.csv("two.csv", ROWS[:2])})]
+
+
+@case("too small to be halved", "evaluate.protocol")
+def half_dev_with_one_row(world: World) -> list[str]:
+    held = world.csv("held.csv", ROWS[:1])
+    task = {"name": "own", "train": "rows.csv", "validation": held, "text": "text"}
+    return ["distill", world.recipe("task", task=task, evaluate={"protocol": "half-dev"})]
+
+
+@case("task sst2", "train.parquet", "nowhere", "not found")
+def data_folder_points_nowhere(world: World) -> list[str]:
+    world.monkeypatch.setenv("KDCLI_DATA_DIR", str(world.folder / "nowhere"))
+    return ["distill", world.recipe("task", task="sst2")]
+
+
+# The student
+
+
+@case("student.budget", "above 0 and at most 1", "not 0")
+def budget_of_nothing(world: World) -> list[str]:
+    return ["distill", world.recipe("student", student={"budget": 0})]
+
+
+@case("student.budget", "above 0 and at most 1", "not 1.5")
+def budget_of_more_than_everything(world: World) -> list[str]:
+    return ["distill", world.recipe("student", student={"budget": 1.5})]
+
+
+@case("student", "give one of budget, rank", "budget and rank")
+def two_sizes(world: World) -> list[str]:
+    return ["distill", world.recipe("student", student={"budget": 0.5, "rank": 4})]
+
+
+@case("student", 'form = "depth" has no budget')
+def a_size_of_another_form(world: World) -> list[str]:
+    return ["distill", world.recipe(student={"budget": 0.5})]
+
+
+@case("student.rank", "rank 22", "break-even", "use a rank up to 21")
+def rank_above_break_even(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe("student", student={"form": "low-rank", "rank": 22})]
+
+
+@case("student.params", "not enough")
+def fewer_parameters_than_embeddings(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe("student", student={"form": "low-rank", "params": "1k"})]
+
+
+@case("student.layers", "recipe.toml:13", "2 blocks", "student of 3", "use 1 to 2")
+def more_layers_than_the_teacher(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(student={"layers": 3})]
+
+
+@case("student.layers", "blocks 0 to 1, not 2")
+def a_layer_that_is_not_there(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(student={"layers": [0, 2]})]
+
+
+@case("student.layers", "rising order")
+def layers_out_of_order(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(student={"layers": [1, 0]})]
+
+
+@case("student.heads", "not divisible by 5 heads", "use 4 heads")
+def heads_that_do_not_divide(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe("student", student={"form": "width", "hidden_size": 16, "heads": 5})]
+
+
+@case("method.name", "equal widths", "32 and 64", "16 and 32")
+def makd_with_a_narrow_student(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe("student", method="makd", student={"form": "width", "hidden_size": 16})]
+
+
+@case("no model folder at", "absent")
+def student_checkpoint_missing(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe("student", student={"form": "checkpoint", "model": "./absent"})]
+
+
+@case("student.model", "100 tokens", "220", "same tokens")
+def student_of_another_vocabulary(world: World) -> list[str]:
+    world.model()
+    world.model("narrow", "narrow")
+    return ["distill", world.recipe("student", student={"form": "checkpoint", "model": "narrow"})]
+
+
+@case("overparam.layers", "blocks 0 to 0, not 1")
+def chains_in_a_layer_that_is_not_there(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(overparam={"layers": [1]})]
+
+
+@case("overparam.factors.32", "[5, 6]", "30")
+def factors_that_do_not_multiply(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(overparam={"factors": {"32": [5, 6]}})]
+
+
+@case("recipe.toml:15: train", "batch_size 8 cannot be split over 3", "a multiple of 3")
+def a_batch_that_cannot_be_split(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(train={"batch_size": 8, "gradient_accumulation": 3})]
+
+
+# The teacher
+
+
+@case("no model folder at", "absent")
+def teacher_folder_missing(world: World) -> list[str]:
+    return ["distill", world.recipe(teacher={"model": "./absent"})]
+
+
+@case("'owner/nonesuch'", "hub", "HF_HUB_OFFLINE")
+def teacher_is_not_on_the_hub(world: World) -> list[str]:
+    return ["distill", world.recipe(teacher={"model": "owner/nonesuch"})]
+
+
+@case("rows.csv is a file", "a model is a folder")
+def teacher_is_a_file(world: World) -> list[str]:
+    return ["distill", world.recipe(teacher={"model": "rows.csv"})]
+
+
+@case("teacher has no config.json")
+def teacher_folder_empty(world: World) -> list[str]:
+    (world.folder / "teacher").mkdir()
+    return ["distill", world.recipe()]
+
+
+@case("config.json is not valid JSON")
+def configuration_broken(world: World) -> list[str]:
+    (world.model() / "config.json").write_text("{")
+    return ["distill", world.recipe()]
+
+
+@case("config.json names no model_type")
+def configuration_without_a_model_type(world: World) -> list[str]:
+    (world.model() / "config.json").write_text('{"hidden_size": 32}')
+    return ["distill", world.recipe()]
+
+
+@case("'gpt2'", "does not know", "distilbert", "anatomy.py")
+def unknown_family(world: World) -> list[str]:
+    edit_config(world.model(), model_type="gpt2")
+    return ["distill", world.recipe()]
+
+
+@case("teacher has no tokenizer files", "teacher.tokenizer")
+def tokenizer_missing(world: World) -> list[str]:
+    folder = world.model()
+    for file in folder.glob("*token*"):
+        file.unlink()
+    return ["distill", world.recipe()]
+
+
+@case("the tokenizer of", "cannot be loaded")
+def tokenizer_broken(world: World) -> list[str]:
+    (world.model() / "tokenizer.json").write_text("{}")
+    return ["distill", world.recipe()]
+
+
+@case("teacher.tokenizer", "190 tokens", "embeddings for 100")
+def tokenizer_of_another_model(world: World) -> list[str]:
+    world.model("narrow")
+    return ["distill", world.recipe()]
+
+
+@case("model.safetensors is not a readable safetensors file")
+def safetensors_corrupt(world: World) -> list[str]:
+    (world.model() / "model.safetensors").write_bytes(b"\xff" * 200)
+    return ["distill", world.recipe()]
+
+
+@case("model.safetensors is not a readable safetensors file")
+def safetensors_truncated(world: World) -> list[str]:
+    weights = world.model() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return ["distill", world.recipe()]
+
+
+@case("model.safetensors is not a readable safetensors file")
+def safetensors_header_only(world: World) -> list[str]:
+    weights = world.model() / "model.safetensors"
+    (size,) = struct.unpack("<Q", weights.read_bytes()[:8])
+    weights.write_bytes(weights.read_bytes()[: 8 + size])
+    return ["distill", world.recipe()]
+
+
+@case("only as a pickle", "pytorch_model.bin", "convert it")
+def a_pickle_only(world: World) -> list[str]:
+    folder = world.model()
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return ["distill", world.recipe()]
+
+
+@case("lacks 1 of the model's weights", "layer.1.attention.self.query.weight")
+def a_weight_missing(world: World) -> list[str]:
+    folder = world.model()
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["bert.encoder.layer.1.attention.self.query.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return ["distill", world.recipe()]
+
+
+@case("another shape than config.json says")
+def weights_of_another_width(world: World) -> list[str]:
+    edit_config(world.model(), hidden_size=64)
+    return ["distill", world.recipe()]
+
+
+@case("un-contracted", "kdcli folders keep their config.json")
+def chains_under_a_plain_configuration(world: World) -> list[str]:
+    folder = world.model("chains")
+    (folder / "config.json").write_bytes((world.model_folder("teacher") / "config.json").read_bytes())
+    return ["distill", world.recipe()]
+
+
+@case("teacher.labels", "ham, spam", "no, yes")
+def labels_that_do_not_match(world: World) -> list[str]:
+    world.model("strangers")
+    return ["distill", world.recipe()]
+
+
+@case("teacher.labels", "3 names", "2 classes")
+def too_many_label_names(world: World) -> list[str]:
+    world.model("strangers")
+    return ["distill", world.recipe(teacher={"labels": ["no", "yes", "maybe"]})]
+
+
+@case("teacher.model", "1 class", "task own has 2", "[teacher.finetune]")
+def regression_teacher_for_classes(world: World) -> list[str]:
+    world.model("regressor")
+    return ["distill", world.recipe()]
+
+
+@case("teacher.model", "regression", "2 outputs")
+def classifying_teacher_for_numbers(world: World) -> list[str]:
+    world.model()
+    rows = world.csv("numbers.csv", [("good", "0.9"), ("bad", "0.1")] * 10)
+    return ["distill", world.recipe(task={"data": rows})]
+
+
+@case("no trained classification head", "finetune = false")
+def a_base_model_that_must_not_be_trained(world: World) -> list[str]:
+    world.model("headless")
+    return ["distill", world.recipe(teacher={"finetune": False})]
+
+
+@case("teacher.scratch.heads", "not divisible by 5")
+def heads_of_a_teacher_from_scratch(world: World) -> list[str]:
+    scratch = {"layers": 1, "hidden_size": 32, "heads": 5, "intermediate_size": 64}
+    return ["distill", world.recipe("teacher", teacher={"scratch": scratch})]
+
+
+@case("teacher.scratch.family", "'gpt2'", "bert")
+def family_of_a_teacher_from_scratch(world: World) -> list[str]:
+    return ["distill", world.recipe("teacher", teacher={"scratch": {"family": "gpt2"}})]
+
+
+# Runs and folders
+
+
+@case("no run yet", "kdcli distill RECIPE")
+def eval_without_a_run(world: World) -> list[str]:
+    return ["eval", "--task", "reviews"]
+
+
+@case("no run yet", "kdcli distill RECIPE")
+def export_without_a_run(world: World) -> list[str]:
+    return ["export", "--onnx"]
+
+
+@case("no run yet")
+def latest_points_nowhere(world: World) -> list[str]:
+    (world.folder / "runs").mkdir()
+    (world.folder / "runs" / "latest").symlink_to("gone")
+    return ["eval"]
+
+
+@case("no run yet")
+def latest_is_a_run_without_a_student(world: World) -> list[str]:
+    open_run(world.folder / "runs", "half", force=False, resume=False).mark_latest()
+    return ["eval"]
+
+
+@case("run.json is not valid JSON")
+def the_record_of_a_run_is_broken(world: World) -> list[str]:
+    run = open_run(world.folder / "runs", "half", force=False, resume=False)
+    world.model(name="runs/half/student")
+    run.mark_latest()
+    world.write("runs/half/run.json", '{"status": ')
+    return ["eval"]
+
+
+@case("runs/recipe exists already", "--force", "--resume", "--set name=OTHER")
+def a_run_that_exists(world: World) -> list[str]:
+    world.model()
+    world.write("runs/recipe/run.json", "{}")
+    return ["distill", world.recipe()]
+
+
+@case("no run at runs/recipe to resume")
+def nothing_to_resume(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(), "--resume"]
+
+
+@case("cannot write to rows.csv")
+def a_file_in_place_of_the_output_folder(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(), "--output", "rows.csv"]
+
+
+@case("cannot write to rows.csv/below")
+def an_output_folder_below_a_file(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(), "--output", "rows.csv/below"]
+
+
+@case("runs/recipe")
+def a_file_in_place_of_the_run(world: World) -> list[str]:
+    world.model()
+    world.write("runs/recipe", "mine")
+    return ["distill", world.recipe()]
+
+
+@case("wide exists already", "--force")
+def overparam_onto_an_existing_folder(world: World) -> list[str]:
+    world.write("wide/mine.txt", "precious")
+    return ["overparam", str(world.model()), "--out", "wide"]
+
+
+@case("cannot write to rows.csv")
+def overparam_below_a_file(world: World) -> list[str]:
+    return ["overparam", str(world.model()), "--out", "rows.csv/wide"]
+
+
+@case("116 cannot be split", "more divisors")
+def overparam_of_a_prime_width(world: World) -> list[str]:
+    return ["overparam", str(world.model("prime")), "--out", "wide"]
+
+
+@case("over-parameterised already", "contract it first")
+def overparam_twice(world: World) -> list[str]:
+    return ["overparam", str(world.model("chains")), "--out", "wide"]
+
+
+@case("teacher has no config.json")
+def contract_of_an_empty_folder(world: World) -> list[str]:
+    (world.folder / "teacher").mkdir()
+    return ["contract", "./teacher", "--out", "plain"]
+
+
+@case("--onnx")
+def export_without_a_format(world: World) -> list[str]:
+    return ["export", str(world.model()), "--out", "served"]
+
+
+@case("--out", "outside a run")
+def export_without_a_folder(world: World) -> list[str]:
+    return ["export", str(world.model()), "--onnx"]
+
+
+@case("served exists already", "--force")
+def export_onto_an_existing_folder(world: World) -> list[str]:
+    world.write("served/mine.txt", "precious")
+    return ["export", str(world.model()), "--onnx", "--out", "served"]
+
+
+@case("--opset", "greater than or equal to 20")
+def an_old_opset(world: World) -> list[str]:
+    return ["export", str(world.model()), "--onnx", "--out", "served", "--opset", "19"]
+
+
+@case("export.opset", "from 20 to 23", "19")
+def an_old_opset_in_a_recipe(world: World) -> list[str]:
+    return ["distill", world.recipe(export={"onnx": True, "opset": 19})]
+
+
+@case("--batch-sizes", "'1,none'")
+def batch_sizes_that_are_no_numbers(world: World) -> list[str]:
+    return ["export", str(world.model()), "--onnx", "--out", "served", "--batch-sizes", "1,none"]
+
+
+@case("no trained classification head", "headless")
+def export_of_a_base_model(world: World) -> list[str]:
+    return ["export", str(world.model("headless", "headless")), "--onnx", "--out", "served", "--no-latency"]
+
+
+@case("no trained classification head", "headless")
+def eval_of_a_base_model(world: World) -> list[str]:
+    return ["eval", str(world.model("headless", "headless")), "--task", "reviews"]
+
+
+@case("--task", "which task", "give --task NAME")
+def eval_without_a_task(world: World) -> list[str]:
+    return ["eval", str(world.model())]
+
+
+@case("unknown task 'review'", "did you mean 'reviews'?")
+def eval_on_an_unknown_task(world: World) -> list[str]:
+    return ["eval", str(world.model()), "--task", "review"]
+
+
+@case("--data: needs --text")
+def eval_of_data_without_a_column(world: World) -> list[str]:
+    return ["eval", str(world.model()), "--data", "rows.csv"]
+
+
+@case("--task", "--data")
+def eval_on_a_task_and_on_data(world: World) -> list[str]:
+    return ["eval", str(world.model()), "--data", "rows.csv", "--text", "text", "--task", "reviews"]
+
+
+@case("no file at absent.csv", "--data")
+def eval_of_missing_data(world: World) -> list[str]:
+    return ["eval", str(world.model()), "--data", "absent.csv", "--text", "text"]
+
+
+@case("rows.csv", "ham, spam", "'no'")
+def eval_of_data_with_other_labels(world: World) -> list[str]:
+    return ["eval", str(world.model("strangers")), "--data", "rows.csv", "--text", "text"]
+
+
+@case("--fail-under-retention: needs --teacher")
+def retention_without_a_teacher(world: World) -> list[str]:
+    arguments = ["--data", "rows.csv", "--text", "text", "--fail-under-retention", "0.9"]
+    return ["eval", str(world.model()), *arguments]
+
+
+@case("model.onnx cannot be run")
+def a_broken_graph(world: World) -> list[str]:
+    world.write("served/model.onnx", "nothing")
+    return ["eval", "./served", "--task", "reviews"]
+
+
+@case("served/config.json", "missing or broken", "export the model again")
+def a_graph_without_its_configuration(world: World) -> list[str]:
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence"])
+    graph = helper.make_graph([helper.make_node("Cast", ["input_ids"], ["logits"], to=1)], "g", [ids], [logits])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    for file in world.model(name="served").glob("[cm]o*"):
+        file.unlink()
+    world.write("served/model.onnx", model.SerializeToString())
+    return ["eval", "./served", "--task", "reviews"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_input_is_told_in_one_message_and_leaves_nothing_behind(name: str, world: World, own_cache: Path):
+    prepare, words = CASES[name]
+    arguments = prepare(world)
+    before = world.listing()
+    outcome = world.call(*arguments)
+    assert outcome.code == 2, outcome.err
+    assert outcome.out == ""
+    assert "Traceback" not in outcome.err
+    assert [line.startswith("error:") for line in outcome.err.splitlines()].count(True) == 1
+    assert [word for word in words if word not in outcome.err] == [], outcome.err
+    assert world.listing() == before
+    assert list(own_cache.iterdir()) == []
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) >= 100
