@@ -13,9 +13,12 @@ from kdcli.objectives.hidden import token_mse
 
 _MOST_REPEATS = 64
 
+# The usual 1e-7 would overlook differences between layers that are all cheap next to one dear one.
+_TOLERANCES = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+
 
 def transport_plan(cost: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> np.ndarray:
-    """Return the flow (n, N) >= 0 with row sums `supply` and column sums `demand` of least total cost, exactly.
+    """Return the flow (n, N) >= 0 with row sums `supply` and column sums `demand` of least total cost.
 
     cost: (n, N); supply: (n,) and demand: (N,), both positive with equal sums. Equal supplies and equal demands
     make it an assignment problem, everything else is a linear program. A cost that is not finite has no cheapest
@@ -36,7 +39,8 @@ def transport_plan(cost: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> 
     sums = np.concatenate([np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))])
     # The sums of rows and of columns have one equation too many; rounding must not make it a contradiction.
     scaled = cost / max(np.abs(cost).max(), 1e-300)
-    result = linprog(scaled.ravel(), A_eq=sums[:-1], b_eq=np.concatenate([supply, demand])[:-1], method="highs-ds")
+    totals = np.concatenate([supply, demand])
+    result = linprog(scaled.ravel(), A_eq=sums[:-1], b_eq=totals[:-1], method="highs-ds", options=_TOLERANCES)
     if result.x is None:
         return np.outer(supply, demand)
     return result.x.reshape(n, m).clip(min=0.0)
@@ -149,7 +153,7 @@ class EMDObjective(Objective):
             cost = layer_costs(own, others, student.mask).double().cpu().numpy()
             flow = transport_plan(cost, supply, demand)
             measure = attention_mse if kind == "attention" else token_mse
-            # A cheapest plan uses at most n + N - 1 pairs: only those need a graph.
+            # A cheapest plan uses at most n + N - 1 pairs, but for ties: only those need a graph.
             used = [(int(i), int(j)) for i, j in np.argwhere(flow > 1e-12)]
             terms = torch.stack([measure(own[i], others[j], student.mask) * flow[i, j] for i, j in used])
             total = total + terms.sum()
