@@ -43,7 +43,7 @@ def check(options: TheseusOptions, context: Context) -> None:
         )
     if context.student_form != "depth":
         raise InputError(
-            f'theseus trains blocks inside the teacher, so the student must be cut from it, not "{context.student_form}"',
+            f"theseus trains blocks inside the teacher, so they must be cut from it, not {context.student_form!r}",
             where="student.form",
             hint='use form = "depth"',
         )

@@ -1,0 +1,105 @@
+"""A stage of training on a few random rows, as the pipeline sets it up, for tests of schemes."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from families import tokenizer
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdcli.methods.base import Term
+from kdcli.tasks.encode import Collator
+from kdcli.training.distiller import Distiller
+from kdcli.training.schemes.base import Scheme, Setting
+from kdcli.training.trainer import LoopSettings, fit
+
+LOOP = LoopSettings(
+    epochs=1.0,
+    max_steps=6,
+    batch_size=8,
+    gradient_accumulation=1,
+    learning_rate=1e-3,
+    scheduler="linear",
+    warmup=0.0,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    precision="fp32",
+    device="cpu",
+    group_by_length=True,
+    eval_every=None,
+    patience=None,
+    select="last",
+    log_every=2,
+    workers=0,
+    seed=1,
+    metric="accuracy",
+)
+
+
+def rows(count: int = 40, *, seed: int = 0, regression: bool = False) -> Dataset:
+    """Return encoded rows of 4 to 12 random tokens, with labels of two classes or from 0 to 5."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, 13, (count,), generator=generator).tolist()
+    labels = (torch.rand(count, generator=generator) * 5 if regression else torch.arange(count) % 2).tolist()
+    return Dataset.from_dict(
+        {
+            "index": list(range(count)),
+            "input_ids": [torch.randint(5, 200, (n,), generator=generator).tolist() for n in lengths],
+            "attention_mask": [[1] * n for n in lengths],
+            "labels": labels,
+            "length": lengths,
+        }
+    )
+
+
+def setting(student: PreTrainedModel, teacher: PreTrainedModel | None, train: Dataset, **loop: Any) -> Setting:
+    """Return the setting of a stage. There is no task: a scheme that looked at its validation rows would fail."""
+    words = tokenizer()
+    return Setting(
+        student=student,
+        teacher=teacher,
+        tokenizer=words,
+        task=None,  # type: ignore[arg-type]
+        train=train,
+        collator=Collator(words),
+        loop=replace(LOOP, **loop),
+        base=Path(),
+        cache=True,
+        console=Console(quiet=True),
+    )
+
+
+def batch_of(setting: Setting, count: int = 8, first: int = 0) -> dict[str, Tensor]:
+    """Return a padded batch of training rows."""
+    return setting.collator([setting.train[i] for i in range(first, first + count)])
+
+
+def train(
+    scheme: Scheme,
+    setting: Setting,
+    terms: list[Term],
+    folder: Path,
+    *,
+    resume: bool = False,
+    factors: dict[Any, tuple[Tensor, ...]] | None = None,
+) -> dict[str, Any]:
+    """Begin the scheme and train its stage to the end, checkpoints and all; `scheme.end` is for the caller."""
+    kept = scheme.begin(setting)
+    return fit(
+        Distiller(setting.student, terms, teacher=scheme.teacher(), teacher_factors=factors),
+        train=kept,
+        selection=setting.train if setting.loop.eval_every else None,
+        collator=setting.collator,
+        metrics=lambda logits, labels: {"accuracy": float((logits.argmax(-1) == labels).mean())},
+        settings=setting.loop,
+        folder=folder,
+        log_dir=None,
+        title="test",
+        console=setting.console,
+        scheme=scheme,
+        resume=resume,
+    )
