@@ -199,16 +199,17 @@ class Masker:
         if tokenizer.mask_token_id is None:
             raise InputError("the tokenizer has no mask token, so words cannot be hidden", where="teacher.tokenizer")
         size = len(tokenizer)
+        special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
         self.mask = int(tokenizer.mask_token_id)
         self.seed = seed
         self.probability = torch.full((size,), masking.probability)
         if masking.smoothing > 0:
             assert counts is not None
-            weights = counts.double().clamp(min=1.0).pow(-masking.smoothing)
+            counts = counts.double().index_fill(0, special, 0.0)
+            weights = counts.clamp(min=1.0).pow(-masking.smoothing)
             # On average over the text as many tokens are hidden as without smoothing.
             scale = masking.probability * counts.sum() / (counts * weights).sum()
             self.probability = (weights * scale).clamp(max=1.0).float()
-        special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
         self.probability[special] = 0.0
         ordinary = torch.ones(size, dtype=torch.bool)
         ordinary[special] = False
