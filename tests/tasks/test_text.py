@@ -142,7 +142,7 @@ def test_too_short_blocks_and_text_without_tokens_are_refused(words: Any):
 
 
 def masked(words: Any, rows: int = 300, **masking: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    blocks = pack(documents(rows), words, 32)
+    blocks = pack([*documents(rows), *["zebra quiz judge vex"] * 40], words, 32)
     counts = token_counts(blocks, len(words))
     masker = Masker(words, Masking(**masking), seed=1, counts=counts)
     shown, labels, original = [], [], []
