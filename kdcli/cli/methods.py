@@ -1,8 +1,12 @@
 """kdcli methods"""
 
+import json
+import re
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
 
 
 def methods(
@@ -17,23 +21,29 @@ def methods(
       kdcli methods makd
     """
     from rich.table import Table
+    from rich.text import Text
 
     from kdcli.cli.console import emit
     from kdcli.methods import registry
 
     if name is None:
         found = [registry.get(known) for known in registry.names()]
-        keys = ("name", "signals", "constraints", "cost", "paper")
-        table = Table(*keys)
+        table = Table("name", "tasks", "signals", "constraints", "cost", "paper", show_lines=True)
         for method in found:
-            table.add_row(*(getattr(method, key) for key in keys))
-        emit([{key: getattr(m, key) for key in ("title", *keys)} for m in found], table=table, as_json=as_json)
+            tasks = ", ".join(sorted(method.kinds))
+            cells = (method.name, tasks, method.signals, method.constraints, method.cost, short_citation(method.paper))
+            # As plain text: a formula's square brackets are no markup.
+            table.add_row(*map(Text, cells))
+        keys = ("name", "title", "signals", "constraints", "cost", "paper")
+        rows = [{**{key: getattr(m, key) for key in keys}, "tasks": sorted(m.kinds)} for m in found]
+        emit(rows, table=table, as_json=as_json)
         return 0
     method = registry.get(name)
     options = method.options().model_dump()
     document: dict[str, Any] = {
         "name": method.name,
         "title": method.title,
+        "tasks": sorted(method.kinds),
         "formula": method.formula,
         "signals": method.signals,
         "constraints": method.constraints,
@@ -44,12 +54,59 @@ def methods(
         "train": method.train,
     }
     table = Table(title=f"{method.name}: {method.title}", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("tasks", ", ".join(document["tasks"]))
     for key in ("formula", "signals", "constraints", "cost", "paper"):
-        table.add_row(key, document[key])
-    for key, value in options.items():
-        table.add_row(f"method.{key}", repr(value))
-    for section in ("student", "train"):
-        for key, value in document[section].items():
-            table.add_row(f"{section}.{key}", repr(value))
+        table.add_row(key, Text(document[key]))
+    table.add_section()
+    for path, explanation in explanations(method.options, "method"):
+        table.add_row(path, Text(explanation))
+    table.add_section()
+    for section, values in (("method", options), ("student", method.student), ("train", method.train)):
+        for key, value in flat(values, section):
+            table.add_row(key, Text(as_toml(value)))
     emit(document, table=table, as_json=as_json)
     return 0
+
+
+def short_citation(paper: str) -> str:
+    """Return `Hinton et al. 2015, arXiv 1503.02531` for a full citation of that form, else the citation itself."""
+    found = re.match(r"(?P<first>[^,(]+)(?P<others>,[^(]*)? \((?P<year>\d{4})\).*?(?P<id>arXiv [\d.]+\d)", paper)
+    if found is None:
+        return paper
+    return f"{found['first'].strip()}{' et al.' if found['others'] else ''} {found['year']}, {found['id']}"
+
+
+def explanations(options: type[BaseModel], path: str) -> Iterator[tuple[str, str]]:
+    """Yield (path, text) of what the docstrings of a schema and of the tables inside it say."""
+    from kdcli.methods.base import Options
+
+    base = (BaseModel, Options)
+    own = [kind for kind in reversed(options.__mro__) if issubclass(kind, BaseModel) and kind not in base]
+    words = " ".join(" ".join((kind.__doc__ or "").split()) for kind in own).strip()
+    if words:
+        yield path, words
+    for name, field in options.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from explanations(field.annotation, f"{path}.{name}")
+
+
+def flat(values: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+    """Yield (path, value) of every value in nested tables, as `--set` takes them."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{path}.{key}")
+        else:
+            yield f"{path}.{key}", value
+
+
+def as_toml(value: Any) -> str:
+    """Return a value as a recipe writes it; what is not set has no such form."""
+    if value is None:
+        return "(not set)"
+    if isinstance(value, bool | str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_toml, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

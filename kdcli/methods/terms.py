@@ -19,7 +19,7 @@ ALL_KINDS = frozenset({"classification", "regression", "text"})
 
 
 class PredictionWeights(Options):
-    """prediction: of the logits and gold labels, on a task with labels; mlm: of the hidden words, on plain text."""
+    """prediction: of logits and gold labels, on a task with labels; mlm: of the hidden words, on plain text."""
 
     prediction: Weight = 1.0
     mlm: Weight = 0.0
