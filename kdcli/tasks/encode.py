@@ -1,5 +1,6 @@
 """From text to batches."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ def encode_task(task: Task, tokenizer: Any, max_length: int, *, seed: int = 0) -
 
 
 class Collator:
-    """Pads encoded rows to the longest of the batch (a multiple of 8) and stacks them."""
+    """Pads encoded rows to the longest of the batch (a multiple of 8, where the model is that long) and stacks them."""
 
     def __init__(self, tokenizer: Any, *, multiple: int = 8) -> None:
         self.pad = {
@@ -73,11 +74,13 @@ class Collator:
             "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
         }
         self.multiple = multiple
+        self.limit = getattr(tokenizer, "model_max_length", math.inf)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return (batch, seq) tensors of ids, mask and types, and (batch,) tensors of labels and index."""
         longest = max(len(row["input_ids"]) for row in rows)
-        width = -(-longest // self.multiple) * self.multiple
+        # A model of 130 positions has none for 136.
+        width = max(longest, int(min(-(-longest // self.multiple) * self.multiple, self.limit)))
         batch = {}
         for name, value in self.pad.items():
             if name in rows[0]:

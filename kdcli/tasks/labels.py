@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def _normal(name: object) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_")
+    """Return a name without case and punctuation, in any script; the sign of a number stays."""
+    text = str(name).casefold()
+    return text if re.fullmatch(r"[+-]?\d+", text) else re.sub(r"[\W_]+", "_", text).strip("_") or text
 
 
 def class_names_of(config: "PretrainedConfig") -> list[str]:
@@ -24,8 +26,8 @@ def class_names_of(config: "PretrainedConfig") -> list[str]:
 def label_permutation(config: "PretrainedConfig", task: "Task") -> list[int] | None:
     """Return the model's class number for each of the task's labels, or None for regression.
 
-    Names match whatever their case and punctuation; a model with the library's own names (LABEL_0, ...) is
-    taken to have the task's order. Raises InputError when the number or the names differ.
+    Names match as they are, else without case and punctuation; a model with the library's own names
+    (LABEL_0, ...) is taken to have the task's order. Raises InputError when the number or the names differ.
     """
     if task.kind == "regression":
         if config.num_labels != 1:
@@ -42,11 +44,15 @@ def label_permutation(config: "PretrainedConfig", task: "Task") -> list[int] | N
             where="teacher.model",
             hint="fine-tune it on this task: [teacher.finetune]",
         )
-    if all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names):
-        return list(range(len(names)))
-    place = {_normal(name): i for i, name in enumerate(names)}
-    found = [place.get(_normal(label)) for label in task.label_names]
-    if None in found or len(place) != len(names):
+    found: list[int | None] = []
+    for form in (str, _normal):
+        place = {form(name): i for i, name in enumerate(names)}
+        found = [place.get(form(label)) for label in task.label_names]
+        if set(found) == set(range(len(names))):
+            break
+    else:
+        if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+            return list(range(len(names)))
         raise InputError(
             f"the model's classes ({', '.join(map(str, names))}) are not the task's labels "
             f"({', '.join(task.label_names)})",

@@ -1,7 +1,7 @@
 """The metrics of GLUE and of own data, as fractions (0..1) except correlations (-1..1)."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,29 +16,43 @@ if TYPE_CHECKING:
 Array = np.ndarray
 
 
-def _f1(predictions: Array, labels: Array) -> float:
-    """F1 of class 1 for two classes, unweighted mean over classes otherwise."""
-    binary = max(int(labels.max(initial=0)), int(predictions.max(initial=0))) <= 1
-    return float(sk.f1_score(labels, predictions, average="binary" if binary else "macro", zero_division=0))
+def _f1(predictions: Array, labels: Array, classes: int) -> float:
+    """F1 of class 1 for two classes, otherwise the unweighted mean over the classes that occur."""
+    average = "binary" if classes == 2 else "macro"
+    return float(sk.f1_score(labels, predictions, average=average, zero_division=0))
 
 
 def _correlation(measure: Callable[..., object]) -> Callable[[Array, Array], float]:
     def compute(predictions: Array, labels: Array) -> float:
         with warnings.catch_warnings():
-            # A constant prediction has no correlation; it is worth 0, not a warning.
+            # A constant prediction has no correlation, nor has a single one; they are worth 0, not a warning.
             warnings.simplefilter("ignore")
-            value = float(measure(predictions, labels)[0])  # type: ignore[index]
+            value = float(measure(predictions, labels)[0]) if len(labels) > 1 else 0.0  # type: ignore[index]
         return 0.0 if np.isnan(value) else value
 
     return compute
 
 
-CLASSIFICATION: dict[str, Callable[[Array, Array], float]] = {
-    "accuracy": lambda p, y: float(sk.accuracy_score(y, p)),
+def _mcc(predictions: Array, labels: Array) -> float:
+    with warnings.catch_warnings():
+        # Labels of one class alone are worth 0, not a warning.
+        warnings.simplefilter("ignore")
+        return float(sk.matthews_corrcoef(labels, predictions))
+
+
+def _balanced_accuracy(predictions: Array, labels: Array) -> float:
+    """Mean over the classes that the labels have of the share that is found."""
+    return float(np.mean([(predictions[labels == label] == label).mean() for label in np.unique(labels)]))
+
+
+CLASSIFICATION: dict[str, Callable[[Array, Array, int], float]] = {
+    "accuracy": lambda p, y, _: float(sk.accuracy_score(y, p)),
     "f1": _f1,
-    "mcc": lambda p, y: float(sk.matthews_corrcoef(y, p)),
-    "balanced_accuracy": lambda p, y: float(sk.balanced_accuracy_score(y, p)),
+    "mcc": lambda p, y, _: _mcc(p, y),
+    "balanced_accuracy": lambda p, y, _: _balanced_accuracy(p, y),
 }
+"""Functions of predictions, labels and the number of classes."""
+
 REGRESSION: dict[str, Callable[[Array, Array], float]] = {
     "pearson": _correlation(stats.pearsonr),
     "spearman": _correlation(stats.spearmanr),
@@ -49,7 +63,7 @@ ERRORS = {"mse", "mae"}
 """Metrics where less is better; none of them can be a task's first metric."""
 
 
-def known(kind: str) -> dict[str, Callable[[Array, Array], float]]:
+def known(kind: str) -> Mapping[str, Callable[..., float]]:
     """Return the metrics that fit "classification" or "regression"."""
     return CLASSIFICATION if kind == "classification" else REGRESSION
 
@@ -62,7 +76,7 @@ def compute_metrics(names: Iterable[str], logits: Array, labels: Array) -> dict[
     result = {}
     for name in names:
         if name in CLASSIFICATION:
-            result[name] = CLASSIFICATION[name](logits.argmax(-1), labels.astype(np.int64))
+            result[name] = CLASSIFICATION[name](logits.argmax(-1), labels.astype(np.int64), logits.shape[-1])
         elif name in REGRESSION:
             result[name] = REGRESSION[name](logits.reshape(-1).astype(np.float64), labels.astype(np.float64))
         else:
@@ -74,15 +88,18 @@ def compute_metrics(names: Iterable[str], logits: Array, labels: Array) -> dict[
 
 
 def chance_level(task: "Task") -> float:
-    """Return what a model without any knowledge scores on the task's first metric: 0 or the largest class."""
-    if task.kind == "regression" or task.primary == "mcc":
+    """Return what a model without any knowledge scores on the task's first metric, mean over the report sets.
+
+    That is 0 for a regression, else the best that one answer for everything reaches.
+    """
+    if task.kind == "regression":
         return 0.0
-    if task.primary == "balanced_accuracy":
-        return 1.0 / len(task.label_names)
-    labels = np.concatenate([np.asarray(rows["label"]) for rows in task.report.values()])
-    counts = np.bincount(labels.astype(np.int64), minlength=len(task.label_names))
-    if task.primary == "f1":
-        constant = np.full_like(labels, counts.argmax())
-        ones = np.ones_like(labels)
-        return max(_f1(constant, labels), _f1(ones, labels) if len(task.label_names) == 2 else 0.0)
-    return float(counts.max() / counts.sum())
+    classes = len(task.label_names)
+    sets = [np.asarray(rows["label"], dtype=np.int64) for rows in task.report.values()]
+    # Class 1 is what F1 asks for; elsewhere the best constant is a set's largest class.
+    answers = {1, *(int(np.bincount(labels).argmax()) for labels in sets)}
+    measure = CLASSIFICATION[task.primary]
+    return max(
+        float(np.mean([measure(np.full_like(labels, answer), labels, classes) for labels in sets]))
+        for answer in answers
+    )

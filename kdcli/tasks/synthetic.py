@@ -4,7 +4,8 @@ Each example states an opinion and the label says whether it is positive. What d
 not always on its surface: opinions are negated ("not at all dull"), contrasted ("awful start, but a gripping
 end": the clause after "but" wins; with "although" the main clause wins), strengthened, and buried among clauses
 that say nothing. Every label is then flipped with probability NOISE, in training and validation alike, so that
-no model can be right more often than 1 - NOISE in the long run.
+no model can be right more often than 1 - NOISE in the long run. No sentence of the training set is in the
+validation set.
 """
 
 import random
@@ -128,13 +129,18 @@ def _sentence(generator: random.Random, positive: bool) -> str:
 def reviews(seed: int = 0) -> dict[str, dict[str, list]]:
     """Return {"train": ..., "validation": ...} with the columns text and label (and truth, before the noise)."""
     generator = random.Random(f"reviews-{seed}")
-    splits = {}
+    splits: dict[str, dict[str, list]] = {}
+    trained: set[str] = set()
     for split, size in SIZES.items():
         rows: dict[str, list] = {"text": [], "label": [], "truth": []}
         for _ in range(size):
             truth = generator.random() < 0.5
-            rows["text"].append(_sentence(generator, truth))
+            sentence = _sentence(generator, truth)
+            while sentence in trained:
+                sentence = _sentence(generator, truth)
+            rows["text"].append(sentence)
             rows["truth"].append(int(truth))
             rows["label"].append(int(truth) ^ int(generator.random() < NOISE))
+        trained = set(rows["text"])
         splits[split] = rows
     return splits
