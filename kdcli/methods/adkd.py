@@ -61,7 +61,7 @@ def build(options: ADKDOptions, context: Context) -> list[Stage]:
 METHOD = Method(
     name="adkd",
     title="Attribution-driven distillation: the words that a prediction rests on",
-    paper="Wu, Chen, Quan, Wang, Hong (2023): AD-KD: Attribution-Driven Knowledge Distillation for Language Model "
+    paper="Wu, Chen, Quan, Wang, Wang (2023): AD-KD: Attribution-Driven Knowledge Distillation for Language Model "
     "Compression. arXiv 2305.10010",
     formula="(1 - alpha) CE(z_S, y) + alpha KL(softmax(z_T / T) || softmax(z_S / T)) + beta sum_c "
     "mean_t (a_T - a_S)^2, a_t = |dF_c/dE_t * E_t| / |a|, F_c = -log p_c",

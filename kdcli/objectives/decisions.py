@@ -32,18 +32,23 @@ def logits_from_decisions(
     A class that was never decided has no finite solution: the number of rounds defines the answer.
     """
     counts = np.asarray(counts, dtype=np.float64)
-    unique, inverse = np.unique(counts, axis=0, return_inverse=True)
-    target = unique / unique.sum(axis=1, keepdims=True)
+    # Which class is which does not matter: ten decisions have 42 patterns, however many classes there are.
+    order = np.argsort(-counts, axis=1, kind="stable")
+    patterns, inverse = np.unique(np.take_along_axis(counts, order, axis=1), axis=0, return_inverse=True)
+    solved = np.stack([_solve(row / row.sum(), sigma, rounds, tolerance) for row in patterns])
+    logits = np.empty_like(counts)
+    np.put_along_axis(logits, order, solved[inverse.reshape(-1)], axis=1)
+    return logits
+
+
+def _solve(target: np.ndarray, sigma: float, rounds: int, tolerance: float) -> np.ndarray:
     logits = target.copy()
-    active = np.ones(len(unique), dtype=bool)
     for _ in range(rounds):
-        if not active.any():
+        step = target - decision_probabilities(logits[None], sigma)[0]
+        logits += step
+        if np.abs(step).sum() <= tolerance:
             break
-        step = target[active] - decision_probabilities(logits[active], sigma)
-        logits[active] += step
-        active[np.flatnonzero(active)[np.abs(step).sum(axis=1) <= tolerance]] = False
-    logits -= logits.mean(axis=1, keepdims=True)
-    return logits[inverse.reshape(-1)]
+    return logits - logits.mean()
 
 
 def counts_of(decisions: Tensor, classes: int) -> np.ndarray:

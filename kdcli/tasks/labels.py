@@ -1,6 +1,7 @@
 """Matching the classes of a model with the labels of a task, by their names."""
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kdcli.errors import InputError
@@ -60,3 +61,22 @@ def label_permutation(config: "PretrainedConfig", task: "Task") -> list[int] | N
             hint="name them in the model's order: teacher.labels = [...], with the task's words",
         )
     return [i for i in found if i is not None]
+
+
+def class_of(answer: object, names: Sequence[str]) -> int | None:
+    """Return the class that an answer names, or None when it names none.
+
+    An answer is a class's name, whatever its case and punctuation, or the number of a class from 0; a name comes
+    before a number, where the names are numbers themselves.
+    """
+    value = answer.item() if hasattr(answer, "item") else answer
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip()
+    if text in names:
+        return list(names).index(text)
+    normal = [_normal(name) for name in names]
+    number = re.fullmatch(r"[-+\d.,]+", text) is not None
+    if not number and all(normal) and len(set(normal)) == len(normal) and _normal(text) in normal:
+        return normal.index(_normal(text))
+    return int(text) if text.isdecimal() and int(text) < len(names) else None

@@ -1,0 +1,110 @@
+"""Noised copies of sentences, and words near a word."""
+
+from collections import Counter
+
+import pytest
+import torch
+from families import tiny, tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdcli.models.lowrank import LowRankEmbedding
+from kdcli.tasks.neighbours import EmbeddingNeighbours
+from kdcli.tasks.noise import Noise
+
+TEXT = "the film was dull although the second half seemed really quite gripping to me and my brother"
+WORDS = TEXT.split()
+NEAR = {"dull": ["boring", "bland"], "gripping": ["thrilling"]}
+
+
+def copies(noise: Noise, text: str = TEXT, count: int = 300) -> list[str]:
+    return [noise.copy(text, 7, number) for number in range(count)]
+
+
+def test_a_copy_depends_on_seed_example_number_and_field_alone():
+    noise = Noise(seed=3)
+    assert copies(noise) == copies(Noise(seed=3))
+    assert noise.copy(TEXT, 7, 250) == copies(noise)[250]
+    others = [Noise(seed=4).copy(TEXT, 7, 0), noise.copy(TEXT, 8, 0), noise.copy(TEXT, 7, 1)]
+    others.append(noise.copy(TEXT, 7, 0, "text_pair"))
+    assert len({noise.copy(TEXT, 7, 0), *others}) == 5
+
+
+def test_without_neighbours_no_word_is_new():
+    for copy in copies(Noise()):
+        assert set(copy.split()) <= set(WORDS)
+
+
+def test_each_operation_happens_about_equally_often():
+    # 17 words at ratio 0.1: one word inserted, one pair swapped, or some deleted (none with the chance 0.9^17).
+    lengths = Counter((len(copy.split()) > 17) - (len(copy.split()) < 17) for copy in copies(Noise(), count=1200))
+    assert lengths[1] == pytest.approx(400, abs=70)
+    assert lengths[-1] == pytest.approx(400 * (1 - 0.9**17), abs=70)
+    assert lengths[0] == pytest.approx(400 * (1 + 0.9**17), abs=70)
+
+
+def test_the_ratio_is_the_share_of_words_that_change():
+    import random
+
+    words = [str(i) for i in range(200)]
+    noise = Noise(ratio=0.1)
+    assert len(noise.insert(words, random.Random(0))) == 220
+    swapped = noise.swap(words, random.Random(0))
+    assert sorted(swapped) == sorted(words) and 30 <= sum(a != b for a, b in zip(swapped, words, strict=True)) <= 40
+    kept = [len(noise.delete(words, random.Random(seed))) for seed in range(50)]
+    assert sum(kept) / 50 == pytest.approx(180, abs=3)
+    assert all(len(Noise(ratio=0.99).delete(words[:2], random.Random(seed))) >= 1 for seed in range(50))
+
+
+def test_a_source_of_neighbours_adds_replacement_and_feeds_insertion():
+    import random
+
+    noise = Noise(ratio=0.2, neighbours=lambda word: NEAR.get(word, []))
+    seen = {word for copy in copies(noise, count=400) for word in copy.split()} - set(WORDS)
+    assert seen == {"boring", "bland", "thrilling"}
+    replaced = noise.replace(WORDS, random.Random(0))
+    changed = [(a, b) for a, b in zip(WORDS, replaced, strict=True) if a != b]
+    assert len(changed) == 2 and all(b in NEAR[a] for a, b in changed)
+    assert Noise(ratio=0.2, neighbours=lambda word: []).replace(WORDS, random.Random(0)) == WORDS
+
+
+@given(
+    st.text(alphabet="ab \n\t.,é漢", max_size=30),
+    st.floats(min_value=0.01, max_value=0.99),
+    st.integers(min_value=0, max_value=20),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_text_keeps_some_words_and_gets_no_strange_ones(text: str, ratio: float, number: int):
+    copy = Noise(ratio).copy(text, 0, number)
+    assert set(copy.split()) <= set(text.split())
+    assert bool(copy.split()) == bool(text.split())
+    if len(text.split()) < 2:
+        assert copy == text
+
+
+def test_neighbours_are_whole_words_with_the_most_similar_embeddings():
+    words, model = tokenizer(), tiny("bert")
+    near = EmbeddingNeighbours(model, words, count=3)
+    table = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach(), dim=-1)
+    vocabulary = words.get_vocab()
+    whole = [word for word in vocabulary if word.isalpha() and len(word) >= 3]
+    assert "film" in whole and set(near.words) == set(whole)
+    likeness = {word: (table[vocabulary[word]] @ table[vocabulary["film"]]).item() for word in whole if word != "film"}
+    assert near("film") == sorted(likeness, key=likeness.get, reverse=True)[:3]
+    assert near("Film") == near("film")
+    assert near("xylophone") == [] and near("##s") == [] and near("a") == []
+
+
+def test_neighbours_can_be_found_in_an_embedding_of_two_factors():
+    words, model = tokenizer(), tiny("bert")
+    plain = EmbeddingNeighbours(model, words)
+    table = model.get_input_embeddings()
+    model.set_input_embeddings(LowRankEmbedding.from_embedding(table, 32))
+    factored = EmbeddingNeighbours(model, words)
+    assert all(set(factored(word)) == set(plain(word)) for word in plain.words[:20])
+
+
+def test_neighbours_of_another_table_have_another_identity():
+    words = tokenizer()
+    first, again, other = (EmbeddingNeighbours(tiny("bert", seed=seed), words).identity for seed in (0, 0, 1))
+    assert first == again != other
