@@ -190,7 +190,8 @@ def to_toml(document: dict[str, Any]) -> str:
 
 
 def _key(name: str) -> str:
-    return name if name and all(c.isascii() and (c.isalnum() or c in "-_") for c in name) else json.dumps(name)
+    bare = name and all(c.isascii() and (c.isalnum() or c in "-_") for c in name)
+    return name if bare else _value(name)
 
 
 def _value(value: Any) -> str:

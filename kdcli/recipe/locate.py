@@ -1,6 +1,7 @@
 """The line of a TOML text where a key is written."""
 
 import re
+import tomllib
 from bisect import bisect_right
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
@@ -19,6 +20,7 @@ def lines_of_keys(text: str) -> dict[Keys, int]:
 
     Keys are paths from the top: `("student", "budget")` for `budget` under `[student]`, for `student.budget`,
     and for `student = {budget = ...}` alike. Tables that only a longer header or a dotted key implies count, too.
+    A table in a list has its place in the path: `("finetune", "[0]", "epochs")` for the first `[[finetune]]`.
     """
     return _Scanner(text).scan()
 
@@ -41,17 +43,30 @@ class _Scanner:
         self.place = 0
         self.starts = [0, *(match.end() for match in re.finditer("\n", text))]
         self.found: dict[Keys, int] = {}
+        self.lists: dict[Keys, int] = {}
 
     def scan(self) -> dict[Keys, int]:
         table: Keys = ()
         while self._peek():
-            if self._peek() == "[":
-                self._take("[[" if self.text.startswith("[[", self.place) else "[")
-                table = self._key(())
-                self._take("]]" if self.text.startswith("]]", self.place) else "]")
-            else:
-                self._pair(table)
+            table = self._header() if self._peek() == "[" else self._pair(table)
         return self.found
+
+    def _header(self) -> Keys:
+        """Read `[table]` or `[[list of tables]]`; below a list, a name means its last table."""
+        many = self.text.startswith("[[", self.place)
+        line = bisect_right(self.starts, self.place)
+        self._take("[[" if many else "[")
+        parts, table = self._parts(), ()
+        for number, part in enumerate(parts, 1):
+            table = (*table, part)
+            self.found.setdefault(table, line)
+            if many and number == len(parts):
+                self.lists[table] = self.lists.get(table, 0) + 1
+            if table in self.lists:
+                table = (*table, f"[{self.lists[table] - 1}]")
+                self.found.setdefault(table, line)
+        self._take("]]" if many else "]")
+        return table
 
     def _peek(self) -> str:
         """Skip white space and comments, and return the next character, or "" at the end."""
@@ -74,34 +89,42 @@ class _Scanner:
         self.place = match.end()
         return match[0]
 
-    def _key(self, table: Keys) -> Keys:
-        """Read a dotted key, note its line, and return its path."""
-        self._peek()
-        line = bisect_right(self.starts, self.place)
+    def _parts(self) -> Keys:
+        """Read a dotted key and return its parts."""
+        parts: Keys = ()
         while True:
             quoted = self._peek() in ('"', "'")
             part = self._match(_STRING if quoted else _BARE)
-            table = (*table, part[1:-1] if quoted else part)
-            self.found.setdefault(table, line)
+            # The library knows best what a quoted key's escapes mean.
+            parts = (*parts, *(tomllib.loads(f"{part} = 0") if quoted else [part]))
             if self._peek() != ".":
-                return table
+                return parts
             self._take(".")
 
-    def _pair(self, table: Keys) -> None:
-        path = self._key(table)
+    def _pair(self, table: Keys) -> Keys:
+        """Read `key = value`, note the key's line, and return the table around it."""
+        self._peek()
+        line = bisect_right(self.starts, self.place)
+        path = table
+        for part in self._parts():
+            path = (*path, part)
+            self.found.setdefault(path, line)
         self._take("=")
         self._value(path)
+        return table
 
     def _value(self, path: Keys) -> None:
         opening = self._peek()
         if opening in ("[", "{"):
             self._take(opening)
             closing = "]" if opening == "[" else "}"
+            number = 0
             while self._peek() != closing:
                 if self._peek() == ",":
                     self._take(",")
                 elif opening == "[":
-                    self._value(path)
+                    self._value((*path, f"[{number}]"))
+                    number += 1
                 else:
                     self._pair(path)
             self._take(closing)

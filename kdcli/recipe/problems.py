@@ -16,7 +16,8 @@ from pydantic.fields import FieldInfo
 class Problem:
     """One thing that is wrong: the path of the field, the message, and a hint.
 
-    `index` is the place in a list, from 0; `missing` is True when the field is not there at all.
+    `index` is the place in a list, from 0, of a wrong value; a table in a list has its place, such as "[0]", in
+    the path. `missing` is True when the field is not there at all.
     """
 
     path: tuple[str, ...]
@@ -27,8 +28,8 @@ class Problem:
 
     @property
     def name(self) -> str:
-        """The field as a user writes it, such as `student.layers[1]`."""
-        return ".".join(self.path) + ("" if self.index is None else f"[{self.index}]")
+        """The field as a user writes it, such as `student.layers[1]` or `finetune[0].epochs`."""
+        return ".".join(self.path).replace(".[", "[") + ("" if self.index is None else f"[{self.index}]")
 
     @property
     def text(self) -> str:
@@ -84,7 +85,8 @@ class _Spot:
                 path = (*path, str(part))
                 allowed = _annotation(kind.model_fields.get(str(part)))
             elif isinstance(part, int):
-                index = part
+                # A table in a list goes on; a plain value ends here.
+                path, index = (path, part) if number + 1 == len(location) else ((*path, f"[{part}]"), None)
                 allowed = get_args(kind)[0] if get_origin(kind) is list else None
             elif part != "[key]":
                 path = (*path, str(part))
@@ -100,11 +102,18 @@ def _at(schema: type[BaseModel], path: tuple[str, ...]) -> Any:
     """Return what the schema allows for a field, with all its types."""
     allowed: Any = schema
     for part in path:
+        if _is_place(part):
+            allowed = get_args(_bare(_branches(allowed)[0]))[0]
+            continue
         kind = next(
             kind for kind in map(_bare, _branches(allowed)) if isinstance(kind, type) and issubclass(kind, BaseModel)
         )
         allowed = _annotation(kind.model_fields.get(part))
     return allowed
+
+
+def _is_place(part: str) -> bool:
+    return part.startswith("[")
 
 
 def _annotation(field: FieldInfo | None) -> Any:
@@ -156,11 +165,13 @@ def _problem(schema: type[BaseModel], spot: _Spot, entry: Any, prefix: tuple[str
 def _nearest(schema: type[BaseModel], path: tuple[str, ...], prefix: tuple[str, ...]) -> str:
     """Return the known field that an unknown one may have meant, or all that there are beside it."""
     everything = list(_fields(schema))
+    path = tuple(part for part in path if not _is_place(part))
     beside = [field[-1] for field in everything if field[:-1] == path[:-1]]
     plain = path[-1].lower().replace("-", "_")
-    if near := difflib.get_close_matches(plain, beside, n=1):
-        return f"did you mean {near[0]!r}?"
+    # The very word in another table says more than a word of some likeness in this one.
     elsewhere = [".".join((*prefix, *field)) for field in everything if field[-1] == plain]
+    if near := difflib.get_close_matches(plain, beside, n=1, cutoff=0.8 if elsewhere else 0.6):
+        return f"did you mean {near[0]!r}?"
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
     return f"known here: {', '.join(sorted(beside))}"
@@ -171,6 +182,7 @@ def _fields(schema: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tup
         yield (*path, name)
         for branch in _branches(_annotation(field)):
             bare = _bare(branch)
+            bare = _bare(get_args(bare)[0]) if get_origin(bare) is list else bare
             if isinstance(bare, type) and issubclass(bare, BaseModel):
                 yield from _fields(bare, (*path, name))
 
