@@ -22,6 +22,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class AugmentSection(Section):
+    """`[task.augment]`: further training rows, in which a masked language model replaced words.
+
+    copies: of every row. probability: that a word of a copy is replaced. top_k: how many of the model's words a
+    replacement is drawn from. Defaults are TinyBERT's.
+    """
+
+    model: str
+    copies: PositiveInt = 20
+    probability: Fraction = 0.4
+    top_k: PositiveInt = 15
+    batch_size: PositiveInt = 64
+
+
 class TaskSection(Section):
     """`[task]`: a GLUE name, the built-in `reviews` task, the user's own data, or plain text."""
 
@@ -44,6 +58,7 @@ class TaskSection(Section):
     validation_samples: PositiveInt | None = None
     mask_probability: Fraction = 0.15
     mask_smoothing: NonNegativeFloat = 0.0
+    augment: AugmentSection | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -54,6 +69,8 @@ class TaskSection(Section):
             raise ValueError("validation and test files need a train file")
         if self.type == "text":
             strangers = [key for key in ("label", "labels", "metrics", "test") if getattr(self, key) is not None]
+            if self.augment is not None:
+                strangers.append("augment")
             if strangers:
                 raise ValueError(f'type = "text" has no {", ".join(strangers)}')
             if isinstance(self.text, list) and len(self.text) != 1:
@@ -123,6 +140,8 @@ class DownstreamSection(Section):
     def _labelled(self) -> Self:
         if self.task.type == "text":
             raise ValueError("a model is fine-tuned on a task with labels, not on plain text")
+        if self.task.augment is not None:
+            raise ValueError("[[finetune]] has no augment: copies are for a student that learns from a teacher")
         return self
 
 
