@@ -659,4 +659,5 @@ def _export(
         force=True,
     )
     run.update({"export": result.to_json()})
-    console.print(result.table())
+    # A log file has no width to fit.
+    console.print(result.table(), width=None if console.is_terminal else max(console.width, 120))

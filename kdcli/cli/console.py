@@ -18,8 +18,7 @@ def emit(document: Any, *, table: Any, as_json: bool) -> None:
         print(json.dumps(document, indent=2, ensure_ascii=False))
     else:
         # On a pipe there is no width to fit: a cut table would be a wrong table.
-        width = None if out.is_terminal else max(out.width, 120)
-        Console(width=width).print(table)
+        out.print(table, width=None if out.is_terminal else max(out.width, 120))
 
 
 def info(message: str) -> None:

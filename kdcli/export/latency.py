@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich import box
 from rich.table import Table
 
 from kdcli.evaluation.predict import INPUTS
@@ -35,7 +36,9 @@ class LatencyReport:
         )
 
     def table(self) -> Table:
-        table = Table(title=f"latency in ms, {self.threads} threads, {self.runs} runs each, in turn")
+        title = f"latency in ms ({self.threads} threads, {self.runs} runs each, in turn); speed against PyTorch eager"
+        # Eight columns fit into 80 characters without frames and paddings.
+        table = Table(title=title, title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
         for name in (
             "model",
             "batch x tokens",
@@ -44,9 +47,9 @@ class LatencyReport:
             "p95",
             "p99",
             "examples/s",
-            "against eager",
+            "speed",
         ):
-            table.add_column(name, justify="right" if name not in ("model", "backend") else "left")
+            table.add_column(name, justify="right" if name not in ("model", "backend") else "left", no_wrap=True)
         for row in self.rows:
             eager = self.of(row["model"], "PyTorch", row["batch"], row["sequence"])
             table.add_row(

@@ -1,6 +1,6 @@
 """Where each model family keeps its embeddings, its blocks and the six matrices of a block.
 
-To add a family, add one row to `FAMILIES` and a tiny configuration to `tests/models/families.py`.
+To add a family, add one row to `FAMILIES` and a tiny configuration to `tests/families.py`.
 """
 
 from collections.abc import Iterator
