@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from kdcli.errors import InputError
 from kdcli.methods.base import Method
 
-BUILT_IN = ("kd", "makd", "od", "hs", "minilm", "minilmv2", "tinybert", "distilbert", "theseus", "dbkd", "adkd")
+BUILT_IN = ("kd", "makd", "od", "hs", "minilm", "minilmv2", "tinybert", "distilbert", "theseus", "lgtm", "dbkd", "adkd")
 GROUP = "kdcli.methods"
 
 

@@ -1,0 +1,213 @@
+"""Ways of asking a teacher of which nothing is known but its decisions: text in, one label out."""
+
+import contextlib
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from datasets import Dataset
+
+from kdcli.errors import InputError
+from kdcli.evaluation.predict import predict
+from kdcli.files import fingerprint, sha256_of_file
+from kdcli.tasks.encode import Collator, encode
+from kdcli.tasks.labels import class_of
+from kdcli.training.hashing import hash_of_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WHERE = "method.black_box"
+TAIL = 5
+"""Lines of a failed command's messages that are told."""
+
+
+class BlackBox(Protocol):
+    """Somebody who decides."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this black box from others, as far as that can be known: plain values."""
+        ...
+
+    def decide(self, texts: list[str], pairs: list[str] | None) -> list[int]:
+        """Return a class number for every text (or pair). Raises InputError when the answers are no classes."""
+        ...
+
+
+def read_answers(answers: Any, names: Sequence[str], expected: int, where: str, note: str = "") -> list[int]:
+    """Return answers as class numbers. Raises InputError for a wrong number of them, or an unknown label."""
+    if isinstance(answers, str | bytes) or not hasattr(answers, "__iter__"):
+        raise InputError(f"answered with {type(answers).__name__}, not with a list of labels{note}", where=where)
+    answers = list(answers)
+    if len(answers) != expected:
+        raise InputError(f"gave {len(answers)} answers to {expected} questions{note}", where=where)
+    known: dict[str, int | None] = {}
+    classes = []
+    for answer in answers:
+        key = f"{type(answer).__name__} {answer}"
+        if key not in known:
+            known[key] = class_of(answer, names)
+        number = known[key]
+        if number is None:
+            raise InputError(
+                f"answered {str(answer)!r}, which is no label of the task ({', '.join(names)}){note}",
+                where=where,
+                hint=f"answer with these names, or with numbers from 0 to {len(names) - 1}",
+            )
+        classes.append(number)
+    return classes
+
+
+class LocalModel:
+    """A model here, treated as if it were far away: its logits do not leave this class."""
+
+    def __init__(
+        self, model: "PreTrainedModel", tokenizer: Any, *, max_length: int, batch_size: int = 64, device: str = "auto"
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        words = fingerprint(sorted(self.tokenizer.get_vocab().items()))
+        return {"model": hash_of_weights(self.model), "tokenizer": words, "max_length": self.max_length}
+
+    def decide(self, texts: list[str], pairs: list[str] | None) -> list[int]:
+        columns: dict[str, list[Any]] = {"index": list(range(len(texts))), "text": texts, "label": [0] * len(texts)}
+        if pairs is not None:
+            columns["text_pair"] = pairs
+        rows = encode(Dataset.from_dict(columns), self.tokenizer, self.max_length)
+        home = next(self.model.parameters()).device
+        self.model.to(self.device)  # type: ignore[arg-type]
+        logits = predict(self.model, rows, Collator(self.tokenizer), batch_size=self.batch_size)
+        self.model.to(home)  # type: ignore[arg-type]
+        return logits.argmax(-1).tolist()
+
+
+@contextlib.contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))
+
+
+class PythonCallable:
+    """A function `module:name` that gets a list of texts, or of (text, text) pairs, and returns a list of labels.
+
+    The module is looked for in `folder` first.
+    """
+
+    where = f"{WHERE}.callable"
+
+    def __init__(self, name: str, names: Sequence[str], folder: Path) -> None:
+        self.name = name
+        self.names = names
+        self.folder = folder
+        module, _, attribute = name.partition(":")
+        if not module or not attribute:
+            raise InputError(f'{name!r} names no function; write "module:function"', where=self.where)
+        with _importing_from(folder):
+            importlib.invalidate_caches()
+            try:
+                found: Any = importlib.import_module(module)
+            except Exception as error:
+                raise InputError(
+                    f"cannot import {module!r} ({type(error).__name__}: {error})",
+                    where=self.where,
+                    hint=f"modules are looked for in {folder} and in the Python environment",
+                ) from error
+        self.source = inspect.getsourcefile(found) if hasattr(found, "__file__") else None
+        for part in attribute.split("."):
+            if not hasattr(found, part):
+                raise InputError(f"{module} has no {attribute}", where=self.where)
+            found = getattr(found, part)
+        if not callable(found):
+            raise InputError(f"{name} is no function", where=self.where)
+        self.function = found
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        source = Path(self.source) if self.source is not None else None
+        content = sha256_of_file(source) if source is not None and source.is_file() else None
+        return {"callable": self.name, "source": content}
+
+    def decide(self, texts: list[str], pairs: list[str] | None) -> list[int]:
+        questions: list[Any] = texts if pairs is None else list(zip(texts, pairs, strict=True))
+        with _importing_from(self.folder):
+            try:
+                answers = self.function(questions)
+            except Exception as error:
+                raise InputError(
+                    f"{self.name} failed with {type(error).__name__}: {error}", where=self.where
+                ) from error
+        return read_answers(answers, self.names, len(texts), self.where)
+
+
+class Command:
+    """A program that reads JSON lines {"text": ..., "text_pair": ...} and writes one label a line.
+
+    It runs in `folder`, once for every portion of questions, for at most `timeout` seconds.
+    """
+
+    where = f"{WHERE}.command"
+
+    def __init__(self, words: Sequence[str], names: Sequence[str], folder: Path, timeout: float = 600.0) -> None:
+        self.words = list(words)
+        self.names = names
+        self.folder = folder
+        self.timeout = timeout
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        files = {word: self.folder / word for word in self.words}
+        contents = {word: sha256_of_file(path) for word, path in files.items() if path.is_file()}
+        return {"command": self.words, "files": contents}
+
+    def decide(self, texts: list[str], pairs: list[str] | None) -> list[int]:
+        rows = [{"text": text} for text in texts]
+        if pairs is not None:
+            rows = [{**row, "text_pair": pair} for row, pair in zip(rows, pairs, strict=True)]
+        questions = "".join(json.dumps(row) + "\n" for row in rows)
+        try:
+            result = subprocess.run(
+                self.words,
+                input=questions.encode("ascii"),
+                capture_output=True,
+                cwd=self.folder,
+                timeout=self.timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise InputError(
+                f"{self.words[0]} did not answer {len(texts)} questions within {self.timeout:g} seconds"
+                + _tail(error.stderr),
+                where=self.where,
+                hint="raise method.black_box.timeout, or lower method.black_box.queries_per_call",
+            ) from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot run {self.words[0]!r}: {reason}", where=self.where) from error
+        if result.returncode != 0:
+            raise InputError(
+                f"{self.words[0]} ended with exit code {result.returncode}{_tail(result.stderr)}", where=self.where
+            )
+        answers = result.stdout.decode(errors="replace").strip().split("\n") if result.stdout.strip() else []
+        return read_answers(answers, self.names, len(texts), self.where, _tail(result.stderr))
+
+
+def _tail(stderr: bytes | None) -> str:
+    lines = (stderr or b"").decode(errors="replace").strip().splitlines()[-TAIL:]
+    return "; it said:\n  " + "\n  ".join(lines) if lines else ""

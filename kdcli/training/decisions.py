@@ -1,0 +1,250 @@
+"""Decisions of a black box on noised copies of the training examples: asked for once and kept, or recorded before."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from rich.console import Console
+from rich.progress import track
+
+from kdcli.errors import InputError
+from kdcli.files import cache_dir, fingerprint
+from kdcli.tasks.base import Task
+from kdcli.tasks.custom import Columns, read_file
+from kdcli.tasks.labels import class_of
+from kdcli.tasks.load import fingerprint_of
+from kdcli.tasks.noise import Noise
+from kdcli.training.black_box import BlackBox
+
+FIELDS = ("text", "text_pair")
+
+
+class Memory:
+    """Decisions on disk, a JSON line an example: {"index": i, "decisions": [...]} in the order of the copies.
+
+    Lines are only ever added, and a later one continues an earlier one. A line that is not whole is not there.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.known: dict[int, list[int]] = {}
+        if path is None or not path.is_file():
+            return
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                decisions = self.known.setdefault(int(row["index"]), [])
+                if int(row["first"]) == len(decisions):
+                    decisions.extend(int(decision) for decision in row["decisions"])
+
+    def add(self, rows: dict[int, list[int]]) -> None:
+        """Take note of further decisions by the index of their example."""
+        lines = []
+        for index, decisions in rows.items():
+            known = self.known.setdefault(index, [])
+            lines.append(json.dumps({"index": index, "first": len(known), "decisions": decisions}))
+            known.extend(decisions)
+        if self.path is not None:
+            # The memory only saves questions: a full or read-only disk must not end the run.
+            with contextlib.suppress(OSError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    # The empty line closes what an interrupted run may have left half-written.
+                    file.write("\n" + "\n".join(lines) + "\n")
+
+
+def ask(
+    box: BlackBox,
+    train: Dataset,
+    noise: Noise,
+    *,
+    copies: int,
+    names: tuple[str, ...],
+    queries_per_call: int = 1024,
+    use_cache: bool = True,
+    console: Console | None = None,
+    noise_identity: Any = None,
+) -> np.ndarray:
+    """Return how often each class was decided, (largest index + 1, classes); row i for the example with index i.
+
+    train: the task's rows with the columns index, text and [text_pair]. Each example is asked `copies` times,
+    noised anew. Decisions are kept in the cache under the identity of the black box, the data and the noise, as
+    soon as they are known: what was interrupted goes on, more copies ask for the additional ones only.
+    Raises InputError when an answer is no label.
+    """
+    columns = {name: list(train[name]) for name in FIELDS if name in train.column_names}
+    name = fingerprint(
+        {
+            "box": box.identity,
+            "data": fingerprint_of({"train": {**columns, "index": list(train["index"])}}),
+            "names": names,
+            "noise": [noise.ratio, noise.seed, noise_identity],
+            "format": 1,
+        }
+    )
+    memory = Memory(cache_dir() / "decisions" / f"{name}.jsonl" if use_cache else None)
+    index = list(train["index"])
+    portions = list(_portions(index, memory, copies, queries_per_call))
+    if console is not None and portions:
+        questions = sum(copies - first for portion in portions for _, first in portion)
+        console.print(f"asking the black box {questions:,} questions", highlight=False)
+    quiet = console is None or not console.is_terminal
+    for portion in track(portions, "decisions", console=console, disable=quiet, transient=True):
+        memory.add(_decide(box, columns, index, portion, noise, copies))
+    counts = np.zeros((max(index) + 1, len(names)))
+    for number in index:
+        counts[number] = np.bincount(memory.known[number][:copies], minlength=len(names))
+    return counts
+
+
+def _portions(index: list[int], memory: Memory, copies: int, size: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield portions of (row, first copy that is missing) with at most `size` questions, or one row, each."""
+    portion: list[tuple[int, int]] = []
+    questions = 0
+    for row, number in enumerate(index):
+        missing = copies - (first := len(memory.known.get(number, [])))
+        if missing <= 0:
+            continue
+        if portion and questions + missing > size:
+            yield portion
+            portion, questions = [], 0
+        portion.append((row, first))
+        questions += missing
+    if portion:
+        yield portion
+
+
+def _decide(
+    box: BlackBox,
+    columns: dict[str, list[str]],
+    index: list[int],
+    portion: list[tuple[int, int]],
+    noise: Noise,
+    copies: int,
+) -> dict[int, list[int]]:
+    asked = [(row, number) for row, first in portion for number in range(first, copies)]
+    texts = {
+        field: [noise.copy(values[row], index[row], number, field) for row, number in asked]
+        for field, values in columns.items()
+    }
+    decisions = box.decide(texts["text"], texts.get("text_pair"))
+    found: dict[int, list[int]] = {}
+    for (row, _), decision in zip(asked, decisions, strict=True):
+        found.setdefault(index[row], []).append(decision)
+    return found
+
+
+def recorded(path: Path, task: Task, where: str) -> np.ndarray:
+    """Return the counts in a file of recorded decisions, (largest index + 1, classes).
+
+    A row names its training example by `index` (its number in the training data, from 0), or by `text` (and
+    `text_pair`). It holds either one decision as `label`, and there are several rows an example, or all as
+    `counts`: a list in the order of the task's labels, or a table from label to number; or a column a label.
+    Raises InputError when the file has no such columns, an unknown label, or no decision on some example.
+    """
+    columns = read_file(path, where)
+    names = task.label_names
+    rows = _rows_of_counts(columns, names, path, where)
+    keys = _keys(columns, task, path, where)
+    table: dict[Any, np.ndarray] = {}
+    for key, row in zip(keys, rows, strict=True):
+        table[key] = table[key] + row if key in table else row
+    index = list(task.train["index"])
+    wanted: list[Any] = index if "index" in columns else _texts_of(task)
+    counts = np.zeros((max(index) + 1, len(names)))
+    for number, key in zip(index, wanted, strict=True):
+        if key not in table or table[key].sum() <= 0:
+            missing = sum(1 for key in wanted if key not in table or table[key].sum() <= 0)
+            raise InputError(
+                f"{path} has no decision on {missing} of {len(index)} training examples; the first is {key!r}",
+                where=where,
+                hint="index counts the rows of the training data from 0, after [task] has chosen them",
+            )
+        counts[number] = table[key]
+    return counts
+
+
+def _texts_of(task: Task) -> list[Any]:
+    fields = [list(task.train[field]) for field in FIELDS if field in task.train.column_names]
+    return list(zip(*fields, strict=True))
+
+
+def _keys(columns: Columns, task: Task, path: Path, where: str) -> list[Any]:
+    if "index" in columns:
+        try:
+            numbers = [float(value) for value in columns["index"]]
+        except (TypeError, ValueError):
+            numbers = [0.5]
+        if not all(number.is_integer() for number in numbers):
+            raise InputError(f"{path}: index must hold whole numbers", where=where)
+        return [int(number) for number in numbers]
+    fields = [field for field in FIELDS if field in task.train.column_names]
+    if any(field not in columns for field in fields):
+        raise InputError(
+            f"{path} does not say which example a row is about; it has {', '.join(columns)}",
+            where=where,
+            hint=f"add the column index, or {' and '.join(fields)}",
+        )
+    return list(zip(*([str(value) for value in columns[field]] for field in fields), strict=True))
+
+
+def _rows_of_counts(columns: Columns, names: tuple[str, ...], path: Path, where: str) -> list[np.ndarray]:
+    classes = len(names)
+    if "counts" in columns:
+        return [_counts(value, names, path, row, where) for row, value in enumerate(columns["counts"], 1)]
+    if "label" in columns:
+        return [
+            np.eye(classes)[_class(value, names, path, row, where)] for row, value in enumerate(columns["label"], 1)
+        ]
+    found = {class_of(column, names): column for column in columns if column != "index"}
+    if set(range(classes)) <= set(found):
+        values = zip(*(columns[found[number]] for number in range(classes)), strict=True)
+        return [_counts(list(row), names, path, number, where) for number, row in enumerate(values, 1)]
+    raise InputError(
+        f"{path} holds no decisions; it has the columns {', '.join(columns)}",
+        where=where,
+        hint=f"add label (a decision a row), counts, or the columns {', '.join(names)}",
+    )
+
+
+def _counts(value: Any, names: tuple[str, ...], path: Path, row: int, where: str) -> np.ndarray:
+    counts = np.zeros(len(names))
+    if isinstance(value, str):
+        # A cell of a CSV file.
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, dict):
+        for label, number in value.items():
+            # Parquet writes every field of a table into every row.
+            counts[_class(label, names, path, row, where)] += _number(number or 0, path, row, where)
+        return counts
+    if not isinstance(value, list) or len(value) != len(names):
+        raise InputError(
+            f"{path}: row {row} must count the decisions for {len(names)} labels ({', '.join(names)}), not {value!r}",
+            where=where,
+        )
+    return np.array([_number(number, path, row, where) for number in value])
+
+
+def _number(value: Any, path: Path, row: int, where: str) -> float:
+    try:
+        number = -1.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise InputError(f"{path}: row {row} counts {value!r}, which is no number of decisions", where=where)
+    return number
+
+
+def _class(value: Any, names: tuple[str, ...], path: Path, row: int, where: str) -> int:
+    number = class_of(value, names)
+    if number is None:
+        raise InputError(
+            f"{path}: row {row} has the label {str(value)!r}, which is no label of the task ({', '.join(names)})",
+            where=where,
+        )
+    return number

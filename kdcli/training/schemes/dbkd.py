@@ -1,0 +1,114 @@
+"""Learning from a teacher that only decides: its logits are worked out from decisions on noised copies (DBKD)."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from kdcli.errors import InputError
+from kdcli.objectives.decisions import logits_from_decisions
+from kdcli.tasks.base import Task
+from kdcli.tasks.neighbours import EmbeddingNeighbours
+from kdcli.tasks.noise import Noise
+from kdcli.training.black_box import BlackBox, LocalModel
+from kdcli.training.decisions import ask, recorded
+from kdcli.training.distributed import agree, is_main, main_does
+from kdcli.training.schemes.base import Scheme, Setting
+
+MakeBox = Callable[[Task, Path], BlackBox]
+
+
+class DecisionScheme(Scheme):
+    """Before the first step every training example is noised and asked about, and the logits that would explain the
+    decisions take the teacher's place. From then on there is no teacher: only this table.
+
+    make_box: from the task and the recipe's folder to the black box; None asks the local teacher. file: recorded
+    decisions; nothing is asked then. noise_std: s of the noise in the model of a decision. scale: sigma of the loss.
+    Source: Zhou et al. 2023 (DBKD); methods 13.
+    """
+
+    def __init__(
+        self,
+        *,
+        copies: int = 10,
+        ratio: float = 0.1,
+        noise_seed: int = 0,
+        synonyms: bool = False,
+        noise_std: float = 1.0,
+        scale: float = 1.0,
+        make_box: MakeBox | None = None,
+        file: str | None = None,
+        queries_per_call: int = 1024,
+    ) -> None:
+        self.copies = copies
+        self.ratio = ratio
+        self.noise_seed = noise_seed
+        self.synonyms = synonyms
+        self.noise_std = noise_std
+        self.scale = scale
+        self.make_box = make_box
+        self.file = file
+        self.queries_per_call = queries_per_call
+        self.counts: np.ndarray | None = None
+
+    def begin(self, setting: Setting) -> Dataset:
+        """Ask all questions, or read the recorded answers. Raises InputError for answers that are no labels."""
+        rows = super().begin(setting)
+        if setting.task.kind != "classification":
+            raise InputError("a decision is one of several classes; this task has none", where="method.name")
+        main_does(lambda: self._decide(setting))
+        counts = agree(self.counts if is_main() else None)
+        assert counts is not None
+        self.counts = counts
+        asked = np.unique(rows["index"])
+        logits = np.zeros_like(counts)
+        logits[asked] = logits_from_decisions(counts[asked], sigma=self.noise_std)
+        self.table = torch.from_numpy(logits).float() * self.scale
+        return rows
+
+    def _decide(self, setting: Setting) -> None:
+        task = setting.task
+        if self.file is not None:
+            path = Path(self.file).expanduser()
+            path = path if path.is_absolute() else setting.base / path
+            self.counts = recorded(path, task, "method.black_box.decisions")
+            return
+        neighbours = EmbeddingNeighbours(setting.student, setting.tokenizer) if self.synonyms else None
+        self.counts = ask(
+            self._box(setting),
+            task.train,
+            Noise(self.ratio, self.noise_seed, neighbours),
+            copies=self.copies,
+            names=task.label_names,
+            queries_per_call=self.queries_per_call,
+            use_cache=setting.cache,
+            console=setting.console,
+            noise_identity=neighbours.identity if neighbours is not None else None,
+        )
+
+    def _box(self, setting: Setting) -> BlackBox:
+        if self.make_box is not None:
+            return self.make_box(setting.task, setting.base)
+        if setting.teacher is None:
+            raise InputError(
+                "there is no teacher model to ask",
+                where="method.black_box",
+                hint="name a callable, a command, or a file of recorded decisions",
+            )
+        return LocalModel(
+            setting.teacher,
+            setting.tokenizer,
+            max_length=setting.task.description.get("max_length", 128),
+            batch_size=setting.loop.eval_batch_size,
+            device=setting.loop.device,
+        )
+
+    def teacher(self) -> None:
+        """Return nobody: after the questions there is no model to listen to."""
+
+    def teacher_logits(self) -> Tensor:
+        """Return the logits behind the decisions, centred and scaled, row i for index i."""
+        return self.table
