@@ -56,7 +56,8 @@ class _Scanner:
         many = self.text.startswith("[[", self.place)
         line = bisect_right(self.starts, self.place)
         self._take("[[" if many else "[")
-        parts, table = self._parts(), ()
+        parts = self._parts()
+        table: Keys = ()
         for number, part in enumerate(parts, 1):
             table = (*table, part)
             self.found.setdefault(table, line)
