@@ -1,0 +1,158 @@
+"""Distilling on plain text: a general student, fine-tuned and scored by the same recipe."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+import kdcli
+from kdcli.models.load import head_of
+from kdcli.pipeline import run_distill
+from kdcli.plan import make_plan
+from kdcli.recipe.load import load_recipe
+from kdcli.tasks.synthetic import reviews
+
+RECIPE = """
+[task]
+name = "reviews-text"
+type = "text"
+data = "reviews.txt"
+max_length = 32
+
+[method]
+name = "METHOD"
+
+[teacher.scratch]
+layers = 2
+hidden_size = 32
+heads = 2
+intermediate_size = 64
+vocab_size = 500
+
+[teacher.finetune]
+max_steps = 20
+learning_rate = 2e-3
+
+[train]
+max_steps = 20
+learning_rate = 2e-3
+"""
+FINETUNE = """
+[[finetune]]
+task = {name = "reviews", train_samples = 64, validation_samples = 50}
+max_steps = 4
+seeds = 2
+against = ["scratch", "teacher"]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "reviews.txt").write_text("\n\n".join(reviews()["train"]["text"][:600]), encoding="utf-8")
+    path = tmp_path / "text.toml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return path
+
+
+def distil(path: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    loaded = load_recipe(path, list(overrides))
+    return run_distill(loaded, recipe_path=path, output=path.parent / "runs", **options).record
+
+
+def test_a_student_that_speaks_keeps_its_head_and_is_scored_on_tasks(recipe: Path):
+    recipe.write_text(RECIPE + '[student]\nform = "depth"\nlayers = 1\n' + FINETUNE)
+    record = distil(recipe, "method=distilbert")
+    assert record["loss"]["after"] < record["loss"]["before"]
+    run = recipe.parent / "runs" / "text"
+    model = AutoModelForMaskedLM.from_pretrained(run / "student")
+    assert len(model.bert.encoder.layer) == 1 and record["student_head"] == "masked-lm"
+    assert len(AutoTokenizer.from_pretrained(run / "student")) == model.config.vocab_size
+    [scores] = record["finetune"]
+    assert set(scores["scores"]) == {"student", "scratch", "teacher"}
+    assert all(len(values) == 2 for values in scores["scores"].values())
+    tuned = kdcli.load_model(run / "finetune" / "reviews")
+    assert head_of(tuned) == "sequence-classification" and len(tuned.bert.encoder.layer) == 1
+    card = (run / "student" / "README.md").read_text()
+    assert "AutoModelForMaskedLM" in card and "accuracy (reviews)" in card
+
+
+@pytest.mark.parametrize("method", ["minilmv2", "hs"])
+def test_a_student_that_never_speaks_is_a_body(recipe: Path, method: str):
+    record = distil(recipe, f"method={method}", "student.form=width", "student.hidden_size=16", "student.layers=1")
+    assert record["loss"]["after"] < record["loss"]["before"]
+    student = recipe.parent / "runs" / "text" / "student"
+    assert not any(key.startswith(("cls.", "bert.")) for key in load_file(student / "model.safetensors"))
+    assert AutoModel.from_pretrained(student).config.hidden_size == 16
+    assert record["student_head"] == "base"
+
+
+def test_a_low_rank_over_parameterised_student_is_contracted_and_restored(recipe: Path):
+    record = distil(
+        recipe, "method=od", "student.form=low-rank", "student.budget=0.5", "overparam.length=1", "train.max_steps=4"
+    )
+    assert record["contraction"] is not None
+    student = recipe.parent / "runs" / "text" / "student"
+    model = kdcli.load_model(student, task="masked-lm")
+    ids = torch.arange(6, 20)[None]
+    with torch.no_grad():
+        body = kdcli.load_model(student, task="base")(ids).last_hidden_state
+        assert torch.equal(model.base_model(ids).last_hidden_state, body)
+    fresh = kdcli.load_model(student, num_labels=3)
+    with torch.no_grad():
+        assert torch.equal(fresh.base_model(ids).last_hidden_state, body)
+
+
+def test_an_assistant_comes_between_teacher_and_student(recipe: Path):
+    record = distil(
+        recipe,
+        "method=minilm",
+        "student.form=width",
+        "student.hidden_size=16",
+        "student.heads=2",
+        "student.layers=1",
+        "assistant.hidden_size=16",
+        "assistant.heads=2",
+        "assistant.layers=2",
+        "train.max_steps=4",
+    )
+    assert record["assistant"]["form"] == "width"
+    assert record["student"]["parameters"] < record["assistant"]["parameters"] < record["teacher"]["parameters"]
+    # The student's blocks start as copies of the assistant's, which are of its own width.
+    assert record["teacher_layers"] == [1]
+
+
+def test_a_plan_counts_blocks_and_trains_nothing(recipe: Path):
+    plan = make_plan(load_recipe(recipe, ["method=od"]), recipe_path=recipe).to_json()
+    assert plan["task"]["kind"] == "text" and plan["task"]["sizes"]["train blocks"] > 100
+    assert [path.name for path in recipe.parent.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_and_ends_the_same(recipe: Path):
+    extra = ("method=od", "train.eval_every=5")
+    whole = distil(recipe, *extra, "name=whole")
+    loaded = load_recipe(recipe, [*extra, "name=parts"])
+
+    class Stop(Exception):
+        pass
+
+    import kdcli.training.trainer as trainer
+
+    original = trainer.DistillationTrainer._save_checkpoint
+
+    def stop(self: Any, model: Any, trial: Any) -> None:
+        original(self, model, trial)
+        if self.state.global_step == 10 and "teacher" not in str(self.args.output_dir):
+            raise Stop
+
+    options = {"recipe_path": recipe, "output": recipe.parent / "runs"}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(trainer.DistillationTrainer, "_save_checkpoint", stop)
+        run_distill(loaded, **options)
+    assert json.loads((recipe.parent / "runs" / "parts" / "run.json").read_text())["status"] == "failed"
+    resumed = run_distill(loaded, **options, resume=True).record
+    assert resumed["hashes"]["student"] == whole["hashes"]["student"]
