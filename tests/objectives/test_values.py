@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from objectives.worlds import mask_of, speak
@@ -24,6 +25,7 @@ from kdcli.objectives.relation import (
     relation_kl,
 )
 from kdcli.objectives.task import TaskObjective
+from kdcli.objectives.transport import cheap_weights, transport_plan
 from kdcli.objectives.vocabulary import (
     MaskedLMObjective,
     VocabularyObjective,
@@ -626,3 +628,25 @@ def test_attribution_maps_are_compared_at_length_one():
     scaled = attribution_loss(0.01 * student, 100 * teacher, mask_of([2], seq=3))
     torch.testing.assert_close(scaled, found)
     assert attribution_loss(torch.zeros(1, 3), teacher, mask_of([2], seq=3)).item() == approx(0.5)
+
+
+# --- transport -------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_inverse_to_costs_down_to_a_thousandth_of_the_highest():
+    weights = np.array([0.5, 0.25, 0.25])
+    # A unit of flow costs 0, 1 and 4; nothing counts as 0.004. Inverses: 250, 1 and 1/4.
+    found = cheap_weights(np.array([0.0, 0.25, 1.0]), weights)
+    assert found == pytest.approx(np.array([250.0, 1.0, 0.25]) / 251.25)
+    assert cheap_weights(np.zeros(3), weights) == pytest.approx(weights)
+    assert cheap_weights(np.array([0.1, np.nan, 0.2]), weights) == pytest.approx(weights)
+
+
+def test_a_plan_by_hand():
+    # The teacher's two layers want 0.5 each; the dear pair (0, 1) is used for no more than must be.
+    cost = np.array([[1.0, 10.0], [2.0, 3.0]])
+    flow = transport_plan(cost, np.array([0.7, 0.3]), np.array([0.5, 0.5]))
+    assert flow == pytest.approx(np.array([[0.5, 0.2], [0.0, 0.3]]), abs=1e-9)
+    # One student layer in three goes to half of a teacher layer: thirds are shared out in sixths.
+    even = transport_plan(np.array([[0.0, 9.0], [1.0, 1.0], [9.0, 0.0]]), np.ones(3), np.ones(2))
+    assert even == pytest.approx(np.array([[2, 0], [1, 1], [0, 2]]) / 6)
