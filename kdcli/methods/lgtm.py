@@ -1,0 +1,86 @@
+"""LGTM: the teacher learns, too, guided by how it influences the student on rows held out from training."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from kdcli.errors import InputError
+from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.objectives.output import OutputObjective
+from kdcli.objectives.task import TaskObjective
+from kdcli.training.schemes.lgtm import Learning, LGTMScheme
+
+
+class LGTMOptions(Options):
+    """What student and teacher learn from each other.
+
+    alpha_student, alpha_teacher: the share of the other's prediction in each one's loss; the gold labels have the
+    rest. teacher_learning_rate: at its highest; it follows a linear schedule with the student's warm-up.
+    held_out: the share of the training rows, never of the validation set, that the influence is measured on.
+    influence: false for a teacher that learns without it (ProKT).
+    """
+
+    alpha_student: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    alpha_teacher: Annotated[float, Field(ge=0.0, le=1.0)] = 0.4
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    teacher_learning_rate: Annotated[float, Field(gt=0.0)] = 3e-5
+    held_out: Annotated[float, Field(gt=0.0, le=0.5)] = 0.05
+    influence: bool = True
+
+
+def check(options: LGTMOptions, context: Context) -> None:
+    """Raise InputError for options that have no effect beside each other."""
+    if options.influence and options.alpha_teacher == 0:
+        raise InputError(
+            "the influence goes through the student's share of the teacher's loss, so it is zero with "
+            "alpha_teacher = 0",
+            where="method.alpha_teacher",
+            hint="use the default 0.4, or influence = false",
+        )
+    if not options.influence and "held_out" in options.model_fields_set:
+        raise InputError(
+            "without influence no row is held out", where="method.held_out", hint="leave it out, or influence = true"
+        )
+
+
+def build(options: LGTMOptions, context: Context) -> list[Stage]:
+    """Return one stage: the student's two terms, and the scheme that trains the teacher before every step."""
+    learning = Learning(
+        kind=context.kind,
+        alpha_student=options.alpha_student,
+        alpha_teacher=options.alpha_teacher,
+        temperature=options.temperature,
+        learning_rate=options.teacher_learning_rate,
+        influence=options.influence,
+        held_out=options.held_out,
+    )
+    return [
+        Stage(
+            "distil",
+            [
+                Term("output", OutputObjective(context.kind, options.temperature, scale=False), options.alpha_student),
+                Term("task", TaskObjective(context.kind), 1.0 - options.alpha_student),
+            ],
+            scheme=LGTMScheme(learning),
+        )
+    ]
+
+
+METHOD = Method(
+    name="lgtm",
+    title="A teacher that learns to teach by its influence on the student",
+    paper="Ren, Zhong, Shi, Zhu, Yuan, Li (2023): Tailoring Instructions to Student's Learning Levels Boosts "
+    "Knowledge Distillation. arXiv 2305.09651",
+    formula="student: a_S KL(p_T || p_S) + (1 - a_S) CE(z_S, y); teacher: gradient of a_T KL(p_S || p_T) + "
+    "(1 - a_T) CE(z_T, y), less eta_T d^2 KL(p_S || p_T) / d theta_T d theta_S v; v: gradient of the held-out CE of "
+    "the student after its next step",
+    signals="logits, gold labels; 5% of the training rows to measure influence",
+    constraints="none on the models; the teacher must be a model here, gradient_accumulation = 1",
+    cost="a step runs the teacher three times forward and twice backward, the student five and three times; with "
+    "influence = false twice and once, twice and once",
+    options=LGTMOptions,
+    build=build,
+    check=check,
+    student={"form": "depth"},
+    train={"epochs": 6.0, "learning_rate": 5e-5, "warmup": 0.0, "weight_decay": 0.0},
+)

@@ -1,0 +1,349 @@
+"""A teacher that learns to teach: it follows its influence on what the student has not seen (LGTM)."""
+
+import contextlib
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import mse_loss
+from torch.optim.adamw import adamw
+
+from kdcli.errors import InputError
+from kdcli.objectives.output import kl_divergence
+from kdcli.objectives.task import task_loss
+from kdcli.training.capture import model_inputs
+from kdcli.training.sampler import EpochSampler
+from kdcli.training.schemes.base import Scheme, Setting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+REACH = 0.01
+"""How far the student's weights are moved to and fro for a finite difference, as a Euclidean length."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What the student and the teacher learn, and how.
+
+    kind: of the task. alpha_student, alpha_teacher: the share of the other model's prediction in each one's loss,
+    the rest is the gold label's. learning_rate: the teacher's, at its highest. influence: False for a teacher
+    that listens to labels and student only (ProKT). held_out: the share of the training rows to judge it on.
+    """
+
+    kind: str = "classification"
+    alpha_student: float = 1.0
+    alpha_teacher: float = 0.4
+    temperature: float = 1.0
+    learning_rate: float = 3e-5
+    influence: bool = True
+    held_out: float = 0.05
+
+    def agreement(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return KL(target || logits) at the temperature, without T^2; for regression the squared difference."""
+        if self.kind == "regression":
+            return mse_loss(logits.float(), target.float())
+        return kl_divergence(logits, target, self.temperature, scale=False)
+
+    def loss(self, logits: Tensor, other: Tensor, labels: Tensor, alpha: float) -> Tensor:
+        """Return alpha times the agreement with the other's logits, and 1 - alpha times the task's loss."""
+        gold = task_loss(logits, labels, self.kind)
+        return alpha * self.agreement(logits, other.detach()) + (1.0 - alpha) * gold
+
+
+class LGTMScheme(Scheme):
+    """Before each step of the student, the teacher makes one: towards labels, student, and being useful.
+
+    Its gradient on a batch x, with a batch h of held-out training rows, is g_T - eta_T I (methods 12):
+    g_T is that of its own loss; I = d/d theta_T of (d KL(student || teacher) / d theta_S) v, by a finite
+    difference on x; v is the gradient of the task's loss on h for the student as it would be after its next
+    optimizer step. A teacher that moves along I pulls the student's next gradient towards v.
+
+    What trains is a copy: the given teacher stays what is reported, saved and cached. It starts as given, by
+    default fine-tuned on the task (the paper starts both from unfinetuned models with a zero classifier). The
+    copy is a plain model under OPDF too; its chains in the auxiliary loss are those of the given teacher, and
+    that loss has no part in the look ahead. Source: Ren et al. 2023, algorithm 1; released code draws h from the
+    validation set, this takes it from the training set, which gets smaller by it.
+    """
+
+    teacher_is_fixed = False
+
+    def __init__(self, learning: Learning) -> None:
+        self.learning = learning
+        self._teacher: PreTrainedModel | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._held: HeldOut | None = None
+        self._trained: dict[str, nn.Parameter] | None = None
+
+    def begin(self, setting: Setting) -> Dataset:
+        """Copy the teacher, and return the rows without those that are held out.
+
+        Raises InputError without a teacher model, with gradient accumulation, or with less than two rows.
+        """
+        rows = super().begin(setting)
+        if setting.teacher is None:
+            raise InputError("lgtm trains the teacher, so it needs the model", where="teacher.model")
+        if setting.loop.gradient_accumulation != 1:
+            raise InputError(
+                "lgtm looks one whole optimizer step ahead, so a step cannot be made of several parts",
+                where="train.gradient_accumulation",
+                hint="use 1, with a smaller train.batch_size if memory is short",
+            )
+        self.steps = setting.loop.steps(len(rows))
+        self._teacher = copy.deepcopy(setting.teacher).eval().requires_grad_(True)
+        self._trained = None
+        if not self.learning.influence:
+            return rows
+        kept, held = split(rows, self.learning.held_out, seed=setting.loop.seed)
+        self._held = HeldOut(held, setting)
+        setting.console.print(
+            f"lgtm: {len(held):,} of {len(rows):,} training rows are held out to judge the teacher", highlight=False
+        )
+        return kept
+
+    def teacher(self) -> "PreTrainedModel":
+        """Return the teacher that learns; the given one once the stage is over."""
+        return self._teacher or self.setting.teacher  # type: ignore[return-value]
+
+    def place(self, device: torch.device) -> None:
+        """Move the teacher to the device that trains, and make its optimizer there."""
+        from kdcli.training.trainer import resolve_precision
+
+        loop = self.setting.loop
+        teacher = self.teacher().to(device)  # type: ignore[arg-type]
+        rate = self.learning.learning_rate
+        self._optimizer = torch.optim.AdamW(teacher.parameters(), lr=rate, weight_decay=0.0, fused=True)
+        self._device = device
+        self._half = resolve_precision(loop.precision, loop.device) == "bf16"
+
+    def teacher_rate(self, step: int) -> float:
+        """Return the teacher's learning rate in optimizer step `step` (from 0): up over the warm-up, then down to 0."""
+        warmup = int(self.setting.loop.warmup * self.steps)
+        share = step / warmup if step < warmup else (self.steps - step) / max(1, self.steps - warmup)
+        return self.learning.learning_rate * max(0.0, share)
+
+    def before_step(self, step: int, batch: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Make the teacher's step on `batch`; the student and its optimizer stay as they are, bit by bit."""
+        assert self._optimizer is not None
+        student, teacher, learning = self.setting.student, self.teacher(), self.learning
+        labels, inputs = batch["labels"], model_inputs(batch)
+        rate = self.teacher_rate(step)
+        student.train()
+        teacher.train()
+        with self._autocast():
+            teacher_logits = teacher(**inputs).logits
+            with torch.set_grad_enabled(learning.influence):
+                student_logits = student(**inputs).logits
+        learning.loss(teacher_logits, student_logits, labels, learning.alpha_teacher).backward()
+        if learning.influence:
+            loss = learning.loss(student_logits, teacher_logits, labels, learning.alpha_student)
+            direction = self.direction(loss, step, optimizer)
+            self.add_influence(inputs, self.trained(optimizer), direction, -rate)
+        parameters = [parameter for parameter in teacher.parameters() if parameter.grad is not None]
+        average([parameter.grad for parameter in parameters])
+        nn.utils.clip_grad_norm_(parameters, self.setting.loop.max_grad_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        teacher.eval()
+        student.train()
+
+    def trained(self, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+        """Return the student's parameters that the optimizer trains, by name: for a chain, its tensors."""
+        if self._trained is None:
+            ours = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            named = self.setting.student.named_parameters()
+            self._trained = {name: parameter for name, parameter in named if id(parameter) in ours}
+        return self._trained
+
+    def direction(self, loss: Tensor, step: int, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """Return v: the gradient of the held-out loss where a step with the gradient of `loss` would lead.
+
+        One tensor for each of the trained parameters, the same in every process. In eval mode: what counts is the
+        student as it will be used.
+        """
+        assert self._held is not None
+        student, trained = self.setting.student, self.trained(optimizer)
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        average([gradient for gradient in gradients if gradient is not None])
+        limit = self.setting.loop.max_grad_norm
+        moved = look_ahead(optimizer, list(trained.values()), gradients, max_grad_norm=limit)
+        ahead = dict(zip(trained, (tensor.requires_grad_() for tensor in moved), strict=True))
+        held = self._held.batch(step, self._device)
+        student.eval()
+        with self._autocast():
+            logits = functional_call(student, ahead, kwargs=model_inputs(held)).logits
+        held_loss = task_loss(logits, held["labels"], self.learning.kind)
+        found = list(torch.autograd.grad(held_loss, list(ahead.values()), allow_unused=True, materialize_grads=True))
+        average(found)
+        return found
+
+    def add_influence(
+        self,
+        inputs: Mapping[str, Tensor],
+        trained: Mapping[str, nn.Parameter],
+        direction: Sequence[Tensor],
+        weight: float,
+    ) -> None:
+        """Add `weight` times I, along `direction`, to the teacher's gradients; both models answer in eval mode.
+
+        I = (g+ - g-) / 2 eps, with g+- the teacher's gradient while the student is at theta_S +- eps v and
+        eps = 0.01 / |v|. Since the teacher does not move in between, both differ in their gradient at its logits
+        only: one backward pass carries the difference. The gold labels' part cancels, so it is left out. The
+        student answers in fp32: half precision would round moves as small as these away.
+        """
+        student, teacher, learning = self.setting.student, self.teacher(), self.learning
+        norm = nn.utils.get_total_norm(list(direction))
+        # A vanishing direction moves nothing, and must not divide by nothing.
+        scale = REACH / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        student.eval()
+        teacher.eval()
+        answers = []
+        with torch.no_grad():
+            moves = [scale * v for v in direction]
+            for sign in (1, -1):
+                moved = {
+                    name: parameter + sign * move
+                    for (name, parameter), move in zip(trained.items(), moves, strict=True)
+                }
+                answers.append(functional_call(student, moved, kwargs=dict(inputs)).logits)
+        with self._autocast():
+            logits = teacher(**inputs).logits
+        leaf = logits.detach().float().requires_grad_()
+        above, below = (torch.autograd.grad(learning.agreement(leaf, answer), leaf)[0] for answer in answers)
+        slope = (above - below) * (learning.alpha_teacher * norm / (2 * REACH))
+        (logits.float() * slope * weight).sum().backward()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if not self._half:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=torch.bfloat16)
+
+    def end(self) -> None:
+        """Let go of the teacher that learned."""
+        self._teacher, self._optimizer, self._held, self._trained = None, None, None, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the teacher's weights and its optimizer; which rows are judged on follows from the step alone."""
+        assert self._optimizer is not None
+        return {"teacher": self.teacher().state_dict(), "optimizer": self._optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        assert self._optimizer is not None
+        self.teacher().load_state_dict(state["teacher"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+
+def split(rows: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
+    """Return (rows to train on, rows held out), drawn by the seed, each in the old order and neither empty.
+
+    Raises InputError for less than two rows.
+    """
+    if len(rows) < 2:
+        raise InputError(
+            f"of {len(rows)} training row(s) none can be held out", where="task.train_samples", hint="use 2 or more"
+        )
+    count = min(max(1, round(share * len(rows))), len(rows) - 1)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    return rows.select(sorted(order[count:])), rows.select(sorted(order[:count]))
+
+
+class HeldOut:
+    """Batches of the held-out rows without end, shuffled anew in every pass; this process's share of each."""
+
+    def __init__(self, rows: Dataset, setting: Setting) -> None:
+        loop, state = setting.loop, PartialState()
+        self.rows = rows.to_list()
+        self.collator = setting.collator
+        self.size = loop.batch_size
+        self.sampler = EpochSampler(rows["length"], self.size, seed=loop.seed, group=loop.group_by_length)
+        share = self.size // state.num_processes
+        self.part = slice(state.process_index * share, (state.process_index + 1) * share)
+        self._pass: int | None = None
+        self._order: list[int] = []
+
+    def batch(self, step: int, device: torch.device) -> dict[str, Tensor]:
+        """Return the batch for optimizer step `step`, whatever was asked for before."""
+        number, place = divmod(step, len(self.sampler) // self.size)
+        if number != self._pass:
+            self.sampler.set_epoch(number)
+            self._pass, self._order = number, list(self.sampler)
+        chosen = self._order[place * self.size : (place + 1) * self.size][self.part]
+        batch = self.collator([self.rows[i] for i in chosen])
+        if device.type == "cuda":
+            # From pinned memory the copy does not hold up the host.
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def look_ahead(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    gradients: Sequence[Tensor | None],
+    *,
+    max_grad_norm: float | None = None,
+) -> list[Tensor]:
+    """Return what AdamW's next step with `gradients` would make of `parameters`, and change nothing.
+
+    Every parameter goes by its group's settings and its own moments; before the first step these are zero. One
+    without a gradient stays. The gradients are clipped together to `max_grad_norm`, as the trainer does.
+    """
+    copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    for ahead, gradient in zip(copies, gradients, strict=True):
+        ahead.grad = None if gradient is None else gradient.clone()
+    if max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(copies, max_grad_norm)
+    of = {id(parameter): ahead for parameter, ahead in zip(parameters, copies, strict=True) if ahead.grad is not None}
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            chosen = [parameter for parameter in group["params"] if id(parameter) in of]
+            moments = [_moments(optimizer, parameter, group) for parameter in chosen]
+            adamw(
+                [of[id(parameter)] for parameter in chosen],
+                [of[id(parameter)].grad for parameter in chosen],  # type: ignore[misc]
+                [state["exp_avg"] for state in moments],
+                [state["exp_avg_sq"] for state in moments],
+                [state["max_exp_avg_sq"] for state in moments if group["amsgrad"]],
+                [state["step"] for state in moments],
+                foreach=group["foreach"],
+                capturable=group["capturable"],
+                fused=group["fused"],
+                amsgrad=group["amsgrad"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+            )
+    return [ahead.detach() for ahead in copies]
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+    """Return a copy of AdamW's memory of a parameter, or a blank one."""
+    if known := optimizer.state.get(parameter):
+        return {name: value.clone() for name, value in known.items()}
+    on_device = group["fused"] or group["capturable"]
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+    blank = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+    return {**blank, "step": step}
+
+
+def average(tensors: Sequence[Tensor | None]) -> None:
+    """Replace each tensor by its mean over all processes, in place and in one exchange."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    present = [tensor for tensor in tensors if tensor is not None]
+    flat = torch.cat([tensor.reshape(-1) for tensor in present])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for tensor, mean in zip(present, flat.split([tensor.numel() for tensor in present]), strict=True):
+        tensor.copy_(mean.view_as(tensor))

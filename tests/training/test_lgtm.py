@@ -1,0 +1,634 @@
+"""The teacher that learns: its influence against exact derivatives, and that nothing else moves by it."""
+
+import copy
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import NAMES, tiny
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from training.stages import batch_of, rows, setting, train
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+
+from kdcli.errors import InputError
+from kdcli.methods import registry
+from kdcli.methods.base import Context, Term
+from kdcli.models.forms import build_student
+from kdcli.models.shape import shape_of
+from kdcli.objectives.output import OutputObjective
+from kdcli.recipe.schema import OverparamSection, StudentSection
+from kdcli.tensors.parametrize import contract_model, overparameterise
+from kdcli.training.capture import model_inputs
+from kdcli.training.schemes.base import Setting
+from kdcli.training.schemes.lgtm import HeldOut, Learning, LGTMScheme, look_ahead, split
+
+CPU = torch.device("cpu")
+
+
+def pair(family: str = "bert", **extra: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Return a teacher of two blocks and a student of one, both without dropout."""
+    off = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    if family == "distilbert":
+        off = dict.fromkeys(("dropout", "attention_dropout", "seq_classif_dropout"), 0.0)
+    teacher = tiny(family, **off, **extra)
+    with torch.no_grad():
+        # Sharp opinions: between two teachers without any there is nothing to learn.
+        for name, parameter in teacher.named_parameters():
+            if name.startswith("classifier"):
+                parameter.mul_(4.0)
+    student = tiny(family, layers=1, seed=1, **off, **extra)
+    return teacher, student
+
+
+def adamw(student: PreTrainedModel, rate: float = 1e-3) -> torch.optim.AdamW:
+    """Return an optimizer with different settings for matrices and vectors, as the trainer's has."""
+    matrices = [p for p in student.parameters() if p.ndim > 1]
+    vectors = [p for p in student.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": vectors, "weight_decay": 0.0, "lr": 3 * rate, "betas": (0.8, 0.99), "eps": 1e-6},
+    ]
+    return torch.optim.AdamW(groups, lr=rate, fused=True)
+
+
+def begun(
+    teacher: PreTrainedModel, student: PreTrainedModel, learning: Learning, *, regression: bool = False, **loop: Any
+) -> tuple[LGTMScheme, Setting]:
+    scheme = LGTMScheme(learning)
+    place = setting(student, teacher, rows(32, regression=regression), **loop)
+    scheme.begin(place)
+    scheme.place(CPU)
+    return scheme, place
+
+
+def step_once(student: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:
+    """Give the optimizer some moments of its own."""
+    functional.cross_entropy(student(**model_inputs(batch)).logits, batch["labels"]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def distance(one: list[Tensor], other: list[Tensor]) -> float:
+    """Return |one - other| / |other| over all tensors together."""
+    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(one, other, strict=True))
+    return (difference / sum(float(b.double().square().sum()) for b in other)) ** 0.5
+
+
+def mutual(kind: str, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the student's share of the teacher's loss, differentiable by both, written down anew."""
+
+    def kl(teacher: Tensor, student: Tensor) -> Tensor:
+        mine, yours = (torch.softmax(logits / temperature, -1) for logits in (teacher, student))
+        return (yours * (yours.log() - mine.log())).sum(-1).mean()
+
+    return (lambda teacher, student: ((teacher - student) ** 2).mean()) if kind == "regression" else kl
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_influence_is_the_mixed_second_derivative_along_the_direction(family: str):
+    check_influence(family, "classification")
+
+
+@pytest.mark.parametrize("labels", [2, 5])
+def test_influence_is_exact_at_a_temperature_and_for_regression(labels: int):
+    check_influence("bert", "classification", temperature=2.0, labels=labels)
+    check_influence("bert", "regression", labels=1)
+
+
+def check_influence(family: str, kind: str, *, temperature: float = 1.0, labels: int = 2) -> None:
+    teacher, student = pair(family, labels=labels)
+    learning = Learning(kind=kind, alpha_teacher=0.4, temperature=temperature)
+    scheme, place = begun(teacher, student, learning, regression=kind == "regression")
+    inputs = model_inputs(batch_of(place))
+    trained = scheme.trained(adamw(student))
+    generator = torch.Generator().manual_seed(3)
+    direction = [torch.randn(p.shape, generator=generator) for p in trained.values()]
+    scheme.add_influence(inputs, trained, direction, -2.0)
+    learner = scheme.teacher()
+    found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in learner.parameters()]
+
+    # In double precision, by differentiating twice.
+    teacher, student = copy.deepcopy(teacher).double(), copy.deepcopy(student).double()
+    ours = [p for name, p in student.named_parameters() if name in trained]
+    with sdpa_kernel(SDPBackend.MATH):
+        both = 0.4 * mutual(kind, temperature)(teacher(**inputs).logits, student(**inputs).logits)
+        slopes = torch.autograd.grad(both, ours, create_graph=True, allow_unused=True)
+        along = sum((s * v).sum() for s, v in zip(slopes, direction, strict=True) if s is not None)
+        exact = torch.autograd.grad(along, list(teacher.parameters()), allow_unused=True, materialize_grads=True)
+    assert distance(found, [-2.0 * tensor for tensor in exact]) < 1e-2
+
+
+def test_the_finite_difference_converges_to_the_exact_derivative(monkeypatch: pytest.MonkeyPatch):
+    errors = []
+    for reach in (4.0, 1.0, 0.25):
+        monkeypatch.setattr("kdcli.training.schemes.lgtm.REACH", reach)
+        teacher, student = (model.double() for model in pair())
+        scheme, place = begun(teacher, student, Learning(alpha_teacher=1.0))
+        inputs = model_inputs(batch_of(place))
+        trained = scheme.trained(adamw(student))
+        generator = torch.Generator().manual_seed(3)
+        direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in trained.values()]
+        scheme.add_influence(inputs, trained, direction, 1.0)
+        found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in scheme.teacher().parameters()]
+        with sdpa_kernel(SDPBackend.MATH):
+            both = mutual("classification", 1.0)(
+                teacher.requires_grad_(True)(**inputs).logits, student(**inputs).logits
+            )
+            slopes = torch.autograd.grad(both, list(trained.values()), create_graph=True, allow_unused=True)
+            along = sum((s * v).sum() for s, v in zip(slopes, direction, strict=True) if s is not None)
+            exact = torch.autograd.grad(along, list(teacher.parameters()), allow_unused=True, materialize_grads=True)
+        errors.append(distance(found, list(exact)))
+    # A central difference is of second order: a quarter of the reach, a sixteenth of the error.
+    assert errors[0] / errors[1] == pytest.approx(16, rel=0.35)
+    assert errors[1] / errors[2] == pytest.approx(16, rel=0.35)
+
+
+def test_a_teacher_that_ignores_the_student_has_no_influence():
+    teacher, student = pair()
+    scheme, place = begun(teacher, student, Learning(alpha_teacher=0.0))
+    trained = scheme.trained(adamw(student))
+    scheme.add_influence(model_inputs(batch_of(place)), trained, [torch.randn_like(p) for p in trained.values()], -1.0)
+    assert all(p.grad is None or not p.grad.any() for p in scheme.teacher().parameters())
+
+
+def test_a_direction_of_zeros_has_no_influence_and_is_no_division_by_zero():
+    teacher, student = pair()
+    scheme, place = begun(teacher, student, Learning())
+    trained = scheme.trained(adamw(student))
+    scheme.add_influence(model_inputs(batch_of(place)), trained, [torch.zeros_like(p) for p in trained.values()], -1.0)
+    assert all(p.grad is None or not p.grad.any() for p in scheme.teacher().parameters())
+
+
+def test_a_teacher_that_follows_its_influence_pulls_the_student_towards_the_direction():
+    teacher, student = pair()
+    scheme, place = begun(teacher, student, Learning(alpha_teacher=1.0))
+    batch = batch_of(place)
+    inputs = model_inputs(batch)
+    trained = scheme.trained(adamw(student))
+
+    def pull(direction: list[Tensor]) -> float:
+        target = scheme.teacher()(**inputs).logits.detach()
+        loss = functional.kl_div(
+            student(**inputs).logits.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True
+        )
+        slopes = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        return sum(float((s * v).sum()) for s, v in zip(slopes, direction, strict=True) if s is not None)
+
+    held = functional.cross_entropy(student(**inputs).logits, batch["labels"])
+    direction = list(torch.autograd.grad(held, list(trained.values()), allow_unused=True, materialize_grads=True))
+    before = pull(direction)
+    # The weight is negative in training, and a descent: together the teacher goes along I.
+    scheme.add_influence(inputs, trained, direction, -1.0)
+    with torch.no_grad():
+        norm = sum(float(p.grad.square().sum()) for p in scheme.teacher().parameters() if p.grad is not None) ** 0.5
+        for parameter in scheme.teacher().parameters():
+            if parameter.grad is not None:
+                parameter -= 0.05 * parameter.grad / norm
+    assert pull(direction) > before + 1e-4
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 3])
+@pytest.mark.parametrize("fused", [True, False])
+def test_looking_ahead_gives_what_adamw_then_does_and_changes_nothing(steps_before: int, fused: bool):
+    _, student = pair()
+    optimizer = adamw(student)
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+    batch = batch_of(setting(student, None, rows(16)))
+    for _ in range(steps_before):
+        step_once(student, optimizer, batch)
+    parameters = list(student.parameters())
+    generator = torch.Generator().manual_seed(0)
+    gradients: list[Tensor | None] = [torch.randn(p.shape, generator=generator) for p in parameters]
+    gradients[2] = None
+    before = copy.deepcopy([p.detach() for p in parameters])
+    memory = copy.deepcopy(optimizer.state_dict())
+    ahead = look_ahead(optimizer, parameters, gradients, max_grad_norm=1.0)
+
+    assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
+    assert all(p.grad is None for p in parameters)
+    now = optimizer.state_dict()
+    assert now["param_groups"] == memory["param_groups"] and now["state"].keys() == memory["state"].keys()
+    for number, entry in memory["state"].items():
+        assert all(torch.equal(now["state"][number][name], value) for name, value in entry.items())
+
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    for moved, parameter in zip(ahead, parameters, strict=True):
+        torch.testing.assert_close(moved, parameter.detach(), atol=1e-7, rtol=1e-6)
+    assert torch.equal(ahead[2], before[2])
+    assert not torch.equal(ahead[3], before[3])
+
+
+def test_looking_ahead_by_hand():
+    parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.5)
+    # The first step goes by the sign: both corrected moments are those of this gradient alone.
+    (ahead,) = look_ahead(optimizer, [parameter], [torch.tensor([4.0, -3.0])])
+    torch.testing.assert_close(ahead, torch.tensor([1.0 * 0.95 - 0.1, -2.0 * 0.95 + 0.1]))
+
+
+def reference(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    held: dict[str, Tensor],
+    learning: Learning,
+    rate: float,
+) -> list[Tensor]:
+    """Return the teacher's gradient as the paper's steps make it, with whole models copied and moved."""
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        p, q = torch.softmax(b / learning.temperature, -1), torch.softmax(a / learning.temperature, -1)
+        return (p * (p.log() - q.log())).sum(-1).mean()
+
+    def teacher_gradient(student: PreTrainedModel) -> list[Tensor]:
+        own, other = teacher(**model_inputs(batch)).logits, student(**model_inputs(batch)).logits.detach()
+        gold = functional.cross_entropy(own, batch["labels"])
+        loss = learning.alpha_teacher * kl(own, other) + (1 - learning.alpha_teacher) * gold
+        parameters = list(teacher.parameters())
+        return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+
+    teacher, student, ahead = copy.deepcopy(teacher), copy.deepcopy(student), copy.deepcopy(student)
+    teacher.requires_grad_(True)
+    own = teacher_gradient(student)
+    mover = adamw(ahead)
+    mover.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    z_t, z_s = teacher(**model_inputs(batch)).logits.detach(), ahead(**model_inputs(batch)).logits
+    gold = functional.cross_entropy(z_s, batch["labels"])
+    (learning.alpha_student * kl(z_s, z_t) + (1 - learning.alpha_student) * gold).backward()
+    nn.utils.clip_grad_norm_(ahead.parameters(), 1.0)
+    mover.step()
+    mover.zero_grad()
+    functional.cross_entropy(ahead(**model_inputs(held)).logits, held["labels"]).backward()
+    v = [p.grad if p.grad is not None else torch.zeros_like(p) for p in ahead.parameters()]
+    eps = 0.01 / float(torch.cat([x.flatten() for x in v]).norm())
+    sides = []
+    for sign in (1, -1):
+        moved = copy.deepcopy(student)
+        with torch.no_grad():
+            for parameter, x in zip(moved.parameters(), v, strict=True):
+                parameter += sign * eps * x
+        sides.append(teacher_gradient(moved))
+    return [g - rate * (up - down) / (2 * eps) for g, up, down in zip(own, *sides, strict=True)]
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.7])
+def test_a_whole_step_of_the_teacher_follows_the_paper(alpha: float):
+    teacher, student = pair()
+    # A rate far too high, so that the influence counts for as much as the teacher's own gradient.
+    learning = Learning(alpha_student=alpha, alpha_teacher=0.6, temperature=1.5, learning_rate=30.0)
+    scheme, place = begun(teacher, student, learning, max_grad_norm=1.0, warmup=0.0)
+    optimizer = adamw(student)
+    step_once(student, optimizer, batch_of(place))
+    batch = batch_of(place, first=8)
+    held = scheme._held.batch(2, CPU)
+    rate = scheme.teacher_rate(2)
+    expected = reference(teacher, student, optimizer, batch, held, learning, rate)
+    plain = reference(teacher, student, optimizer, batch, held, learning, 0.0)
+    assert distance(plain, expected) > 0.1
+    total = float(torch.cat([g.flatten() for g in expected]).norm())
+    expected = [g * min(1.0, 1.0 / total) for g in expected]
+    twin = copy.deepcopy(teacher).requires_grad_(True)
+    mover = torch.optim.AdamW(twin.parameters(), lr=rate, weight_decay=0.0)
+    heard: list[Tensor] = []
+
+    def listen(optimizer: Any, args: Any, kwargs: Any) -> None:
+        learner = scheme.teacher().parameters()
+        heard.extend(p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in learner)
+
+    scheme._optimizer.register_step_pre_hook(listen)
+    scheme.before_step(2, batch, optimizer)
+    assert distance(heard, expected) < 5e-3
+    for parameter, gradient in zip(twin.parameters(), heard, strict=True):
+        parameter.grad = gradient
+    mover.step()
+    for ours, theirs in zip(scheme.teacher().parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_without_influence_the_teacher_follows_labels_and_student_alone_and_sees_all_rows():
+    teacher, student = pair()
+    learning = Learning(alpha_teacher=0.6, influence=False, learning_rate=30.0)
+    scheme = LGTMScheme(learning)
+    place = setting(student, teacher, rows(32))
+    assert len(scheme.begin(place)) == 32
+    scheme.place(CPU)
+    batch, optimizer = batch_of(place), adamw(student)
+    expected = reference(teacher, student, optimizer, batch, batch, learning, 0.0)
+    expected = [g / max(1.0, float(torch.cat([x.flatten() for x in expected]).norm())) for g in expected]
+    heard: list[Tensor] = []
+    scheme._optimizer.register_step_pre_hook(
+        lambda *_: heard.extend(
+            p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in scheme.teacher().parameters()
+        )
+    )
+    scheme.before_step(0, batch, optimizer)
+    assert distance(heard, expected) < 1e-4
+
+
+def forms() -> dict[str, Callable[[PreTrainedModel], PreTrainedModel]]:
+    def low_rank(teacher: PreTrainedModel) -> PreTrainedModel:
+        return build_student(teacher, StudentSection(form="low-rank", rank=8), seed=0).model
+
+    def chained(teacher: PreTrainedModel) -> PreTrainedModel:
+        student = build_student(teacher, StudentSection(form="depth", layers=1), seed=0).model
+        overparameterise(student, OverparamSection(length=1))
+        return student
+
+    def narrow(teacher: PreTrainedModel) -> PreTrainedModel:
+        return build_student(teacher, StudentSection(form="width", hidden_size=16, heads=4, layers=1), seed=0).model
+
+    return {"low-rank": low_rank, "chained": chained, "narrow": narrow}
+
+
+@pytest.mark.parametrize("form", forms())
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "distilbert"])
+def test_the_teachers_step_leaves_the_student_and_its_optimizer_bit_by_bit_as_they_were(form: str, family: str):
+    teacher = tiny(family, layers=2)
+    student = forms()[form](teacher)
+    given = copy.deepcopy(teacher.state_dict())
+    scheme, place = begun(teacher, student, Learning(learning_rate=1e-2))
+    optimizer, batch = adamw(student), batch_of(place)
+    step_once(student, optimizer, batch)
+    before, memory = copy.deepcopy(student.state_dict()), copy.deepcopy(optimizer.state_dict())
+    student.eval()
+    answer = student(**model_inputs(batch)).logits.detach()
+    scheme.before_step(0, batch, optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert all(
+        torch.equal(optimizer.state_dict()["state"][number][name], value)
+        for number, entry in memory["state"].items()
+        for name, value in entry.items()
+    )
+    assert all(p.grad is None and p.requires_grad and isinstance(p, nn.Parameter) for p in student.parameters())
+    assert student.training and not scheme.teacher().training
+    student.eval()
+    assert torch.equal(student(**model_inputs(batch)).logits, answer)
+    moved = scheme.teacher().state_dict()
+    assert any(not torch.equal(moved[name], value) for name, value in given.items())
+    assert all(torch.equal(value, given[name]) for name, value in teacher.state_dict().items())
+    assert all(p.grad is None for p in [*teacher.parameters(), *scheme.teacher().parameters()])
+
+
+def test_what_is_moved_for_a_chained_student_are_its_tensors():
+    teacher = tiny("bert", layers=2)
+    student = forms()["chained"](teacher)
+    scheme, place = begun(teacher, student, Learning())
+    trained = scheme.trained(adamw(student))
+    assert sum(".parametrizations." in name for name in trained) == 6 * 3
+    assert not any(name.endswith("query.weight") for name in trained)
+    inputs = model_inputs(batch_of(place))
+    name = next(name for name in trained if ".parametrizations." in name)
+    with torch.no_grad():
+        moved = functional_call(student, {**trained, name: trained[name] * 1.5}, kwargs=inputs).logits
+        assert not torch.allclose(moved, student(**inputs).logits, atol=1e-4)
+
+
+def test_held_out_rows_are_training_rows_that_nobody_trains_on():
+    everything = rows(200)
+    kept, held = split(everything, 0.05, seed=3)
+    assert (len(kept), len(held)) == (190, 10)
+    assert sorted([*kept["index"], *held["index"]]) == list(range(200))
+    assert kept["index"] == sorted(kept["index"])
+    by_index = {row["index"]: row["input_ids"] for row in everything}
+    assert all(row["input_ids"] == by_index[row["index"]] for row in held)
+    assert split(everything, 0.05, seed=3)[1]["index"] == held["index"]
+    assert split(everything, 0.05, seed=4)[1]["index"] != held["index"]
+    assert [len(part) for part in split(rows(2), 0.05, seed=0)] == [1, 1]
+    assert [len(part) for part in split(rows(2), 0.5, seed=0)] == [1, 1]
+    with pytest.raises(InputError, match="none can be held out"):
+        split(rows(1), 0.05, seed=0)
+
+
+def test_the_validation_rows_are_never_touched(tmp_path: Path):
+    # The setting has no task at all, so the only rows there are are those of the training set.
+    teacher, student = pair()
+    scheme = LGTMScheme(Learning(held_out=0.2))
+    place = setting(student, teacher, rows(40))
+    assert place.task is None
+    seen: set[int] = set()
+
+    class Listening(OutputObjective):
+        def forward(self, student: Any, teacher: Any, batch: Any) -> Tensor:
+            seen.update(batch["index"].tolist())
+            return super().forward(student, teacher, batch)
+
+    train(scheme, place, [Term("output", Listening())], tmp_path)
+    held = {row["index"] for row in scheme._held.rows}
+    assert len(held) == 8 and seen and not held & seen
+    assert held | seen <= set(range(40))
+    scheme.end()
+    assert scheme.teacher() is teacher
+
+
+def test_held_out_batches_follow_from_the_step_alone_and_visit_every_row():
+    place = setting(tiny("bert"), None, rows(40), batch_size=4)
+    held = HeldOut(rows(10), place)
+    first = [held.batch(step, CPU)["index"].tolist() for step in range(9)]
+    assert [HeldOut(rows(10), place).batch(step, CPU)["index"].tolist() for step in (7, 2)] == [first[7], first[2]]
+    assert held.batch(0, CPU)["index"].tolist() == first[0]
+    for start in (0, 3, 6):
+        assert {index for batch in first[start : start + 3] for index in batch} == set(range(10))
+    assert first[:3] != first[3:6]
+    assert all(len(batch) == 4 for batch in first)
+    assert len(HeldOut(rows(1), place).batch(5, CPU)["index"]) == 4
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.25])
+def test_the_teachers_learning_rate_follows_a_linear_schedule(warmup: float):
+    teacher, student = pair()
+    scheme, _ = begun(teacher, student, Learning(learning_rate=2e-4), warmup=warmup, max_steps=40)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2e-4)
+    schedule = get_linear_schedule_with_warmup(optimizer, int(warmup * 40), 40)
+    for step in range(40):
+        assert scheme.teacher_rate(step) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+
+
+def test_a_resumed_training_ends_with_the_same_teacher_and_student(tmp_path: Path):
+    class Stopping(LGTMScheme):
+        def before_step(self, step: int, batch: Any, optimizer: Any) -> None:
+            super().before_step(step, batch, optimizer)
+            if step == 5:
+                raise KeyboardInterrupt
+
+    def run(folder: Path, *, interrupted: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        teacher, student = tiny("bert"), tiny("bert", layers=1, seed=1)
+        learning = Learning(learning_rate=1e-3, held_out=0.2)
+        place = setting(student, teacher, rows(), eval_every=2, max_steps=8)
+        terms = [Term("output", OutputObjective(scale=False))]
+        torch.manual_seed(7)
+        if interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                train(Stopping(learning), place, terms, folder)
+            torch.manual_seed(8)
+            for parameter in student.parameters():
+                parameter.detach().zero_()
+        scheme = LGTMScheme(learning)
+        train(scheme, place, terms, folder, resume=interrupted)
+        assert not torch.equal(scheme.teacher().classifier.weight, teacher.classifier.weight)
+        return scheme.teacher().state_dict(), student.state_dict()
+
+    whole, resumed = run(tmp_path / "whole", interrupted=False), run(tmp_path / "resumed", interrupted=True)
+    for one, other in zip(whole, resumed, strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_chained_student_trains_on_regression_and_contracts(tmp_path: Path):
+    teacher = tiny("bert", labels=1)
+    student = forms()["chained"](teacher)
+    scheme = LGTMScheme(Learning(kind="regression", learning_rate=1e-3))
+    place = setting(student, teacher, rows(regression=True), precision="bf16")
+    train(scheme, place, [Term("output", OutputObjective("regression"))], tmp_path)
+    learned = scheme.teacher().state_dict()
+    assert all(bool(value.isfinite().all()) for value in [*learned.values(), *student.state_dict().values()])
+    assert any(not torch.equal(value, learned[name]) for name, value in teacher.state_dict().items())
+    scheme.end()
+    assert contract_model(student).max_abs_difference < 1e-4
+
+
+def test_accumulated_steps_and_black_boxes_are_refused():
+    teacher, student = pair()
+    with pytest.raises(InputError, match="whole optimizer step") as error:
+        LGTMScheme(Learning()).begin(setting(student, teacher, rows(8), gradient_accumulation=2))
+    assert error.value.where == "train.gradient_accumulation" and "1" in str(error.value.hint)
+    with pytest.raises(InputError, match="needs the model"):
+        LGTMScheme(Learning()).begin(setting(student, None, rows(8)))
+
+
+def test_the_user_is_told_how_many_rows_are_held_out():
+    teacher, student = pair()
+    heard = io.StringIO()
+    scheme = LGTMScheme(Learning())
+    scheme.begin(replace(setting(student, teacher, rows(40)), console=Console(file=heard, width=200)))
+    assert "2 of 40 training rows are held out" in heard.getvalue()
+
+
+def context(kind: str = "classification") -> Context:
+    teacher, student = tiny("bert"), tiny("bert", layers=1)
+    return Context(shape_of(teacher.config), shape_of(student.config), "depth", kind, 2, [])
+
+
+def test_the_preset_follows_the_paper():
+    method = registry.get("lgtm")
+    options = method.options()
+    method.check(options, context())
+    (stage,) = method.build(options, context())
+    assert {term.name: term.weight for term in stage.terms} == {"output": 1.0, "task": 0.0}
+    assert stage.terms[0].objective.scale is False
+    assert stage.scheme.learning == Learning("classification", 1.0, 0.4, 1.0, 3e-5, True, 0.05)
+    assert not stage.scheme.teacher_is_fixed
+    assert method.train["weight_decay"] == 0.0
+    assert method.kinds == {"classification", "regression"}
+
+
+def test_options_without_an_effect_are_refused():
+    method = registry.get("lgtm")
+    with pytest.raises(InputError, match="alpha_teacher = 0"):
+        method.check(method.options(alpha_teacher=0.0), context())
+    method.check(method.options(alpha_teacher=0.0, influence=False), context())
+    with pytest.raises(InputError, match="no row is held out"):
+        method.check(method.options(influence=False, held_out=0.1), context())
+    for values in ({"held_out": 0.0}, {"held_out": 0.9}, {"alpha_student": 0.0}, {"teacher_learning_rate": 0.0}):
+        with pytest.raises(ValueError):
+            method.options(**values)
+
+
+RECIPE = """
+[method]
+name = "lgtm"
+teacher_learning_rate = 1e-3
+
+[task]
+name = "reviews"
+train_samples = 96
+validation_samples = 32
+
+[teacher]
+model = "teacher"
+finetune = false
+
+[student]
+layers = 1
+
+[train]
+max_steps = 6
+batch_size = 16
+learning_rate = 1e-3
+precision = "fp32"
+eval_every = 3
+"""
+
+
+def folder_with_recipe(folder: Path) -> Path:
+    from kdcli.models.save import save_model
+    from kdcli.models.scratch import train_tokenizer
+    from kdcli.tasks.synthetic import LABELS, reviews
+
+    words = train_tokenizer(reviews()["train"]["text"], 300)
+    names = dict(enumerate(LABELS))
+    teacher = tiny(
+        "bert",
+        vocab_size=len(words),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        id2label=names,
+        label2id={name: number for number, name in names.items()},
+    )
+    (folder / "teacher").mkdir()
+    save_model(teacher, folder / "teacher", words)
+    (folder / "recipe.toml").write_text(RECIPE)
+    return folder
+
+
+def distill(folder: Path, name: str, *launcher: str, extra: tuple[str, ...] = ()) -> tuple[Any, dict[str, Tensor]]:
+    command = [sys.executable, *launcher, "-m", "kdcli", "distill", "recipe.toml", "--json", "--set", f"name={name}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, *extra], cwd=folder, capture_output=True, text=True, timeout=280, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    weights = load_file(folder / "runs" / name / "student" / "model.safetensors")
+    return json.loads(result.stdout), weights
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_one_and_the_reported_teacher_is_the_given(tmp_path: Path):
+    folder = folder_with_recipe(tmp_path)
+    document, one = distill(folder, "one")
+    assert document["teacher_path"] == str(folder / "teacher") or Path(document["teacher_path"]).name == "teacher"
+    two = distill(folder, "two", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531")[1]
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], atol=5e-5, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}")
+    fixed = distill(folder, "fixed", extra=("--set", "method.teacher_learning_rate=1e-12"))[1]
+    assert any(not torch.equal(fixed[key], one[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_a_recipe_with_lgtm_and_chains_gives_a_plain_student(tmp_path: Path):
+    folder = folder_with_recipe(tmp_path)
+    document, _ = distill(folder, "chained", extra=("--set", "overparam.length=1"))
+    assert document["status"] == "done"
+    assert document["contraction"]["max_abs_difference"] < 1e-4
+    command = [sys.executable, "-m", "kdcli", "distill", "recipe.toml", "--set", "train.gradient_accumulation=2"]
+    refused = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+    assert refused.returncode == 2
+    assert "gradient_accumulation" in refused.stderr
