@@ -34,6 +34,7 @@ from kdcli.models.shape import shape_of
 from kdcli.objectives.base import Wants
 from kdcli.objectives.tensor import TensorObjective
 from kdcli.recipe.schema import OverparamSection, Recipe, StudentSection
+from kdcli.tasks.augment import augment_task, check_augment
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import encode_task
 from kdcli.tasks.load import load_task
@@ -210,6 +211,8 @@ def run_distill(
             )
         )
         head = head_needed(resolved, task)
+        if recipe.task.augment is not None:
+            check_augment(recipe.task.augment, resolved.base)
         set_seed(recipe.seed)
         with _timed(seconds, "teacher"):
             teacher = make_teacher(
@@ -225,6 +228,9 @@ def run_distill(
             teacher_scores = {} if task.kind == "text" else _scores(teacher.model, teacher.tokenizer, task, resolved)
         if teacher_scores:
             _warn_of_chance(teacher_scores, task, console)
+        if recipe.task.augment is not None:
+            with _timed(seconds, "augment"):
+                task = augment_task(task, recipe, base=resolved.base, console=console)
         road = _Road(task, resolved, run, console, seconds, resume=resume)
         made, nearest = None, teacher
         if recipe.assistant is not None:

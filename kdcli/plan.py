@@ -11,6 +11,7 @@ from kdcli.models.forms import build_student
 from kdcli.models.shape import shape_of
 from kdcli.pipeline import Resolved, context_of, head_needed, resolve, stage_loop
 from kdcli.recipe.schema import Recipe
+from kdcli.tasks.augment import check_augment
 from kdcli.tasks.load import load_task
 from kdcli.tasks.text import pack
 from kdcli.tensors.parametrize import overparameterise, teacher_factors
@@ -97,6 +98,10 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
     stages = resolved.method.build(resolved.options, context)
     packed = task.kind == "text"
     examples = len(pack(task.train["text"], tokenizer, recipe.task.max_length)) if packed else len(task.train)
+    if (augment := recipe.task.augment) is not None:
+        # At most: a row of few words may not give so many different copies.
+        check_augment(augment, base)
+        examples *= 1 + augment.copies
     total = resolved.loop.steps(examples)
     rows = []
     for stage in stages:
@@ -117,7 +122,7 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
                 "name": task.name,
                 "kind": task.kind,
                 "sizes": {
-                    ("train blocks" if packed else "train"): examples,
+                    ("train blocks" if packed else "train" if augment is None else "train with copies"): examples,
                     "selection": len(task.selection),
                     **{name: len(rows_) for name, rows_ in task.report.items()},
                 },

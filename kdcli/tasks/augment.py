@@ -1,0 +1,405 @@
+"""Further training rows: copies in which a masked language model replaced words (data augmentation of TinyBERT).
+
+Every word of a sentence is masked once by itself, the sentence's other words in place, and the model's most likely
+words there become its candidates. A copy replaces each word with some probability by one of its candidates.
+A word of several word-pieces gives way to one single mask. (TinyBERT takes the nearest GloVe vectors there; kdcli
+ships none: they are a download as large as the model, for one language, and the mask asks for the same thing.)
+Copies keep their row's label, right or wrong after the change: what a student learns from them is what its teacher
+says about them. The teacher itself is never fine-tuned on copies.
+Source: Jiao et al. 2020 (TinyBERT), algorithm 1; methods 9.
+"""
+
+import contextlib
+import hashlib
+import json
+import random
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from kdcli.errors import InputError, RunError
+from kdcli.files import cache_dir, fingerprint, write_bytes
+from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer
+from kdcli.objectives.base import Wants
+from kdcli.recipe.schema import AugmentSection, Recipe
+from kdcli.tasks.base import Task
+from kdcli.tasks.encode import Collator
+from kdcli.training.capture import Capture
+from kdcli.training.distributed import agree, main_does
+from kdcli.training.hashing import hash_of_weights
+from kdcli.training.teacher import resolve_source
+from kdcli.training.trainer import resolve_precision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WHERE = "task.augment.model"
+FIELDS = ("text", "text_pair")
+
+CHUNK = 256
+"""Sentences a file of the cache: what an interruption costs at most."""
+
+TRIES = 10
+"""How often a copy is drawn before it is given up: each must differ from its row and from the row's other copies."""
+
+NONE = -1
+
+_WORD = re.compile("(?<![a0'])a+(?:'a+)*(?!'?[a0])")
+
+
+def words_of(text: str) -> list[tuple[int, int]]:
+    """Return where the words of `text` begin and end: runs of letters, with apostrophes inside ("don't").
+
+    What is joined to a digit, an underscore or an apostrophe before it ("3d", "'s") is none; nor are the letters of
+    Chinese, Japanese and Korean, where spaces do not tell words.
+    """
+    return [match.span() for match in _WORD.finditer("".join(map(_kind, text)))]
+
+
+def _kind(character: str) -> str:
+    if character in "'’":
+        return "'"
+    category = unicodedata.category(character)
+    if category[0] in "LM":
+        return " " if unicodedata.east_asian_width(character) in "WF" else "a"
+    return "0" if category[0] == "N" or category == "Pc" else " "
+
+
+class Vocabulary:
+    """The whole words among a tokenizer's tokens: no special tokens, pieces of words, numbers or punctuation.
+
+    spaced, tight: (vocabulary,) bool, the tokens that are a whole word after white space, and elsewhere (at the
+    beginning, after punctuation). A byte-level tokenizer has two tokens for a word: with the space and without it.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        size = len(tokenizer)
+        special = set(tokenizer.all_special_ids)
+        self.texts = [tokenizer.decode([i]).strip() for i in range(size)]
+        plain = [i for i, text in enumerate(self.texts) if i not in special and words_of(text) == [(0, len(text))]]
+        if not plain:
+            raise InputError("the tokenizer has no token that is a whole word", where=WHERE)
+        after = tokenizer([f" {self.texts[i]}" for i in plain], add_special_tokens=False)["input_ids"]
+        alone = tokenizer([self.texts[i] for i in plain], add_special_tokens=False)["input_ids"]
+        self.spaced, self.tight = torch.zeros(2, size, dtype=torch.bool)
+        self.same: dict[str, list[int]] = {}
+        for i, with_space, without in zip(plain, after, alone, strict=True):
+            self.spaced[i] = with_space == [i]
+            # "ing" without a space is a token, too; that it is none with a space tells that it is no word.
+            self.tight[i] = without == [i] and len(with_space) == 1
+            self.same.setdefault(self.texts[i].casefold(), []).append(i)
+        self.knows_case = tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]
+
+    def spell(self, token: int, word: str) -> str:
+        """Return a token's text in place of `word`, with its capital where the tokenizer knows none."""
+        text = self.texts[token]
+        return text[:1].upper() + text[1:] if not self.knows_case and word[:1].isupper() else text
+
+
+@dataclass
+class Suggester:
+    """A masked language model that says what else could stand in place of each word of a sentence.
+
+    max_length: tokens of a sentence that are read; words after them have no candidates.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: Any
+    top_k: int
+    batch_size: int
+    max_length: int
+    precision: str
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.vocabulary = Vocabulary(self.tokenizer)
+        self.mask = self.tokenizer.mask_token
+        self.max_length = min(self.max_length, self.tokenizer.model_max_length, _positions(self.model))
+        self.folder = (
+            cache_dir()
+            / "augment"
+            / fingerprint(
+                {
+                    "weights": hash_of_weights(self.model),
+                    "tokenizer": _identity(self.tokenizer),
+                    "top_k": self.top_k,
+                    "max_length": self.max_length,
+                    "precision": self.precision,
+                    "format": 1,
+                }
+            )
+        )
+
+    def path(self, sentences: list[str]) -> Path:
+        """Return the file that keeps the candidates for these sentences, in this order."""
+        return self.folder / f"{fingerprint(sentences)}.safetensors"
+
+    def kept(self, sentences: list[str]) -> Tensor | None:
+        """Return the candidates that the cache holds for these sentences, or None."""
+        try:
+            found = safetensors.torch.load_file(self.path(sentences))["candidates"]
+        except (OSError, KeyError, safetensors.SafetensorError):
+            return None
+        return found if found.shape == (sum(len(words_of(text)) for text in sentences), self.top_k) else None
+
+    def ask(self, sentences: list[str]) -> Tensor:
+        """Return (words, top_k) token ids, the likeliest first, -1 where there are no more; int32.
+
+        Rows are the words of the first sentence, then those of the second, and so on. What the cache holds is not
+        asked again, and what is asked goes into the cache.
+        """
+        if (found := self.kept(sentences)) is not None:
+            return found
+        candidates = self._candidates(sentences)
+        # The cache only saves time: a full or read-only disk must not end the run.
+        with contextlib.suppress(OSError):
+            write_bytes(self.path(sentences), safetensors.torch.save({"candidates": candidates}))
+        return candidates
+
+    @torch.inference_mode()
+    def _candidates(self, sentences: list[str]) -> Tensor:
+        places = [(text, start, end) for text in sentences for start, end in words_of(text)]
+        candidates = torch.full((len(places), self.top_k), NONE, dtype=torch.int32)
+        if not places:
+            return candidates
+        encoded = self.tokenizer(
+            [text[:start] + self.mask + text[end:] for text, start, end in places],
+            truncation=True,
+            max_length=self.max_length,
+        )
+        rows = []
+        for number, (text, start, _) in enumerate(places):
+            ids = encoded["input_ids"][number]
+            masks = [i for i, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
+            # A text may hold masks of its own.
+            before = text[:start].count(self.mask)
+            if before < len(masks):
+                names = ("input_ids", "attention_mask", "token_type_ids")
+                row = {name: encoded[name][number] for name in names if name in encoded}
+                rows.append({**row, "index": number, "labels": 0, "mask": masks[before]})
+        rows.sort(key=lambda row: -len(row["input_ids"]))
+        self.model.to(self.device)  # type: ignore[arg-type]
+        collator, capture = Collator(self.tokenizer), Capture(self.model, Wants(logits=True))
+        try:
+            for start in range(0, len(rows), self.batch_size):
+                part = rows[start : start + self.batch_size]
+                numbers = [row["index"] for row in part]
+                best = self._best(capture, collator(part), part, [places[number] for number in numbers])
+                candidates[numbers, : best.shape[1]] = best
+        finally:
+            capture.close()
+        return candidates
+
+    def _best(
+        self, capture: Capture, batch: dict[str, Tensor], rows: list[dict[str, Any]], places: list[tuple[str, int, int]]
+    ) -> Tensor:
+        width = batch["input_ids"].shape[1]
+        batch["masked_positions"] = torch.tensor([i * width + row["mask"] for i, row in enumerate(rows)])
+        batch = {name: values.to(self.device) for name, values in batch.items()}
+        with capture, torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = capture.run(batch).logits
+        assert logits is not None
+        words = self.vocabulary
+        # A model's table may have more rows than the tokenizer has tokens.
+        scores = logits.float()[:, : len(words.texts)]
+        spaced = torch.tensor([start > 0 and text[start - 1].isspace() for text, start, _ in places])
+        allowed = torch.where(spaced[:, None], words.spaced, words.tight)
+        for i, (text, start, end) in enumerate(places):
+            allowed[i, words.same.get(text[start:end].casefold(), [])] = False
+        scores = scores.masked_fill(~allowed.to(self.device), -torch.inf)
+        values, best = scores.topk(min(self.top_k, scores.shape[1]))
+        return torch.where(values > -torch.inf, best, NONE).to("cpu", torch.int32)
+
+
+def _positions(model: "PreTrainedModel") -> int:
+    """Return how many tokens a model has positions for."""
+    config = model.config
+    skipped = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
+    return config.max_position_embeddings - skipped
+
+
+def _identity(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    # What an earlier call cut or padded to is part of neither.
+    return fingerprint({key: value for key, value in parts.items() if key not in ("truncation", "padding")})
+
+
+def check_augment(section: AugmentSection, base: Path) -> str:
+    """Return the folder or hub name of the model. Reads no weights.
+
+    Raises InputError when there is no such model, or it has no masked-LM head, or its tokenizer no mask.
+    """
+    source = resolve_source(section.model, base)
+    try:
+        headed, tokenizer = has_head(source, "masked-lm"), load_tokenizer(source)
+    except InputError as error:
+        raise InputError(error.message, where=WHERE, hint=error.hint) from error
+    if not headed:
+        raise InputError(
+            f"{section.model} has no masked-LM head: it cannot say which words could stand somewhere",
+            where=WHERE,
+            hint="name a masked language model, such as google-bert/bert-base-uncased",
+        )
+    if tokenizer.mask_token_id is None:
+        raise InputError(f"the tokenizer of {section.model} has no mask token", where=WHERE)
+    return source
+
+
+def augment_task(task: Task, recipe: Recipe, *, base: Path, console: Console) -> Task:
+    """Return `task` with copies behind its training rows, and what was made in its description.
+
+    base: the folder that relative paths start from. In a run over several processes the main one asks the model,
+    and the others read what it kept.
+    Raises InputError where `check_augment` does, and when no row has a word that can be replaced.
+    """
+    section = recipe.task.augment
+    assert section is not None
+    source = check_augment(section, base)
+    model, tokenizer = load_model(source, task="masked-lm"), load_tokenizer(source)
+    try:
+        check_tokenizer(model, tokenizer)
+    except InputError as error:
+        raise InputError(error.message, where=WHERE, hint=error.hint) from error
+    on_cpu = recipe.train.device == "cpu" or not torch.cuda.is_available()
+    suggester = Suggester(
+        model,
+        tokenizer,
+        top_k=section.top_k,
+        batch_size=section.batch_size,
+        max_length=recipe.task.max_length,
+        precision=resolve_precision(recipe.train.precision, recipe.train.device),
+        device=torch.device("cpu") if on_cpu else PartialState().device,
+    )
+    fields = [name for name in FIELDS if name in task.train.column_names]
+    sentences = list(dict.fromkeys(text for name in fields for text in task.train[name]))
+    main_does(lambda: _fill_cache(suggester, sentences, section.model, console))
+    candidates: dict[str, Tensor] = {}
+    digest = hashlib.sha256()
+    for chunk in _chunks(sentences):
+        found = suggester.ask(chunk)
+        digest.update(found.numpy().tobytes())
+        candidates.update(_by_sentence(chunk, found))
+    if agree(digest.hexdigest()) != digest.hexdigest():
+        raise RunError(
+            "the processes do not agree on the words to replace: they share no cache, and their devices differ",
+            hint="set KDCLI_CACHE to a folder that all of them see",
+        )
+    train = add_copies(
+        task.train, candidates, suggester.vocabulary, section.copies, section.probability, seed=recipe.seed
+    )
+    made, wanted = len(train) - len(task.train), len(task.train) * section.copies
+    if not made:
+        raise InputError("no training row has a word that can be replaced", where="task.augment")
+    console.print(
+        f"augment: {len(task.train):,} rows and {made:,} copies of them"
+        + (f"; {wanted - made:,} copies left out, as too few words can change" if made < wanted else ""),
+        highlight=False,
+        soft_wrap=True,
+    )
+    description = {**section.model_dump(), "rows": len(task.train), "added": made, "left_out": wanted - made}
+    return replace(task, train=train, description={**task.description, "augment": description})
+
+
+def _fill_cache(suggester: Suggester, sentences: list[str], name: str, console: Console) -> None:
+    missing = [chunk for chunk in _chunks(sentences) if suggester.kept(chunk) is None]
+    if not missing:
+        return
+    count = sum(len(words_of(text)) for chunk in missing for text in chunk)
+    console.print(f"augment: {name} fills in {count:,} masked words", highlight=False, soft_wrap=True)
+    for chunk in track(missing, "augment", console=console, disable=not console.is_terminal, transient=True):
+        suggester.ask(chunk)
+
+
+def _chunks(sentences: list[str]) -> Iterator[list[str]]:
+    for start in range(0, len(sentences), CHUNK):
+        yield sentences[start : start + CHUNK]
+
+
+def _by_sentence(sentences: list[str], candidates: Tensor) -> Iterator[tuple[str, Tensor]]:
+    first = 0
+    for text in sentences:
+        count = len(words_of(text))
+        yield text, candidates[first : first + count]
+        first += count
+
+
+def add_copies(
+    train: Dataset,
+    candidates: dict[str, Tensor],
+    vocabulary: Vocabulary,
+    copies: int,
+    probability: float,
+    *,
+    seed: int,
+) -> Dataset:
+    """Return the rows of `train` and then up to `copies` copies of each, in the rows' order, with new indices.
+
+    candidates: for every text (words, top_k) token ids, -1 for none. A copy replaces each word that has candidates
+    with `probability` by one of them, all equally likely; of a pair both texts. White space, punctuation and case
+    around the words stay. A copy equal to its row or to an earlier copy of it is drawn again, at most 10 times,
+    and then left out. What is drawn depends on the seed and the row's index alone.
+    """
+    columns: dict[str, list[Any]] = {name: list(train[name]) for name in train.column_names}
+    fields = [name for name in FIELDS if name in columns]
+    added: dict[str, list[Any]] = {name: [] for name in columns}
+    for row, index in enumerate(columns["index"]):
+        generator = random.Random(f"augment-{seed}-{index}")
+        texts = [columns[name][row] for name in fields]
+        pieces = [_pieces(text, candidates[text], vocabulary) for text in texts]
+        if not any(options for text in pieces for _, options in text):
+            continue
+        seen = {tuple(texts)}
+        for _ in range(copies):
+            copy = _draw(pieces, probability, generator, seen)
+            if copy is None:
+                # Nearly all that can be made of this row is there.
+                continue
+            seen.add(copy)
+            for name, values in added.items():
+                values.append(copy[fields.index(name)] if name in fields else columns[name][row])
+    first = max(columns["index"]) + 1
+    added["index"] = list(range(first, first + len(added["index"])))
+    return Dataset.from_dict({name: values + added[name] for name, values in columns.items()}, features=train.features)
+
+
+Pieces = list[tuple[str, list[str]]]
+"""A text cut at its words: each piece, and what can stand in its place."""
+
+
+def _pieces(text: str, candidates: Tensor, vocabulary: Vocabulary) -> Pieces:
+    pieces: Pieces = []
+    last = 0
+    for (start, end), tokens in zip(words_of(text), candidates.tolist(), strict=True):
+        word = text[start:end]
+        pieces.append((text[last:start], []))
+        pieces.append((word, [vocabulary.spell(token, word) for token in tokens if token != NONE]))
+        last = end
+    return [*pieces, (text[last:], [])]
+
+
+def _draw(
+    pieces: list[Pieces], probability: float, generator: random.Random, seen: set[tuple[str, ...]]
+) -> tuple[str, ...] | None:
+    for _ in range(TRIES):
+        copy = tuple(
+            "".join(
+                generator.choice(options) if options and generator.random() < probability else piece
+                for piece, options in text
+            )
+            for text in pieces
+        )
+        if copy not in seen:
+            return copy
+    return None
