@@ -516,6 +516,7 @@ def test_weights_do_not_move_in_evaluation_or_when_they_are_fixed():
         assert objective.teacher_weights[0].tolist() == pytest.approx([1 / 5] * 5)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.one_of(st.just(0.0), st.floats(1e-9, 1e9)), WEIGHTS), min_size=1, max_size=12))
 def test_learned_weights_are_a_distribution_that_favours_cheap_layers(layers):
     weights = np.array([weight for _, weight in layers])
