@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from kdcli import __version__
 from kdcli.errors import ExitCode, KdcliError
 
+INTERRUPTED = 130
 COMMANDS = {
     "distill": ("kdcli.cli.distill:distill", "Make a student from a recipe: train, compress, judge, report."),
     "overparam": ("kdcli.cli.overparam:overparam", "Put tensor chains in place of a model's block matrices."),
@@ -93,7 +94,7 @@ def run(arguments: list[str] | None = None) -> int:
     debug = _wants_debug(arguments)
     # Accepted in any place, so that it can be added to a command that has just failed.
     arguments = [a for a in arguments if a != "--debug"]
-    from kdcli.cli.console import quiet_libraries
+    from kdcli.cli.console import forget_stdout, quiet_libraries
 
     quiet_libraries()
     try:
@@ -113,12 +114,11 @@ def run(arguments: list[str] | None = None) -> int:
         return int(ExitCode.INPUT)
     except typer.Exit as error:
         return int(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _report("interrupted", hint="a distill goes on with --resume")
-        return 130
-    except BrokenPipeError:
-        # The reader has gone (`kdcli ... | head`): nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as end:
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        # Typer's end when the reader of a help page has gone.
+        forget_stdout()
         return int(ExitCode.OK)
     except Exception as error:
         if debug:
@@ -129,6 +129,9 @@ def run(arguments: list[str] | None = None) -> int:
             hint="this is a bug or a broken machine; run again with --debug for the traceback",
         )
         return int(ExitCode.RUN)
+    if result == INTERRUPTED:
+        # Typer makes this number of a KeyboardInterrupt, and says nothing.
+        _report("interrupted", hint="a distill goes on with --resume")
     return int(_code(result))
 
 
@@ -138,4 +141,11 @@ def _code(result: Any) -> int:
 
 def main() -> None:
     """The console script."""
-    sys.exit(run())
+    code = run()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        from kdcli.cli.console import forget_stdout
+
+        forget_stdout()
+    sys.exit(code)

@@ -3,22 +3,43 @@
 import json
 import logging
 import os
+import sys
 import warnings
 from typing import Any
 
 from rich.console import Console
 
-out = Console(soft_wrap=False)
+
+class _Stdout(Console):
+    """A console that says when its reader has gone, instead of ending the program with the exit code of a gate."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+out = _Stdout(soft_wrap=False)
 err = Console(stderr=True)
 
 
 def emit(document: Any, *, table: Any, as_json: bool) -> None:
-    """Print the result: one JSON document, or a table for people."""
-    if as_json:
-        print(json.dumps(document, indent=2, ensure_ascii=False))
-    else:
-        # On a pipe there is no width to fit: a cut table would be a wrong table.
-        out.print(table, width=None if out.is_terminal else max(out.width, 120))
+    """Print the result: one JSON document, or a table for people.
+
+    Where the reader has gone (`kdcli ... | head`), nobody is left to tell; the command still ends with its own code.
+    """
+    try:
+        if as_json:
+            print(json.dumps(document, indent=2, ensure_ascii=False))
+        else:
+            # On a pipe there is no width to fit: a cut table would be a wrong table.
+            out.print(table, width=None if out.is_terminal else max(out.width, 120))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        forget_stdout()
+
+
+def forget_stdout() -> None:
+    """Let what is still written to stdout vanish."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def info(message: str) -> None:

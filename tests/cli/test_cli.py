@@ -1,0 +1,355 @@
+"""The program as a whole: help, exit codes, what goes to stdout, and how it ends when it is cut short."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import NAMED, RECIPE, ROWS, Outcome, World
+from families import tiny
+
+import kdcli
+from kdcli.cli.app import COMMANDS, run
+from kdcli.errors import InputError
+from kdcli.methods import registry
+from kdcli.models.counts import count_parameters
+
+
+def python(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
+
+
+# Help and versions
+
+
+def test_the_version_is_the_packages(world: World):
+    assert world.call("--version") == Outcome(0, f"kdcli {kdcli.__version__}\n", "")
+
+
+def test_python_m_is_the_same_program():
+    result = python("-m", "kdcli", "--version")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"kdcli {kdcli.__version__}\n", "")
+
+
+def test_help_names_every_command(world: World):
+    outcome = world.call("--help")
+    assert outcome.code == 0 and outcome.err == ""
+    for name, (_, summary) in COMMANDS.items():
+        assert re.search(rf"^ +{name} +{re.escape(summary.split()[0])}", outcome.out, re.MULTILINE), name
+    assert world.call("-h").out == outcome.out
+
+
+def test_no_arguments_give_the_help_and_exit_code_2(world: World):
+    outcome = world.call()
+    assert outcome.code == 2 and outcome.out == world.call("--help").out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_has_examples_with_options_that_exist(command: str, world: World):
+    outcome = world.call(command, "--help")
+    assert outcome.code == 0 and outcome.err == ""
+    assert world.call(command, "-h").out == outcome.out
+    examples = [line.strip() for line in outcome.out.splitlines() if f"kdcli {command}" in line and "Usage" not in line]
+    assert len(examples) >= 2, outcome.out
+    known = set(re.findall(r"--[a-z][a-z-]+", outcome.out.replace("\n".join(examples), "")))
+    for example in examples:
+        own = example.split(f"kdcli {command}", 1)[1]
+        assert set(re.findall(r"(?<= )--[a-z][a-z-]+", own)) <= known, example
+
+
+def test_every_command_that_has_a_result_gives_it_as_json(world: World):
+    for command in COMMANDS:
+        assert "--json" in world.call(command, "--help").out, command
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys\n"
+        "from kdcli.cli.app import COMMANDS, run\n"
+        "for arguments in [['--help'], ['--version'], *([name, '--help'] for name in COMMANDS)]:\n"
+        "    assert run(arguments) == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'onnxruntime', 'sklearn', 'scipy', 'numpy'}\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)\n"
+    )
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_shell_completes_commands(world: World):
+    for name, value in {"_KDCLI_COMPLETE": "complete_bash", "COMP_WORDS": "kdcli e", "COMP_CWORD": "1"}.items():
+        world.monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        run([])
+    assert end.value.code == 0
+    assert set(world.capsys.readouterr().out.split()) == {name for name in COMMANDS if name.startswith("e")}
+
+
+# Results and exit codes
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path]
+) -> Iterator[tuple[Path, Outcome]]:
+    """A folder in which a distill with chains and a gate has been run, and what it gave."""
+    folder = tmp_path_factory.mktemp("finished")
+    text = 'method = "kd"\n[task]\nname = "own"\ndata = "rows.csv"\ntext = "text"\n[teacher]\nmodel = "teacher"\n'
+    text += '[student]\nform = "depth"\nlayers = 1\n[overparam]\nlength = 1\n[train]\nmax_steps = 2\n'
+    (folder / "recipe.toml").write_text(text)
+    (folder / "rows.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in ROWS))
+    shutil.copytree(model_folder("teacher"), folder / "teacher")
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setenv("KDCLI_CACHE", str(folder / "cache"))
+        code = run(["distill", "recipe.toml", "--json", "--fail-under", "1.5"])
+    yield folder, Outcome(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def after(finished: tuple[Path, Outcome], world: World) -> World:
+    """The finished run's folder as the working folder; look, do not touch."""
+    world.folder = finished[0]
+    world.monkeypatch.chdir(world.folder)
+    return world
+
+
+def test_distill_gives_one_document_and_talks_on_stderr(finished: tuple[Path, Outcome]):
+    folder, outcome = finished
+    assert outcome.json == json.loads((folder / "runs" / "recipe" / "run.json").read_text())
+    assert outcome.json["status"] == "done"
+    assert outcome.json["student"]["parameters"] == count_parameters(tiny("bert", layers=1))
+    assert "step" in outcome.err and "Traceback" not in outcome.err
+
+
+def test_no_library_draws_a_bar_of_its_own(finished: tuple[Path, Outcome]):
+    assert "it/s" not in finished[1].err and "shards" not in finished[1].err and "\r" not in finished[1].err
+
+
+def test_a_gate_that_is_not_met_is_exit_code_1_with_the_whole_result(finished: tuple[Path, Outcome]):
+    assert finished[1].code == 1
+    assert finished[1].err.splitlines()[-1].startswith("gate not met: accuracy ")
+
+
+def test_eval_scores_the_newest_run_as_distill_did(after: World, finished: tuple[Path, Outcome]):
+    outcome = after.call("eval", "--json")
+    assert outcome.code == 0
+    assert outcome.json["metrics"] == finished[1].json["student"]["metrics"]
+    assert outcome.json["score"] == finished[1].json["student"]["score"]
+    by_name = after.call("eval", "runs/recipe", "--task", "own", "--json")
+    assert by_name.json["metrics"] == outcome.json["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("gate", "code"),
+    [
+        (["--fail-under", "0"], 0),
+        (["--fail-under", "1.01"], 1),
+        (["--teacher", "teacher", "--fail-under-retention", "0"], 0),
+        (["--teacher", "teacher", "--fail-under-retention", "99"], 1),
+    ],
+)
+@pytest.mark.parametrize("as_json", [True, False])
+def test_gates_of_eval(gate: list[str], code: int, as_json: bool, after: World):
+    outcome = after.call("eval", *gate, *(["--json"] if as_json else []))
+    assert outcome.code == code
+    assert ("gate not met" in outcome.err) == (code == 1)
+    if as_json:
+        assert 0 <= outcome.json["score"] <= 1
+    else:
+        assert "accuracy" in outcome.out and "gate" not in outcome.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["distill", "recipe.toml", "--dry-run", "--json"],
+        ["eval", "teacher", "--data", "rows.csv", "--text", "text", "--json"],
+        ["methods", "--json"],
+        ["methods", "makd", "--json"],
+        ["env", "--json"],
+    ],
+    ids=" ".join,
+)
+def test_stdout_is_one_json_document(arguments: list[str], after: World):
+    before = after.listing()
+    outcome = after.call(*arguments)
+    assert outcome.code == 0 and outcome.json
+    assert after.listing() == before
+
+
+def test_overparam_and_contract_give_one_json_document_each(world: World):
+    world.model()
+    wide = world.call("overparam", "teacher", "--out", "wide", "--json")
+    back = world.call("contract", "wide", "--out", "back", "--json")
+    assert (wide.code, back.code) == (0, 0)
+    assert wide.json["parameters_before"] == back.json["parameters_after"]
+    assert "wide" in wide.err and "back" in back.err
+
+
+def test_an_uncontracted_model_scores_as_the_plain_one_does(world: World):
+    world.model()
+    world.model("chains", "chains")
+    arguments = ["--data", "rows.csv", "--text", "text", "--json"]
+    plain, chains = (world.call("eval", name, *arguments) for name in ("teacher", "chains"))
+    assert (plain.code, chains.code) == (0, 0)
+    assert plain.json["metrics"] == chains.json["metrics"]
+
+
+def test_a_run_that_exists_stays_as_it_is(after: World):
+    before = after.listing()
+    assert after.call("distill", "recipe.toml").code == 2
+    assert after.listing() == before
+
+
+def test_a_finished_run_is_shown_again_by_resume(after: World, finished: tuple[Path, Outcome]):
+    before = after.listing()
+    outcome = after.call("distill", "recipe.toml", "--resume", "--json")
+    assert outcome.code == 0 and outcome.json == finished[1].json
+    assert after.listing() == before
+
+
+# The plan
+
+
+def test_dry_run_counts_and_writes_nothing(world: World, own_cache: Path):
+    world.model()
+    recipe = world.recipe(overparam={"length": 1}, train={"max_steps": 7})
+    before = world.listing()
+    outcome = world.call("distill", recipe, "--dry-run", "--json")
+    teacher, student = (count_parameters(tiny("bert", layers=layers)) for layers in (2, 1))
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["teacher"]["parameters"] == teacher
+    assert outcome.json["student"]["parameters"] == student
+    assert outcome.json["overparam"]["matrices"] == outcome.json["overparam"]["matched"] == 6
+    assert [stage["steps"] for stage in outcome.json["stages"]] == [7]
+    assert outcome.json["task"]["sizes"] == {"train": 36, "selection": 4, "validation": 4}
+    table = world.call("distill", recipe, "--dry-run").out
+    assert f"{teacher:,} parameters" in table and f"{student:,} parameters" in table
+    assert world.listing() == before and list(own_cache.iterdir()) == []
+
+
+def test_paths_in_a_recipe_start_at_the_recipe(world: World):
+    (world.folder / "project").mkdir()
+    for name in ("teacher", "pupil"):
+        world.model("teacher", f"project/{name}")
+    shutil.move(world.folder / "rows.csv", world.folder / "project" / "rows.csv")
+    shutil.move(world.recipe("student", student={"form": "checkpoint", "model": "pupil"}), "project/recipe.toml")
+    assert sorted(path.name for path in world.folder.iterdir()) == ["project"]
+    outcome = world.call("distill", "project/recipe.toml", "--dry-run", "--json")
+    assert outcome.code == 0, outcome.err
+    # The output folder, too: here a file is in its place.
+    outcome = world.call("distill", "project/recipe.toml", "--set", "output=rows.csv")
+    assert outcome.code == 2 and "project/rows.csv" in outcome.err
+
+
+# The methods
+
+
+def test_methods_lists_every_method_with_its_paper(world: World):
+    rows = world.call("methods", "--json").json
+    assert [row["name"] for row in rows] == registry.names()
+    assert all(row["paper"] for row in rows)
+    table = world.call("methods").out
+    assert all(name in table for name in registry.names())
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_methods_explains_each_with_the_defaults_that_it_has(name: str, world: World):
+    outcome = world.call("methods", name, "--json")
+    method = registry.get(name)
+    assert outcome.code == 0 and outcome.json["options"] == json.loads(method.options().model_dump_json())
+    words = world.call("methods", name).out
+    for option in method.options.model_fields:
+        assert f"method.{option}" in words
+    assert method.title in " ".join(words.split())
+
+
+def test_methods_kd_tells_temperature_and_formula(world: World):
+    outcome = world.call("methods", "kd")
+    assert "method.temperature" in outcome.out and "KL" in outcome.out and "1503.02531" in outcome.out
+
+
+# How it ends when it is cut short
+
+
+def test_debug_shows_the_traceback(world: World):
+    with pytest.raises(InputError, match="no recipe at nowhere"):
+        run(["distill", "nowhere.toml", "--debug"])
+    world.monkeypatch.setenv("KDCLI_DEBUG", "1")
+    with pytest.raises(InputError, match="no recipe at nowhere"):
+        run(["distill", "nowhere.toml"])
+    result = python("-m", "kdcli", "distill", "nowhere.toml", env={**os.environ, "KDCLI_DEBUG": "1"})
+    assert result.returncode == 1 and "Traceback" in result.stderr and "InputError" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["distill", "--help"], ["--version"]], ids=" ".join)
+def test_a_reader_that_has_gone_is_no_error(arguments: list[str]):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, "-m", "kdcli", *arguments]
+        result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+class _Gone(io.TextIOWrapper):
+    """A stdout whose reader has gone."""
+
+    def __init__(self) -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        super().__init__(os.fdopen(writer, "wb"), encoding="utf-8")
+
+
+@pytest.mark.parametrize("form", [["--json"], []])
+@pytest.mark.parametrize(("limit", "code"), [("0", 0), ("1.01", 1)])
+def test_a_gate_counts_even_if_nobody_reads_the_result(form: list[str], limit: str, code: int, after: World):
+    stdout = _Gone()
+    with contextlib.redirect_stdout(stdout):
+        assert run(["eval", "--fail-under", limit, *form]) == code
+    stdout.close()
+    assert "error" not in after.capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of this kind are of POSIX")
+def test_an_interrupt_is_exit_code_130_and_marks_the_run(world: World):
+    world.model()
+    recipe = world.recipe(train={"max_steps": 3000, "eval_every": 3000})
+    record = world.folder / "runs" / "recipe" / "run.json"
+
+    ended = threading.Event()
+
+    def interrupt() -> None:
+        while not ended.wait(0.02):
+            if any((record.parent / "log").glob("*/events*")):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    outcome = world.call("distill", recipe)
+    ended.set()
+    thread.join()
+    assert outcome.code == 130
+    assert "error: interrupted" in outcome.err and "--resume" in outcome.err and "Traceback" not in outcome.err
+    assert json.loads(record.read_text())["status"] == "failed"
+    assert world.call("eval").code == 2
+
+
+def test_the_recipe_that_a_run_keeps_can_be_run_again(after: World, finished: tuple[Path, Outcome]):
+    kept = tomllib.loads((after.folder / "runs" / "recipe" / "recipe.toml").read_text())
+    assert kept["method"] == {"name": RECIPE["method"]} and kept["overparam"]["length"] == 1
+    assert set(NAMED["label2id"]) == set(finished[1].json["task"]["labels"])
