@@ -1,18 +1,26 @@
 """A stage of training on a few random rows, as the pipeline sets it up, for tests of schemes."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from families import tokenizer
+from families import tiny, tokenizer
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdcli.methods.base import Term
+from kdcli.models.save import save_model
+from kdcli.models.scratch import train_tokenizer
 from kdcli.tasks.encode import Collator
+from kdcli.tasks.synthetic import LABELS, reviews
 from kdcli.training.distiller import Distiller
 from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.trainer import LoopSettings, fit
@@ -103,3 +111,36 @@ def train(
         scheme=scheme,
         resume=resume,
     )
+
+
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def folder_with_recipe(folder: Path, recipe: str, *, layers: int = 2) -> Path:
+    """Write `recipe.toml` and a `teacher` for the task `reviews`: without dropout, since processes draw their own."""
+    words = train_tokenizer(reviews()["train"]["text"], 300)
+    names = dict(enumerate(LABELS))
+    teacher = tiny(
+        "bert",
+        layers=layers,
+        vocab_size=len(words),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        id2label=names,
+        label2id={name: number for number, name in names.items()},
+    )
+    (folder / "teacher").mkdir()
+    save_model(teacher, folder / "teacher", words)
+    (folder / "recipe.toml").write_text(recipe)
+    return folder
+
+
+def distill(folder: Path, name: str, *launcher: str, extra: tuple[str, ...] = ()) -> tuple[Any, dict[str, Tensor]]:
+    """Run the recipe under a name of its own, and return the run's record and the student's weights."""
+    command = [sys.executable, *launcher, "-m", "kdcli", "distill", "recipe.toml", "--json", "--set", f"name={name}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, *extra], cwd=folder, capture_output=True, text=True, timeout=280, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout), load_file(folder / "runs" / name / "student" / "model.safetensors")

@@ -2,8 +2,6 @@
 
 import copy
 import io
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,12 +13,11 @@ import pytest
 import torch
 from families import NAMES, tiny
 from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from training.stages import batch_of, rows, setting, train
+from training.stages import TWO_PROCESSES, batch_of, distill, folder_with_recipe, rows, setting, train
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from kdcli.errors import InputError
@@ -578,44 +575,12 @@ eval_every = 3
 """
 
 
-def folder_with_recipe(folder: Path) -> Path:
-    from kdcli.models.save import save_model
-    from kdcli.models.scratch import train_tokenizer
-    from kdcli.tasks.synthetic import LABELS, reviews
-
-    words = train_tokenizer(reviews()["train"]["text"], 300)
-    names = dict(enumerate(LABELS))
-    teacher = tiny(
-        "bert",
-        vocab_size=len(words),
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        id2label=names,
-        label2id={name: number for number, name in names.items()},
-    )
-    (folder / "teacher").mkdir()
-    save_model(teacher, folder / "teacher", words)
-    (folder / "recipe.toml").write_text(RECIPE)
-    return folder
-
-
-def distill(folder: Path, name: str, *launcher: str, extra: tuple[str, ...] = ()) -> tuple[Any, dict[str, Tensor]]:
-    command = [sys.executable, *launcher, "-m", "kdcli", "distill", "recipe.toml", "--json", "--set", f"name={name}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, *extra], cwd=folder, capture_output=True, text=True, timeout=280, env=environment
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    weights = load_file(folder / "runs" / name / "student" / "model.safetensors")
-    return json.loads(result.stdout), weights
-
-
 @pytest.mark.slow
 def test_two_processes_agree_with_one_and_the_reported_teacher_is_the_given(tmp_path: Path):
-    folder = folder_with_recipe(tmp_path)
+    folder = folder_with_recipe(tmp_path, RECIPE)
     document, one = distill(folder, "one")
     assert document["teacher_path"] == str(folder / "teacher") or Path(document["teacher_path"]).name == "teacher"
-    two = distill(folder, "two", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531")[1]
+    two = distill(folder, "two", *TWO_PROCESSES)[1]
     for key in one:
         torch.testing.assert_close(two[key], one[key], atol=5e-5, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}")
     fixed = distill(folder, "fixed", extra=("--set", "method.teacher_learning_rate=1e-12"))[1]
@@ -624,7 +589,7 @@ def test_two_processes_agree_with_one_and_the_reported_teacher_is_the_given(tmp_
 
 @pytest.mark.slow
 def test_a_recipe_with_lgtm_and_chains_gives_a_plain_student(tmp_path: Path):
-    folder = folder_with_recipe(tmp_path)
+    folder = folder_with_recipe(tmp_path, RECIPE)
     document, _ = distill(folder, "chained", extra=("--set", "overparam.length=1"))
     assert document["status"] == "done"
     assert document["contraction"]["max_abs_difference"] < 1e-4

@@ -15,7 +15,7 @@ from families import NAMES, tiny
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
-from training.stages import batch_of, rows, setting, train
+from training.stages import TWO_PROCESSES, batch_of, distill, folder_with_recipe, rows, setting, train
 from transformers import PreTrainedModel
 
 from kdcli.errors import InputError
@@ -410,3 +410,41 @@ def test_a_recipe_with_theseus_gives_a_plain_shallow_student(tmp_path: Path):
     )
     assert refused.returncode == 2
     assert "use 2 blocks" in refused.stderr
+
+
+SHARED = """
+[method]
+name = "theseus"
+schedule = "constant"
+steps_for_replacing = 4
+replacing_rate = 0.5
+
+[task]
+name = "reviews"
+train_samples = 96
+validation_samples = 32
+
+[teacher]
+model = "teacher"
+finetune = false
+
+[student]
+layers = 2
+
+[train]
+max_steps = 8
+batch_size = 16
+learning_rate = 1e-3
+precision = "fp32"
+eval_every = 4
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [0.5, 1e-9])
+def test_two_processes_agree_with_one_also_in_steps_where_nothing_learns(tmp_path: Path, rate: float):
+    folder = folder_with_recipe(tmp_path, SHARED, layers=4)
+    extra = ("--set", f"method.replacing_rate={rate}")
+    one, two = distill(folder, "one", extra=extra)[1], distill(folder, "two", *TWO_PROCESSES, extra=extra)[1]
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], atol=5e-5, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}")
