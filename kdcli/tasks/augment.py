@@ -14,6 +14,7 @@ import hashlib
 import json
 import random
 import re
+import time
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -318,8 +319,13 @@ def _fill_cache(suggester: Suggester, sentences: list[str], name: str, console: 
         return
     count = sum(len(words_of(text)) for chunk in missing for text in chunk)
     console.print(f"augment: {name} fills in {count:,} masked words", highlight=False, soft_wrap=True)
-    for chunk in track(missing, "augment", console=console, disable=not console.is_terminal, transient=True):
+    told = time.monotonic()
+    chunks = track(missing, "augment", console=console, disable=not console.is_terminal, transient=True)
+    for done, chunk in enumerate(chunks, 1):
         suggester.ask(chunk)
+        if not console.is_terminal and time.monotonic() - told > 60:
+            told = time.monotonic()
+            console.print(f"augment: {done / len(missing):.0%}", highlight=False)
 
 
 def _chunks(sentences: list[str]) -> Iterator[list[str]]:
