@@ -84,6 +84,7 @@ def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Reso
     student = StudentSection.model_validate({**defaults, **written})
     if student.form is None:
         student = StudentSection.model_validate({**student.model_dump(exclude_unset=True), "form": "depth"})
+    base = recipe_path.resolve().parent
     train = recipe.train
 
     def pick(key: str, fallback: Any) -> Any:
@@ -117,12 +118,19 @@ def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Reso
     return Resolved(
         recipe=recipe,
         name=recipe.name or recipe_path.stem,
-        base=recipe_path.resolve().parent,
+        base=base,
         method=method,
         options=options,
-        student=student,
+        student=_found(student, base),
         loop=loop,
     )
+
+
+def _found(student: StudentSection, base: Path) -> StudentSection:
+    """Return a section whose model, where it is a folder, is named as seen from anywhere."""
+    if student.model is None:
+        return student
+    return student.model_copy(update={"model": resolve_source(student.model, base)})
 
 
 def _chain_rate(recipe: Recipe, rate: float) -> float | None:
@@ -188,7 +196,7 @@ def run_distill(
     resolve(recipe, recipe_path)
     task = load_task(recipe.task, recipe.evaluate, base=recipe_path.resolve().parent, seed=recipe.seed)
     resolved = resolve(recipe, recipe_path, task)
-    root = output or Path(recipe.output or "runs")
+    root = output or (resolved.base / Path(recipe.output).expanduser() if recipe.output else Path("runs"))
     run: runs.Run = runs.open_run(root, resolved.name, force=force, resume=resume, create=is_main())
     document = recipe.model_dump(exclude_none=True)
     if resume and run.record.get("status") == "done":
@@ -234,7 +242,7 @@ def run_distill(
         road = _Road(task, resolved, run, console, seconds, resume=resume)
         made, nearest = None, teacher
         if recipe.assistant is not None:
-            section = recipe.assistant
+            section = _found(recipe.assistant, resolved.base)
             if section.form is None:
                 section = StudentSection.model_validate({**section.model_dump(exclude_unset=True), "form": "width"})
             made = road.distil(teacher, section, None, folder="assistant", title="assistant: ")
