@@ -1,5 +1,6 @@
 """From a recipe to a run folder: the one road that `kdcli distill` takes."""
 
+import copy
 import math
 import os
 import platform
@@ -86,10 +87,11 @@ def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Reso
         student = StudentSection.model_validate({**student.model_dump(exclude_unset=True), "form": "depth"})
     base = recipe_path.resolve().parent
     train = recipe.train
+    defaults_of_loop = {**method.train, **(method.text_train if recipe.task.type == "text" else {})}
 
     def pick(key: str, fallback: Any) -> Any:
         value = getattr(train, key)
-        return value if value is not None else method.train.get(key, fallback)
+        return value if value is not None else defaults_of_loop.get(key, fallback)
 
     rate = float(pick("learning_rate", 5e-5))
     loop = LoopSettings(
@@ -232,6 +234,7 @@ def run_distill(
                 refresh=refresh,
                 resume=resume,
                 work=run.checkpoints / "teacher",
+                inspect=lambda model: judge_shapes(model, resolved, task),
             )
             teacher_scores = {} if task.kind == "text" else _scores(teacher.model, teacher.tokenizer, task, resolved)
         if teacher_scores:
@@ -318,6 +321,19 @@ def run_distill(
     return RunResult(run.record, result, code)
 
 
+def judge_shapes(teacher: "PreTrainedModel", resolved: Resolved, task: Task) -> None:
+    """Raise InputError for what is wrong with the student's shape or the method's demands, without any work."""
+    section = resolved.student
+    if section.form == "checkpoint" or section.energy is not None or resolved.recipe.assistant is not None:
+        # These need weights, and are judged when the student is built.
+        return
+    shadow = copy.deepcopy(teacher).to("meta")  # type: ignore[arg-type]
+    with torch.device("meta"):
+        student = build_student(shadow, section, seed=0).model
+    assert section.form is not None
+    resolved.method.check(resolved.options, context_of(shadow, student, section.form, task))
+
+
 def head_needed(resolved: Resolved, task: Task) -> str:
     """Return what must stand on the teacher's body: a classifier; for plain text a masked-LM head, or nothing.
 
@@ -396,6 +412,8 @@ class _Road:
         plain_hash = hash_of_weights(build.model)
         context = context_of(teacher.model, build.model, build.form, task)
         resolved.method.check(resolved.options, context)
+        for note in resolved.method.notes(resolved.options, context):
+            self.console.print(f"{resolved.method.name}: {note}", highlight=False, soft_wrap=True)
         with _timed(self.seconds, "overparam"):
             chain = _overparameterise(build, teacher.model, context, overparam, self.console)
         stages = resolved.method.build(resolved.options, context)
@@ -551,6 +569,9 @@ def _train(
             assert section is not None
             terms.append(Term("tensor", TensorObjective(section.aux_reduction), section.aux_weight))
         loop = stage_loop(resolved.loop, stage, total, len(train))
+        if task.kind != "text" and not speaks([stage]):
+            # The score of a head that nothing trains says nothing about which checkpoint is best.
+            loop = replace(loop, select="last", patience=None)
         scheme = stage.scheme or Scheme()
         rows = scheme.begin(
             Setting(
@@ -608,6 +629,7 @@ def stage_loop(loop: LoopSettings, stage: Stage, total: int, examples: int) -> L
         loop,
         max_steps=steps,
         learning_rate=rate,
+        scheduler=stage.scheduler or loop.scheduler,
         chain_learning_rate=chain * rate / loop.learning_rate if chain is not None else None,
     )
 
@@ -620,18 +642,23 @@ def make_distiller(
     *,
     factors: dict[Any, tuple[torch.Tensor, ...]] | None = None,
 ) -> Distiller:
-    """Return the step of a stage; a fixed teacher of whom only logits are asked speaks once, before training."""
+    """Return the step of a stage; a fixed teacher gives its logits once, before training, where that saves work."""
     setting, teacher, logits = scheme.setting, scheme.teacher(), scheme.teacher_logits()
     wants = Wants()
     for term in terms:
         if term.weight > 0:
             wants |= term.objective.teacher_wants()
     # Plain text is hidden anew in every epoch: no prediction about it is ever asked for twice.
-    asked_again = setting.cache and setting.task.kind != "text"
-    speaks_once = asked_again and scheme.teacher_is_fixed and wants.logits and not wants.inside
-    if logits is None and teacher is not None and speaks_once:
+    asked_again = setting.cache and setting.task.kind != "text" and wants.logits and not wants.gradients
+    if logits is None and teacher is not None and asked_again and scheme.teacher_is_fixed and _saves(wants, teacher):
         logits = cached_logits(teacher, rows, setting.collator, batch_size=setting.loop.eval_batch_size)
     return Distiller(student, terms, teacher=teacher, teacher_logits=logits, teacher_factors=factors)
+
+
+def _saves(wants: Wants, teacher: "PreTrainedModel") -> bool:
+    """True when the teacher needs not run to its end once its predictions are known."""
+    deepest = max([*wants.hidden, *(layer for layer, _ in wants.matrices)], default=0)
+    return deepest < shape_of(teacher.config).layers
 
 
 def _keep_stage(final: Path, distiller: Distiller) -> None:

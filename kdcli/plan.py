@@ -121,6 +121,7 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
             "task": {
                 "name": task.name,
                 "kind": task.kind,
+                "fingerprint": task.description["fingerprint"],
                 "sizes": {
                     ("train blocks" if packed else "train" if augment is None else "train with copies"): examples,
                     "selection": len(task.selection),

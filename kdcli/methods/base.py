@@ -52,11 +52,16 @@ class Stage:
     share: float = 1.0
     learning_rate: float | None = None
     epochs: float | None = None
+    scheduler: str | None = None
     scheme: "Scheme | None" = None
 
 
 def _no_check(options: Any, context: Context) -> None:
     return None
+
+
+def _no_notes(options: Any, context: Context) -> list[str]:
+    return []
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,9 @@ class Method:
 
     title, paper, formula, signals, constraints, cost: for `kdcli methods`. options: the schema of its own
     options. student, train: defaults for those tables. check(options, context) raises InputError for what
-    cannot work, with the nearest setting that does; build(options, context) returns the stages. kinds: of tasks
-    that it can be used on ("classification", "regression", "text").
+    cannot work, with the nearest setting that does; build(options, context) returns the stages; notes(options,
+    context) what was chosen for the user and is worth a line. kinds: of tasks that it can be used on
+    ("classification", "regression", "text"); on text the defaults of text_train come before those of train.
     """
 
     name: str
@@ -82,3 +88,5 @@ class Method:
     kinds: frozenset[str] = frozenset({"classification", "regression"})
     student: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    text_train: dict[str, Any] = field(default_factory=dict)
+    notes: Callable[[Any, Context], list[str]] = _no_notes

@@ -164,4 +164,5 @@ METHOD = Method(
     kinds=ALL_KINDS,
     student={"form": "depth"},
     train={"epochs": 3.0, "learning_rate": 5e-5},
+    text_train={"learning_rate": 5e-4},
 )

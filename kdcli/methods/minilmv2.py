@@ -134,6 +134,15 @@ def build(options: MiniLMv2Options, context: Context) -> list[Stage]:
     return [Stage("distil", weighted(terms))]
 
 
+def notes(options: MiniLMv2Options, context: Context) -> list[str]:
+    """Say how many relation heads there are where it is not the published number."""
+    heads = relation_heads(options, context)
+    if options.relation_heads is not None or heads in (48, 64):
+        return []
+    widths = f"{context.teacher.hidden} and {context.student.hidden}"
+    return [f"{heads} relation heads: the usual number does not divide the widths {widths}"]
+
+
 METHOD = Method(
     name="minilmv2",
     title="Multi-head self-attention relations of one upper teacher block (MHA transfer)",
@@ -150,4 +159,6 @@ METHOD = Method(
     kinds=ALL_KINDS,
     student={"form": "depth"},
     train={"epochs": 3.0, "learning_rate": 5e-5},
+    text_train={"learning_rate": 5e-4},
+    notes=notes,
 )

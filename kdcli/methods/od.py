@@ -51,5 +51,5 @@ METHOD = Method(
     check=check,
     kinds=frozenset({"text"}),
     student={"form": "depth"},
-    train={"epochs": 3.0, "learning_rate": 1e-4},
+    train={"epochs": 3.0, "learning_rate": 5e-4},
 )

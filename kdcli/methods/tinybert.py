@@ -97,7 +97,7 @@ def build(options: TinyBERTOptions, context: Context) -> list[Stage]:
     ]
     first, second = options.shares
     return [
-        Stage("intermediate", _inside(options, context), first),
+        Stage("intermediate", _inside(options, context), first, scheduler="constant"),
         Stage("prediction", weighted(prediction), second, learning_rate=options.final_learning_rate),
     ]
 
@@ -119,4 +119,5 @@ METHOD = Method(
     student={"form": "depth"},
     # About 10 epochs for the first and 3 for the second stage.
     train={"epochs": 13.0, "learning_rate": 5e-5},
+    text_train={"epochs": 3.0, "learning_rate": 5e-4},
 )

@@ -50,7 +50,8 @@ def build_student(teacher: "PreTrainedModel", section: StudentSection, *, seed: 
 def chosen_layers(section: StudentSection, depth: int) -> list[int]:
     """Return the 0-based teacher blocks that a depth student keeps.
 
-    `even` keeps blocks round(m N / n), counted from 1: 12 -> 6 gives 2, 4, ..., 12.
+    `even` keeps blocks round(m N / n), counted from 1: 12 -> 6 gives 2, 4, ..., 12. `spread` keeps the first, the
+    last and blocks at equal distances between: 12 -> 6 gives 0, 2, 4, 7, 9, 11 from 0 (DistilBERT's choice).
     """
     wanted = section.layers if section.layers is not None else max(1, depth // 2)
     if isinstance(wanted, list):
@@ -70,6 +71,8 @@ def chosen_layers(section: StudentSection, depth: int) -> list[int]:
         return list(range(wanted))
     if section.select == "last":
         return list(range(depth - wanted, depth))
+    if section.select == "spread":
+        return [round(m * (depth - 1) / (wanted - 1)) for m in range(wanted)] if wanted > 1 else [depth - 1]
     return [round(m * depth / wanted) - 1 for m in range(1, wanted + 1)]
 
 

@@ -146,7 +146,11 @@ class DownstreamSection(Section):
 
 
 class TeacherSection(Section):
-    """`[teacher]`: the model to copy from: a hub name, a folder, or one made on the spot."""
+    """`[teacher]`: the model to copy from: a hub name, a folder, or one made on the spot.
+
+    seed: of its making and fine-tuning, where that is another than the recipe's: students of several seeds can
+    then share one teacher.
+    """
 
     model: str | None = None
     revision: str | None = None
@@ -154,6 +158,7 @@ class TeacherSection(Section):
     labels: list[str] | None = None
     trust_remote_code: bool = False
     cache: bool = True
+    seed: NonNegativeInt | None = None
     finetune: FinetuneSection | bool | None = None
     scratch: ScratchSection | None = None
 
@@ -172,7 +177,7 @@ class StudentSection(Section):
     form: Literal["depth", "low-rank", "width", "checkpoint"] | None = None
     # depth
     layers: PositiveInt | list[NonNegativeInt] | None = None
-    select: Literal["even", "first", "last"] = "even"
+    select: Literal["even", "spread", "first", "last"] = "even"
     # low-rank
     budget: Fraction | None = None
     rank: PositiveInt | None = None

@@ -1,6 +1,7 @@
 """One training step as a module: student, teacher and the terms that compare them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,8 @@ class Distiller(nn.Module):
 
     The student and the terms' own parameters (bridges) are registered; the teacher is not, so that it is
     neither trained, saved, counted nor wrapped. Only what some term asks for is captured. When all that is
-    asked of the teacher are logits that are already known (`teacher_logits`), the teacher does not run.
+    asked of the teacher are logits that are already known (`teacher_logits`), the teacher does not run, and with
+    known logits it runs only as far as something inside is asked for.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class Distiller(nn.Module):
         self.teacher_capture: Capture | None = None
         # A plain dict hides the teacher from nn.Module's registration.
         self._fixed: dict[str, PreTrainedModel] = {}
-        self.teacher_logits = None if self.teacher_wants.inside else teacher_logits
+        self.teacher_logits = None if self.teacher_wants.gradients else teacher_logits
         self.teacher_factors = dict(teacher_factors or {})
         if teacher is not None and self._teacher_must_run():
             teacher.eval()
             self._fixed["teacher"] = teacher
-            self.teacher_capture = Capture(teacher, self.teacher_wants)
+            known = self.teacher_logits is not None
+            wants = replace(self.teacher_wants, logits=False) if known else self.teacher_wants
+            self.teacher_capture = Capture(teacher, wants)
 
     def _teacher_must_run(self) -> bool:
         wants = self.teacher_wants
@@ -77,11 +81,11 @@ class Distiller(nn.Module):
         """Return what the teacher says about `batch`, without gradient of its weights."""
         if self.teacher_capture is None:
             signals = Signals(mask=batch["attention_mask"], heads=0)
-            if self.teacher_logits is not None:
-                signals.logits = self.teacher_logits[batch["index"]]
         else:
             with torch.set_grad_enabled(self.teacher_wants.gradients), self.teacher_capture as capture:
                 signals = capture.run(batch)
+        if self.teacher_logits is not None:
+            signals.logits = self.teacher_logits[batch["index"]]
         signals.factors = self.teacher_factors
         return signals
 

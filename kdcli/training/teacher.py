@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,11 @@ def resolve_source(model: str, base: Path) -> str:
     return model
 
 
+def seed_of(recipe: Recipe) -> int:
+    """Return the seed that shapes a teacher: its own, or else the recipe's."""
+    return recipe.seed if recipe.teacher.seed is None else recipe.teacher.seed
+
+
 def needs_training(recipe: Recipe, source: str | None, head: str) -> bool:
     """True when the teacher must be fine-tuned: from scratch, asked for, or without the head that is needed."""
     section = recipe.teacher
@@ -67,12 +72,22 @@ def needs_training(recipe: Recipe, source: str | None, head: str) -> bool:
 
 
 def make_teacher(
-    recipe: Recipe, task: Task, head: str, *, base: Path, console: Console, refresh: bool, resume: bool, work: Path
+    recipe: Recipe,
+    task: Task,
+    head: str,
+    *,
+    base: Path,
+    console: Console,
+    refresh: bool,
+    resume: bool,
+    work: Path,
+    inspect: Callable[["PreTrainedModel"], None],
 ) -> Teacher:
     """Return the teacher of a recipe, with a head for it: "sequence-classification", "masked-lm" or "base" (none).
 
     A fine-tuned one is kept in the cache under a name made of everything that shaped it (base weights, data,
     settings, seed), and reused; `refresh` makes it again. `work` is where a training keeps its checkpoints.
+    inspect: sees the model before any work is put into it, and may raise InputError.
     """
     section = recipe.teacher
     source = resolve_source(section.model, base) if section.model is not None else None
@@ -83,13 +98,16 @@ def make_teacher(
         check_tokenizer(model, tokenizer)
         if task.kind != "text":
             _align(model, task, section.labels)
+        inspect(model)
         return Teacher(
             model,
             tokenizer,
             origin=section.model or source,
             path=Path(source) if Path(source).exists() else None,
         )
-    return _finetuned(recipe, task, source, head, base=base, console=console, refresh=refresh, resume=resume, work=work)
+    model, tokenizer = initial_teacher(recipe, task, source, head, base)
+    inspect(model)
+    return _finetuned(recipe, task, model, tokenizer, head, console=console, refresh=refresh, resume=resume, work=work)
 
 
 def initial_teacher(
@@ -99,9 +117,9 @@ def initial_teacher(
     section = recipe.teacher
     labels = label_options(task)
     if section.scratch is not None:
-        return build_scratch(section.scratch, _texts(task), seed=recipe.seed, head=head, **labels)
+        return build_scratch(section.scratch, _texts(task), seed=seed_of(recipe), head=head, **labels)
     assert source is not None
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(seed_of(recipe))
     model = load_model(
         source, task=head, revision=section.revision, trust_remote_code=section.trust_remote_code, **labels
     )
@@ -131,10 +149,10 @@ def label_options(task: Task) -> dict[str, Any]:
 def _finetuned(
     recipe: Recipe,
     task: Task,
-    source: str | None,
+    model: "PreTrainedModel",
+    tokenizer: Any,
     head: str,
     *,
-    base: Path,
     console: Console,
     refresh: bool,
     resume: bool,
@@ -142,14 +160,14 @@ def _finetuned(
 ) -> Teacher:
     section = recipe.teacher
     settings = section.finetune if isinstance(section.finetune, FinetuneSection) else FinetuneSection()
-    model, tokenizer = initial_teacher(recipe, task, source, head, base)
     identity = {
         "base": hash_of_weights(model),
         "task": task.description["fingerprint"],
         "max_length": recipe.task.max_length,
+        "masking": asdict(task.masking) if task.masking is not None else None,
         "finetune": settings.model_dump(),
         "precision": recipe.train.precision,
-        "seed": recipe.seed,
+        "seed": seed_of(recipe),
         "format": 1,
     }
     folder = cache_dir() / "teachers" / fingerprint(identity)
@@ -165,7 +183,7 @@ def _finetuned(
         settings,
         recipe.train,
         max_length=recipe.task.max_length,
-        seed=recipe.seed,
+        seed=seed_of(recipe),
         work=work,
         console=console,
         resume=resume,
