@@ -701,4 +701,5 @@ def _export(
     )
     run.update({"export": result.to_json()})
     # A log file has no width to fit.
-    console.print(result.table(), width=None if console.is_terminal else max(console.width, 120))
+    wide = console if console.is_terminal else Console(stderr=True, width=max(console.width, 120))
+    wide.print(result.table())

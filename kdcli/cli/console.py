@@ -30,8 +30,10 @@ def emit(document: Any, *, table: Any, as_json: bool) -> None:
         if as_json:
             print(json.dumps(document, indent=2, ensure_ascii=False))
         else:
-            # On a pipe there is no width to fit: a cut table would be a wrong table.
-            out.print(table, width=None if out.is_terminal else max(out.width, 120))
+            # On a pipe there is no width to fit: a cut table would be a wrong table. (The width of a single
+            # print() can only be less than its console's.)
+            console = out if out.is_terminal else _Stdout(width=max(out.width, 120))
+            console.print(table)
         sys.stdout.flush()
     except BrokenPipeError:
         forget_stdout()
