@@ -162,7 +162,7 @@ def test_the_temperature_falls_to_one_by_the_last_epoch(start: float, epochs: in
 
 @pytest.mark.parametrize(("epoch", "temperature"), [(0.0, 3.0), (0.9, 3.0), (1.0, 2.5), (1.7, 2.5), (3.999, 1.5)])
 def test_a_run_that_resumes_inside_an_epoch_has_that_epochs_temperature(epoch: float, temperature: float):
-    step = distiller(tiny("bert", layers=1), tiny("bert"), ADKDOptions(anneal=True))
+    step = distiller(tiny("bert", layers=1), tiny("bert"), ADKDOptions(temperature=3.0, anneal=True))
     state = TrainerState(epoch=epoch, num_train_epochs=5)
     TellEpochs(step, None).on_epoch_begin(None, state, TrainerControl())
     assert step.objectives["output"].temperature == pytest.approx(temperature)
