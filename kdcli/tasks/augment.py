@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
 from rich.progress import track
@@ -37,7 +36,7 @@ from kdcli.recipe.schema import AugmentSection, Recipe
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator
 from kdcli.training.capture import Capture
-from kdcli.training.distributed import agree, main_does
+from kdcli.training.distributed import agree, main_does, state
 from kdcli.training.hashing import hash_of_weights
 from kdcli.training.teacher import resolve_source
 from kdcli.training.trainer import resolve_precision
@@ -281,7 +280,7 @@ def augment_task(task: Task, recipe: Recipe, *, base: Path, console: Console) ->
         batch_size=section.batch_size,
         max_length=recipe.task.max_length,
         precision=resolve_precision(recipe.train.precision, recipe.train.device),
-        device=torch.device("cpu") if on_cpu else PartialState().device,
+        device=torch.device("cpu") if on_cpu else state().device,
     )
     fields = [name for name in FIELDS if name in task.train.column_names]
     sentences = list(dict.fromkeys(text for name in fields for text in task.train[name]))

@@ -3,20 +3,27 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 Value = TypeVar("Value")
 
 
+def state() -> PartialState:
+    """Return what this process knows of the others."""
+    # Without a GPU it takes several processes for one each, unless it is told that there is none.
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def is_main() -> bool:
     """True in the process that writes files and talks to the user."""
-    return PartialState().is_main_process
+    return state().is_main_process
 
 
 def agree(value: Value) -> Value:
     """Return the main process's `value` in every process."""
-    if PartialState().num_processes == 1:
+    if state().num_processes == 1:
         return value
     box = [value]
     broadcast_object_list(box, from_process=0)

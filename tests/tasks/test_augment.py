@@ -3,7 +3,10 @@
 import functools
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from kdcli.pipeline import run_distill
 from kdcli.plan import make_plan
 from kdcli.recipe.load import load_recipe
 from kdcli.recipe.schema import Recipe
-from kdcli.tasks.augment import augment_task, check_augment, words_of
+from kdcli.tasks.augment import Suggester, augment_task, check_augment, words_of
 from kdcli.tasks.base import Task
 from kdcli.tasks.synthetic import reviews
 
@@ -164,6 +167,16 @@ def test_what_stands_in_a_copy_is_among_the_models_best_words_at_the_mask(folder
                 assert a[0].isupper() == b[0].isupper()
                 replaced += 1
     assert replaced > 50
+
+
+def test_all_whole_words_but_the_word_itself_can_be_candidates(folder: Path):
+    words, model = loaded(folder)
+    suggester = Suggester(model, words, 300, 8, 128, "fp32", torch.device("cpu"))
+    whole = {token for word, token in words.get_vocab().items() if word.isalpha()}
+    candidates = suggester.ask(["a Film"])
+    for row, word in zip(candidates.tolist(), ("a", "film"), strict=True):
+        assert set(row[: len(whole) - 1]) == whole - {words.convert_tokens_to_ids(word)}
+        assert set(row[len(whole) - 1 :]) == {-1}
 
 
 def test_every_one_of_the_best_words_is_taken_at_times(folder: Path):
@@ -489,6 +502,38 @@ def test_the_student_learns_from_copies_and_the_teacher_does_not(recipe_path: Pa
     [kept] = (own_cache / "teachers").glob("*/kdcli.json")
     assert json.loads(kept.read_text())["training"]["steps"] == 2
     assert f"40 rows and {report['added']} copies" in console.file.getvalue()
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_the_same_copies_as_one(recipe_path: Path, monkeypatch: pytest.MonkeyPatch):
+    records = []
+    for processes in ("1", "2"):
+        monkeypatch.setenv("KDCLI_CACHE", str(recipe_path.parent / f"cache-{processes}"))
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        result = subprocess.run(
+            [
+                sys.executable,
+                *launcher,
+                "-m",
+                "kdcli",
+                "distill",
+                recipe_path.name,
+                "--json",
+                "--set",
+                f"name=run{processes}",
+            ],
+            cwd=recipe_path.parent,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.stderr.count("copies of them") == 1
+        records.append(json.loads(result.stdout))
+    one, two = records
+    assert one["task"]["augment"] == two["task"]["augment"]
+    assert one["training"][0]["steps"] == two["training"][0]["steps"]
 
 
 def test_the_plan_counts_copies_without_asking_the_model(recipe_path: Path, monkeypatch: pytest.MonkeyPatch):
