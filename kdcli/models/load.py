@@ -315,8 +315,8 @@ def load_tokenizer(name: str | Path) -> Any:
             raise InputError(f"the tokenizer of {name} cannot be loaded: {_reason(error)}") from error
 
 
-def check_tokenizer(model: "PreTrainedModel", tokenizer: Any) -> None:
-    """Raise InputError when the tokenizer can give ids that the model has no embedding for."""
+def check_tokenizer(model: "PreTrainedModel", tokenizer: Any, max_length: int | None = None) -> None:
+    """Raise InputError when the tokenizer can give ids, or up to `max_length` positions, without an embedding."""
     rows = model.config.vocab_size
     if len(tokenizer) > rows:
         raise InputError(
@@ -326,6 +326,20 @@ def check_tokenizer(model: "PreTrainedModel", tokenizer: Any) -> None:
         )
     if tokenizer.pad_token_id is None:
         raise InputError("the tokenizer has no padding token", where="teacher.tokenizer")
+    if max_length is None or not getattr(model.config, "position_biased_input", True):
+        return
+    positions = model.config.max_position_embeddings
+    if model.config.model_type in ("roberta", "xlm-roberta"):
+        # They count from the padding token's id on.
+        positions -= model.config.pad_token_id + 1
+    longest = min(max_length, tokenizer.model_max_length)
+    # Batches are padded to a multiple of 8.
+    if -(-longest // 8) * 8 > positions:
+        raise InputError(
+            f"max_length {longest} is more than the {positions} positions that the model knows",
+            where="task.max_length",
+            hint=f"use at most {positions // 8 * 8}",
+        )
 
 
 def load_any(name: str | Path) -> "PreTrainedModel":

@@ -449,6 +449,12 @@ def tokenizer_broken(world: World) -> list[str]:
     return ["distill", world.recipe()]
 
 
+@case("task.max_length", "max_length 256", "130 positions", "use at most 128")
+def longer_texts_than_the_teacher_reads(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(task={"max_length": 256})]
+
+
 @case("teacher.tokenizer", "190 tokens", "embeddings for 100")
 def tokenizer_of_another_model(world: World) -> list[str]:
     world.model("narrow")
