@@ -85,6 +85,8 @@ def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Reso
     student = StudentSection.model_validate({**defaults, **written})
     if student.form is None:
         student = StudentSection.model_validate({**student.model_dump(exclude_unset=True), "form": "depth"})
+    if recipe.teacher.black_box:
+        _judge_black_box(recipe, method, options, student)
     base = recipe_path.resolve().parent
     train = recipe.train
     defaults_of_loop = {**method.train, **(method.text_train if recipe.task.type == "text" else {})}
@@ -126,6 +128,26 @@ def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Reso
         student=_found(student, base),
         loop=loop,
     )
+
+
+def _judge_black_box(recipe: Recipe, method: Method, options: Any, student: StudentSection) -> None:
+    """Raise InputError for a recipe that asks more of a black box than answers."""
+    if not method.teacherless(options):
+        raise InputError(
+            f"answers of a black box are not enough for {method.name} as it is set up",
+            where="teacher.black_box",
+            hint='use method "dbkd" with black_box = {callable, command or decisions = ...}',
+        )
+    if student.form != "checkpoint":
+        raise InputError(
+            "a student cannot be cut from a black box", where="student.form", hint='use form = "checkpoint"'
+        )
+    if recipe.assistant is not None:
+        raise InputError("an assistant cannot be cut from a black box", where="assistant", hint="leave it out")
+    if recipe.overparam is not None and recipe.overparam.aux_weight > 0:
+        raise InputError(
+            "a black box has no tensors to compare with", where="overparam.aux_weight", hint="set aux_weight = 0"
+        )
 
 
 def _found(student: StudentSection, base: Path) -> StudentSection:
@@ -236,7 +258,8 @@ def run_distill(
                 work=run.checkpoints / "teacher",
                 inspect=lambda model: judge_shapes(model, resolved, task),
             )
-            teacher_scores = {} if task.kind == "text" else _scores(teacher.model, teacher.tokenizer, task, resolved)
+            silent = task.kind == "text" or not teacher.known
+            teacher_scores = {} if silent else _scores(teacher.model, teacher.tokenizer, task, resolved)
         if teacher_scores:
             _warn_of_chance(teacher_scores, task, console)
         if recipe.task.augment is not None:
@@ -277,7 +300,7 @@ def run_distill(
             else:
                 result = compare(
                     task,
-                    teacher=describe_model(teacher.model, teacher_scores),
+                    teacher=describe_model(teacher.model, teacher_scores) if teacher.known else None,
                     student=describe_model(build.model, _scores(build.model, teacher.tokenizer, task, resolved)),
                 )
         seconds["total"] = round(time.perf_counter() - begun, 3)
@@ -302,7 +325,7 @@ def run_distill(
             "training": training,
             "seconds": seconds,
             "hashes": {
-                "teacher": hash_of_weights(teacher.model),
+                "teacher": hash_of_weights(teacher.model) if teacher.known else None,
                 "student_before": student.hash_before,
                 "student": hash_of_weights(build.model),
                 "data": task.description["fingerprint"],
@@ -576,7 +599,7 @@ def _train(
         rows = scheme.begin(
             Setting(
                 student=build.model,
-                teacher=teacher.model,
+                teacher=teacher.model if teacher.known else None,
                 tokenizer=teacher.tokenizer,
                 task=task,
                 train=train,
@@ -671,7 +694,7 @@ def _keep(run: runs.Run, record: dict[str, Any], build: StudentBuild, teacher: T
     with atomic_folder(run.student, force=True) as folder:
         save_model(build.model, folder, teacher.tokenizer)
         (folder / "README.md").write_text(model_card({**run.record, **record}), encoding="utf-8")
-    if teacher.path is None:
+    if teacher.path is None and teacher.known:
         with atomic_folder(run.path / "teacher", force=True) as folder:
             save_model(teacher.model, folder, teacher.tokenizer)
         record["teacher_path"] = str(run.path / "teacher")
@@ -696,7 +719,7 @@ def _export(
         sequence_lengths=section.sequence_lengths,
         threads=section.threads or os.cpu_count() or 1,
         runs=section.runs,
-        teacher=teacher.model,
+        teacher=teacher.model if teacher.known else None,
         force=True,
     )
     run.update({"export": result.to_json()})

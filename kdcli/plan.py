@@ -37,14 +37,13 @@ class Plan:
         sizes = ", ".join(f"{name} {rows:,}" for name, rows in document["task"]["sizes"].items())
         table.add_row("task", f"{document['task']['name']} ({document['task']['kind']}): {sizes}")
         table.add_row("method", f"{document['method']['name']}: {document['method']['title']}")
-        table.add_row(
-            "teacher", f"{teacher['origin']}, {teacher['parameters']:,} parameters ({teacher['preparation']})"
-        )
-        table.add_row(
-            "student",
-            f"{student['form']}, {student['parameters']:,} parameters "
-            f"({student['parameters'] / teacher['parameters']:.1%} of the teacher)",
-        )
+        count, share = teacher["parameters"], ""
+        if count is None:
+            table.add_row("teacher", f"{teacher['origin']}: only its answers are known")
+        else:
+            table.add_row("teacher", f"{teacher['origin']}, {count:,} parameters ({teacher['preparation']})")
+            share = f" ({student['parameters'] / count:.1%} of the teacher)"
+        table.add_row("student", f"{student['form']}, {student['parameters']:,} parameters{share}")
         for note in student["notes"]:
             table.add_row("", note)
         if document["overparam"] is not None:
@@ -134,9 +133,9 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
                 "options": resolved.options.model_dump(),
             },
             "teacher": {
-                "origin": section.model or "from scratch",
+                "origin": "a black box" if section.black_box else section.model or "from scratch",
                 "preparation": "fine-tuned first, or taken from the cache" if trains else "used as it is",
-                "parameters": count_parameters(teacher),
+                "parameters": None if section.black_box else count_parameters(teacher),
             },
             "student": {
                 "form": resolved.student.form,

@@ -28,7 +28,9 @@ def methods(
 
     if name is None:
         found = [registry.get(known) for known in registry.names()]
-        table = Table("name", "tasks", "signals", "constraints", "cost", "paper", show_lines=True)
+        table = Table(show_lines=True)
+        for column in ("name", "tasks", "signals", "constraints", "cost", "paper"):
+            table.add_column(column, overflow="fold")
         for method in found:
             tasks = ", ".join(sorted(method.kinds))
             cells = (method.name, tasks, method.signals, method.constraints, method.cost, short_citation(method.paper))

@@ -1,5 +1,6 @@
 """Teacher beside student: scores, sizes, and how much was kept."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,21 +28,23 @@ def describe_model(model: Any, scores: dict[str, dict[str, float]]) -> Described
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of a run. retention = student / teacher on the first metric."""
+    """The result of a run. retention = student / teacher on the first metric; of a black box nothing is known."""
 
     primary: str
-    teacher: Described
+    teacher: Described | None
     student: Described
-    teacher_score: float
+    teacher_score: float | None
     student_score: float
 
     @property
     def retention(self) -> float | None:
         """Student's score as a share of the teacher's; None when the teacher's is not above 0."""
-        return self.student_score / self.teacher_score if self.teacher_score > 0 else None
+        return self.student_score / self.teacher_score if self.teacher_score and self.teacher_score > 0 else None
 
     def to_json(self) -> dict[str, Any]:
-        def side(model: Described, score: float) -> dict[str, Any]:
+        def side(model: Described | None, score: float | None) -> dict[str, Any] | None:
+            if model is None:
+                return None
             return {
                 "score": score,
                 "metrics": model.metrics,
@@ -54,7 +57,7 @@ class Comparison:
             "teacher": side(self.teacher, self.teacher_score),
             "student": side(self.student, self.student_score),
             "retention": self.retention,
-            "compression": self.teacher.parameters / self.student.parameters,
+            "compression": self.teacher.parameters / self.student.parameters if self.teacher is not None else None,
         }
 
     @classmethod
@@ -65,39 +68,42 @@ class Comparison:
             return Described(model["metrics"], model["parameters"], model["megabytes"])
 
         teacher, student = record["teacher"], record["student"]
-        return cls(record["primary"], side(teacher), side(student), teacher["score"], student["score"])
+        return cls(
+            record["primary"],
+            side(teacher) if teacher is not None else None,
+            side(student),
+            teacher["score"] if teacher is not None else None,
+            student["score"],
+        )
 
     def table(self) -> Table:
+        sides = {"teacher": self.teacher, "student": self.student}
+        shown = {name: side for name, side in sides.items() if side is not None}
         table = Table()
         table.add_column("")
-        for name in ("teacher", "student", "student / teacher"):
+        for name in (*shown, *(["student / teacher"] if len(shown) == 2 else [])):
             table.add_column(name, justify="right")
-        for name, metrics in self.teacher.metrics.items():
-            for metric, value in metrics.items():
-                other = self.student.metrics[name][metric]
-                ratio = f"{other / value:.1%}" if value > 0 else ""
-                table.add_row(f"{metric} ({name})", f"{100 * value:.2f}", f"{100 * other:.2f}", ratio)
-        table.add_row(
-            "parameters",
-            f"{self.teacher.parameters:,}",
-            f"{self.student.parameters:,}",
-            f"{self.student.parameters / self.teacher.parameters:.1%}",
-        )
-        table.add_row(
-            "megabytes",
-            f"{self.teacher.megabytes:.1f}",
-            f"{self.student.megabytes:.1f}",
-            f"{self.student.megabytes / self.teacher.megabytes:.1%}",
-        )
+
+        def row(label: str, style: str, values: Sequence[float], *, scale: int = 1) -> None:
+            cells = [format(scale * value, style) for value in values]
+            if len(values) == 2:
+                cells.append(f"{values[1] / values[0]:.1%}" if values[0] > 0 else "")
+            table.add_row(label, *cells)
+
+        for name, metrics in self.student.metrics.items():
+            for metric in metrics:
+                row(f"{metric} ({name})", ".2f", [side.metrics[name][metric] for side in shown.values()], scale=100)
+        row("parameters", ",", [side.parameters for side in shown.values()], scale=1)
+        row("megabytes", ".1f", [side.megabytes for side in shown.values()])
         return table
 
 
-def compare(task: Task, *, teacher: Described, student: Described) -> Comparison:
-    """Return teacher and student side by side."""
+def compare(task: Task, *, teacher: Described | None, student: Described) -> Comparison:
+    """Return teacher and student side by side; without a teacher the student alone."""
     return Comparison(
         task.primary,
         teacher,
         student,
-        primary_score(teacher.metrics, task.primary),
+        primary_score(teacher.metrics, task.primary) if teacher is not None else None,
         primary_score(student.metrics, task.primary),
     )

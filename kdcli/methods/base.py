@@ -60,6 +60,10 @@ def _no_check(options: Any, context: Context) -> None:
     return None
 
 
+def _never(options: Any) -> bool:
+    return False
+
+
 def _no_notes(options: Any, context: Context) -> list[str]:
     return []
 
@@ -69,10 +73,11 @@ class Method:
     """A method by name.
 
     title, paper, formula, signals, constraints, cost: for `kdcli methods`. options: the schema of its own
-    options. student, train: defaults for those tables. check(options, context) raises InputError for what
-    cannot work, with the nearest setting that does; build(options, context) returns the stages; notes(options,
-    context) what was chosen for the user and is worth a line. kinds: of tasks that it can be used on
-    ("classification", "regression", "text"); on text the defaults of text_train come before those of train.
+    options. student, train: defaults for those tables; on plain text text_train comes before train.
+    check(options, context) raises InputError for what cannot work, with the nearest setting that does.
+    build(options, context) returns the stages. notes(options, context): what was chosen for the user and is worth a
+    line. kinds: of tasks that it can be used on ("classification", "regression", "text"). teacherless(options):
+    whether answers are enough, without the teacher's model.
     """
 
     name: str
@@ -89,4 +94,5 @@ class Method:
     student: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     text_train: dict[str, Any] = field(default_factory=dict)
+    teacherless: Callable[[Any], bool] = _never
     notes: Callable[[Any, Context], list[str]] = _no_notes

@@ -101,6 +101,7 @@ METHOD = Method(
     options=DBKDOptions,
     build=build,
     kinds=frozenset({"classification"}),
+    teacherless=lambda options: options.black_box is not None,
     student={"form": "depth", "select": "first"},
     train={"epochs": 10.0, "learning_rate": 2e-5, "warmup": 0.1},
 )

@@ -9,14 +9,26 @@ def model_card(record: dict[str, Any]) -> str:
         return _general_card(record)
     method, task, student, teacher = record["method"], record["task"], record["student"], record["teacher"]
     plain = record["student_form"] in ("depth", "width", "checkpoint")
+    sides = {"teacher": teacher, "student": student} if teacher is not None else {"student": student}
+    cells = [(f"{m} ({name})", name, m) for name, metrics in student["metrics"].items() for m in metrics]
     rows = "\n".join(
-        f"| {metric} ({name}) | {100 * value:.2f} | {100 * student['metrics'][name][metric]:.2f} |"
-        for name, metrics in teacher["metrics"].items()
-        for metric, value in metrics.items()
+        [
+            "| | " + " | ".join(sides) + " |",
+            "| --- |" + " ---: |" * len(sides),
+            *(
+                f"| {label} | " + " | ".join(f"{100 * side['metrics'][n][m]:.2f}" for side in sides.values()) + " |"
+                for label, n, m in cells
+            ),
+            "| parameters | " + " | ".join(f"{side['parameters']:,}" for side in sides.values()) + " |",
+            "| megabytes | " + " | ".join(f"{side['megabytes']:.1f}" for side in sides.values()) + " |",
+        ]
     )
     over = "\n- over-parameterised while training (OPDF), contracted afterwards" if record["overparam"] else ""
     loading = _loading("AutoModelForSequenceClassification", plain=plain)
-    retention = f"{record['retention']:.1%}" if record["retention"] is not None else "not defined"
+    retention = record["retention"]
+    kept = (
+        f"\nThe student keeps {retention:.1%} of the teacher's {record['primary']}.\n" if retention is not None else ""
+    )
     return f"""---
 library_name: {"transformers" if plain else "kdcli"}
 pipeline_tag: text-classification
@@ -32,13 +44,8 @@ A smaller transformer for the task `{task["name"]}`, distilled with kdcli {recor
 - student form: {record["student_form"]}{over}
 - data: {task["source"]}, {task["sizes"]["train"]:,} training examples, protocol `{task["protocol"]}`
 
-| | teacher | student |
-| --- | ---: | ---: |
 {rows}
-| parameters | {teacher["parameters"]:,} | {student["parameters"]:,} |
-| megabytes | {teacher["megabytes"]:.1f} | {student["megabytes"]:.1f} |
-
-The student keeps {retention} of the teacher's {record["primary"]}.
+{kept}
 
 ## Loading
 

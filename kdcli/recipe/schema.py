@@ -161,11 +161,16 @@ class TeacherSection(Section):
     seed: NonNegativeInt | None = None
     finetune: FinetuneSection | bool | None = None
     scratch: ScratchSection | None = None
+    black_box: bool = False
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if (self.model is None) == (self.scratch is None):
-            raise ValueError("give teacher.model (a hub name or a folder) or [teacher.scratch], one of them")
+        if sum((self.model is not None, self.scratch is not None, self.black_box)) != 1:
+            raise ValueError(
+                "give teacher.model (a hub name or a folder), [teacher.scratch] or black_box = true, one of them"
+            )
+        if self.black_box and self.finetune not in (None, False):
+            raise ValueError("a black box cannot be fine-tuned")
         if self.scratch is not None and self.finetune is False:
             raise ValueError("a teacher from scratch must be trained: finetune = false makes no sense")
         return self
