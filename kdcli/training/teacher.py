@@ -30,12 +30,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Teacher:
-    """The model to copy from, its classes in the task's order."""
+    """The model to copy from, its classes in the task's order.
+
+    known: False for a black box, of which only answers are known; `model` is then the student's start, which lends
+    its shape and its tokenizer, and nothing else.
+    """
 
     model: "PreTrainedModel"
     tokenizer: Any
     origin: str
     path: Path | None = None
+    known: bool = True
     training: dict[str, Any] = field(default_factory=dict)
 
 
@@ -56,6 +61,8 @@ def seed_of(recipe: Recipe) -> int:
 def needs_training(recipe: Recipe, source: str | None, head: str) -> bool:
     """True when the teacher must be fine-tuned: from scratch, asked for, or without the head that is needed."""
     section = recipe.teacher
+    if section.black_box:
+        return False
     if section.scratch is not None or section.finetune not in (None, False):
         return True
     assert source is not None
@@ -90,6 +97,9 @@ def make_teacher(
     inspect: sees the model before any work is put into it, and may raise InputError.
     """
     section = recipe.teacher
+    if section.black_box:
+        model, tokenizer = initial_teacher(recipe, task, None, head, base)
+        return Teacher(model, tokenizer, origin="a black box", known=False)
     source = resolve_source(section.model, base) if section.model is not None else None
     if not needs_training(recipe, source, head):
         assert source is not None
@@ -116,6 +126,9 @@ def initial_teacher(
     """Return the untrained start of a teacher (a base model with a fresh head, or one from scratch)."""
     section = recipe.teacher
     labels = label_options(task)
+    if section.black_box:
+        assert recipe.student.model is not None
+        source = resolve_source(recipe.student.model, base)
     if section.scratch is not None:
         return build_scratch(section.scratch, _texts(task), seed=seed_of(recipe), head=head, **labels)
     assert source is not None
