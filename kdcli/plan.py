@@ -9,12 +9,13 @@ from rich.table import Table
 from kdcli.models.counts import count_parameters
 from kdcli.models.forms import build_student
 from kdcli.models.shape import shape_of
-from kdcli.pipeline import Resolved, context_of, head_needed, resolve, stage_loop
 from kdcli.recipe.schema import Recipe
+from kdcli.resolve import Resolved, context_of, head_needed, resolve
 from kdcli.tasks.augment import check_augment
 from kdcli.tasks.load import load_task
 from kdcli.tasks.text import pack
 from kdcli.tensors.parametrize import overparameterise, teacher_factors
+from kdcli.training.road import stage_loop
 from kdcli.training.teacher import initial_teacher, needs_training, resolve_source
 from kdcli.training.trainer import resolve_precision
 

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,14 @@ class Run:
             if link.is_dir() and not link.is_symlink():
                 return
             write_text(link, self.name + "\n")
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], key: str) -> Iterator[None]:
+    """Write under `key` how many seconds the block took."""
+    begun = time.perf_counter()
+    yield
+    seconds[key] = round(time.perf_counter() - begun, 3)
 
 
 def open_run(root: Path, name: str, *, force: bool, resume: bool, create: bool = True) -> Run:

@@ -7,9 +7,10 @@ from families import tiny, tokenizer
 
 from kdcli.errors import InputError
 from kdcli.models.save import save_model
-from kdcli.pipeline import resolve, run_distill
+from kdcli.pipeline import run_distill
 from kdcli.plan import make_plan
 from kdcli.recipe.load import load_recipe
+from kdcli.resolve import resolve
 
 
 def test_a_black_box_needs_no_model_at_all(tmp_path: Path):

@@ -94,10 +94,8 @@ def test_latency_gives_every_cell_and_restores_the_threads(tmp_path: Path):
     model = tiny("bert")
     export_onnx(model, tokenizer(), tmp_path / "onnx")
     before = torch.get_num_threads()
-    report = measure(
-        {"m": (model, OnnxModel(tmp_path / "onnx", threads=1))}, batch_sizes=[1, 2], sequence_lengths=[4], threads=1, runs=5,
-        vocab_size=150,
-    )  # fmt: skip
+    models = {"m": (model, OnnxModel(tmp_path / "onnx", threads=1))}
+    report = measure(models, batch_sizes=[1, 2], sequence_lengths=[4], threads=1, runs=5, vocab_size=150)
     assert torch.get_num_threads() == before
     assert len(report.rows) == 4
     for row in report.rows:

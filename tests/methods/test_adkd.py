@@ -23,7 +23,6 @@ from kdcli.models.shape import shape_of
 from kdcli.objectives.attribution import path_gradient, saliency
 from kdcli.objectives.base import Wants
 from kdcli.objectives.output import AnnealedOutputObjective
-from kdcli.pipeline import make_distiller
 from kdcli.recipe.load import load_recipe
 from kdcli.recipe.schema import OverparamSection
 from kdcli.tasks.encode import Collator, encode
@@ -31,6 +30,7 @@ from kdcli.tasks.load import load_task
 from kdcli.tensors.parametrize import overparameterise
 from kdcli.training.capture import Capture, model_inputs
 from kdcli.training.distiller import Distiller
+from kdcli.training.road import make_distiller
 from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.trainer import LoopSettings, TellEpochs
 

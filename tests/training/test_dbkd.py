@@ -24,7 +24,7 @@ from kdcli.methods.base import Context
 from kdcli.methods.dbkd import METHOD, DBKDOptions
 from kdcli.models.shape import shape_of
 from kdcli.objectives.decisions import logits_from_decisions
-from kdcli.pipeline import make_distiller, run_distill
+from kdcli.pipeline import run_distill
 from kdcli.recipe.load import load_recipe
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator, encode
@@ -32,6 +32,7 @@ from kdcli.tasks.labels import class_of
 from kdcli.tasks.noise import Noise
 from kdcli.training.black_box import Command, LocalModel, PythonCallable
 from kdcli.training.decisions import Memory, ask, recorded
+from kdcli.training.road import make_distiller
 from kdcli.training.schemes.base import Setting
 from kdcli.training.trainer import LoopSettings, fit
 

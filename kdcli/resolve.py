@@ -1,0 +1,192 @@
+"""From a recipe to a recipe with every default filled in, and what can be judged before any work."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kdcli.errors import InputError
+from kdcli.methods import registry
+from kdcli.methods.base import Context, Method, Stage
+from kdcli.methods.layer_maps import uniform
+from kdcli.models.forms import build_student
+from kdcli.models.load import load_config
+from kdcli.models.shape import shape_of
+from kdcli.recipe.schema import Recipe, StudentSection
+from kdcli.tasks.base import Task
+from kdcli.training.teacher import resolve_source
+from kdcli.training.trainer import LoopSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe with every default filled in."""
+
+    recipe: Recipe
+    name: str
+    base: Path
+    method: Method
+    options: Any
+    student: StudentSection
+    assistant: StudentSection | None
+    loop: LoopSettings
+
+
+def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Resolved:
+    """Fill in what the recipe left to the method."""
+    method = registry.get(recipe.method.name)
+    if task is not None and task.kind not in method.kinds:
+        raise InputError(
+            f"{method.name} works on {' and '.join(sorted(method.kinds))} tasks; {task.name} is a {task.kind} task",
+            where="method.name",
+            hint="`kdcli methods` lists what each one needs",
+        )
+    options = method.options.model_validate(recipe.method.options)
+    written = recipe.student.model_dump(exclude_unset=True)
+    defaults = method.student if recipe.student.form in (None, method.student.get("form")) else {}
+    sizes = {"budget", "rank", "params", "energy"}
+    if sizes & set(written):
+        defaults = {key: value for key, value in defaults.items() if key not in sizes}
+    student = StudentSection.model_validate({**defaults, **written})
+    student = _with_form(student, "depth")
+    if recipe.teacher.black_box:
+        _judge_black_box(recipe, method, options, student)
+    base = recipe_path.resolve().parent
+    train = recipe.train
+    defaults_of_loop = {**method.train, **(method.text_train if recipe.task.type == "text" else {})}
+
+    def pick(key: str, fallback: Any) -> Any:
+        value = getattr(train, key)
+        return value if value is not None else defaults_of_loop.get(key, fallback)
+
+    rate = float(pick("learning_rate", 5e-5))
+    loop = LoopSettings(
+        epochs=float(pick("epochs", 3.0)),
+        max_steps=train.max_steps,
+        batch_size=train.batch_size,
+        gradient_accumulation=train.gradient_accumulation,
+        learning_rate=rate,
+        scheduler=pick("scheduler", "linear"),
+        warmup=float(pick("warmup", 0.1)),
+        weight_decay=float(pick("weight_decay", 0.01)),
+        max_grad_norm=train.max_grad_norm,
+        precision=train.precision,
+        device=train.device,
+        group_by_length=train.group_by_length,
+        eval_every=train.eval_every,
+        patience=train.patience,
+        select=train.select,
+        log_every=train.log_every,
+        workers=train.workers,
+        seed=recipe.seed,
+        metric=task.primary if task is not None else "",
+        eval_batch_size=recipe.evaluate.batch_size,
+        chain_learning_rate=_chain_rate(recipe, rate),
+    )
+    return Resolved(
+        recipe=recipe,
+        name=recipe.name or recipe_path.stem,
+        base=base,
+        method=method,
+        options=options,
+        student=_found(student, base),
+        assistant=_found(_with_form(recipe.assistant, "width"), base) if recipe.assistant is not None else None,
+        loop=loop,
+    )
+
+
+def _judge_black_box(recipe: Recipe, method: Method, options: Any, student: StudentSection) -> None:
+    """Raise InputError for a recipe that asks more of a black box than answers."""
+    if not method.teacherless(options):
+        raise InputError(
+            f"answers of a black box are not enough for {method.name} as it is set up",
+            where="teacher.black_box",
+            hint='use method "dbkd" with black_box = {callable, command or decisions = ...}',
+        )
+    if student.form != "checkpoint":
+        raise InputError(
+            "a student cannot be cut from a black box", where="student.form", hint='use form = "checkpoint"'
+        )
+    if recipe.assistant is not None:
+        raise InputError("an assistant cannot be cut from a black box", where="assistant", hint="leave it out")
+    if recipe.overparam is not None and recipe.overparam.aux_weight > 0:
+        raise InputError(
+            "a black box has no tensors to compare with", where="overparam.aux_weight", hint="set aux_weight = 0"
+        )
+
+
+def _with_form(section: StudentSection, form: str) -> StudentSection:
+    """Return a section that has a form: its own, or else this one."""
+    if section.form is not None:
+        return section
+    return StudentSection.model_validate({**section.model_dump(exclude_unset=True), "form": form})
+
+
+def _found(student: StudentSection, base: Path) -> StudentSection:
+    """Return a section whose model, where it is a folder, is named as seen from anywhere."""
+    if student.model is None:
+        return student
+    return student.model_copy(update={"model": resolve_source(student.model, base)})
+
+
+def _chain_rate(recipe: Recipe, rate: float) -> float | None:
+    """Return the factors' learning rate: one step moves a weight 1.5 + 0.8 L times as far (methods 3.10)."""
+    section = recipe.overparam
+    if section is None:
+        return None
+    if section.learning_rate is not None:
+        return section.learning_rate
+    length = section.length if section.factorization == "mpo" else 0
+    return rate / (1.5 + 0.8 * length)
+
+
+def context_of(teacher: "PreTrainedModel", student: "PreTrainedModel", form: str, task: Task) -> Context:
+    """Return what a method may know of the two models: their shapes, never their weights."""
+    teacher_shape, student_shape = shape_of(teacher.config), shape_of(student.config)
+    return Context(
+        teacher=teacher_shape,
+        student=student_shape,
+        student_form=form,
+        kind=task.kind,
+        num_labels=max(1, len(task.label_names)),
+        pairs=uniform(student_shape.layers, teacher_shape.layers),
+    )
+
+
+def judge_shapes(teacher: "PreTrainedModel", resolved: Resolved, task: Task) -> None:
+    """Raise InputError for what is wrong with the student's shape or the method's demands, without any work."""
+    section = resolved.student
+    if section.form == "checkpoint" or section.energy is not None or resolved.recipe.assistant is not None:
+        # These need weights, and are judged when the student is built.
+        return
+    shadow = copy.deepcopy(teacher).to("meta")  # type: ignore[arg-type]
+    with torch.device("meta"):
+        student = build_student(shadow, section, seed=0).model
+    assert section.form is not None
+    resolved.method.check(resolved.options, context_of(shadow, student, section.form, task))
+
+
+def head_needed(resolved: Resolved, task: Task) -> str:
+    """Return what must stand on the teacher's body: a classifier; for plain text a masked-LM head, or nothing.
+
+    A head for plain text is needed where some term listens to predictions, and where a teacher is to be trained.
+    """
+    if task.kind != "text":
+        return "sequence-classification"
+    teacher = resolved.recipe.teacher
+    if teacher.model is None or teacher.finetune not in (None, False):
+        return "masked-lm"
+    shape = shape_of(load_config(resolve_source(teacher.model, resolved.base)))
+    blocks = [(layer, layer) for layer in range(1, shape.layers + 1)]
+    stages = resolved.method.build(resolved.options, Context(shape, shape, "checkpoint", task.kind, 1, blocks))
+    return "masked-lm" if speaks(stages) else "base"
+
+
+def speaks(stages: list[Stage]) -> bool:
+    """True when some term of weight listens to the student's predictions."""
+    return any(t.objective.student_wants().logits for stage in stages for t in stage.terms if t.weight > 0)

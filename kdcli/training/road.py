@@ -1,0 +1,281 @@
+"""A student's way: built, over-parameterised, trained stage by stage, contracted."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from rich.console import Console
+from transformers import set_seed
+
+from kdcli import runs
+from kdcli.errors import InputError
+from kdcli.files import atomic_folder
+from kdcli.methods.base import Context, Stage, Term
+from kdcli.models.counts import count_parameters
+from kdcli.models.forms import StudentBuild, build_student
+from kdcli.models.shape import shape_of
+from kdcli.objectives.base import Wants
+from kdcli.objectives.tensor import TensorObjective
+from kdcli.recipe.schema import OverparamSection, StudentSection
+from kdcli.resolve import Resolved, context_of, speaks
+from kdcli.runs import timed
+from kdcli.tasks.base import Task
+from kdcli.tasks.encode import encode_task
+from kdcli.tensors.parametrize import OverparamReport, contract_model, overparameterise, teacher_factors
+from kdcli.training.distiller import Distiller
+from kdcli.training.distributed import agree, main_does
+from kdcli.training.hashing import hash_of_weights
+from kdcli.training.logits_cache import cached_logits
+from kdcli.training.schemes.base import Scheme, Setting
+from kdcli.training.teacher import Teacher, metrics_of
+from kdcli.training.trainer import COMPLETE, WEIGHTS, LoopSettings, fit, load_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Chain:
+    """The over-parameterised student: what was done, and the teacher's tensors to compare with."""
+
+    report: OverparamReport
+    teacher: dict[Any, tuple[torch.Tensor, ...]]
+
+
+def over_parameterise(
+    build: StudentBuild,
+    teacher: "PreTrainedModel",
+    context: Context,
+    section: OverparamSection | None,
+    console: Console,
+) -> Chain | None:
+    if section is None:
+        return None
+    factors: dict[Any, tuple[torch.Tensor, ...]] = {}
+    report = overparameterise(build.model, section)
+    if section.aux_weight > 0:
+        factors, skipped = teacher_factors(teacher, build.model, context.pairs, section)
+        if not factors:
+            raise InputError(
+                "overparam.aux_weight is above 0, but no matrix of the student has a teacher matrix of its shape",
+                where="overparam.aux_weight",
+                hint='set aux_weight = 0, or aux_mismatch = "truncate"',
+            )
+        if skipped:
+            console.print(
+                f"overparam: no teacher tensors for {len(skipped)} matrices: {', '.join(map(str, skipped[:6]))}"
+                + (" ..." if len(skipped) > 6 else ""),
+                highlight=False,
+                soft_wrap=True,
+            )
+    return Chain(report, factors)
+
+
+@dataclass
+class Distilled:
+    """A student at the end of its training, contracted."""
+
+    build: StudentBuild
+    speaks: bool
+    hash_before: str
+    overparam: dict[str, Any] | None
+    contraction: dict[str, Any] | None
+    training: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what run.json says of an assistant."""
+        return {
+            "form": self.build.form,
+            "notes": self.build.notes,
+            "parameters": count_parameters(self.build.model),
+            "training": self.training,
+        }
+
+
+@dataclass
+class Road:
+    """What a student's way from a teacher needs, whichever student it is."""
+
+    task: Task
+    resolved: Resolved
+    run: runs.Run
+    console: Console
+    seconds: dict[str, float]
+    resume: bool
+
+    def distil(
+        self,
+        teacher: Teacher,
+        section: StudentSection,
+        overparam: OverparamSection | None,
+        *,
+        folder: str = "",
+        title: str = "",
+    ) -> Distilled:
+        """Build a student of `teacher`, train it, and contract it. folder, title: of its checkpoints and progress."""
+        resolved, task, seed = self.resolved, self.task, self.resolved.recipe.seed
+        set_seed(seed)
+        with timed(self.seconds, f"{folder or 'student'}"):
+            build = build_student(teacher.model, section, seed=seed)
+        for note in build.notes:
+            self.console.print(f"{folder or 'student'}: {note}", highlight=False, soft_wrap=True)
+        plain_hash = hash_of_weights(build.model)
+        context = context_of(teacher.model, build.model, build.form, task)
+        resolved.method.check(resolved.options, context)
+        for note in resolved.method.notes(resolved.options, context):
+            self.console.print(f"{resolved.method.name}: {note}", highlight=False, soft_wrap=True)
+        with timed(self.seconds, "overparam"):
+            chain = over_parameterise(build, teacher.model, context, overparam, self.console)
+        stages = resolved.method.build(resolved.options, context)
+        with timed(self.seconds, "train" if not folder else f"{folder} train"):
+            training = _train(
+                stages,
+                build,
+                teacher,
+                chain,
+                task,
+                resolved,
+                self.run.checkpoints / folder,
+                self.run.log / folder,
+                self.console,
+                title=title,
+                resume=self.resume,
+            )
+        contraction = None
+        if chain is not None:
+            with timed(self.seconds, "contract"):
+                contraction = contract_model(build.model).to_json()
+        return Distilled(
+            build,
+            speaks(stages),
+            plain_hash,
+            chain.report.to_json() if chain is not None else None,
+            contraction,
+            training,
+        )
+
+
+def _train(
+    stages: list[Stage],
+    build: StudentBuild,
+    teacher: Teacher,
+    chain: Chain | None,
+    task: Task,
+    resolved: Resolved,
+    checkpoints: Path,
+    log: Path,
+    console: Console,
+    *,
+    title: str,
+    resume: bool,
+) -> list[dict[str, Any]]:
+    encoded = encode_task(task, teacher.tokenizer, resolved.recipe.task.max_length, seed=resolved.loop.seed)
+    train, collator = encoded.train, encoded.collator
+    total = resolved.loop.steps(len(train))
+    records = []
+    for number, stage in enumerate(stages, 1):
+        terms = list(stage.terms)
+        if chain is not None and chain.teacher:
+            section = resolved.recipe.overparam
+            assert section is not None
+            terms.append(Term("tensor", TensorObjective(section.aux_reduction), section.aux_weight))
+        loop = stage_loop(resolved.loop, stage, total, len(train))
+        if task.kind != "text" and not speaks([stage]):
+            # The score of a head that nothing trains says nothing about which checkpoint is best.
+            loop = replace(loop, select="last", patience=None)
+        scheme = stage.scheme or Scheme()
+        rows = scheme.begin(
+            Setting(
+                student=build.model,
+                teacher=teacher.model if teacher.known else None,
+                tokenizer=teacher.tokenizer,
+                task=task,
+                train=train,
+                collator=collator,
+                loop=loop,
+                base=resolved.base,
+                cache=resolved.recipe.teacher.cache,
+                console=console,
+            )
+        )
+        distiller = make_distiller(build.model, terms, scheme, rows, factors=chain.teacher if chain else None)
+        folder = checkpoints / f"{number}-{stage.name}"
+        final = folder / "final"
+        if resume and agree((final / COMPLETE).exists()):
+            load_weights(distiller, final)
+            distiller.close()
+            records.append({"stage": stage.name, "resumed": True})
+        else:
+            record = fit(
+                distiller,
+                train=rows,
+                selection=encoded.selection,
+                collator=collator,
+                metrics=metrics_of(task),
+                settings=loop,
+                folder=folder,
+                log_dir=log / stage.name,
+                title=title + (stage.name if len(stages) == 1 else f"{number}/{len(stages)} {stage.name}"),
+                console=console,
+                scheme=scheme,
+                resume=resume,
+            )
+            records.append({"stage": stage.name, **record})
+            main_does(lambda final=final, distiller=distiller: _keep_stage(final, distiller))  # type: ignore[misc]
+        scheme.end()
+    build.model.eval().to("cpu")  # type: ignore[arg-type]
+    teacher.model.to("cpu")  # type: ignore[arg-type]
+    return records
+
+
+def stage_loop(loop: LoopSettings, stage: Stage, total: int, examples: int) -> LoopSettings:
+    """Return the loop of one stage: its share of the steps, or its own epochs, and its own learning rate."""
+    if stage.epochs is not None and loop.max_steps is None:
+        steps = math.ceil(stage.epochs * math.ceil(examples / loop.batch_size))
+    else:
+        steps = max(1, round(stage.share * total))
+    rate = stage.learning_rate or loop.learning_rate
+    chain = loop.chain_learning_rate
+    return replace(
+        loop,
+        max_steps=steps,
+        learning_rate=rate,
+        scheduler=stage.scheduler or loop.scheduler,
+        chain_learning_rate=chain * rate / loop.learning_rate if chain is not None else None,
+    )
+
+
+def make_distiller(
+    student: "PreTrainedModel",
+    terms: list[Term],
+    scheme: Scheme,
+    rows: Any,
+    *,
+    factors: dict[Any, tuple[torch.Tensor, ...]] | None = None,
+) -> Distiller:
+    """Return the step of a stage; a fixed teacher gives its logits once, before training, where that saves work."""
+    setting, teacher, logits = scheme.setting, scheme.teacher(), scheme.teacher_logits()
+    wants = Wants()
+    for term in terms:
+        if term.weight > 0:
+            wants |= term.objective.teacher_wants()
+    # Plain text is hidden anew in every epoch: no prediction about it is ever asked for twice.
+    asked_again = setting.cache and setting.task.kind != "text" and wants.logits and not wants.gradients
+    if logits is None and teacher is not None and asked_again and scheme.teacher_is_fixed and _saves(wants, teacher):
+        logits = cached_logits(teacher, rows, setting.collator, batch_size=setting.loop.eval_batch_size)
+    return Distiller(student, terms, teacher=teacher, teacher_logits=logits, teacher_factors=factors)
+
+
+def _saves(wants: Wants, teacher: "PreTrainedModel") -> bool:
+    """True when the teacher needs not run to its end once its predictions are known."""
+    deepest = max([*wants.hidden, *(layer for layer, _ in wants.matrices)], default=0)
+    return deepest < shape_of(teacher.config).layers
+
+
+def _keep_stage(final: Path, distiller: Distiller) -> None:
+    with atomic_folder(final, force=True) as folder:
+        safetensors.torch.save_model(distiller, str(folder / WEIGHTS))
+        (folder / COMPLETE).touch()
