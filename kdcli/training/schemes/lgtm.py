@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -18,6 +17,7 @@ from kdcli.errors import InputError
 from kdcli.objectives.output import kl_divergence
 from kdcli.objectives.task import task_loss
 from kdcli.training.capture import model_inputs
+from kdcli.training.distributed import state
 from kdcli.training.sampler import EpochSampler
 from kdcli.training.schemes.base import Scheme, Setting
 
@@ -94,6 +94,12 @@ class LGTMScheme(Scheme):
                 "lgtm looks one whole optimizer step ahead, so a step cannot be made of several parts",
                 where="train.gradient_accumulation",
                 hint="use 1, with a smaller train.batch_size if memory is short",
+            )
+        if self.learning.influence and "augment" in setting.task.description:
+            raise InputError(
+                "lgtm holds training rows out, and their noised copies would stay in training",
+                where="task.augment",
+                hint="leave it out, or set influence = false",
             )
         self.steps = setting.loop.steps(len(rows))
         self._teacher = copy.deepcopy(setting.teacher).eval().requires_grad_(True)
@@ -260,13 +266,13 @@ class HeldOut:
     """Batches of the held-out rows without end, shuffled anew in every pass; this process's share of each."""
 
     def __init__(self, rows: Dataset, setting: Setting) -> None:
-        loop, state = setting.loop, PartialState()
+        loop, processes = setting.loop, state()
         self.rows = rows.to_list()
         self.collator = setting.collator
         self.size = loop.batch_size
         self.sampler = EpochSampler(rows["length"], self.size, seed=loop.seed, group=loop.group_by_length)
-        share = self.size // state.num_processes
-        self.part = slice(state.process_index * share, (state.process_index + 1) * share)
+        share = self.size // processes.num_processes
+        self.part = slice(processes.process_index * share, (processes.process_index + 1) * share)
         self._pass: int | None = None
         self._order: list[int] = []
 
