@@ -1,15 +1,51 @@
 """What a language model predicts at single positions: the teacher's distribution, or the hidden word itself."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from kdcli.objectives.base import Objective, Signals, Wants
 
 IGNORED = -100
 """The label of a position that was not masked."""
+
+
+CHUNK_ELEMENTS = 2**22
+"""Predictions that are worked on at a time: what is held beside them stays in the processor's reach."""
+
+
+class _VocabularyKL(torch.autograd.Function):
+    """sum_i w_i T^2 KL(teacher_i || student_i), some positions at a time.
+
+    Its gradient is formed along with the value: of all that lies between, as large as the predictions themselves and
+    several times over, nothing is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, temperature: float, chunk: int) -> Tensor:
+        value = torch.zeros((), device=student.device)
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(student), chunk):
+            part = slice(start, start + chunk)
+            weight = weights[part, None]
+            own = torch.log_softmax(student[part].float() / temperature, dim=-1)
+            target = torch.log_softmax(teacher[part].float() / temperature, dim=-1)
+            probabilities = target.exp()
+            value = value + (target.sub_(own).mul_(probabilities).sum(-1, keepdim=True) * weight).sum()
+            if gradient is not None:
+                gradient[part] = own.exp_().sub_(probabilities).mul_(weight * temperature)
+        ctx.save_for_backward(gradient)
+        return value * temperature**2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer, None, None, None, None
 
 
 def vocabulary_kl(
@@ -20,10 +56,11 @@ def vocabulary_kl(
     student_logits, teacher_logits: (positions, vocabulary); weights: (positions,), with sum 1 or less.
     Source: DistilBERT (Sanh et al. 2019); methods 6.1 and 10.
     """
-    student = torch.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = torch.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
-    rows = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-    return _weighted(rows, weights) * temperature**2
+    positions, size = student_logits.shape
+    if weights is None:
+        weights = torch.full((positions,), 1.0 / max(positions, 1), device=student_logits.device)
+    chunk = max(1, CHUNK_ELEMENTS // size)
+    return _VocabularyKL.apply(student_logits, teacher_logits.detach(), weights, temperature, chunk)
 
 
 def masked_lm_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:

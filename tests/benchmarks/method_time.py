@@ -1,0 +1,271 @@
+"""Seconds of a training step of every method, as a ratio to plain fine-tuning of the same student.
+
+    python tests/benchmarks/method_time.py [--batch 32] [--sequence 64] [--rounds 8] [--only kd minilmv2]
+
+Real modules, made-up text; all steps alternate in one process. "needs" is the sum of the forward and backward
+passes that the algorithm cannot do without, each measured by itself in the same rounds; "overhead" is the step over
+that sum, median over rounds. The teacher's cached logits cost nothing here: they are computed before the first step.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import encoder, report
+from rich.console import Console
+
+from kdcli.methods import registry
+from kdcli.methods.base import Term
+from kdcli.models.forms import build_student
+from kdcli.models.load import load_model, load_tokenizer
+from kdcli.objectives.base import Wants
+from kdcli.objectives.task import TaskObjective
+from kdcli.objectives.vocabulary import MaskedLMObjective
+from kdcli.recipe.schema import EvaluateSection, Recipe, StudentSection, TaskSection
+from kdcli.resolve import context_of, resolve
+from kdcli.tasks.base import Masking
+from kdcli.tasks.encode import encode_task
+from kdcli.tasks.load import load_task
+from kdcli.training.capture import Capture
+from kdcli.training.distiller import Distiller
+from kdcli.training.road import make_distiller
+from kdcli.training.schemes.base import Scheme, Setting
+from kdcli.training.trainer import resolve_precision
+
+Step = Callable[[int], None]
+OPTIONS: dict[str, dict[str, Any]] = {"theseus": {"schedule": "constant", "replacing_rate": 0.5}}
+"""Half of the modules replaced: the mean over a run is less work than this at its beginning, and more at its end."""
+
+
+class World:
+    """A teacher, a batch, and what passes cost; for tasks with labels or for plain text."""
+
+    def __init__(self, kind: str, batch: int, sequence: int, *, bf16: bool) -> None:
+        head = "masked-lm" if kind == "text" else "sequence-classification"
+        torch.manual_seed(0)
+        self.bf16 = bf16
+        self.tokenizer = load_tokenizer(encoder())
+        self.teacher = load_model(encoder(), task=head, **({} if kind == "text" else {"num_labels": 2}))
+        self.task = load_task(TaskSection(name="reviews", train_samples=4 * batch), EvaluateSection(), base=Path())
+        # Sentences joined until they fill the sequence: no padding, so that FLOPs are what they seem.
+        text = " ".join(list(self.task.train["text"]) * 40)
+        words = text.split()
+        rows = [" ".join(words[i * sequence : (i + 1) * sequence]) for i in range(4 * batch)]
+        train = self.task.train.remove_columns("text").add_column("text", rows)  # type: ignore[call-arg]
+        self.task = replace(self.task, train=train)
+        if kind == "text":
+            self.task = replace(self.task, kind="text", masking=Masking())
+        self.encoded = encode_task(self.task, self.tokenizer, sequence)
+        self.batch = self.encoded.collator([self.encoded.train[i] for i in range(batch)])
+
+    def autocast(self) -> Any:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16)
+
+    def plain(self, student: Any) -> Step:
+        """Return a step of fine-tuning."""
+        objective = MaskedLMObjective() if self.task.kind == "text" else TaskObjective(self.task.kind)
+        distiller = Distiller(student.train(), [Term("task", objective)])
+        return self.step_of(distiller, Scheme())
+
+    def step_of(self, distiller: Distiller, scheme: Scheme) -> Step:
+        trained = [p for p in distiller.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+
+        def step(number: int) -> None:
+            scheme.before_step(number, self.batch, optimizer)
+            with self.autocast():
+                loss = distiller(self.batch)["loss"]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def method(self, name: str, section: StudentSection) -> Step:
+        """Return a step of the first stage of a method."""
+        recipe = Recipe.model_validate(
+            {
+                "task": {"name": "made-up", "type": "text"} if self.task.kind == "text" else "reviews",
+                "method": {"name": name, **OPTIONS.get(name, {})},
+                "teacher": {"model": encoder()},
+                "student": section.model_dump(exclude_unset=True),
+                "train": {"max_steps": 10_000, "learning_rate": 1e-6, "batch_size": len(self.batch["input_ids"])},
+            }
+        )
+        resolved = resolve(recipe, Path("made-up.toml"))
+        student = build_student(self.teacher, resolved.student, seed=0).model
+        assert resolved.student.form is not None
+        context = context_of(self.teacher, student, resolved.student.form, self.task)
+        resolved.method.check(resolved.options, context)
+        stage = resolved.method.build(resolved.options, context)[0]
+        scheme = stage.scheme or Scheme()
+        rows = scheme.begin(
+            Setting(
+                student=student,
+                teacher=self.teacher,
+                tokenizer=self.tokenizer,
+                task=self.task,
+                train=self.encoded.train,
+                collator=self.encoded.collator,
+                loop=resolved.loop,
+                base=Path(),
+                cache=True,
+                console=Console(quiet=True),
+            )
+        )
+        distiller = make_distiller(student, list(stage.terms), scheme, rows)
+        distiller.student.train()
+        scheme.place(torch.device("cpu"))
+        return self.step_of(distiller, scheme)
+
+    def listen(self, wants: Wants) -> Step:
+        """Return a pass of the teacher that ends where nothing more is wanted."""
+        capture = Capture(self.teacher, wants)
+
+        def go(_: int) -> None:
+            with torch.no_grad(), self.autocast(), capture as listening:
+                listening.run(self.batch)
+
+        return go
+
+    def passes(self, student: Any) -> dict[str, Step]:
+        """Return single passes: of the teacher (T) and the student (S); f forward, b backward, x to the input only."""
+        inputs = {k: v for k, v in self.batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
+
+        def run(model: Any, *, backward: bool, inward: bool = False, twice: bool = False) -> Step:
+            model.train()
+
+            def go(_: int) -> None:
+                for p in model.parameters():
+                    p.requires_grad_(backward and not inward)
+                table = model.get_input_embeddings()
+                fed = dict(inputs)
+                if inward or twice:
+                    fed["inputs_embeds"] = table(fed.pop("input_ids")).detach().requires_grad_()
+                math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+                with self.autocast(), torch.set_grad_enabled(backward):
+                    if twice:
+                        with math:
+                            logits = model(**fed).logits
+                    else:
+                        logits = model(**fed).logits
+                if not backward:
+                    return
+                total = logits.float().square().sum()
+                if twice:
+                    (found,) = torch.autograd.grad(total, fed["inputs_embeds"], create_graph=True)
+                    (total + found.square().sum()).backward()
+                elif inward:
+                    torch.autograd.grad(total, fed["inputs_embeds"])
+                else:
+                    total.backward()
+                model.zero_grad()
+
+            return go
+
+        return {
+            # Of a language model's head only the hidden words are needed, where nothing else is asked.
+            "Tf": self.listen(Wants(logits=True)),
+            "Tfa": run(self.teacher, backward=False),
+            "Tfb": run(self.teacher, backward=True),
+            "Tfx": run(self.teacher, backward=True, inward=True),
+            "Sf": run(student, backward=False),
+            "Sfb": run(student, backward=True),
+            "Sfbb": run(student, backward=True, twice=True),
+        }
+
+
+def needs(name: str, t: dict[str, float], plain: float, *, text: bool) -> float:
+    """Return the seconds of the passes that a step of a method cannot do without; plain: of a fine-tuning step."""
+    backward = {"T": t["Tfb"] - t["Tfa"], "S": t["Sfb"] - t["Sf"]}
+    extra = {
+        "kd": 0.0,
+        "dbkd": 0.0,
+        "minilmv2": 5 / 6 * t["Tf"],
+        # The attribution pass of the student is a pass of its own kind, in place of the usual one.
+        "adkd": t["Tfx"] + t["Sfbb"] - t["Sfb"],
+        # Half of the time a predecessor pair runs, and gradients only pass through it.
+        "theseus": 0.5 * (t["Tfx"] - t["Sfb"]),
+        "lgtm": 3 * t["Tf"] + 2 * backward["T"] + 4 * t["Sf"] + 2 * backward["S"],
+    }
+    if text and name == "distilbert":
+        # Predictions at all words, not at the hidden ones alone.
+        return t["Tfa"] + t["Sfb"]
+    return plain + extra.get(name, t["Tf"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--sequence", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--only", nargs="*", default=None, help="names of methods")
+    options = parser.parse_args()
+    bf16 = resolve_precision(options.precision, "cpu") == "bf16"
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["KDCLI_CACHE"] = cache
+        for kind in ("classification", "text"):
+            names = [n for n in registry.names() if kind in registry.get(n).kinds]
+            if kind == "text":
+                # The others do the same on plain text as on a task, less the prediction.
+                names = [n for n in names if n in ("od", "distilbert")]
+            names = [n for n in names if options.only is None or n in options.only]
+            if names:
+                make = partial(World, kind, options.batch, options.sequence, bf16=bf16)
+                rows += measure(make, names, options.rounds)
+    print(f"precision {'bf16' if bf16 else 'fp32'}, {options.batch} x {options.sequence} tokens")
+    report(rows, Path(tempfile.gettempdir()) / "method_time.json")
+
+
+def measure(make: Callable[[], World], names: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Return a row a method."""
+    world = make()
+    depth, low = StudentSection(form="depth", layers=3), StudentSection(form="low-rank", budget=0.5)
+    sections = {name: low if name == "makd" else StudentSection(layers=3) for name in names}
+    references = {"depth": depth, **({"low-rank": low} if "makd" in names else {})}
+    steps: dict[str, Step] = {}
+    for form, section in references.items():
+        steps[f"plain {form}"] = world.plain(build_student(world.teacher, section, seed=0).model)
+    for name, section in sections.items():
+        steps[name] = world.method(name, section)
+    # Schemes freeze the teacher and passes thaw it: each has a copy.
+    steps |= make().passes(build_student(world.teacher, depth, seed=0).model)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 2):
+        for name, step in steps.items():
+            begun = time.perf_counter()
+            step(number)
+            if number > 1:
+                seconds[name].append(time.perf_counter() - begun)
+    rows = []
+    for name in names:
+        plain = seconds["plain low-rank" if name == "makd" else "plain depth"]
+        text = world.task.kind == "text"
+        rounded = [{key: values[i] for key, values in seconds.items()} for i in range(rounds)]
+        limits = [needs(name, found, plain[i], text=text) for i, found in enumerate(rounded)]
+        rows.append(
+            {
+                "method": name + (" (text)" if world.task.kind == "text" else ""),
+                "step ms": 1000 * statistics.median(seconds[name]),
+                "fine-tuning ms": 1000 * statistics.median(plain),
+                "ratio": statistics.median(a / b for a, b in zip(seconds[name], plain, strict=True)),
+                "needs ms": 1000 * statistics.median(limits),
+                "overhead": statistics.median(a / b for a, b in zip(seconds[name], limits, strict=True)),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
