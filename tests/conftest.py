@@ -6,6 +6,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests run in two processes: more threads would only be in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
