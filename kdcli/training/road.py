@@ -43,6 +43,7 @@ class Chain:
 
     report: OverparamReport
     teacher: dict[Any, tuple[torch.Tensor, ...]]
+    section: OverparamSection
 
 
 def over_parameterise(
@@ -71,7 +72,7 @@ def over_parameterise(
                 highlight=False,
                 soft_wrap=True,
             )
-    return Chain(report, factors)
+    return Chain(report, factors, section)
 
 
 @dataclass
@@ -136,6 +137,7 @@ class Road:
                 build,
                 teacher,
                 chain,
+                context,
                 task,
                 resolved,
                 self.run.checkpoints / folder,
@@ -163,6 +165,7 @@ def _train(
     build: StudentBuild,
     teacher: Teacher,
     chain: Chain | None,
+    context: Context,
     task: Task,
     resolved: Resolved,
     checkpoints: Path,
@@ -179,9 +182,7 @@ def _train(
     for number, stage in enumerate(stages, 1):
         terms = list(stage.terms)
         if chain is not None and chain.teacher:
-            section = resolved.recipe.overparam
-            assert section is not None
-            terms.append(Term("tensor", TensorObjective(section.aux_reduction), section.aux_weight))
+            terms.append(Term("tensor", TensorObjective(chain.section.aux_reduction), chain.section.aux_weight))
         loop = stage_loop(resolved.loop, stage, total, len(train))
         if task.kind != "text" and not speaks([stage]):
             # The score of a head that nothing trains says nothing about which checkpoint is best.
@@ -199,9 +200,12 @@ def _train(
                 base=resolved.base,
                 cache=resolved.recipe.teacher.cache,
                 console=console,
+                overparam=chain.section if chain is not None else None,
+                pairs=tuple(context.pairs),
             )
         )
-        distiller = make_distiller(build.model, terms, scheme, rows, factors=chain.teacher if chain else None)
+        factors = {**chain.teacher, **scheme.teacher_tensors()} if chain is not None and chain.teacher else None
+        distiller = make_distiller(build.model, terms, scheme, rows, factors=factors)
         folder = checkpoints / f"{number}-{stage.name}"
         final = folder / "final"
         if resume and agree((final / COMPLETE).exists()):

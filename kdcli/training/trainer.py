@@ -28,6 +28,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdcli.errors import InputError
+from kdcli.models.counts import count_parameters
 from kdcli.training.distiller import Distiller
 from kdcli.training.progress import ProgressDisplay
 from kdcli.training.sampler import EpochSampler
@@ -143,8 +144,9 @@ class DistillationTrainer(Trainer):
         self.label_names = ["labels"]
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
-        self.model.place(self.args.device)
+        # The scheme comes first: a distiller may hold tensors of a teacher that learns, and must not get copies.
         self.scheme.place(self.args.device)
+        self.model.place(self.args.device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -315,6 +317,7 @@ def fit(
         "best": trainer.state.best_metric,
         "best_step": trainer.state.best_global_step,
         "precision": resolve_precision(settings.precision, settings.device),
+        "parameters": count_parameters(distiller, trainable_only=True),
         "history": history,
     }
 

@@ -26,9 +26,11 @@ from kdcli.methods.base import Context, Term
 from kdcli.models.forms import build_student
 from kdcli.models.shape import shape_of
 from kdcli.objectives.output import OutputObjective
+from kdcli.objectives.tensor import TensorObjective
 from kdcli.recipe.schema import OverparamSection, StudentSection
-from kdcli.tensors.parametrize import contract_model, overparameterise
+from kdcli.tensors.parametrize import contract_model, overparameterise, teacher_factors
 from kdcli.training.capture import model_inputs
+from kdcli.training.distiller import Distiller
 from kdcli.training.schemes.base import Setting
 from kdcli.training.schemes.lgtm import HeldOut, Learning, LGTMScheme, look_ahead, split
 
@@ -415,11 +417,11 @@ def test_held_out_rows_are_training_rows_that_nobody_trains_on():
 
 
 def test_the_validation_rows_are_never_touched(tmp_path: Path):
-    # The setting has no task at all, so the only rows there are are those of the training set.
+    # The task has no rows of its own, so the only ones there are are those of the training set.
     teacher, student = pair()
     scheme = LGTMScheme(Learning(held_out=0.2))
     place = setting(student, teacher, rows(40))
-    assert place.task is None
+    assert place.task.selection is None
     seen: set[int] = set()
 
     class Listening(OutputObjective):
@@ -487,6 +489,34 @@ def test_a_resumed_training_ends_with_the_same_teacher_and_student(tmp_path: Pat
     whole, resumed = run(tmp_path / "whole", interrupted=False), run(tmp_path / "resumed", interrupted=True)
     for one, other in zip(whole, resumed, strict=True):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_the_teacher_of_a_chained_student_trains_as_chains_which_the_auxiliary_loss_follows(tmp_path: Path):
+    teacher, section = tiny("bert", layers=2), OverparamSection(length=1)
+    student = build_student(teacher, StudentSection(form="depth", layers=1), seed=0).model
+    overparameterise(student, section)
+    given = {name: value.clone() for name, value in teacher.state_dict().items()}
+    scheme = LGTMScheme(Learning(learning_rate=1e-2))
+    place = replace(setting(student, teacher, rows(), max_steps=2), overparam=section, pairs=((1, 2),))
+    terms = [Term("output", OutputObjective("classification")), Term("tensor", TensorObjective())]
+    scheme.begin(place)
+    before = {key: [t.detach().clone() for t in chain] for key, chain in scheme.teacher_tensors().items()}
+    assert len(before) == 6 and all(key[0] == 1 for key in before)
+    static, _ = teacher_factors(teacher, student, [(1, 2)], section)
+    # At the start they are the tensors of the given teacher.
+    assert all(
+        torch.allclose(a, b, atol=1e-5)
+        for key, chain in before.items()
+        for a, b in zip(chain, static[key], strict=True)
+    )
+    live = scheme.teacher_tensors()
+    distiller = Distiller(student, terms, teacher=scheme.teacher(), teacher_factors=live)
+    scheme.place(torch.device("cpu"))
+    distiller.place(torch.device("cpu"))
+    scheme.before_step(0, batch_of(place), adamw(student))
+    seen = distiller.teacher_signals(batch_of(place)).factors
+    assert all(not torch.equal(seen[key][k], before[key][k]) for key in before for k in range(3))
+    assert all(torch.equal(value, given[name]) for name, value in teacher.state_dict().items())
 
 
 def test_a_chained_student_trains_on_regression_and_contracts(tmp_path: Path):

@@ -13,6 +13,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kdcli.objectives.base import MatrixKey
+    from kdcli.recipe.schema import OverparamSection
     from kdcli.tasks.base import Task
     from kdcli.training.trainer import LoopSettings
 
@@ -22,7 +24,8 @@ class Setting:
     """What a scheme may know of a stage: both models, the data, and the loop.
 
     `teacher` is None for a black box without a model here. `train` holds the encoded rows; `base` is the folder
-    that relative paths start from.
+    that relative paths start from. `overparam` is set where the student's matrices are chains; `pairs` are (student
+    block, teacher block), from 1.
     """
 
     student: "PreTrainedModel"
@@ -35,6 +38,8 @@ class Setting:
     base: Path
     cache: bool
     console: Console
+    overparam: "OverparamSection | None" = None
+    pairs: tuple[tuple[int, int], ...] = ()
 
 
 class Scheme:
@@ -62,6 +67,10 @@ class Scheme:
     def teacher_logits(self) -> Tensor | None:
         """Return a table of the teacher's logits, row i for index i, when they do not come from its forward pass."""
         return None
+
+    def teacher_tensors(self) -> "dict[MatrixKey, tuple[Tensor, ...]]":
+        """Return the chains of a teacher that learns, by the student's matrices, in place of the given teacher's."""
+        return {}
 
     def place(self, device: torch.device) -> None:
         """Move what the scheme holds to the device that trains."""

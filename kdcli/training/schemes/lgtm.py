@@ -14,8 +14,10 @@ from torch.nn.functional import mse_loss
 from torch.optim.adamw import adamw
 
 from kdcli.errors import InputError
+from kdcli.objectives.base import MatrixKey
 from kdcli.objectives.output import kl_divergence
 from kdcli.objectives.task import task_loss
+from kdcli.tensors.parametrize import chain_of, linears_of, overparameterise, tensors_of
 from kdcli.training.capture import model_inputs
 from kdcli.training.distributed import state
 from kdcli.training.sampler import EpochSampler
@@ -66,9 +68,9 @@ class LGTMScheme(Scheme):
     optimizer step. A teacher that moves along I pulls the student's next gradient towards v.
 
     What trains is a copy: the given teacher stays what is reported, saved and cached. It starts as given, by
-    default fine-tuned on the task (the paper starts both from unfinetuned models with a zero classifier). The
-    copy is a plain model under OPDF too; its chains in the auxiliary loss are those of the given teacher, and
-    that loss has no part in the look ahead. Source: Ren et al. 2023, algorithm 1; released code draws h from the
+    default fine-tuned on the task (the paper starts both from unfinetuned models with a zero classifier). Under
+    OPDF the copy trains as chains, too, and the auxiliary loss follows them as they move (methods 12); that loss
+    has no part in the look ahead. Source: Ren et al. 2023, algorithm 1; released code draws h from the
     validation set, this takes it from the training set, which gets smaller by it.
     """
 
@@ -104,6 +106,9 @@ class LGTMScheme(Scheme):
         self.steps = setting.loop.steps(len(rows))
         self._teacher = copy.deepcopy(setting.teacher).eval().requires_grad_(True)
         self._trained = None
+        if setting.overparam is not None:
+            # Every block of the teacher can be some student block's pattern, whichever of these are chains.
+            overparameterise(self._teacher, setting.overparam.model_copy(update={"layers": None}))
         if not self.learning.influence:
             return rows
         kept, held = split(rows, self.learning.held_out, seed=setting.loop.seed)
@@ -117,6 +122,18 @@ class LGTMScheme(Scheme):
         """Return the teacher that learns; the given one once the stage is over."""
         return self._teacher or self.setting.teacher  # type: ignore[return-value]
 
+    def teacher_tensors(self) -> dict[MatrixKey, tuple[Tensor, ...]]:
+        """Return the tensors of the teacher's chains beside the student's of the same kind; they move as it learns."""
+        blocks, twins = dict(self.setting.pairs), dict(linears_of(self.teacher()))
+        found = {}
+        for (layer, name), linear in linears_of(self.setting.student):
+            own, twin = chain_of(linear), twins.get((blocks.get(layer, 0), name))
+            other = chain_of(twin) if twin is not None else None
+            if own is not None and other is not None and own.shape == other.shape:
+                assert twin is not None
+                found[(layer, name)] = tensors_of(twin)
+        return found
+
     def place(self, device: torch.device) -> None:
         """Move the teacher to the device that trains, and make its optimizer there."""
         from kdcli.training.trainer import resolve_precision
@@ -124,7 +141,18 @@ class LGTMScheme(Scheme):
         loop = self.setting.loop
         teacher = self.teacher().to(device)  # type: ignore[arg-type]
         rate = self.learning.learning_rate
-        self._optimizer = torch.optim.AdamW(teacher.parameters(), lr=rate, weight_decay=0.0, fused=True)
+        slow = (loop.chain_learning_rate or loop.learning_rate) / loop.learning_rate
+        chains = {
+            id(p) for linear in dict(linears_of(teacher)).values() if chain_of(linear) for p in tensors_of(linear)
+        }
+        plain = [p for p in teacher.parameters() if id(p) not in chains]
+        groups = [
+            {"params": plain, "scale": 1.0},
+            # As in the student: one step moves the weight behind a chain further than a weight itself.
+            {"params": [p for p in teacher.parameters() if id(p) in chains], "scale": slow},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self._optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0, fused=True)
         self._device = device
         self._half = resolve_precision(loop.precision, loop.device) == "bf16"
 
@@ -155,7 +183,7 @@ class LGTMScheme(Scheme):
         average([parameter.grad for parameter in parameters])
         nn.utils.clip_grad_norm_(parameters, self.setting.loop.max_grad_norm)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         self._optimizer.step()
         self._optimizer.zero_grad()
         teacher.eval()
