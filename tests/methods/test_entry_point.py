@@ -1,0 +1,111 @@
+"""A method from outside: a real package, installed into an environment of its own, that a recipe can name."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import kdcli
+
+WHEEL = {
+    "distil_by_cosine-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: distil-by-cosine\nVersion: 1.0\n",
+    "distil_by_cosine-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "distil_by_cosine-1.0.dist-info/entry_points.txt": "[kdcli.methods]\nby-cosine = distil_by_cosine:METHOD\n",
+    "distil_by_cosine-1.0.dist-info/RECORD": "",
+}
+"""A package without a build step, so that it installs without a network."""
+
+MODULE = """
+from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.objectives.cosine import CosineObjective
+from kdcli.objectives.task import TaskObjective
+
+
+class CosineOptions(Options):
+    weight: float = 0.5
+
+
+def build(options: CosineOptions, context: Context) -> list[Stage]:
+    direction = Term("direction", CosineObjective(context.pairs), options.weight)
+    return [Stage("distil", [direction, Term("task", TaskObjective(context.kind))])]
+
+
+METHOD = Method(
+    name="by-cosine",
+    title="Directions of hidden states",
+    paper="Nobody (2026): A test. arXiv 2600.00000",
+    formula="w (1 - cos) + CE",
+    signals="hidden states, gold labels",
+    constraints="equal widths",
+    cost="one teacher forward pass a step",
+    options=CosineOptions,
+    build=build,
+    student={"form": "depth"},
+    train={"learning_rate": 1e-3},
+)
+"""
+RECIPE = """
+task = {name = "reviews", train_samples = 64, validation_samples = 20}
+method = {name = "by-cosine", weight = 0.25}
+
+[teacher]
+scratch = {layers = 2, hidden_size = 16, heads = 2, intermediate_size = 32, vocab_size = 200}
+finetune = {max_steps = 2}
+
+[train]
+max_steps = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the interpreter of an environment with the package, and with what is installed here."""
+    folder = tmp_path_factory.mktemp("outside")
+    package = folder / "distil_by_cosine-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(package, "w") as archive:
+        for name, text in {"distil_by_cosine.py": MODULE, **WHEEL}.items():
+            archive.writestr(name, text)
+    venv.create(folder / "env", with_pip=True)
+    interpreter = folder / "env" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    where = [interpreter, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip())
+    here = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(Path(kdcli.__file__).parents[1])]
+    (site / "here.pth").write_text("\n".join(dict.fromkeys(here)))
+    install = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", str(package)]
+    subprocess.run([interpreter, *install], check=True, capture_output=True, text=True)
+    return interpreter
+
+
+def test_a_recipe_names_a_method_of_another_package(python: Path, tmp_path: Path):
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    command = [python, "-m", "kdcli", "distill", "recipe.toml", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["method"]["name"] == "by-cosine" and record["method"]["options"] == {"weight": 0.25}
+    assert record["recipe"]["student"] == {"select": "even", "init": "teacher"}
+    logged = record["training"][0]
+    assert logged["steps"] == 2
+    assert (tmp_path / "runs" / "recipe" / "student" / "model.safetensors").is_file()
+
+
+def test_its_options_and_its_place_in_the_list_are_like_any_others(python: Path, tmp_path: Path):
+    code = (
+        "from kdcli.cli.app import run; import sys\n"
+        "codes = [run(['methods']), run(['methods', 'by-cosine'])]\n"
+        "open('r.toml', 'w').write(sys.argv[1])\n"
+        "codes.append(run(['distill', 'r.toml', '--set', 'method.wait=1']))\n"
+        "print(codes)"
+    )
+    done = subprocess.run(
+        [python, "-c", code, RECIPE], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
+    assert done.stdout.splitlines()[-1] == "[0, 0, 2]", done.stderr
+    assert "by-cosine" in done.stdout and "Nobody 2026, arXiv 2600.00000" in done.stdout
+    assert "method.wait: unknown field" in done.stderr and "did you mean" in done.stderr
