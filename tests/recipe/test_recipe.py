@@ -52,7 +52,7 @@ def test_task_method_and_teacher_are_a_whole_recipe(tmp_path: Path):
     assert recipe.overparam is None and recipe.name is None
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda path: path.name)
 def test_the_recipes_that_come_with_the_package_are_valid(path: Path):
     recipe = load_recipe(path)
     method = registry.get(recipe.method.name)
