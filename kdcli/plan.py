@@ -15,9 +15,9 @@ from kdcli.tasks.augment import check_augment
 from kdcli.tasks.load import load_task
 from kdcli.tasks.text import pack
 from kdcli.tensors.parametrize import overparameterise, teacher_factors
+from kdcli.training.loop import resolve_precision
 from kdcli.training.road import stage_loop
 from kdcli.training.teacher import initial_teacher, needs_training, resolve_source
-from kdcli.training.trainer import resolve_precision
 
 
 @dataclass

@@ -16,8 +16,8 @@ from kdcli.models.load import load_config
 from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import Recipe, StudentSection
 from kdcli.tasks.base import Task
+from kdcli.training.loop import LoopSettings
 from kdcli.training.teacher import resolve_source
-from kdcli.training.trainer import LoopSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

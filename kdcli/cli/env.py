@@ -22,7 +22,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
     from kdcli.cli.console import emit
     from kdcli.files import cache_dir
     from kdcli.pipeline import versions
-    from kdcli.training.trainer import resolve_precision
+    from kdcli.training.loop import resolve_precision
 
     document = {
         **versions(),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from kdcli.models.shape import ModelShape
-from kdcli.objectives.base import Objective
+from kdcli.objectives.base import Term
 
 if TYPE_CHECKING:
     from kdcli.training.schemes.base import Scheme
@@ -29,15 +29,6 @@ class Context:
     kind: str
     num_labels: int
     pairs: list[tuple[int, int]]
-
-
-@dataclass
-class Term:
-    """An objective with its name in logs and its weight in the sum."""
-
-    name: str
-    objective: Objective
-    weight: float = 1.0
 
 
 @dataclass

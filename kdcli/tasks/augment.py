@@ -38,8 +38,8 @@ from kdcli.tasks.encode import Collator
 from kdcli.training.capture import Capture
 from kdcli.training.distributed import agree, main_does, state
 from kdcli.training.hashing import hash_of_weights
+from kdcli.training.loop import resolve_precision
 from kdcli.training.teacher import resolve_source
-from kdcli.training.trainer import resolve_precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,14 +1,11 @@
 """From text to batches."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-
-from kdcli.tasks.base import Task
 
 
 def encode(dataset: Dataset, tokenizer: Any, max_length: int) -> Dataset:
@@ -31,37 +28,6 @@ def encode(dataset: Dataset, tokenizer: Any, max_length: int) -> Dataset:
     columns["labels"] = list(dataset["label"])
     columns["length"] = [len(ids) for ids in encoded["input_ids"]]
     return Dataset.from_dict(columns)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A task as a model reads it. collator: from rows of either set to a batch."""
-
-    train: Dataset
-    selection: Dataset
-    collator: Any
-
-
-def encode_task(task: Task, tokenizer: Any, max_length: int, *, seed: int = 0) -> Encoded:
-    """Return a task's rows, encoded: sentences one by one, plain text packed into blocks.
-
-    seed: of the words that are hidden in plain text.
-    """
-    if task.masking is None:
-        return Encoded(
-            encode(task.train, tokenizer, max_length),
-            encode(task.selection, tokenizer, max_length),
-            Collator(tokenizer),
-        )
-    from kdcli.tasks.text import Masker, TextCollator, hide_once, pack, token_counts
-
-    train = pack(task.train["text"], tokenizer, max_length)
-    counts = token_counts(train, len(tokenizer)) if task.masking.smoothing > 0 else None
-    masker = Masker(tokenizer, task.masking, seed=seed, counts=counts)
-    # The held-out words that are asked are the same for every model and every seed.
-    judge = Masker(tokenizer, task.masking, seed=0, counts=counts)
-    held = hide_once(pack(task.selection["text"], tokenizer, max_length), judge)
-    return Encoded(train, held, TextCollator(tokenizer, masker))
 
 
 class Collator:

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from kdcli.objectives.base import MatrixKey, Signals, Wants
+from kdcli.objectives.base import MatrixKey, Signals, Term, Wants
 from kdcli.training.capture import Capture, model_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from kdcli.methods.base import Term
 
 
 class Distiller(nn.Module):
@@ -28,7 +26,7 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: "PreTrainedModel",
-        terms: Sequence["Term"],
+        terms: Sequence[Term],
         *,
         teacher: "PreTrainedModel | None" = None,
         teacher_logits: Tensor | None = None,

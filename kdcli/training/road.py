@@ -23,15 +23,16 @@ from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.resolve import Resolved, context_of, speaks
 from kdcli.runs import timed
 from kdcli.tasks.base import Task
-from kdcli.tasks.encode import encode_task
+from kdcli.tasks.prepare import encode_task
 from kdcli.tensors.parametrize import OverparamReport, contract_model, overparameterise, teacher_factors
 from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, main_does
 from kdcli.training.hashing import hash_of_weights
 from kdcli.training.logits_cache import cached_logits
+from kdcli.training.loop import LoopSettings
 from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.teacher import Teacher, metrics_of
-from kdcli.training.trainer import COMPLETE, WEIGHTS, LoopSettings, fit, load_weights
+from kdcli.training.trainer import COMPLETE, WEIGHTS, fit, load_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,13 +16,19 @@ from kdcli.files import atomic_folder, cache_dir, fingerprint, write_json
 from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer
 from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
+from kdcli.objectives.base import Term
+from kdcli.objectives.task import TaskObjective
+from kdcli.objectives.vocabulary import MaskedLMObjective
 from kdcli.recipe.schema import DownstreamSection, FinetuneSection, Recipe, TrainSection
 from kdcli.tasks.base import Task
-from kdcli.tasks.encode import encode_task
 from kdcli.tasks.labels import label_permutation
 from kdcli.tasks.metrics import compute_metrics
+from kdcli.tasks.prepare import encode_task
+from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, main_does
 from kdcli.training.hashing import hash_of_weights
+from kdcli.training.loop import LoopSettings
+from kdcli.training.trainer import fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -231,11 +237,6 @@ def finetune(
 
     train: where and how precisely, as for the student; batch size, rate and the like come from `settings`.
     """
-    from kdcli.methods.base import Term
-    from kdcli.objectives.task import TaskObjective
-    from kdcli.objectives.vocabulary import MaskedLMObjective
-    from kdcli.training.distiller import Distiller
-    from kdcli.training.trainer import LoopSettings, fit
 
     loop = LoopSettings(
         epochs=settings.epochs,

@@ -4,7 +4,6 @@ import contextlib
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from kdcli.errors import InputError
 from kdcli.models.counts import count_parameters
 from kdcli.training.distiller import Distiller
+from kdcli.training.loop import LoopSettings, resolve_precision
 from kdcli.training.progress import ProgressDisplay
 from kdcli.training.sampler import EpochSampler
 from kdcli.training.schemes.base import Scheme
@@ -38,52 +38,6 @@ WEIGHTS = "model.safetensors"
 SCHEME = "scheme.pt"
 COMPLETE = "complete"
 """An empty file that a checkpoint folder gets last: without it the folder is a torso of a killed run."""
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """Everything the loop needs to know, resolved: no None stands for a default any more.
-
-    `batch_size` counts the examples of one optimizer step over all processes and accumulation steps, so that
-    a recipe gives the same result on any number of devices.
-    """
-
-    epochs: float
-    max_steps: int | None
-    batch_size: int
-    gradient_accumulation: int
-    learning_rate: float
-    scheduler: str
-    warmup: float
-    weight_decay: float
-    max_grad_norm: float
-    precision: str
-    device: str
-    group_by_length: bool
-    eval_every: int | None
-    patience: int | None
-    select: str
-    log_every: int
-    workers: int
-    seed: int
-    metric: str
-    eval_batch_size: int = 64
-    chain_learning_rate: float | None = None
-
-    def steps(self, examples: int) -> int:
-        """Return the number of optimizer steps over `examples` training examples."""
-        if self.max_steps is not None:
-            return self.max_steps
-        return max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
-
-
-def resolve_precision(precision: str, device: str) -> str:
-    """Return "bf16" or "fp32": bf16 wherever the hardware multiplies in it (GPU, or CPU with AVX-512 BF16/AMX)."""
-    if precision != "auto":
-        return precision
-    if device != "cpu" and torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
 
 
 def _is_chain(name: str) -> bool:

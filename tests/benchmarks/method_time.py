@@ -32,13 +32,13 @@ from kdcli.objectives.vocabulary import MaskedLMObjective
 from kdcli.recipe.schema import EvaluateSection, Recipe, StudentSection, TaskSection
 from kdcli.resolve import context_of, resolve
 from kdcli.tasks.base import Masking
-from kdcli.tasks.encode import encode_task
 from kdcli.tasks.load import load_task
+from kdcli.tasks.prepare import encode_task
 from kdcli.training.capture import Capture
 from kdcli.training.distiller import Distiller
+from kdcli.training.loop import resolve_precision
 from kdcli.training.road import make_distiller
 from kdcli.training.schemes.base import Scheme, Setting
-from kdcli.training.trainer import resolve_precision
 
 Step = Callable[[int], None]
 OPTIONS: dict[str, dict[str, Any]] = {"theseus": {"schedule": "constant", "replacing_rate": 0.5}}

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdcli.models.load import load_model
 from kdcli.recipe.schema import OverparamSection
 from kdcli.tensors.parametrize import overparameterise
-from kdcli.training.trainer import resolve_precision
+from kdcli.training.loop import resolve_precision
 
 
 def build(over: bool) -> tuple[Any, torch.optim.Optimizer]:

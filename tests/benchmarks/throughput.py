@@ -17,8 +17,8 @@ from kdcli.models.load import load_model, load_tokenizer
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.load import load_task
+from kdcli.training.loop import resolve_precision
 from kdcli.training.sampler import EpochSampler
-from kdcli.training.trainer import resolve_precision
 
 
 def main() -> None:

@@ -30,9 +30,10 @@ from kdcli.tasks.load import load_task
 from kdcli.tensors.parametrize import overparameterise
 from kdcli.training.capture import Capture, model_inputs
 from kdcli.training.distiller import Distiller
+from kdcli.training.loop import LoopSettings
 from kdcli.training.road import make_distiller
 from kdcli.training.schemes.base import Scheme, Setting
-from kdcli.training.trainer import LoopSettings, TellEpochs
+from kdcli.training.trainer import TellEpochs
 
 WORDS = tokenizer()
 

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from kdcli.errors import InputError
 from kdcli.recipe.schema import EvaluateSection, Recipe, TaskSection
 from kdcli.tasks.base import Masking, Task
-from kdcli.tasks.encode import encode_task
 from kdcli.tasks.load import load_task
+from kdcli.tasks.prepare import encode_task
 from kdcli.tasks.text import IGNORED, Masker, TextCollator, hide_once, pack, token_counts
 
 

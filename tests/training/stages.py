@@ -23,8 +23,9 @@ from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator
 from kdcli.tasks.synthetic import LABELS, reviews
 from kdcli.training.distiller import Distiller
+from kdcli.training.loop import LoopSettings
 from kdcli.training.schemes.base import Scheme, Setting
-from kdcli.training.trainer import LoopSettings, fit
+from kdcli.training.trainer import fit
 
 LOOP = LoopSettings(
     epochs=1.0,

@@ -32,9 +32,10 @@ from kdcli.tasks.labels import class_of
 from kdcli.tasks.noise import Noise
 from kdcli.training.black_box import Command, LocalModel, PythonCallable
 from kdcli.training.decisions import Memory, ask, recorded
+from kdcli.training.loop import LoopSettings
 from kdcli.training.road import make_distiller
 from kdcli.training.schemes.base import Setting
-from kdcli.training.trainer import LoopSettings, fit
+from kdcli.training.trainer import fit
 
 WORDS = tokenizer()
 NAMES = ("negative", "positive", "neither")

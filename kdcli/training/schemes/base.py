@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kdcli.objectives.base import MatrixKey
     from kdcli.recipe.schema import OverparamSection
     from kdcli.tasks.base import Task
-    from kdcli.training.trainer import LoopSettings
+    from kdcli.training.loop import LoopSettings
 
 
 @dataclass(frozen=True)

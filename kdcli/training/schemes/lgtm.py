@@ -20,6 +20,7 @@ from kdcli.objectives.task import task_loss
 from kdcli.tensors.parametrize import chain_of, linears_of, overparameterise, tensors_of
 from kdcli.training.capture import model_inputs
 from kdcli.training.distributed import state
+from kdcli.training.loop import resolve_precision
 from kdcli.training.sampler import EpochSampler
 from kdcli.training.schemes.base import Scheme, Setting
 
@@ -136,8 +137,6 @@ class LGTMScheme(Scheme):
 
     def place(self, device: torch.device) -> None:
         """Move the teacher to the device that trains, and make its optimizer there."""
-        from kdcli.training.trainer import resolve_precision
-
         loop = self.setting.loop
         teacher = self.teacher().to(device)  # type: ignore[arg-type]
         rate = self.learning.learning_rate

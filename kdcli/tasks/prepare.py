@@ -1,0 +1,39 @@
+"""From a task to what a model reads: sentences one by one, or plain text in blocks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from kdcli.tasks.base import Task
+from kdcli.tasks.encode import Collator, encode
+from kdcli.tasks.text import Masker, TextCollator, hide_once, pack, token_counts
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A task as a model reads it. collator: from rows of either set to a batch."""
+
+    train: Dataset
+    selection: Dataset
+    collator: Any
+
+
+def encode_task(task: Task, tokenizer: Any, max_length: int, *, seed: int = 0) -> Encoded:
+    """Return a task's rows, encoded: sentences one by one, plain text packed into blocks.
+
+    seed: of the words that are hidden in plain text.
+    """
+    if task.masking is None:
+        return Encoded(
+            encode(task.train, tokenizer, max_length),
+            encode(task.selection, tokenizer, max_length),
+            Collator(tokenizer),
+        )
+    train = pack(task.train["text"], tokenizer, max_length)
+    counts = token_counts(train, len(tokenizer)) if task.masking.smoothing > 0 else None
+    masker = Masker(tokenizer, task.masking, seed=seed, counts=counts)
+    # The held-out words that are asked are the same for every model and every seed.
+    judge = Masker(tokenizer, task.masking, seed=0, counts=counts)
+    held = hide_once(pack(task.selection["text"], tokenizer, max_length), judge)
+    return Encoded(train, held, TextCollator(tokenizer, masker))
