@@ -11,7 +11,6 @@ Source: Jiao et al. 2020 (TinyBERT), algorithm 1; methods 9.
 
 import contextlib
 import hashlib
-import json
 import random
 import re
 import time
@@ -37,7 +36,7 @@ from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator
 from kdcli.training.capture import Capture
 from kdcli.training.distributed import agree, main_does, state
-from kdcli.training.hashing import hash_of_weights
+from kdcli.training.hashing import hash_of_model, hash_of_tokenizer
 from kdcli.training.loop import resolve_precision
 from kdcli.training.teacher import resolve_source
 
@@ -131,8 +130,8 @@ class Suggester:
             / "augment"
             / fingerprint(
                 {
-                    "weights": hash_of_weights(self.model),
-                    "tokenizer": _identity(self.tokenizer),
+                    "model": hash_of_model(self.model),
+                    "tokenizer": hash_of_tokenizer(self.tokenizer),
                     "top_k": self.top_k,
                     "max_length": self.max_length,
                     "precision": self.precision,
@@ -227,13 +226,6 @@ def _positions(model: "PreTrainedModel") -> int:
     config = model.config
     skipped = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
     return config.max_position_embeddings - skipped
-
-
-def _identity(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    # What an earlier call cut or padded to is part of neither.
-    return fingerprint({key: value for key, value in parts.items() if key not in ("truncation", "padding")})
 
 
 def check_augment(section: AugmentSection, base: Path) -> str:

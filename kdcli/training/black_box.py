@@ -15,10 +15,10 @@ from datasets import Dataset
 
 from kdcli.errors import InputError
 from kdcli.evaluation.predict import predict
-from kdcli.files import fingerprint, sha256_of_file
+from kdcli.files import sha256_of_file
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.labels import class_of
-from kdcli.training.hashing import hash_of_weights
+from kdcli.training.hashing import hash_of_model, hash_of_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,8 +79,11 @@ class LocalModel:
 
     @property
     def identity(self) -> dict[str, Any]:
-        words = fingerprint(sorted(self.tokenizer.get_vocab().items()))
-        return {"model": hash_of_weights(self.model), "tokenizer": words, "max_length": self.max_length}
+        return {
+            "model": hash_of_model(self.model),
+            "tokenizer": hash_of_tokenizer(self.tokenizer),
+            "max_length": self.max_length,
+        }
 
     def decide(self, texts: list[str], pairs: list[str] | None) -> list[int]:
         columns: dict[str, list[Any]] = {"index": list(range(len(texts))), "text": texts, "label": [0] * len(texts)}

@@ -1,22 +1,54 @@
-"""Names for models and data by their content."""
+"""Names for models, tokenizers and data by their content."""
 
 import hashlib
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
+
+from kdcli.files import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_NOT_THE_FUNCTION = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "name_or_path",
+    "problem_type",
+    "transformers_version",
+}
+"""What a configuration says beside how the model computes."""
+
 
 def hash_of_weights(model: "PreTrainedModel") -> str:
-    """Return 16 hex digits over every tensor's name, type, shape and bytes, and the configuration's size."""
+    """Return 16 hex digits over every tensor's name, type, shape and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         array = tensor.detach().cpu().contiguous()
         digest.update(array.view(-1).numpy().tobytes() if array.numel() else b"")
     return digest.hexdigest()[:16]
+
+
+def hash_of_model(model: "PreTrainedModel") -> str:
+    """Return 16 hex digits over what a model computes: its weights, and what its configuration does with them.
+
+    The weights alone do not tell: no tensor's shape says how many heads share it, or what stands between two of them.
+    """
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_FUNCTION}
+    return fingerprint({"weights": hash_of_weights(model), "config": settings})
+
+
+def hash_of_tokenizer(tokenizer: Any) -> str:
+    """Return 16 hex digits over how text becomes tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    # What an earlier call cut or padded to is part of neither.
+    return fingerprint({key: value for key, value in parts.items() if key not in ("truncation", "padding")})
 
 
 def hash_of_dataset(dataset: Dataset) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from kdcli.evaluation.predict import predict
 from kdcli.files import cache_dir, fingerprint
 from kdcli.training.distributed import main_does
-from kdcli.training.hashing import hash_of_dataset, hash_of_weights
+from kdcli.training.hashing import hash_of_dataset, hash_of_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,17 +25,19 @@ def cached_logits(
 ) -> Tensor:
     """Return the teacher's logits for an encoded data set, (largest index + 1, classes), fp32.
 
-    Row i belongs to the example with index i. The file is named by the teacher's weights and the encoded
-    inputs, holds fp32 as computed, and appears whole or not at all: another teacher, text, tokenizer or
+    Row i belongs to the example with index i. The file is named by the teacher's weights and configuration and the
+    encoded inputs, holds fp32 as computed, and appears whole or not at all: another teacher, text, tokenizer or
     maximum length is another file. A file that cannot be read is made again.
     """
-    name = fingerprint({"weights": hash_of_weights(teacher), "inputs": hash_of_dataset(dataset), "format": 1})
+    name = fingerprint({"model": hash_of_model(teacher), "inputs": hash_of_dataset(dataset), "format": 1})
     path = cache_dir() / "logits" / f"{name}.safetensors"
-    if use_cache and (found := _read(path, len(dataset))) is not None:
-        return _by_index(found, dataset)
-    logits = torch.from_numpy(predict(teacher, dataset, collator, batch_size=batch_size))
+    found = _read(path, len(dataset)) if use_cache else None
+    logits = found
+    if logits is None:
+        logits = torch.from_numpy(predict(teacher, dataset, collator, batch_size=batch_size))
     if use_cache:
-        main_does(lambda: _write(path, logits))
+        # A process may find what another has just written: all of them wait here, whether they found it or not.
+        main_does(lambda: _write(path, logits) if found is None else None)
     return _by_index(logits, dataset)
 
 
@@ -56,7 +58,7 @@ def _read(path: Path, rows: int) -> Tensor | None:
 
 def _write(path: Path, logits: Tensor) -> None:
     # The cache only saves time: a full or read-only disk must not end the run.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, safetensors.SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent)
         os.close(handle)
