@@ -32,10 +32,16 @@ class Distiller(nn.Module):
         teacher_logits: Tensor | None = None,
         teacher_factors: Mapping[MatrixKey, tuple[Tensor, ...]] | None = None,
     ) -> None:
-        """`teacher_logits`: (number of examples, classes), row i for the example with index i."""
+        """`teacher_logits`: (number of examples, classes), row i for the example with index i.
+
+        Raises ValueError when two terms have one name: their values could not be told apart.
+        """
         super().__init__()
         self.student = student
         active = [term for term in terms if term.weight > 0]
+        names = ["loss", *(term.name for term in active)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"a method gives more than one term the name {twice[0]!r}")
         self.objectives = nn.ModuleDict({term.name: term.objective for term in active})
         self.weights = {term.name: float(term.weight) for term in active}
         student_wants, self.teacher_wants = Wants(), Wants()
