@@ -1,0 +1,73 @@
+"""A general model becomes a classifier, or starts again from random weights; of every family."""
+
+import copy
+
+import pytest
+import torch
+from families import NAMES, tiny
+from transformers import AutoModel, AutoModelForMaskedLM
+
+from kdcli.models.forms import build_student
+from kdcli.models.heads import reinitialise, with_classifier
+from kdcli.models.load import head_of
+from kdcli.models.lowrank import LowRankLinear
+from kdcli.recipe.schema import StudentSection
+
+IDS = torch.arange(5, 17)[None]
+
+
+def body(family: str):
+    return AutoModel.from_config(tiny(family).config).eval()
+
+
+def masked_lm(family: str):
+    torch.manual_seed(3)
+    return AutoModelForMaskedLM.from_config(tiny(family).config).eval()
+
+
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("make", [body, masked_lm])
+def test_the_classifiers_body_is_a_copy(family: str, make):
+    model = make(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    classifier = with_classifier(model, num_labels=3, label_names=["a", "b", "c"])
+    assert head_of(classifier) == "sequence-classification" and classifier.config.id2label[2] == "c"
+    with torch.no_grad():
+        expected = model.base_model(IDS).last_hidden_state
+        assert torch.equal(classifier.base_model(IDS).last_hidden_state, expected)
+        assert classifier(IDS).logits.shape == (1, 3)
+        for parameter in classifier.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_nothing_of_the_old_weights_is_left(family: str):
+    model = tiny(family)
+    old = {name: value.clone() for name, value in model.named_parameters()}
+    torch.manual_seed(1)
+    reinitialise(model)
+    for name, value in model.named_parameters():
+        assert value.isfinite().all()
+        if value.ndim > 1:
+            assert not torch.equal(value, old[name]), name
+            # The usual initialisation, not that of the tiny models of these tests, which is four times as large.
+            assert value.std() < 0.6 * old[name].std(), name
+    again = copy.deepcopy(model)
+    torch.manual_seed(1)
+    reinitialise(again)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_random_factors_multiply_to_a_matrix_of_the_usual_size():
+    section = StudentSection(form="low-rank", budget=0.5, embedding_rank=8)
+    student = build_student(tiny("bert", hidden=64), section, seed=0).model
+    torch.manual_seed(0)
+    reinitialise(student)
+    found = [module for module in student.modules() if isinstance(module, LowRankLinear)]
+    assert len(found) == 12
+    for module in found:
+        product = module.up.weight @ module.down.weight
+        # The best approximation of a random matrix at half of its weights keeps most of its size.
+        assert 0.5 < product.std() / student.config.initializer_range < 1.0
+    assert student(IDS).logits.isfinite().all()
