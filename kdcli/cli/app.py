@@ -14,6 +14,7 @@ from kdcli.errors import ExitCode, KdcliError
 INTERRUPTED = 130
 COMMANDS = {
     "distill": ("kdcli.cli.distill:distill", "Make a student from a recipe: train, compress, judge, report."),
+    "compare": ("kdcli.cli.compare:compare", "Run recipes on equal terms with several seeds, and compare them."),
     "overparam": ("kdcli.cli.overparam:overparam", "Put tensor chains in place of a model's block matrices."),
     "contract": ("kdcli.cli.contract:contract", "Multiply tensor chains back into the plain model."),
     "eval": ("kdcli.cli.eval:evaluate", "Score a model on a task."),
@@ -131,7 +132,7 @@ def run(arguments: list[str] | None = None) -> int:
         return int(ExitCode.RUN)
     if result == INTERRUPTED:
         # Typer makes this number of a KeyboardInterrupt, and says nothing.
-        _report("interrupted", hint="a distill goes on with --resume")
+        _report("interrupted", hint="a distill goes on with --resume, a compare with the same command")
     return int(_code(result))
 
 

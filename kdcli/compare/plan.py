@@ -1,0 +1,285 @@
+"""From recipes and a number of seeds to the cells of a comparison, and the check that its terms are equal."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kdcli.errors import InputError
+from kdcli.plan import make_plan
+from kdcli.recipe.load import load_recipe, with_place
+from kdcli.recipe.schema import ExportSection, Recipe
+from kdcli.runs import Run
+from kdcli.training.teacher import resolve_source, seed_of
+
+SIZE_TOLERANCE = 0.02
+"""How far apart the students' parameter counts may be, as a share of the smallest: ranks are whole numbers."""
+
+PARAMETERS = "student.parameters"
+STEPS = "training steps"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One recipe on one task: a row of the table.
+
+    label: what the row is called, the same for the same method on every task. terms: what must be equal between
+    the rows of a task. stages: how many parts the steps are cut into.
+    """
+
+    label: str
+    file: Path
+    recipe: Recipe
+    overrides: list[str]
+    task: str
+    method: str
+    form: str
+    fingerprint: str
+    stages: int
+    terms: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: an entry with one seed."""
+
+    entry: Entry
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return f"{self.entry.task}-{self.entry.label}-seed{self.seed}"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that is run: the entry's with this seed, and the teacher that all seeds share.
+
+        Nothing is exported, and no gate is set: a comparison judges by itself.
+        """
+        recipe = self.entry.recipe
+        return recipe.model_copy(
+            update={
+                "name": self.name,
+                "output": None,
+                "seed": self.seed,
+                "teacher": recipe.teacher.model_copy(update={"seed": seed_of(recipe)}),
+                "evaluate": recipe.evaluate.model_copy(update={"fail_under": None}),
+                "export": ExportSection(),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Inequality:
+    """A term that is not the same for all recipes of a task: {label: value}."""
+
+    task: str
+    field: str
+    values: dict[str, Any]
+
+    def __str__(self) -> str:
+        """Return one line; recipes that agree stand together."""
+        together: dict[str, list[str]] = {}
+        for label, value in self.values.items():
+            together.setdefault(_said(value), []).append(label)
+        parts = [f"{value} ({', '.join(labels)})" for value, labels in together.items()]
+        return f"{self.task}: {self.field} is {' but '.join(parts)}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"task": self.task, "field": self.field, "values": self.values}
+
+
+def _said(value: Any) -> str:
+    if value is None:
+        return "not set"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+@dataclass
+class ComparisonPlan:
+    """What is compared: entries in the order given, the same seeds for each, and what is not equal between them."""
+
+    entries: list[Entry]
+    seeds: list[int]
+    unequal: list[Inequality]
+    baselines: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks in the order of their first recipe."""
+        return list(dict.fromkeys(entry.task for entry in self.entries))
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All runs, seed by seed, so that an interrupted comparison has whole seeds."""
+        return [Cell(entry, seed) for task in self.tasks for seed in self.seeds for entry in self.of(task)]
+
+    def of(self, task: str) -> list[Entry]:
+        """Return the entries of a task."""
+        return [entry for entry in self.entries if entry.task == task]
+
+
+def plan_comparison(
+    files: list[Path],
+    *,
+    seeds: int,
+    console: Console,
+    overrides: list[str] | None = None,
+    tasks: list[str] | None = None,
+    baseline: str | None = None,
+    allow_unequal: bool = False,
+) -> ComparisonPlan:
+    """Read the recipes, plan each, and check that they are on equal terms.
+
+    The seeds are that of the first recipe and those after it. tasks: run every recipe on each of these instead of
+    its own. baseline: a row's label; by default the row of method `kd`, or else the first.
+    Raises InputError for a recipe that is wrong, rows of the same name, a baseline that is not there, and unequal
+    terms unless they are allowed.
+    """
+    entries = []
+    with console.status("planning") as status:
+        for chosen in [[task] for task in tasks] if tasks else [[]]:
+            for file in files:
+                status.update(" on ".join(["planning " + str(file), *chosen]))
+                entries.append(_entry(file, overrides or [], *chosen))
+    first: dict[tuple[str, str], Entry] = {}
+    for entry in entries:
+        other = first.setdefault((entry.task, entry.label), entry)
+        if other is not entry:
+            raise InputError(
+                f"{other.file} and {entry.file} are both called {entry.label!r} on task {entry.task}",
+                where="name",
+                hint='give one of them another name = "..."',
+            )
+    start = entries[0].recipe.seed
+    plan = ComparisonPlan(entries, list(range(start, start + seeds)), [])
+    for task in plan.tasks:
+        plan.baselines[task] = _baseline(task, plan.of(task), baseline)
+        plan.unequal += unequal_terms(task, plan.of(task))
+    if plan.unequal and not allow_unequal:
+        lines = [str(difference) for difference in plan.unequal]
+        raise InputError(
+            "\n  ".join(["the recipes are not on equal terms:", *lines]),
+            hint="make these fields equal (--set changes them in all recipes), or compare all the same with "
+            "--allow-unequal, which says so in the report",
+        )
+    return plan
+
+
+def _entry(file: Path, overrides: list[str], chosen: str | None = None) -> Entry:
+    overrides = [*overrides, f"task={chosen}"] if chosen is not None else overrides
+    recipe = load_recipe(file, overrides)
+    if chosen is not None and (recipe.task.is_custom or recipe.task.type == "text"):
+        raise InputError(f"{file} brings data of its own, which has no place on task {chosen}", where="--task")
+    if recipe.task.type == "text" and not recipe.finetune:
+        raise InputError(
+            "a general student has no score of its own to compare",
+            where=f"{file}: finetune",
+            hint="add [[finetune]] tables with the tasks to score it on",
+        )
+    try:
+        planned = make_plan(recipe, recipe_path=file).document
+    except InputError as error:
+        raise with_place(error, file, overrides) from error
+    task = recipe.task.name
+    return Entry(
+        label=label_of(recipe.name or file.stem, task),
+        file=file,
+        recipe=recipe,
+        overrides=overrides,
+        task=task,
+        method=recipe.method.name,
+        form=planned["student"]["form"],
+        fingerprint=planned["task"]["fingerprint"],
+        stages=len(planned["stages"]),
+        terms=_terms(recipe, file, planned),
+    )
+
+
+def label_of(name: str, task: str) -> str:
+    """Return a recipe's name without the task's before or after it: `rte-kd` and `cola-kd` are both `kd`."""
+    return name.removeprefix(f"{task}-").removesuffix(f"-{task}") or name
+
+
+def _terms(recipe: Recipe, file: Path, planned: dict[str, Any]) -> dict[str, Any]:
+    teacher = recipe.teacher.model_dump(exclude={"cache"})
+    if teacher["model"] is not None:
+        teacher["model"] = resolve_source(teacher["model"], file.resolve().parent)
+    teacher["seed"] = seed_of(recipe)
+    return {
+        "task (fingerprint of its data)": planned["task"]["fingerprint"],
+        **_flat("task", recipe.task.model_dump(include={"max_length", "metrics"})),
+        **_flat("teacher", teacher),
+        "evaluate.protocol": recipe.evaluate.protocol,
+        "finetune": [section.model_dump() for section in recipe.finetune] or None,
+        "train.batch_size": recipe.train.batch_size,
+        STEPS: sum(stage["steps"] for stage in planned["stages"]),
+        "train.precision": planned["train"]["precision"],
+        **_flat("train", recipe.train.model_dump(include={"select", "eval_every", "patience", "group_by_length"})),
+        PARAMETERS: planned["student"]["parameters"],
+    }
+
+
+def _flat(prefix: str, table: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(f"{prefix}.{key}", value) if isinstance(value, dict) else {f"{prefix}.{key}": value}
+    return flat
+
+
+def unequal_terms(task: str, entries: list[Entry]) -> list[Inequality]:
+    """Return the terms that differ between the recipes of one task.
+
+    Steps may differ by the rounding of stages, and students' sizes by SIZE_TOLERANCE.
+    """
+    found = []
+    for name in dict.fromkeys(key for entry in entries for key in entry.terms):
+        values: dict[str, Any] = {entry.label: entry.terms.get(name) for entry in entries}
+        if name == STEPS:
+            alike = max(values.values()) - min(values.values()) < max(entry.stages for entry in entries)
+        elif name == PARAMETERS:
+            alike = max(values.values()) <= (1 + SIZE_TOLERANCE) * min(values.values())
+        else:
+            first = entries[0].terms.get(name)
+            alike = all(value == first for value in values.values())
+        if not alike:
+            found.append(Inequality(task, name, values))
+    return found
+
+
+def _baseline(task: str, entries: list[Entry], wanted: str | None) -> str:
+    labels = [entry.label for entry in entries]
+    if wanted is not None:
+        label = label_of(wanted, task)
+        if label not in labels:
+            raise InputError(
+                f"no recipe called {wanted!r} on task {task}; there are {', '.join(labels)}", where="--baseline"
+            )
+        return label
+    plain = [entry.label for entry in entries if entry.method == "kd" and entry.recipe.overparam is None]
+    any_kd = [entry.label for entry in entries if entry.method == "kd"]
+    return [*plain, *any_kd, *labels][0]
+
+
+def check_reusable(plan: ComparisonPlan, root: Path) -> None:
+    """Raise InputError when a run that is there already was made from another recipe or other data."""
+    strangers = [cell.name for cell in plan.cells if is_stranger(cell, Run(root / cell.name))]
+    if strangers:
+        raise InputError(
+            f"there are runs under {root} from another recipe or other data: {', '.join(strangers)}",
+            hint="--force to run these again, or another --output",
+        )
+
+
+def is_stranger(cell: Cell, run: Run) -> bool:
+    """True when `run` has begun, but not as this cell, or when nobody can read what it began as."""
+    try:
+        record = run.record
+    except InputError:
+        return True
+    if not record:
+        return False
+    data = record.get("hashes", {}).get("data", cell.entry.fingerprint)
+    return record.get("recipe") != cell.recipe.model_dump(exclude_none=True) or data != cell.entry.fingerprint

@@ -1,0 +1,417 @@
+"""What a comparison says, as a table for people, as Markdown, CSV and JSON."""
+
+import csv
+import io
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from kdcli import __version__
+from kdcli.compare.plan import STEPS, Cell, ComparisonPlan, Entry, Inequality
+from kdcli.compare.run import INTERRUPTED, Failure, Results
+from kdcli.compare.statistics import Difference, Summary, paired_difference, summarise
+from kdcli.files import write_bytes, write_json, write_text
+
+NAME = "comparison"
+AVERAGE = "average"
+COLUMNS = ("", "score", "difference", "kept", "parameters in training", "at inference", "seconds")
+FIELDS = (
+    *("task", "metric", "name", "method", "overparam", "form", "seeds", "score", "std"),
+    *("difference", "difference_low", "difference_high", "retention"),
+    *("parameters_training", "parameters_inference", "seconds", "recipe"),
+)
+
+
+@dataclass
+class Row:
+    """A recipe on one task, or its average over tasks. seconds: of training, mean over whole trainings."""
+
+    label: str
+    entry: Entry
+    scores: dict[int, float]
+    trained: int | None
+    parameters: int | None
+    seconds: float | None
+    runs: list[str]
+    summary: Summary | None = None
+    difference: Difference | None = None
+    retention: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.label,
+            "recipe": str(self.entry.file),
+            "method": self.entry.method,
+            "form": self.entry.form,
+            "overparam": self.entry.recipe.overparam is not None,
+            "scores": {str(seed): score for seed, score in self.scores.items()},
+            "mean": self.summary.mean if self.summary else None,
+            "std": self.summary.std if self.summary else None,
+            "difference": self.difference.to_json() if self.difference else None,
+            "retention": self.retention,
+            "parameters": {"training": self.trained, "inference": self.parameters},
+            "seconds": self.seconds,
+            "runs": self.runs,
+        }
+
+
+@dataclass
+class Block:
+    """All rows of one task. teacher_score: None when the teacher was not judged."""
+
+    title: str
+    metric: str
+    baseline: str
+    teacher_score: float | None
+    teacher_parameters: int | None
+    rows: list[Row]
+
+    def finish(self) -> "Block":
+        """Fill in what follows from the scores."""
+        baseline = next(row for row in self.rows if row.label == self.baseline)
+        for row in self.rows:
+            row.summary = summarise(row.scores)
+            if row is not baseline:
+                row.difference = paired_difference(row.scores, baseline.scores)
+            if row.summary is not None and self.teacher_score is not None and self.teacher_score > 0:
+                row.retention = row.summary.mean / self.teacher_score
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "task": self.title,
+            "metric": self.metric,
+            "baseline": self.baseline,
+            "teacher": {"score": self.teacher_score, "parameters": self.teacher_parameters},
+            "rows": [row.to_json() for row in self.rows],
+        }
+
+
+@dataclass
+class Report:
+    """A whole comparison. terms: what is equal for all recipes of a task, in words, or what is known to differ."""
+
+    seeds: list[int]
+    blocks: list[Block]
+    average: Block | None
+    terms: dict[str, str]
+    unequal: list[Inequality]
+    notes: list[str]
+    failures: list[Failure]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "seeds": self.seeds,
+            "terms": self.terms,
+            "unequal": [difference.to_json() for difference in self.unequal],
+            "notes": self.notes,
+            "tasks": [block.to_json() for block in self.blocks],
+            "average": self.average.to_json() if self.average else None,
+            "failures": [failure.to_json() for failure in self.failures],
+        }
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        return [*self.blocks, *([self.average] if self.average else [])]
+
+    def table(self) -> Table:
+        """Return the table for people."""
+        table = Table(title=f"{_seeds(self.seeds)}: mean and standard deviation; 95 % interval of the difference")
+        for column in COLUMNS:
+            table.add_column(column, justify="right" if column else "left")
+        for block in self.all_blocks:
+            table.add_section()
+            table.add_row(Text(_heading(block), style="bold"))
+            for cells in _cells(block, len(self.seeds)):
+                table.add_row(*map(Text, cells))
+        return table
+
+    def markdown(self) -> str:
+        """Return the report as Markdown, with the figure that lies beside it."""
+        lines = [
+            "# Comparison",
+            "",
+            f"{_seeds(self.seeds)}. Scores are means over seeds, in hundredths, with their standard deviation (n - 1);"
+            " differences are paired by seed, with the 95 % t interval of their mean. `kept` is the share of the"
+            " teacher's score; seconds are those of training.",
+            "",
+            *(f"- {task}: {words}" for task, words in self.terms.items()),
+            "",
+        ]
+        for heading, entries in (
+            ("Not on equal terms", [str(difference) for difference in self.unequal]),
+            ("Notes", self.notes),
+            ("Without a result", [f"{failure.cell.name}: {failure.message}" for failure in self.failures]),
+        ):
+            if entries:
+                lines += [f"**{heading}:**", "", *(f"- {_plain(entry)}" for entry in entries), ""]
+        for block in self.all_blocks:
+            lines += [f"## {_plain(_heading(block))}", ""]
+            lines += [_markdown_row(COLUMNS), "|" + " --- |" + " ---: |" * (len(COLUMNS) - 1)]
+            lines += [_markdown_row(cells) for cells in _cells(block, len(self.seeds))]
+            lines.append("")
+        return "\n".join([*lines, f"![score against parameters]({NAME}.svg)", ""])
+
+    def csv(self) -> str:
+        """Return one line a row, the teachers' among them, with the numbers as they are; empty where there is none."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, FIELDS, restval="", lineterminator="\n")
+        writer.writeheader()
+        for block in self.all_blocks:
+            place = {"task": block.title, "metric": block.metric}
+            teacher = {"score": block.teacher_score, "parameters_inference": block.teacher_parameters}
+            writer.writerow({**place, "name": "teacher", **teacher})
+            for row in block.rows:
+                difference = row.difference
+                writer.writerow(
+                    {
+                        **place,
+                        "name": row.label,
+                        "method": row.entry.method,
+                        "overparam": str(row.entry.recipe.overparam is not None).lower(),
+                        "form": row.entry.form,
+                        "seeds": len(row.scores),
+                        "score": row.summary.mean if row.summary else None,
+                        "std": row.summary.std if row.summary else None,
+                        "difference": difference.mean if difference else None,
+                        "difference_low": difference.low if difference else None,
+                        "difference_high": difference.high if difference else None,
+                        "retention": row.retention,
+                        "parameters_training": row.trained,
+                        "parameters_inference": row.parameters,
+                        "seconds": row.seconds,
+                        "recipe": row.entry.file,
+                    }
+                )
+        return text.getvalue()
+
+    def write(self, folder: Path, figures: dict[str, bytes]) -> None:
+        """Write `comparison.md`, `.csv`, `.json`, and the figures {suffix: content}, each atomically."""
+        for suffix, content in figures.items():
+            write_bytes(folder / f"{NAME}.{suffix}", content)
+        write_text(folder / f"{NAME}.csv", self.csv())
+        write_json(folder / f"{NAME}.json", self.to_json())
+        write_text(folder / f"{NAME}.md", self.markdown())
+
+
+def make_report(plan: ComparisonPlan, results: Results) -> Report:
+    """Return the report of what was run."""
+    blocks = [block for task in plan.tasks for block in _blocks(plan, results, task)]
+    unequal = list(plan.unequal)
+    for task in plan.tasks:
+        found = _teachers(plan, results, task)
+        if len(set(found.values())) > 1:
+            unequal.append(Inequality(task, "teacher (hash of its weights)", found))
+    return Report(
+        seeds=plan.seeds,
+        blocks=blocks,
+        average=_average(blocks, plan.seeds),
+        terms={task: _terms(plan.of(task), results, plan.seeds[0]) for task in plan.tasks},
+        unequal=unequal,
+        notes=_notes(results.records),
+        failures=results.failures,
+    )
+
+
+def _records(plan: ComparisonPlan, results: Results, entry: Entry) -> dict[int, dict[str, Any]]:
+    names = {seed: Cell(entry, seed).name for seed in plan.seeds}
+    return {seed: results.records[name] for seed, name in names.items() if name in results.records}
+
+
+def _teachers(plan: ComparisonPlan, results: Results, task: str) -> dict[str, str]:
+    cells = [cell for cell in plan.cells if cell.entry.task == task and cell.name in results.records]
+    return {cell.name: results.records[cell.name]["hashes"]["teacher"] for cell in cells}
+
+
+def _scores(record: dict[str, Any]) -> dict[str, tuple[str, float, float | None]]:
+    """Return {task: (metric, student's score, teacher's)} of a run; of one on plain text what was fine-tuned."""
+    name = record["task"]["name"]
+    if record["task"]["kind"] != "text":
+        # Of a black box nothing is known.
+        teacher = record["teacher"]["score"] if record["teacher"] is not None else None
+        return {name: (record["primary"], record["student"]["score"], teacher)}
+    return {
+        f"{name}, then {tuned['task']}": (tuned["metric"], tuned["mean"]["student"], tuned["mean"].get("teacher"))
+        for tuned in record["finetune"]
+    }
+
+
+def _blocks(plan: ComparisonPlan, results: Results, task: str) -> list[Block]:
+    entries = plan.of(task)
+    runs = {entry.label: _records(plan, results, entry) for entry in entries}
+    scores = {label: {seed: _scores(record) for seed, record in mine.items()} for label, mine in runs.items()}
+    every = [record for mine in runs.values() for record in mine.values()]
+    titles = list(dict.fromkeys(title for mine in scores.values() for one in mine.values() for title in one))
+    blocks = []
+    for title in titles or [task]:
+        found = [one[title] for mine in scores.values() for one in mine.values() if title in one]
+        judged = [teacher for _, _, teacher in found if teacher is not None]
+        rows = []
+        for entry in entries:
+            mine = {seed: one[title][1] for seed, one in scores[entry.label].items() if title in one}
+            rows.append(_row(entry, mine, runs[entry.label], results.root))
+        blocks.append(
+            Block(
+                title=title,
+                metric=found[0][0] if found else "",
+                baseline=plan.baselines[task],
+                teacher_score=statistics.fmean(judged) if judged else None,
+                teacher_parameters=every[0]["teacher"]["parameters"] if every and every[0]["teacher"] else None,
+                rows=rows,
+            ).finish()
+        )
+    return blocks
+
+
+def _row(entry: Entry, scores: dict[int, float], records: dict[int, dict[str, Any]], root: Path) -> Row:
+    seconds = [
+        record["seconds"]["train"] + record["seconds"].get("assistant train", 0.0)
+        for record in records.values()
+        if not record.get(INTERRUPTED)
+    ]
+    return Row(
+        label=entry.label,
+        entry=entry,
+        scores=scores,
+        trained=max(map(_trained, records.values()), default=None),
+        parameters=max((record["student"]["parameters"] for record in records.values()), default=None),
+        seconds=statistics.fmean(seconds) if seconds else None,
+        runs=[str(root / Cell(entry, seed).name) for seed in records],
+    )
+
+
+def _trained(record: dict[str, Any]) -> int:
+    """Return how many parameters the optimizer moved: chains instead of matrices, and a method's own bridges."""
+    counts = [stage["parameters"] for stage in record["training"] if "parameters" in stage]
+    chain = record["overparam"]
+    return max(counts, default=chain["parameters_after"] if chain else record["student"]["parameters"])
+
+
+def _average(blocks: list[Block], seeds: list[int]) -> Block | None:
+    """Return the average over tasks, seed by seed; None unless every row is there for every task."""
+    labels = [row.label for row in blocks[0].rows]
+    complete = all(sorted(row.label for row in block.rows) == sorted(labels) for block in blocks)
+    if len(blocks) < 2 or not complete or len({block.baseline for block in blocks}) > 1:
+        return None
+    rows = []
+    for label in labels:
+        parts = [next(row for row in block.rows if row.label == label) for block in blocks]
+        whole = [seed for seed in seeds if all(seed in part.scores for part in parts)]
+        rows.append(
+            Row(
+                label=label,
+                entry=parts[0].entry,
+                scores={seed: statistics.fmean(part.scores[seed] for part in parts) for seed in whole},
+                trained=_mean([part.trained for part in parts], round),
+                parameters=_mean([part.parameters for part in parts], round),
+                seconds=_mean([part.seconds for part in parts]),
+                runs=[run for part in parts for run in part.runs],
+            )
+        )
+    return Block(
+        title=AVERAGE,
+        metric=", ".join(dict.fromkeys(block.metric for block in blocks)),
+        baseline=blocks[0].baseline,
+        teacher_score=_mean([block.teacher_score for block in blocks]),
+        teacher_parameters=_mean([block.teacher_parameters for block in blocks], round),
+        rows=rows,
+    ).finish()
+
+
+def _mean(values: Iterable[float | None], finish: Callable[[float], Any] = float) -> Any:
+    numbers = list(values)
+    known = [number for number in numbers if number is not None]
+    return finish(statistics.fmean(known)) if len(known) == len(numbers) else None
+
+
+def _terms(entries: list[Entry], results: Results, seed: int) -> str:
+    """Return the terms that all recipes of a task share, in words."""
+    terms = entries[0].terms
+    names = [Cell(entry, seed).name for entry in entries]
+    record = next((results.records[name] for name in names if name in results.records), None)
+    parts = [f"teacher {terms['teacher.model'] or 'from scratch'}"]
+    if record is not None:
+        parts.append(f"{record['task']['sizes']['train']:,} training examples")
+    parts += [
+        f"{terms['train.batch_size']} examples a step",
+        f"{terms[STEPS]:,} steps",
+        terms["train.precision"],
+        f"protocol {terms['evaluate.protocol']}",
+        f"data {entries[0].fingerprint}",
+    ]
+    if record is not None:
+        parts.append(f"on {record['versions']['device']} with torch {record['versions']['torch']}")
+    return ", ".join(parts)
+
+
+def _notes(records: dict[str, dict[str, Any]]) -> list[str]:
+    """Say what differs between the machines that the runs were made on."""
+    notes = []
+    for key in dict.fromkeys(key for record in records.values() for key in record["versions"]):
+        found = sorted({str(record["versions"].get(key)) for record in records.values()})
+        if len(found) > 1:
+            notes.append(f"the runs were made with different {key}: {', '.join(found)}")
+    stopped = [name for name, record in records.items() if record.get(INTERRUPTED)]
+    if stopped:
+        notes.append(f"stopped once and resumed, so not in the seconds: {', '.join(stopped)}")
+    return notes
+
+
+def _seeds(seeds: list[int]) -> str:
+    return f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} ({', '.join(map(str, seeds))})"
+
+
+def _heading(block: Block) -> str:
+    return f"{block.title} ({block.metric})" if block.metric else block.title
+
+
+def _cells(block: Block, seeds: int) -> Iterable[list[str]]:
+    """Yield the cells of each row as people read them, the teacher first."""
+    score = f"{100 * block.teacher_score:.2f}" if block.teacher_score is not None else ""
+    kept = "100.0%" if block.teacher_score is not None and block.teacher_score > 0 else ""
+    yield ["teacher", score, "", kept, "", _count(block.teacher_parameters), ""]
+    for row in block.rows:
+        difference = _difference(row.difference) if row.label != block.baseline else "baseline"
+        yield [
+            row.label,
+            _score(row.summary, seeds),
+            difference,
+            f"{row.retention:.1%}" if row.retention is not None else "",
+            _count(row.trained),
+            _count(row.parameters),
+            f"{row.seconds:,.1f}" if row.seconds is not None else "",
+        ]
+
+
+def _score(summary: Summary | None, seeds: int) -> str:
+    if summary is None:
+        return "no result"
+    spread = f" ± {100 * summary.std:.2f}" if summary.std is not None else ""
+    return f"{100 * summary.mean:.2f}{spread}" + (f" ({summary.count} of {seeds})" if summary.count < seeds else "")
+
+
+def _difference(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    text = f"{100 * difference.mean:+.2f}"
+    if difference.low is None or difference.high is None:
+        return text
+    return f"{text} [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
+
+
+def _count(number: int | None) -> str:
+    return f"{number:,}" if number is not None else ""
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(map(_plain, cells)) + " |"

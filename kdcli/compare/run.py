@@ -1,0 +1,132 @@
+"""Running the cells of a comparison one after the other, each once."""
+
+import gc
+import shutil
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from kdcli.compare.plan import Cell, ComparisonPlan, check_reusable, is_stranger
+from kdcli.errors import ExitCode, InputError, KdcliError
+from kdcli.pipeline import run_distill
+from kdcli.runs import Run
+from kdcli.training.distributed import state
+
+INTERRUPTED = "interrupted"
+"""A key of run.json: its training was stopped once, so its seconds are not those of a whole training."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell without a result."""
+
+    cell: Cell
+    message: str
+    code: ExitCode
+    traceback: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run": self.cell.name,
+            "task": self.cell.entry.task,
+            "name": self.cell.entry.label,
+            "seed": self.cell.seed,
+            "recipe": str(self.cell.entry.file),
+            "error": self.message,
+            "traceback": self.traceback,
+        }
+
+
+@dataclass
+class Results:
+    """What the cells gave: the record of each finished run under its name, and the failures."""
+
+    root: Path
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """RUN when a cell broke, INPUT when all that failed were wrong input, else OK."""
+        return max((failure.code for failure in self.failures), default=ExitCode.OK)
+
+
+def run_cells(
+    plan: ComparisonPlan, root: Path, *, console: Console, force: bool = False, refresh: bool = False
+) -> Results:
+    """Run every cell that is not finished, and return all results; what fails is noted, and the others go on.
+
+    root: the folder of the runs. force: run those again that were made from another recipe. refresh: fine-tune
+    the teachers again, and run everything again.
+    Raises InputError, before anything runs, when a run there was made from another recipe and `force` is not given.
+    """
+    if state().num_processes > 1:
+        raise InputError("compare runs in one process", hint="leave out torchrun; kdcli distill takes it")
+    if not (force or refresh):
+        check_reusable(plan, root)
+    if refresh:
+        # All at once: a comparison that is stopped must not go on with runs of the teacher before.
+        for cell in plan.cells:
+            shutil.rmtree(root / cell.name, ignore_errors=True)
+    results = Results(root)
+    fresh_teachers: set[str] = set()
+    cells = plan.cells
+    for number, cell in enumerate(cells, 1):
+        run = Run(root / cell.name)
+        head = f"[bold]{number}/{len(cells)}[/] {cell.name}"
+        try:
+            if not is_stranger(cell, run) and run.record.get("status") == "done":
+                console.print(f"{head}: done before", highlight=False)
+            else:
+                console.print(head, highlight=False)
+                _run(cell, run, console, refresh=refresh and _teacher_of(cell) not in fresh_teachers)
+                fresh_teachers.add(_teacher_of(cell))
+            results.records[cell.name] = run.record
+            # A finished run is never resumed, and a table of runs would fill a disk with optimizer states.
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
+        except Exception as error:
+            results.failures.append(_failure(cell, error))
+            console.print(f"[bold red]failed[/] {cell.name}: {type(error).__name__}", highlight=False)
+        _free()
+    return results
+
+
+def _run(cell: Cell, run: Run, console: Console, *, refresh: bool) -> None:
+    stranger = is_stranger(cell, run)
+    resume = run.path.is_dir() and not stranger
+    if resume and any(run.checkpoints.rglob("checkpoint-*")):
+        run.update({INTERRUPTED: True})
+    run_distill(
+        cell.recipe,
+        recipe_path=cell.entry.file,
+        output=run.path.parent,
+        force=stranger,
+        resume=resume,
+        refresh=refresh,
+        overrides=cell.entry.overrides,
+        console=console,
+    )
+
+
+def _teacher_of(cell: Cell) -> str:
+    return f"{cell.entry.fingerprint} {cell.recipe.teacher}"
+
+
+def _failure(cell: Cell, error: Exception) -> Failure:
+    if isinstance(error, KdcliError):
+        where = f"{error.where}: " if error.where else ""
+        return Failure(cell, where + error.message, error.exit_code)
+    lines = str(error).strip().splitlines()
+    message = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return Failure(cell, message, ExitCode.RUN, "".join(traceback.format_exception(error)))
+
+
+def _free() -> None:
+    """Give back what the last run's models held, on the device, too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
