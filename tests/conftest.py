@@ -1,5 +1,6 @@
 """Shared by all tests: real data when it is there, a cache of their own, and one thread a process."""
 
+import gc
 import os
 from importlib.resources import files
 from pathlib import Path
@@ -32,3 +33,12 @@ def data_dir() -> Path:
     if "KDCLI_DATA_DIR" not in os.environ:
         pytest.skip("KDCLI_DATA_DIR is not set")
     return Path(os.environ["KDCLI_DATA_DIR"])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Take all that was imported out of the garbage collector's sight.
+
+    The Trainer runs the collector at the end of every training, which would look through two big libraries each time.
+    """
+    gc.collect()
+    gc.freeze()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import nn
 
 from kdcli import __version__
@@ -22,12 +23,13 @@ from kdcli.objectives.vocabulary import MaskedLMObjective
 from kdcli.recipe.schema import DownstreamSection, FinetuneSection, Recipe, TrainSection
 from kdcli.tasks.base import Task
 from kdcli.tasks.labels import label_permutation
+from kdcli.tasks.load import fingerprint_of
 from kdcli.tasks.metrics import compute_metrics
 from kdcli.tasks.prepare import encode_task
 from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, main_does
-from kdcli.training.hashing import hash_of_weights
-from kdcli.training.loop import LoopSettings
+from kdcli.training.hashing import hash_of_model, hash_of_tokenizer
+from kdcli.training.loop import LoopSettings, resolve_precision
 from kdcli.training.trainer import fit
 
 if TYPE_CHECKING:
@@ -179,21 +181,24 @@ def _finetuned(
 ) -> Teacher:
     section = recipe.teacher
     settings = section.finetune if isinstance(section.finetune, FinetuneSection) else FinetuneSection()
+    rows = {column: list(task.train[column]) for column in task.train.column_names}
     identity = {
-        "base": hash_of_weights(model),
-        "task": task.description["fingerprint"],
+        "base": hash_of_model(model),
+        "tokenizer": hash_of_tokenizer(tokenizer),
+        # Other rows only judge it.
+        "task": fingerprint_of({"train": rows, "labels": {"names": list(task.label_names)}}),
         "max_length": recipe.task.max_length,
         "masking": asdict(task.masking) if task.masking is not None else None,
         "finetune": settings.model_dump(),
-        "precision": recipe.train.precision,
+        "precision": resolve_precision(recipe.train.precision, recipe.train.device),
+        "group_by_length": recipe.train.group_by_length,
         "seed": seed_of(recipe),
         "format": 1,
     }
     folder = cache_dir() / "teachers" / fingerprint(identity)
     origin = section.model or "from scratch"
-    if agree((folder / "kdcli.json").exists()) and not refresh:
-        console.print(f"teacher: {origin}, fine-tuned before, from {folder}", highlight=False, soft_wrap=True)
-        return Teacher(load_model(str(folder), task=head), load_tokenizer(str(folder)), origin=origin, path=folder)
+    if not refresh and (kept := _kept(folder, head, origin, console)) is not None:
+        return kept
     console.print(f"teacher: {origin}, fine-tuning on {task.name}", highlight=False, soft_wrap=True)
     record = finetune(
         model,
@@ -209,14 +214,40 @@ def _finetuned(
         title="teacher",
     )
 
+    model.eval()
+    written: list[Path] = []
+
     def keep() -> None:
-        with atomic_folder(folder, force=True) as temporary:
-            save_model(model, temporary, tokenizer)
-            write_json(temporary / "kdcli.json", {"identity": identity, "version": __version__, "training": record})
+        try:
+            with atomic_folder(folder, force=True) as temporary:
+                save_model(model, temporary, tokenizer)
+                write_json(temporary / "kdcli.json", {"identity": identity, "version": __version__, "training": record})
+            written.append(folder)
+        except (InputError, OSError, SafetensorError) as error:
+            # The cache only saves time: what was trained for hours must not be lost to it.
+            console.print(f"teacher: cannot be kept for other runs: {error}", highlight=False, soft_wrap=True)
         shutil.rmtree(work, ignore_errors=True)
 
     main_does(keep)
-    return Teacher(model, tokenizer, origin=origin, path=folder, training=record)
+    return Teacher(model, tokenizer, origin=origin, path=folder if agree(bool(written)) else None, training=record)
+
+
+def _kept(folder: Path, head: str, origin: str, console: Console) -> Teacher | None:
+    """Return the teacher that the cache holds in `folder`; None when there is none, or it cannot be read."""
+    if not agree((folder / "kdcli.json").exists()):
+        return None
+    found, problem = None, None
+    try:
+        found = Teacher(load_model(str(folder), task=head), load_tokenizer(str(folder)), origin=origin, path=folder)
+    except InputError as error:
+        problem = error
+    # All processes train, or none.
+    problem = agree(problem)
+    if problem is not None:
+        console.print(f"teacher: what was kept cannot be used: {problem.message}", highlight=False, soft_wrap=True)
+        return None
+    console.print(f"teacher: {origin}, fine-tuned before, from {folder}", highlight=False, soft_wrap=True)
+    return found
 
 
 def finetune(
