@@ -253,6 +253,7 @@ def _warn_of_chance(scores: dict[str, dict[str, float]], task: Task, console: Co
             f"({chance:.4f}). A student cannot learn the task from it. Is the model fine-tuned on this task, "
             "and are its labels in the right order (teacher.labels)?",
             highlight=False,
+            soft_wrap=True,
         )
 
 

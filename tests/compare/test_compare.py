@@ -1,0 +1,161 @@
+"""Comparing recipes: statistics against scipy, equal terms, and a real comparison that goes on where it stopped."""
+
+import csv
+import json
+import shutil
+import xml.etree.ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from kdcli.cli.app import run
+from kdcli.compare.plan import plan_comparison
+from kdcli.compare.statistics import paired_difference, summarise
+from kdcli.errors import InputError
+
+QUIET = Console(quiet=True)
+RECIPE = """
+method = "METHOD"
+task = {name = "reviews", train_samples = 96, validation_samples = 60}
+student = {form = "depth", layers = 1}
+train = {max_steps = 3, learning_rate = 1e-3}
+
+[teacher]
+scratch = {layers = 2, hidden_size = 16, heads = 2, intermediate_size = 32, vocab_size = 200}
+finetune = {max_steps = 3}
+"""
+
+
+def recipe(folder: Path, method: str, name: str | None = None, **changes: str) -> Path:
+    text = RECIPE.replace("METHOD", method)
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    path = folder / f"{name or method}.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_summary_has_the_sample_standard_deviation():
+    summary = summarise({1: 0.5, 2: 0.7, 3: 0.9})
+    assert summary is not None and summary.mean == pytest.approx(0.7) and summary.std == pytest.approx(0.2)
+    single = summarise({1: 0.5})
+    assert single is not None and single.std is None
+    assert summarise({}) is None
+
+
+def test_the_interval_of_a_paired_difference_is_that_of_scipys_paired_test():
+    generator = np.random.default_rng(0)
+    mine, base = generator.normal(0.8, 0.02, 5), generator.normal(0.78, 0.02, 5)
+    found = paired_difference(dict(enumerate(mine)), dict(enumerate(base)))
+    interval = stats.ttest_rel(mine, base).confidence_interval(0.95)
+    assert found is not None and found.mean == pytest.approx(float((mine - base).mean()))
+    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+
+
+def test_only_seeds_that_both_have_are_paired():
+    found = paired_difference({1: 0.9, 2: 0.8, 4: 0.1}, {1: 0.7, 2: 0.7, 3: 0.9})
+    assert found is not None and found.count == 2 and found.mean == pytest.approx(0.15)
+    one = paired_difference({1: 0.9}, {1: 0.7})
+    assert one is not None and one.low is None and one.high is None
+    assert paired_difference({1: 0.9}, {2: 0.7}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_steps = 3, learning": "max_steps = 4, learning"}, r"training steps is 3 \(kd\) but 4 \(other\)"),
+        ({"layers = 1": "layers = 2"}, "student.parameters"),
+        ({"train_samples = 96": "train_samples = 95"}, "fingerprint of its data"),
+        ({"hidden_size = 16": "hidden_size = 32"}, "teacher.scratch.hidden_size"),
+        ({"learning_rate = 1e-3": "batch_size = 16"}, "train.batch_size"),
+        ({"finetune = {max_steps = 3}": "finetune = {max_steps = 5}"}, "teacher.finetune.max_steps"),
+    ],
+)
+def test_unequal_terms_are_refused_with_both_values(tmp_path: Path, changes: dict[str, str], words: str):
+    files = [recipe(tmp_path, "kd"), recipe(tmp_path, "kd", "other", **changes)]
+    with pytest.raises(InputError, match=words):
+        plan_comparison(files, seeds=2, console=QUIET)
+    plan = plan_comparison(files, seeds=2, console=QUIET, allow_unequal=True)
+    assert plan.unequal and len(plan.cells) == 4
+
+
+def test_methods_and_their_options_may_differ(tmp_path: Path):
+    files = [
+        recipe(tmp_path, "hs"),
+        recipe(tmp_path, "kd"),
+        recipe(tmp_path, "kd", "warm", **{'"kd"': '{name = "kd", temperature = 4.0}'}),
+    ]
+    plan = plan_comparison(files, seeds=3, console=QUIET)
+    assert plan.seeds == [42, 43, 44] and plan.baselines == {"reviews": "kd"}
+    assert len({cell.name for cell in plan.cells}) == 9
+    # One teacher serves all seeds.
+    assert {cell.recipe.teacher.seed for cell in plan.cells} == {42}
+
+
+def test_two_rows_of_one_name_and_a_strange_baseline_are_refused(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    twins = [recipe(tmp_path, "kd"), recipe(tmp_path / "a", "kd")]
+    with pytest.raises(InputError, match="both called 'kd'"):
+        plan_comparison(twins, seeds=1, console=QUIET)
+    with pytest.raises(InputError, match="no recipe called 'makd'"):
+        plan_comparison(twins[:1], seeds=1, console=QUIET, baseline="makd")
+
+
+def test_a_comparison_runs_reports_and_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    files = [str(recipe(tmp_path, "kd")), str(recipe(tmp_path, "hs"))]
+
+    def compare(*options: str) -> dict[str, Any]:
+        assert run(["compare", *files, "--seeds", "2", "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    report = compare()
+    [block] = report["tasks"]
+    assert [row["name"] for row in block["rows"]] == ["kd", "hs"] and block["baseline"] == "kd"
+    kd, hs = block["rows"]
+    expected = [hs["scores"][seed] - kd["scores"][seed] for seed in ("42", "43")]
+    assert hs["difference"]["mean"] == pytest.approx(np.mean(expected))
+    assert kd["parameters"]["inference"] == hs["parameters"]["inference"] < block["teacher"]["parameters"]
+
+    folder = tmp_path / "comparison"
+    rows = list(csv.DictReader((folder / "comparison.csv").open()))
+    assert [row["name"] for row in rows] == ["teacher", "kd", "hs"]
+    assert float(rows[1]["score"]) == pytest.approx(kd["mean"])
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert xml.etree.ElementTree.parse(folder / "comparison.svg").getroot().tag.endswith("svg")
+    assert f"{100 * kd['mean']:.2f}" in (folder / "comparison.md").read_text()
+    assert json.loads((folder / "comparison.json").read_text()) == report
+    assert len(list((folder / "runs").glob("reviews-*/run.json"))) == 4
+
+    lost = folder / "runs" / "reviews-hs-seed43"
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("runs/reviews-*/student/model.safetensors")}
+    shutil.rmtree(lost)
+    again = compare()
+    assert again["tasks"][0]["rows"][1]["scores"] == hs["scores"]
+    for path, stamp in kept.items():
+        assert (path.stat().st_mtime_ns == stamp) == (lost not in path.parents), path
+
+    assert run(["compare", *files, "--seeds", "2", "--set", "train.learning_rate=2e-3"]) == 2
+    assert "from another recipe" in capsys.readouterr().err
+
+
+def test_what_breaks_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "comparison" / "runs").mkdir(parents=True)
+    files = [str(recipe(tmp_path, "kd")), str(recipe(tmp_path, "hs"))]
+    # A plain file stands where a run is to be made.
+    (tmp_path / "comparison" / "runs" / "reviews-hs-seed42").write_text("")
+    code = run(["compare", *files, "--seeds", "1"])
+    shown = capsys.readouterr()
+    assert code == 2 and "no result: reviews-hs-seed42" in shown.err
+    report = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    assert [row["mean"] is None for row in report["tasks"][0]["rows"]] == [False, True]
