@@ -69,7 +69,9 @@ class ProgressDisplay(TrainerCallback):
         left = (state.max_steps - state.global_step) * elapsed / done if done else 0.0
         if evaluated:
             text = "  ".join(f"{k} {v:.4f}" for k, v in evaluated.items())
-            self.console.print(f"{self.title}  step {state.global_step}  evaluated: {text}", highlight=False)
+            self.console.print(
+                f"{self.title}  step {state.global_step}  evaluated: {text}", highlight=False, soft_wrap=True
+            )
         elif "loss" in shown:
             terms = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
             if self.bar is not None:
@@ -85,6 +87,10 @@ class ProgressDisplay(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away, and give the cursor back."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

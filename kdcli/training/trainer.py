@@ -14,7 +14,6 @@ from datasets import Dataset
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import (
-    EarlyStoppingCallback,
     EvalPrediction,
     PrinterCallback,
     Trainer,
@@ -24,11 +23,13 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdcli.errors import InputError
 from kdcli.models.counts import count_parameters
 from kdcli.training.distiller import Distiller
+from kdcli.training.distributed import agree, is_main
 from kdcli.training.loop import LoopSettings, resolve_precision
 from kdcli.training.progress import ProgressDisplay
 from kdcli.training.sampler import EpochSampler
@@ -50,6 +51,28 @@ class EvaluateAtEnd(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
+
+
+class Patience(TrainerCallback):
+    """Ends a training when so many evaluations in a row were no better than the best one before them.
+
+    It counts in the history, which checkpoints keep: a resumed run ends where it would have ended in one go.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def is_over(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Return whether the history of `state` says that there is no point in going on."""
+        metric, sign = f"eval_{args.metric_for_best_model}", 1 if args.greater_is_better else -1
+        # By step: a resumed run may judge its first weights again. Untrained weights do not count.
+        scores = {e["step"]: sign * e[metric] for e in state.log_history if metric in e and e["step"] > 0}
+        values = list(scores.values())
+        return bool(values) and len(values) - 1 - values.index(max(values)) >= self.patience
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.is_over(args, state):
+            control.should_training_stop = True
 
 
 class TellEpochs(TrainerCallback):
@@ -192,6 +215,21 @@ class DistillationTrainer(Trainer):
         if (folder / SCHEME).exists():
             self.scheme.load_state_dict(torch.load(folder / SCHEME, map_location=self.args.device, weights_only=True))
 
+    def was_finished(self, checkpoint: Path) -> bool:
+        """Return whether `checkpoint` was the last of its training, and take over how that ended if so.
+
+        The library would make one step more.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        patience = [callback for callback in self.callback_handler.callbacks if isinstance(callback, Patience)]
+        if state.global_step < self.args.max_steps and not any(one.is_over(self.args, state) for one in patience):
+            return False
+        self.state = state
+        self._load_from_checkpoint(str(checkpoint))
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return True
+
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         load_weights(self.model, Path(self.state.best_model_checkpoint))
@@ -255,19 +293,26 @@ def fit(
         display=display,
     )
     if settings.patience is not None and selection is not None:
-        trainer.add_callback(EarlyStoppingCallback(settings.patience))
-    checkpoint = last_complete_checkpoint(folder) if resume else None
+        trainer.add_callback(Patience(settings.patience))
+    # Torsos are removed on the way: by one process only.
+    checkpoint = agree(last_complete_checkpoint(folder) if resume and is_main() else None)
     distiller.student.train()
-    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    distiller.close()
+    seconds = 0.0
+    try:
+        if checkpoint is None or not trainer.was_finished(checkpoint):
+            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            seconds = float(outcome.metrics.get("train_runtime", 0.0))
+    finally:
+        display.close()
+        distiller.close()
     history = [
         {k: v for k, v in entry.items() if not k.endswith(("_runtime", "_per_second", "total_flos"))}
         for entry in trainer.state.log_history
         if "train_runtime" not in entry
     ]
     return {
-        "steps": outcome.global_step,
-        "seconds": round(float(outcome.metrics.get("train_runtime", 0.0)), 3),
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 3),
         "best": trainer.state.best_metric,
         "best_step": trainer.state.best_global_step,
         "precision": resolve_precision(settings.precision, settings.device),
