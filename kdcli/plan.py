@@ -79,7 +79,7 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
     build = build_student(teacher, resolved.student, seed=recipe.seed)
     parameters = count_parameters(build.model)
     assert resolved.student.form is not None
-    context = context_of(teacher, build.model, resolved.student.form, task)
+    context = context_of(teacher, build.model, resolved.student.form, task, recipe.seed)
     resolved.method.check(resolved.options, context)
     chain = None
     if recipe.overparam is not None:

@@ -145,7 +145,7 @@ def _chain_rate(recipe: Recipe, rate: float) -> float | None:
     return rate / (1.5 + 0.8 * length)
 
 
-def context_of(teacher: "PreTrainedModel", student: "PreTrainedModel", form: str, task: Task) -> Context:
+def context_of(teacher: "PreTrainedModel", student: "PreTrainedModel", form: str, task: Task, seed: int) -> Context:
     """Return what a method may know of the two models: their shapes, never their weights."""
     teacher_shape, student_shape = shape_of(teacher.config), shape_of(student.config)
     return Context(
@@ -155,6 +155,7 @@ def context_of(teacher: "PreTrainedModel", student: "PreTrainedModel", form: str
         kind=task.kind,
         num_labels=max(1, len(task.label_names)),
         pairs=uniform(student_shape.layers, teacher_shape.layers),
+        seed=seed,
     )
 
 
@@ -168,7 +169,7 @@ def judge_shapes(teacher: "PreTrainedModel", resolved: Resolved, task: Task) -> 
     with torch.device("meta"):
         student = build_student(shadow, section, seed=0).model
     assert section.form is not None
-    resolved.method.check(resolved.options, context_of(shadow, student, section.form, task))
+    resolved.method.check(resolved.options, context_of(shadow, student, section.form, task, resolved.recipe.seed))
 
 
 def head_needed(resolved: Resolved, task: Task) -> str:

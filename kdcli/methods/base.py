@@ -21,7 +21,10 @@ class Options(BaseModel):
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may know: shapes, never weights. `pairs` are (student block, teacher block) from 1."""
+    """What a method may know: shapes, never weights. `pairs` are (student block, teacher block) from 1.
+
+    seed: the recipe's, for what a method draws itself.
+    """
 
     teacher: ModelShape
     student: ModelShape
@@ -29,6 +32,7 @@ class Context:
     kind: str
     num_labels: int
     pairs: list[tuple[int, int]]
+    seed: int = 0
 
 
 @dataclass

@@ -51,7 +51,7 @@ class HSOptions(Options):
     """Which block follows which, and what else is learnt.
 
     layer_map: "last", "uniform", "last-k", "all", "uniform-consecutive", "uniform+last", "random" (drawn anew every
-    epoch, from `seed`), "emd", or a list of pairs [student block, teacher block] counted from 1, 0 for embeddings.
+    epoch, from `seed`, by default the recipe's), "emd", or a list of pairs [student block, teacher block] counted from 1, 0 for embeddings.
     consecutive: whether the intervals of "uniform-consecutive" hold both their ends ("closed") or the upper one.
     bridge: learned linear maps, one a student block, before the comparison; without it only where widths differ.
     match_norm: errors relative to the size of the teacher's states. alpha: the share of the teacher's prediction on
@@ -60,7 +60,7 @@ class HSOptions(Options):
 
     layer_map: str | list[list[int]] = "uniform"
     consecutive: Literal["closed", "half-open"] = "closed"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] | None = None
     emd: EMDOptions = EMDOptions()
     bridge: bool | None = None
     match_norm: bool = False
@@ -81,7 +81,8 @@ class HSOptions(Options):
 def _pairs(options: HSOptions, context: Context, epoch: int = 0) -> Pairs:
     half_open = options.consecutive == "half-open"
     depths = context.student.layers, context.teacher.layers
-    return layer_map(options.layer_map, *depths, half_open=half_open, seed=options.seed, epoch=epoch)
+    seed = context.seed if options.seed is None else options.seed
+    return layer_map(options.layer_map, *depths, half_open=half_open, seed=seed, epoch=epoch)
 
 
 def check(options: HSOptions, context: Context) -> None:

@@ -125,7 +125,7 @@ class Road:
         for note in build.notes:
             self.console.print(f"{folder or 'student'}: {note}", highlight=False, soft_wrap=True)
         plain_hash = hash_of_weights(build.model)
-        context = context_of(teacher.model, build.model, build.form, task)
+        context = context_of(teacher.model, build.model, build.form, task, seed)
         resolved.method.check(resolved.options, context)
         for note in resolved.method.notes(resolved.options, context):
             self.console.print(f"{resolved.method.name}: {note}", highlight=False, soft_wrap=True)

@@ -104,7 +104,7 @@ class World:
         resolved = resolve(recipe, Path("made-up.toml"))
         student = build_student(self.teacher, resolved.student, seed=0).model
         assert resolved.student.form is not None
-        context = context_of(self.teacher, student, resolved.student.form, self.task)
+        context = context_of(self.teacher, student, resolved.student.form, self.task, 0)
         resolved.method.check(resolved.options, context)
         stage = resolved.method.build(resolved.options, context)[0]
         scheme = stage.scheme or Scheme()
