@@ -1,7 +1,9 @@
 """A student's way: built, over-parameterised, trained stage by stage, contracted."""
 
+import json
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from transformers import set_seed
 
 from kdcli import runs
 from kdcli.errors import InputError
-from kdcli.files import atomic_folder
+from kdcli.files import atomic_folder, write_json
 from kdcli.methods.base import Context, Stage, Term
 from kdcli.models.counts import count_parameters
 from kdcli.models.forms import StudentBuild, build_student
@@ -36,6 +38,9 @@ from kdcli.training.trainer import COMPLETE, WEIGHTS, fit, load_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+RECORD = "record.json"
+"""What a finished stage's training was like, beside its weights."""
 
 
 @dataclass
@@ -212,7 +217,7 @@ def _train(
         if resume and agree((final / COMPLETE).exists()):
             load_weights(distiller, final)
             distiller.close()
-            records.append({"stage": stage.name, "resumed": True})
+            records.append(json.loads((final / RECORD).read_text(encoding="utf-8")))
         else:
             record = fit(
                 distiller,
@@ -229,7 +234,7 @@ def _train(
                 resume=resume,
             )
             records.append({"stage": stage.name, **record})
-            main_does(lambda final=final, distiller=distiller: _keep_stage(final, distiller))  # type: ignore[misc]
+            main_does(partial(_keep_stage, final, distiller, records[-1]))
         scheme.end()
     build.model.eval().to("cpu")  # type: ignore[arg-type]
     teacher.model.to("cpu")  # type: ignore[arg-type]
@@ -280,7 +285,8 @@ def _saves(wants: Wants, teacher: "PreTrainedModel") -> bool:
     return deepest < shape_of(teacher.config).layers
 
 
-def _keep_stage(final: Path, distiller: Distiller) -> None:
+def _keep_stage(final: Path, distiller: Distiller, record: dict[str, Any]) -> None:
     with atomic_folder(final, force=True) as folder:
         safetensors.torch.save_model(distiller, str(folder / WEIGHTS))
+        write_json(folder / RECORD, record)
         (folder / COMPLETE).touch()

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training.stages import LOOP, folder_with_recipe, rows
 from transformers import PreTrainedModel
 
+from kdcli import pipeline
 from kdcli.errors import InputError
 from kdcli.methods.base import Term
 from kdcli.objectives.hidden import HiddenObjective
@@ -545,6 +546,30 @@ def test_a_stage_without_a_prediction_runs_to_its_end_and_keeps_its_last_weights
     last, final = (load_file(kept / name / "model.safetensors") for name in ("checkpoint-6", "final"))
     assert same(last, final)
     assert prediction["best"] == max(score for _, score in evaluations(prediction))
+
+
+def test_a_run_stopped_after_its_training_does_not_train_again_and_tells_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = folder_with_recipe(tmp_path, STAGES)
+    loaded = load_recipe(folder / "recipe.toml", [])
+    options: dict[str, Any] = {"recipe_path": folder / "recipe.toml", "console": Console(quiet=True)}
+    whole = run_distill(loaded, output=folder / "whole", **options).record
+
+    def fail(*arguments: Any, **more: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pipeline, "compare", fail)
+        run_distill(loaded, output=folder / "parts", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "train", fail)
+        parts = run_distill(loaded, output=folder / "parts", resume=True, **options).record
+    assert parts["hashes"] == whole["hashes"]
+    for record in (whole, parts):
+        for stage in record["training"]:
+            assert stage.pop("seconds") > 0
+    assert parts["training"] == whole["training"]
 
 
 # What it tells.
