@@ -51,7 +51,8 @@ class HSOptions(Options):
     """Which block follows which, and what else is learnt.
 
     layer_map: "last", "uniform", "last-k", "all", "uniform-consecutive", "uniform+last", "random" (drawn anew every
-    epoch, from `seed`, by default the recipe's), "emd", or a list of pairs [student block, teacher block] counted from 1, 0 for embeddings.
+    epoch, from `seed`, by default the recipe's), "emd", or a list of pairs [student block, teacher block] counted from
+    1, 0 for embeddings.
     consecutive: whether the intervals of "uniform-consecutive" hold both their ends ("closed") or the upper one.
     bridge: learned linear maps, one a student block, before the comparison; without it only where widths differ.
     match_norm: errors relative to the size of the teacher's states. alpha: the share of the teacher's prediction on
