@@ -341,10 +341,15 @@ def test_an_interrupt_is_exit_code_130_and_marks_the_run(world: World):
                 pause = 2.0
 
     thread = threading.Thread(target=interrupt)
+    # Whoever runs the tests in the background may have switched interrupts off.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread.start()
-    outcome = world.call("distill", recipe)
-    ended.set()
-    thread.join()
+    try:
+        outcome = world.call("distill", recipe)
+    finally:
+        ended.set()
+        thread.join()
+        signal.signal(signal.SIGINT, before)
     assert outcome.code == 130
     assert "error: interrupted" in outcome.err and "--resume" in outcome.err and "Traceback" not in outcome.err
     assert json.loads(record.read_text())["status"] == "failed"
