@@ -15,6 +15,9 @@ from kdcli.export.session import OnnxModel
 
 WARM_UP = 5
 
+REST = 0.005
+"""Seconds between two contestants."""
+
 
 @dataclass
 class LatencyReport:
@@ -36,12 +39,15 @@ class LatencyReport:
         )
 
     def table(self) -> Table:
-        title = f"latency in ms ({self.threads} threads, {self.runs} runs each, in turn); speed against PyTorch eager"
+        title = (
+            f"latency in ms, {self.threads} threads, {self.runs} runs each, in turn\n"
+            "size: batch x tokens; speed: against PyTorch eager"
+        )
         # Eight columns fit into 80 characters without frames and paddings.
-        table = Table(title=title, title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=title, title_style="", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for name in (
             "model",
-            "batch x tokens",
+            "size",
             "backend",
             "p50",
             "p95",
@@ -76,7 +82,8 @@ def measure(
     """Time every model over a grid of batch sizes and sequence lengths.
 
     models: name -> (PyTorch model, its ONNX session or None). All contestants of a grid cell run once a round,
-    in turn, so that a drift of the machine's speed meets all of them; the first rounds are not counted.
+    in turn, so that a drift of the machine's speed meets all of them; the first rounds are not counted, and in every
+    round each rests and runs once uncounted before it is timed.
     PyTorch's thread count is set for the time and restored. Sessions keep the count they were opened with.
     """
     before = torch.get_num_threads()
@@ -111,6 +118,10 @@ def _cell(
     times: list[list[float]] = [[] for _ in contestants]
     for round_ in range(runs + WARM_UP):
         for i, (_, _, call) in enumerate(contestants):
+            # The last contestant's threads still wait for work at full speed: give them time to go to sleep,
+            # and this one's a call to wake up.
+            time.sleep(REST)
+            call()
             begun = time.perf_counter()
             call()
             if round_ >= WARM_UP:
