@@ -113,10 +113,10 @@ def _keys(files: list[Path]) -> set[str]:
     return keys
 
 
-def has_head(name: str | Path, head: str) -> bool:
+def has_head(name: str | Path, head: str, *, revision: str | None = None) -> bool:
     """True when a checkpoint carries the weights of a head: one of `HEADS`."""
-    _known(_read_config(name, None, False), name)
-    return _has_keys(_keys(_weight_files(name, None)), head)
+    _known(_read_config(name, revision, False), name)
+    return _has_keys(_keys(_weight_files(name, revision)), head)
 
 
 def _has_keys(keys: set[str], head: str) -> bool:

@@ -74,7 +74,7 @@ def needs_training(recipe: Recipe, source: str | None, head: str) -> bool:
     if section.scratch is not None or section.finetune not in (None, False):
         return True
     assert source is not None
-    if has_head(source, head):
+    if has_head(source, head, revision=section.revision):
         return False
     if section.finetune is False:
         what = "masked-LM" if head == "masked-lm" else "classification"
@@ -122,6 +122,12 @@ def make_teacher(
             tokenizer,
             origin=section.model or source,
             path=Path(source) if Path(source).exists() else None,
+        )
+    if section.labels is not None:
+        raise InputError(
+            "teacher.labels names the classes of a trained head, and this teacher gets a new one",
+            where="teacher.labels",
+            hint="leave it out: a new head has the task's own labels",
         )
     model, tokenizer = initial_teacher(recipe, task, source, head, base)
     inspect(model)
