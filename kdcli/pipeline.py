@@ -3,9 +3,10 @@
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from kdcli import __version__, runs
 from kdcli.errors import ExitCode, InputError
 from kdcli.evaluation.comparison import Comparison, compare, describe_model
 from kdcli.evaluation.general import General
+from kdcli.evaluation.predict import predict
 from kdcli.evaluation.score import evaluate_model
 from kdcli.files import atomic_folder
 from kdcli.models.card import model_card
@@ -34,6 +36,7 @@ from kdcli.tasks.metrics import chance_level
 from kdcli.training.distributed import is_main, main_does
 from kdcli.training.downstream import score_on_tasks
 from kdcli.training.hashing import hash_of_weights
+from kdcli.training.logits_cache import cached_predictions
 from kdcli.training.road import Road
 from kdcli.training.teacher import Teacher, make_teacher
 
@@ -119,7 +122,7 @@ def run_distill(
                 inspect=lambda model: judge_shapes(model, resolved, task),
             )
             silent = task.kind == "text" or not teacher.known
-            teacher_scores = {} if silent else _scores(teacher.model, teacher.tokenizer, task, resolved)
+            teacher_scores = {} if silent else _teacher_scores(teacher, task, resolved)
         if teacher_scores:
             _warn_of_chance(teacher_scores, task, console)
         if recipe.task.augment is not None:
@@ -234,14 +237,23 @@ def versions() -> dict[str, str]:
     }
 
 
-def _scores(model: "PreTrainedModel", tokenizer: Any, task: Task, resolved: Resolved) -> dict[str, dict[str, float]]:
+def _scores(
+    model: "PreTrainedModel", tokenizer: Any, task: Task, resolved: Resolved, ask: Callable[..., Any] = predict
+) -> dict[str, dict[str, float]]:
     return evaluate_model(
         model,
         tokenizer,
         task,
         batch_size=resolved.recipe.evaluate.batch_size,
         max_length=resolved.recipe.task.max_length,
+        ask=ask,
     )
+
+
+def _teacher_scores(teacher: Teacher, task: Task, resolved: Resolved) -> dict[str, dict[str, float]]:
+    # Many students have the same teacher: what it says of the report sets is kept like all that it says.
+    ask = partial(cached_predictions, use_cache=resolved.recipe.teacher.cache)
+    return _scores(teacher.model, teacher.tokenizer, task, resolved, ask)
 
 
 def _warn_of_chance(scores: dict[str, dict[str, float]], task: Task, console: Console) -> None:

@@ -25,9 +25,21 @@ def cached_logits(
 ) -> Tensor:
     """Return the teacher's logits for an encoded data set, (largest index + 1, classes), fp32.
 
-    Row i belongs to the example with index i. The file is named by the teacher's weights and configuration and the
-    encoded inputs, holds fp32 as computed, and appears whole or not at all: another teacher, text, tokenizer or
-    maximum length is another file. A file that cannot be read is made again.
+    Row i belongs to the example with index i.
+    """
+    return _by_index(
+        cached_predictions(teacher, dataset, collator, batch_size=batch_size, use_cache=use_cache), dataset
+    )
+
+
+def cached_predictions(
+    teacher: "PreTrainedModel", dataset: Dataset, collator: Any, *, batch_size: int, use_cache: bool = True
+) -> Tensor:
+    """Return the teacher's logits for an encoded data set in its order, (n, classes), fp32.
+
+    The file is named by the teacher's weights and configuration and the encoded inputs, holds fp32 as computed, and
+    appears whole or not at all: another teacher, text, tokenizer or maximum length is another file. A file that
+    cannot be read is made again.
     """
     name = fingerprint({"model": hash_of_model(teacher), "inputs": hash_of_dataset(dataset), "format": 1})
     path = cache_dir() / "logits" / f"{name}.safetensors"
@@ -38,7 +50,7 @@ def cached_logits(
     if use_cache:
         # A process may find what another has just written: all of them wait here, whether they found it or not.
         main_does(lambda: _write(path, logits) if found is None else None)
-    return _by_index(logits, dataset)
+    return logits
 
 
 def _by_index(logits: Tensor, dataset: Dataset) -> Tensor:

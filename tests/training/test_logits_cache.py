@@ -11,9 +11,12 @@ from families import tiny, tokenizer
 from training.stages import rows
 
 from kdcli.evaluation.predict import predict
+from kdcli.evaluation.score import evaluate_model
+from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.encode import Collator, encode
+from kdcli.tasks.load import load_task
 from kdcli.training import logits_cache
-from kdcli.training.logits_cache import cached_logits
+from kdcli.training.logits_cache import cached_logits, cached_predictions
 
 WORDS = tokenizer()
 COLLATOR = Collator(WORDS)
@@ -185,3 +188,14 @@ def test_without_the_cache_nothing_is_read_and_nothing_is_kept(own_cache: Path):
     safetensors.torch.save_file({"logits": torch.full((6, 2), 5.0)}, path)
     assert torch.equal(ask(teacher, data, use_cache=False), expected)
     assert torch.equal(ask(teacher, data), torch.full((6, 2), 5.0))
+
+
+def test_a_teachers_scores_come_from_what_was_kept(own_cache: Path, nobody_runs: pytest.MonkeyPatch):
+    teacher, task = tiny("bert"), load_task(TaskSection(name="reviews"), EvaluateSection(), base=Path())
+    direct = evaluate_model(teacher, WORDS, task)
+    with nobody_runs.context() as patch:
+        patch.setattr(logits_cache, "predict", predict)
+        assert evaluate_model(teacher, WORDS, task, ask=cached_predictions) == direct
+    assert evaluate_model(teacher, WORDS, task, ask=cached_predictions) == direct
+    with pytest.raises(Asked):
+        evaluate_model(teacher, WORDS, task, ask=cached_predictions, max_length=5)
