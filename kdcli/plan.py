@@ -10,7 +10,7 @@ from kdcli.models.counts import count_parameters
 from kdcli.models.forms import build_student
 from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import Recipe
-from kdcli.resolve import Resolved, context_of, head_needed, resolve
+from kdcli.resolve import Resolved, context_of, head_needed, resolve, stages_of
 from kdcli.tasks.augment import check_augment
 from kdcli.tasks.load import load_task
 from kdcli.tasks.text import pack
@@ -80,7 +80,7 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
     parameters = count_parameters(build.model)
     assert resolved.student.form is not None
     context = context_of(teacher, build.model, resolved.student.form, task, recipe.seed)
-    resolved.method.check(resolved.options, context)
+    stages = stages_of(resolved, context, build.model, None if section.black_box else teacher)
     chain = None
     if recipe.overparam is not None:
         report = overparameterise(build.model, recipe.overparam)
@@ -95,7 +95,6 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
             "matched": len(matched),
             "unmatched": len(skipped),
         }
-    stages = resolved.method.build(resolved.options, context)
     packed = task.kind == "text"
     examples = len(pack(task.train["text"], tokenizer, recipe.task.max_length)) if packed else len(task.train)
     if (augment := recipe.task.augment) is not None:

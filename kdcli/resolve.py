@@ -169,7 +169,20 @@ def judge_shapes(teacher: "PreTrainedModel", resolved: Resolved, task: Task) -> 
     with torch.device("meta"):
         student = build_student(shadow, section, seed=0).model
     assert section.form is not None
-    resolved.method.check(resolved.options, context_of(shadow, student, section.form, task, resolved.recipe.seed))
+    context = context_of(shadow, student, section.form, task, resolved.recipe.seed)
+    stages_of(resolved, context, student, teacher)
+
+
+def stages_of(
+    resolved: Resolved, context: Context, student: "PreTrainedModel", teacher: "PreTrainedModel | None"
+) -> list[Stage]:
+    """Return the method's stages. Raises InputError for what it, or the scheme of a stage, cannot work with."""
+    resolved.method.check(resolved.options, context)
+    stages = resolved.method.build(resolved.options, context)
+    for stage in stages:
+        if stage.scheme is not None:
+            stage.scheme.check(resolved.loop, student, teacher)
+    return stages
 
 
 def head_needed(resolved: Resolved, task: Task) -> str:

@@ -22,7 +22,7 @@ from kdcli.models.shape import shape_of
 from kdcli.objectives.base import Wants
 from kdcli.objectives.tensor import TensorObjective
 from kdcli.recipe.schema import OverparamSection, StudentSection
-from kdcli.resolve import Resolved, context_of, speaks
+from kdcli.resolve import Resolved, context_of, speaks, stages_of
 from kdcli.runs import timed
 from kdcli.tasks.base import Task
 from kdcli.tasks.prepare import encode_task
@@ -131,12 +131,11 @@ class Road:
             self.console.print(f"{folder or 'student'}: {note}", highlight=False, soft_wrap=True)
         plain_hash = hash_of_weights(build.model)
         context = context_of(teacher.model, build.model, build.form, task, seed)
-        resolved.method.check(resolved.options, context)
+        stages = stages_of(resolved, context, build.model, teacher.model if teacher.known else None)
         for note in resolved.method.notes(resolved.options, context):
             self.console.print(f"{resolved.method.name}: {note}", highlight=False, soft_wrap=True)
         with timed(self.seconds, "overparam"):
             chain = over_parameterise(build, teacher.model, context, overparam, self.console)
-        stages = resolved.method.build(resolved.options, context)
         with timed(self.seconds, "train" if not folder else f"{folder} train"):
             training = _train(
                 stages,

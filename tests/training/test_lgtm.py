@@ -623,7 +623,8 @@ def test_a_recipe_with_lgtm_and_chains_gives_a_plain_student(tmp_path: Path):
     document, _ = distill(folder, "chained", extra=("--set", "overparam.length=1"))
     assert document["status"] == "done"
     assert document["contraction"]["max_abs_difference"] < 1e-4
-    command = [sys.executable, "-m", "kdcli", "distill", "recipe.toml", "--set", "train.gradient_accumulation=2"]
+    command = [sys.executable, "-m", "kdcli", "distill", "recipe.toml", "--dry-run"]
+    command += ["--set", "train.gradient_accumulation=2"]
     refused = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
     assert refused.returncode == 2
     assert "gradient_accumulation" in refused.stderr

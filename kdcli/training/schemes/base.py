@@ -45,16 +45,20 @@ class Setting:
 class Scheme:
     """How a training step runs. This one is the standard: both models once forward, the student once backward.
 
-    A published method that changes the loop itself overrides the parts that it changes. The trainer calls
-    `begin` before the optimizer is made, `before_step` before every forward pass of the student in training, and
-    `end` when the stage is over. What `state_dict` returns is kept in every checkpoint.
+    A published method that changes the loop itself overrides the parts that it changes. `check` is called when the
+    recipe is planned, `begin` before the optimizer is made, `before_step` before every forward pass of the student in
+    training, and `end` when the stage is over. What `state_dict` returns is kept in every checkpoint.
     """
 
     teacher_is_fixed = True
     """False when the teacher learns: nothing that it says may be kept."""
 
+    def check(self, loop: "LoopSettings", student: "PreTrainedModel", teacher: "PreTrainedModel | None") -> None:
+        """Raise InputError for a loop or models that this scheme cannot work with; looks at no weights."""
+
     def begin(self, setting: Setting) -> Dataset:
-        """Get ready, and return the rows to train on."""
+        """Get ready, and return the rows to train on. Raises InputError where `check` does."""
+        self.check(setting.loop, setting.student, setting.teacher)
         self.setting = setting
         if setting.teacher is not None and self.teacher_is_fixed:
             setting.teacher.eval().requires_grad_(False)

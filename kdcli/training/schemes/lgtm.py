@@ -27,6 +27,8 @@ from kdcli.training.schemes.base import Scheme, Setting
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kdcli.training.loop import LoopSettings
+
 REACH = 0.01
 """How far the student's weights are moved to and fro for a finite difference, as a Euclidean length."""
 
@@ -84,20 +86,23 @@ class LGTMScheme(Scheme):
         self._held: HeldOut | None = None
         self._trained: dict[str, nn.Parameter] | None = None
 
-    def begin(self, setting: Setting) -> Dataset:
-        """Copy the teacher, and return the rows without those that are held out.
-
-        Raises InputError without a teacher model, with gradient accumulation, or with less than two rows.
-        """
-        rows = super().begin(setting)
-        if setting.teacher is None:
+    def check(self, loop: "LoopSettings", student: "PreTrainedModel", teacher: "PreTrainedModel | None") -> None:
+        """Raise InputError without a teacher model, and with gradient accumulation."""
+        if teacher is None:
             raise InputError("lgtm trains the teacher, so it needs the model", where="teacher.model")
-        if setting.loop.gradient_accumulation != 1:
+        if loop.gradient_accumulation != 1:
             raise InputError(
                 "lgtm looks one whole optimizer step ahead, so a step cannot be made of several parts",
                 where="train.gradient_accumulation",
                 hint="use 1, with a smaller train.batch_size if memory is short",
             )
+
+    def begin(self, setting: Setting) -> Dataset:
+        """Copy the teacher, and return the rows without those that are held out.
+
+        Raises InputError where `check` does, with augmented rows, or with less than two rows.
+        """
+        rows = super().begin(setting)
         if self.learning.influence and "augment" in setting.task.description:
             raise InputError(
                 "lgtm holds training rows out, and their noised copies would stay in training",

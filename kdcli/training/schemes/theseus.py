@@ -15,6 +15,8 @@ from kdcli.training.schemes.base import Scheme, Setting
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kdcli.training.loop import LoopSettings
+
 
 @dataclass(frozen=True)
 class Replacement:
@@ -90,28 +92,37 @@ class TheseusScheme(Scheme):
         self.units: list[Unit] = []
         self._frozen: list[nn.Parameter] = []
 
-    def begin(self, setting: Setting) -> Dataset:
-        """Put the predecessors behind the student's blocks, and freeze everything but these.
+    def check(self, loop: "LoopSettings", student: "PreTrainedModel", teacher: "PreTrainedModel | None") -> None:
+        """Raise InputError where the student's blocks have no units of the teacher's to stand for.
 
-        Raises InputError when there is no teacher model, when its depth is no multiple of the student's, or when
-        something else than blocks stands between two blocks.
+        That is without a teacher model, when its depth is no multiple of the student's, and when something else than
+        blocks stands between two blocks of a unit.
         """
-        rows = super().begin(setting)
-        if setting.teacher is None:
+        if teacher is None:
             raise InputError("theseus runs the teacher's own blocks, so it needs the model", where="teacher.model")
-        successors, blocks = list(blocks_of(setting.student)), list(blocks_of(setting.teacher))
-        share, rest = divmod(len(blocks), len(successors))
+        successors, blocks = len(blocks_of(student)), len(blocks_of(teacher))
+        share, rest = divmod(blocks, successors)
         if rest or not share:
             raise InputError(
-                f"{len(successors)} student blocks cannot stand for {len(blocks)} teacher blocks in equal parts",
+                f"{successors} student blocks cannot stand for {blocks} teacher blocks in equal parts",
                 where="student.layers",
             )
-        if share > 1 and _has_convolution(setting.teacher):
+        if share > 1 and _has_convolution(teacher):
             raise InputError(
                 "this model has a convolution after its first block, so that block has no place inside a unit",
                 where="method.name",
                 hint="use another method, or a DeBERTa model without a convolution (v3)",
             )
+
+    def begin(self, setting: Setting) -> Dataset:
+        """Put the predecessors behind the student's blocks, and freeze everything but these.
+
+        Raises InputError where `check` does.
+        """
+        rows = super().begin(setting)
+        assert setting.teacher is not None
+        successors, blocks = list(blocks_of(setting.student)), list(blocks_of(setting.teacher))
+        share = len(blocks) // len(successors)
         self.steps = setting.loop.steps(len(rows))
         final = self.replacement.probability(self.steps - 1, self.steps)
         if final < 1.0:
