@@ -24,6 +24,8 @@ def model_card(record: dict[str, Any]) -> str:
         ]
     )
     over = "\n- over-parameterised while training (OPDF), contracted afterwards" if record["overparam"] else ""
+    augment = task.get("augment")
+    copies = f" and {augment['added']:,} copies of them with other words" if augment else ""
     loading = _loading("AutoModelForSequenceClassification", plain=plain)
     retention = record["retention"]
     kept = (
@@ -42,7 +44,7 @@ A smaller transformer for the task `{task["name"]}`, distilled with kdcli {recor
 - teacher: {record["teacher_origin"]}
 - method: {method["name"]}, {method["title"]}
 - student form: {record["student_form"]}{over}
-- data: {task["source"]}, {task["sizes"]["train"]:,} training examples, protocol `{task["protocol"]}`
+- data: {task["source"]}, {task["sizes"]["train"]:,} training examples{copies}, protocol `{task["protocol"]}`
 
 {rows}
 {kept}

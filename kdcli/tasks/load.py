@@ -112,6 +112,12 @@ def _task(
     report = validation
     selection = first
     if evaluate.protocol == "half-dev":
+        if test is not None:
+            raise InputError(
+                "half of the validation set would be reported, and the test set never be looked at",
+                where="evaluate.protocol",
+                hint='leave out task.test, or use protocol = "dev", which reports the test set where there is one',
+            )
         selection = _halves(first)[0]
         report = {name: _halves(rows)[1] for name, rows in validation.items()}
     elif test is not None:

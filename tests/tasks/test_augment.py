@@ -502,6 +502,8 @@ def test_the_student_learns_from_copies_and_the_teacher_does_not(recipe_path: Pa
     [kept] = (own_cache / "teachers").glob("*/kdcli.json")
     assert json.loads(kept.read_text())["training"]["steps"] == 2
     assert f"40 rows and {report['added']} copies" in console.file.getvalue()
+    card = (recipe_path.parent / "runs" / "latest" / "student" / "README.md").read_text()
+    assert f"40 training examples and {report['added']} copies" in card
 
 
 @pytest.mark.slow

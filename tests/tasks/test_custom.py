@@ -301,6 +301,12 @@ def test_half_dev_halves_own_validation_rows(tmp_path: Path):
     assert task.report["validation"]["text"][:] == ["validation y", "validation z"]
 
 
+def test_half_dev_beside_a_test_set_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="test set") as error:
+        load(tmp_path, **three(tmp_path), protocol="half-dev")
+    assert error.value.where == "evaluate.protocol"
+
+
 @pytest.mark.parametrize("changed", ["train", "validation", "test"])
 def test_the_fingerprint_sees_every_file(changed: str, tmp_path: Path):
     files = three(tmp_path)
