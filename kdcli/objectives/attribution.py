@@ -65,10 +65,10 @@ class AttributionObjective(Objective):
         self.steps = steps
 
     def student_wants(self) -> Wants:
-        return Wants(logits=True, hidden=frozenset({0}), gradients=True, path=self.steps)
+        return Wants(logits=True, hidden=frozenset({0}), gradients=2, path=self.steps)
 
     def teacher_wants(self) -> Wants:
-        return Wants(logits=True, hidden=frozenset({0}), gradients=True, path=self.steps)
+        return Wants(logits=True, hidden=frozenset({0}), gradients=1, path=self.steps)
 
     def views(self, labels: Tensor) -> list[Callable[[Tensor], Tensor]]:
         """Return the scores, each from logits to a scalar: the sum over examples."""

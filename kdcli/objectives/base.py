@@ -17,8 +17,9 @@ class Wants:
 
     Block numbers follow the literature: hidden[0] is the embedding output, hidden[l] the output of block l.
     `all_positions` matters for language models only: logits at every real token, not just at the masked ones.
-    `gradients` keeps the graph from hidden[0] to the logits, twice differentiable; `path` is the number of points
-    between a zero embedding and hidden[0] at which the model is to be run for it (integrated gradients).
+    `gradients` says how often the logits are differentiated by hidden[0]: 1 keeps the graph between them, 2 one whose
+    gradient can be learned from; `path` is the number of points between a zero embedding and hidden[0] at which the
+    model is to be run for it (integrated gradients).
     """
 
     logits: bool = False
@@ -26,7 +27,7 @@ class Wants:
     matrices: frozenset[MatrixKey] = frozenset()
     factors: bool = False
     all_positions: bool = False
-    gradients: bool = False
+    gradients: int = 0
     path: int = 1
 
     def __or__(self, other: "Wants") -> "Wants":
@@ -36,7 +37,7 @@ class Wants:
             self.matrices | other.matrices,
             self.factors or other.factors,
             self.all_positions or other.all_positions,
-            self.gradients or other.gradients,
+            max(self.gradients, other.gradients),
             max(self.path, other.path),
         )
 

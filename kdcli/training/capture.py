@@ -151,7 +151,7 @@ class Capture:
 
     def _kernels(self) -> contextlib.AbstractContextManager[None]:
         # Fused attention cannot be differentiated twice.
-        return sdpa_kernel(SDPBackend.MATH) if self.wants.gradients else contextlib.nullcontext()
+        return sdpa_kernel(SDPBackend.MATH) if self.wants.gradients > 1 else contextlib.nullcontext()
 
     def close(self) -> None:
         """Remove all hooks."""

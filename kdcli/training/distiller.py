@@ -86,7 +86,7 @@ class Distiller(nn.Module):
         if self.teacher_capture is None:
             signals = Signals(mask=batch["attention_mask"], heads=0)
         else:
-            with torch.set_grad_enabled(self.teacher_wants.gradients), self.teacher_capture as capture:
+            with torch.set_grad_enabled(self.teacher_wants.gradients > 0), self.teacher_capture as capture:
                 signals = capture.run(batch)
         if self.teacher_logits is not None:
             signals.logits = self.teacher_logits[batch["index"]]

@@ -256,9 +256,17 @@ def test_each_point_of_the_path_costs_one_pass_of_each_model(steps: int):
     assert passes == {"student": steps, "teacher": steps}
 
 
+def test_only_the_model_that_is_differentiated_twice_gives_up_fused_attention():
+    student, teacher, fused = tiny("bert", layers=1), tiny("bert", seed=2), {}
+    student.base_model.register_forward_hook(lambda *_: fused.update(student=torch.backends.cuda.flash_sdp_enabled()))
+    teacher.base_model.register_forward_hook(lambda *_: fused.update(teacher=torch.backends.cuda.flash_sdp_enabled()))
+    distiller(student, teacher, ADKDOptions()).train()(batch_of())["loss"].backward()
+    assert fused == {"student": False, "teacher": True}
+
+
 def path_of(model: Any, batch: dict[str, Tensor], steps: int) -> list[tuple[Tensor, Tensor]]:
     model.requires_grad_(False)
-    with Capture(model, Wants(logits=True, hidden=frozenset({0}), gradients=True, path=steps)) as capture:
+    with Capture(model, Wants(logits=True, hidden=frozenset({0}), gradients=2, path=steps)) as capture:
         signals = capture.run(batch)
     capture.close()
     return signals.path

@@ -218,7 +218,7 @@ def text_batch(labels: int) -> dict[str, Tensor]:
 
 
 def listen(model: PreTrainedModel, batch: Mapping[str, Tensor], steps: int) -> Signals:
-    with Capture(model, Wants(gradients=True, path=steps)) as capture:
+    with Capture(model, Wants(gradients=2, path=steps)) as capture:
         signals = capture.run(batch)
     capture.close()
     return signals
