@@ -54,6 +54,7 @@ def methods(
         "options": options,
         "student": method.student,
         "train": method.train,
+        "train_on_text": method.train | method.text_train if "text" in method.kinds else None,
     }
     table = Table(title=f"{method.name}: {method.title}", show_header=False)
     table.add_column(style="bold", no_wrap=True)
@@ -68,6 +69,8 @@ def methods(
     for section, values in (("method", options), ("student", method.student), ("train", method.train)):
         for key, value in flat(values, section):
             table.add_row(key, Text(as_toml(value)))
+    for key, value in flat(method.text_train, "train"):
+        table.add_row(key, Text(f"{as_toml(value)} on plain text"))
     emit(document, table=table, as_json=as_json)
     return 0
 

@@ -104,7 +104,7 @@ def check(options: HSOptions, context: Context) -> None:
             need_equal_heads(context, "method.emd.attention", "leave attention out")
         return
     top = max((s for s, _ in _pairs(options, context)), default=0)
-    if context.kind == "text" and options.weights.mlm == 0 and 0 < top < context.student.layers:
+    if context.kind == "text" and options.weights.mlm == 0 and top < context.student.layers:
         raise InputError(
             f"nothing trains the student's blocks above {top}: no teacher block is mapped to them",
             where="method.layer_map",

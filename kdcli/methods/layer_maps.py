@@ -29,6 +29,7 @@ def every(student: int, teacher: int) -> Pairs:
     if student != teacher:
         raise InputError(
             f'the layer map "all" needs equal depths, not {student} and {teacher}',
+            where="method.layer_map",
             hint='use "uniform"',
         )
     return [(i, i) for i in range(1, student + 1)]
@@ -80,7 +81,11 @@ def layer_map(
         if name not in MAPS:
             raise InputError(f"unknown layer map {name!r}; known are {', '.join(MAPS)}", where="method.layer_map")
         if name in ("last-k", "uniform+last", "random") and student > teacher:
-            raise InputError(f"the layer map {name!r} needs a student no deeper than the teacher")
+            raise InputError(
+                f"the layer map {name!r} needs a student no deeper than the teacher, not {student} blocks of {teacher}",
+                where="method.layer_map",
+                hint=f'use student.layers = {teacher} or less, or the layer map "uniform"',
+            )
         if name == "uniform-consecutive":
             return uniform_consecutive(student, teacher, half_open=half_open)
         return random(student, teacher, seed, epoch) if name == "random" else MAPS[name](student, teacher)

@@ -1,6 +1,7 @@
 """The forms that a student can take."""
 
 import copy
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,8 @@ def chosen_layers(section: StudentSection, depth: int) -> list[int]:
         return list(range(depth - wanted, depth))
     if section.select == "spread":
         return [round(m * (depth - 1) / (wanted - 1)) for m in range(wanted)] if wanted > 1 else [depth - 1]
-    return [round(m * depth / wanted) - 1 for m in range(1, wanted + 1)]
+    # Halves go up, as in the uniform layer map: a block starts as the block that it is to follow.
+    return [math.floor(m * depth / wanted + 0.5) - 1 for m in range(1, wanted + 1)]
 
 
 def _depth(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:

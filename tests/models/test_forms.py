@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from kdcli.errors import InputError
+from kdcli.methods.layer_maps import uniform
 from kdcli.models.anatomy import FAMILIES, blocks_of
 from kdcli.models.forms import build_student, chosen_layers
 from kdcli.models.lowrank import LowRankLinear
@@ -55,7 +56,7 @@ def loads_plainly(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         (12, 4, [2, 5, 8, 11]),
         (12, 3, [3, 7, 11]),
         (24, 6, [3, 7, 11, 15, 19, 23]),
-        (5, 2, [1, 4]),
+        (5, 2, [2, 4]),
         (7, 3, [1, 4, 6]),
         (6, 1, [5]),
         (4, 4, [0, 1, 2, 3]),
@@ -63,6 +64,13 @@ def loads_plainly(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 )
 def test_even_layers_end_with_the_last_block(depth_: int, wanted: int, kept: list[int]):
     assert chosen_layers(depth(layers=wanted), depth_) == kept
+
+
+def test_a_block_starts_as_the_block_that_the_uniform_map_lets_it_follow():
+    for teacher in range(1, 30):
+        for student in range(1, teacher + 1):
+            followed = [block - 1 for _, block in uniform(student, teacher)]
+            assert chosen_layers(depth(layers=student), teacher) == followed
 
 
 def test_even_layers_are_different_blocks_spread_over_the_whole_depth():
