@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from kdcli.methods.base import Stage
 from kdcli.models.counts import count_parameters
 from kdcli.models.forms import build_student
 from kdcli.models.shape import shape_of
@@ -44,6 +45,10 @@ class Plan:
         else:
             table.add_row("teacher", f"{teacher['origin']}, {count:,} parameters ({teacher['preparation']})")
             share = f" ({student['parameters'] / count:.1%} of the teacher)"
+        if (assistant := document["assistant"]) is not None:
+            table.add_row("assistant", f"{assistant['form']}, {assistant['parameters']:,} parameters")
+            for note in assistant["notes"]:
+                table.add_row("", note)
         table.add_row("student", f"{student['form']}, {student['parameters']:,} parameters{share}")
         for note in student["notes"]:
             table.add_row("", note)
@@ -55,9 +60,12 @@ class Plan:
                 f"{chain['parameters']:,} parameters while training",
             )
             table.add_row("", f"matched with teacher matrices: {chain['matched']}, not matched: {chain['unmatched']}")
-        for stage in document["stages"]:
-            terms = ", ".join(f"{name} x {weight:g}" for name, weight in stage["terms"].items())
-            table.add_row(f"stage {stage['name']}", f"{stage['steps']:,} steps at {stage['learning_rate']:g}: {terms}")
+        way = [("assistant's stage", assistant["stages"])] if assistant is not None else []
+        for title, stages in [*way, ("stage", document["stages"])]:
+            for stage in stages:
+                terms = ", ".join(f"{name} x {weight:g}" for name, weight in stage["terms"].items())
+                steps = f"{stage['steps']:,} steps at {stage['learning_rate']:g}"
+                table.add_row(f"{title} {stage['name']}", f"{steps}: {terms}")
         table.add_row("matched blocks", ", ".join(f"{s}<-{t}" for s, t in document["pairs"]) + " (student<-teacher)")
         loop = document["train"]
         table.add_row("training", f"{loop['batch_size']} examples a step, {loop['precision']}, seed {document['seed']}")
@@ -76,18 +84,22 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
     head = head_needed(resolved, task)
     trains = needs_training(recipe, source, head)
     teacher, tokenizer = initial_teacher(recipe, task, source, head, base)
-    build = build_student(teacher, resolved.student, seed=recipe.seed)
+    augmented = recipe.task.augment is not None
+    nearest, way = teacher, []
+    for student in resolved.sections:
+        build = build_student(nearest, student, seed=recipe.seed)
+        assert student.form is not None
+        context = context_of(nearest, build.model, student.form, task, recipe.seed, augmented=augmented)
+        way.append((build, stages_of(resolved, context, build.model, None if section.black_box else nearest)))
+        followed, nearest = nearest, build.model
     parameters = count_parameters(build.model)
-    assert resolved.student.form is not None
-    context = context_of(teacher, build.model, resolved.student.form, task, recipe.seed)
-    stages = stages_of(resolved, context, build.model, None if section.black_box else teacher)
     chain = None
     if recipe.overparam is not None:
         report = overparameterise(build.model, recipe.overparam)
         matched: Any = {}
         skipped: Any = []
         if recipe.overparam.aux_weight > 0:
-            matched, skipped = teacher_factors(teacher, build.model, context.pairs, recipe.overparam)
+            matched, skipped = teacher_factors(followed, build.model, context.pairs, recipe.overparam)
         chain = {
             "matrices": len(report.rows),
             "tensors": recipe.overparam.length + 2 if recipe.overparam.factorization == "mpo" else 2,
@@ -102,17 +114,15 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
         check_augment(augment, base)
         examples *= 1 + augment.copies
     total = resolved.loop.steps(examples)
-    rows = []
-    for stage in stages:
-        loop = stage_loop(resolved.loop, stage, total, examples)
-        rows.append(
-            {
-                "name": stage.name,
-                "steps": loop.max_steps,
-                "learning_rate": loop.learning_rate,
-                "terms": {term.name: term.weight for term in stage.terms},
-            }
-        )
+    rows = [[_stage_row(stage, resolved, total, examples) for stage in stages] for _, stages in way]
+    assistant = None
+    if resolved.assistant is not None:
+        assistant = {
+            "form": resolved.assistant.form,
+            "parameters": count_parameters(way[0][0].model),
+            "notes": way[0][0].notes,
+            "stages": rows[0],
+        }
     return Plan(
         {
             "name": resolved.name,
@@ -137,6 +147,7 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
                 "preparation": "fine-tuned first, or taken from the cache" if trains else "used as it is",
                 "parameters": None if section.black_box else count_parameters(teacher),
             },
+            "assistant": assistant,
             "student": {
                 "form": resolved.student.form,
                 "parameters": parameters,
@@ -145,7 +156,7 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
             },
             "overparam": chain,
             "pairs": [list(pair) for pair in context.pairs],
-            "stages": rows,
+            "stages": rows[-1],
             "train": {
                 "batch_size": resolved.loop.batch_size,
                 "precision": resolve_precision(resolved.loop.precision, resolved.loop.device),
@@ -155,6 +166,16 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
             ),
         }
     )
+
+
+def _stage_row(stage: Stage, resolved: Resolved, total: int, examples: int) -> dict[str, Any]:
+    loop = stage_loop(resolved, stage, total, examples)
+    return {
+        "name": stage.name,
+        "steps": loop.max_steps,
+        "learning_rate": loop.learning_rate,
+        "terms": {term.name: term.weight for term in stage.terms},
+    }
 
 
 def estimate_memory(resolved: Resolved, teacher: int, student: int, shape: Any) -> int:

@@ -36,6 +36,11 @@ class Resolved:
     assistant: StudentSection | None
     loop: LoopSettings
 
+    @property
+    def sections(self) -> list[StudentSection]:
+        """The models on the way from the teacher, each taught by the one before: the assistant, if any; the student."""
+        return [self.assistant, self.student] if self.assistant is not None else [self.student]
+
 
 def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Resolved:
     """Fill in what the recipe left to the method."""
@@ -145,7 +150,9 @@ def _chain_rate(recipe: Recipe, rate: float) -> float | None:
     return rate / (1.5 + 0.8 * length)
 
 
-def context_of(teacher: "PreTrainedModel", student: "PreTrainedModel", form: str, task: Task, seed: int) -> Context:
+def context_of(
+    teacher: "PreTrainedModel", student: "PreTrainedModel", form: str, task: Task, seed: int, *, augmented: bool = False
+) -> Context:
     """Return what a method may know of the two models: their shapes, never their weights."""
     teacher_shape, student_shape = shape_of(teacher.config), shape_of(student.config)
     return Context(
@@ -156,21 +163,41 @@ def context_of(teacher: "PreTrainedModel", student: "PreTrainedModel", form: str
         num_labels=max(1, len(task.label_names)),
         pairs=uniform(student_shape.layers, teacher_shape.layers),
         seed=seed,
+        augmented=augmented,
     )
 
 
 def judge_shapes(teacher: "PreTrainedModel", resolved: Resolved, task: Task) -> None:
-    """Raise InputError for what is wrong with the student's shape or the method's demands, without any work."""
-    section = resolved.student
-    if section.form == "checkpoint" or section.energy is not None or resolved.recipe.assistant is not None:
-        # These need weights, and are judged when the student is built.
-        return
-    shadow = copy.deepcopy(teacher).to("meta")  # type: ignore[arg-type]
+    """Raise InputError for what is wrong with a student's shape or the method's demands, without any work.
+
+    With an assistant both are judged, each beside the model that it follows.
+    """
+    nearest = copy.deepcopy(teacher).to("meta")  # type: ignore[arg-type]
+    for section in resolved.sections:
+        student = _shadow(nearest, section)
+        assert section.form is not None
+        context = context_of(
+            nearest,
+            student,
+            section.form,
+            task,
+            resolved.recipe.seed,
+            augmented=resolved.recipe.task.augment is not None,
+        )
+        stages_of(resolved, context, student, nearest)
+        nearest = student
+
+
+def _shadow(teacher: "PreTrainedModel", section: StudentSection) -> "PreTrainedModel":
+    """Return a student of the right shape. Its weights mean nothing, unless it is a checkpoint."""
+    if section.form == "checkpoint":
+        return build_student(teacher, section, seed=0).model
+    if section.energy is not None:
+        # The ranks depend on weights that are not there yet; what a method asks of a shape does not depend on them.
+        written = section.model_dump(exclude={"energy"}, exclude_unset=True)
+        section = StudentSection.model_validate({**written, "rank": 1})
     with torch.device("meta"):
-        student = build_student(shadow, section, seed=0).model
-    assert section.form is not None
-    context = context_of(shadow, student, section.form, task, resolved.recipe.seed)
-    stages_of(resolved, context, student, teacher)
+        return build_student(teacher, section, seed=0).model
 
 
 def stages_of(

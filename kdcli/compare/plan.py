@@ -193,7 +193,7 @@ def _entry(file: Path, overrides: list[str], chosen: str | None = None) -> Entry
         method=recipe.method.name,
         form=planned["student"]["form"],
         fingerprint=planned["task"]["fingerprint"],
-        stages=len(planned["stages"]),
+        stages=len(stages_of(planned)),
         terms=_terms(recipe, file, planned),
     )
 
@@ -201,6 +201,11 @@ def _entry(file: Path, overrides: list[str], chosen: str | None = None) -> Entry
 def label_of(name: str, task: str) -> str:
     """Return a recipe's name without the task's before or after it: `rte-kd` and `cola-kd` are both `kd`."""
     return name.removeprefix(f"{task}-").removesuffix(f"-{task}") or name
+
+
+def stages_of(planned: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the stages of a plan, those of an assistant too: its training is part of what a student costs."""
+    return [*(planned["assistant"] or {"stages": []})["stages"], *planned["stages"]]
 
 
 def _terms(recipe: Recipe, file: Path, planned: dict[str, Any]) -> dict[str, Any]:
@@ -212,10 +217,11 @@ def _terms(recipe: Recipe, file: Path, planned: dict[str, Any]) -> dict[str, Any
         "task (fingerprint of its data)": planned["task"]["fingerprint"],
         **_flat("task", recipe.task.model_dump(include={"max_length", "metrics"})),
         **_flat("teacher", teacher),
+        "task.augment": recipe.task.augment.model_dump() if recipe.task.augment is not None else None,
         "evaluate.protocol": recipe.evaluate.protocol,
         "finetune": [section.model_dump() for section in recipe.finetune] or None,
         "train.batch_size": recipe.train.batch_size,
-        STEPS: sum(stage["steps"] for stage in planned["stages"]),
+        STEPS: sum(stage["steps"] for stage in stages_of(planned)),
         "train.precision": planned["train"]["precision"],
         **_flat("train", recipe.train.model_dump(include={"select", "eval_every", "patience", "group_by_length"})),
         PARAMETERS: planned["student"]["parameters"],

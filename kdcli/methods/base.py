@@ -23,7 +23,7 @@ class Options(BaseModel):
 class Context:
     """What a method may know: shapes, never weights. `pairs` are (student block, teacher block) from 1.
 
-    seed: the recipe's, for what a method draws itself.
+    seed: the recipe's, for what a method draws itself. augmented: whether noised copies of rows are trained on.
     """
 
     teacher: ModelShape
@@ -33,6 +33,7 @@ class Context:
     num_labels: int
     pairs: list[tuple[int, int]]
     seed: int = 0
+    augmented: bool = False
 
 
 @dataclass

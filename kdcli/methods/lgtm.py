@@ -29,7 +29,13 @@ class LGTMOptions(Options):
 
 
 def check(options: LGTMOptions, context: Context) -> None:
-    """Raise InputError for options that have no effect beside each other."""
+    """Raise InputError for options that have no effect beside each other, and for copies of what is held out."""
+    if options.influence and context.augmented:
+        raise InputError(
+            "lgtm holds training rows out, and their noised copies would stay in training",
+            where="task.augment",
+            hint="leave it out, or set influence = false",
+        )
     if options.influence and options.alpha_teacher == 0:
         raise InputError(
             "the influence goes through the student's share of the teacher's loss, so it is zero with "

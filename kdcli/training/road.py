@@ -130,7 +130,8 @@ class Road:
         for note in build.notes:
             self.console.print(f"{folder or 'student'}: {note}", highlight=False, soft_wrap=True)
         plain_hash = hash_of_weights(build.model)
-        context = context_of(teacher.model, build.model, build.form, task, seed)
+        augmented = resolved.recipe.task.augment is not None
+        context = context_of(teacher.model, build.model, build.form, task, seed, augmented=augmented)
         stages = stages_of(resolved, context, build.model, teacher.model if teacher.known else None)
         for note in resolved.method.notes(resolved.options, context):
             self.console.print(f"{resolved.method.name}: {note}", highlight=False, soft_wrap=True)
@@ -188,7 +189,7 @@ def _train(
         terms = list(stage.terms)
         if chain is not None and chain.teacher:
             terms.append(Term("tensor", TensorObjective(chain.section.aux_reduction), chain.section.aux_weight))
-        loop = stage_loop(resolved.loop, stage, total, len(train))
+        loop = stage_loop(resolved, stage, total, len(train))
         if task.kind != "text" and not speaks([stage]):
             # The score of a head that nothing trains says nothing about which checkpoint is best.
             loop = replace(loop, select="last", patience=None)
@@ -240,8 +241,12 @@ def _train(
     return records
 
 
-def stage_loop(loop: LoopSettings, stage: Stage, total: int, examples: int) -> LoopSettings:
-    """Return the loop of one stage: its share of the steps, or its own epochs, and its own learning rate."""
+def stage_loop(resolved: Resolved, stage: Stage, total: int, examples: int) -> LoopSettings:
+    """Return the loop of one stage: its share of the steps, or its own epochs, and its own learning rate.
+
+    Its own schedule is a default: what the recipe says comes first.
+    """
+    loop = resolved.loop
     if stage.epochs is not None and loop.max_steps is None:
         steps = math.ceil(stage.epochs * math.ceil(examples / loop.batch_size))
     else:
@@ -252,7 +257,7 @@ def stage_loop(loop: LoopSettings, stage: Stage, total: int, examples: int) -> L
         loop,
         max_steps=steps,
         learning_rate=rate,
-        scheduler=stage.scheduler or loop.scheduler,
+        scheduler=resolved.recipe.train.scheduler or stage.scheduler or loop.scheduler,
         chain_learning_rate=chain * rate / loop.learning_rate if chain is not None else None,
     )
 

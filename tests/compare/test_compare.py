@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import tiny, tokenizer
 from rich.console import Console
 from scipy import stats
+from transformers import BertForMaskedLM
 
 from kdcli.cli.app import run
 from kdcli.compare.plan import plan_comparison
 from kdcli.compare.statistics import paired_difference, summarise
 from kdcli.errors import InputError
+from kdcli.models.save import save_model
 
 QUIET = Console(quiet=True)
 RECIPE = """
@@ -74,6 +77,7 @@ def test_only_seeds_that_both_have_are_paired():
         ({"hidden_size = 16": "hidden_size = 32"}, "teacher.scratch.hidden_size"),
         ({"learning_rate = 1e-3": "batch_size = 16"}, "train.batch_size"),
         ({"finetune = {max_steps = 3}": "finetune = {max_steps = 5}"}, "teacher.finetune.max_steps"),
+        ({"[teacher]": "assistant = {hidden_size = 16, layers = 2}\n[teacher]"}, "training steps is 3 .kd. but 6"),
     ],
 )
 def test_unequal_terms_are_refused_with_both_values(tmp_path: Path, changes: dict[str, str], words: str):
@@ -82,6 +86,13 @@ def test_unequal_terms_are_refused_with_both_values(tmp_path: Path, changes: dic
         plan_comparison(files, seeds=2, console=QUIET)
     plan = plan_comparison(files, seeds=2, console=QUIET, allow_unequal=True)
     assert plan.unequal and len(plan.cells) == 4
+
+
+def test_copies_of_training_rows_are_no_equal_terms(tmp_path: Path):
+    save_model(BertForMaskedLM(tiny("bert").config), tmp_path / "masked-lm", tokenizer())
+    more = {"train_samples = 96": 'train_samples = 96, augment = {model = "masked-lm"}'}
+    with pytest.raises(InputError, match=r"task\.augment"):
+        plan_comparison([recipe(tmp_path, "kd"), recipe(tmp_path, "kd", "more", **more)], seeds=1, console=QUIET)
 
 
 def test_methods_and_their_options_may_differ(tmp_path: Path):

@@ -567,6 +567,14 @@ def test_the_preset_follows_the_paper():
     assert method.kinds == {"classification", "regression"}
 
 
+def test_copies_of_held_out_rows_are_refused():
+    method, copied = registry.get("lgtm"), replace(context(), augmented=True)
+    with pytest.raises(InputError, match="copies") as error:
+        method.check(method.options(), copied)
+    assert error.value.where == "task.augment"
+    method.check(method.options(influence=False), copied)
+
+
 def test_options_without_an_effect_are_refused():
     method = registry.get("lgtm")
     with pytest.raises(InputError, match="alpha_teacher = 0"):

@@ -100,15 +100,10 @@ class LGTMScheme(Scheme):
     def begin(self, setting: Setting) -> Dataset:
         """Copy the teacher, and return the rows without those that are held out.
 
-        Raises InputError where `check` does, with augmented rows, or with less than two rows.
+        Raises InputError where `check` does, or with less than two rows.
         """
         rows = super().begin(setting)
-        if self.learning.influence and "augment" in setting.task.description:
-            raise InputError(
-                "lgtm holds training rows out, and their noised copies would stay in training",
-                where="task.augment",
-                hint="leave it out, or set influence = false",
-            )
+        assert setting.teacher is not None
         self.steps = setting.loop.steps(len(rows))
         self._teacher = copy.deepcopy(setting.teacher).eval().requires_grad_(True)
         self._trained = None

@@ -1,0 +1,95 @@
+"""What a method cannot work with is refused when the recipe is planned, before any work goes into a teacher."""
+
+from pathlib import Path
+
+import pytest
+from families import tiny, tokenizer
+from rich.console import Console
+
+from kdcli.errors import InputError
+from kdcli.methods.base import Stage
+from kdcli.models.save import save_model
+from kdcli.pipeline import run_distill
+from kdcli.plan import make_plan
+from kdcli.recipe.load import load_recipe
+from kdcli.resolve import resolve
+from kdcli.training.road import stage_loop
+
+RECIPE = """
+method = {name = "kd"}
+task = {name = "reviews", train_samples = 40, validation_samples = 20}
+train = {max_steps = 2}
+
+[teacher]
+model = "teacher"
+finetune = {max_steps = 2}
+"""
+
+WRONG = {
+    "an assistant whose depth the student does not divide": (
+        ["method=tinybert", "student.layers=2", "assistant.layers=3"],
+        "3 blocks cannot be divided among 2",
+    ),
+    "an assistant that does not divide the teacher's depth": (
+        ["method=tinybert", "student.layers=2", "assistant.layers=4"],
+        "6 blocks cannot be divided among 4",
+    ),
+    "a checkpoint for a scheme that cuts its own student": (
+        ["method=theseus", "student.form=checkpoint", "student.model=other"],
+        "student.form",
+    ),
+    "a checkpoint with other heads": (
+        ["method=minilm", "student.form=checkpoint", "student.model=other"],
+        "heads",
+    ),
+    "ranks by energy for a method that compares other shapes": (
+        ["method=theseus", "student.form=low-rank", "student.energy=0.9"],
+        "student.form",
+    ),
+    "a step of several parts for a teacher that looks one step ahead": (
+        ["method=lgtm", "student.layers=3", "train.gradient_accumulation=2"],
+        "gradient_accumulation",
+    ),
+}
+
+
+def written(folder: Path) -> Path:
+    save_model(tiny("bert", layers=6), folder / "teacher", tokenizer())
+    path = folder / "recipe.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_it_is_refused_before_the_teacher_is_trained(case: str, tmp_path: Path, own_cache: Path):
+    changes, words = WRONG[case]
+    path = written(tmp_path)
+    save_model(tiny("bert", num_attention_heads=2), tmp_path / "other", tokenizer())
+    recipe = load_recipe(path, changes)
+    with pytest.raises(InputError) as planned:
+        make_plan(recipe, recipe_path=path)
+    with pytest.raises(InputError) as started:
+        run_distill(recipe, recipe_path=path, output=tmp_path / "runs", console=Console(quiet=True))
+    for error in (planned, started):
+        assert words in f"{error.value.where} {error.value.message}"
+    assert not (own_cache / "teachers").exists() or not any((own_cache / "teachers").iterdir())
+
+
+def test_a_plan_with_an_assistant_tells_both_trainings(tmp_path: Path):
+    path = written(tmp_path)
+    recipe = load_recipe(path, ["method=minilm", "student.layers=2", "assistant.layers=3", "assistant.form=depth"])
+    plan = make_plan(recipe, recipe_path=path)
+    document = plan.to_json()
+    assert [stage["steps"] for stage in document["assistant"]["stages"]] == [2]
+    assert document["teacher"]["parameters"] > document["assistant"]["parameters"] > document["student"]["parameters"]
+    assert document["student"]["teacher_layers"] == [1, 2]
+
+
+def test_a_schedule_in_the_recipe_comes_before_a_stages_own(tmp_path: Path):
+    path = written(tmp_path)
+    own = Stage("first", [], share=0.5, scheduler="constant")
+    schedules = []
+    for changes in ([], ["train.scheduler=cosine"]):
+        resolved = resolve(load_recipe(path, ["student.layers=3", *changes]), path)
+        schedules.append(stage_loop(resolved, own, 4, 40).scheduler)
+    assert schedules == ["constant", "cosine"]
