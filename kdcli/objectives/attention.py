@@ -4,29 +4,35 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kdcli.objectives.base import Objective, Signals, Wants, masked_log_softmax, token_mean
+from kdcli.objectives.base import Objective, Signals, Wants, masked_log_softmax, own_keys, token_mean
 
 
-def attention_kl(student_scores: Tensor, teacher_scores: Tensor, mask: Tensor) -> Tensor:
+def attention_kl(
+    student_scores: Tensor, teacher_scores: Tensor, mask: Tensor, segments: Tensor | None = None
+) -> Tensor:
     """Return KL(teacher || student) of attention rows, mean over heads, real queries and examples.
 
-    student_scores, teacher_scores: (batch, heads, seq, seq), before softmax and mask; mask: (batch, seq).
-    Source: MiniLM (Wang et al. 2020), eq. 5; methods 5.3 and 7.
+    student_scores, teacher_scores: (batch, heads, seq, seq), before softmax and mask; mask: (batch, seq). With
+    `segments`, (batch, seq), a row is a distribution over the tokens of its own segment, although the models
+    themselves attend over all. Source: MiniLM (Wang et al. 2020), eq. 5; methods 5.3, 7 and 8.2.
     """
-    student = masked_log_softmax(student_scores, mask)
-    teacher = masked_log_softmax(teacher_scores.detach(), mask)
-    keys = mask[:, None, None, :].to(student.dtype)
+    own = own_keys(mask, segments)
+    student = masked_log_softmax(student_scores, own)
+    teacher = masked_log_softmax(teacher_scores.detach(), own)
+    keys = own.to(student.dtype)
     rows = (teacher.exp() * (teacher - student) * keys).sum(-1).mean(1)
     return token_mean(rows, mask)
 
 
-def attention_mse(student_scores: Tensor, teacher_scores: Tensor, mask: Tensor) -> Tensor:
-    """Return the squared difference of attention scores over heads and real query-key pairs.
+def attention_mse(
+    student_scores: Tensor, teacher_scores: Tensor, mask: Tensor, segments: Tensor | None = None
+) -> Tensor:
+    """Return the squared difference of attention scores over heads, each real query's keys, and queries.
 
-    Padded entries count as equal and are not in the mean, unlike in the released code.
-    Source: TinyBERT (Jiao et al. 2020), eq. 7; methods 9.
+    Padded entries count as equal and are not in the mean, unlike in the released code; with `segments`, (batch, seq),
+    neither are pairs of tokens of different segments. Source: TinyBERT (Jiao et al. 2020), eq. 7; methods 9.
     """
-    keys = mask[:, None, None, :].to(student_scores.dtype)
+    keys = own_keys(mask, segments).to(student_scores.dtype)
     difference = ((student_scores - teacher_scores.detach()) * keys).square().sum(-1) / keys.sum(-1).clamp(min=1)
     return token_mean(difference.mean(1), mask)
 
@@ -50,6 +56,7 @@ class AttentionObjective(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         terms = [
-            self.measure(student.attention_scores(s), teacher.attention_scores(t), student.mask) for s, t in self.pairs
+            self.measure(student.attention_scores(s), teacher.attention_scores(t), student.mask, student.segments)
+            for s, t in self.pairs
         ]
         return sum(terms[1:], terms[0]) / len(terms)

@@ -51,8 +51,10 @@ class Wants:
 class Signals:
     """What one forward pass said, as far as somebody asked.
 
-    mask: (batch, seq), 1 at real tokens. logits: (batch, classes); of a language model (positions, vocabulary), at
-    the flat positions `positions` (into batch x seq). hidden[l]: (batch, seq, hidden).
+    mask: (batch, seq), 1 at real tokens. segments: (batch, seq), the document of a packed block that a token belongs
+    to, or None where a row is one text; models attend over the whole row all the same.
+    logits: (batch, classes); of a language model (positions, vocabulary), at the flat positions `positions` (into
+    batch x seq). hidden[l]: (batch, seq, hidden).
     matrices[(l, name)]: output of that linear map with its bias, (batch, seq, out).
     factors[(l, name)]: the tensor chain of that matrix, only for over-parameterised weights.
     path: (scaled embedding output, logits) for alpha = 1/K, ..., 1, where a gradient's path is asked for.
@@ -61,6 +63,7 @@ class Signals:
 
     mask: Tensor
     heads: int
+    segments: Tensor | None = None
     logits: Tensor | None = None
     positions: Tensor | None = None
     path: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -135,7 +138,22 @@ def token_mean(values: Tensor, mask: Tensor) -> Tensor:
     return example_mean(values, mask).mean()
 
 
-def masked_log_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Return log-softmax of `scores` (batch, heads, seq, seq) over real keys only; padded keys get -inf-like rows."""
-    bias = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask == 0, torch.finfo(scores.dtype).min)
-    return torch.log_softmax(scores + bias[:, None, None, :], dim=-1)
+def own_keys(mask: Tensor, segments: Tensor | None = None) -> Tensor:
+    """Return the keys that a row of scores is about: real ones, of the row's own segment. Boolean.
+
+    mask, segments: (batch, seq); the result is (batch, 1, seq, seq), or (batch, 1, 1, seq) without segments.
+    """
+    keys = (mask != 0)[:, None, None, :]
+    if segments is None:
+        return keys
+    return keys & (segments[:, None, :, None] == segments[:, None, None, :])
+
+
+def key_bias(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what scores get added before a softmax over `keys` only: 0 there, elsewhere the lowest finite number."""
+    return torch.zeros_like(keys, dtype=dtype).masked_fill(~keys, torch.finfo(dtype).min)
+
+
+def masked_log_softmax(scores: Tensor, keys: Tensor) -> Tensor:
+    """Return log-softmax of `scores` (batch, heads, seq, seq) over `keys` only; all others are about -inf."""
+    return torch.log_softmax(scores + key_bias(keys, scores.dtype), dim=-1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kdcli.objectives.base import Objective, Signals, Wants
+from kdcli.objectives.base import Objective, Signals, Wants, key_bias, own_keys
 from kdcli.objectives.hidden import token_mse
 
 Relation = tuple[str, str]
@@ -36,12 +36,18 @@ class _RelationKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, teacher_queries: Tensor, teacher_keys: Tensor, mask: Tensor, chunk: int
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        teacher_queries: Tensor,
+        teacher_keys: Tensor,
+        mask: Tensor,
+        chunk: int,
+        segments: Tensor | None = None,
     ) -> Tensor:
         batch, heads, _, size = queries.shape
         scale, teacher_scale = size**-0.5, teacher_queries.shape[-1] ** -0.5
-        padding = torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask == 0, torch.finfo(torch.float32).min)
-        padding = padding[:, None, None, :]
+        bias = key_bias(own_keys(mask, segments), torch.float32)
         real = mask.float()
         weight = (real / real.sum(-1, keepdim=True).clamp(min=1.0) / (batch * heads))[:, None, :, None]
         differentiate = any(ctx.needs_input_grad[:2])
@@ -50,9 +56,9 @@ class _RelationKL(torch.autograd.Function):
         for start in range(0, heads, chunk):
             part = slice(start, start + chunk)
             q, k = queries[:, part], keys[:, part]
-            student = torch.log_softmax((q * scale) @ k.transpose(-1, -2) + padding, dim=-1)
+            student = torch.log_softmax((q * scale) @ k.transpose(-1, -2) + bias, dim=-1)
             target = (teacher_queries[:, part] * teacher_scale) @ teacher_keys[:, part].transpose(-1, -2)
-            teacher = torch.log_softmax(target + padding, dim=-1)
+            teacher = torch.log_softmax(target + bias, dim=-1)
             probabilities = teacher.exp()
             value = value + ((teacher - student).mul_(probabilities) * weight).sum()
             if differentiate:
@@ -66,7 +72,7 @@ class _RelationKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query_gradient, key_gradient = ctx.saved_tensors
-        return gradient * query_gradient, gradient * key_gradient, None, None, None, None
+        return gradient * query_gradient, gradient * key_gradient, None, None, None, None, None
 
 
 def relation_kl(
@@ -77,6 +83,7 @@ def relation_kl(
     *,
     student_columns: Tensor | None = None,
     teacher_columns: Tensor | None = None,
+    segments: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """Return KL(teacher || student) of relation matrices, mean over relation heads, real rows and examples.
@@ -84,6 +91,9 @@ def relation_kl(
     A relation matrix is softmax(X Y^T / sqrt(d_r)) over real keys: X are `student` or `teacher`, (batch, seq, width)
     with all heads side by side, split anew into `heads` pieces of width d_r; Y are the `..._columns`, by default X.
     Widths may differ, but `heads` must divide both: else ValueError. `chunk` heads are worked on at a time.
+    With `segments`, (batch, seq), a row runs over the keys of its own segment: how a token relates to a stranger that
+    happens to be packed beside it is nothing to learn. The models themselves attend over all tokens of a block, as
+    they were pre-trained to.
     Source: MiniLM (Wang et al. 2020), eq. 6-8; MiniLMv2 (Wang et al. 2021), eq. 5-7; methods 7 and 8.
     """
     rows, teacher_rows = _split(student, heads), _split(teacher.detach(), heads)
@@ -91,7 +101,7 @@ def relation_kl(
     targets = teacher_rows if teacher_columns is None else _split(teacher_columns.detach(), heads)
     batch, seq = mask.shape
     chunk = chunk or max(1, CHUNK_ELEMENTS // (batch * seq * seq))
-    return _RelationKL.apply(rows, columns, teacher_rows, targets, mask, chunk)
+    return _RelationKL.apply(rows, columns, teacher_rows, targets, mask, chunk, segments)
 
 
 class RelationObjective(Objective):
@@ -137,6 +147,7 @@ class RelationObjective(Objective):
                     self.heads or student.heads,
                     student_columns=None if same else student.matrices[(s, columns)],
                     teacher_columns=None if same else teacher.matrices[(t, columns)],
+                    segments=student.segments,
                 )
         return total / len(self.pairs)
 

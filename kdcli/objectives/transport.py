@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor, nn
 
 from kdcli.objectives.attention import attention_mse
-from kdcli.objectives.base import Objective, Signals, Wants
+from kdcli.objectives.base import Objective, Signals, Wants, own_keys
 from kdcli.objectives.hidden import token_mse
 
 _MOST_REPEATS = 64
@@ -59,26 +59,31 @@ def cheap_weights(paid: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return inverse / inverse.sum()
 
 
-def layer_costs(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Tensor:
+def layer_costs(student: list[Tensor], teacher: list[Tensor], mask: Tensor, segments: Tensor | None = None) -> Tensor:
     """Return the mean squared difference (n, N) of each student and each teacher layer, without gradient.
 
-    student, teacher: one tensor a layer, (batch, seq, width) or (batch, heads, seq, seq); mask: (batch, seq).
+    student, teacher: one tensor a layer, (batch, seq, width) or (batch, heads, seq, seq); mask, segments: (batch, seq).
     Means run over real tokens (pairs of them in scores), then over examples, as in `token_mse` and `attention_mse`.
     """
     real = mask.to(torch.float32)
     count = real.sum(-1).clamp(min=1.0)
+    scale: Tensor | None = None
     if student[0].ndim == 4:
-        padded = real[:, None, :, None] * real[:, None, None, :] == 0
+        keys = own_keys(mask, segments)
+        padded = ~keys | (mask == 0)[:, None, :, None]
         size = count.square() * student[0].shape[1]
+        if segments is not None:
+            # Rows weigh the same, however many keys each of them has.
+            scale = (count[:, None, None, None] / keys.sum(-1, keepdim=True).clamp(min=1)).sqrt()[:, None]
     else:
         padded = real[:, :, None] == 0
         size = count * student[0].shape[2]
     with torch.no_grad():
-        own, other = (
-            torch.stack(side, dim=1).masked_fill_(padded[:, None], 0.0).flatten(2) for side in (student, teacher)
-        )
+        own, other = (torch.stack(side, dim=1).masked_fill_(padded[:, None], 0.0) for side in (student, teacher))
+        if scale is not None:
+            own, other = own.mul_(scale), other.mul_(scale)
         # By differences: the usual product form would lose small distances between large states.
-        distances = torch.cdist(own, other, compute_mode="donot_use_mm_for_euclid_dist").square()
+        distances = torch.cdist(own.flatten(2), other.flatten(2), compute_mode="donot_use_mm_for_euclid_dist").square()
         return (distances / size[:, None, None]).mean(0)
 
 
@@ -150,12 +155,13 @@ class EMDObjective(Objective):
             others = [x.detach() for x in self._layers(teacher, self.depths[1], kind)]
             if kind == "hidden" and self.bridge is not None:
                 own = [self.bridge(x) for x in own]
-            cost = layer_costs(own, others, student.mask).double().cpu().numpy()
+            extra = (student.segments,) if kind == "attention" else ()
+            cost = layer_costs(own, others, student.mask, *extra).double().cpu().numpy()
             flow = transport_plan(cost, supply, demand)
             measure = attention_mse if kind == "attention" else token_mse
             # A cheapest plan uses at most n + N - 1 pairs, but for ties: only those need a graph.
             used = [(int(i), int(j)) for i, j in np.argwhere(flow > 1e-12)]
-            terms = torch.stack([measure(own[i], others[j], student.mask) * flow[i, j] for i, j in used])
+            terms = torch.stack([measure(own[i], others[j], student.mask, *extra) * flow[i, j] for i, j in used])
             total = total + terms.sum()
             if self.training and self.learn_weights:
                 paid = np.zeros_like(flow)

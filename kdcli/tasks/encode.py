@@ -38,12 +38,16 @@ class Collator:
             "input_ids": tokenizer.pad_token_id,
             "attention_mask": 0,
             "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
+            "segments": 0,
         }
         self.multiple = multiple
         self.limit = getattr(tokenizer, "model_max_length", math.inf)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return (batch, seq) tensors of ids, mask and types, and (batch,) tensors of labels and index."""
+        """Return (batch, seq) tensors of ids, mask, types and segments, and (batch,) tensors of labels and index.
+
+        Only packed rows have segments.
+        """
         longest = max(len(row["input_ids"]) for row in rows)
         # A model of 130 positions has none for 136.
         width = max(longest, int(min(-(-longest // self.multiple) * self.multiple, self.limit)))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -122,10 +123,12 @@ def hold_out(documents: list[str], fraction: float, seed: int) -> dict[str, list
 
 
 def pack(documents: Iterable[str], tokenizer: Any, max_length: int) -> Dataset:
-    """Return blocks of at most `max_length` tokens: index, input_ids, attention_mask and length.
+    """Return blocks of at most `max_length` tokens: index, input_ids, attention_mask, segments and length.
 
     Documents follow each other with a separator between them, so that no block but the last has room left. Each
-    block has the tokenizer's usual special tokens around it.
+    block has the tokenizer's usual special tokens around it. `segments` numbers the documents of a block from 0:
+    objectives that compare how tokens relate stay within one, but models attend over the whole block, as they did
+    when they were pre-trained.
     Raises InputError when there is not one token.
     """
     before, after = _frame(tokenizer)
@@ -136,12 +139,19 @@ def pack(documents: Iterable[str], tokenizer: Any, max_length: int) -> Dataset:
     blocks = list(_blocks(_tokens(documents, tokenizer, separator), room))
     if not blocks:
         raise InputError("the text has no token that the tokenizer knows", where="task")
-    rows = [before + block + after for block in blocks]
+    rows = [before + block + after for block, _ in blocks]
+    # The special tokens around a block go with the documents that they stand beside, as if these were alone; so does
+    # a separator with the document that it ends. A block of one document is one segment with all its tokens.
+    segments = [
+        np.pad(np.array(owners, dtype=np.int32) - owners[0], (len(before), len(after)), mode="edge")
+        for _, owners in blocks
+    ]
     return Dataset.from_dict(
         {
             "index": list(range(len(rows))),
             "input_ids": rows,
             "attention_mask": [[1] * len(row) for row in rows],
+            "segments": segments,
             "length": [len(row) for row in rows],
         }
     )
@@ -173,16 +183,20 @@ def _tokens(documents: Iterable[str], tokenizer: Any, separator: int | None) -> 
         yield from encode(batch)
 
 
-def _blocks(documents: Iterable[list[int]], room: int) -> Iterator[list[int]]:
+def _blocks(documents: Iterable[list[int]], room: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield blocks: their tokens, and the number of the document that each token is of."""
     waiting: list[int] = []
-    for ids in documents:
+    owners: list[int] = []
+    for number, ids in enumerate(documents):
         waiting.extend(ids)
-        while len(waiting) >= room:
-            yield waiting[:room]
-            waiting = waiting[room:]
+        owners.extend([number] * len(ids))
+        full = len(waiting) // room * room
+        for start in range(0, full, room):
+            yield waiting[start : start + room], owners[start : start + room]
+        waiting, owners = waiting[full:], owners[full:]
     if len(waiting) > 1:
         # The separator after the very last document separates nothing.
-        yield waiting[:-1]
+        yield waiting[:-1], owners[:-1]
 
 
 class Masker:
@@ -229,8 +243,8 @@ class Masker:
 class TextCollator:
     """Pads blocks and hides words in them; rows that bring labels with them are hidden already.
 
-    Beside ids, mask and labels a batch has flat positions into (batch x seq): `masked_positions`, where something is
-    asked, and `real_positions`, all that is not padding.
+    Beside ids, mask, segments and labels a batch has flat positions into (batch x seq): `masked_positions`, where
+    something is asked, and `real_positions`, all that is not padding.
     """
 
     def __init__(self, tokenizer: Any, masker: Masker, *, multiple: int = 8) -> None:

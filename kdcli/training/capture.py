@@ -104,7 +104,7 @@ class Capture:
     def run(self, batch: Mapping[str, Tensor]) -> Signals:
         """Run the model on `batch` and return what it said; call it inside the `with` block."""
         inputs = model_inputs(batch)
-        logits = self.wants.logits or self.wants.gradients
+        logits = self.wants.logits or self.wants.gradients > 0
         self._positions = self._wanted_positions(batch) if logits else None
         self._may_stop = not logits
         with self._kernels():
@@ -113,6 +113,7 @@ class Capture:
         return Signals(
             mask=batch["attention_mask"],
             heads=self.heads,
+            segments=batch.get("segments"),
             logits=output,
             positions=self._positions,
             hidden=dict(self._hidden),

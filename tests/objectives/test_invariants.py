@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from objectives.worlds import leaves, mask_of, speak
+from objectives.worlds import leaves, mask_of, packed, speak
 from torch import Tensor, nn
 
 from kdcli.objectives.attention import AttentionObjective
@@ -158,6 +158,57 @@ def test_a_row_of_nothing_but_padding_is_harmless(case: Case):
     found.backward()
     assert torch.isfinite(found)
     assert all(x.grad is None or torch.isfinite(x.grad).all() for x in leaves(student).values())
+
+
+def documents(case: Case, seed: int, *lengths: int) -> list[Signals]:
+    """Return two examples of each of `lengths`; all of them differ."""
+    return [speak(seed, mask_of([n, n]), first=2 * i, **case.world) for i, n in enumerate(lengths)]
+
+
+def pairs_of_tokens(case: Case) -> bool:
+    return case.name.startswith(("attention", "relation"))
+
+
+@cases(pairs_of_tokens)
+def test_documents_of_a_block_are_compared_as_if_each_stood_alone(case: Case):
+    lengths = (4, 5, 1)
+    student, teacher = documents(case, 1, *lengths), documents(case, 2, *lengths)
+    block = packed(*student), packed(*teacher)
+    alone = [value(case, own, other) for own, other in zip(student, teacher, strict=True)]
+    # Every real token is a row of the same weight.
+    expected = sum(n * term for n, term in zip(lengths, alone, strict=True)) / sum(lengths)
+    torch.testing.assert_close(value(case, *block), expected, rtol=1e-5, atol=1e-6)
+    if case.name != "relation-direct":
+        block[0].segments = None
+        assert abs(value(case, *block) - expected) > 1e-3
+
+
+@cases(pairs_of_tokens)
+def test_another_document_of_a_block_leaves_the_gradient_of_this_one_alone(case: Case):
+    found = []
+    for seed in (1, 5):
+        student = [documents(case, 1, 4)[0], documents(case, seed, 4, 5)[1]]
+        teacher = [documents(case, 2, 4)[0], documents(case, seed + 1, 4, 5)[1]]
+        block = packed(*student)
+        value(case, block, packed(*teacher)).backward()
+        found.append({key: x.grad for key, x in block.matrices.items() if x.grad is not None})
+    assert found[0] and found[0].keys() == found[1].keys()
+    for key, gradient in found[0].items():
+        torch.testing.assert_close(gradient[:, :4], found[1][key][:, :4], rtol=1e-6, atol=1e-8)
+        assert (gradient[:, 4:] - found[1][key][:, 4:]).abs().max() > 1e-6
+
+
+@cases(lambda case: pairs_of_tokens(case) or case.name == "transport")
+def test_a_block_of_one_document_is_a_text_like_any_other(case: Case):
+    mask = mask_of(LENGTHS)
+    found = []
+    for segments in (None, torch.zeros_like(mask)):
+        student, teacher = pair(case, mask, garbage=30.0)
+        student.segments = teacher.segments = segments
+        term = value(case, student, teacher)
+        term.backward()
+        found.append([term, *(x.grad for x in student.matrices.values() if x.grad is not None)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @cases(lambda case: not case.classifier)

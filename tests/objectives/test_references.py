@@ -11,7 +11,7 @@ from captum.attr import InputXGradient, IntegratedGradients
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objectives.worlds import mask_of, speak
+from objectives.worlds import mask_of, packed, speak
 from textbrewer import losses as textbrewer
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -477,6 +477,21 @@ def test_layer_costs_are_the_losses_of_all_pairs():
             close(hidden[s - 1, t - 1], by_example(textbrewer.hid_mse_loss, student.hidden[s], teacher.hidden[t], mask))
             pair = student.attention_scores(s), teacher.attention_scores(t)
             close(scores[s - 1, t - 1], by_example(textbrewer.att_mse_loss, *pair, mask))
+
+
+def test_layer_costs_of_packed_blocks_stay_within_documents():
+    student = packed(speak(1, mask_of([4, 4])), speak(3, mask_of([5, 5])))
+    teacher = packed(speak(2, mask_of([4, 4]), layers=5), speak(4, mask_of([5, 5]), layers=5))
+    own = [student.attention_scores(s) for s in (1, 2, 3)]
+    other = [teacher.attention_scores(t) for t in range(1, 6)]
+    mask, segments = student.mask, student.segments
+    cost = layer_costs(own, other, mask, segments)
+    expected = [[attention_mse(s, t, mask, segments).item() for t in other] for s in own]
+    assert cost.numpy() == pytest.approx(np.array(expected), rel=1e-5)
+    flow = transport_plan(cost.double().numpy(), np.full(3, 1 / 3), np.full(5, 1 / 5))
+    objective = EMDObjective((3, 5), hidden=False, attention=True)
+    assert objective(student, teacher, {}).item() == pytest.approx((flow * np.array(expected)).sum(), rel=1e-5)
+    assert not np.allclose(cost, layer_costs(own, other, mask), rtol=1e-2)
 
 
 @pytest.mark.parametrize("separate", [False, True])

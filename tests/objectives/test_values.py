@@ -336,6 +336,11 @@ def test_the_hand_written_gradient_is_the_derivative():
         assert torch.autograd.gradcheck(
             lambda q, k, chunk=chunk: _RelationKL.apply(q, k, other_query, other_key, mask, chunk), (query, key)
         )
+        segments = torch.tensor([0, 0, 1, 1, 1]).expand(2, 5)
+        assert torch.autograd.gradcheck(
+            lambda q, k, s=segments, chunk=chunk: _RelationKL.apply(q, k, other_query, other_key, mask, chunk, s),
+            (query, key),
+        )
         # The same tensor on both sides gets both gradients.
         assert torch.autograd.gradcheck(
             lambda q, chunk=chunk: _RelationKL.apply(q, q, other_query, other_key, mask, chunk), (query,)
@@ -606,6 +611,21 @@ def test_only_wanted_positions_are_captured_and_they_are_the_librarys(language_m
             signals = capture.run(batch)
         capture.close()
         torch.testing.assert_close(signals.logits, everything.flatten(0, 1)[batch[name]])
+
+
+def test_segments_reach_objectives_and_never_the_model(language_model):
+    batch = masked_batch()
+    segments = (torch.arange(9) > 3).long().expand(4, 9)
+    wants = Wants(logits=True, matrices=frozenset({(2, "value")}))
+    with Capture(language_model, wants) as capture:
+        plain, packed = capture.run(batch), capture.run({**batch, "segments": segments})
+    capture.close()
+    assert plain.segments is None and torch.equal(packed.segments, segments)
+    # The model attends over the whole block, and would not know a further input.
+    assert torch.equal(packed.logits, plain.logits)
+    objective = RelationObjective([(2, 2)], relations={("value", "value"): 1.0}, heads=8)
+    teacher = speak(1, batch["attention_mask"], width=32)
+    assert abs(objective(packed, teacher, batch) - objective(plain, teacher, batch)) > 1e-3
 
 
 # --- attribution -----------------------------------------------------------------------------------------------------

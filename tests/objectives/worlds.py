@@ -62,6 +62,17 @@ def speak(
     return signals
 
 
+def packed(*parts: Signals) -> Signals:
+    """Return the rows of `parts` side by side: blocks of which each part is a document, without padding."""
+    block = Signals(mask=torch.cat([part.mask for part in parts], dim=1), heads=parts[0].heads)
+    block.segments = torch.cat([torch.full_like(part.mask, number) for number, part in enumerate(parts)], dim=1)
+    for name in ("hidden", "matrices"):
+        for key in getattr(parts[0], name):
+            whole = torch.cat([getattr(part, name)[key].detach() for part in parts], dim=1)
+            getattr(block, name)[key] = whole.requires_grad_()
+    return block
+
+
 def leaves(signals: Signals) -> dict[str, Tensor]:
     """Return every tensor of shape (batch, seq, ...) that may receive a gradient."""
     found = {f"hidden {key}": x for key, x in signals.hidden.items()}

@@ -134,6 +134,24 @@ def test_blocks_hold_every_token_in_order(words: Any):
     assert all(len(mask) == length for mask, length in zip(blocks["attention_mask"], blocks["length"], strict=True))
 
 
+def test_every_token_of_a_block_knows_its_document(words: Any):
+    # Room for six tokens. A separator stands behind every document but the last, [CLS] and [SEP] around every block.
+    blocks = pack(["the film was the film", "was the", "film was the"], words, 8)
+    assert [words.decode(row) for row in blocks["input_ids"]] == [
+        "[CLS] the film was the film [SEP] [SEP]",
+        "[CLS] was the [SEP] film was the [SEP]",
+    ]
+    assert blocks["segments"][:] == [[0] * 8, [0, 0, 0, 0, 1, 1, 1, 1]]
+    # A document goes on in the next block, which may begin with no more of it than the separator behind it.
+    blocks = pack(["the film was the", "was the", "film was"], words, 6)
+    assert [words.decode(row) for row in blocks["input_ids"]] == [
+        "[CLS] the film was the [SEP]",
+        "[CLS] [SEP] was the [SEP] [SEP]",
+        "[CLS] film was [SEP]",
+    ]
+    assert blocks["segments"][:] == [[0] * 6, [0, 0, 1, 1, 1, 1], [0] * 4]
+
+
 def test_too_short_blocks_and_text_without_tokens_are_refused(words: Any):
     with pytest.raises(InputError, match="leaves no room"):
         pack(documents(2), words, 3)
@@ -201,6 +219,8 @@ def test_a_batch_names_its_positions(words: Any):
     assert batch["masked_positions"].tolist() == [i for i, label in enumerate(labels.tolist()) if label != IGNORED]
     assert len(batch["real_positions"]) == sum(row["length"] for row in rows)
     assert (labels[batch["attention_mask"].flatten() == 0] == IGNORED).all()
+    assert batch["segments"].shape == batch["input_ids"].shape and batch["segments"].dtype == torch.long
+    assert all(batch["segments"][i, : row["length"]].tolist() == row["segments"] for i, row in enumerate(rows))
     collator.begin_epoch(1)
     assert not torch.equal(collator(rows)["labels"], batch["labels"])
 
@@ -216,6 +236,7 @@ def test_held_out_words_do_not_depend_on_epoch_or_seed(words: Any, tmp_path: Pat
     after = one.collator(rows)
     assert torch.equal(before["labels"], after["labels"]) and torch.equal(before["input_ids"], after["input_ids"])
     hidden = hide_once(one.train, Masker(words, Masking(), seed=0))
+    assert hidden["segments"][:] == one.train["segments"][:]
     assert "labels" in hidden.column_names and len(hidden) == len(one.train)
 
 
