@@ -29,7 +29,7 @@ from kdcli.models.save import save_model
 from kdcli.recipe.schema import Recipe
 from kdcli.resolve import Resolved, head_needed, judge_shapes, resolve
 from kdcli.runs import timed
-from kdcli.tasks.augment import augment_task, check_augment
+from kdcli.tasks.augment import augment_task, check_augment, model_of_copies
 from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
 from kdcli.tasks.metrics import chance_level
@@ -127,7 +127,15 @@ def run_distill(
             _warn_of_chance(teacher_scores, task, console)
         if recipe.task.augment is not None:
             with timed(seconds, "augment"):
-                task = augment_task(task, recipe, base=resolved.base, console=console)
+                source = model_of_copies(
+                    recipe,
+                    base=resolved.base,
+                    console=console,
+                    refresh=refresh,
+                    resume=resume,
+                    work=run.checkpoints / "augment",
+                )
+                task = augment_task(task, recipe, base=resolved.base, console=console, source=source)
         road = Road(task, resolved, run, console, seconds, resume=resume)
         made, nearest = None, teacher
         if resolved.assistant is not None:

@@ -22,14 +22,28 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class FinetuneSection(Section):
+    """`[teacher.finetune]`: how a base model becomes the teacher; in `[task.augment]`, a masked language model."""
+
+    epochs: PositiveFloat = 3.0
+    max_steps: PositiveInt | None = None
+    learning_rate: PositiveFloat = 5e-5
+    batch_size: PositiveInt = 32
+    warmup: Share = 0.1
+    weight_decay: NonNegativeFloat = 0.01
+
+
 class AugmentSection(Section):
     """`[task.augment]`: further training rows, in which a masked language model replaced words.
 
     copies: of every row. probability: that a word of a copy is replaced. top_k: how many of the model's words a
-    replacement is drawn from. Defaults are TinyBERT's.
+    replacement is drawn from. Defaults are TinyBERT's. text, finetune: plain text, a file or a folder, on which a
+    model without a masked-LM head is given one, and how.
     """
 
     model: str
+    text: str | None = None
+    finetune: FinetuneSection = FinetuneSection()
     copies: PositiveInt = 20
     probability: Fraction = 0.4
     top_k: PositiveInt = 15
@@ -88,17 +102,6 @@ class TaskSection(Section):
     def is_custom(self) -> bool:
         """True when the task is the user's own data with labels."""
         return self.type != "text" and any((self.data, self.train, self.hub))
-
-
-class FinetuneSection(Section):
-    """`[teacher.finetune]`: how a base model becomes the teacher."""
-
-    epochs: PositiveFloat = 3.0
-    max_steps: PositiveInt | None = None
-    learning_rate: PositiveFloat = 5e-5
-    batch_size: PositiveInt = 32
-    warmup: Share = 0.1
-    weight_decay: NonNegativeFloat = 0.01
 
 
 class ScratchSection(Section):

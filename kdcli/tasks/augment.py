@@ -31,14 +31,15 @@ from kdcli.errors import InputError, RunError
 from kdcli.files import cache_dir, fingerprint, write_bytes
 from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer
 from kdcli.objectives.base import Wants
-from kdcli.recipe.schema import AugmentSection, Recipe
+from kdcli.recipe.schema import AugmentSection, Recipe, TaskSection, TeacherSection
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator
+from kdcli.tasks.load import load_task
 from kdcli.training.capture import Capture
 from kdcli.training.distributed import agree, main_does, state
 from kdcli.training.hashing import hash_of_model, hash_of_tokenizer
 from kdcli.training.loop import resolve_precision
-from kdcli.training.teacher import resolve_source
+from kdcli.training.teacher import make_teacher, resolve_source, seed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -231,34 +232,75 @@ def _positions(model: "PreTrainedModel") -> int:
 def check_augment(section: AugmentSection, base: Path) -> str:
     """Return the folder or hub name of the model. Reads no weights.
 
-    Raises InputError when there is no such model, or it has no masked-LM head, or its tokenizer no mask.
+    Raises InputError when there is no such model, when it has no masked-LM head and there is no text to give it one,
+    or when its tokenizer has no mask.
     """
     source = resolve_source(section.model, base)
     try:
         headed, tokenizer = has_head(source, "masked-lm"), load_tokenizer(source)
     except InputError as error:
         raise InputError(error.message, where=WHERE, hint=error.hint) from error
-    if not headed:
+    if not headed and section.text is not None:
+        if not (base / Path(section.text).expanduser()).exists():
+            raise InputError(f"{section.text} does not exist", where="task.augment.text")
+    elif not headed:
         raise InputError(
             f"{section.model} has no masked-LM head: it cannot say which words could stand somewhere",
             where=WHERE,
-            hint="name a masked language model, such as google-bert/bert-base-uncased",
+            hint="name a masked language model, such as google-bert/bert-base-uncased, or give task.augment.text: "
+            "plain text to train such a head on",
         )
     if tokenizer.mask_token_id is None:
         raise InputError(f"the tokenizer of {section.model} has no mask token", where=WHERE)
     return source
 
 
-def augment_task(task: Task, recipe: Recipe, *, base: Path, console: Console) -> Task:
-    """Return `task` with copies behind its training rows, and what was made in its description.
+def model_of_copies(recipe: Recipe, *, base: Path, console: Console, refresh: bool, resume: bool, work: Path) -> str:
+    """Return the folder or hub name of the model that fills the copies of `[task.augment]`.
 
-    base: the folder that relative paths start from. In a run over several processes the main one asks the model,
-    and the others read what it kept.
-    Raises InputError where `check_augment` does, and when no row has a word that can be replaced.
+    One without a masked-LM head is first fine-tuned on `task.augment.text`, and kept like a teacher.
+    Raises InputError where `check_augment` does and for unusable text, and RunError where it cannot be kept.
     """
     section = recipe.task.augment
     assert section is not None
     source = check_augment(section, base)
+    if has_head(source, "masked-lm"):
+        return source
+    teacher = TeacherSection(model=section.model, finetune=section.finetune, seed=seed_of(recipe))
+    text = TaskSection(name="augment", type="text", data=section.text, max_length=recipe.task.max_length)
+    speaking = recipe.model_copy(update={"teacher": teacher, "task": text})
+    try:
+        task = load_task(text, recipe.evaluate, base=base, seed=seed_of(recipe))
+    except InputError as error:
+        raise InputError(error.message, where="task.augment.text", hint=error.hint) from error
+    found = make_teacher(
+        speaking,
+        task,
+        "masked-lm",
+        base=base,
+        console=console,
+        refresh=refresh,
+        resume=resume,
+        work=work,
+        inspect=lambda model: None,
+    )
+    if found.path is None:
+        raise RunError(
+            "the masked language model for copies could not be kept", hint="set KDCLI_CACHE to a folder with room"
+        )
+    return str(found.path)
+
+
+def augment_task(task: Task, recipe: Recipe, *, base: Path, console: Console, source: str | None = None) -> Task:
+    """Return `task` with copies behind its training rows, and what was made in its description.
+
+    base: the folder that relative paths start from. source: the model, where it is not the recipe's. In a run over
+    several processes the main one asks the model, and the others read what it kept.
+    Raises InputError where `check_augment` does, and when no row has a word that can be replaced.
+    """
+    section = recipe.task.augment
+    assert section is not None
+    source = source or check_augment(section, base)
     model, tokenizer = load_model(source, task="masked-lm"), load_tokenizer(source)
     try:
         check_tokenizer(model, tokenizer)
@@ -300,7 +342,8 @@ def augment_task(task: Task, recipe: Recipe, *, base: Path, console: Console) ->
         highlight=False,
         soft_wrap=True,
     )
-    description = {**section.model_dump(), "rows": len(task.train), "added": made, "left_out": wanted - made}
+    told = section.model_dump(exclude_none=True)
+    description = {**told, "rows": len(task.train), "added": made, "left_out": wanted - made}
     return replace(task, train=train, description={**task.description, "augment": description})
 
 

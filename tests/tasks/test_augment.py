@@ -408,6 +408,13 @@ def test_a_model_without_a_masked_lm_head_is_refused(tmp_path: Path):
     assert caught.value.where == "task.augment.model"
 
 
+def test_text_that_is_not_there_is_told_with_its_field(tmp_path: Path):
+    save_model(tiny("bert"), tmp_path, tokenizer())
+    with pytest.raises(InputError) as caught:
+        check_augment(make_recipe(tmp_path, text="nowhere.txt").task.augment, tmp_path)
+    assert caught.value.where == "task.augment.text"
+
+
 def test_a_tokenizer_without_a_mask_is_refused(tmp_path: Path):
     words = tokenizer()
     words.mask_token = None
@@ -555,6 +562,21 @@ def test_a_wrong_model_is_told_before_the_teacher_is_trained(recipe_path: Path, 
         make_plan(recipe, recipe_path=recipe_path)
     assert not (own_cache / "teachers").exists()
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_without_a_head_is_given_one_on_plain_text(recipe_path: Path, own_cache: Path, tmp_path: Path):
+    (tmp_path / "masked-lm").unlink()
+    save_model(tiny("bert"), _made(tmp_path / "masked-lm"), tokenizer())
+    (tmp_path / "text.txt").write_text("\n\n".join(reviews(3)["train"]["text"][:60]))
+    recipe = load_recipe(recipe_path, ["task.augment.text=text.txt", "task.augment.finetune.max_steps=2"])
+    heard = io.StringIO()
+    console = Console(file=heard, width=200)
+    record = run_distill(recipe, recipe_path=recipe_path, output=tmp_path / "runs", console=console).record
+    assert record["task"]["augment"]["added"] > 0
+    kinds = [json.loads(f.read_text())["architectures"][0] for f in (own_cache / "teachers").glob("*/config.json")]
+    assert sorted(kinds) == ["BertForMaskedLM", "BertForSequenceClassification"]
+    run_distill(recipe, recipe_path=recipe_path, output=tmp_path / "runs", console=console, force=True)
+    assert heard.getvalue().count("fine-tuning on augment") == 1
 
 
 def _made(path: Path) -> Path:
