@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 from families import tiny, tokenizer
+from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 from transformers import BertForMaskedLM
 
 from kdcli.cli.app import run
+from kdcli.compare.figure import MARKERS, _panel, draw
 from kdcli.compare.plan import plan_comparison
+from kdcli.compare.report import Block, Report, Row, make_report
+from kdcli.compare.run import run_cells
 from kdcli.compare.statistics import paired_difference, summarise
 from kdcli.errors import InputError
 from kdcli.models.save import save_model
@@ -41,6 +45,13 @@ def recipe(folder: Path, method: str, name: str | None = None, **changes: str) -
     path = folder / f"{name or method}.toml"
     path.write_text(text)
     return path
+
+
+def words_of(svg: bytes) -> set[str]:
+    """Return every text of an SVG file that is text, not drawn letters."""
+    root = xml.etree.ElementTree.fromstring(svg)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    return {"".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")}
 
 
 def test_a_summary_has_the_sample_standard_deviation():
@@ -140,7 +151,12 @@ def test_a_comparison_runs_reports_and_goes_on_where_it_stopped(
     assert [row["name"] for row in rows] == ["teacher", "kd", "hs"]
     assert float(rows[1]["score"]) == pytest.approx(kd["mean"])
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG\r\n")
-    assert xml.etree.ElementTree.parse(folder / "comparison.svg").getroot().tag.endswith("svg")
+    assert words_of((folder / "comparison.svg").read_bytes()) >= {
+        "kd (baseline)",
+        "hs",
+        "teacher",
+        "reviews (accuracy)",
+    }
     assert f"{100 * kd['mean']:.2f}" in (folder / "comparison.md").read_text()
     assert json.loads((folder / "comparison.json").read_text()) == report
     assert len(list((folder / "runs").glob("reviews-*/run.json"))) == 4
@@ -157,6 +173,53 @@ def test_a_comparison_runs_reports_and_goes_on_where_it_stopped(
     assert "from another recipe" in capsys.readouterr().err
 
 
+@pytest.fixture
+def block(tmp_path: Path) -> Block:
+    """Five students, two of them of nearly one size, one without a result, and their teacher."""
+    entry = plan_comparison([recipe(tmp_path, "kd")], seeds=1, console=QUIET).of("reviews")[0]
+    rows = [
+        Row(label, entry, dict(enumerate(scores)), parameters, parameters, 1.0, [])
+        for label, parameters, scores in (
+            ("kd", 2_000_000, [0.70, 0.80]),
+            ("a<b & $c$_1^2", 2_010_000, [0.74]),
+            ("hs", 3_500_000, [0.81, 0.83, 0.85]),
+            ("large", 6_000_000, [0.86]),
+            ("failed", None, []),
+        )
+    ]
+    return Block("reviews", "accuracy", "kd", 0.9, 10_000_000, rows).finish()
+
+
+def test_the_figure_names_every_row_that_has_a_score_in_text(block: Block):
+    report = Report([42], [block], None, {}, [], [], [])
+    files = draw(report)
+    words = words_of(files["svg"])
+    assert words >= {"kd (baseline)", "a<b & $c$_1^2", "hs", "large", "teacher", "reviews (accuracy)"}
+    assert not any("failed" in word for word in words)
+    assert draw(report) == files
+
+
+def test_every_mark_stands_at_its_size_and_its_score(block: Block):
+    panel = Figure().subplots()
+    _panel(panel, block, 3.0)
+    middles = {bar.lines[0].get_marker(): bar.lines[0].get_xydata()[0] for bar in panel.containers}
+    assert len(middles) == len(panel.containers) == 4
+    kd, odd, hs, large = (middles[marker] for marker in MARKERS[:4])
+    assert hs == pytest.approx([3.5, 83.0]) and large == pytest.approx([6.0, 86.0])
+    # Two of about one size stand side by side, around the mean of their sizes.
+    assert (kd[1], odd[1]) == (pytest.approx(75.0), pytest.approx(74.0))
+    assert (kd[0] + odd[0]) / 2 == pytest.approx(2.005) and 0.1 < odd[0] - kd[0] < 0.5
+    spans = [bar.lines[2][0].get_segments()[0][:, 1] for bar in panel.containers if bar.has_yerr]
+    deviations = sorted((high - low) / 2 for low, high in spans)
+    assert deviations == pytest.approx([2.0, 100 * np.std([0.7, 0.8], ddof=1)])
+    assert [10.0, 90.0] in [line.get_xydata().tolist()[0] for line in panel.lines if line.get_marker() == "*"]
+    labels = {text.get_text().strip(): text.get_position() for text in panel.texts}
+    for name, (place, height) in (("hs", hs), ("large", large)):
+        assert labels[name][0] > place and labels[name][1] == pytest.approx(height)
+    left, right = panel.get_xlim()
+    assert left < 2.0 and right > 10.0
+
+
 def test_what_breaks_is_told_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -170,3 +233,18 @@ def test_what_breaks_is_told_and_the_others_go_on(
     assert code == 2 and "no result: reviews-hs-seed42" in shown.err
     report = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
     assert [row["mean"] is None for row in report["tasks"][0]["rows"]] == [False, True]
+
+
+def test_a_method_is_left_out_on_tasks_of_a_kind_that_it_does_not_know(tmp_path: Path, data_dir: Path):
+    files = [recipe(tmp_path, "kd"), recipe(tmp_path, "dbkd")]
+    small = ["task.train_samples=32", "task.validation_samples=32"]
+    plan = plan_comparison(files, seeds=1, console=QUIET, overrides=small, tasks=["stsb", "rte"])
+    assert [(entry.task, entry.label) for entry in plan.entries] == [("stsb", "kd"), ("rte", "kd"), ("rte", "dbkd")]
+    [line] = plan.left_out
+    assert "dbkd" in line and "stsb" in line and "classification" in line
+    with pytest.raises(InputError, match="none of the recipes"):
+        plan_comparison(files[1:], seeds=1, console=QUIET, overrides=small, tasks=["stsb"])
+    results = run_cells(plan, tmp_path / "runs", console=QUIET)
+    report = make_report(plan, results).to_json()
+    assert report["notes"][0] == line
+    assert [row["name"] for row in report["average"]["rows"]] == ["kd"]
