@@ -37,6 +37,10 @@ class InputError(KdcliError):
     exit_code = ExitCode.INPUT
 
 
+class UnfitTaskError(InputError):
+    """The method does not work on tasks of this kind."""
+
+
 class GateError(KdcliError):
     """The result is there, but below a limit that the user set."""
 

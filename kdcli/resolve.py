@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kdcli.errors import InputError
+from kdcli.errors import InputError, UnfitTaskError
 from kdcli.methods import registry
 from kdcli.methods.base import Context, Method, Stage
 from kdcli.methods.layer_maps import uniform
@@ -46,7 +46,7 @@ def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Reso
     """Fill in what the recipe left to the method."""
     method = registry.get(recipe.method.name)
     if task is not None and task.kind not in method.kinds:
-        raise InputError(
+        raise UnfitTaskError(
             f"{method.name} works on {' and '.join(sorted(method.kinds))} tasks; {task.name} is a {task.kind} task",
             where="method.name",
             hint="`kdcli methods` lists what each one needs",

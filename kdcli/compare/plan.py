@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from kdcli.errors import InputError
+from kdcli.errors import InputError, UnfitTaskError
 from kdcli.plan import make_plan
 from kdcli.recipe.load import load_recipe, with_place
 from kdcli.recipe.schema import ExportSection, Recipe
@@ -99,12 +99,16 @@ def _said(value: Any) -> str:
 
 @dataclass
 class ComparisonPlan:
-    """What is compared: entries in the order given, the same seeds for each, and what is not equal between them."""
+    """What is compared: entries in the order given, the same seeds for each, and what is not equal between them.
+
+    left_out: a line for each recipe whose method does not work on one of the tasks that were asked for.
+    """
 
     entries: list[Entry]
     seeds: list[int]
     unequal: list[Inequality]
     baselines: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def tasks(self) -> list[str]:
@@ -138,12 +142,19 @@ def plan_comparison(
     Raises InputError for a recipe that is wrong, rows of the same name, a baseline that is not there, and unequal
     terms unless they are allowed.
     """
-    entries = []
+    entries, left_out = [], []
     with console.status("planning") as status:
         for chosen in [[task] for task in tasks] if tasks else [[]]:
             for file in files:
                 status.update(" on ".join(["planning " + str(file), *chosen]))
-                entries.append(_entry(file, overrides or [], *chosen))
+                try:
+                    entries.append(_entry(file, overrides or [], *chosen))
+                except UnfitTaskError as error:
+                    if not chosen:
+                        raise
+                    left_out.append(f"{file.stem} is left out on {chosen[0]}: {error.message}")
+            if chosen and not any(entry.task == chosen[0] for entry in entries):
+                raise InputError(f"none of the recipes' methods works on {chosen[0]}", where="--task")
     first: dict[tuple[str, str], Entry] = {}
     for entry in entries:
         other = first.setdefault((entry.task, entry.label), entry)
@@ -154,7 +165,7 @@ def plan_comparison(
                 hint='give one of them another name = "..."',
             )
     start = entries[0].recipe.seed
-    plan = ComparisonPlan(entries, list(range(start, start + seeds)), [])
+    plan = ComparisonPlan(entries, list(range(start, start + seeds)), [], left_out=left_out)
     for task in plan.tasks:
         plan.baselines[task] = _baseline(task, plan.of(task), baseline)
         plan.unequal += unequal_terms(task, plan.of(task))

@@ -214,7 +214,7 @@ def make_report(plan: ComparisonPlan, results: Results) -> Report:
         average=_average(blocks, plan.seeds),
         terms={task: _terms(plan.of(task), results, plan.seeds[0]) for task in plan.tasks},
         unequal=unequal,
-        notes=_notes(results.records),
+        notes=[*plan.left_out, *_notes(results.records)],
         failures=results.failures,
     )
 
@@ -294,10 +294,10 @@ def _trained(record: dict[str, Any]) -> int:
 
 
 def _average(blocks: list[Block], seeds: list[int]) -> Block | None:
-    """Return the average over tasks, seed by seed; None unless every row is there for every task."""
-    labels = [row.label for row in blocks[0].rows]
-    complete = all(sorted(row.label for row in block.rows) == sorted(labels) for block in blocks)
-    if len(blocks) < 2 or not complete or len({block.baseline for block in blocks}) > 1:
+    """Return the average over tasks, seed by seed, of the rows that every task has; None without the baseline's."""
+    common = set.intersection(*({row.label for row in block.rows} for block in blocks))
+    labels = [row.label for row in blocks[0].rows if row.label in common]
+    if len(blocks) < 2 or blocks[0].baseline not in common or len({block.baseline for block in blocks}) > 1:
         return None
     rows = []
     for label in labels:

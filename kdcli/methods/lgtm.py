@@ -17,7 +17,8 @@ class LGTMOptions(Options):
     alpha_student, alpha_teacher: the share of the other's prediction in each one's loss; the gold labels have the
     rest. teacher_learning_rate: at its highest; it follows a linear schedule with the student's warm-up.
     held_out: the share of the training rows, never of the validation set, that the influence is measured on.
-    influence: false for a teacher that learns without it (ProKT).
+    influence: false for a teacher that learns without it (ProKT). The paper starts from an unfinetuned teacher and from
+    zero classifiers; here the teacher is fine-tuned on the task first, and the student's head is a copy of its own.
     """
 
     alpha_student: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

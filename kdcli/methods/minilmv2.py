@@ -152,7 +152,7 @@ METHOD = Method(
     "(+ w_p (alpha T^2 KL + (1 - alpha) CE) with labels)",
     signals="queries, keys and values of one block; with labels also logits and gold labels",
     constraints="relation heads that divide both widths; any depth, width and number of heads",
-    cost="the teacher's forward pass up to that block a step; on a task with labels to its end",
+    cost="the teacher's forward pass up to that block a step; with labels its prediction once, and cached",
     options=MiniLMv2Options,
     build=build,
     check=check,

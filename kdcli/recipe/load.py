@@ -164,7 +164,7 @@ def with_place(error: InputError, path: Path, overrides: list[str] | None = None
     if not field_ or field_[0] not in Recipe.model_fields:
         return error
     source = _Source(path, _read(path), {_path(words.partition("=")[0]): words for words in overrides or []})
-    return InputError(error.message, where=f"{source.where(field_)}: {error.where}", hint=error.hint)
+    return type(error)(error.message, where=f"{source.where(field_)}: {error.where}", hint=error.hint)
 
 
 @dataclass

@@ -43,7 +43,7 @@ class AugmentSection(Section):
 
     model: str
     text: str | None = None
-    finetune: FinetuneSection = FinetuneSection()
+    finetune: FinetuneSection | None = None
     copies: PositiveInt = 20
     probability: Fraction = 0.4
     top_k: PositiveInt = 15

@@ -266,7 +266,7 @@ def model_of_copies(recipe: Recipe, *, base: Path, console: Console, refresh: bo
     source = check_augment(section, base)
     if has_head(source, "masked-lm"):
         return source
-    teacher = TeacherSection(model=section.model, finetune=section.finetune, seed=seed_of(recipe))
+    teacher = TeacherSection(model=section.model, finetune=section.finetune or True, seed=seed_of(recipe))
     text = TaskSection(name="augment", type="text", data=section.text, max_length=recipe.task.max_length)
     speaking = recipe.model_copy(update={"teacher": teacher, "task": text})
     try:
