@@ -174,7 +174,7 @@ def test_predicted_numbers_are_compared_as_textbrewers_logits(temperature):
 
 @pytest.fixture(scope="module")
 def kd_loss() -> type:
-    # Not a requirement of the tests: it pins recent releases of torch and torchvision.
+    # Not a requirement of the tests, as it asks for releases of torch and torchvision; .ci/run installs it alone.
     module = pytest.importorskip("torchdistill.losses.mid_level", exc_type=ImportError)
     return module.KDLoss
 
