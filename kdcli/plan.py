@@ -11,7 +11,7 @@ from kdcli.models.counts import count_parameters
 from kdcli.models.forms import build_student
 from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import Recipe
-from kdcli.resolve import Resolved, context_of, head_needed, resolve, stages_of
+from kdcli.resolve import Resolved, context_of, head_needed, placed, resolve, stages_of
 from kdcli.tasks.augment import check_augment
 from kdcli.tasks.load import load_task
 from kdcli.tasks.text import pack
@@ -86,11 +86,12 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
     teacher, tokenizer = initial_teacher(recipe, task, source, head, base)
     augmented = recipe.task.augment is not None
     nearest, way = teacher, []
-    for student in resolved.sections:
-        build = build_student(nearest, student, seed=recipe.seed)
-        assert student.form is not None
-        context = context_of(nearest, build.model, student.form, task, recipe.seed, augmented=augmented)
-        way.append((build, stages_of(resolved, context, build.model, None if section.black_box else nearest)))
+    for name, student in resolved.sections.items():
+        with placed(name):
+            build = build_student(nearest, student, seed=recipe.seed)
+            assert student.form is not None
+            context = context_of(nearest, build.model, student.form, task, recipe.seed, augmented=augmented)
+            way.append((build, stages_of(resolved, context, build.model, None if section.black_box else nearest)))
         followed, nearest = nearest, build.model
     parameters = count_parameters(build.model)
     chain = None

@@ -1,6 +1,8 @@
 """From a recipe to a recipe with every default filled in, and what can be judged before any work."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,9 +39,10 @@ class Resolved:
     loop: LoopSettings
 
     @property
-    def sections(self) -> list[StudentSection]:
+    def sections(self) -> dict[str, StudentSection]:
         """The models on the way from the teacher, each taught by the one before: the assistant, if any; the student."""
-        return [self.assistant, self.student] if self.assistant is not None else [self.student]
+        student = {"student": self.student}
+        return {"assistant": self.assistant, **student} if self.assistant is not None else student
 
 
 def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Resolved:
@@ -173,19 +176,24 @@ def judge_shapes(teacher: "PreTrainedModel", resolved: Resolved, task: Task) -> 
     With an assistant both are judged, each beside the model that it follows.
     """
     nearest = copy.deepcopy(teacher).to("meta")  # type: ignore[arg-type]
-    for section in resolved.sections:
-        student = _shadow(nearest, section)
-        assert section.form is not None
-        context = context_of(
-            nearest,
-            student,
-            section.form,
-            task,
-            resolved.recipe.seed,
-            augmented=resolved.recipe.task.augment is not None,
-        )
-        stages_of(resolved, context, student, nearest)
+    augmented = resolved.recipe.task.augment is not None
+    for name, section in resolved.sections.items():
+        with placed(name):
+            student = _shadow(nearest, section)
+            assert section.form is not None
+            context = context_of(nearest, student, section.form, task, resolved.recipe.seed, augmented=augmented)
+            stages_of(resolved, context, student, nearest)
         nearest = student
+
+
+@contextmanager
+def placed(name: str) -> Iterator[None]:
+    """Let errors about a student name the table that it stands in: `[assistant]` has the fields of `[student]`."""
+    try:
+        yield
+    except InputError as error:
+        where, hint = (text and text.replace("student.", f"{name}.") for text in (error.where, error.hint))
+        raise type(error)(error.message, where=where, hint=hint) from error
 
 
 def _shadow(teacher: "PreTrainedModel", section: StudentSection) -> "PreTrainedModel":
