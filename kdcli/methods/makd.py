@@ -6,10 +6,10 @@ from pydantic import Field
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
-from kdcli.objectives.attention import AttentionObjective
 from kdcli.objectives.hidden import HiddenObjective
 from kdcli.objectives.matrix import MatrixObjective
 from kdcli.objectives.output import OutputObjective
+from kdcli.objectives.relation import RelationObjective
 from kdcli.objectives.task import TaskObjective
 
 Weight = Annotated[float, Field(ge=0.0)]
@@ -93,7 +93,12 @@ def build(options: MaKDOptions, context: Context) -> list[Stage]:
     def layer_level() -> list[Term]:
         weight, terms = options.weights.layer, options.terms
         return [
-            Term("attention", AttentionObjective(context.pairs), weight * terms.attention),
+            Term(
+                "attention",
+                # The attention distribution as a relation of queries and keys: nothing of it is kept for later.
+                RelationObjective(context.pairs, relations={("query", "key"): 1.0}),
+                weight * terms.attention,
+            ),
             Term(
                 "hidden",
                 HiddenObjective(context.pairs, match_norm=options.hidden_norm),

@@ -88,7 +88,7 @@ class Signals:
         if layer not in self._scores:
             query = self.split_heads(layer, "query")
             key = self.split_heads(layer, "key")
-            self._scores[layer] = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+            self._scores[layer] = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2)
         return self._scores[layer]
 
 

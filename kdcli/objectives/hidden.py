@@ -1,10 +1,51 @@
 """The hidden-state objective: what blocks say, token by token."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from kdcli.objectives.base import Objective, Signals, Wants, example_mean, token_mean
+
+CHUNK_ELEMENTS = 2**18
+"""Features that are worked on at a time on a CPU: few enough to stay in its cache from one pass to the next."""
+
+
+class _SquaredError(torch.autograd.Function):
+    """The squared difference of two states, and the teacher's square, mean over features.
+
+    It does what autograd would do, but keeps nothing except the difference, in the student's own precision.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, sized: bool) -> tuple[Tensor, Tensor]:
+        width = student.shape[-1]
+        own, other = student.reshape(-1, width), teacher.reshape(-1, width)
+        rows = max(1, CHUNK_ELEMENTS // width) if own.device.type == "cpu" else len(own)
+        difference = torch.empty_like(own)
+        error, size = (torch.empty(len(own), device=own.device) for _ in range(2))
+        for start in range(0, len(own), max(1, rows)):
+            part = slice(start, start + rows)
+            reference = other[part].float()
+            gap = own[part].float() - reference
+            error[part] = torch.linalg.vector_norm(gap, dim=-1)
+            if sized:
+                size[part] = torch.linalg.vector_norm(reference, dim=-1)
+            difference[part] = gap
+        error, size = (norm.square_().div_(width).view(student.shape[:-1]) for norm in (error, size))
+        ctx.save_for_backward(difference)
+        ctx.mark_non_differentiable(size)
+        return error, size
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (difference,) = ctx.saved_tensors
+        width = difference.shape[-1]
+        scale = (gradient.reshape(-1, 1) * (2.0 / width)).to(difference.dtype)
+        return (difference * scale).view(*gradient.shape, width), None, None
 
 
 def token_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, match_norm: bool = False) -> Tensor:
@@ -14,11 +55,9 @@ def token_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, match_norm: boo
     by the teacher's mean square over that example: a relative error that no activation's size can make heavy,
     and that still averages over examples, so that shares of a batch on several devices agree with the whole.
     """
-    student, teacher = student.float(), teacher.detach().float()
-    error = (student - teacher).square().mean(-1)
+    error, size = _SquaredError.apply(student, teacher.detach(), match_norm)
     if match_norm:
-        size = example_mean(teacher.square().mean(-1), mask).clamp(min=1e-12)
-        error = error / size[:, None]
+        error = error / example_mean(size, mask).clamp(min=1e-12)[:, None]
     return token_mean(error, mask)
 
 

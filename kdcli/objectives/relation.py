@@ -16,8 +16,9 @@ Relation = tuple[str, str]
 SELF_RELATIONS: dict[Relation, float] = {(name, name): 1.0 for name in ("query", "key", "value")}
 """MiniLMv2's choice: Q-Q, K-K and V-V, all of weight 1."""
 
-CHUNK_ELEMENTS = 2**22
-"""Scores that are held at a time; more costs memory without being any faster."""
+CHUNK_ELEMENTS = {"cpu": 2**19}
+MOST_CHUNK_ELEMENTS = 2**22
+"""Scores that are held at a time: on a CPU what stays in its cache, elsewhere enough for full kernels."""
 
 
 def _split(vectors: Tensor, heads: int) -> Tensor:
@@ -25,6 +26,11 @@ def _split(vectors: Tensor, heads: int) -> Tensor:
     if width % heads:
         raise ValueError(f"{heads} relation heads do not divide a width of {width}")
     return vectors.float().reshape(batch, seq, heads, width // heads).transpose(1, 2)
+
+
+def _log_sum_exp(scores: Tensor, probabilities: Tensor) -> Tensor:
+    """Return log sum exp of the last axis where its softmax is known: from the largest, whose logarithm is exact."""
+    return scores.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log()
 
 
 class _RelationKL(torch.autograd.Function):
@@ -56,15 +62,20 @@ class _RelationKL(torch.autograd.Function):
         for start in range(0, heads, chunk):
             part = slice(start, start + chunk)
             q, k = queries[:, part], keys[:, part]
-            student = torch.log_softmax((q * scale) @ k.transpose(-1, -2) + bias, dim=-1)
+            own = ((q * scale) @ k.transpose(-1, -2)).add_(bias)
             target = (teacher_queries[:, part] * teacher_scale) @ teacher_keys[:, part].transpose(-1, -2)
-            teacher = torch.log_softmax(target + bias, dim=-1)
-            probabilities = teacher.exp()
-            value = value + ((teacher - student).mul_(probabilities) * weight).sum()
+            target.add_(bias)
+            student, teacher = torch.softmax(own, dim=-1), torch.softmax(target, dim=-1)
+            # sum p_T (log p_T - log p_S), of which the logarithms are score - log sum exp.
+            constant = _log_sum_exp(target, teacher) - _log_sum_exp(own, student)
+            rows = target.sub_(own).mul_(teacher).sum(-1, keepdim=True) - constant
+            value = value + (rows * weight).sum()
             if differentiate:
-                error = student.exp_().sub_(probabilities).mul_(weight * scale)
-                query_gradient[:, part] = error @ k
-                key_gradient[:, part] = error.transpose(-1, -2) @ q
+                error = student.sub_(teacher)
+                # A row's weight goes to the narrow vectors, not to all of its scores; and narrow x square is the
+                # order in which matrix products of this shape are fast.
+                query_gradient[:, part] = (k.mT @ error.mT).mT * (weight * scale)
+                key_gradient[:, part] = ((q * (weight * scale)).mT @ error).mT
         ctx.save_for_backward(query_gradient, key_gradient)
         return value
 
@@ -100,7 +111,8 @@ def relation_kl(
     columns = rows if student_columns is None else _split(student_columns, heads)
     targets = teacher_rows if teacher_columns is None else _split(teacher_columns.detach(), heads)
     batch, seq = mask.shape
-    chunk = chunk or max(1, CHUNK_ELEMENTS // (batch * seq * seq))
+    most = CHUNK_ELEMENTS.get(mask.device.type, MOST_CHUNK_ELEMENTS)
+    chunk = chunk or max(1, most // (batch * seq * seq))
     return _RelationKL.apply(rows, columns, teacher_rows, targets, mask, chunk, segments)
 
 
