@@ -18,6 +18,7 @@ from kdcli.models.load import load_config
 from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import Recipe, StudentSection
 from kdcli.tasks.base import Task
+from kdcli.tensors.parametrize import check_chains
 from kdcli.training.loop import LoopSettings
 from kdcli.training.teacher import resolve_source
 
@@ -184,6 +185,8 @@ def judge_shapes(teacher: "PreTrainedModel", resolved: Resolved, task: Task) -> 
             context = context_of(nearest, student, section.form, task, resolved.recipe.seed, augmented=augmented)
             stages_of(resolved, context, student, nearest)
         nearest = student
+    if resolved.recipe.overparam is not None and resolved.student.energy is None:
+        check_chains(nearest, resolved.recipe.overparam)
 
 
 @contextmanager

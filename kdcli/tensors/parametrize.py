@@ -240,6 +240,11 @@ def _wanted(model: "PreTrainedModel", section: OverparamSection) -> tuple[list[_
     return wanted, skipped
 
 
+def check_chains(model: "PreTrainedModel", section: OverparamSection) -> None:
+    """Raise InputError for blocks and factors that do not fit the model. Looks at shapes, never at weights."""
+    _wanted(model, section)
+
+
 def overparameterise(model: "PreTrainedModel", section: OverparamSection) -> OverparamReport:
     """Put chains in place of the block matrices that `section` names, in place; the function is unchanged.
 
