@@ -135,7 +135,7 @@ def run_distill(
                     resume=resume,
                     work=run.checkpoints / "augment",
                 )
-                task = augment_task(task, recipe, base=resolved.base, console=console, source=source)
+                task = augment_task(task, recipe, source, console=console)
         road = Road(task, resolved, run, console, seconds, resume=resume)
         made, nearest = None, teacher
         if resolved.assistant is not None:

@@ -84,13 +84,12 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
     head = head_needed(resolved, task)
     trains = needs_training(recipe, source, head)
     teacher, tokenizer = initial_teacher(recipe, task, source, head, base)
-    augmented = recipe.task.augment is not None
     nearest, way = teacher, []
     for name, student in resolved.sections.items():
         with placed(name):
             build = build_student(nearest, student, seed=recipe.seed)
             assert student.form is not None
-            context = context_of(nearest, build.model, student.form, task, recipe.seed, augmented=augmented)
+            context = context_of(nearest, build.model, student.form, task, recipe)
             way.append((build, stages_of(resolved, context, build.model, None if section.black_box else nearest)))
         followed, nearest = nearest, build.model
     parameters = count_parameters(build.model)

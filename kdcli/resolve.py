@@ -155,7 +155,7 @@ def _chain_rate(recipe: Recipe, rate: float) -> float | None:
 
 
 def context_of(
-    teacher: "PreTrainedModel", student: "PreTrainedModel", form: str, task: Task, seed: int, *, augmented: bool = False
+    teacher: "PreTrainedModel", student: "PreTrainedModel", form: str, task: Task, recipe: Recipe
 ) -> Context:
     """Return what a method may know of the two models: their shapes, never their weights."""
     teacher_shape, student_shape = shape_of(teacher.config), shape_of(student.config)
@@ -166,8 +166,8 @@ def context_of(
         kind=task.kind,
         num_labels=max(1, len(task.label_names)),
         pairs=uniform(student_shape.layers, teacher_shape.layers),
-        seed=seed,
-        augmented=augmented,
+        seed=recipe.seed,
+        augmented=recipe.task.augment is not None,
     )
 
 
@@ -177,12 +177,11 @@ def judge_shapes(teacher: "PreTrainedModel", resolved: Resolved, task: Task) -> 
     With an assistant both are judged, each beside the model that it follows.
     """
     nearest = copy.deepcopy(teacher).to("meta")  # type: ignore[arg-type]
-    augmented = resolved.recipe.task.augment is not None
     for name, section in resolved.sections.items():
         with placed(name):
             student = _shadow(nearest, section)
             assert section.form is not None
-            context = context_of(nearest, student, section.form, task, resolved.recipe.seed, augmented=augmented)
+            context = context_of(nearest, student, section.form, task, resolved.recipe)
             stages_of(resolved, context, student, nearest)
         nearest = student
     if resolved.recipe.overparam is not None and resolved.student.energy is None:

@@ -204,7 +204,7 @@ def _entry(file: Path, overrides: list[str], chosen: str | None = None) -> Entry
         method=recipe.method.name,
         form=planned["student"]["form"],
         fingerprint=planned["task"]["fingerprint"],
-        stages=len(stages_of(planned)),
+        stages=len(_every_stage(planned)),
         terms=_terms(recipe, file, planned),
     )
 
@@ -214,9 +214,10 @@ def label_of(name: str, task: str) -> str:
     return name.removeprefix(f"{task}-").removesuffix(f"-{task}") or name
 
 
-def stages_of(planned: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the stages of a plan, those of an assistant too: its training is part of what a student costs."""
-    return [*(planned["assistant"] or {"stages": []})["stages"], *planned["stages"]]
+def _every_stage(planned: dict[str, Any]) -> list[dict[str, Any]]:
+    # An assistant's training is part of what a student costs.
+    before = planned["assistant"]["stages"] if planned["assistant"] is not None else []
+    return [*before, *planned["stages"]]
 
 
 def _terms(recipe: Recipe, file: Path, planned: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +233,7 @@ def _terms(recipe: Recipe, file: Path, planned: dict[str, Any]) -> dict[str, Any
         "evaluate.protocol": recipe.evaluate.protocol,
         "finetune": [section.model_dump() for section in recipe.finetune] or None,
         "train.batch_size": recipe.train.batch_size,
-        STEPS: sum(stage["steps"] for stage in stages_of(planned)),
+        STEPS: sum(stage["steps"] for stage in _every_stage(planned)),
         "train.precision": planned["train"]["precision"],
         **_flat("train", recipe.train.model_dump(include={"select", "eval_every", "patience", "group_by_length"})),
         PARAMETERS: planned["student"]["parameters"],

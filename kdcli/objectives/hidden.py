@@ -25,7 +25,7 @@ class _SquaredError(torch.autograd.Function):
         own, other = student.reshape(-1, width), teacher.reshape(-1, width)
         rows = max(1, CHUNK_ELEMENTS // width) if own.device.type == "cpu" else len(own)
         difference = torch.empty_like(own)
-        error, size = (torch.empty(len(own), device=own.device) for _ in range(2))
+        error, size = (torch.zeros(len(own), device=own.device) for _ in range(2))
         for start in range(0, len(own), max(1, rows)):
             part = slice(start, start + rows)
             reference = other[part].float()

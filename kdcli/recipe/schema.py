@@ -115,7 +115,7 @@ class ScratchSection(Section):
     vocab_size: PositiveInt = 4096
 
 
-class DownstreamSection(Section):
+class DownstreamSection(FinetuneSection):
     """`[[finetune]]`: a task that the general student is fine-tuned and scored on, after distilling on plain text.
 
     seeds: how many runs the score is the mean of. against: what is fine-tuned in the same way, to compare with:
@@ -123,12 +123,6 @@ class DownstreamSection(Section):
     """
 
     task: TaskSection
-    epochs: PositiveFloat = 3.0
-    max_steps: PositiveInt | None = None
-    learning_rate: PositiveFloat = 5e-5
-    batch_size: PositiveInt = 32
-    warmup: Share = 0.1
-    weight_decay: NonNegativeFloat = 0.01
     seeds: PositiveInt = 1
     against: list[Literal["scratch", "teacher"]] = []
 

@@ -291,16 +291,15 @@ def model_of_copies(recipe: Recipe, *, base: Path, console: Console, refresh: bo
     return str(found.path)
 
 
-def augment_task(task: Task, recipe: Recipe, *, base: Path, console: Console, source: str | None = None) -> Task:
+def augment_task(task: Task, recipe: Recipe, source: str, *, console: Console) -> Task:
     """Return `task` with copies behind its training rows, and what was made in its description.
 
-    base: the folder that relative paths start from. source: the model, where it is not the recipe's. In a run over
-    several processes the main one asks the model, and the others read what it kept.
-    Raises InputError where `check_augment` does, and when no row has a word that can be replaced.
+    source: the model, from `model_of_copies`. In a run over several processes the main one asks it, and the others
+    read what it kept.
+    Raises InputError for a tokenizer that does not fit the model, and when no row has a word that can be replaced.
     """
     section = recipe.task.augment
     assert section is not None
-    source = source or check_augment(section, base)
     model, tokenizer = load_model(source, task="masked-lm"), load_tokenizer(source)
     try:
         check_tokenizer(model, tokenizer)

@@ -130,8 +130,7 @@ class Road:
         for note in build.notes:
             self.console.print(f"{folder or 'student'}: {note}", highlight=False, soft_wrap=True)
         plain_hash = hash_of_weights(build.model)
-        augmented = resolved.recipe.task.augment is not None
-        context = context_of(teacher.model, build.model, build.form, task, seed, augmented=augmented)
+        context = context_of(teacher.model, build.model, build.form, task, resolved.recipe)
         stages = stages_of(resolved, context, build.model, teacher.model if teacher.known else None)
         for note in resolved.method.notes(resolved.options, context):
             self.console.print(f"{resolved.method.name}: {note}", highlight=False, soft_wrap=True)

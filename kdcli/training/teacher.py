@@ -20,7 +20,7 @@ from kdcli.models.scratch import build_scratch
 from kdcli.objectives.base import Term
 from kdcli.objectives.task import TaskObjective
 from kdcli.objectives.vocabulary import MaskedLMObjective
-from kdcli.recipe.schema import DownstreamSection, FinetuneSection, Recipe, TrainSection
+from kdcli.recipe.schema import FinetuneSection, Recipe, TrainSection
 from kdcli.tasks.base import Task
 from kdcli.tasks.labels import label_permutation
 from kdcli.tasks.load import fingerprint_of
@@ -260,7 +260,7 @@ def finetune(
     model: "PreTrainedModel",
     tokenizer: Any,
     task: Task,
-    settings: FinetuneSection | DownstreamSection,
+    settings: FinetuneSection,
     train: TrainSection,
     *,
     max_length: int,

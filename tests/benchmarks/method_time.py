@@ -113,7 +113,7 @@ class World:
         resolved = resolve(recipe, Path("made-up.toml"))
         assert resolved.student.form is not None
         shadow = build_student(self.teacher, resolved.student, seed=0).model
-        context = context_of(self.teacher, shadow, resolved.student.form, self.task, 0)
+        context = context_of(self.teacher, shadow, resolved.student.form, self.task, resolved.recipe)
         resolved.method.check(resolved.options, context)
         stages = resolved.method.build(resolved.options, context)
         found = {}

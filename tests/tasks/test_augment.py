@@ -110,7 +110,7 @@ def augment(task: Task, model: Path | str, *, seed: int = 42, max_length: int = 
     recipe = make_recipe(model, **options)
     section = recipe.task.model_copy(update={"max_length": max_length})
     recipe = recipe.model_copy(update={"seed": seed, "task": section})
-    return augment_task(task, recipe, base=Path(), console=Console(file=io.StringIO()))
+    return augment_task(task, recipe, str(model), console=Console(file=io.StringIO()))
 
 
 def split(text: str) -> list[str]:

@@ -317,11 +317,14 @@ def test_teacher_tensors_are_those_of_the_paired_block():
     overparameterise(student, section)
     found, skipped = teacher_factors(teacher, student, [(1, 2), (2, 4)], section)
     assert not skipped and set(found) == set(factors_of(student))
+    linears = dict(linears_of(student))
     for (layer, name), chain in found.items():
         weight = block_matrix(teacher, 2 * layer, name).weight
         torch.testing.assert_close(contract(chain), weight, atol=1e-5, rtol=1e-4)
         assert not any(t.requires_grad for t in chain)
-        expected = decompose(weight, chain_of(dict(linears_of(student))[(layer, name)]).shape)  # type: ignore
+        own = chain_of(linears[layer, name])
+        assert own is not None
+        expected = decompose(weight, own.shape)
         assert all(torch.equal(a, b) for a, b in zip(chain, expected, strict=True))
 
 
