@@ -27,14 +27,14 @@ from kdcli.models.forms import StudentBuild
 from kdcli.models.load import head_of
 from kdcli.models.save import save_model
 from kdcli.recipe.schema import Recipe
-from kdcli.resolve import Resolved, head_needed, judge_shapes, resolve
+from kdcli.resolve import Resolved, head_needed, judge_models, resolve
 from kdcli.runs import timed
 from kdcli.tasks.augment import augment_task, check_augment, model_of_copies
 from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
 from kdcli.tasks.metrics import chance_level
 from kdcli.training.distributed import is_main, main_does
-from kdcli.training.downstream import score_on_tasks
+from kdcli.training.downstream import score_on_tasks, tasks_of
 from kdcli.training.hashing import hash_of_weights
 from kdcli.training.logits_cache import cached_predictions
 from kdcli.training.road import Road
@@ -80,9 +80,16 @@ def run_distill(
         console = Console(stderr=True, quiet=True)
     begun = time.perf_counter()
     seconds: dict[str, float] = {}
+    if fail_under is not None and recipe.task.type == "text":
+        raise InputError(
+            "needs a task with labels; plain text has no score",
+            where="--fail-under",
+            hint="score a fine-tuned student: kdcli eval RUN/finetune/TASK --task TASK --fail-under ...",
+        )
     resolve(recipe, recipe_path)
     task = load_task(recipe.task, recipe.evaluate, base=recipe_path.resolve().parent, seed=recipe.seed)
     resolved = resolve(recipe, recipe_path, task)
+    downstream = tasks_of(recipe, resolved.base)
     root = output or (resolved.base / Path(recipe.output).expanduser() if recipe.output else Path("runs"))
     run: runs.Run = runs.open_run(root, resolved.name, force=force, resume=resume, create=is_main())
     document = recipe.model_dump(exclude_none=True)
@@ -95,7 +102,7 @@ def run_distill(
             f"{run.path} was started with another recipe",
             hint="go back to that recipe, or start again with --force",
         )
-    with _fresh_run(run, resume):
+    with _attempt(run, resume) as attempt:
         main_does(
             lambda: run.begin(
                 recipe=document,
@@ -119,7 +126,7 @@ def run_distill(
                 refresh=refresh,
                 resume=resume,
                 work=run.checkpoints / "teacher",
-                inspect=lambda model: judge_shapes(model, resolved, task),
+                inspect=lambda model, tokenizer: judge_models(model, tokenizer, resolved, task),
             )
             silent = task.kind == "text" or not teacher.known
             teacher_scores = {} if silent else _teacher_scores(teacher, task, resolved)
@@ -141,7 +148,9 @@ def run_distill(
         if resolved.assistant is not None:
             made = road.distil(teacher, resolved.assistant, None, folder="assistant", title="assistant: ")
             nearest = replace(teacher, model=made.build.model, path=None)
+            attempt.worth_keeping = True
         student = road.distil(nearest, resolved.student, recipe.overparam)
+        attempt.worth_keeping = True
         build, training = student.build, student.training
         if task.kind == "text" and not student.speaks:
             # Nothing taught its head to speak: what is handed over is the body.
@@ -159,7 +168,7 @@ def run_distill(
                         teacher.model,
                         teacher.tokenizer,
                         recipe,
-                        base=resolved.base,
+                        downstream,
                         run=run,
                         console=console,
                         resume=resume,
@@ -212,14 +221,22 @@ def run_distill(
     return RunResult(run.record, result, code)
 
 
+@dataclass
+class _Attempt:
+    """Whether a run holds something that took work: a trained assistant or student."""
+
+    worth_keeping: bool
+
+
 @contextmanager
-def _fresh_run(run: runs.Run, resume: bool) -> Iterator[None]:
-    """Leave nothing behind when the input turns out to be wrong after the folder was made."""
+def _attempt(run: runs.Run, resume: bool) -> Iterator[_Attempt]:
+    """Leave nothing behind when the input turns out to be wrong before a model was trained, and all when after it."""
+    attempt = _Attempt(resume)
     try:
-        yield
+        yield attempt
     except InputError:
-        if is_main() and not resume:
-            run.discard()
+        if is_main():
+            run.mark_failed() if attempt.worth_keeping else run.discard()
         raise
     except BaseException:
         if is_main():

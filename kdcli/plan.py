@@ -11,11 +11,12 @@ from kdcli.models.counts import count_parameters
 from kdcli.models.forms import build_student
 from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import Recipe
-from kdcli.resolve import Resolved, context_of, head_needed, placed, resolve, stages_of
+from kdcli.resolve import Resolved, context_of, head_needed, judge_models, placed, resolve, stages_of
 from kdcli.tasks.augment import check_augment
 from kdcli.tasks.load import load_task
 from kdcli.tasks.text import pack
 from kdcli.tensors.parametrize import overparameterise, teacher_factors
+from kdcli.training.downstream import tasks_of
 from kdcli.training.loop import resolve_precision
 from kdcli.training.road import stage_loop
 from kdcli.training.teacher import initial_teacher, needs_training, resolve_source
@@ -69,6 +70,10 @@ class Plan:
         table.add_row("matched blocks", ", ".join(f"{s}<-{t}" for s, t in document["pairs"]) + " (student<-teacher)")
         loop = document["train"]
         table.add_row("training", f"{loop['batch_size']} examples a step, {loop['precision']}, seed {document['seed']}")
+        for tuned in document["finetune"]:
+            sizes = ", ".join(f"{name} {rows:,}" for name, rows in tuned["sizes"].items())
+            beside = f", beside {' and '.join(tuned['against'])}" if tuned["against"] else ""
+            table.add_row("fine-tuning", f"{tuned['task']} ({sizes}) x {tuned['seeds']}{beside}")
         table.add_row("memory", f"about {document['memory_megabytes']:,} MB while training")
         return table
 
@@ -79,11 +84,14 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
     resolve(recipe, recipe_path)
     task = load_task(recipe.task, recipe.evaluate, base=base, seed=recipe.seed)
     resolved = resolve(recipe, recipe_path, task)
+    downstream = tasks_of(recipe, base)
     section = recipe.teacher
     source = resolve_source(section.model, base) if section.model is not None else None
     head = head_needed(resolved, task)
     trains = needs_training(recipe, source, head)
     teacher, tokenizer = initial_teacher(recipe, task, source, head, base)
+    if not section.black_box:
+        judge_models(teacher, tokenizer, resolved, task)
     nearest, way = teacher, []
     for name, student in resolved.sections.items():
         with placed(name):
@@ -154,6 +162,15 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
                 "notes": build.notes,
                 "teacher_layers": build.teacher_layers,
             },
+            "finetune": [
+                {
+                    "task": tuned.name,
+                    "sizes": {"train": len(tuned.train), **{name: len(rows_) for name, rows_ in tuned.report.items()}},
+                    "seeds": table.seeds,
+                    "against": list(dict.fromkeys(table.against)),
+                }
+                for tuned, table in zip(downstream, recipe.finetune, strict=True)
+            ],
             "overparam": chain,
             "pairs": [list(pair) for pair in context.pairs],
             "stages": rows[-1],

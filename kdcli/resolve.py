@@ -1,6 +1,7 @@
 """From a recipe to a recipe with every default filled in, and what can be judged before any work."""
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from kdcli.methods import registry
 from kdcli.methods.base import Context, Method, Stage
 from kdcli.methods.layer_maps import uniform
 from kdcli.models.forms import build_student
-from kdcli.models.load import load_config
+from kdcli.models.load import check_same_tokens, load_config
 from kdcli.models.shape import shape_of
-from kdcli.recipe.schema import Recipe, StudentSection
+from kdcli.recipe.schema import FORM_FIELDS, Recipe, StudentSection
 from kdcli.tasks.base import Task
 from kdcli.tensors.parametrize import check_chains
 from kdcli.training.loop import LoopSettings
@@ -49,23 +50,23 @@ class Resolved:
 def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Resolved:
     """Fill in what the recipe left to the method."""
     method = registry.get(recipe.method.name)
-    if task is not None and task.kind not in method.kinds:
+    kind = task.kind if task is not None else recipe.task.type
+    if kind is not None and kind not in method.kinds:
         raise UnfitTaskError(
-            f"{method.name} works on {' and '.join(sorted(method.kinds))} tasks; {task.name} is a {task.kind} task",
+            f"{method.name} works on {' and '.join(sorted(method.kinds))} tasks; {recipe.task.name} is a {kind} task",
             where="method.name",
             hint="`kdcli methods` lists what each one needs",
         )
     options = method.options.model_validate(recipe.method.options)
-    written = recipe.student.model_dump(exclude_unset=True)
-    defaults = method.student if recipe.student.form in (None, method.student.get("form")) else {}
-    sizes = {"budget", "rank", "params", "energy"}
-    if sizes & set(written):
-        defaults = {key: value for key, value in defaults.items() if key not in sizes}
-    student = StudentSection.model_validate({**defaults, **written})
-    student = _with_form(student, "depth")
+    student = _filled(recipe.student, {"form": "depth", **method.student}, "student", method)
+    assistant = recipe.assistant
+    if assistant is not None:
+        assistant = _filled(assistant, {"form": "width"}, "assistant", method)
     if recipe.teacher.black_box:
         _judge_black_box(recipe, method, options, student)
     base = recipe_path.resolve().parent
+    if task is not None:
+        method.look(options, task, base)
     train = recipe.train
     defaults_of_loop = {**method.train, **(method.text_train if recipe.task.type == "text" else {})}
 
@@ -104,7 +105,7 @@ def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Reso
         method=method,
         options=options,
         student=_found(student, base),
-        assistant=_found(_with_form(recipe.assistant, "width"), base) if recipe.assistant is not None else None,
+        assistant=_found(assistant, base) if assistant is not None else None,
         loop=loop,
     )
 
@@ -129,11 +130,27 @@ def _judge_black_box(recipe: Recipe, method: Method, options: Any, student: Stud
         )
 
 
-def _with_form(section: StudentSection, form: str) -> StudentSection:
-    """Return a section that has a form: its own, or else this one."""
-    if section.form is not None:
+def _filled(section: StudentSection, defaults: dict[str, Any], table: str, method: Method) -> StudentSection:
+    """Return a section with `defaults`, a form among them, in place of what it leaves out.
+
+    Raises InputError for a field that belongs to another form, where the recipe names none.
+    """
+    form = defaults["form"]
+    if section.form not in (None, form):
         return section
-    return StudentSection.model_validate({**section.model_dump(exclude_unset=True), "form": form})
+    if strangers := section.strangers(form):
+        fitting = [f'form = "{name}"' for name, fields in FORM_FIELDS.items() if set(strangers) <= set(fields)]
+        raise InputError(
+            f'form = "{form}", which {method.name} takes for the {table} where none is given, has no '
+            f"{', '.join(strangers)}",
+            where=f"{table}.{strangers[0]}",
+            hint=f"add {' or '.join(fitting)}" if fitting else None,
+        )
+    written = section.model_dump(exclude_unset=True)
+    sizes = {"budget", "rank", "params", "energy"}
+    if sizes & set(written):
+        defaults = {key: value for key, value in defaults.items() if key not in sizes}
+    return StudentSection.model_validate({**defaults, **written})
 
 
 def _found(student: StudentSection, base: Path) -> StudentSection:
@@ -171,31 +188,34 @@ def context_of(
     )
 
 
-def judge_shapes(teacher: "PreTrainedModel", resolved: Resolved, task: Task) -> None:
-    """Raise InputError for what is wrong with a student's shape or the method's demands, without any work.
+def judge_models(teacher: "PreTrainedModel", tokenizer: Any, resolved: Resolved, task: Task) -> None:
+    """Raise InputError for what is wrong with a student's shape or tokens, or the method's demands, without any work.
 
     With an assistant both are judged, each beside the model that it follows.
     """
     nearest = copy.deepcopy(teacher).to("meta")  # type: ignore[arg-type]
     for name, section in resolved.sections.items():
         with placed(name):
+            if section.model is not None:
+                check_same_tokens(tokenizer, section.model, "student.model")
             student = _shadow(nearest, section)
             assert section.form is not None
             context = context_of(nearest, student, section.form, task, resolved.recipe)
             stages_of(resolved, context, student, nearest)
-        nearest = student
+        followed, nearest = nearest, student
     if resolved.recipe.overparam is not None and resolved.student.energy is None:
-        check_chains(nearest, resolved.recipe.overparam)
+        check_chains(nearest, resolved.recipe.overparam, followed, context.pairs)
 
 
 @contextmanager
-def placed(name: str) -> Iterator[None]:
-    """Let errors about a student name the table that it stands in: `[assistant]` has the fields of `[student]`."""
+def placed(name: str, table: str = "student") -> Iterator[None]:
+    """Let errors about a table name the one that has its fields: `[assistant]` those of `[student]`."""
     try:
         yield
     except InputError as error:
-        where, hint = (text and text.replace("student.", f"{name}.") for text in (error.where, error.hint))
-        raise type(error)(error.message, where=where, hint=hint) from error
+        where = error.where and re.sub(rf"^{table}(?=\.|$)", name, error.where)
+        hint = error.hint and re.sub(rf"(?<![\w.]){table}\.(?=\w)", f"{name}.", error.hint)
+        raise type(error)(error.message, where=where or name, hint=hint) from error
 
 
 def _shadow(teacher: "PreTrainedModel", section: StudentSection) -> "PreTrainedModel":

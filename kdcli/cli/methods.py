@@ -23,11 +23,11 @@ def methods(
     from rich.table import Table
     from rich.text import Text
 
-    from kdcli.cli.console import emit
+    from kdcli.cli.console import emit, info
     from kdcli.methods import registry
 
     if name is None:
-        found = [registry.get(known) for known in registry.names()]
+        found, problems = registry.usable()
         table = Table(show_lines=True)
         for column in ("name", "tasks", "signals", "constraints", "cost", "paper"):
             table.add_column(column, overflow="fold")
@@ -39,6 +39,8 @@ def methods(
         keys = ("name", "title", "signals", "constraints", "cost", "paper")
         rows = [{**{key: getattr(m, key) for key in keys}, "tasks": sorted(m.kinds)} for m in found]
         emit(rows, table=table, as_json=as_json)
+        for problem in problems:
+            info(f"left out: {problem}")
         return 0
     method = registry.get(name)
     options = method.options().model_dump()

@@ -225,9 +225,10 @@ def _terms(recipe: Recipe, file: Path, planned: dict[str, Any]) -> dict[str, Any
     if teacher["model"] is not None:
         teacher["model"] = resolve_source(teacher["model"], file.resolve().parent)
     teacher["seed"] = seed_of(recipe)
+    masking = {"mask_probability", "mask_smoothing"} if recipe.task.type == "text" else set()
     return {
         "task (fingerprint of its data)": planned["task"]["fingerprint"],
-        **_flat("task", recipe.task.model_dump(include={"max_length", "metrics"})),
+        **_flat("task", recipe.task.model_dump(include={"max_length", "metrics", *masking})),
         **_flat("teacher", teacher),
         "task.augment": recipe.task.augment.model_dump() if recipe.task.augment is not None else None,
         "evaluate.protocol": recipe.evaluate.protocol,

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.terms import Share, Temperature, Weight
 from kdcli.objectives.attribution import AttributionObjective
 from kdcli.objectives.output import AnnealedOutputObjective
 from kdcli.objectives.task import TaskObjective
@@ -21,9 +22,9 @@ class ADKDOptions(Options):
     gentle end, from which beta can be raised.
     """
 
-    alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
-    beta: Annotated[float, Field(ge=0.0)] = 1.0
-    temperature: Annotated[float, Field(gt=0.0)] = 2.0
+    alpha: Share = 0.9
+    beta: Weight = 1.0
+    temperature: Temperature = 2.0
     anneal: bool = False
     top_k: Annotated[int, Field(gt=0)] | None = None
     steps: Annotated[int, Field(gt=0)] = 1

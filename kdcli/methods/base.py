@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
@@ -10,6 +11,7 @@ from kdcli.models.shape import ModelShape
 from kdcli.objectives.base import Term
 
 if TYPE_CHECKING:
+    from kdcli.tasks.base import Task
     from kdcli.training.schemes.base import Scheme
 
 
@@ -60,6 +62,10 @@ def _never(options: Any) -> bool:
     return False
 
 
+def _no_look(options: Any, task: Any, base: Path) -> None:
+    return None
+
+
 def _no_notes(options: Any, context: Context) -> list[str]:
     return []
 
@@ -71,6 +77,8 @@ class Method:
     title, paper, formula, signals, constraints, cost: for `kdcli methods`. options: the schema of its own
     options. student, train: defaults for those tables; on plain text text_train comes before train.
     check(options, context) raises InputError for what cannot work, with the nearest setting that does.
+    look(options, task, base) raises InputError for files, programs and modules named in the options that are not there;
+    base is the folder that relative paths start from.
     build(options, context) returns the stages. notes(options, context): what was chosen for the user and is worth a
     line. kinds: of tasks that it can be used on ("classification", "regression", "text"). teacherless(options):
     whether answers are enough, without the teacher's model.
@@ -86,6 +94,7 @@ class Method:
     options: type[BaseModel]
     build: Callable[[Any, Context], list[Stage]]
     check: Callable[[Any, Context], None] = _no_check
+    look: Callable[[Any, "Task", Path], None] = _no_look
     kinds: frozenset[str] = frozenset({"classification", "regression"})
     student: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)

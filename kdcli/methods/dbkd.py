@@ -6,11 +6,13 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.terms import refuse_idle
 from kdcli.objectives.output import OutputObjective
 from kdcli.objectives.task import TaskObjective
 from kdcli.tasks.base import Task
 from kdcli.training.black_box import BlackBox, Command, PythonCallable
-from kdcli.training.schemes.dbkd import DecisionScheme
+from kdcli.training.decisions import recorded
+from kdcli.training.schemes.dbkd import DECISIONS, DecisionScheme
 
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(gt=0)]
@@ -39,7 +41,7 @@ class BlackBoxOptions(Options):
         return self
 
     def make(self, task: Task, base: Path) -> BlackBox:
-        """Return the one who is asked."""
+        """Return the one who is asked. Raises InputError when there is no such function or program."""
         if self.callable is not None:
             return PythonCallable(self.callable, task.label_names, base)
         assert self.command is not None
@@ -65,6 +67,23 @@ class DBKDOptions(Options):
     sigma: Positive = 1.0
     noise_std: Positive = 1.0
     black_box: BlackBoxOptions | None = None
+
+
+def look(options: DBKDOptions, task: Task, base: Path) -> None:
+    """Raise InputError when the black box is not there, or its recorded decisions do not fit the task."""
+    box = options.black_box
+    if box is None:
+        return
+    if box.decisions is not None:
+        recorded(base / Path(box.decisions).expanduser(), task, DECISIONS)
+    else:
+        box.make(task, base)
+
+
+def check(options: DBKDOptions, context: Context) -> None:
+    """Raise InputError for options about questions where none are asked."""
+    if options.black_box is not None and options.black_box.decisions is not None:
+        refuse_idle(options, ("copies", "ratio", "noise_seed", "synonyms"), "beside recorded decisions")
 
 
 def build(options: DBKDOptions, context: Context) -> list[Stage]:
@@ -100,6 +119,8 @@ METHOD = Method(
     cost="student only; before it m decisions an example, asked for once and kept",
     options=DBKDOptions,
     build=build,
+    check=check,
+    look=look,
     kinds=frozenset({"classification"}),
     teacherless=lambda options: options.black_box is not None,
     student={"form": "depth", "select": "first"},

@@ -21,7 +21,10 @@ class Weights(Options):
 
 
 class DistilBERTOptions(Options):
-    """positions: on plain text, where predictions are compared: at "all" words, or at the "masked" ones."""
+    """positions: on plain text, where predictions are compared: at "all" words, or at the "masked" ones.
+
+    The paper hides rare words more often than frequent ones: `task.mask_smoothing = 0.7`.
+    """
 
     weights: Weights = Weights()
     temperature: Temperature = 2.0

@@ -50,9 +50,9 @@ class EMDOptions(Options):
 class HSOptions(Options):
     """Which block follows which, and what else is learnt.
 
-    layer_map: "last", "uniform", "last-k", "all", "uniform-consecutive", "uniform+last", "random" (drawn anew every
-    epoch, from `seed`, by default the recipe's), "emd", or a list of pairs [student block, teacher block] counted from
-    1, 0 for embeddings.
+    layer_map: "last", "uniform" (also called "skip"), "last-k", "all", "uniform-consecutive", "uniform+last", "random"
+    (drawn anew every epoch, from `seed`, by default the recipe's), "emd", or a list of pairs [student block, teacher
+    block] counted from 1, 0 for embeddings.
     consecutive: whether the intervals of "uniform-consecutive" hold both their ends ("closed") or the upper one.
     bridge: learned linear maps, one a student block, before the comparison; without it only where widths differ.
     match_norm: errors relative to the size of the teacher's states. alpha: the share of the teacher's prediction on
@@ -102,6 +102,12 @@ def check(options: HSOptions, context: Context) -> None:
             raise InputError('match_norm says nothing with layer_map = "emd"', where="method.match_norm")
         if options.emd.attention:
             need_equal_heads(context, "method.emd.attention", "leave attention out")
+        elif options.emd.separate:
+            raise InputError(
+                "without attention there are no other layer weights to keep apart",
+                where="method.emd.separate",
+                hint="leave it out, or set method.emd.attention = true",
+            )
         return
     top = max((s for s, _ in _pairs(options, context)), default=0)
     if context.kind == "text" and options.weights.mlm == 0 and top < context.student.layers:

@@ -1,10 +1,7 @@
 """Knowledge distillation from logits and labels."""
 
-from typing import Annotated
-
-from pydantic import Field
-
 from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.terms import Share, Temperature
 from kdcli.objectives.output import OutputObjective
 from kdcli.objectives.task import TaskObjective
 
@@ -12,8 +9,8 @@ from kdcli.objectives.task import TaskObjective
 class KDOptions(Options):
     """`alpha` is the share of the teacher's prediction, 1 - alpha that of the gold labels."""
 
-    alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    alpha: Share = 0.5
+    temperature: Temperature = 1.0
 
 
 def build(options: KDOptions, context: Context) -> list[Stage]:

@@ -60,6 +60,7 @@ def random(student: int, teacher: int, seed: int = 0, epoch: int = 0) -> Pairs:
 MAPS = {
     "last": last,
     "uniform": uniform,
+    "skip": uniform,
     "last-k": last_k,
     "all": every,
     "uniform-consecutive": uniform_consecutive,
@@ -90,14 +91,24 @@ def layer_map(
             return uniform_consecutive(student, teacher, half_open=half_open)
         return random(student, teacher, seed, epoch) if name == "random" else MAPS[name](student, teacher)
     if not name:
-        raise InputError("a layer map needs at least one pair", where="method.layer_map")
+        raise InputError(
+            "a layer map needs at least one pair",
+            where="method.layer_map",
+            hint=f"use [[{student}, {teacher}]], the last blocks, or a name: {', '.join(MAPS)}",
+        )
     for pair in name:
         if len(pair) != 2:
-            raise InputError(f"{list(pair)} is not a pair [student block, teacher block]", where="method.layer_map")
+            raise InputError(
+                f"{list(pair)} is not a pair [student block, teacher block]",
+                where="method.layer_map",
+                hint=f"write pairs such as [[{student}, {teacher}]]",
+            )
         s, t = pair
         if not (0 <= s <= student and 0 <= t <= teacher):
             raise InputError(
                 f"the pair [{s}, {t}] is not within the student's {student} and the teacher's {teacher} blocks",
                 where="method.layer_map",
+                hint=f"blocks count from 1, 0 is the embeddings; did you mean "
+                f"[{min(max(s, 0), student)}, {min(max(t, 0), teacher)}]?",
             )
     return [(s, t) for s, t in name]

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.terms import Share, Temperature, refuse_idle
 from kdcli.objectives.output import OutputObjective
 from kdcli.objectives.task import TaskObjective
 from kdcli.training.schemes.lgtm import Learning, LGTMScheme
@@ -22,8 +23,8 @@ class LGTMOptions(Options):
     """
 
     alpha_student: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    alpha_teacher: Annotated[float, Field(ge=0.0, le=1.0)] = 0.4
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    alpha_teacher: Share = 0.4
+    temperature: Temperature = 1.0
     teacher_learning_rate: Annotated[float, Field(gt=0.0)] = 3e-5
     held_out: Annotated[float, Field(gt=0.0, le=0.5)] = 0.05
     influence: bool = True
@@ -44,10 +45,8 @@ def check(options: LGTMOptions, context: Context) -> None:
             where="method.alpha_teacher",
             hint="use the default 0.4, or influence = false",
         )
-    if not options.influence and "held_out" in options.model_fields_set:
-        raise InputError(
-            "without influence no row is held out", where="method.held_out", hint="leave it out, or influence = true"
-        )
+    if not options.influence:
+        refuse_idle(options, ("held_out",), "without influence", "leave it out, or set influence = true")
 
 
 def build(options: LGTMOptions, context: Context) -> list[Stage]:
@@ -79,8 +78,8 @@ METHOD = Method(
     paper="Ren, Zhong, Shi, Zhu, Yuan, Li (2023): Tailoring Instructions to Student's Learning Levels Boosts "
     "Knowledge Distillation. arXiv 2305.09651",
     formula="student: a_S KL(p_T || p_S) + (1 - a_S) CE(z_S, y); teacher: gradient of a_T KL(p_S || p_T) + "
-    "(1 - a_T) CE(z_T, y), less eta_T d^2 KL(p_S || p_T) / d theta_T d theta_S v; v: gradient of the held-out CE of "
-    "the student after its next step",
+    "(1 - a_T) CE(z_T, y), less eta_T a_T d^2 KL(p_S || p_T) / d theta_T d theta_S v; v: gradient of the held-out CE "
+    "of the student after its next step",
     signals="logits, gold labels; 5% of the training rows to measure influence",
     constraints="none on the models; the teacher must be a model here, gradient_accumulation = 1",
     cost="a step runs the teacher three times forward and twice backward, the student five and three times; with "

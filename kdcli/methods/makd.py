@@ -6,14 +6,14 @@ from pydantic import Field
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.terms import Share, Temperature, Weight, need_equal_heads, need_shares_of_one, refuse_idle
 from kdcli.objectives.hidden import HiddenObjective
 from kdcli.objectives.matrix import MatrixObjective
 from kdcli.objectives.output import OutputObjective
 from kdcli.objectives.relation import RelationObjective
 from kdcli.objectives.task import TaskObjective
 
-Weight = Annotated[float, Field(ge=0.0)]
-Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Part = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class Levels(Options):
@@ -39,12 +39,12 @@ class MaKDOptions(Options):
 
     weights: Levels = Levels()
     terms: Terms = Terms()
-    alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    alpha: Share = 0.5
+    temperature: Temperature = 1.0
     matrix_norm: bool = True
     hidden_norm: bool = False
     schedule: Literal["joint", "staged"] = "joint"
-    shares: Annotated[list[Share], Field(min_length=3, max_length=3)] = Field(default=[0.4, 0.3, 0.3])
+    shares: Annotated[list[Part], Field(min_length=3, max_length=3)] = Field(default=[0.4, 0.3, 0.3])
     final_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
 
 
@@ -52,7 +52,9 @@ def check(options: MaKDOptions, context: Context) -> None:
     """Raise InputError when the widths or heads differ where the terms need them equal."""
     teacher, student = context.teacher, context.student
     if not any((options.weights.matrix, options.weights.layer, options.weights.model)):
-        raise InputError("all levels of MaKD are switched off", where="method.weights")
+        raise InputError(
+            "all levels of MaKD are switched off", where="method.weights", hint="give one of them a weight above 0"
+        )
     inner = options.weights.matrix > 0 or options.weights.layer > 0
     if inner and (teacher.hidden, teacher.intermediate) != (student.hidden, student.intermediate):
         raise InputError(
@@ -61,14 +63,11 @@ def check(options: MaKDOptions, context: Context) -> None:
             where="method.name",
             hint="use a low-rank or depth student, or weights = {matrix = 0, layer = 0}",
         )
-    if options.weights.layer > 0 and options.terms.attention > 0 and teacher.heads != student.heads:
-        raise InputError(
-            f"attention can be compared between equal numbers of heads, not {teacher.heads} and {student.heads}",
-            where="method.terms.attention",
-            hint="set it to 0",
-        )
-    if abs(sum(options.shares) - 1.0) > 1e-6:
-        raise InputError(f"method.shares must add up to 1, not {sum(options.shares):g}", where="method.shares")
+    if options.weights.layer > 0 and options.terms.attention > 0:
+        need_equal_heads(context, otherwise="method.terms.attention = 0")
+    if options.schedule == "joint":
+        refuse_idle(options, ("shares", "final_learning_rate"), 'with schedule = "joint"', 'set schedule = "staged"')
+    need_shares_of_one(options.shares)
 
 
 def build(options: MaKDOptions, context: Context) -> list[Stage]:

@@ -83,12 +83,15 @@ def relation_heads(options: MiniLMv2Options, context: Context) -> int:
 def teacher_layer(options: MiniLMv2Options, context: Context) -> int:
     """Return the number of the teacher's block, from 1. Raises InputError when it has no such block."""
     depth, layer = context.teacher.layers, options.teacher_layer
+    if "teacher_layer" not in options.model_fields_set:
+        # A teacher of one block has no block below its last.
+        layer = max(layer, -depth)
     found = layer + depth + 1 if layer < 0 else layer
     if not 1 <= found <= depth:
         raise InputError(
             f"the teacher has no block {layer}: it has {depth}",
             where="method.teacher_layer",
-            hint=f"use 1 to {depth}, or -1 to -{depth} from the end",
+            hint=f"use 1 to {depth}, or -1 to -{depth} from the end" if depth > 1 else "use 1",
         )
     return found
 
@@ -159,6 +162,6 @@ METHOD = Method(
     kinds=ALL_KINDS,
     student={"form": "depth"},
     train={"epochs": 3.0, "learning_rate": 5e-5},
-    text_train={"learning_rate": 5e-4},
+    text_train={"learning_rate": 6e-4},
     notes=notes,
 )

@@ -1,6 +1,6 @@
 """What several methods share: the terms of a prediction beside their own, and checks of two models' shapes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, Field
@@ -39,7 +39,11 @@ def weighted(terms: Iterable[Term]) -> list[Term]:
     """Return the terms that weigh something: of the others nothing is captured. Raises InputError without any."""
     found = [term for term in terms if term.weight > 0]
     if not found:
-        raise InputError("all terms of this method have the weight 0 on this task", where="method.weights")
+        raise InputError(
+            "all terms of this method have the weight 0 on this task",
+            where="method.weights",
+            hint="give one of them a weight above 0",
+        )
     return found
 
 
@@ -57,6 +61,36 @@ def refuse_strangers(options: BaseModel, context: Context, *, labels: Iterable[s
         if last in inner.model_fields_set:
             kind = "plain text" if context.kind == "text" else "a task with labels"
             raise InputError(f"{name} means nothing on {kind}", where=f"method.{name}", hint="leave it out")
+
+
+def refuse_idle(options: BaseModel, names: Iterable[str], where_it_is_idle: str, hint: str = "leave it out") -> None:
+    """Raise InputError for options that were given where they have no effect, such as "beside recorded decisions"."""
+    for name in names:
+        if name in options.model_fields_set:
+            raise InputError(f"{name} has no effect {where_it_is_idle}", where=f"method.{name}", hint=hint)
+
+
+def need_shares_of_one(shares: Sequence[float]) -> None:
+    """Raise InputError, with the nearest shares that work, when the stages' shares do not add up to 1."""
+    total = sum(shares)
+    if abs(total - 1.0) > 1e-6:
+        nearest = ", ".join(f"{share / total:.3g}" for share in shares)
+        raise InputError(f"the shares must add up to 1, not {total:g}", where="method.shares", hint=f"use [{nearest}]")
+
+
+def need_dividing_depth(context: Context, why: str) -> None:
+    """Raise InputError, with the nearest depth that works, when the student's depth does not divide the teacher's.
+
+    why: what the method does with the blocks, such as "tinybert follows every c-th teacher block".
+    """
+    depth, blocks = context.teacher.layers, context.student.layers
+    if depth % blocks:
+        nearest = min((n for n in range(1, depth + 1) if depth % n == 0), key=lambda n: (abs(n - blocks), n))
+        raise InputError(
+            f"{why}: {depth} blocks cannot be divided among {blocks}",
+            where="student.layers",
+            hint=f"use {nearest} blocks",
+        )
 
 
 def need_equal_vocabulary(context: Context) -> None:

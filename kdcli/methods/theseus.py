@@ -6,6 +6,7 @@ from pydantic import Field
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.terms import need_dividing_depth, refuse_idle
 from kdcli.objectives.task import TaskObjective
 from kdcli.training.schemes.theseus import Replacement, TheseusScheme
 
@@ -41,21 +42,15 @@ def check(options: TheseusOptions, context: Context) -> None:
             where="method.steps_for_replacing",
             hint="use k, or leave it out",
         )
+    if options.k is not None or options.steps_for_replacing is not None:
+        refuse_idle(options, ("full_at",), "beside k or steps_for_replacing", "give one of them")
     if context.student_form != "depth":
         raise InputError(
             f"theseus trains blocks inside the teacher, so they must be cut from it, not {context.student_form!r}",
             where="student.form",
             hint='use form = "depth"',
         )
-    depth, blocks = context.teacher.layers, context.student.layers
-    if depth % blocks:
-        fitting = [n for n in range(1, depth + 1) if depth % n == 0]
-        nearest = min(fitting, key=lambda n: (abs(n - blocks), n))
-        raise InputError(
-            f"theseus replaces equal groups of teacher blocks: {depth} blocks cannot be divided among {blocks}",
-            where="student.layers",
-            hint=f"use {nearest} blocks",
-        )
+    need_dividing_depth(context, "theseus replaces equal groups of teacher blocks")
 
 
 def build(options: TheseusOptions, context: Context) -> list[Stage]:

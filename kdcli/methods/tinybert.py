@@ -4,14 +4,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import (
     ALL_KINDS,
     Share,
     Temperature,
     Weight,
+    need_dividing_depth,
     need_equal_heads,
+    need_shares_of_one,
     needs_bridge,
     refuse_strangers,
     weighted,
@@ -51,19 +52,11 @@ class TinyBERTOptions(Options):
 def check(options: TinyBERTOptions, context: Context) -> None:
     """Raise InputError when depths do not divide, or heads differ."""
     refuse_strangers(options, context, labels=("shares", "final_learning_rate", "alpha", "temperature"))
-    depth, blocks = context.teacher.layers, context.student.layers
-    if depth % blocks:
-        nearest = min((n for n in range(1, depth + 1) if depth % n == 0), key=lambda n: (abs(n - blocks), n))
-        raise InputError(
-            f"tinybert follows every c-th teacher block: {depth} blocks cannot be divided among {blocks}",
-            where="student.layers",
-            hint=f"use {nearest} blocks",
-        )
+    need_dividing_depth(context, "tinybert follows every c-th teacher block")
     if options.weights.attention > 0:
         need_equal_heads(context, otherwise="method.weights.attention = 0")
     needs_bridge(options.bridge, context)
-    if abs(sum(options.shares) - 1.0) > 1e-6:
-        raise InputError(f"method.shares must add up to 1, not {sum(options.shares):g}", where="method.shares")
+    need_shares_of_one(options.shares)
 
 
 def _inside(options: TinyBERTOptions, context: Context) -> list[Term]:
@@ -119,5 +112,5 @@ METHOD = Method(
     student={"form": "depth"},
     # About 10 epochs for the first and 3 for the second stage.
     train={"epochs": 13.0, "learning_rate": 5e-5},
-    text_train={"epochs": 3.0, "learning_rate": 5e-4},
+    text_train={"epochs": 3.0},
 )

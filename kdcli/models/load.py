@@ -342,6 +342,27 @@ def check_tokenizer(model: "PreTrainedModel", tokenizer: Any, max_length: int | 
         )
 
 
+def check_same_tokens(tokenizer: Any, name: str | Path, where: str) -> None:
+    """Raise InputError when the model `name` was trained with other tokens than those that `tokenizer` gives.
+
+    A model that comes without a tokenizer of its own is not judged.
+    """
+    try:
+        own = load_tokenizer(name).get_vocab()
+    except InputError:
+        return
+    differing = [(number, token) for token, number in tokenizer.get_vocab().items() if own.get(token) != number]
+    if differing:
+        number, token = min(differing)
+        theirs = next((word for word, place in own.items() if place == number), None)
+        found = f"is {theirs!r}" if theirs is not None else "does not exist"
+        raise InputError(
+            f"both models must read the same tokens: number {number} is {token!r} to the teacher and {found} to {name}",
+            where=where,
+            hint="choose a student with the teacher's tokenizer",
+        )
+
+
 def load_any(name: str | Path) -> "PreTrainedModel":
     """Load a model with the head that its checkpoint has: a classifier, a language model's, or none."""
     heads = ("sequence-classification", "masked-lm", "base")

@@ -115,7 +115,8 @@ def _apply(document: dict[str, Any], override: str) -> Keys:
 
 
 def _path(name: str) -> Keys:
-    """Return the parts of a dotted TOML key, or nothing when it is none."""
+    """Return the parts of a dotted TOML key, or nothing when it is none. The place in `finetune[0]` is a part, too."""
+    name = re.sub(r"(?<=\w)(\[\d+\])", r'."\1"', name)
     try:
         inner: Any = tomllib.loads(f"{name.strip()} = 0")
     except tomllib.TOMLDecodeError:

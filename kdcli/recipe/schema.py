@@ -173,10 +173,21 @@ class TeacherSection(Section):
         return self
 
 
+Form = Literal["depth", "low-rank", "width", "checkpoint"]
+
+FORM_FIELDS: dict[Form, tuple[str, ...]] = {
+    "depth": ("layers", "select", "init"),
+    "low-rank": ("budget", "rank", "params", "energy", "embedding_rank"),
+    "width": ("hidden_size", "intermediate_size", "heads", "layers", "init"),
+    "checkpoint": ("model",),
+}
+"""The fields of `[student]` that each form has."""
+
+
 class StudentSection(Section):
     """`[student]`: the form of the smaller model."""
 
-    form: Literal["depth", "low-rank", "width", "checkpoint"] | None = None
+    form: Form | None = None
     # depth
     layers: PositiveInt | list[NonNegativeInt] | None = None
     select: Literal["even", "spread", "first", "last"] = "even"
@@ -203,19 +214,8 @@ class StudentSection(Section):
 
     @model_validator(mode="after")
     def _fits_form(self) -> Self:
-        fields: dict[str, tuple[str, ...]] = {
-            "depth": ("layers",),
-            "low-rank": ("budget", "rank", "params", "energy", "embedding_rank"),
-            "width": ("hidden_size", "intermediate_size", "heads", "layers"),
-            "checkpoint": ("model",),
-        }
         if self.form is not None:
-            strangers = [
-                key
-                for form, keys in fields.items()
-                for key in keys
-                if form != self.form and key not in fields[self.form] and getattr(self, key) is not None
-            ]
+            strangers = self.strangers(self.form)
             if strangers:
                 raise ValueError(f'form = "{self.form}" has no {", ".join(strangers)}')
         sizes = [k for k in ("budget", "rank", "params", "energy") if getattr(self, k) is not None]
@@ -224,6 +224,11 @@ class StudentSection(Section):
         if self.form == "checkpoint" and self.model is None:
             raise ValueError('form = "checkpoint" needs model = "FOLDER OR HUB NAME"')
         return self
+
+    def strangers(self, form: Form) -> list[str]:
+        """Return the fields with another value than their default that this form does not have."""
+        others = dict.fromkeys(key for keys in FORM_FIELDS.values() for key in keys if key not in FORM_FIELDS[form])
+        return [key for key in others if getattr(self, key) != type(self).model_fields[key].default]
 
 
 def parse_count(text: int | str) -> int:
@@ -354,6 +359,12 @@ class Recipe(Section):
     def _text_or_labels(self) -> Self:
         if self.finetune and self.task.type != "text":
             raise ValueError('[[finetune]] follows distilling on plain text: [task] type = "text"')
-        if self.task.type == "text" and self.evaluate.fail_under is not None:
-            raise ValueError("evaluate.fail_under needs a task with labels; plain text has no score")
+        if self.task.type == "text":
+            if self.evaluate.fail_under is not None:
+                raise ValueError("evaluate.fail_under needs a task with labels; plain text has no score")
+            if self.export.onnx:
+                raise ValueError(
+                    "export.onnx needs a task with labels: a general student is fine-tuned first, and then exported "
+                    "with `kdcli export`"
+                )
         return self

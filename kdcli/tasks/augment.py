@@ -282,7 +282,7 @@ def model_of_copies(recipe: Recipe, *, base: Path, console: Console, refresh: bo
         refresh=refresh,
         resume=resume,
         work=work,
-        inspect=lambda model: None,
+        inspect=lambda model, tokenizer: None,
     )
     if found.path is None:
         raise RunError(

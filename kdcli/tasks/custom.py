@@ -20,14 +20,19 @@ NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 READABLE = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON lines", ".json": "JSON", ".parquet": "Parquet"}
 
 
-def read_file(path: Path, where: str) -> Columns:
-    """Return the columns of a CSV, TSV, JSON(L) or Parquet file. Raises InputError when it cannot be read."""
+def read_file(path: Path, where: str, *, beside: tuple[str, ...] = ()) -> Columns:
+    """Return the columns of a CSV, TSV, JSON(L) or Parquet file. Raises InputError when it cannot be read.
+
+    beside: other kinds of files that the caller reads itself, for the message.
+    """
     if not path.is_file():
         raise InputError(f"no file at {path}", where=where, hint="relative paths start at the recipe's folder")
     kind = READABLE.get(path.suffix.lower())
     if kind is None:
         raise InputError(
-            f"{path.name} is none of {', '.join(sorted(READABLE))}", where=where, hint="rename or convert it"
+            f"{path.name} is none of {', '.join(sorted({*READABLE, *beside}))}",
+            where=where,
+            hint="rename or convert it",
         )
     try:
         names, values = _read(path, kind, where)

@@ -20,6 +20,7 @@ from kdcli.tasks.encode import Collator
 if TYPE_CHECKING:
     from kdcli.recipe.schema import TaskSection
 
+PLAIN = ".txt"
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev", "test")}
 """Split names, the first that is there counts."""
 
@@ -67,7 +68,7 @@ def _path(text: str, base: Path) -> Path:
 
 
 def _read_folder(folder: Path, section: "TaskSection", where: str) -> dict[str, list[str]]:
-    readable = (".txt", *custom.READABLE)
+    readable = (PLAIN, *custom.READABLE)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in readable)
     if not files:
         raise InputError(f"{folder} holds none of {', '.join(readable)}", where=where)
@@ -83,8 +84,8 @@ def _read_folder(folder: Path, section: "TaskSection", where: str) -> dict[str, 
 
 
 def _read(path: Path, section: "TaskSection", where: str) -> list[str]:
-    if path.suffix.lower() != ".txt":
-        return _texts(custom.read_file(path, where), section, str(path))
+    if path.suffix.lower() != PLAIN:
+        return _texts(custom.read_file(path, where, beside=(PLAIN,)), section, str(path))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

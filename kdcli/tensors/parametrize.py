@@ -240,9 +240,40 @@ def _wanted(model: "PreTrainedModel", section: OverparamSection) -> tuple[list[_
     return wanted, skipped
 
 
-def check_chains(model: "PreTrainedModel", section: OverparamSection) -> None:
-    """Raise InputError for blocks and factors that do not fit the model. Looks at shapes, never at weights."""
-    _wanted(model, section)
+def check_chains(
+    student: "PreTrainedModel",
+    section: OverparamSection,
+    teacher: "PreTrainedModel",
+    pairs: Sequence[tuple[int, int]],
+) -> None:
+    """Raise InputError for blocks and factors that do not fit, and when no teacher tensors could be compared with them.
+
+    pairs: (student block, teacher block), counted from 1. Looks at shapes, never at weights.
+    """
+    wanted, _ = _wanted(student, section)
+    if section.aux_weight > 0 and not _comparable(wanted, section, teacher, dict(pairs)):
+        raise InputError(
+            "overparam.aux_weight is above 0, but no matrix of the student has a teacher matrix of its shape",
+            where="overparam.aux_weight",
+            hint='set aux_weight = 0, or aux_mismatch = "truncate"',
+        )
+
+
+def _comparable(
+    wanted: list["_Wanted"], section: OverparamSection, teacher: "PreTrainedModel", blocks: dict[int, int]
+) -> bool:
+    """True when some chain has teacher tensors beside it, as `teacher_factors` finds them."""
+    for item in wanted:
+        matrix, _, part = item.key[1].partition(".")
+        if item.key[0] not in blocks:
+            continue
+        if part:
+            # A teacher's matrix is split at the student's rank, so that its factors have the same shapes.
+            return True
+        weight = _teacher_weight(teacher, blocks[item.key[0]], matrix, part, item.linear, {})
+        if weight is not None and _teacher_shape(weight, item.shape, section) is not None:
+            return True
+    return False
 
 
 def overparameterise(model: "PreTrainedModel", section: OverparamSection) -> OverparamReport:

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -162,7 +163,8 @@ class PythonCallable:
 class Command:
     """A program that reads JSON lines {"text": ..., "text_pair": ...} and writes one label a line.
 
-    It runs in `folder`, once for every portion of questions, for at most `timeout` seconds.
+    It runs in `folder`, once for every portion of questions, for at most `timeout` seconds. Raises InputError when
+    there is no such program.
     """
 
     where = f"{WHERE}.command"
@@ -172,6 +174,13 @@ class Command:
         self.names = names
         self.folder = folder
         self.timeout = timeout
+        program = self.words[0]
+        if shutil.which(program) is None and shutil.which(str(folder / program)) is None:
+            raise InputError(
+                f"cannot run {program!r}: there is no such program",
+                where=self.where,
+                hint=f"programs are looked for on the PATH and, by their path, from {folder}",
+            )
 
     @property
     def identity(self) -> dict[str, Any]:

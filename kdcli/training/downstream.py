@@ -13,7 +13,9 @@ from kdcli.files import atomic_folder
 from kdcli.models.heads import reinitialise, with_classifier
 from kdcli.models.save import save_model
 from kdcli.recipe.schema import Recipe
+from kdcli.resolve import placed
 from kdcli.runs import Run
+from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
 from kdcli.training.distributed import main_does
 from kdcli.training.teacher import finetune, label_options
@@ -22,24 +24,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def tasks_of(recipe: Recipe, base: Path) -> list[Task]:
+    """Return the tasks of `[[finetune]]` in their order. Raises InputError, naming the table, for an unusable one."""
+    tasks = []
+    for number, section in enumerate(recipe.finetune):
+        with placed(f"finetune[{number}].task", "task"):
+            tasks.append(load_task(section.task, recipe.evaluate, base=base))
+    return tasks
+
+
 def score_on_tasks(
     student: "PreTrainedModel",
     teacher: "PreTrainedModel",
     tokenizer: Any,
     recipe: Recipe,
+    tasks: list[Task],
     *,
-    base: Path,
     run: Run,
     console: Console,
     resume: bool,
 ) -> list[TaskScores]:
-    """Fine-tune and score the student, and what it is compared with, on every task of `[[finetune]]`.
+    """Fine-tune and score the student, and what it is compared with, on every task of `[[finetune]]` (`tasks`).
 
     The student of the first seed is kept in the run. Neither model is changed.
     """
     results = []
-    for number, section in enumerate(recipe.finetune, 1):
-        task = load_task(section.task, recipe.evaluate, base=base)
+    for number, (section, task) in enumerate(zip(recipe.finetune, tasks, strict=True), 1):
         names = ["student", *dict.fromkeys(section.against)]
         scores: dict[str, list[float]] = {name: [] for name in names}
         metrics: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in names}

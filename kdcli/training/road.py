@@ -13,7 +13,6 @@ from rich.console import Console
 from transformers import set_seed
 
 from kdcli import runs
-from kdcli.errors import InputError
 from kdcli.files import atomic_folder, write_json
 from kdcli.methods.base import Context, Stage, Term
 from kdcli.models.counts import count_parameters
@@ -65,12 +64,6 @@ def over_parameterise(
     report = overparameterise(build.model, section)
     if section.aux_weight > 0:
         factors, skipped = teacher_factors(teacher, build.model, context.pairs, section)
-        if not factors:
-            raise InputError(
-                "overparam.aux_weight is above 0, but no matrix of the student has a teacher matrix of its shape",
-                where="overparam.aux_weight",
-                hint='set aux_weight = 0, or aux_mismatch = "truncate"',
-            )
         if skipped:
             console.print(
                 f"overparam: no teacher tensors for {len(skipped)} matrices: {', '.join(map(str, skipped[:6]))}"

@@ -96,13 +96,13 @@ def make_teacher(
     refresh: bool,
     resume: bool,
     work: Path,
-    inspect: Callable[["PreTrainedModel"], None],
+    inspect: Callable[["PreTrainedModel", Any], None],
 ) -> Teacher:
     """Return the teacher of a recipe, with a head for it: "sequence-classification", "masked-lm" or "base" (none).
 
     A fine-tuned one is kept in the cache under a name made of everything that shaped it (base weights, data,
     settings, seed), and reused; `refresh` makes it again. `work` is where a training keeps its checkpoints.
-    inspect: sees the model before any work is put into it, and may raise InputError.
+    inspect: sees the model and its tokenizer before any work is put into it, and may raise InputError.
     """
     section = recipe.teacher
     if section.black_box:
@@ -116,7 +116,7 @@ def make_teacher(
         check_tokenizer(model, tokenizer, recipe.task.max_length)
         if task.kind != "text":
             _align(model, task, section.labels)
-        inspect(model)
+        inspect(model, tokenizer)
         return Teacher(
             model,
             tokenizer,
@@ -130,7 +130,7 @@ def make_teacher(
             hint="leave it out: a new head has the task's own labels",
         )
     model, tokenizer = initial_teacher(recipe, task, source, head, base)
-    inspect(model)
+    inspect(model, tokenizer)
     return _finetuned(recipe, task, model, tokenizer, head, console=console, refresh=refresh, resume=resume, work=work)
 
 

@@ -4,6 +4,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -741,6 +742,50 @@ def a_graph_without_its_configuration(world: World) -> list[str]:
         file.unlink()
     world.write("served/model.onnx", model.SerializeToString())
     return ["eval", "./served", "--task", "reviews"]
+
+
+# Plain text
+
+
+def text_recipe(world: World, **changes: Any) -> str:
+    """Write a recipe for plain text, and the text."""
+    world.write("my.txt", "\n\n".join(f"{text}, number {number}" for number, (text, _) in enumerate(ROWS)))
+    world.model("headless")
+    task = {"name": "mine", "type": "text", "data": "my.txt", "max_length": 32}
+    return world.recipe("task", "method", task=task, method="minilmv2", **changes)
+
+
+@case("recipe.toml", "finetune[0].task.name: unknown task 'sst'", "did you mean 'sst2'?")
+def a_task_to_fine_tune_on_that_is_not_known(world: World) -> list[str]:
+    return ["distill", text_recipe(world, finetune=[{"task": "sst"}])]
+
+
+@case("--set finetune", "finetune[1].task.data: no file at ", "absent.csv")
+def a_task_to_fine_tune_on_without_its_data(world: World) -> list[str]:
+    absent = "{task={name='a', data='absent.csv', text='text'}}"
+    own = "{task={name='b', data='rows.csv', text='text'}}"
+    return ["distill", text_recipe(world), "--set", f"finetune=[{own}, {absent}]"]
+
+
+@case("--fail-under", "plain text has no score", "kdcli eval")
+def a_gate_for_plain_text(world: World) -> list[str]:
+    return ["distill", text_recipe(world), "--fail-under", "0.9"]
+
+
+@case("export.onnx needs a task with labels", "kdcli export")
+def an_export_after_plain_text(world: World) -> list[str]:
+    return ["distill", text_recipe(world, export={"onnx": True})]
+
+
+@case("method.name: makd works on classification and regression tasks", "mine is a text task")
+def a_method_that_needs_labels_on_plain_text(world: World) -> list[str]:
+    return ["distill", text_recipe(world), "--set", "method=makd"]
+
+
+@case("my.doc is none of ", ".txt")
+def plain_text_in_a_file_of_another_kind(world: World) -> list[str]:
+    world.write("my.doc", "a text")
+    return ["distill", text_recipe(world), "--set", "task.data=my.doc"]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -99,6 +99,21 @@ def test_unequal_terms_are_refused_with_both_values(tmp_path: Path, changes: dic
     assert plan.unequal and len(plan.cells) == 4
 
 
+def test_hiding_more_words_is_no_equal_term(tmp_path: Path):
+    (tmp_path / "my.txt").write_text("\n\n".join(f"a sentence about number {n}" for n in range(40)))
+    text = (
+        'task = {name = "mine", type = "text", data = "my.txt", max_length = 16, mask_probability = 0.15}\n'
+        'finetune = [{task = {name = "reviews", train_samples = 20, validation_samples = 20}}]'
+    )
+    old = 'task = {name = "reviews", train_samples = 96, validation_samples = 60}'
+    files = [
+        recipe(tmp_path, "od", **{old: text}),
+        recipe(tmp_path, "minilmv2", **{old: text.replace("0.15", "0.5")}),
+    ]
+    plan = plan_comparison(files, seeds=1, console=QUIET, allow_unequal=True)
+    assert [difference.field for difference in plan.unequal] == ["task.mask_probability"]
+
+
 def test_copies_of_training_rows_are_no_equal_terms(tmp_path: Path):
     save_model(BertForMaskedLM(tiny("bert").config), tmp_path / "masked-lm", tokenizer())
     more = {"train_samples = 96": 'train_samples = 96, augment = {model = "masked-lm"}'}

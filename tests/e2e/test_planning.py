@@ -1,10 +1,14 @@
 """What a method cannot work with is refused when the recipe is planned, before any work goes into a teacher."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from families import tiny, tokenizer
 from rich.console import Console
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Stage
@@ -50,6 +54,43 @@ WRONG = {
         ["method=lgtm", "student.layers=3", "train.gradient_accumulation=2"],
         "train.gradient_accumulation: ",
     ),
+    "a field of another form than the method's": (["student.budget=0.5"], "student.budget: has no budget"),
+    "a depth for a method that makes low-rank students": (
+        ["method=makd", "student.layers=2"],
+        "student.layers: has no layers",
+    ),
+    "a field of another form in an assistant": (
+        ["method=minilm", "student.layers=2", "assistant.budget=0.5"],
+        "assistant.budget: has no budget",
+    ),
+    "chains with nothing in the teacher to compare with": (
+        ["student={form='width', hidden_size=16, layers=2, heads=2}", "overparam.length=1"],
+        "overparam.aux_weight: no matrix of the student has a teacher matrix of its shape",
+    ),
+    "a checkpoint that reads other tokens": (
+        ["student.form=checkpoint", "student.model=stranger"],
+        "student.model: both models must read the same tokens: number ",
+    ),
+    "an assistant that reads other tokens": (
+        ["method=hs", "student.layers=2", "assistant={form='checkpoint', model='stranger'}"],
+        "assistant.model: both models must read the same tokens: number ",
+    ),
+    "recorded decisions that are not there": (
+        ["method={name='dbkd', black_box={decisions='absent.jsonl'}}"],
+        "method.black_box.decisions: no file at ",
+    ),
+    "a callable that is not there": (
+        ["method={name='dbkd', black_box={callable='absent:decide'}}"],
+        "method.black_box.callable: cannot import 'absent'",
+    ),
+    "a program that is not there": (
+        ["method={name='dbkd', black_box={command=['absent']}}"],
+        "method.black_box.command: there is no such program",
+    ),
+    "questions beside recorded decisions": (
+        ["method={name='dbkd', copies=3, black_box={decisions='decisions.csv'}}"],
+        "method.copies: copies has no effect",
+    ),
 }
 
 
@@ -60,18 +101,30 @@ def written(folder: Path) -> Path:
     return path
 
 
+def renamed_tokens() -> Any:
+    """Return a tokenizer of as many tokens, two of which have changed places."""
+    document = json.loads(tokenizer().backend_tokenizer.to_str())
+    words = document["model"]["vocab"]
+    first, second = sorted(words, key=words.__getitem__)[-2:]
+    words[first], words[second] = words[second], words[first]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(document)), pad_token="[PAD]")
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_it_is_refused_before_the_teacher_is_trained(case: str, tmp_path: Path, own_cache: Path):
     changes, words = WRONG[case]
     path = written(tmp_path)
     save_model(tiny("bert", num_attention_heads=2), tmp_path / "other", tokenizer())
+    save_model(tiny("bert", layers=6), tmp_path / "stranger", renamed_tokens())
+    decisions = [f"{index},negative" for index in range(40)]
+    (tmp_path / "decisions.csv").write_text("\n".join(["index,label", *decisions]))
     recipe = load_recipe(path, changes)
     with pytest.raises(InputError) as planned:
         make_plan(recipe, recipe_path=path)
     with pytest.raises(InputError) as started:
         run_distill(recipe, recipe_path=path, output=tmp_path / "runs", console=Console(quiet=True))
     for error in (planned, started):
-        place, message = words.split(": ")
+        place, message = words.split(": ", 1)
         assert str(error.value.where).endswith(place)
         assert message in error.value.message
     assert not (own_cache / "teachers").exists() or not any((own_cache / "teachers").iterdir())

@@ -7,11 +7,15 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import kdcli
+from kdcli.cli.app import run
+from kdcli.errors import InputError
+from kdcli.methods import registry
 
 WHEEL = {
     "distil_by_cosine-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: distil-by-cosine\nVersion: 1.0\n",
@@ -61,6 +65,49 @@ finetune = {max_steps = 2}
 [train]
 max_steps = 2
 """
+
+
+@pytest.fixture
+def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str, str], None]]:
+    """Give a function that puts a package with an entry point on the path: its name, the point, the module's text."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry._offered.cache_clear()
+
+    def put(package: str, point: str, module: str) -> None:
+        (tmp_path / f"{package}.py").write_text(module)
+        info = tmp_path / f"{package}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[kdcli.methods]\n{point} = {package}:METHOD\n")
+
+    yield put
+    registry._offered.cache_clear()
+
+
+Offer = Callable[[str, str, str], None]
+UNUSABLE = {
+    "a module that cannot be imported": ("offsite", "import not_there", "offsite", "No module named 'not_there'"),
+    "no method": ("numeric", "METHOD = 3", "numeric", "is a int"),
+    "another name than its method's": ("renamed", MODULE, "renamed", "is called 'by-cosine'"),
+    "a name that is taken": ("impostor", MODULE.replace("by-cosine", "kd"), "kd", "taken by several packages: kdcli, "),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_broken_package_stops_nothing_but_its_own_method(
+    case: str, offer: Offer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    package, module, point, words = UNUSABLE[case]
+    offer(package, point, module)
+    assert run(["methods", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert [row["name"] for row in json.loads(shown.out)] == list(registry.BUILT_IN)
+    assert words in shown.err and package in shown.err
+    assert run(["methods", "kdd"]) == 2
+    assert "unknown method 'kdd'" in capsys.readouterr().err
+    if point not in registry.BUILT_IN:
+        with pytest.raises(InputError, match="of the package " + package):
+            registry.get(point)
 
 
 @pytest.fixture(scope="module")

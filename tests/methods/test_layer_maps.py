@@ -172,6 +172,10 @@ def test_an_empty_list_is_refused():
         layer_map([], 2, 12)
 
 
+def test_skip_is_another_name_of_uniform():
+    assert layer_map("skip", 4, 12) == layer_map("uniform", 4, 12) == [(1, 3), (2, 6), (3, 9), (4, 12)]
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(InputError, match="'skip-two'") as caught:
         layer_map("skip-two", 2, 12)

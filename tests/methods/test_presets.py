@@ -396,6 +396,11 @@ def test_relation_heads_divide_both_widths_and_are_as_published_where_that_works
     assert stage.terms[0].objective.heads == heads
 
 
+def test_a_teacher_of_one_block_is_followed_there():
+    [stage] = stages("minilmv2", context(student=shape(1), teacher=shape(1)))
+    assert wants(stage)[1].matrices == projections(1)
+
+
 def test_the_teachers_block_counts_from_either_end():
     def layer(number: int) -> int:
         (stage,) = stages("minilmv2", context(), teacher_layer=number)
@@ -523,9 +528,10 @@ WRONG: list[tuple[str, Context, dict[str, Any], str, str]] = [
     ("hs", context(), {"layer_map": "all"}, "equal depths", "uniform"),
     ("hs", context(student=shape(24)), {"layer_map": "last-k"}, "no deeper", "student.layers = 12"),
     ("hs", context(), {"layer_map": [[0, 0]]}, "above 0", "block 6"),
-    ("hs", context(), {"layer_map": [[7, 12]]}, "[7, 12]", ""),
-    ("hs", context(), {"layer_map": [[1, 2, 3]]}, "pair", ""),
-    ("hs", context(), {"layer_map": []}, "at least one", ""),
+    ("hs", context(), {"layer_map": [[7, 12]]}, "[7, 12]", "did you mean [6, 12]?"),
+    ("hs", context(), {"layer_map": [[1, 2, 3]]}, "pair", "[[6, 12]]"),
+    ("hs", context(), {"layer_map": []}, "at least one", "[[6, 12]]"),
+    ("hs", context(), {"layer_map": "emd", "emd": {"separate": True}}, "without attention", "emd.attention = true"),
     ("hs", context(), {"layer_map": [[4, 12]]}, "above 4", "block 6"),
     ("hs", context(student=shape(6, 384)), {"bridge": False}, "bridge", "leave it out"),
     ("hs", context(), {"consecutive": "half-open"}, "consecutive", "uniform-consecutive"),
@@ -556,7 +562,26 @@ WRONG: list[tuple[str, Context, dict[str, Any], str, str]] = [
     ("tinybert", context(student=shape(5)), {}, "12 blocks cannot be divided among 5", "use 4 blocks"),
     ("tinybert", context(student=shape(4, 312, 6)), {}, "heads", "student.heads = 12"),
     ("tinybert", context(student=shape(4, 312)), {"bridge": False}, "bridge", "as wide"),
-    ("tinybert", context("classification"), {"shares": [0.5, 0.2]}, "add up to 1", ""),
+    ("tinybert", context("classification"), {"shares": [0.5, 0.2]}, "add up to 1", "use [0.714, 0.286]"),
+    ("minilmv2", context(student=shape(1), teacher=shape(1)), {"teacher_layer": -2}, "no block -2", "use 1"),
+    ("makd", context("classification"), {"shares": [0.2, 0.3, 0.5]}, "shares has no effect", '"staged"'),
+    ("makd", context("classification"), {"final_learning_rate": 1e-5}, "no effect", '"staged"'),
+    (
+        "makd",
+        context("classification"),
+        {"schedule": "staged", "shares": [0.4, 0.4, 0.4]},
+        "add up to 1",
+        "use [0.333, 0.333, 0.333]",
+    ),
+    ("makd", context("classification", student=shape(6, 768, 8)), {}, "12 of the teacher and 8", "student.heads = 12"),
+    ("theseus", context("classification"), {"full_at": 0.5, "k": 1e-3}, "full_at has no effect", "one of them"),
+    (
+        "theseus",
+        context("classification"),
+        {"schedule": "constant", "full_at": 0.5, "steps_for_replacing": 10},
+        "full_at has no effect",
+        "one of them",
+    ),
     ("tinybert", context(), {"shares": [0.5, 0.5]}, "plain text", "leave it out"),
     ("tinybert", context(), {"weights": {"attention": 0.0, "hidden": 0.0}}, "weight 0", ""),
 ]
@@ -608,6 +633,10 @@ def test_defaults_are_the_published_ones():
     assert registry.get("tinybert").train["learning_rate"] == 5e-5
     epochs = [registry.get("tinybert").train["epochs"] * share for share in registry.get("tinybert").options().shares]
     assert [round(n, 1) for n in epochs] == [10.0, 3.0]
+    rates = {
+        name: registry.get(name).text_train.get("learning_rate") for name in ("minilmv2", "distilbert", "tinybert")
+    }
+    assert rates == {"minilmv2": 6e-4, "distilbert": 5e-4, "tinybert": None}
     train = registry.get("distilbert").train
     assert (train["epochs"], train["warmup"], train["weight_decay"]) == (3.0, 0.05, 0.0)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from kdcli.errors import InputError
+from kdcli.methods import registry
 from kdcli.methods.layer_maps import uniform
 from kdcli.models.anatomy import FAMILIES, blocks_of
 from kdcli.models.forms import build_student, chosen_layers
@@ -80,6 +81,11 @@ def test_even_layers_are_different_blocks_spread_over_the_whole_depth():
             gaps = [b - a for a, b in zip([-1, *kept], kept, strict=False)]
             assert len(kept) == student and kept[-1] == teacher - 1 and kept[0] >= 0
             assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 2
+
+
+def test_a_distilbert_student_has_the_published_layers():
+    section = StudentSection.model_validate({**registry.get("distilbert").student, "layers": 6})
+    assert chosen_layers(section, 12) == [0, 2, 4, 7, 9, 11]
 
 
 def test_first_last_and_named_layers():

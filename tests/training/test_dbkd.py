@@ -376,7 +376,7 @@ def test_a_command_that_does_not_work_is_told_with_its_last_words(tmp_path: Path
 
 
 def test_a_command_that_is_not_there_is_told_as_such(tmp_path: Path):
-    with pytest.raises(InputError, match="cannot run 'no-such-program': No such file"):
+    with pytest.raises(InputError, match="cannot run 'no-such-program': there is no such program"):
         Command(["no-such-program"], NAMES, tmp_path).decide(["a"], None)
 
 

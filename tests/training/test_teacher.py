@@ -101,7 +101,7 @@ def make(folder: Path, recipe: Recipe | None = None, *, head: str = CLASSIFIER, 
         head,
         base=folder,
         console=Console(file=said, width=200),
-        inspect=options.pop("inspect", seen.append),
+        inspect=options.pop("inspect", lambda model, tokenizer: seen.append(model)),
         **{"refresh": False, "resume": False, "work": folder / "work", **options},
     )
     return Made(teacher, said.getvalue(), seen)
@@ -286,7 +286,7 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_weights(folder: Path, monkeyp
 
 
 def test_a_teacher_is_seen_before_any_work_and_may_be_refused(folder: Path, own_cache: Path):
-    def refuse(model: PreTrainedModel) -> None:
+    def refuse(model: PreTrainedModel, tokenizer: Any) -> None:
         assert isinstance(model, BertForSequenceClassification)
         raise InputError("too small")
 

@@ -18,6 +18,9 @@ from kdcli.training.decisions import ask, recorded
 from kdcli.training.distributed import agree, is_main, main_does
 from kdcli.training.schemes.base import Scheme, Setting
 
+DECISIONS = "method.black_box.decisions"
+"""The field that names a file of recorded decisions."""
+
 MakeBox = Callable[[Task, Path], BlackBox]
 
 
@@ -72,9 +75,7 @@ class DecisionScheme(Scheme):
     def _decide(self, setting: Setting) -> None:
         task = setting.task
         if self.file is not None:
-            path = Path(self.file).expanduser()
-            path = path if path.is_absolute() else setting.base / path
-            self.counts = recorded(path, task, "method.black_box.decisions")
+            self.counts = recorded(setting.base / Path(self.file).expanduser(), task, DECISIONS)
             return
         neighbours = EmbeddingNeighbours(setting.student, setting.tokenizer) if self.synonyms else None
         self.counts = ask(

@@ -66,7 +66,7 @@ class LGTMScheme(Scheme):
     """Before each step of the student, the teacher makes one: towards labels, student, and being useful.
 
     Its gradient on a batch x, with a batch h of held-out training rows, is g_T - eta_T I (methods 12):
-    g_T is that of its own loss; I = d/d theta_T of (d KL(student || teacher) / d theta_S) v, by a finite
+    g_T is that of its own loss; I = alpha_T d/d theta_T of (d KL(student || teacher) / d theta_S) v, by a finite
     difference on x; v is the gradient of the task's loss on h for the student as it would be after its next
     optimizer step. A teacher that moves along I pulls the student's next gradient towards v.
 

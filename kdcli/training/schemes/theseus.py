@@ -106,6 +106,7 @@ class TheseusScheme(Scheme):
             raise InputError(
                 f"{successors} student blocks cannot stand for {blocks} teacher blocks in equal parts",
                 where="student.layers",
+                hint=f"use a number that divides {blocks}",
             )
         if share > 1 and _has_convolution(teacher):
             raise InputError(
