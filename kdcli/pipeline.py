@@ -29,10 +29,10 @@ from kdcli.models.save import save_model
 from kdcli.recipe.schema import Recipe
 from kdcli.resolve import Resolved, head_needed, judge_models, resolve
 from kdcli.runs import timed
-from kdcli.tasks.augment import augment_task, check_augment, model_of_copies
 from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
 from kdcli.tasks.metrics import chance_level
+from kdcli.training.augment import augment_task, check_augment, model_of_copies
 from kdcli.training.distributed import is_main, main_does
 from kdcli.training.downstream import score_on_tasks, tasks_of
 from kdcli.training.hashing import hash_of_weights

@@ -12,10 +12,10 @@ from kdcli.models.forms import build_student
 from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import Recipe
 from kdcli.resolve import Resolved, context_of, head_needed, judge_models, placed, resolve, stages_of
-from kdcli.tasks.augment import check_augment
 from kdcli.tasks.load import load_task
 from kdcli.tasks.text import pack
 from kdcli.tensors.parametrize import overparameterise, teacher_factors
+from kdcli.training.augment import check_augment
 from kdcli.training.downstream import tasks_of
 from kdcli.training.loop import resolve_precision
 from kdcli.training.road import stage_loop

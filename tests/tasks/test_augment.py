@@ -26,9 +26,10 @@ from kdcli.pipeline import run_distill
 from kdcli.plan import make_plan
 from kdcli.recipe.load import load_recipe
 from kdcli.recipe.schema import Recipe
-from kdcli.tasks.augment import Suggester, augment_task, check_augment, words_of
+from kdcli.tasks.augment import words_of
 from kdcli.tasks.base import Task
 from kdcli.tasks.synthetic import reviews
+from kdcli.training.augment import Suggester, augment_task, check_augment
 
 TOP_K = 5
 
@@ -288,7 +289,7 @@ def test_the_model_is_asked_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
 def test_an_interrupted_work_goes_on_where_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch):
     from transformers import BertModel
 
-    monkeypatch.setattr("kdcli.tasks.augment.CHUNK", 1)
+    monkeypatch.setattr("kdcli.training.augment.CHUNK", 1)
     task, calls, forward = make_task(TEXTS, labels=[0, 1, 2]), [], BertModel.forward
 
     def counted(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -546,7 +547,7 @@ def test_two_processes_train_on_the_same_copies_as_one(recipe_path: Path, monkey
 
 
 def test_the_plan_counts_copies_without_asking_the_model(recipe_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("kdcli.tasks.augment.load_model", None)
+    monkeypatch.setattr("kdcli.training.augment.load_model", None)
     plan = make_plan(load_recipe(recipe_path), recipe_path=recipe_path).to_json()
     assert plan["task"]["sizes"]["train with copies"] == 160
     assert plan["stages"][0]["steps"] == 16
