@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -37,7 +38,20 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON to `path`, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, to_json_text(value) + "\n")
+
+
+def to_json_text(value: Any) -> str:
+    """Return `value` as indented JSON that every parser reads: JSON has no NaN and no infinity, they become null."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: finite(inner) for key, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 @contextlib.contextmanager
@@ -47,6 +61,8 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     Raises InputError when `path` exists (and is not an empty folder) and `force` is False, or when the
     place cannot be written to.
     """
+    if path.resolve() == Path.cwd():
+        raise InputError(f"{path.resolve()} is the folder that you are in", hint="give --out another one")
     if path.exists() and not force and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{path} exists already", hint="give another --out, or --force to replace it")
     missing = [folder for folder in path.parents if not folder.exists()]
@@ -88,6 +104,6 @@ def fingerprint(value: Any) -> str:
 
 def cache_dir() -> Path:
     """Return the folder for things that can be made again: `KDCLI_CACHE`, or `~/.cache/kdcli`."""
-    if "KDCLI_CACHE" in os.environ:
-        return Path(os.environ["KDCLI_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kdcli"
+    if own := os.environ.get("KDCLI_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdcli"

@@ -4,7 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from rich.console import Console
+from rich.text import Text
 from transformers import set_seed
 
 from kdcli import __version__, runs
@@ -75,7 +76,7 @@ def run_distill(
 
     Raises InputError for a wrong recipe, model or data; nothing is left behind then.
     """
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, markup=False)
     if not is_main():
         console = Console(stderr=True, quiet=True)
     begun = time.perf_counter()
@@ -93,15 +94,16 @@ def run_distill(
     root = output or (resolved.base / Path(recipe.output).expanduser() if recipe.output else Path("runs"))
     run: runs.Run = runs.open_run(root, resolved.name, force=force, resume=resume, create=is_main())
     document = recipe.model_dump(exclude_none=True)
-    if resume and run.record.get("status") == "done":
-        console.print(f"{run.path} is finished already", highlight=False)
-        kind: type[Comparison | General] = General if task.kind == "text" else Comparison
-        return RunResult(run.record, kind.from_record(run.record))
+    limit = fail_under if fail_under is not None else recipe.evaluate.fail_under
     if resume and run.record and run.record.get("recipe") != document:
         raise InputError(
             f"{run.path} was started with another recipe",
             hint="go back to that recipe, or start again with --force",
         )
+    if resume and run.record.get("status") == "done":
+        console.print(f"{run.path} is finished already", highlight=False)
+        kind: type[Comparison | General] = General if task.kind == "text" else Comparison
+        return _judged(run, kind.from_record(run.record), limit, console)
     with _attempt(run, resume) as attempt:
         main_does(
             lambda: run.begin(
@@ -148,9 +150,9 @@ def run_distill(
         if resolved.assistant is not None:
             made = road.distil(teacher, resolved.assistant, None, folder="assistant", title="assistant: ")
             nearest = replace(teacher, model=made.build.model, path=None)
-            attempt.worth_keeping = True
+            attempt.keep()
         student = road.distil(nearest, resolved.student, recipe.overparam)
-        attempt.worth_keeping = True
+        attempt.keep()
         build, training = student.build, student.training
         if task.kind == "text" and not student.speaks:
             # Nothing taught its head to speak: what is handed over is the body.
@@ -182,7 +184,6 @@ def run_distill(
                 )
         seconds["total"] = round(time.perf_counter() - begun, 3)
         record = {
-            "status": "done",
             "method": {
                 "name": resolved.method.name,
                 "title": resolved.method.title,
@@ -212,11 +213,17 @@ def run_distill(
         if recipe.export.onnx:
             with timed(seconds, "export"):
                 main_does(lambda: _export(run, build, teacher, task, resolved, console))
-            main_does(lambda: run.update({"seconds": seconds}))
+        # Only now: a run that is killed while it exports goes on with that.
+        main_does(lambda: run.update({"status": "done", "seconds": seconds}))
+    return _judged(run, result, limit, console)
+
+
+def _judged(run: runs.Run, result: Comparison | General, limit: float | None, console: Console) -> RunResult:
+    """Return the run's result with the exit code of its gate."""
     code = ExitCode.OK
-    limit = fail_under if fail_under is not None else recipe.evaluate.fail_under
-    if limit is not None and isinstance(result, Comparison) and result.student_score < limit:
-        console.print(f"gate not met: {task.primary} {result.student_score:.4f} is under {limit}", highlight=False)
+    # A score that is no number passes no gate.
+    if limit is not None and isinstance(result, Comparison) and not result.student_score >= limit:
+        console.print(f"gate not met: {result.primary} {result.student_score:.4f} is under {limit}", highlight=False)
         code = ExitCode.GATE
     return RunResult(run.record, result, code)
 
@@ -225,23 +232,35 @@ def run_distill(
 class _Attempt:
     """Whether a run holds something that took work: a trained assistant or student."""
 
+    run: runs.Run
     worth_keeping: bool
+
+    def keep(self) -> None:
+        """From now on this run is worth more than none, and than the one that it replaces."""
+        self.worth_keeping = True
+        main_does(self.run.settle)
 
 
 @contextmanager
 def _attempt(run: runs.Run, resume: bool) -> Iterator[_Attempt]:
-    """Leave nothing behind when the input turns out to be wrong before a model was trained, and all when after it."""
-    attempt = _Attempt(resume)
-    try:
-        yield attempt
-    except InputError:
-        if is_main():
-            run.mark_failed() if attempt.worth_keeping else run.discard()
-        raise
-    except BaseException:
-        if is_main():
-            run.mark_failed()
-        raise
+    """Have the run's folder to oneself.
+
+    When the input turns out to be wrong before a model was trained, nothing is left behind, and a run that was to be
+    replaced is put back; after that everything stays, for `--resume`.
+    """
+    with run.held() if is_main() else nullcontext():
+        attempt = _Attempt(run, resume)
+        try:
+            yield attempt
+        except InputError:
+            if is_main():
+                run.mark_failed() if attempt.worth_keeping else run.discard()
+            raise
+        except BaseException:
+            if is_main():
+                run.mark_failed()
+                run.settle()
+            raise
 
 
 def versions() -> dict[str, str]:
@@ -286,7 +305,8 @@ def _warn_of_chance(scores: dict[str, dict[str, float]], task: Task, console: Co
     chance = chance_level(task)
     if score <= chance + 0.02:
         console.print(
-            f"[bold red]WARNING[/]: the teacher scores {task.primary} {score:.4f}, no better than chance "
+            Text("WARNING:", style="bold red"),
+            f"the teacher scores {task.primary} {score:.4f}, no better than chance "
             f"({chance:.4f}). A student cannot learn the task from it. Is the model fine-tuned on this task, "
             "and are its labels in the right order (teacher.labels)?",
             highlight=False,
@@ -334,5 +354,5 @@ def _export(
     )
     run.update({"export": result.to_json()})
     # A log file has no width to fit.
-    wide = console if console.is_terminal else Console(stderr=True, width=max(console.width, 120))
+    wide = console if console.is_terminal else Console(stderr=True, width=max(console.width, 120), markup=False)
     wide.print(result.table())

@@ -16,7 +16,7 @@ from kdcli.methods.base import Context, Method, Stage
 from kdcli.methods.layer_maps import uniform
 from kdcli.models.forms import build_student
 from kdcli.models.load import check_same_tokens, load_config
-from kdcli.models.shape import shape_of
+from kdcli.models.shape import check_lengths, shape_of
 from kdcli.recipe.schema import FORM_FIELDS, Recipe, StudentSection
 from kdcli.tasks.base import Task
 from kdcli.tensors.parametrize import check_chains
@@ -203,6 +203,10 @@ def judge_models(teacher: "PreTrainedModel", tokenizer: Any, resolved: Resolved,
             context = context_of(nearest, student, section.form, task, resolved.recipe)
             stages_of(resolved, context, student, nearest)
         followed, nearest = nearest, student
+    export = resolved.recipe.export
+    if export.onnx:
+        models = {"teacher": teacher.config, "student": nearest.config}
+        check_lengths(models, export.sequence_lengths, "export.sequence_lengths")
     if resolved.recipe.overparam is not None and resolved.student.energy is None:
         check_chains(nearest, resolved.recipe.overparam, followed, context.pairs)
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from kdcli.errors import InputError
 from kdcli.files import write_json, write_text
 
@@ -20,9 +22,13 @@ LATEST = "latest"
 
 @dataclass(frozen=True)
 class Run:
-    """One `distill`: recipe.toml, run.json, checkpoints/, log/, student/, and onnx/ once it is exported."""
+    """One `distill`: recipe.toml, run.json, checkpoints/, log/, student/, and onnx/ once it is exported.
+
+    made: the folders that were made for it, the innermost first.
+    """
 
     path: Path
+    made: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
@@ -54,10 +60,14 @@ class Run:
         file = self.path / "run.json"
         if not file.is_file():
             return {}
+        hint = "start the run again with --force"
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            record = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise InputError(f"{file} is not valid JSON: {error}", hint="start the run again with --force") from error
+            raise InputError(f"{file} is not valid JSON: {error}", hint=hint) from error
+        if not isinstance(record, dict):
+            raise InputError(f"{file} is no record of a run", hint=hint)
+        return record
 
     def update(self, changes: dict[str, Any]) -> None:
         """Merge `changes` into run.json, atomically."""
@@ -94,11 +104,32 @@ class Run:
             if self.path.is_dir():
                 self.update({"status": "failed"})
 
+    @property
+    def _replaced(self) -> Path:
+        """Where the run that this one is to replace waits until there is something to replace it with."""
+        return self.path.parent / f".{self.name}.replaced"
+
+    def settle(self) -> None:
+        """Let go of the run that this one replaces: this one holds work of its own now."""
+        shutil.rmtree(self._replaced, ignore_errors=True)
+
     def discard(self) -> None:
-        """Remove a run that never started."""
+        """Remove a run that never started, and put back the one that it was to replace."""
         shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):
-            self.path.parent.rmdir()
+            if self._replaced.is_dir():
+                os.replace(self._replaced, self.path)
+            for folder in self.made:
+                folder.rmdir()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out of the run while the block runs. Raises InputError when one is at work in it."""
+        lock = _lock(self.path)
+        try:
+            yield
+        finally:
+            _unlock(lock)
 
     def mark_latest(self) -> None:
         """Let `latest` point to this run: a relative link, or a text file where links cannot be made."""
@@ -123,11 +154,27 @@ def timed(seconds: dict[str, float], key: str) -> Iterator[None]:
     seconds[key] = round(time.perf_counter() - begun, 3)
 
 
+def _lock(path: Path) -> FileLock:
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"another kdcli is at work in {path}", hint="wait for it, or --set name=OTHER") from None
+    return lock
+
+
+def _unlock(lock: FileLock) -> None:
+    lock.release()
+    with contextlib.suppress(OSError):
+        Path(lock.lock_file).unlink()
+
+
 def open_run(root: Path, name: str, *, force: bool, resume: bool, create: bool = True) -> Run:
     """Return the run `name` under `root`, its folder made and free to write to.
 
-    Raises InputError when it exists and neither `force` (which replaces it) nor `resume` is given, when
-    there is nothing to resume, or when the place cannot be written to.
+    A run that `force` replaces waits beside it, until `settle` removes it or `discard` puts it back.
+    Raises InputError when it exists and neither `force` nor `resume` is given, when there is nothing to resume, when
+    another process is at work in it, or when the place cannot be written to.
     """
     if not name or name in (LATEST, ".", "..") or "/" in name or os.sep in name:
         raise InputError(f"{name!r} cannot be a run's name", where="name", hint="use a plain word")
@@ -143,14 +190,20 @@ def open_run(root: Path, name: str, *, force: bool, resume: bool, create: bool =
             f"{run.path} exists already",
             hint="--force to replace it, --resume to go on with it, or --set name=OTHER",
         )
+    made = tuple(folder for folder in (root, *root.parents) if not folder.exists())
+    run = Run(run.path, made)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):
             pass
+        if run.path.exists():
+            _unlock(_lock(run.path))
         if force and run.path.exists():
-            aside = Path(tempfile.mkdtemp(dir=root, prefix=".old."))
-            os.replace(run.path, aside / name)
-            shutil.rmtree(aside, ignore_errors=True)
+            if run._replaced.exists():
+                # What is here was to replace that, and was killed before it could.
+                shutil.rmtree(run.path)
+            else:
+                os.replace(run.path, run._replaced)
         run.path.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {root}: {error.strerror}") from error
@@ -176,10 +229,14 @@ def latest_run(root: Path | None = None) -> Run:
 
 def run_of_model(folder: Path) -> Run | None:
     """Return the run that a model folder (its student/, onnx/ or finetune/TASK/) belongs to, if any."""
-    parent = folder.resolve().parent
+    folder = folder.resolve()
+    parent = folder.parent
     if parent.name == "finetune":
         parent = parent.parent
-    return Run(parent) if (parent / "run.json").is_file() else None
+    elif folder.name not in ("student", "onnx"):
+        return None
+    run = Run(parent)
+    return run if "recipe" in run.record else None
 
 
 def to_toml(document: dict[str, Any]) -> str:

@@ -79,14 +79,14 @@ def _wants_debug(arguments: list[str]) -> bool:
 
 
 def _report(message: str, where: str | None = None, hint: str | None = None) -> None:
-    from rich.markup import escape
+    from rich.text import Text
 
     from kdcli.cli.console import err
 
     head = f"{where}: {message}" if where else message
-    err.print(f"[bold red]error:[/] {escape(head)}", highlight=False, soft_wrap=True)
+    err.print(Text("error:", style="bold red"), head, highlight=False, soft_wrap=True)
     if hint:
-        err.print(f"  hint: {escape(hint)}", highlight=False, soft_wrap=True)
+        err.print(f"  hint: {hint}", highlight=False, soft_wrap=True)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from kdcli.errors import InputError
 from kdcli.recipe.schema import EvaluateSection, Recipe, TaskSection
 from kdcli.runs import Run, latest_run, run_of_model
@@ -18,8 +20,22 @@ class Choice:
 
     @property
     def recipe(self) -> Recipe | None:
-        """The recipe of the run."""
-        return Recipe.model_validate(self.run.record["recipe"]) if self.run is not None else None
+        """The recipe of the run. Raises InputError when its record does not hold one."""
+        if self.run is None:
+            return None
+        try:
+            return Recipe.model_validate(self.run.record["recipe"])
+        except (KeyError, ValidationError) as error:
+            raise InputError(
+                f"{self.run.path / 'run.json'} does not hold the recipe of a run of this version of kdcli",
+                hint="name the model's folder from a copy outside the run, with --task",
+            ) from error
+
+    @property
+    def is_student(self) -> bool:
+        """True for a run's own student, or one that was fine-tuned from it."""
+        folder = Path(self.model).resolve()
+        return self.run is not None and (folder.name == "student" or folder.parent.name == "finetune")
 
 
 def choose_model(model: str | None, task: str | None = None) -> Choice:
@@ -31,8 +47,13 @@ def choose_model(model: str | None, task: str | None = None) -> Choice:
         run = latest_run()
         return Choice(_classifier_of(run, task), run)
     path = Path(model)
-    if (path / "student").is_dir() and (path / "run.json").is_file():
+    if (path / "run.json").is_file():
         run = Run(path.resolve())
+        if not run.student.is_dir():
+            raise InputError(
+                f"the run {path} has no student yet (status: {run.record.get('status', 'unknown')})",
+                hint="go on with it: kdcli distill RECIPE --resume",
+            )
         return Choice(_classifier_of(run, task), run)
     return Choice(model, run_of_model(path) if path.is_dir() else None)
 
@@ -82,6 +103,15 @@ def choose_task(
     if protocol is not None:
         evaluate = EvaluateSection.model_validate({**evaluate.model_dump(), "protocol": protocol})
     return section, evaluate, base
+
+
+def readable_length(config: Any, wanted: int) -> int:
+    """Return how many tokens of a text are given to a model: `wanted`, or as many as it has positions for."""
+    from kdcli.models.shape import longest_input
+
+    positions = longest_input(config)
+    # Batches are padded to a multiple of 8.
+    return wanted if positions is None else min(wanted, positions // 8 * 8)
 
 
 def load_contestant(name: str) -> tuple[Any, Any]:

@@ -1,6 +1,5 @@
 """Where words go: the result to stdout, everything else to stderr."""
 
-import json
 import logging
 import os
 import sys
@@ -8,6 +7,8 @@ import warnings
 from typing import Any
 
 from rich.console import Console
+
+from kdcli.files import to_json_text
 
 
 class _Stdout(Console):
@@ -17,8 +18,9 @@ class _Stdout(Console):
         raise BrokenPipeError
 
 
-out = _Stdout(soft_wrap=False)
-err = Console(stderr=True)
+# Names and paths are the user's: their square brackets are no markup.
+out = _Stdout(soft_wrap=False, markup=False)
+err = Console(stderr=True, markup=False)
 
 
 def emit(document: Any, *, table: Any, as_json: bool) -> None:
@@ -28,11 +30,11 @@ def emit(document: Any, *, table: Any, as_json: bool) -> None:
     """
     try:
         if as_json:
-            print(json.dumps(document, indent=2, ensure_ascii=False))
+            print(to_json_text(document))
         else:
             # On a pipe there is no width to fit: a cut table would be a wrong table. (The width of a single
             # print() can only be less than its console's.)
-            console = out if out.is_terminal else _Stdout(width=max(out.width, 120))
+            console = out if out.is_terminal else _Stdout(width=max(out.width, 120), markup=False)
             console.print(table)
         sys.stdout.flush()
     except BrokenPipeError:

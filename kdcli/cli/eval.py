@@ -54,6 +54,9 @@ def evaluate(
     if data is not None:
         if text is None:
             raise InputError("needs --text COLUMN", where="--data")
+        columns = text.split(",")
+        if len(columns) > 2 or not all(columns):
+            raise InputError(f"takes one column, or two with a comma, not {text!r}", where="--text")
         both = {"--task": task, "--protocol": protocol, "--max-samples": max_samples}
         if given := [option for option, value in both.items() if value is not None]:
             raise InputError(f"scores a whole file, without {' and '.join(given)}", where="--data")
@@ -64,49 +67,54 @@ def evaluate(
         )
     from rich.table import Table
 
-    from kdcli.cli.choose import load_contestant
+    from kdcli.cli.choose import load_contestant, readable_length
     from kdcli.evaluation.score import evaluate_model, primary_score
     from kdcli.tasks.load import load_rows, load_task
+    from kdcli.tasks.metrics import shown
     from kdcli.training.teacher import align_labels
 
     contestant, tokenizer = load_contestant(choice.model)
     if data is not None:
         assert text is not None
-        loaded = load_rows(data, text.split(","), label, contestant.config)
+        own = choose_task(choice, None)[0] if choice.run is not None else None
+        loaded = load_rows(data, columns, label, contestant.config, metrics=own.metrics if own is not None else None)
+        length = own.max_length if own is not None else 128
     else:
-        loaded = load_task(section, judged, base=base)
-    length = section.max_length if data is None else 128
+        loaded, length = load_task(section, judged, base=base), section.max_length
     models = {"student" if teacher else "score": (choice.model, contestant, tokenizer)}
     if teacher is not None:
-        models["teacher"] = (teacher, *load_contestant(teacher))
+        beside = choose_model(teacher, task).model
+        models["teacher"] = (beside, *load_contestant(beside))
     document: dict = {"task": loaded.name, "primary": loaded.primary, "metrics": {}}
     scores = {}
     for role, (name, one, words) in models.items():
-        values = evaluate_model(align_labels(one, loaded), words, loaded, batch_size=batch_size, max_length=length)
+        limit = readable_length(one.config, length)
+        values = evaluate_model(align_labels(one, loaded), words, loaded, batch_size=batch_size, max_length=limit)
         scores[role] = primary_score(values, loaded.primary)
         document["metrics" if role != "teacher" else "teacher_metrics"] = values
         document["model" if role != "teacher" else "teacher"] = name
-    own = next(iter(scores.values()))
-    document["score"] = own
+    score = next(iter(scores.values()))
+    document["score"] = score
     if teacher is not None:
         document["teacher_score"] = scores["teacher"]
-        document["retention"] = own / scores["teacher"] if scores["teacher"] > 0 else None
+        document["retention"] = score / scores["teacher"] if scores["teacher"] > 0 else None
     table = Table("", *models, title=f"{loaded.name}: {choice.model}")
     for name, metrics in document["metrics"].items():
         for metric, value in metrics.items():
-            row = [f"{100 * value:.2f}"]
+            row = [shown(metric, value)]
             if teacher is not None:
-                row.append(f"{100 * document['teacher_metrics'][name][metric]:.2f}")
+                row.append(shown(metric, document["teacher_metrics"][name][metric]))
             table.add_row(f"{metric} ({name}, {len(loaded.report[name]):,} examples)", *row)
     emit(document, table=table, as_json=as_json)
     failed = []
-    if fail_under is not None and own < fail_under:
-        failed.append(f"{loaded.primary} {own:.4f} is under {fail_under}")
+    # What is no number passes no gate.
+    if fail_under is not None and not score >= fail_under:
+        failed.append(f"{loaded.primary} {score:.4f} is under {fail_under}")
     if fail_under_retention is not None:
         retention = document["retention"]
         if retention is None:
             failed.append(f"no retention of a teacher's score of {scores['teacher']:.4f}")
-        elif retention < fail_under_retention:
+        elif not retention >= fail_under_retention:
             failed.append(f"retention {retention:.4f} is under {fail_under_retention}")
     for message in failed:
         info(f"gate not met: {message}")

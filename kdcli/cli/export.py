@@ -39,44 +39,52 @@ def export(
     """
     import os
 
-    from kdcli.cli.choose import choose_model, choose_task, load_classifier
+    from kdcli.cli.choose import choose_model, choose_task, load_classifier, readable_length
     from kdcli.cli.console import emit, info
     from kdcli.errors import ExitCode, InputError
 
     if not onnx:
         raise InputError("say which format: --onnx", where="kdcli export")
+    if max_latency_ms is not None and not latency:
+        raise InputError("needs a latency, and --no-latency measures none", where="--max-latency-ms")
     choice = choose_model(model, task)
-    if out is None and choice.run is None:
-        raise InputError("--out DIR is needed for a model outside a run", where="--out")
+    if out is None and not choice.is_student:
+        raise InputError(f"--out DIR is needed: {choice.model} is a model outside a run", where="--out")
     grid = [_numbers(batch_sizes, "--batch-sizes"), _numbers(sequence_lengths, "--sequence-lengths")]
     from kdcli.export.export import export_model
     from kdcli.models.load import load_tokenizer
+    from kdcli.models.shape import check_lengths
     from kdcli.tasks.load import load_task
 
     loaded, length = None, 128
     if task is not None or choice.run is not None:
         section, judged, base = choose_task(choice, task)
         loaded, length = load_task(section, judged, base=base), section.max_length
-    beside = teacher
+    beside = choose_model(teacher).model if teacher is not None else None
     general = choice.run is not None and choice.run.record.get("task", {}).get("kind") == "text"
     if beside is None and choice.run is not None and latency and not general:
         beside = choice.run.record.get("teacher_path")
         if beside is not None and not Path(beside).is_dir():
             info(f"the run's teacher is gone ({beside}): timing the student alone")
             beside = None
+    models = {"model": load_classifier(choice.model)}
+    if beside is not None:
+        models["teacher"] = load_classifier(beside)
+    if latency:
+        check_lengths({name: one.config for name, one in models.items()}, grid[1], "--sequence-lengths")
     result = export_model(
-        load_classifier(choice.model),
+        models["model"],
         load_tokenizer(choice.model),
         out or choice.run.onnx,  # type: ignore[union-attr]
         task=loaded,
-        max_length=length,
+        max_length=readable_length(models["model"].config, length),
         opset=opset,
         latency=latency,
         batch_sizes=grid[0],
         sequence_lengths=grid[1],
         threads=threads or os.cpu_count() or 1,
         runs=runs,
-        teacher=load_classifier(beside) if beside is not None else None,
+        teacher=models.get("teacher"),
         # A run's own graph is made from its student: making it again loses nothing.
         force=force or out is None,
     )
@@ -85,7 +93,7 @@ def export(
     emit(result.to_json(), table=result.table(), as_json=as_json)
     if max_latency_ms is not None and result.latency is not None:
         p50 = result.latency.of("student", "ONNX Runtime", grid[0][0], grid[1][0])["p50"]
-        if p50 > max_latency_ms:
+        if not p50 <= max_latency_ms:
             info(f"gate not met: p50 {p50:.2f} ms is above {max_latency_ms} ms")
             return int(ExitCode.GATE)
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from kdcli.compare.plan import Cell, ComparisonPlan, check_reusable, is_stranger
 from kdcli.errors import ExitCode, InputError, KdcliError
@@ -77,7 +78,7 @@ def run_cells(
     cells = plan.cells
     for number, cell in enumerate(cells, 1):
         run = Run(root / cell.name)
-        head = f"[bold]{number}/{len(cells)}[/] {cell.name}"
+        head = f"{number}/{len(cells)} {cell.name}"
         try:
             if not is_stranger(cell, run) and run.record.get("status") == "done":
                 console.print(f"{head}: done before", highlight=False)
@@ -90,7 +91,7 @@ def run_cells(
             shutil.rmtree(run.checkpoints, ignore_errors=True)
         except Exception as error:
             results.failures.append(_failure(cell, error))
-            console.print(f"[bold red]failed[/] {cell.name}: {type(error).__name__}", highlight=False)
+            console.print(Text("failed", style="bold red"), f"{cell.name}: {type(error).__name__}", highlight=False)
         _free()
     return results
 

@@ -1,7 +1,8 @@
 """Teacher beside student: scores, sizes, and how much was kept."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -9,6 +10,7 @@ from rich.table import Table
 from kdcli.evaluation.score import primary_score
 from kdcli.models.counts import count_parameters
 from kdcli.tasks.base import Task
+from kdcli.tasks.metrics import shown
 
 
 @dataclass(frozen=True)
@@ -78,23 +80,24 @@ class Comparison:
 
     def table(self) -> Table:
         sides = {"teacher": self.teacher, "student": self.student}
-        shown = {name: side for name, side in sides.items() if side is not None}
+        known = {name: side for name, side in sides.items() if side is not None}
         table = Table()
         table.add_column("")
-        for name in (*shown, *(["student / teacher"] if len(shown) == 2 else [])):
+        for name in (*known, *(["student / teacher"] if len(known) == 2 else [])):
             table.add_column(name, justify="right")
 
-        def row(label: str, style: str, values: Sequence[float], *, scale: int = 1) -> None:
-            cells = [format(scale * value, style) for value in values]
+        def row(label: str, style: Callable[[float], str], values: Sequence[float]) -> None:
+            cells = [style(value) for value in values]
             if len(values) == 2:
                 cells.append(f"{values[1] / values[0]:.1%}" if values[0] > 0 else "")
             table.add_row(label, *cells)
 
         for name, metrics in self.student.metrics.items():
             for metric in metrics:
-                row(f"{metric} ({name})", ".2f", [side.metrics[name][metric] for side in shown.values()], scale=100)
-        row("parameters", ",", [side.parameters for side in shown.values()], scale=1)
-        row("megabytes", ".1f", [side.megabytes for side in shown.values()])
+                values = [side.metrics[name][metric] for side in known.values()]
+                row(f"{metric} ({name})", partial(shown, metric), values)
+        row("parameters", "{:,}".format, [side.parameters for side in known.values()])
+        row("megabytes", "{:.1f}".format, [side.megabytes for side in known.values()])
         return table
 
 

@@ -123,5 +123,5 @@ def _latency(
             sequence_lengths=sequence_lengths,
             threads=threads,
             runs=runs,
-            vocab_size=model.config.vocab_size,
+            vocab_size=min(one.config.vocab_size for one, _ in models.values()),
         )

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from kdcli.tasks.metrics import shown
+
 
 def model_card(record: dict[str, Any]) -> str:
     """Return README.md of a student: where it comes from, what it scores, how to load it."""
@@ -16,7 +18,7 @@ def model_card(record: dict[str, Any]) -> str:
             "| | " + " | ".join(sides) + " |",
             "| --- |" + " ---: |" * len(sides),
             *(
-                f"| {label} | " + " | ".join(f"{100 * side['metrics'][n][m]:.2f}" for side in sides.values()) + " |"
+                f"| {label} | " + " | ".join(shown(m, side["metrics"][n][m]) for side in sides.values()) + " |"
                 for label, n, m in cells
             ),
             "| parameters | " + " | ".join(f"{side['parameters']:,}" for side in sides.values()) + " |",

@@ -13,6 +13,7 @@ from kdcli.models.anatomy import FAMILIES, anatomy_of
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
 from kdcli.models.quiet import quiet_transformers
 from kdcli.models.save import KDCLI_MODEL_TYPE
+from kdcli.models.shape import longest_input
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -293,7 +294,14 @@ def load_tokenizer(name: str | Path) -> Any:
     folder = _folder(name)
     if folder is not None and not any(
         (folder / file).exists()
-        for file in ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model", "tokenizer.model")
+        for file in (
+            "tokenizer.json",
+            "vocab.txt",
+            "vocab.json",
+            "spm.model",
+            "tokenizer.model",
+            "sentencepiece.bpe.model",
+        )
     ):
         raise InputError(
             f"{folder} has no tokenizer files",
@@ -326,12 +334,9 @@ def check_tokenizer(model: "PreTrainedModel", tokenizer: Any, max_length: int | 
         )
     if tokenizer.pad_token_id is None:
         raise InputError("the tokenizer has no padding token", where="teacher.tokenizer")
-    if max_length is None or not getattr(model.config, "position_biased_input", True):
+    positions = longest_input(model.config)
+    if max_length is None or positions is None:
         return
-    positions = model.config.max_position_embeddings
-    if model.config.model_type in ("roberta", "xlm-roberta"):
-        # They count from the padding token's id on.
-        positions -= model.config.pad_token_id + 1
     longest = min(max_length, tokenizer.model_max_length)
     # Batches are padded to a multiple of 8.
     if -(-longest // 8) * 8 > positions:

@@ -189,8 +189,22 @@ def clean_rows(columns: Columns, section: TaskSection, kind: str, source: str) -
     if kind == "regression":
         rows["label"] = [_number(value, row, source) for row, value in enumerate(values, 1)]
     else:
-        rows["label"] = [_class_name(value, section.labels or ()) for value in values]
+        named = [_class_name(value, section.labels or ()) for value in values]
+        rows["label"] = [_readable(name, row, source, "task.label") for row, name in enumerate(named, 1)]
     return rows
+
+
+def _readable(text: str, row: int, source: str, where: str) -> str:
+    """Return `text`. Raises InputError for half of a character, such as an emoji that was cut."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{source}: row {row} has half of a character at place {error.start + 1}, which is no Unicode text",
+            where=where,
+            hint="was the text cut between two bytes? Write it anew, or remove the row",
+        ) from error
+    return text
 
 
 def text_columns(columns: Columns, names: Sequence[str], source: str) -> Columns:
@@ -205,7 +219,7 @@ def text_columns(columns: Columns, names: Sequence[str], source: str) -> Columns
                 raise InputError(
                     f"{source}: {name!r} of row {row} is a {type(value).__name__}, not a text", where="task.text"
                 )
-        rows[target] = [str(value) for value in values]
+        rows[target] = [_readable(str(value), row, source, "task.text") for row, value in enumerate(values, 1)]
     return rows
 
 

@@ -97,11 +97,12 @@ def _task(
         fitting = known(kind)
         wrong = [name for name in section.metrics if name not in fitting]
         if wrong or not section.metrics or section.metrics[0] in ERRORS:
-            bad = wrong[0] if wrong else section.metrics[0] if section.metrics else ""
+            said = f"metrics names none of a {kind} task"
+            if section.metrics:
+                bad = wrong[0] if wrong else section.metrics[0]
+                said = f"{bad!r} cannot be the {'first ' if not wrong else ''}metric of a {kind} task"
             raise InputError(
-                f"{bad!r} cannot be the {'first ' if not wrong else ''}metric of a {kind} task; "
-                f"known are {', '.join(name for name in fitting if name not in ERRORS)}",
-                where="task.metrics",
+                f"{said}; known are {', '.join(name for name in fitting if name not in ERRORS)}", where="task.metrics"
             )
         metrics = tuple(section.metrics)
     train = _subset(train, section.train_samples, section.split_seed)
@@ -121,7 +122,7 @@ def _task(
         selection = _halves(first)[0]
         report = {name: _halves(rows)[1] for name, rows in validation.items()}
     elif test is not None:
-        report = {"test": test}
+        report = {"test": _subset(test, section.validation_samples, section.split_seed)}
     splits = {"train": train, "selection": selection, **{f"report-{k}": v for k, v in report.items()}}
     return Task(
         name=section.name,
@@ -319,14 +320,16 @@ def _split(rows: custom.Columns, section: TaskSection, kind: str) -> tuple[custo
     )
 
     def take(indices: list[int]) -> custom.Columns:
-        return {name: [values[i] for i in sorted(indices)] for name, values in rows.items()}
+        return {name: [values[i] for i in indices] for name, values in rows.items()}
 
-    return take(kept), take(held)
+    # The held-out rows stay as they were drawn: halves of a set that is sorted by label would be no samples of it.
+    return take(sorted(kept)), take(held)
 
 
-def load_rows(path: Path, text: list[str], label: str, config: Any) -> Task:
+def load_rows(path: Path, text: list[str], label: str, config: Any, *, metrics: list[str] | None = None) -> Task:
     """Return a task of held-out rows in a file, whose labels are a model's own classes.
 
+    metrics: instead of the usual ones.
     Raises InputError when the file, a column or a label does not fit.
     """
     regression = config.num_labels == 1
@@ -336,6 +339,7 @@ def load_rows(path: Path, text: list[str], label: str, config: Any) -> Task:
         text=text,
         label=label,
         type="regression" if regression else "classification",
+        metrics=metrics,
     )
     kind = "regression" if regression else "classification"
     rows = custom.clean_rows(custom.read_file(path, "--data"), section, kind, str(path))

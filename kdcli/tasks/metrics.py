@@ -63,6 +63,11 @@ ERRORS = {"mse", "mae"}
 """Metrics where less is better; none of them can be a task's first metric."""
 
 
+def shown(metric: str, value: float) -> str:
+    """Return a score as people read it: of 100, errors in the labels' own unit."""
+    return f"{value:.3f}" if metric in ERRORS else f"{100 * value:.2f}"
+
+
 def known(kind: str) -> Mapping[str, Callable[..., float]]:
     """Return the metrics that fit "classification" or "regression"."""
     return CLASSIFICATION if kind == "classification" else REGRESSION

@@ -24,6 +24,7 @@ from torch import Tensor
 from kdcli.errors import InputError, RunError
 from kdcli.files import cache_dir, fingerprint, write_bytes
 from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer
+from kdcli.models.shape import longest_input
 from kdcli.objectives.base import Wants
 from kdcli.recipe.schema import AugmentSection, Recipe, TaskSection, TeacherSection
 from kdcli.tasks.augment import FIELDS, MODEL, NONE, Vocabulary, add_copies, words_of
@@ -61,7 +62,8 @@ class Suggester:
     def __post_init__(self) -> None:
         self.vocabulary = Vocabulary(self.tokenizer)
         self.mask = self.tokenizer.mask_token
-        self.max_length = min(self.max_length, self.tokenizer.model_max_length, _positions(self.model))
+        longest = longest_input(self.model.config)
+        self.max_length = min(self.max_length, self.tokenizer.model_max_length, longest or self.max_length)
         self.folder = (
             cache_dir()
             / "augment"
@@ -156,13 +158,6 @@ class Suggester:
         scores = scores.masked_fill(~allowed.to(self.device), -torch.inf)
         values, best = scores.topk(min(self.top_k, scores.shape[1]))
         return torch.where(values > -torch.inf, best, NONE).to("cpu", torch.int32)
-
-
-def _positions(model: "PreTrainedModel") -> int:
-    """Return how many tokens a model has positions for."""
-    config = model.config
-    skipped = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
-    return config.max_position_embeddings - skipped
 
 
 def check_augment(section: AugmentSection, base: Path) -> str:

@@ -26,7 +26,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from kdcli.errors import InputError
+from kdcli.errors import InputError, RunError
 from kdcli.models.counts import count_parameters
 from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, is_main
@@ -184,6 +184,10 @@ class DistillationTrainer(Trainer):
         return None, outputs["logits"].float(), inputs["labels"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # The mean of the last steps, and at the end that of all.
+        for name in ("loss", "train_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise _diverged(f"the loss is {logs[name]} by step {self.state.global_step}")
         if "loss" in logs and self._term_count:
             # The only place where the terms' values leave the device: once per logging interval.
             logs.update({name: float(total) / self._term_count for name, total in self._term_sums.items()})
@@ -224,6 +228,9 @@ class DistillationTrainer(Trainer):
         patience = [callback for callback in self.callback_handler.callbacks if isinstance(callback, Patience)]
         if state.global_step < self.args.max_steps and not any(one.is_over(self.args, state) for one in patience):
             return False
+        if state.best_model_checkpoint is not None:
+            # It was written where the run was then, or seen from another working folder.
+            state.best_model_checkpoint = str(checkpoint.parent / Path(state.best_model_checkpoint).name)
         self.state = state
         self._load_from_checkpoint(str(checkpoint))
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -233,6 +240,10 @@ class DistillationTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         load_weights(self.model, Path(self.state.best_model_checkpoint))
+
+
+def _diverged(seen: str) -> RunError:
+    return RunError(f"training has diverged: {seen}", hint='lower the learning rate, or set train.precision = "fp32"')
 
 
 def load_weights(distiller: Distiller, folder: Path) -> None:
@@ -271,14 +282,17 @@ def fit(
     train, selection: encoded data sets. metrics: from (logits, labels) to named scores; None judges by the loss on
     `selection`. Checkpoints go to `folder`; with `resume`, training goes on from the newest complete one. scheme:
     begun already.
-    Raises InputError when the batch cannot be split over the processes.
+    Raises InputError when the batch cannot be split over the processes, and RunError when training diverges.
     """
     arguments = _arguments(settings, folder, len(train), evaluates=selection is not None, by_loss=metrics is None)
     display = ProgressDisplay(console, title, settings.batch_size)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         assert metrics is not None
-        return metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
+        logits = np.asarray(prediction.predictions)
+        if not np.isfinite(logits).all():
+            raise _diverged("the student's answers are no numbers any more")
+        return metrics(logits, np.asarray(prediction.label_ids))
 
     trainer = DistillationTrainer(
         model=distiller,

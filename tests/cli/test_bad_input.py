@@ -744,6 +744,54 @@ def a_graph_without_its_configuration(world: World) -> list[str]:
     return ["eval", "./served", "--task", "reviews"]
 
 
+@case("--max-latency-ms", "--no-latency measures none")
+def a_gate_on_a_latency_that_is_not_measured(world: World) -> list[str]:
+    return ["export", str(world.model()), "--onnx", "--out", "served", "--no-latency", "--max-latency-ms", "1"]
+
+
+@case("--sequence-lengths: 1024 tokens are more than the 130", "use at most 130")
+def a_latency_of_texts_that_are_too_long(world: World) -> list[str]:
+    return ["export", str(world.model()), "--onnx", "--out", "served", "--sequence-lengths", "1024"]
+
+
+@case("is the folder that you are in", "--out")
+def export_onto_the_working_folder(world: World) -> list[str]:
+    return ["export", str(world.model()), "--onnx", "--out", ".", "--no-latency"]
+
+
+@case("--out", "outside a run", "dense")
+def export_of_a_model_beside_a_runs_student(world: World) -> list[str]:
+    world.model(name="runs/mine/dense")
+    world.model(name="runs/mine/student")
+    world.write("runs/mine/run.json", '{"recipe": {}}')
+    world.write("runs/mine/onnx/model.onnx", "precious")
+    return ["export", "runs/mine/dense", "--onnx"]
+
+
+@case("run.json does not hold the recipe of a run", "--task")
+def eval_in_a_folder_with_a_run_json_of_another_program(world: World) -> list[str]:
+    world.model(name="mine/student")
+    world.write("mine/run.json", '{"recipe": {"colour": "red"}}')
+    return ["eval", "mine/student", "--task", "own"]
+
+
+@case("has no student yet (status: failed)", "--resume")
+def eval_of_a_run_that_is_not_finished(world: World) -> list[str]:
+    world.write("runs/mine/run.json", '{"status": "failed"}')
+    return ["eval", "runs/mine"]
+
+
+@case("--text", "one column, or two with a comma", "'a,b,c'")
+def eval_of_three_columns(world: World) -> list[str]:
+    return ["eval", str(world.model()), "--data", "rows.csv", "--text", "a,b,c"]
+
+
+@case("run.json is no record of a run", "--force")
+def resume_of_what_is_no_run(world: World) -> list[str]:
+    world.write("runs/recipe/run.json", "[]")
+    return ["distill", world.recipe(), "--resume"]
+
+
 # Plain text
 
 

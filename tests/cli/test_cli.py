@@ -17,12 +17,16 @@ from pathlib import Path
 import pytest
 from conftest import NAMED, RECIPE, ROWS, Outcome, World
 from families import tiny
+from rich.console import Console
 
 import kdcli
 from kdcli.cli.app import COMMANDS, run
 from kdcli.errors import InputError
+from kdcli.files import to_json_text
 from kdcli.methods import registry
 from kdcli.models.counts import count_parameters
+from kdcli.pipeline import run_distill
+from kdcli.recipe.load import load_recipe
 
 
 def python(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -216,7 +220,105 @@ def test_a_finished_run_is_shown_again_by_resume(after: World, finished: tuple[P
     before = after.listing()
     outcome = after.call("distill", "recipe.toml", "--resume", "--json")
     assert outcome.code == 0 and outcome.json == finished[1].json
+    gated = after.call("distill", "recipe.toml", "--resume", "--json", "--fail-under", "1.5")
+    assert gated.code == 1 and gated.json == finished[1].json and "gate not met: accuracy " in gated.err
+    other = after.call("distill", "recipe.toml", "--resume", "--set", "seed=7")
+    assert other.code == 2 and "started with another recipe" in other.err
     assert after.listing() == before
+
+
+def test_what_cannot_be_replaced_stays(after: World):
+    before = after.listing()
+    for wrong in ("teacher.model=absent", "task.label=absent", "export={onnx=true, sequence_lengths=[1024]}"):
+        assert after.call("distill", "recipe.toml", "--force", "--set", wrong).code == 2
+        assert after.listing() == before
+
+
+def test_a_run_that_is_killed_while_it_exports_goes_on_with_that(world: World):
+    world.model()
+    recipe = world.recipe(export={"onnx": True, "batch_sizes": [1], "sequence_lengths": [8], "runs": 1})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        # Nothing gets the chance to say that the run has failed, as with a kill.
+        patch.setattr("kdcli.runs.Run.mark_failed", lambda run: None)
+        patch.setattr("kdcli.export.export.export_onnx", _interrupt)
+        run_distill(load_recipe(Path(recipe)), recipe_path=Path(recipe), console=Console(quiet=True))
+    folder = world.folder / "runs" / "recipe"
+    assert (folder / "student").is_dir() and not (folder / "onnx").exists()
+    outcome = world.call("distill", recipe, "--resume", "--json")
+    assert outcome.code == 0 and outcome.json["status"] == "done"
+    assert (folder / "onnx" / "model.onnx").is_file() and outcome.json["export"]["parity"]["max_abs_difference"] < 1e-4
+
+
+def _interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_run_goes_on_after_its_last_checkpoint_wherever_it_is_now(world: World):
+    world.model()
+    recipe = world.recipe(train={"max_steps": 4, "eval_every": 2})
+    first = world.call("distill", recipe, "--json")
+    assert first.code == 0, first.err
+    kept = world.folder / "runs" / "recipe"
+    for finished_ in [*kept.glob("checkpoints/*/final"), kept / "student"]:
+        shutil.rmtree(finished_)
+    record = json.loads((kept / "run.json").read_text())
+    (kept / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    moved = world.folder / "elsewhere" / "recipe"
+    shutil.copytree(kept, moved)
+    shutil.rmtree(kept)
+    world.monkeypatch.chdir(moved)
+    again = world.call("distill", "../../recipe.toml", "--resume", "--output", "..", "--json")
+    assert again.code == 0, again.err
+    assert again.json["hashes"]["student"] == first.json["hashes"]["student"]
+
+
+def test_training_that_diverges_is_told_and_leaves_no_student(world: World):
+    world.model()
+    outcome = world.call("distill", world.recipe(train={"max_steps": 4, "learning_rate": 1e30}))
+    assert outcome.code == 3
+    assert "training has diverged" in outcome.err and "lower the learning rate" in outcome.err
+    run_ = world.folder / "runs" / "recipe"
+    assert json.loads((run_ / "run.json").read_text())["status"] == "failed" and not (run_ / "student").exists()
+
+
+def test_square_brackets_in_names_are_no_markup(world: World):
+    world.model()
+    outcome = world.call("overparam", "teacher", "--out", "y [bold]5[/x]", "--length", "1")
+    assert outcome.code == 0 and "y [bold]5[/x]" in outcome.err
+
+
+def test_eval_of_data_judges_as_the_run_does(world: World):
+    world.csv("numbers.csv", [(text, str(number / 7)) for number, (text, _) in enumerate(ROWS)])
+    world.model("regressor")
+    task = {"name": "own", "train": "numbers.csv", "validation": "numbers.csv", "text": "text", "max_length": 6}
+    world.recipe("task", task={**task, "metrics": ["pearson", "mse"]})
+    assert world.call("distill", "recipe.toml").code == 0
+    own = world.call("eval", "--json")
+    data = world.call("eval", "--data", "numbers.csv", "--text", "text", "--json")
+    assert data.json["metrics"]["rows"] == own.json["metrics"]["validation"]
+    shown = world.call("eval")
+    error = own.json["metrics"]["validation"]["mse"]
+    assert f"{error:.3f}" in shown.out and f"{100 * error:.2f}" not in shown.out
+
+
+def test_texts_are_cut_to_what_a_model_can_read(world: World):
+    world.model()
+    world.csv("long.csv", [(" ".join(["film"] * 400), label) for _, label in ROWS])
+    outcome = world.call("eval", "teacher", "--data", "long.csv", "--text", "text", "--json")
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_part_of_the_test_set_can_be_scored(world: World):
+    world.model()
+    task = {"name": "own", "train": "rows.csv", "test": "rows.csv", "text": "text"}
+    world.recipe("task", task=task)
+    assert world.call("distill", "recipe.toml").code == 0
+    assert "4 examples" in world.call("eval", "--max-samples", "4").out
+
+
+def test_no_result_holds_anything_that_json_does_not_have():
+    text = to_json_text({"a": [float("nan"), 1.0], "b": {"c": float("inf")}})
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {"a": [None, 1.0], "b": {"c": None}}
 
 
 # The plan

@@ -223,9 +223,27 @@ def test_one_file_is_split_and_no_row_is_lost_or_doubled(tmp_path: Path):
     assert (len(task.train), len(task.selection)) == (90, 10)
     expected = list(zip(columns["message"], [int(team == "b") for team in columns["team"]], strict=True))
     assert sorted(pairs_of(task.train, task.selection)) == sorted(expected)
+    numbers = [int(text.split()[1]) for text in task.train["text"]]
+    assert numbers == sorted(numbers)
     for rows in (task.train, task.selection):
-        numbers = [int(text.split()[1]) for text in rows["text"]]
-        assert numbers == sorted(numbers) and rows["index"][:] == list(range(len(rows)))
+        assert rows["index"][:] == list(range(len(rows)))
+
+
+def test_both_halves_of_a_set_sorted_by_label_have_all_classes(tmp_path: Path):
+    name = write(tmp_path / "rows.csv", many(200, ["a"] * 100 + ["b"] * 100))
+    task = load(tmp_path, protocol="half-dev", data=name)
+    [report] = task.report.values()
+    assert set(task.selection["label"]) == set(report["label"]) == {0, 1}
+
+
+@pytest.mark.parametrize("column", ["message", "team"])
+def test_half_of_a_character_is_refused_with_its_row(column: str, tmp_path: Path):
+    columns = many(20, ["a", "b"])
+    columns[column][6] = "cut \ud83d"
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match="row 7 has half of a character at place 5"):
+        load(tmp_path, data="rows.jsonl")
 
 
 def test_the_split_is_the_same_each_time_and_another_with_another_seed(tmp_path: Path):
