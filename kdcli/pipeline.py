@@ -88,7 +88,7 @@ def run_distill(
             hint="score a fine-tuned student: kdcli eval RUN/finetune/TASK --task TASK --fail-under ...",
         )
     resolve(recipe, recipe_path)
-    task = load_task(recipe.task, recipe.evaluate, base=recipe_path.resolve().parent, seed=recipe.seed)
+    task = load_task(recipe.task, recipe.evaluate, base=recipe_path.resolve().parent)
     resolved = resolve(recipe, recipe_path, task)
     downstream = tasks_of(recipe, resolved.base)
     root = output or (resolved.base / Path(recipe.output).expanduser() if recipe.output else Path("runs"))

@@ -82,7 +82,7 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
     """Return the plan of a recipe. Reads data and configurations, trains nothing, writes nothing."""
     base = recipe_path.resolve().parent
     resolve(recipe, recipe_path)
-    task = load_task(recipe.task, recipe.evaluate, base=base, seed=recipe.seed)
+    task = load_task(recipe.task, recipe.evaluate, base=base)
     resolved = resolve(recipe, recipe_path, task)
     downstream = tasks_of(recipe, base)
     section = recipe.teacher

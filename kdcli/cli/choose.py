@@ -1,5 +1,7 @@
 """What `eval` and `export` share: which model, which task, when the user leaves them out."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,28 @@ def choose_task(
     if protocol is not None:
         evaluate = EvaluateSection.model_validate({**evaluate.model_dump(), "protocol": protocol})
     return section, evaluate, base
+
+
+@contextlib.contextmanager
+def as_options(model: str = "MODEL") -> Iterator[None]:
+    """Let errors about a recipe's fields name the options of `eval` in their place. model: where the model is named."""
+    first = model == "MODEL"
+    fields: dict[str | None, tuple[str, str | None]] = {
+        "task.text": ("--text", None),
+        "task.label": ("--label", None),
+        "teacher.model": (model, "score it on data of the kind that it was trained on"),
+        "teacher.labels": (
+            "--labels" if first else model,
+            "name them in the model's order, with the task's words: --labels A,B" if first else None,
+        ),
+    }
+    try:
+        yield
+    except InputError as error:
+        if error.where not in fields:
+            raise
+        where, hint = fields[error.where]
+        raise InputError(error.message, where=where, hint=hint or error.hint) from error
 
 
 def readable_length(config: Any, wanted: int) -> int:

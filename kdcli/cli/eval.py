@@ -23,6 +23,10 @@ def evaluate(
     data: Annotated[Path | None, typer.Option("--data", help="Own data to score on: CSV, JSONL or Parquet.")] = None,
     text: Annotated[str | None, typer.Option("--text", help="Text column of --data, or two with a comma.")] = None,
     label: Annotated[str, typer.Option("--label", help="Label column of --data.")] = "label",
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", help="The model's classes in its own order, by the task's names, with commas."),
+    ] = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="A model to compare with.")] = None,
     protocol: Annotated[Protocol | None, typer.Option("--protocol")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
@@ -44,8 +48,9 @@ def evaluate(
       kdcli eval runs/sst2-makd/onnx --task sst2 --json
       kdcli eval MODEL --task rte --teacher TEACHER --fail-under-retention 0.97
       kdcli eval --data held_out.csv --text message --label team
+      kdcli eval MODEL --task sst2 --labels negative,positive
     """
-    from kdcli.cli.choose import choose_model, choose_task
+    from kdcli.cli.choose import as_options, choose_model, choose_task
     from kdcli.cli.console import emit, info
     from kdcli.errors import ExitCode, InputError
 
@@ -71,13 +76,16 @@ def evaluate(
     from kdcli.evaluation.score import evaluate_model, primary_score
     from kdcli.tasks.load import load_rows, load_task
     from kdcli.tasks.metrics import shown
-    from kdcli.training.teacher import align_labels
+    from kdcli.training.teacher import align_labels, name_classes
 
     contestant, tokenizer = load_contestant(choice.model)
+    if labels is not None:
+        name_classes(contestant.config, labels.split(","), "--labels")
     if data is not None:
-        assert text is not None
         own = choose_task(choice, None)[0] if choice.run is not None else None
-        loaded = load_rows(data, columns, label, contestant.config, metrics=own.metrics if own is not None else None)
+        metrics = own.metrics if own is not None else None
+        with as_options():
+            loaded = load_rows(data, columns, label, contestant.config, metrics=metrics)
         length = own.max_length if own is not None else 128
     else:
         loaded, length = load_task(section, judged, base=base), section.max_length
@@ -89,7 +97,9 @@ def evaluate(
     scores = {}
     for role, (name, one, words) in models.items():
         limit = readable_length(one.config, length)
-        values = evaluate_model(align_labels(one, loaded), words, loaded, batch_size=batch_size, max_length=limit)
+        with as_options("MODEL" if one is contestant else "--teacher"):
+            aligned = align_labels(one, loaded)
+        values = evaluate_model(aligned, words, loaded, batch_size=batch_size, max_length=limit)
         scores[role] = primary_score(values, loaded.primary)
         document["metrics" if role != "teacher" else "teacher_metrics"] = values
         document["model" if role != "teacher" else "teacher"] = name

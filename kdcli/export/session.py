@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,7 @@ class OnnxModel:
         self.folder = folder
         self.inputs = [node.name for node in self.session.get_inputs()]
 
-    @property
+    @cached_property
     def config(self) -> "PretrainedConfig":
         """The configuration beside the graph."""
         from transformers import AutoConfig

@@ -45,7 +45,7 @@ def _folder(name: str | Path) -> Path | None:
     return None
 
 
-def _read_config(name: str | Path, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+def _read_config(name: str | Path, revision: str | None = None) -> dict[str, Any]:
     """Return config.json as written. Raises InputError when there is none, or when it is broken."""
     folder = _folder(name)
     if folder is not None:
@@ -116,7 +116,7 @@ def _keys(files: list[Path]) -> set[str]:
 
 def has_head(name: str | Path, head: str, *, revision: str | None = None) -> bool:
     """True when a checkpoint carries the weights of a head: one of `HEADS`."""
-    _known(_read_config(name, revision, False), name)
+    _known(_read_config(name, revision), name)
     return _has_keys(_keys(_weight_files(name, revision)), head)
 
 
@@ -146,7 +146,7 @@ def load_config(name: str | Path) -> "PretrainedConfig":
     """Return a model's configuration without its weights; of kdcli's own folders that of the plain family."""
     from transformers import AutoConfig
 
-    raw = dict(_read_config(name, None, False))
+    raw = dict(_read_config(name))
     _known(raw, name)
     family = raw.pop("model_type")
     if family == KDCLI_MODEL_TYPE:
@@ -172,7 +172,7 @@ def load_model(
     import transformers
     from transformers import AutoConfig
 
-    raw = _read_config(name, revision, trust_remote_code)
+    raw = _read_config(name, revision)
     if not trust_remote_code:
         _known(raw, name)
     files = _weight_files(name, revision)
@@ -309,7 +309,7 @@ def load_tokenizer(name: str | Path) -> Any:
         )
     with quiet_transformers():
         try:
-            config = _read_config(name, None, False) if folder is None or (folder / "config.json").exists() else {}
+            config = _read_config(name) if folder is None or (folder / "config.json").exists() else {}
             if config.get("model_type") == KDCLI_MODEL_TYPE and folder is not None:
                 settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
                 import transformers

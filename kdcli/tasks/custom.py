@@ -26,7 +26,8 @@ def read_file(path: Path, where: str, *, beside: tuple[str, ...] = ()) -> Column
     beside: other kinds of files that the caller reads itself, for the message.
     """
     if not path.is_file():
-        raise InputError(f"no file at {path}", where=where, hint="relative paths start at the recipe's folder")
+        start = "the working folder" if where.startswith("--") else "the recipe's folder"
+        raise InputError(f"no file at {path}", where=where, hint=f"relative paths start at {start}")
     kind = READABLE.get(path.suffix.lower())
     if kind is None:
         raise InputError(

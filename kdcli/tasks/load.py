@@ -21,7 +21,7 @@ from kdcli.tasks.metrics import ERRORS, known
 BUILT_IN = "reviews"
 
 
-def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path, seed: int = 0) -> Task:
+def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path) -> Task:
     """Return the task that a recipe's `[task]` names.
 
     base: the folder that relative paths start from. Under the protocol "half-dev" the first half of the

@@ -201,7 +201,7 @@ def model_of_copies(recipe: Recipe, *, base: Path, console: Console, refresh: bo
     text = TaskSection(name="augment", type="text", data=section.text, max_length=recipe.task.max_length)
     speaking = recipe.model_copy(update={"teacher": teacher, "task": text})
     try:
-        task = load_task(text, recipe.evaluate, base=base, seed=seed_of(recipe))
+        task = load_task(text, recipe.evaluate, base=base)
     except InputError as error:
         raise InputError(error.message, where="task.augment.text", hint=error.hint) from error
     found = make_teacher(

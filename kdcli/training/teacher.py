@@ -33,7 +33,7 @@ from kdcli.training.loop import LoopSettings, resolve_precision
 from kdcli.training.trainer import fit
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass
@@ -324,13 +324,7 @@ def metrics_of(task: Task) -> Callable[[Any, Any], dict[str, float]] | None:
 def _align(model: "PreTrainedModel", task: Task, names: list[str] | None) -> None:
     """Reorder the classes of `model` in place, so that class i is the task's label i."""
     if names is not None:
-        if len(names) != model.config.num_labels:
-            raise InputError(
-                f"teacher.labels has {len(names)} names, but the model has {model.config.num_labels} classes",
-                where="teacher.labels",
-            )
-        model.config.id2label = dict(enumerate(names))
-        model.config.label2id = {name: i for i, name in enumerate(names)}
+        name_classes(model.config, names, "teacher.labels")
     permutation = label_permutation(model.config, task)
     if permutation is not None and permutation != list(range(len(permutation))):
         head = final_classifier(model)
@@ -342,6 +336,18 @@ def _align(model: "PreTrainedModel", task: Task, names: list[str] | None) -> Non
     if task.kind == "classification":
         model.config.id2label = dict(enumerate(task.label_names))
         model.config.label2id = {name: i for i, name in enumerate(task.label_names)}
+
+
+def name_classes(config: "PretrainedConfig", names: list[str], where: str) -> None:
+    """Give a model's classes names, in place. Raises InputError when there are not as many."""
+    if len(names) != config.num_labels:
+        raise InputError(
+            f"{len(names)} names, but the model has {config.num_labels} classes",
+            where=where,
+            hint="name all of them, in the model's order",
+        )
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
 
 
 def align_labels(model: Any, task: Task) -> Any:

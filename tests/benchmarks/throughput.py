@@ -28,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     need_data()
     section = TaskSection(name="sst2", train_samples=options.samples)
-    task = load_task(section, EvaluateSection(), base=Path(), seed=0)
+    task = load_task(section, EvaluateSection(), base=Path())
     tokenizer = load_tokenizer(encoder())
     data = encode(task.train, tokenizer, 128)
     collator = Collator(tokenizer)

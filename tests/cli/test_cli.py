@@ -465,3 +465,22 @@ def test_the_recipe_that_a_run_keeps_can_be_run_again(after: World, finished: tu
     kept = tomllib.loads((after.folder / "runs" / "recipe" / "recipe.toml").read_text())
     assert kept["method"] == {"name": RECIPE["method"]} and kept["overparam"]["length"] == 1
     assert set(NAMED["label2id"]) == set(finished[1].json["task"]["labels"])
+
+
+def test_the_classes_of_a_model_can_be_named(world: World):
+    world.model("strangers")
+    arguments = ["eval", "teacher", "--task", "reviews", "--max-samples", "40", "--json"]
+    refused = world.call(*arguments)
+    assert refused.code == 2 and "--labels: the model's classes (ham, spam)" in refused.err
+    assert "--labels A,B" in refused.err and "teacher.labels" not in refused.err
+    scores = [world.call(*arguments, "--labels", names) for names in ("negative,positive", "positive,negative")]
+    assert [outcome.code for outcome in scores] == [0, 0]
+    assert scores[0].json["score"] + scores[1].json["score"] == pytest.approx(1.0)
+    assert "3 names, but" in world.call(*arguments, "--labels", "a,b,c").err
+
+
+def test_errors_about_data_name_the_options(world: World):
+    world.model()
+    assert "--text: " in world.call("eval", "teacher", "--data", "rows.csv", "--text", "words").err
+    assert "--label: " in world.call("eval", "teacher", "--data", "rows.csv", "--text", "text", "--label", "x").err
+    assert "start at the working folder" in world.call("eval", "teacher", "--data", "no.csv", "--text", "text").err
