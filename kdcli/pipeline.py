@@ -27,6 +27,7 @@ from kdcli.models.card import model_card
 from kdcli.models.forms import StudentBuild
 from kdcli.models.load import head_of
 from kdcli.models.save import save_model
+from kdcli.recipe.load import portable
 from kdcli.recipe.schema import Recipe
 from kdcli.resolve import Resolved, head_needed, judge_models, resolve
 from kdcli.runs import timed
@@ -108,6 +109,7 @@ def run_distill(
         main_does(
             lambda: run.begin(
                 recipe=document,
+                portable=portable(recipe, resolved.name, resolved.base),
                 source=recipe_path,
                 overrides=overrides or [],
                 seed=recipe.seed,

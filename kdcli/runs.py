@@ -77,13 +77,14 @@ class Run:
         self,
         *,
         recipe: dict[str, Any],
+        portable: dict[str, Any],
         source: Path,
         overrides: list[str],
         seed: int,
         versions: dict[str, str],
     ) -> None:
-        """Write the resolved recipe and the first run.json."""
-        write_text(self.path / "recipe.toml", to_toml(recipe))
+        """Write recipe.toml and the first run.json. portable: the recipe as it can be run from the run's folder."""
+        write_text(self.path / "recipe.toml", to_toml(portable))
         self.update(
             {
                 "name": self.name,

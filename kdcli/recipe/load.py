@@ -51,6 +51,36 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     return recipe
 
 
+_PATHS = {"data", "train", "validation", "test", "model", "tokenizer", "decisions", "augment.text"}
+"""Fields that may hold a path, by their own name, or with that of their table where another table has it, too."""
+
+
+def portable(recipe: Recipe, name: str, base: Path) -> dict[str, Any]:
+    """Return a recipe as a document that says the same in any folder: with its name, and with whole paths.
+
+    base: the folder that its relative paths start from.
+    """
+
+    def whole(table: dict[str, Any], owner: str = "") -> dict[str, Any]:
+        return {key: moved(owner, key, value) for key, value in table.items()}
+
+    def moved(owner: str, key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return whole(value, key)
+        if isinstance(value, list):
+            return [whole(part, key) if isinstance(part, dict) else part for part in value]
+        if not {key, f"{owner}.{key}"} & _PATHS or not isinstance(value, str):
+            return value
+        # A hub's name, or a column's, is no path.
+        path = base / Path(value).expanduser()
+        return str(path.resolve()) if path.exists() else value
+
+    document = whole(recipe.model_dump(exclude_none=True))
+    if recipe.output is not None:
+        document["output"] = str((base / Path(recipe.output).expanduser()).resolve())
+    return {**document, "name": name}
+
+
 def validate_section(schema: type[BaseModel], values: dict[str, Any]) -> Any:
     """Return a command's options as a section. Raises InputError that names the options that do not fit."""
     try:

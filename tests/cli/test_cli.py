@@ -461,10 +461,14 @@ def test_an_interrupt_is_exit_code_130_and_marks_the_run(world: World):
     assert world.call("eval").code == 2
 
 
-def test_the_recipe_that_a_run_keeps_can_be_run_again(after: World, finished: tuple[Path, Outcome]):
+def test_the_recipe_that_a_run_keeps_can_be_run_again(after: World, finished: tuple[Path, Outcome], tmp_path: Path):
     kept = tomllib.loads((after.folder / "runs" / "recipe" / "recipe.toml").read_text())
     assert kept["method"] == {"name": RECIPE["method"]} and kept["overparam"]["length"] == 1
     assert set(NAMED["label2id"]) == set(finished[1].json["task"]["labels"])
+    again = after.call("distill", "runs/recipe/recipe.toml", "--output", tmp_path, "--json")
+    assert again.code == 0, again.err
+    assert again.json["name"] == "recipe"
+    assert again.json["hashes"]["student"] == finished[1].json["hashes"]["student"]
 
 
 def test_the_classes_of_a_model_can_be_named(world: World):

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from kdcli.errors import InputError
 from kdcli.methods import registry
-from kdcli.recipe.load import load_recipe, validate_section, with_place
+from kdcli.recipe.load import load_recipe, portable, validate_section, with_place
 from kdcli.recipe.locate import line_of, lines_of_keys
 from kdcli.recipe.schema import OverparamSection, Recipe, StudentSection, TrainSection, parse_count
 from kdcli.runs import to_toml
@@ -487,3 +487,27 @@ def test_the_readme_has_every_choice(header: str):
                 missing = [choice for choice in get_args(kind) if choice not in default + meaning]
                 # Two words for one thing: the README has the first.
                 assert missing in ([], ["sliced"] if name == "init" else []), (header, name)
+
+
+def test_a_portable_recipe_names_whole_paths_and_nothing_else(tmp_path: Path):
+    for name in ("rows.csv", "teacher", "text", "words.txt", "answers.csv"):
+        (tmp_path / name).touch()
+    document = {
+        "task": {
+            "name": "own",
+            "data": "rows.csv",
+            "text": "text",
+            "augment": {"model": "teacher", "text": "words.txt"},
+        },
+        "method": {"name": "dbkd", "black_box": {"decisions": "answers.csv"}},
+        "teacher": {"model": "teacher", "tokenizer": "google-bert/bert-base-uncased"},
+        "output": "out",
+    }
+    found = portable(Recipe.model_validate(document), "mine", tmp_path)
+    assert found["name"] == "mine" and found["output"] == str(tmp_path / "out")
+    assert found["task"]["data"] == str(tmp_path / "rows.csv") and found["task"]["text"] == "text"
+    assert found["task"]["augment"]["text"] == str(tmp_path / "words.txt")
+    assert found["method"]["black_box"]["decisions"] == str(tmp_path / "answers.csv")
+    assert found["teacher"]["model"] == str(tmp_path / "teacher")
+    assert found["teacher"]["tokenizer"] == "google-bert/bert-base-uncased"
+    Recipe.model_validate(found)
