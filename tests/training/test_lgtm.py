@@ -580,7 +580,7 @@ def test_options_without_an_effect_are_refused():
     with pytest.raises(InputError, match="alpha_teacher = 0"):
         method.check(method.options(alpha_teacher=0.0), context())
     method.check(method.options(alpha_teacher=0.0, influence=False), context())
-    with pytest.raises(InputError, match="no row is held out"):
+    with pytest.raises(InputError, match="held_out has no effect without influence"):
         method.check(method.options(influence=False, held_out=0.1), context())
     for values in ({"held_out": 0.0}, {"held_out": 0.9}, {"alpha_student": 0.0}, {"teacher_learning_rate": 0.0}):
         with pytest.raises(ValueError):
