@@ -261,7 +261,6 @@ def _attempt(run: runs.Run, resume: bool) -> Iterator[_Attempt]:
         except BaseException:
             if is_main():
                 run.mark_failed()
-                run.settle()
             raise
 
 

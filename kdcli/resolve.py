@@ -66,7 +66,7 @@ def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Reso
         _judge_black_box(recipe, method, options, student)
     base = recipe_path.resolve().parent
     if task is not None:
-        method.look(options, task, base)
+        method.check_sources(options, task, base)
     train = recipe.train
     defaults_of_loop = {**method.train, **(method.text_train if recipe.task.type == "text" else {})}
 

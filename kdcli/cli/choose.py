@@ -49,7 +49,7 @@ def choose_model(model: str | None, task: str | None = None) -> Choice:
         run = latest_run()
         return Choice(_classifier_of(run, task), run)
     path = Path(model)
-    if (path / "run.json").is_file():
+    if (path / "run.json").is_file() and not (path / "config.json").exists():
         run = Run(path.resolve())
         if not run.student.is_dir():
             raise InputError(

@@ -62,7 +62,7 @@ def _never(options: Any) -> bool:
     return False
 
 
-def _no_look(options: Any, task: Any, base: Path) -> None:
+def _no_sources(options: Any, task: Any, base: Path) -> None:
     return None
 
 
@@ -77,8 +77,8 @@ class Method:
     title, paper, formula, signals, constraints, cost: for `kdcli methods`. options: the schema of its own
     options. student, train: defaults for those tables; on plain text text_train comes before train.
     check(options, context) raises InputError for what cannot work, with the nearest setting that does.
-    look(options, task, base) raises InputError for files, programs and modules named in the options that are not there;
-    base is the folder that relative paths start from.
+    check_sources(options, task, base) raises InputError for files, programs and modules named in the options that are
+    not there; base is the folder that relative paths start from.
     build(options, context) returns the stages. notes(options, context): what was chosen for the user and is worth a
     line. kinds: of tasks that it can be used on ("classification", "regression", "text"). teacherless(options):
     whether answers are enough, without the teacher's model.
@@ -94,7 +94,7 @@ class Method:
     options: type[BaseModel]
     build: Callable[[Any, Context], list[Stage]]
     check: Callable[[Any, Context], None] = _no_check
-    look: Callable[[Any, "Task", Path], None] = _no_look
+    check_sources: Callable[[Any, "Task", Path], None] = _no_sources
     kinds: frozenset[str] = frozenset({"classification", "regression"})
     student: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)

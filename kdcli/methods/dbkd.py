@@ -69,7 +69,7 @@ class DBKDOptions(Options):
     black_box: BlackBoxOptions | None = None
 
 
-def look(options: DBKDOptions, task: Task, base: Path) -> None:
+def check_sources(options: DBKDOptions, task: Task, base: Path) -> None:
     """Raise InputError when the black box is not there, or its recorded decisions do not fit the task."""
     box = options.black_box
     if box is None:
@@ -120,7 +120,7 @@ METHOD = Method(
     options=DBKDOptions,
     build=build,
     check=check,
-    look=look,
+    check_sources=check_sources,
     kinds=frozenset({"classification"}),
     teacherless=lambda options: options.black_box is not None,
     student={"form": "depth", "select": "first"},

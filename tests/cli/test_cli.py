@@ -281,6 +281,25 @@ def test_training_that_diverges_is_told_and_leaves_no_student(world: World):
     assert json.loads((run_ / "run.json").read_text())["status"] == "failed" and not (run_ / "student").exists()
 
 
+def test_a_run_goes_only_when_the_next_one_has_a_student(world: World):
+    world.model()
+    recipe = world.recipe()
+    first = world.call("distill", recipe, "--json")
+    assert first.code == 0, first.err
+    runs, waiting = world.folder / "runs", world.folder / "runs" / ".recipe.replaced"
+    for _ in range(2):
+        crashed = world.call("distill", recipe, "--force", "--set", "train={max_steps=4, learning_rate=1e30}")
+        assert crashed.code == 3 and not (runs / "recipe" / "student").exists()
+        assert json.loads((waiting / "run.json").read_text())["hashes"] == first.json["hashes"]
+    assert world.call("distill", recipe, "--force").code == 0
+    assert (runs / "recipe" / "student").is_dir() and not waiting.exists()
+
+
+def test_a_model_folder_may_hold_a_run_json_of_another_program(world: World):
+    (world.model() / "run.json").write_text('{"status": "queued"}')
+    assert world.call("eval", "teacher", "--data", "rows.csv", "--text", "text").code == 0
+
+
 def test_square_brackets_in_names_are_no_markup(world: World):
     world.model()
     outcome = world.call("overparam", "teacher", "--out", "y [bold]5[/x]", "--length", "1")
