@@ -1,7 +1,6 @@
 """From a recipe to a run folder: the one road that `kdcli distill` takes."""
 
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.text import Text
 from transformers import set_seed
 
-from kdcli import __version__, runs
+from kdcli import runs
 from kdcli.errors import ExitCode, InputError
 from kdcli.evaluation.comparison import Comparison, compare, describe_model
 from kdcli.evaluation.general import General
 from kdcli.evaluation.predict import predict
 from kdcli.evaluation.score import evaluate_model
 from kdcli.files import atomic_folder
+from kdcli.machine import versions
 from kdcli.models.card import model_card
 from kdcli.models.forms import StudentBuild
 from kdcli.models.load import head_of
@@ -113,7 +112,7 @@ def run_distill(
                 source=recipe_path,
                 overrides=overrides or [],
                 seed=recipe.seed,
-                versions=versions(),
+                versions={**versions(), "threads": str(torch.get_num_threads())},
             )
         )
         head = head_needed(resolved, task)
@@ -262,24 +261,6 @@ def _attempt(run: runs.Run, resume: bool) -> Iterator[_Attempt]:
             if is_main():
                 run.mark_failed()
             raise
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    import datasets
-    import onnxruntime
-
-    return {
-        "kdcli": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "threads": str(torch.get_num_threads()),
-    }
 
 
 def _scores(

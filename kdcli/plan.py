@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from kdcli.machine import resolve_precision
 from kdcli.methods.base import Stage
 from kdcli.models.counts import count_parameters
 from kdcli.models.forms import build_student
@@ -17,7 +18,6 @@ from kdcli.tasks.text import pack
 from kdcli.tensors.parametrize import overparameterise, teacher_factors
 from kdcli.training.augment import check_augment
 from kdcli.training.downstream import tasks_of
-from kdcli.training.loop import resolve_precision
 from kdcli.training.road import stage_loop
 from kdcli.training.teacher import initial_teacher, needs_training, resolve_source
 

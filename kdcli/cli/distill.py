@@ -1,9 +1,13 @@
 """kdcli distill"""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from kdcli.recipe.schema import Recipe
 
 
 def distill(
@@ -39,8 +43,11 @@ def distill(
     if force and resume:
         raise typer.BadParameter("--force and --resume exclude each other")
     loaded = load_recipe(recipe, set_ or [])
-    from kdcli.cli.console import emit
+    from kdcli.cli.console import emit, info
 
+    if os.environ.get("RANK", "0") == "0":
+        # Before the libraries are imported, which takes seconds.
+        info(f"{recipe}: {_summary(loaded)}")
     if dry_run:
         from kdcli.plan import make_plan
 
@@ -69,3 +76,11 @@ def distill(
     if is_main():
         emit(result.to_json(), table=result.table(), as_json=as_json)
     return int(result.exit_code)
+
+
+def _summary(recipe: "Recipe") -> str:
+    """Return what a recipe is about in a few words: `makd on sst2, low-rank student`."""
+    from kdcli.methods import registry
+
+    form = recipe.student.form or registry.get(recipe.method.name).student.get("form", "depth")
+    return f"{recipe.method.name} on {recipe.task.name}, {form} student"

@@ -16,17 +16,17 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
     import os
 
     import onnxruntime
-    import torch
     from rich.table import Table
 
     from kdcli.cli.console import emit
     from kdcli.files import cache_dir
-    from kdcli.pipeline import versions
-    from kdcli.training.loop import resolve_precision
+    from kdcli.machine import gpu_count, resolve_precision, usable_processors, versions
 
     document = {
         **versions(),
-        "gpus": str(torch.cuda.device_count()),
+        "gpus": str(gpu_count()),
+        "processors": str(usable_processors()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
         "precision": resolve_precision("auto", "auto"),
         "onnxruntime_providers": ", ".join(onnxruntime.get_available_providers()),
         "cache": str(cache_dir()),

@@ -7,9 +7,6 @@ from pydantic import Field
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import Share, Temperature, Weight
-from kdcli.objectives.attribution import AttributionObjective
-from kdcli.objectives.output import AnnealedOutputObjective
-from kdcli.objectives.task import TaskObjective
 
 
 class ADKDOptions(Options):
@@ -43,6 +40,10 @@ def check(options: ADKDOptions, context: Context) -> None:
 
 def build(options: ADKDOptions, context: Context) -> list[Stage]:
     """Return one stage with the three terms."""
+    from kdcli.objectives.attribution import AttributionObjective
+    from kdcli.objectives.output import AnnealedOutputObjective
+    from kdcli.objectives.task import TaskObjective
+
     maps = AttributionObjective(context.kind, context.num_labels, top_k=options.top_k, steps=options.steps)
     return [
         Stage(

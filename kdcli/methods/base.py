@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from kdcli.models.shape import ModelShape
-from kdcli.objectives.base import Term
+from kdcli.objectives.term import Term
 
 if TYPE_CHECKING:
     from kdcli.tasks.base import Task

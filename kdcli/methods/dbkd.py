@@ -1,18 +1,16 @@
 """DBKD: the teacher is a black box that returns labels, and nothing else."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, model_validator
 
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import refuse_idle
-from kdcli.objectives.output import OutputObjective
-from kdcli.objectives.task import TaskObjective
-from kdcli.tasks.base import Task
-from kdcli.training.black_box import BlackBox, Command, PythonCallable
-from kdcli.training.decisions import recorded
-from kdcli.training.schemes.dbkd import DECISIONS, DecisionScheme
+
+if TYPE_CHECKING:
+    from kdcli.tasks.base import Task
+    from kdcli.training.black_box import BlackBox
 
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(gt=0)]
@@ -40,8 +38,10 @@ class BlackBoxOptions(Options):
             raise ValueError("give one of callable, command and decisions")
         return self
 
-    def make(self, task: Task, base: Path) -> BlackBox:
+    def make(self, task: "Task", base: Path) -> "BlackBox":
         """Return the one who is asked. Raises InputError when there is no such function or program."""
+        from kdcli.training.black_box import Command, PythonCallable
+
         if self.callable is not None:
             return PythonCallable(self.callable, task.label_names, base)
         assert self.command is not None
@@ -69,12 +69,15 @@ class DBKDOptions(Options):
     black_box: BlackBoxOptions | None = None
 
 
-def check_sources(options: DBKDOptions, task: Task, base: Path) -> None:
+def check_sources(options: DBKDOptions, task: "Task", base: Path) -> None:
     """Raise InputError when the black box is not there, or its recorded decisions do not fit the task."""
     box = options.black_box
     if box is None:
         return
     if box.decisions is not None:
+        from kdcli.training.decisions import recorded
+        from kdcli.training.schemes.dbkd import DECISIONS
+
         recorded(base / Path(box.decisions).expanduser(), task, DECISIONS)
     else:
         box.make(task, base)
@@ -88,6 +91,10 @@ def check(options: DBKDOptions, context: Context) -> None:
 
 def build(options: DBKDOptions, context: Context) -> list[Stage]:
     """Return one stage with the two terms, whose teacher is the table of logits behind decisions."""
+    from kdcli.objectives.output import OutputObjective
+    from kdcli.objectives.task import TaskObjective
+    from kdcli.training.schemes.dbkd import DecisionScheme
+
     box = options.black_box
     scheme = DecisionScheme(
         copies=options.copies,

@@ -5,11 +5,6 @@ from typing import Literal
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import ALL_KINDS, Temperature, Weight, need_equal_vocabulary, refuse_strangers, weighted
-from kdcli.objectives.base import Objective
-from kdcli.objectives.cosine import CosineObjective
-from kdcli.objectives.output import OutputObjective
-from kdcli.objectives.task import TaskObjective
-from kdcli.objectives.vocabulary import MaskedLMObjective, VocabularyObjective
 
 
 class Weights(Options):
@@ -48,8 +43,13 @@ def check(options: DistilBERTOptions, context: Context) -> None:
 
 def build(options: DistilBERTOptions, context: Context) -> list[Stage]:
     """Return one stage with the three terms."""
+    from kdcli.objectives.cosine import CosineObjective
+    from kdcli.objectives.output import OutputObjective
+    from kdcli.objectives.task import TaskObjective
+    from kdcli.objectives.vocabulary import MaskedLMObjective, VocabularyObjective
+
     weights = options.weights
-    output: Objective
+    output: OutputObjective | VocabularyObjective
     if context.kind == "text":
         output = VocabularyObjective(options.temperature, all_positions=options.positions == "all")
         task = Term("mlm", MaskedLMObjective(), weights.task)

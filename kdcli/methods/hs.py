@@ -1,7 +1,7 @@
 """HS transfer: hidden states of the student's blocks follow those of the teacher's, by any layer map."""
 
 import difflib
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -20,9 +20,9 @@ from kdcli.methods.terms import (
     refuse_strangers,
     weighted,
 )
-from kdcli.objectives.base import Objective
-from kdcli.objectives.hidden import HiddenObjective
-from kdcli.objectives.transport import EMDObjective
+
+if TYPE_CHECKING:
+    from kdcli.objectives.base import Objective
 
 NAMES = (*MAPS, "emd")
 EMD_PAPER = "Li et al. (2020), arXiv 2010.06133"
@@ -118,7 +118,10 @@ def check(options: HSOptions, context: Context) -> None:
         )
 
 
-def _hidden(options: HSOptions, context: Context) -> Objective:
+def _hidden(options: HSOptions, context: Context) -> "Objective":
+    from kdcli.objectives.hidden import HiddenObjective
+    from kdcli.objectives.transport import EMDObjective
+
     widths = context.student.hidden, context.teacher.hidden
     bridge = needs_bridge(options.bridge, context)
     if options.layer_map == "emd":
@@ -143,6 +146,8 @@ def _hidden(options: HSOptions, context: Context) -> Objective:
 
 def build(options: HSOptions, context: Context) -> list[Stage]:
     """Return one stage: hidden states, embeddings where they weigh something, and the prediction or hidden words."""
+    from kdcli.objectives.hidden import HiddenObjective
+
     embedding = HiddenObjective(
         [(0, 0)],
         widths=(context.student.hidden, context.teacher.hidden),

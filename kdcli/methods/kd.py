@@ -2,8 +2,6 @@
 
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import Share, Temperature
-from kdcli.objectives.output import OutputObjective
-from kdcli.objectives.task import TaskObjective
 
 
 class KDOptions(Options):
@@ -15,6 +13,9 @@ class KDOptions(Options):
 
 def build(options: KDOptions, context: Context) -> list[Stage]:
     """Return one stage with the two terms."""
+    from kdcli.objectives.output import OutputObjective
+    from kdcli.objectives.task import TaskObjective
+
     return [
         Stage(
             "distil",

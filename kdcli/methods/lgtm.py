@@ -7,9 +7,6 @@ from pydantic import Field
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import Share, Temperature, refuse_idle
-from kdcli.objectives.output import OutputObjective
-from kdcli.objectives.task import TaskObjective
-from kdcli.training.schemes.lgtm import Learning, LGTMScheme
 
 
 class LGTMOptions(Options):
@@ -51,6 +48,10 @@ def check(options: LGTMOptions, context: Context) -> None:
 
 def build(options: LGTMOptions, context: Context) -> list[Stage]:
     """Return one stage: the student's two terms, and the scheme that trains the teacher before every step."""
+    from kdcli.objectives.output import OutputObjective
+    from kdcli.objectives.task import TaskObjective
+    from kdcli.training.schemes.lgtm import Learning, LGTMScheme
+
     learning = Learning(
         kind=context.kind,
         alpha_student=options.alpha_student,

@@ -7,11 +7,6 @@ from pydantic import Field
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import Share, Temperature, Weight, need_equal_heads, need_shares_of_one, refuse_idle
-from kdcli.objectives.hidden import HiddenObjective
-from kdcli.objectives.matrix import MatrixObjective
-from kdcli.objectives.output import OutputObjective
-from kdcli.objectives.relation import RelationObjective
-from kdcli.objectives.task import TaskObjective
 
 Part = Annotated[float, Field(gt=0.0, le=1.0)]
 
@@ -72,6 +67,11 @@ def check(options: MaKDOptions, context: Context) -> None:
 
 def build(options: MaKDOptions, context: Context) -> list[Stage]:
     """Return one joint stage, or three from fine to coarse (methods 5.3)."""
+    from kdcli.objectives.hidden import HiddenObjective
+    from kdcli.objectives.matrix import MatrixObjective
+    from kdcli.objectives.output import OutputObjective
+    from kdcli.objectives.relation import RelationObjective
+    from kdcli.objectives.task import TaskObjective
 
     def matrix_level() -> list[Term]:
         weight, terms = options.weights.matrix, options.terms

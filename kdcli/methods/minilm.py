@@ -12,7 +12,6 @@ from kdcli.methods.terms import (
     refuse_strangers,
     weighted,
 )
-from kdcli.objectives.relation import Relation, RelationObjective
 
 
 class Weights(PredictionWeights):
@@ -38,6 +37,7 @@ def check(options: MiniLMOptions, context: Context) -> None:
 
 def build(options: MiniLMOptions, context: Context) -> list[Stage]:
     """Return one stage over the last block of both models."""
+    from kdcli.objectives.relation import Relation, RelationObjective
 
     def last(relation: Relation) -> RelationObjective:
         return RelationObjective([(context.student.layers, context.teacher.layers)], relations={relation: 1.0})

@@ -1,7 +1,7 @@
 """MiniLMv2: relations within queries, keys and values of one teacher block, over heads split anew."""
 
 import math
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -17,8 +17,9 @@ from kdcli.methods.terms import (
     refuse_strangers,
     weighted,
 )
-from kdcli.objectives.base import Objective
-from kdcli.objectives.relation import DirectRelationObjective, RelationObjective
+
+if TYPE_CHECKING:
+    from kdcli.objectives.base import Objective
 
 PROJECTIONS = {"q": "query", "k": "key", "v": "value"}
 LARGE_WIDTH = 1024
@@ -113,7 +114,9 @@ def check(options: MiniLMv2Options, context: Context) -> None:
         )
 
 
-def _objective(options: MiniLMv2Options, context: Context) -> Objective:
+def _objective(options: MiniLMv2Options, context: Context) -> "Objective":
+    from kdcli.objectives.relation import DirectRelationObjective, RelationObjective
+
     pairs = [(context.student.layers, teacher_layer(options, context))]
     heads = relation_heads(options, context)
     given = {

@@ -4,7 +4,6 @@ from typing import Literal
 
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import Temperature, Weight, need_equal_vocabulary, weighted
-from kdcli.objectives.vocabulary import MaskedLMObjective, VocabularyObjective
 
 
 class Weights(Options):
@@ -29,6 +28,8 @@ def check(options: ODOptions, context: Context) -> None:
 
 def build(options: ODOptions, context: Context) -> list[Stage]:
     """Return one stage with the distribution, and the hidden words where they weigh something."""
+    from kdcli.objectives.vocabulary import MaskedLMObjective, VocabularyObjective
+
     output = VocabularyObjective(options.temperature, all_positions=options.positions == "all")
     terms = [
         Term("output", output, options.weights.output),

@@ -7,9 +7,6 @@ from pydantic import BaseModel, Field
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Options, Term
-from kdcli.objectives.output import OutputObjective
-from kdcli.objectives.task import TaskObjective
-from kdcli.objectives.vocabulary import MaskedLMObjective
 
 Weight = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -28,7 +25,12 @@ class PredictionWeights(Options):
 def prediction_terms(context: Context, weights: PredictionWeights, alpha: float, temperature: float) -> list[Term]:
     """Return the teacher's prediction and the gold labels, alpha to 1 - alpha; on plain text the hidden words."""
     if context.kind == "text":
+        from kdcli.objectives.vocabulary import MaskedLMObjective
+
         return [Term("mlm", MaskedLMObjective(), weights.mlm)]
+    from kdcli.objectives.output import OutputObjective
+    from kdcli.objectives.task import TaskObjective
+
     return [
         Term("output", OutputObjective(context.kind, temperature), weights.prediction * alpha),
         Term("task", TaskObjective(context.kind), weights.prediction * (1.0 - alpha)),

@@ -7,8 +7,6 @@ from pydantic import Field
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import need_dividing_depth, refuse_idle
-from kdcli.objectives.task import TaskObjective
-from kdcli.training.schemes.theseus import Replacement, TheseusScheme
 
 Chance = Annotated[float, Field(gt=0.0, le=1.0)]
 
@@ -55,6 +53,9 @@ def check(options: TheseusOptions, context: Context) -> None:
 
 def build(options: TheseusOptions, context: Context) -> list[Stage]:
     """Return one stage: the task's loss alone, under the replacement scheme."""
+    from kdcli.objectives.task import TaskObjective
+    from kdcli.training.schemes.theseus import Replacement, TheseusScheme
+
     rate = options.replacing_rate or (0.3 if options.schedule == "linear" else 0.5)
     replacement = Replacement(options.schedule, rate, options.k, options.steps_for_replacing, options.full_at)
     return [

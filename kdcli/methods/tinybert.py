@@ -17,10 +17,6 @@ from kdcli.methods.terms import (
     refuse_strangers,
     weighted,
 )
-from kdcli.objectives.attention import AttentionObjective
-from kdcli.objectives.hidden import HiddenObjective
-from kdcli.objectives.output import OutputObjective
-from kdcli.objectives.task import TaskObjective
 
 
 class Weights(Options):
@@ -60,6 +56,9 @@ def check(options: TinyBERTOptions, context: Context) -> None:
 
 
 def _inside(options: TinyBERTOptions, context: Context) -> list[Term]:
+    from kdcli.objectives.attention import AttentionObjective
+    from kdcli.objectives.hidden import HiddenObjective
+
     depth, blocks = context.teacher.layers, context.student.layers
     pairs = [(m, m * depth // blocks) for m in range(blocks + 1)]
     hidden = HiddenObjective(
@@ -79,6 +78,9 @@ def _inside(options: TinyBERTOptions, context: Context) -> list[Term]:
 
 def build(options: TinyBERTOptions, context: Context) -> list[Stage]:
     """Return the stages: the inside of the model, then its prediction; on plain text only the first."""
+    from kdcli.objectives.output import OutputObjective
+    from kdcli.objectives.task import TaskObjective
+
     if context.kind == "text":
         return [Stage("general", _inside(options, context))]
     alpha = options.alpha

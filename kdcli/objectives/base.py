@@ -118,15 +118,6 @@ class Objective(nn.Module):
         """Take note that epoch `epoch` (from 0) of `epochs` begins; for terms that change over time."""
 
 
-@dataclass
-class Term:
-    """An objective with its name in logs and its weight in the sum."""
-
-    name: str
-    objective: Objective
-    weight: float = 1.0
-
-
 def example_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Return the mean of `values` (batch, seq) over each example's real tokens, (batch,)."""
     mask = mask.to(values.dtype)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kdcli.errors import InputError, RunError
 from kdcli.files import cache_dir, fingerprint, write_bytes
+from kdcli.machine import resolve_precision
 from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer
 from kdcli.models.shape import longest_input
 from kdcli.objectives.base import Wants
@@ -34,7 +35,6 @@ from kdcli.tasks.load import load_task
 from kdcli.training.capture import Capture
 from kdcli.training.distributed import agree, main_does, state
 from kdcli.training.hashing import hash_of_model, hash_of_tokenizer
-from kdcli.training.loop import resolve_precision
 from kdcli.training.teacher import make_teacher, resolve_source, seed_of
 
 if TYPE_CHECKING:

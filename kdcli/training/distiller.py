@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from kdcli.objectives.base import MatrixKey, Signals, Term, Wants
+from kdcli.objectives.base import MatrixKey, Signals, Wants
+from kdcli.objectives.term import Term
 from kdcli.training.capture import Capture, model_inputs
 
 if TYPE_CHECKING:

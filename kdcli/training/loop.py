@@ -3,8 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import torch
-
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -41,12 +39,3 @@ class LoopSettings:
         if self.max_steps is not None:
             return self.max_steps
         return max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
-
-
-def resolve_precision(precision: str, device: str) -> str:
-    """Return "bf16" or "fp32": bf16 wherever the hardware multiplies in it (GPU, or CPU with AVX-512 BF16/AMX)."""
-    if precision != "auto":
-        return precision
-    if device != "cpu" and torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"

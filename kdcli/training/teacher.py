@@ -14,11 +14,12 @@ from torch import nn
 from kdcli import __version__
 from kdcli.errors import InputError
 from kdcli.files import atomic_folder, cache_dir, fingerprint, write_json
+from kdcli.machine import resolve_precision
 from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer
 from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
-from kdcli.objectives.base import Term
 from kdcli.objectives.task import TaskObjective
+from kdcli.objectives.term import Term
 from kdcli.objectives.vocabulary import MaskedLMObjective
 from kdcli.recipe.schema import FinetuneSection, Recipe, TrainSection
 from kdcli.tasks.base import Task
@@ -29,7 +30,7 @@ from kdcli.tasks.prepare import encode_task
 from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, main_does
 from kdcli.training.hashing import hash_of_model, hash_of_tokenizer
-from kdcli.training.loop import LoopSettings, resolve_precision
+from kdcli.training.loop import LoopSettings
 from kdcli.training.trainer import fit
 
 if TYPE_CHECKING:

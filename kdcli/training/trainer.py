@@ -27,10 +27,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdcli.errors import InputError, RunError
+from kdcli.machine import resolve_precision
 from kdcli.models.counts import count_parameters
 from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, is_main
-from kdcli.training.loop import LoopSettings, resolve_precision
+from kdcli.training.loop import LoopSettings
 from kdcli.training.progress import ProgressDisplay
 from kdcli.training.sampler import EpochSampler
 from kdcli.training.schemes.base import Scheme

@@ -28,6 +28,7 @@ import torch
 from common import encoder, report
 from rich.console import Console
 
+from kdcli.machine import resolve_precision
 from kdcli.methods import registry
 from kdcli.methods.base import Stage, Term
 from kdcli.models.forms import build_student
@@ -42,7 +43,7 @@ from kdcli.tasks.load import load_task
 from kdcli.tasks.prepare import encode_task
 from kdcli.training.capture import Capture
 from kdcli.training.distiller import Distiller
-from kdcli.training.loop import LoopSettings, resolve_precision
+from kdcli.training.loop import LoopSettings
 from kdcli.training.road import make_distiller
 from kdcli.training.schemes.base import Scheme, Setting
 

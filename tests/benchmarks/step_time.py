@@ -15,10 +15,10 @@ import torch
 from common import encoder
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdcli.machine import resolve_precision
 from kdcli.models.load import load_model
 from kdcli.recipe.schema import OverparamSection
 from kdcli.tensors.parametrize import overparameterise
-from kdcli.training.loop import resolve_precision
 
 
 def build(over: bool) -> tuple[Any, torch.optim.Optimizer]:

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from common import encoder, need_data
 
+from kdcli.machine import resolve_precision
 from kdcli.models.load import load_model, load_tokenizer
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.load import load_task
-from kdcli.training.loop import resolve_precision
 from kdcli.training.sampler import EpochSampler
 
 

@@ -14,13 +14,13 @@ from torch.nn.functional import mse_loss
 from torch.optim.adamw import adamw
 
 from kdcli.errors import InputError
+from kdcli.machine import resolve_precision
 from kdcli.objectives.base import MatrixKey
 from kdcli.objectives.output import kl_divergence
 from kdcli.objectives.task import task_loss
 from kdcli.tensors.parametrize import chain_of, linears_of, overparameterise, tensors_of
 from kdcli.training.capture import model_inputs
 from kdcli.training.distributed import state
-from kdcli.training.loop import resolve_precision
 from kdcli.training.sampler import EpochSampler
 from kdcli.training.schemes.base import Scheme, Setting
 

@@ -1,0 +1,110 @@
+"""The machine and the libraries that results depend on, found without importing torch where that is possible."""
+
+import importlib.util
+import os
+import platform
+import sys
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from kdcli import __version__
+
+DRIVERS = (
+    "/proc/driver/nvidia",
+    "/dev/nvidiactl",
+    "/dev/nvidia0",
+    "/dev/nvhost-ctrl",
+    "/dev/nvmap",
+    "/dev/kfd",
+    "/dev/dxg",
+)
+"""Where Linux shows a GPU's driver: NVIDIA's on servers and on Tegra, AMD's, and that of Windows below WSL."""
+ONNX_RUNTIMES = ("onnxruntime-gpu", "onnxruntime", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-rocm")
+"""Packages that bring the module onnxruntime."""
+
+
+@cache
+def _torch_build() -> tuple[str, bool]:
+    """Return torch's version with its build, and whether it was built for GPUs; from its one small file about that."""
+    if (torch := sys.modules.get("torch")) is not None:
+        return str(torch.__version__), bool(torch.version.cuda or torch.version.hip)
+    package = importlib.util.find_spec("torch")
+    assert package is not None and package.origin is not None
+    spec = importlib.util.spec_from_file_location("_kdcli_torch_version", Path(package.origin).with_name("version.py"))
+    assert spec is not None and spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    return str(build.__version__), bool(build.cuda or build.hip)
+
+
+def gpu_count() -> int:
+    """Return the number of GPUs that torch can use. Where there can be none, torch is not imported to say so."""
+    if not _torch_build()[1]:
+        return 0
+    if "torch" not in sys.modules and sys.platform == "linux" and not any(map(os.path.exists, DRIVERS)):
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def device_name() -> str:
+    """Return the name of the first GPU, or else of the processor."""
+    if gpu_count():
+        import torch
+
+        return torch.cuda.get_device_name()
+    return platform.processor() or "cpu"
+
+
+@cache
+def _cpu_has_bf16() -> bool:
+    """True when the processor multiplies in bfloat16: AVX-512 BF16 or AMX."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        import torch
+
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return not {"avx512_bf16", "amx_tile"}.isdisjoint(flags)
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """Return "bf16" or "fp32": bf16 wherever the hardware multiplies in it (GPU, or CPU with AVX-512 BF16/AMX)."""
+    if precision != "auto":
+        return precision
+    if device != "cpu" and gpu_count():
+        import torch
+
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if _cpu_has_bf16() else "fp32"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions and the device that a result depends on."""
+    return {
+        "kdcli": __version__,
+        "python": platform.python_version(),
+        "torch": _torch_build()[0],
+        "transformers": version("transformers"),
+        "datasets": version("datasets"),
+        "onnxruntime": _installed(ONNX_RUNTIMES),
+        "platform": platform.platform(),
+        "device": device_name(),
+    }
+
+
+def _installed(packages: tuple[str, ...]) -> str:
+    for package in packages:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def usable_processors() -> int:
+    """Return the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
