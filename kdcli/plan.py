@@ -95,7 +95,7 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
     nearest, way = teacher, []
     for name, student in resolved.sections.items():
         with placed(name):
-            build = build_student(nearest, student, seed=recipe.seed)
+            build = build_student(nearest, student, seed=recipe.seed, overparam=resolved.overparam_of(name))
             assert student.form is not None
             context = context_of(nearest, build.model, student.form, task, recipe)
             way.append((build, stages_of(resolved, context, build.model, None if section.black_box else nearest)))

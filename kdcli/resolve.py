@@ -17,7 +17,7 @@ from kdcli.methods.layer_maps import uniform
 from kdcli.models.forms import build_student
 from kdcli.models.load import check_same_tokens, load_config
 from kdcli.models.shape import check_lengths, shape_of
-from kdcli.recipe.schema import FORM_FIELDS, Recipe, StudentSection
+from kdcli.recipe.schema import FORM_FIELDS, OverparamSection, Recipe, StudentSection
 from kdcli.tasks.base import Task
 from kdcli.tensors.parametrize import check_chains
 from kdcli.training.loop import LoopSettings
@@ -45,6 +45,10 @@ class Resolved:
         """The models on the way from the teacher, each taught by the one before: the assistant, if any; the student."""
         student = {"student": self.student}
         return {"assistant": self.assistant, **student} if self.assistant is not None else student
+
+    def overparam_of(self, name: str) -> OverparamSection | None:
+        """Return the chains that the model of that name is trained as: an assistant has none."""
+        return self.recipe.overparam if name == "student" else None
 
 
 def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Resolved:
@@ -198,7 +202,7 @@ def judge_models(teacher: "PreTrainedModel", tokenizer: Any, resolved: Resolved,
         with placed(name):
             if section.model is not None:
                 check_same_tokens(tokenizer, section.model, "student.model")
-            student = _shadow(nearest, section)
+            student = _shadow(nearest, section, resolved.overparam_of(name))
             assert section.form is not None
             context = context_of(nearest, student, section.form, task, resolved.recipe)
             stages_of(resolved, context, student, nearest)
@@ -222,7 +226,9 @@ def placed(name: str, table: str = "student") -> Iterator[None]:
         raise type(error)(error.message, where=where or name, hint=hint) from error
 
 
-def _shadow(teacher: "PreTrainedModel", section: StudentSection) -> "PreTrainedModel":
+def _shadow(
+    teacher: "PreTrainedModel", section: StudentSection, overparam: OverparamSection | None
+) -> "PreTrainedModel":
     """Return a student of the right shape. Its weights mean nothing, unless it is a checkpoint."""
     if section.form == "checkpoint":
         return build_student(teacher, section, seed=0).model
@@ -231,7 +237,7 @@ def _shadow(teacher: "PreTrainedModel", section: StudentSection) -> "PreTrainedM
         written = section.model_dump(exclude={"energy"}, exclude_unset=True)
         section = StudentSection.model_validate({**written, "rank": 1})
     with torch.device("meta"):
-        return build_student(teacher, section, seed=0).model
+        return build_student(teacher, section, seed=0, overparam=overparam).model
 
 
 def stages_of(

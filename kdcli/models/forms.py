@@ -13,7 +13,7 @@ from kdcli.models.anatomy import anatomy_of, blocks_of
 from kdcli.models.load import head_of, load_model
 from kdcli.models.lowrank import factorise
 from kdcli.models.shape import shape_of
-from kdcli.recipe.schema import StudentSection
+from kdcli.recipe.schema import OverparamSection, StudentSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,15 +29,18 @@ class StudentBuild:
     notes: list[str] = field(default_factory=list)
 
 
-def build_student(teacher: "PreTrainedModel", section: StudentSection, *, seed: int) -> StudentBuild:
+def build_student(
+    teacher: "PreTrainedModel", section: StudentSection, *, seed: int, overparam: OverparamSection | None = None
+) -> StudentBuild:
     """Return a student of `section.form` made from `teacher`, which is not changed.
 
+    overparam: the chains that it will be trained as, which not every rank has factors for.
     Raises InputError when the sizes asked for do not fit the teacher.
     """
     torch.manual_seed(seed)
     if section.form == "low-rank":
         student = copy.deepcopy(teacher)
-        notes = factorise(student, section)
+        notes = factorise(student, section, overparam)
         return StudentBuild(student, "low-rank", list(range(shape_of(teacher.config).layers)), notes)
     if section.form == "depth":
         return _depth(teacher, section)

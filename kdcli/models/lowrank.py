@@ -1,6 +1,7 @@
 """Low-rank students: linear maps as two thin factors, from the SVD of the teacher's weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,8 @@ from kdcli.errors import InputError
 from kdcli.models.anatomy import anatomy_of, body_of, iter_block_matrices, set_block_matrix
 from kdcli.models.counts import count_parameters
 from kdcli.objectives.base import MatrixKey
-from kdcli.recipe.schema import StudentSection, parse_count
+from kdcli.recipe.schema import OverparamSection, StudentSection, parse_count
+from kdcli.tensors.factors import has_factors, is_target, nearest_ranks
 from kdcli.tensors.mpo import signed_svd
 
 if TYPE_CHECKING:
@@ -134,19 +136,25 @@ def plan_ranks(
     *,
     fixed_params: int,
     weights: Mapping[MatrixKey, Tensor] | None = None,
+    overparam: OverparamSection | None = None,
 ) -> dict[MatrixKey, int | None]:
     """Return the rank of every block matrix; None where it stays dense.
 
     shapes: (out, in) of each matrix. fixed_params: parameters outside the matrices' weights. `budget`,
     `params` and the default give one rank everywhere, the largest that fits (methods 4.2, 5.3); `energy` gives
     each matrix the smallest rank that keeps that share of its squared singular values, and needs `weights`.
+    Where `overparam` puts chains in place of the factors, only ranks that can be split into factors are chosen.
     Raises InputError when nothing fits or nothing would be saved.
     """
+
+    def splits(key: MatrixKey, rank: int | None) -> bool:
+        return rank is None or overparam is None or not is_target(*key, overparam) or has_factors(rank, overparam)
+
     dense = sum(factored_count(shape, None) for shape in shapes.values())
     largest = max(break_even_rank(*shape) for shape in shapes.values())
     if section.energy is not None:
         assert weights is not None
-        return {key: _energy_rank(weights[key], section.energy) for key in shapes}
+        return {key: _energy_rank(weights[key], section.energy, partial(splits, key)) for key in shapes}
     if section.rank is not None:
         if section.rank >= largest:
             raise InputError(
@@ -155,7 +163,15 @@ def plan_ranks(
                 where="student.rank",
                 hint=f"use a rank up to {_below(largest)}",
             )
-        return ranks_at(shapes, section.rank)
+        ranks = ranks_at(shapes, section.rank)
+        if overparam is not None and not all(splits(key, rank) for key, rank in ranks.items()):
+            near = " or ".join(str(rank) for rank in nearest_ranks(section.rank, overparam) if rank < largest)
+            raise InputError(
+                f"rank {section.rank} cannot be split into two factors of similar size, which [overparam] needs",
+                where="student.rank",
+                hint=f"use rank {near}",
+            )
+        return ranks
     if section.params is not None:
         allowed = parse_count(section.params) - fixed_params
         smallest = sum(factored_count(shape, 1) for shape in shapes.values())
@@ -174,7 +190,8 @@ def plan_ranks(
     best: dict[MatrixKey, int | None] | None = None
     for rank in range(1, _below(largest) + 1):
         candidate = ranks_at(shapes, rank)
-        if sum(factored_count(shapes[key], candidate[key]) for key in shapes) <= allowed:
+        cost = sum(factored_count(shapes[key], candidate[key]) for key in shapes)
+        if cost <= allowed and all(splits(key, kept) for key, kept in candidate.items()):
             best = candidate
     if best is None:
         raise InputError(f"a budget of {allowed:,} block weights is under rank 1 everywhere", where="student.budget")
@@ -185,17 +202,21 @@ def _below(value: float) -> int:
     return int(value) - 1 if value == int(value) else int(value)
 
 
-def _energy_rank(weight: Tensor, energy: float) -> int | None:
+def _energy_rank(weight: Tensor, energy: float, splits: Callable[[int], bool]) -> int | None:
     squares = torch.linalg.svdvals(weight.double()) ** 2
     kept = torch.cumsum(squares, 0) / squares.sum().clamp(min=1e-300)
-    rank = int((kept < energy).sum()) + 1
-    return rank if rank < break_even_rank(*weight.shape) else None
+    least = int((kept < energy).sum()) + 1
+    worthwhile = range(least, _below(break_even_rank(*weight.shape)) + 1)
+    return next((rank for rank in worthwhile if splits(rank)), None)
 
 
-def factorise(model: "PreTrainedModel", section: StudentSection) -> list[str]:
+def factorise(
+    model: "PreTrainedModel", section: StudentSection, overparam: OverparamSection | None = None
+) -> list[str]:
     """Replace the block matrices (and, if asked for, the word embeddings) of `model` by factors, in place.
 
-    Returns notes for the user. Raises InputError when the sizes asked for make no sense.
+    overparam: the chains that will take the factors' place. Returns notes for the user.
+    Raises InputError when the sizes asked for make no sense.
     """
     notes = []
     if section.embedding_rank is not None:
@@ -204,7 +225,11 @@ def factorise(model: "PreTrainedModel", section: StudentSection) -> list[str]:
     shapes = {key: (m.out_features, m.in_features) for key, m in matrices.items()}
     fixed = count_parameters(model) - sum(m.weight.numel() for m in matrices.values())
     ranks = plan_ranks(
-        shapes, section, fixed_params=fixed, weights={key: m.weight.detach() for key, m in matrices.items()}
+        shapes,
+        section,
+        fixed_params=fixed,
+        weights={key: m.weight.detach() for key, m in matrices.items()},
+        overparam=overparam,
     )
     for key, rank in ranks.items():
         if rank is not None:

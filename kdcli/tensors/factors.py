@@ -13,6 +13,9 @@ TABLE = {
 }  # fmt: skip
 """Published factor pairs (OPDF, appendix) and the ones that continue their pattern."""
 
+TARGETS = {"attention": ("query", "key", "value", "attention_output"), "ffn": ("ffn_in", "ffn_out")}
+"""The matrices of a block that each of `overparam.targets` means."""
+
 
 @dataclass(frozen=True)
 class MPOShape:
@@ -70,11 +73,38 @@ def auto_factors(dimension: int) -> tuple[int, int]:
             if a <= 4 * b:
                 return a, b
             break
+    b = next(b for b in range(math.isqrt(dimension), 0, -1) if dimension % b == 0)
     raise InputError(
         f"{dimension} cannot be split into two factors of similar size",
         where="overparam",
-        hint="choose a rank or width with more divisors, give overparam.factors, or leave such matrices out",
+        hint=f"give the factors of {dimension} yourself (overparam.factors, [{dimension // b}, {b}] for example), use "
+        'factorization "svd-plain", or leave such matrices out (overparam.targets, overparam.layers)',
     )
+
+
+def has_factors(dimension: int, section: OverparamSection) -> bool:
+    """True when a side of that length can be split as `section` says: by a list of its own, or automatically."""
+    if section.factorization == "svd-plain" or str(dimension) in (section.factors or {}):
+        return True
+    try:
+        auto_factors(dimension)
+    except InputError:
+        return False
+    return True
+
+
+def nearest_ranks(rank: int, section: OverparamSection) -> list[int]:
+    """Return the nearest ranks below and above `rank` that can be split as `section` says."""
+    # 1 and every square can.
+    below = next(r for r in range(rank - 1, 0, -1) if has_factors(r, section)) if rank > 1 else None
+    above = next(r for r in range(rank + 1, (math.isqrt(rank) + 1) ** 2 + 1) if has_factors(r, section))
+    return [r for r in (below, above) if r is not None]
+
+
+def is_target(layer: int, matrix: str, section: OverparamSection) -> bool:
+    """True when `section` asks for a chain in place of a block's matrix. layer: counted from 1."""
+    named = any(matrix in TARGETS[target] for target in section.targets)
+    return named and (section.layers is None or layer - 1 in section.layers)
 
 
 def length_for_scale(shape: tuple[int, int], scale: float) -> int:

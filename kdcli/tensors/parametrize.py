@@ -17,13 +17,11 @@ from kdcli.models.lowrank import LowRankLinear, svd_factors
 from kdcli.objectives.base import MatrixKey
 from kdcli.recipe.schema import OverparamSection
 from kdcli.tensors.chain import ChainCache, contract_cached
-from kdcli.tensors.factors import MPOShape, check_factors, shape_for
+from kdcli.tensors.factors import MPOShape, check_factors, is_target, nearest_ranks, shape_for
 from kdcli.tensors.mpo import auxiliary_indices, decompose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-TARGETS = {"attention": ("query", "key", "value", "attention_output"), "ffn": ("ffn_in", "ffn_out")}
 
 
 class MPOWeight(nn.Module):
@@ -209,27 +207,39 @@ class _Wanted:
 
 
 def _wanted(model: "PreTrainedModel", section: OverparamSection) -> tuple[list[_Wanted], list[str]]:
-    """Return the layers that `section` names with their factor lists, and those that it cannot have."""
+    """Return the layers that `section` names with their factor lists, and those that it cannot have.
+
+    Raises InputError when it cannot have any.
+    """
     check_factors(section)
     depth = len(blocks_of(model))
-    layers = set(range(depth)) if section.layers is None else set(section.layers)
-    if wrong := sorted(layer for layer in layers if layer >= depth):
+    if wrong := sorted(layer for layer in section.layers or [] if layer >= depth):
         raise InputError(f"the student has blocks 0 to {depth - 1}, not {wrong[0]}", where="overparam.layers")
-    names = {name for target in section.targets for name in TARGETS[target]}
     wanted, skipped = [], []
+    unfit: set[int] = set()
     for key, linear in linears_of(model):
         matrix, _, part = key[1].partition(".")
-        if key[0] - 1 not in layers or matrix not in names:
+        if not is_target(key[0], matrix, section):
             continue
         try:
             shape = shape_for(linear.out_features, linear.in_features, section)
         except InputError as error:
-            # A width is the user's choice; a rank often is not (`energy`, `budget`), and may be prime.
+            # A checkpoint's ranks were chosen without a thought of chains, and may be prime.
             if not part:
                 raise
+            unfit.add(linear.out_features if part == "down" else linear.in_features)
             skipped.append(f"{key[0]}.{key[1]} ({error.message})")
             continue
         wanted.append(_Wanted(key, linear, linear.weight, shape))
+    if not wanted:
+        hint = None
+        if unfit:
+            rank = min(unfit)
+            near = " and ".join(map(str, nearest_ranks(rank, section)))
+            hint = (
+                f"rank {rank} cannot be split into two factors of similar size; the nearest ranks that can are {near}"
+            )
+        raise InputError("no matrix is left to over-parameterise", where="overparam", hint=hint)
     sizes = {str(size) for item in wanted for size in item.shape.matrix}
     unused = sorted(set(section.factors or {}) - sizes)
     if unused and section.aux_mismatch == "skip":

@@ -62,6 +62,13 @@ def over_parameterise(
         return None
     factors: dict[Any, tuple[torch.Tensor, ...]] = {}
     report = overparameterise(build.model, section)
+    if report.skipped:
+        console.print(
+            f"overparam: {len(report.skipped)} matrices without a chain of their own: {'; '.join(report.skipped[:3])}"
+            + ("; ..." if len(report.skipped) > 3 else ""),
+            highlight=False,
+            soft_wrap=True,
+        )
     if section.aux_weight > 0:
         factors, skipped = teacher_factors(teacher, build.model, context.pairs, section)
         if skipped:
@@ -119,7 +126,7 @@ class Road:
         resolved, task, seed = self.resolved, self.task, self.resolved.recipe.seed
         set_seed(seed)
         with timed(self.seconds, f"{folder or 'student'}"):
-            build = build_student(teacher.model, section, seed=seed)
+            build = build_student(teacher.model, section, seed=seed, overparam=overparam)
         for note in build.notes:
             self.console.print(f"{folder or 'student'}: {note}", highlight=False, soft_wrap=True)
         plain_hash = hash_of_weights(build.model)

@@ -633,7 +633,7 @@ def overparam_below_a_file(world: World) -> list[str]:
     return ["overparam", str(world.model()), "--out", "rows.csv/wide"]
 
 
-@case("116 cannot be split", "more divisors")
+@case("116 cannot be split", "[29, 4]")
 def overparam_of_a_prime_width(world: World) -> list[str]:
     return ["overparam", str(world.model("prime")), "--out", "wide"]
 

@@ -67,6 +67,10 @@ WRONG = {
         ["student={form='width', hidden_size=16, layers=2, heads=2}", "overparam.length=1"],
         "overparam.aux_weight: no matrix of the student has a teacher matrix of its shape",
     ),
+    "a rank that chains have no factors for": (
+        ["method=makd", "student.rank=7", "overparam.length=1"],
+        "student.rank: rank 7 cannot be split into two factors of similar size, which [overparam] needs",
+    ),
     "a checkpoint that reads other tokens": (
         ["student.form=checkpoint", "student.model=stranger"],
         "student.model: both models must read the same tokens: number ",

@@ -19,8 +19,9 @@ from kdcli.models.lowrank import (
     plan_ranks,
     svd_factors,
 )
-from kdcli.recipe.schema import StudentSection
-from kdcli.tensors.parametrize import probe
+from kdcli.recipe.schema import OverparamSection, StudentSection
+from kdcli.tensors.factors import has_factors, nearest_ranks
+from kdcli.tensors.parametrize import overparameterise, probe
 
 
 def section(**sizes: object) -> StudentSection:
@@ -147,6 +148,79 @@ def test_the_whole_budget_leaves_the_model_dense():
     model = tiny()
     factorise(model, section(budget=1.0))
     assert not any(isinstance(m, LowRankLinear) for m in model.modules())
+
+
+CHAINS = {
+    "mpo": OverparamSection(length=3),
+    "svd": OverparamSection(factorization="svd"),
+    "scale": OverparamSection(scale=2.0),
+    "own factors": OverparamSection(factors={"384": [8, 6, 8]}),
+    "svd-plain": OverparamSection(factorization="svd-plain"),
+}
+
+
+def six_blocks() -> PreTrainedModel:
+    """A 6-layer, 384-wide encoder, in shape only."""
+    with torch.device("meta"):
+        return AutoModel.from_config(
+            BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+        )
+
+
+@pytest.mark.parametrize("chains", CHAINS)
+def test_every_budget_gives_a_student_that_chains_fit_and_that_uses_the_budget_up(chains: str):
+    overparam = CHAINS[chains]
+    shapes = {key: (m.out_features, m.in_features) for key, m in iter_block_matrices(six_blocks())}  # type: ignore[misc]
+    dense = sum(o * i for o, i in shapes.values())
+    seen = set()
+    for hundredth in [*range(2, 100, 5), 30, 35, 45]:
+        sizes = section(budget=hundredth / 100)
+        free = plan_ranks(shapes, sizes, fixed_params=0)  # type: ignore[arg-type]
+        fitting = plan_ranks(shapes, sizes, fixed_params=0, overparam=overparam)  # type: ignore[arg-type]
+        assert fitting == plan_ranks(shapes, section(params=int(dense * hundredth / 100 + 1e-6)), fixed_params=0,
+                                     overparam=overparam)  # type: ignore[arg-type]  # fmt: skip
+        (largest,), (rank,) = ({r for r in ranks.values() if r is not None} for ranks in (free, fitting))
+        # The nearest below: nothing between it and what the budget allows has factors.
+        assert rank <= largest and not any(has_factors(r, overparam) for r in range(rank + 1, largest + 1))
+        seen.add(rank)
+    # Each rank once through the real thing, as a recipe would.
+    for rank in sorted(seen)[:: 1 if chains == "mpo" else 10]:
+        student = six_blocks()
+        factorise(student, section(rank=rank), overparam)
+        report = overparameterise(student, overparam)
+        assert not report.skipped and len(report.rows) > 36
+
+
+def test_energy_with_chains_keeps_that_share_with_the_smallest_rank_that_fits():
+    overparam = OverparamSection(length=1)
+    student = tiny()
+    weights = {key: m.weight.detach().clone() for key, m in iter_block_matrices(student)}  # type: ignore[union-attr]
+    factorise(student, section(energy=0.6), overparam)
+    ranks = set()
+    for key, matrix in iter_block_matrices(student):
+        squares = torch.linalg.svdvals(weights[key].double()).square()
+        least = int((squares.cumsum(0) / squares.sum() < 0.6).sum()) + 1
+        if isinstance(matrix, LowRankLinear):
+            assert matrix.rank >= least and not any(has_factors(r, overparam) for r in range(least, matrix.rank))
+            ranks.add((least, matrix.rank))
+    assert any(least != rank for least, rank in ranks)
+    assert not overparameterise(student, overparam).skipped
+
+
+def test_a_rank_without_factors_is_refused_with_the_nearest_that_have_some():
+    overparam = OverparamSection(length=1)
+    with pytest.raises(InputError, match="rank 113") as caught:
+        factorise(six_blocks(), section(rank=113), overparam)
+    assert caught.value.where == "student.rank" and caught.value.hint == "use rank 112 or 114"
+    for rank in nearest_ranks(113, overparam):
+        student = six_blocks()
+        factorise(student, section(rank=rank), overparam)
+        assert len(overparameterise(student, overparam).rows) == 72
+    # Where no chain takes the place of the factors, any rank will do.
+    attention = OverparamSection(targets=["attention"])
+    student = six_blocks()
+    factorise(student, section(rank=199), attention)
+    assert len(overparameterise(student, attention).rows) == 24
 
 
 @pytest.mark.parametrize("wanted", ["67.1M", 45_800_000, "30M"])

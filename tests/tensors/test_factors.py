@@ -4,7 +4,15 @@ import pytest
 
 from kdcli.errors import InputError
 from kdcli.recipe.schema import OverparamSection
-from kdcli.tensors.factors import TABLE, MPOShape, auto_factors, length_for_scale, shape_for
+from kdcli.tensors.factors import (
+    TABLE,
+    MPOShape,
+    auto_factors,
+    has_factors,
+    length_for_scale,
+    nearest_ranks,
+    shape_for,
+)
 
 MPO = OverparamSection(length=3)
 
@@ -27,6 +35,25 @@ def test_factors_of_common_widths(dimension: int, pair: tuple[int, int]):
 def test_a_prime_or_lopsided_dimension_is_refused(dimension: int):
     with pytest.raises(InputError, match=str(dimension)):
         auto_factors(dimension)
+
+
+@pytest.mark.parametrize("section", [MPO, OverparamSection(factors={"13": [13, 1]}), OverparamSection(scale=2.0)])
+def test_the_nearest_ranks_are_the_nearest_whose_chains_can_be_built(section: OverparamSection):
+    def builds(rank: int) -> bool:
+        try:
+            return shape_for(384, rank, section).matrix == (384, rank)
+        except InputError:
+            return False
+
+    fitting = [rank for rank in range(1, 420) if builds(rank)]
+    for rank in range(1, 384):
+        assert has_factors(rank, section) == (rank in fitting)
+        below, above = [r for r in fitting if r < rank][-1:], [r for r in fitting if r > rank][:1]
+        assert nearest_ranks(rank, section) == below + above
+
+
+def test_any_rank_fits_where_nothing_is_rearranged():
+    assert has_factors(113, OverparamSection(factorization="svd-plain"))
 
 
 def test_bond_dimensions_of_the_worked_example():
