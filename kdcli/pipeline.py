@@ -26,16 +26,16 @@ from kdcli.models.card import model_card
 from kdcli.models.forms import StudentBuild
 from kdcli.models.load import head_of
 from kdcli.models.save import save_model
+from kdcli.prepare import check_gate, prepare
 from kdcli.recipe.load import portable
 from kdcli.recipe.schema import Recipe
-from kdcli.resolve import Resolved, head_needed, judge_models, resolve
+from kdcli.resolve import Resolved
 from kdcli.runs import timed
 from kdcli.tasks.base import Task
-from kdcli.tasks.load import load_task
 from kdcli.tasks.metrics import chance_level
-from kdcli.training.augment import augment_task, check_augment, model_of_copies
-from kdcli.training.distributed import is_main, main_does
-from kdcli.training.downstream import score_on_tasks, tasks_of
+from kdcli.training.augment import augment_task, make_filler
+from kdcli.training.distributed import agree, is_main, main_does
+from kdcli.training.downstream import score_on_tasks
 from kdcli.training.hashing import hash_of_weights
 from kdcli.training.logits_cache import cached_predictions
 from kdcli.training.road import Road
@@ -81,29 +81,20 @@ def run_distill(
         console = Console(stderr=True, quiet=True)
     begun = time.perf_counter()
     seconds: dict[str, float] = {}
-    if fail_under is not None and recipe.task.type == "text":
-        raise InputError(
-            "needs a task with labels; plain text has no score",
-            where="--fail-under",
-            hint="score a fine-tuned student: kdcli eval RUN/finetune/TASK --task TASK --fail-under ...",
-        )
-    resolve(recipe, recipe_path)
-    task = load_task(recipe.task, recipe.evaluate, base=recipe_path.resolve().parent)
-    resolved = resolve(recipe, recipe_path, task)
-    downstream = tasks_of(recipe, resolved.base)
-    root = output or (resolved.base / Path(recipe.output).expanduser() if recipe.output else Path("runs"))
-    run: runs.Run = runs.open_run(root, resolved.name, force=force, resume=resume, create=is_main())
-    document = recipe.model_dump(exclude_none=True)
+    check_gate(recipe, fail_under)
     limit = fail_under if fail_under is not None else recipe.evaluate.fail_under
-    if resume and run.record and run.record.get("recipe") != document:
-        raise InputError(
-            f"{run.path} was started with another recipe",
-            hint="go back to that recipe, or start again with --force",
-        )
-    if resume and run.record.get("status") == "done":
-        console.print(f"{run.path} is finished already", highlight=False)
-        kind: type[Comparison | General] = General if task.kind == "text" else Comparison
-        return _judged(run, kind.from_record(run.record), limit, console)
+    root, name = runs.place_of_run(recipe, recipe_path, output)
+    document = recipe.model_dump(exclude_none=True)
+    # Others would meet the folder that the main process has just made.
+    before = agree(runs.find_run(root, name, document, force=force, resume=resume) if is_main() else None)
+    assert before is not None
+    if resume and before.record.get("status") == "done":
+        console.print(f"{before.path} is finished already", highlight=False)
+        kind: type[Comparison | General] = General if recipe.task.type == "text" else Comparison
+        return _judged(before, kind.from_record(before.record), limit, console)
+    prepared = prepare(recipe, recipe_path)
+    resolved, task, head = prepared.resolved, prepared.task, prepared.head
+    run: runs.Run = runs.open_run(root, name, force=force, resume=resume, create=is_main())
     with _attempt(run, resume) as attempt:
         main_does(
             lambda: run.begin(
@@ -115,31 +106,26 @@ def run_distill(
                 versions={**versions(), "threads": str(torch.get_num_threads())},
             )
         )
-        head = head_needed(resolved, task)
-        if recipe.task.augment is not None:
-            check_augment(recipe.task.augment, resolved.base)
         set_seed(recipe.seed)
         with timed(seconds, "teacher"):
             teacher = make_teacher(
+                prepared.teacher,
                 recipe,
                 task,
                 head,
-                base=resolved.base,
                 console=console,
                 refresh=refresh,
                 resume=resume,
                 work=run.checkpoints / "teacher",
-                inspect=lambda model, tokenizer: judge_models(model, tokenizer, resolved, task),
             )
             silent = task.kind == "text" or not teacher.known
             teacher_scores = {} if silent else _teacher_scores(teacher, task, resolved)
         if teacher_scores:
             _warn_of_chance(teacher_scores, task, console)
-        if recipe.task.augment is not None:
+        if prepared.filler is not None:
             with timed(seconds, "augment"):
-                source = model_of_copies(
-                    recipe,
-                    base=resolved.base,
+                source = make_filler(
+                    prepared.filler,
                     console=console,
                     refresh=refresh,
                     resume=resume,
@@ -171,7 +157,7 @@ def run_distill(
                         teacher.model,
                         teacher.tokenizer,
                         recipe,
-                        downstream,
+                        prepared.downstream,
                         run=run,
                         console=console,
                         resume=resume,

@@ -1,7 +1,6 @@
 """What a recipe would do, told without doing it (`kdcli distill --dry-run`)."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -11,15 +10,11 @@ from kdcli.methods.base import Stage
 from kdcli.models.counts import count_parameters
 from kdcli.models.forms import build_student
 from kdcli.models.shape import shape_of
-from kdcli.recipe.schema import Recipe
-from kdcli.resolve import Resolved, context_of, head_needed, judge_models, placed, resolve, stages_of
-from kdcli.tasks.load import load_task
+from kdcli.prepare import Prepared
+from kdcli.resolve import Resolved, context_of, placed, stages_of
 from kdcli.tasks.text import pack
 from kdcli.tensors.parametrize import overparameterise, teacher_factors
-from kdcli.training.augment import check_augment
-from kdcli.training.downstream import tasks_of
 from kdcli.training.road import stage_loop
-from kdcli.training.teacher import initial_teacher, needs_training, resolve_source
 
 
 @dataclass
@@ -78,27 +73,18 @@ class Plan:
         return table
 
 
-def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
-    """Return the plan of a recipe. Reads data and configurations, trains nothing, writes nothing."""
-    base = recipe_path.resolve().parent
-    resolve(recipe, recipe_path)
-    task = load_task(recipe.task, recipe.evaluate, base=base)
-    resolved = resolve(recipe, recipe_path, task)
-    downstream = tasks_of(recipe, base)
-    section = recipe.teacher
-    source = resolve_source(section.model, base) if section.model is not None else None
-    head = head_needed(resolved, task)
-    trains = needs_training(recipe, source, head)
-    teacher, tokenizer = initial_teacher(recipe, task, source, head, base)
-    if not section.black_box:
-        judge_models(teacher, tokenizer, resolved, task)
+def make_plan(prepared: Prepared) -> Plan:
+    """Return the plan of a recipe that has been checked. Trains nothing, writes nothing."""
+    resolved, task, start = prepared.resolved, prepared.task, prepared.teacher
+    recipe, section, teacher = resolved.recipe, resolved.recipe.teacher, start.model
     nearest, way = teacher, []
     for name, student in resolved.sections.items():
         with placed(name):
             build = build_student(nearest, student, seed=recipe.seed, overparam=resolved.overparam_of(name))
             assert student.form is not None
             context = context_of(nearest, build.model, student.form, task, recipe)
-            way.append((build, stages_of(resolved, context, build.model, None if section.black_box else nearest)))
+            known = nearest if start.known else None
+            way.append((build, stages_of(resolved, context, build.model, known, len(task.train))))
         followed, nearest = nearest, build.model
     parameters = count_parameters(build.model)
     chain = None
@@ -116,10 +102,9 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
             "unmatched": len(skipped),
         }
     packed = task.kind == "text"
-    examples = len(pack(task.train["text"], tokenizer, recipe.task.max_length)) if packed else len(task.train)
+    examples = len(pack(task.train["text"], start.tokenizer, recipe.task.max_length)) if packed else len(task.train)
     if (augment := recipe.task.augment) is not None:
         # At most: a row of few words may not give so many different copies.
-        check_augment(augment, base)
         examples *= 1 + augment.copies
     total = resolved.loop.steps(examples)
     rows = [[_stage_row(stage, resolved, total, examples) for stage in stages] for _, stages in way]
@@ -151,8 +136,8 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
                 "options": resolved.options.model_dump(),
             },
             "teacher": {
-                "origin": "a black box" if section.black_box else section.model or "from scratch",
-                "preparation": "fine-tuned first, or taken from the cache" if trains else "used as it is",
+                "origin": start.origin,
+                "preparation": "fine-tuned first, or taken from the cache" if start.trains else "used as it is",
                 "parameters": None if section.black_box else count_parameters(teacher),
             },
             "assistant": assistant,
@@ -169,7 +154,7 @@ def make_plan(recipe: Recipe, *, recipe_path: Path) -> Plan:
                     "seeds": table.seeds,
                     "against": list(dict.fromkeys(table.against)),
                 }
-                for tuned, table in zip(downstream, recipe.finetune, strict=True)
+                for tuned, table in zip(prepared.downstream, recipe.finetune, strict=True)
             ],
             "overparam": chain,
             "pairs": [list(pair) for pair in context.pairs],

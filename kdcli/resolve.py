@@ -1,6 +1,5 @@
 """From a recipe to a recipe with every default filled in, and what can be judged before any work."""
 
-import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,18 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from kdcli.errors import InputError, UnfitTaskError
 from kdcli.methods import registry
 from kdcli.methods.base import Context, Method, Stage
 from kdcli.methods.layer_maps import uniform
-from kdcli.models.forms import build_student
-from kdcli.models.load import check_same_tokens, load_config
-from kdcli.models.shape import check_lengths, shape_of
+from kdcli.models.load import load_config
+from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import FORM_FIELDS, OverparamSection, Recipe, StudentSection
 from kdcli.tasks.base import Task
-from kdcli.tensors.parametrize import check_chains
 from kdcli.training.loop import LoopSettings
 from kdcli.training.teacher import resolve_source
 
@@ -192,29 +187,6 @@ def context_of(
     )
 
 
-def judge_models(teacher: "PreTrainedModel", tokenizer: Any, resolved: Resolved, task: Task) -> None:
-    """Raise InputError for what is wrong with a student's shape or tokens, or the method's demands, without any work.
-
-    With an assistant both are judged, each beside the model that it follows.
-    """
-    nearest = copy.deepcopy(teacher).to("meta")  # type: ignore[arg-type]
-    for name, section in resolved.sections.items():
-        with placed(name):
-            if section.model is not None:
-                check_same_tokens(tokenizer, section.model, "student.model")
-            student = _shadow(nearest, section, resolved.overparam_of(name))
-            assert section.form is not None
-            context = context_of(nearest, student, section.form, task, resolved.recipe)
-            stages_of(resolved, context, student, nearest)
-        followed, nearest = nearest, student
-    export = resolved.recipe.export
-    if export.onnx:
-        models = {"teacher": teacher.config, "student": nearest.config}
-        check_lengths(models, export.sequence_lengths, "export.sequence_lengths")
-    if resolved.recipe.overparam is not None and resolved.student.energy is None:
-        check_chains(nearest, resolved.recipe.overparam, followed, context.pairs)
-
-
 @contextmanager
 def placed(name: str, table: str = "student") -> Iterator[None]:
     """Let errors about a table name the one that has its fields: `[assistant]` those of `[student]`."""
@@ -226,29 +198,22 @@ def placed(name: str, table: str = "student") -> Iterator[None]:
         raise type(error)(error.message, where=where or name, hint=hint) from error
 
 
-def _shadow(
-    teacher: "PreTrainedModel", section: StudentSection, overparam: OverparamSection | None
-) -> "PreTrainedModel":
-    """Return a student of the right shape. Its weights mean nothing, unless it is a checkpoint."""
-    if section.form == "checkpoint":
-        return build_student(teacher, section, seed=0).model
-    if section.energy is not None:
-        # The ranks depend on weights that are not there yet; what a method asks of a shape does not depend on them.
-        written = section.model_dump(exclude={"energy"}, exclude_unset=True)
-        section = StudentSection.model_validate({**written, "rank": 1})
-    with torch.device("meta"):
-        return build_student(teacher, section, seed=0, overparam=overparam).model
-
-
 def stages_of(
-    resolved: Resolved, context: Context, student: "PreTrainedModel", teacher: "PreTrainedModel | None"
+    resolved: Resolved,
+    context: Context,
+    student: "PreTrainedModel",
+    teacher: "PreTrainedModel | None",
+    examples: int,
 ) -> list[Stage]:
-    """Return the method's stages. Raises InputError for what it, or the scheme of a stage, cannot work with."""
+    """Return the method's stages. Raises InputError for what it, or the scheme of a stage, cannot work with.
+
+    examples: training rows.
+    """
     resolved.method.check(resolved.options, context)
     stages = resolved.method.build(resolved.options, context)
     for stage in stages:
         if stage.scheme is not None:
-            stage.scheme.check(resolved.loop, student, teacher)
+            stage.scheme.check(resolved.loop, student, teacher, examples)
     return stages
 
 

@@ -10,12 +10,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from kdcli.errors import InputError
 from kdcli.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from kdcli.recipe.schema import Recipe
 
 LATEST = "latest"
 
@@ -170,18 +173,19 @@ def _unlock(lock: FileLock) -> None:
         Path(lock.lock_file).unlink()
 
 
-def open_run(root: Path, name: str, *, force: bool, resume: bool, create: bool = True) -> Run:
-    """Return the run `name` under `root`, its folder made and free to write to.
+def check_place(root: Path, name: str, *, force: bool, resume: bool) -> Run:
+    """Return the run `name` under `root` as it stands; writes nothing.
 
-    A run that `force` replaces waits beside it, until `settle` removes it or `discard` puts it back.
-    Raises InputError when it exists and neither `force` nor `resume` is given, when there is nothing to resume, when
-    another process is at work in it, or when the place cannot be written to.
+    Raises InputError when it exists and neither `force` nor `resume` is given, when there is nothing to resume, or when
+    the place cannot be written to.
     """
     if not name or name in (LATEST, ".", "..") or "/" in name or os.sep in name:
         raise InputError(f"{name!r} cannot be a run's name", where="name", hint="use a plain word")
     run = Run(root / name)
-    if not create:
-        return run
+    there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "it is no folder" if not there.is_dir() else "no permission"
+        raise InputError(f"cannot write to {root}: {there}: {reason}")
     if resume and not run.path.is_dir():
         raise InputError(f"there is no run at {run.path} to resume", hint="leave out --resume")
     if run.path.exists() and not run.path.is_dir():
@@ -191,6 +195,40 @@ def open_run(root: Path, name: str, *, force: bool, resume: bool, create: bool =
             f"{run.path} exists already",
             hint="--force to replace it, --resume to go on with it, or --set name=OTHER",
         )
+    return run
+
+
+def place_of_run(recipe: "Recipe", recipe_path: Path, output: Path | None) -> tuple[Path, str]:
+    """Return the folder for runs and the name of a recipe's run. output: comes before the folder in the recipe."""
+    base = recipe_path.resolve().parent
+    root = output or (base / Path(recipe.output).expanduser() if recipe.output else Path("runs"))
+    return root, recipe.name or recipe_path.stem
+
+
+def find_run(root: Path, name: str, recipe: dict[str, Any], *, force: bool, resume: bool) -> Run:
+    """Return the run as it stands; writes nothing. recipe: as `run.json` holds it.
+
+    Raises InputError where `check_place` does, and when it is to be resumed but was begun with another recipe.
+    """
+    run = check_place(root, name, force=force, resume=resume)
+    if resume and run.record and run.record.get("recipe") != recipe:
+        raise InputError(
+            f"{run.path} was started with another recipe",
+            hint="go back to that recipe, or start again with --force",
+        )
+    return run
+
+
+def open_run(root: Path, name: str, *, force: bool, resume: bool, create: bool = True) -> Run:
+    """Return the run `name` under `root`, its folder made and free to write to.
+
+    A run that `force` replaces waits beside it, until `settle` removes it or `discard` puts it back.
+    Raises InputError when it exists and neither `force` nor `resume` is given, when there is nothing to resume, when
+    another process is at work in it, or when the place cannot be written to.
+    """
+    if not create:
+        return Run(root / name)
+    run = check_place(root, name, force=force, resume=resume)
     made = tuple(folder for folder in (root, *root.parents) if not folder.exists())
     run = Run(run.path, made)
     try:

@@ -49,10 +49,16 @@ def distill(
         # Before the libraries are imported, which takes seconds.
         info(f"{recipe}: {_summary(loaded)}")
     if dry_run:
-        from kdcli.plan import make_plan
+        from kdcli.runs import find_run, place_of_run
 
         try:
-            plan = make_plan(loaded, recipe_path=recipe)
+            place = place_of_run(loaded, recipe, output)
+            find_run(*place, loaded.model_dump(exclude_none=True), force=force, resume=resume)
+            from kdcli.plan import make_plan
+            from kdcli.prepare import check_gate, prepare
+
+            check_gate(loaded, fail_under)
+            plan = make_plan(prepare(loaded, recipe))
         except InputError as error:
             raise with_place(error, recipe, set_) from error
         emit(plan.to_json(), table=plan.table(), as_json=as_json)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from kdcli.errors import InputError, UnfitTaskError
 from kdcli.plan import make_plan
+from kdcli.prepare import prepare
 from kdcli.recipe.load import load_recipe, with_place
 from kdcli.recipe.schema import ExportSection, Recipe
 from kdcli.runs import Run
@@ -191,7 +192,7 @@ def _entry(file: Path, overrides: list[str], chosen: str | None = None) -> Entry
             hint="add [[finetune]] tables with the tasks to score it on",
         )
     try:
-        planned = make_plan(recipe, recipe_path=file).document
+        planned = make_plan(prepare(recipe, file)).document
     except InputError as error:
         raise with_place(error, file, overrides) from error
     task = recipe.task.name

@@ -325,15 +325,7 @@ def load_tokenizer(name: str | Path) -> Any:
 
 def check_tokenizer(model: "PreTrainedModel", tokenizer: Any, max_length: int | None = None) -> None:
     """Raise InputError when the tokenizer can give ids, or up to `max_length` positions, without an embedding."""
-    rows = model.config.vocab_size
-    if len(tokenizer) > rows:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer):,} tokens, but the model has embeddings for {rows:,}",
-            where="teacher.tokenizer",
-            hint="use the tokenizer that the model was trained with",
-        )
-    if tokenizer.pad_token_id is None:
-        raise InputError("the tokenizer has no padding token", where="teacher.tokenizer")
+    check_vocabulary(model.config, tokenizer)
     positions = longest_input(model.config)
     if max_length is None or positions is None:
         return
@@ -345,6 +337,19 @@ def check_tokenizer(model: "PreTrainedModel", tokenizer: Any, max_length: int | 
             where="task.max_length",
             hint=f"use at most {positions // 8 * 8}",
         )
+
+
+def check_vocabulary(config: "PretrainedConfig", tokenizer: Any) -> None:
+    """Raise InputError when the tokenizer can give ids without an embedding, or none for padding."""
+    rows = config.vocab_size
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer):,} tokens, but the model has embeddings for {rows:,}",
+            where="teacher.tokenizer",
+            hint="use the tokenizer that the model was trained with",
+        )
+    if tokenizer.pad_token_id is None:
+        raise InputError("the tokenizer has no padding token", where="teacher.tokenizer")
 
 
 def check_same_tokens(tokenizer: Any, name: str | Path, where: str) -> None:

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset
 
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator, encode
-from kdcli.tasks.text import Masker, TextCollator, hide_once, pack, token_counts
+from kdcli.tasks.text import Masker, TextCollator, check_packing, hide_once, pack, token_counts
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,15 @@ class Encoded:
     train: Dataset
     selection: Dataset
     collator: Any
+
+
+def check_encoding(task: Task, tokenizer: Any, max_length: int) -> None:
+    """Raise InputError where `encode_task` would; encodes no more than the first texts."""
+    if task.masking is None:
+        return
+    Masker(tokenizer, task.masking, seed=0, counts=torch.ones(len(tokenizer)))
+    for rows in (task.train, task.selection):
+        check_packing(rows["text"], tokenizer, max_length)
 
 
 def encode_task(task: Task, tokenizer: Any, max_length: int, *, seed: int = 0) -> Encoded:

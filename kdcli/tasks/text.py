@@ -133,13 +133,7 @@ def pack(documents: Iterable[str], tokenizer: Any, max_length: int) -> Dataset:
     Raises InputError when there is not one token.
     """
     before, after = _frame(tokenizer)
-    room = max_length - len(before) - len(after)
-    if room < 2:
-        raise InputError(f"max_length {max_length} leaves no room for text", where="task.max_length")
-    separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
-    blocks = list(_blocks(_tokens(documents, tokenizer, separator), room))
-    if not blocks:
-        raise InputError("the text has no token that the tokenizer knows", where="task")
+    blocks = list(_packed(documents, tokenizer, max_length, len(before) + len(after)))
     rows = [before + block + after for block, _ in blocks]
     # The special tokens around a block go with the documents that they stand beside, as if these were alone; so does
     # a separator with the document that it ends. A block of one document is one segment with all its tokens.
@@ -156,6 +150,28 @@ def pack(documents: Iterable[str], tokenizer: Any, max_length: int) -> Dataset:
             "length": [len(row) for row in rows],
         }
     )
+
+
+def check_packing(documents: Iterable[str], tokenizer: Any, max_length: int) -> None:
+    """Raise InputError where `pack` would; reads no more documents than the first block needs."""
+    before, after = _frame(tokenizer)
+    next(_packed(documents, tokenizer, max_length, len(before) + len(after)))
+
+
+def _packed(
+    documents: Iterable[str], tokenizer: Any, max_length: int, framed: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield blocks without the special tokens around them, `framed` of each, and the documents of their tokens."""
+    room = max_length - framed
+    if room < 2:
+        raise InputError(f"max_length {max_length} leaves no room for text", where="task.max_length")
+    separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    blocks = _blocks(_tokens(documents, tokenizer, separator), room)
+    first = next(blocks, None)
+    if first is None:
+        raise InputError("the text has no token that the tokenizer knows", where="task")
+    yield first
+    yield from blocks
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:

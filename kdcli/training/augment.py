@@ -24,18 +24,20 @@ from torch import Tensor
 from kdcli.errors import InputError, RunError
 from kdcli.files import cache_dir, fingerprint, write_bytes
 from kdcli.machine import resolve_precision
-from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer
+from kdcli.models.load import check_vocabulary, has_head, load_config, load_model, load_tokenizer
 from kdcli.models.shape import longest_input
 from kdcli.objectives.base import Wants
-from kdcli.recipe.schema import AugmentSection, Recipe, TaskSection, TeacherSection
+from kdcli.recipe.schema import FinetuneSection, Recipe, TaskSection, TeacherSection
 from kdcli.tasks.augment import FIELDS, MODEL, NONE, Vocabulary, add_copies, words_of
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator
 from kdcli.tasks.load import load_task
+from kdcli.tasks.prepare import check_encoding
 from kdcli.training.capture import Capture
-from kdcli.training.distributed import agree, main_does, state
+from kdcli.training.distributed import agree, main_does, processes, state
 from kdcli.training.hashing import hash_of_model, hash_of_tokenizer
-from kdcli.training.teacher import make_teacher, resolve_source, seed_of
+from kdcli.training.loop import check_batch
+from kdcli.training.teacher import TeacherStart, make_teacher, resolve_source, seed_of, start_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,21 +162,29 @@ class Suggester:
         return torch.where(values > -torch.inf, best, NONE).to("cpu", torch.int32)
 
 
-def check_augment(section: AugmentSection, base: Path) -> str:
-    """Return the folder or hub name of the model. Reads no weights.
+@dataclass(frozen=True)
+class FillerStart:
+    """The masked language model of `[task.augment]` before any work.
 
-    Raises InputError when there is no such model, when it has no masked-LM head and there is no text to give it one,
-    or when its tokenizer has no mask.
+    training: recipe, text and start of a model that is given a masked-LM head first; None for one that has it.
     """
+
+    source: str
+    training: tuple[Recipe, Task, TeacherStart] | None = None
+
+
+def start_filler(recipe: Recipe, task: Task, base: Path) -> FillerStart:
+    """Return the start of the model that fills the copies of `task`. Trains and writes nothing.
+
+    Raises InputError when there is no such model, when it has no masked-LM head and there is no usable text to give it
+    one, when its tokenizer does not fit it or has no mask or no whole words, and when no row has a word to replace.
+    """
+    section = recipe.task.augment
+    assert section is not None
     source = resolve_source(section.model, base)
-    try:
+    with _at(MODEL):
         headed, tokenizer = has_head(source, "masked-lm"), load_tokenizer(source)
-    except InputError as error:
-        raise InputError(error.message, where=MODEL, hint=error.hint) from error
-    if not headed and section.text is not None:
-        if not (base / Path(section.text).expanduser()).exists():
-            raise InputError(f"{section.text} does not exist", where="task.augment.text")
-    elif not headed:
+    if not headed and section.text is None:
         raise InputError(
             f"{section.model} has no masked-LM head: it cannot say which words could stand somewhere",
             where=MODEL,
@@ -183,37 +193,48 @@ def check_augment(section: AugmentSection, base: Path) -> str:
         )
     if tokenizer.mask_token_id is None:
         raise InputError(f"the tokenizer of {section.model} has no mask token", where=MODEL)
-    return source
-
-
-def model_of_copies(recipe: Recipe, *, base: Path, console: Console, refresh: bool, resume: bool, work: Path) -> str:
-    """Return the folder or hub name of the model that fills the copies of `[task.augment]`.
-
-    One without a masked-LM head is first fine-tuned on `task.augment.text`, and kept like a teacher.
-    Raises InputError where `check_augment` does and for unusable text, and RunError where it cannot be kept.
-    """
-    section = recipe.task.augment
-    assert section is not None
-    source = check_augment(section, base)
-    if has_head(source, "masked-lm"):
-        return source
+    Vocabulary(tokenizer)
+    fields = [name for name in FIELDS if name in task.train.column_names]
+    if not any(words_of(text) for name in fields for text in task.train[name]):
+        raise InputError("no training row has a word that can be replaced", where="task.augment")
+    if headed:
+        with _at(MODEL):
+            check_vocabulary(load_config(source), tokenizer)
+        return FillerStart(source)
     teacher = TeacherSection(model=section.model, finetune=section.finetune or True, seed=seed_of(recipe))
     text = TaskSection(name="augment", type="text", data=section.text, max_length=recipe.task.max_length)
     speaking = recipe.model_copy(update={"teacher": teacher, "task": text})
+    with _at("task.augment.text"):
+        documents = load_task(text, recipe.evaluate, base=base)
+    with _at(MODEL):
+        start = start_teacher(speaking, documents, "masked-lm", base=base)
+    with _at("task.augment.text"):
+        check_encoding(documents, tokenizer, text.max_length)
+    tuning = section.finetune or FinetuneSection()
+    check_batch(tuning.batch_size, 1, processes(), "task.augment.finetune.batch_size")
+    return FillerStart(source, (speaking, documents, start))
+
+
+@contextlib.contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Let errors name the field `where`, which stands for what they are about."""
     try:
-        task = load_task(text, recipe.evaluate, base=base)
+        yield
     except InputError as error:
-        raise InputError(error.message, where="task.augment.text", hint=error.hint) from error
+        raise InputError(error.message, where=where, hint=error.hint) from error
+
+
+def make_filler(start: FillerStart, *, console: Console, refresh: bool, resume: bool, work: Path) -> str:
+    """Return the folder or hub name of the model that fills the copies of `[task.augment]`.
+
+    One without a masked-LM head is first fine-tuned on `task.augment.text`, and kept like a teacher.
+    Raises RunError where it cannot be kept.
+    """
+    if start.training is None:
+        return start.source
+    recipe, documents, teacher = start.training
     found = make_teacher(
-        speaking,
-        task,
-        "masked-lm",
-        base=base,
-        console=console,
-        refresh=refresh,
-        resume=resume,
-        work=work,
-        inspect=lambda model, tokenizer: None,
+        teacher, recipe, documents, "masked-lm", console=console, refresh=refresh, resume=resume, work=work
     )
     if found.path is None:
         raise RunError(
@@ -225,17 +246,13 @@ def model_of_copies(recipe: Recipe, *, base: Path, console: Console, refresh: bo
 def augment_task(task: Task, recipe: Recipe, source: str, *, console: Console) -> Task:
     """Return `task` with copies behind its training rows, and what was made in its description.
 
-    source: the model, from `model_of_copies`. In a run over several processes the main one asks it, and the others
+    source: the model, from `make_filler`. In a run over several processes the main one asks it, and the others
     read what it kept.
-    Raises InputError for a tokenizer that does not fit the model, and when no row has a word that can be replaced.
+    Raises InputError when no row has a word that can be replaced.
     """
     section = recipe.task.augment
     assert section is not None
     model, tokenizer = load_model(source, task="masked-lm"), load_tokenizer(source)
-    try:
-        check_tokenizer(model, tokenizer)
-    except InputError as error:
-        raise InputError(error.message, where=MODEL, hint=error.hint) from error
     on_cpu = recipe.train.device == "cpu" or not torch.cuda.is_available()
     suggester = Suggester(
         model,

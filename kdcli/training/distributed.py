@@ -16,6 +16,11 @@ def state() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
+def processes() -> int:
+    """Return how many processes train together."""
+    return state().num_processes
+
+
 def is_main() -> bool:
     """True in the process that writes files and talks to the user."""
     return state().is_main_process

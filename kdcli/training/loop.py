@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass
 
+from kdcli.errors import InputError
+from kdcli.machine import gpu_count
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -39,3 +42,26 @@ class LoopSettings:
         if self.max_steps is not None:
             return self.max_steps
         return max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
+
+
+def check_device(device: str) -> None:
+    """Raise InputError for a device that is not there."""
+    if device == "cuda" and not gpu_count():
+        raise InputError(
+            'train.device is "cuda" but PyTorch sees no GPU', where="train.device", hint='use device = "auto"'
+        )
+
+
+def check_batch(batch_size: int, parts: int, processes: int, where: str) -> int:
+    """Return how many examples of a step each process takes at once, of `parts` a step.
+
+    Raises InputError, at the field `where`, when the examples cannot be split evenly.
+    """
+    share, rest = divmod(batch_size, processes * parts)
+    if rest or not share:
+        raise InputError(
+            f"{batch_size} examples cannot be split over {processes} process(es) x {parts} accumulation step(s)",
+            where=where,
+            hint=f"use a multiple of {processes * parts}",
+        )
+    return share

@@ -131,7 +131,7 @@ class Road:
             self.console.print(f"{folder or 'student'}: {note}", highlight=False, soft_wrap=True)
         plain_hash = hash_of_weights(build.model)
         context = context_of(teacher.model, build.model, build.form, task, resolved.recipe)
-        stages = stages_of(resolved, context, build.model, teacher.model if teacher.known else None)
+        stages = stages_of(resolved, context, build.model, teacher.model if teacher.known else None, len(task.train))
         for note in resolved.method.notes(resolved.options, context):
             self.console.print(f"{resolved.method.name}: {note}", highlight=False, soft_wrap=True)
         with timed(self.seconds, "overparam"):

@@ -87,73 +87,82 @@ def needs_training(recipe: Recipe, source: str | None, head: str) -> bool:
     return True
 
 
-def make_teacher(
-    recipe: Recipe,
-    task: Task,
-    head: str,
-    *,
-    base: Path,
-    console: Console,
-    refresh: bool,
-    resume: bool,
-    work: Path,
-    inspect: Callable[["PreTrainedModel", Any], None],
-) -> Teacher:
-    """Return the teacher of a recipe, with a head for it: "sequence-classification", "masked-lm" or "base" (none).
+@dataclass(frozen=True)
+class TeacherStart:
+    """A teacher before any work: loaded, its classes in the task's order; or, where it `trains`, untrained.
 
-    A fine-tuned one is kept in the cache under a name made of everything that shaped it (base weights, data,
-    settings, seed), and reused; `refresh` makes it again. `work` is where a training keeps its checkpoints.
-    inspect: sees the model and its tokenizer before any work is put into it, and may raise InputError.
+    known: as in `Teacher`.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: Any
+    origin: str
+    path: Path | None = None
+    known: bool = True
+    trains: bool = False
+
+
+def start_teacher(recipe: Recipe, task: Task, head: str, *, base: Path) -> TeacherStart:
+    """Return the start of a recipe's teacher, with a head: "sequence-classification", "masked-lm" or "base" (none).
+
+    Trains nothing and writes nothing. Raises InputError for all that is wrong with the teacher, its tokenizer or its
+    classes.
     """
     section = recipe.teacher
-    if section.black_box:
-        model, tokenizer = initial_teacher(recipe, task, None, head, base)
-        return Teacher(model, tokenizer, origin="a black box", known=False)
     source = resolve_source(section.model, base) if section.model is not None else None
-    if not needs_training(recipe, source, head):
-        assert source is not None
-        model = load_model(source, task=head, revision=section.revision, trust_remote_code=section.trust_remote_code)
-        tokenizer = load_tokenizer(resolve_source(section.tokenizer, base) if section.tokenizer else source)
-        check_tokenizer(model, tokenizer, recipe.task.max_length)
-        if task.kind != "text":
-            _align(model, task, section.labels)
-        inspect(model, tokenizer)
-        return Teacher(
-            model,
-            tokenizer,
-            origin=section.model or source,
-            path=Path(source) if Path(source).exists() else None,
-        )
-    if section.labels is not None:
+    trains = needs_training(recipe, source, head)
+    if trains and section.labels is not None:
         raise InputError(
             "teacher.labels names the classes of a trained head, and this teacher gets a new one",
             where="teacher.labels",
             hint="leave it out: a new head has the task's own labels",
         )
-    model, tokenizer = initial_teacher(recipe, task, source, head, base)
-    inspect(model, tokenizer)
-    return _finetuned(recipe, task, model, tokenizer, head, console=console, refresh=refresh, resume=resume, work=work)
-
-
-def initial_teacher(
-    recipe: Recipe, task: Task, source: str | None, head: str, base: Path
-) -> tuple["PreTrainedModel", Any]:
-    """Return the untrained start of a teacher (a base model with a fresh head, or one from scratch)."""
-    section = recipe.teacher
-    labels = label_options(task)
+    if section.scratch is not None:
+        model, tokenizer = build_scratch(
+            section.scratch, _texts(task), seed=seed_of(recipe), head=head, **label_options(task)
+        )
+        return TeacherStart(model, tokenizer, "from scratch", trains=True)
     if section.black_box:
         assert recipe.student.model is not None
         source = resolve_source(recipe.student.model, base)
-    if section.scratch is not None:
-        return build_scratch(section.scratch, _texts(task), seed=seed_of(recipe), head=head, **labels)
     assert source is not None
     torch.manual_seed(seed_of(recipe))
+    # A trained head keeps its own classes, to be matched with the task's; a new one has the task's.
+    labels = label_options(task) if trains or section.black_box else {}
     model = load_model(
         source, task=head, revision=section.revision, trust_remote_code=section.trust_remote_code, **labels
     )
     tokenizer = load_tokenizer(resolve_source(section.tokenizer, base) if section.tokenizer else source)
     check_tokenizer(model, tokenizer, recipe.task.max_length)
-    return model, tokenizer
+    if section.black_box:
+        return TeacherStart(model, tokenizer, "a black box", known=False)
+    if not trains and task.kind != "text":
+        _align(model, task, section.labels)
+    path = Path(source) if not trains and Path(source).exists() else None
+    return TeacherStart(model, tokenizer, section.model or source, path, trains=trains)
+
+
+def make_teacher(
+    start: TeacherStart,
+    recipe: Recipe,
+    task: Task,
+    head: str,
+    *,
+    console: Console,
+    refresh: bool,
+    resume: bool,
+    work: Path,
+) -> Teacher:
+    """Return the teacher that `start` becomes: as it is, or fine-tuned.
+
+    A fine-tuned one is kept in the cache under a name made of everything that shaped it (base weights, data,
+    settings, seed), and reused; `refresh` makes it again. `work` is where a training keeps its checkpoints.
+    """
+    if not start.trains:
+        return Teacher(start.model, start.tokenizer, start.origin, start.path, start.known)
+    return _finetuned(
+        recipe, task, start.model, start.tokenizer, head, console=console, refresh=refresh, resume=resume, work=work
+    )
 
 
 def _texts(task: Task) -> list[str]:

@@ -26,12 +26,12 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from kdcli.errors import InputError, RunError
+from kdcli.errors import RunError
 from kdcli.machine import resolve_precision
 from kdcli.models.counts import count_parameters
 from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, is_main
-from kdcli.training.loop import LoopSettings
+from kdcli.training.loop import LoopSettings, check_batch, check_device
 from kdcli.training.progress import ProgressDisplay
 from kdcli.training.sampler import EpochSampler
 from kdcli.training.schemes.base import Scheme
@@ -340,20 +340,13 @@ def _arguments(
     settings: LoopSettings, folder: Path, examples: int, *, evaluates: bool, by_loss: bool
 ) -> TrainingArguments:
     use_cpu = settings.device == "cpu" or not torch.cuda.is_available()
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise InputError('train.device is "cuda" but PyTorch sees no GPU', hint='use device = "auto"')
+    check_device(settings.device)
     steps = settings.steps(examples)
     every = settings.eval_every or max(1, math.ceil(examples / settings.batch_size))
     every = min(every, steps)
     strategy = "steps" if evaluates else "no"
     world = TrainingArguments(output_dir=str(folder), use_cpu=use_cpu).world_size
-    share, rest = divmod(settings.batch_size, world * settings.gradient_accumulation)
-    if rest or not share:
-        raise InputError(
-            f"train.batch_size = {settings.batch_size} cannot be split over {world} process(es) x "
-            f"{settings.gradient_accumulation} accumulation step(s)",
-            hint=f"use a multiple of {world * settings.gradient_accumulation}",
-        )
+    share = check_batch(settings.batch_size, settings.gradient_accumulation, world, "train.batch_size")
     return TrainingArguments(
         output_dir=str(folder),
         use_cpu=use_cpu,

@@ -836,6 +836,44 @@ def plain_text_in_a_file_of_another_kind(world: World) -> list[str]:
     return ["distill", text_recipe(world), "--set", "task.data=my.doc"]
 
 
+@case("finetune[0].task.max_length", "max_length 256 is more than the 130 positions")
+def a_task_to_fine_tune_on_with_longer_texts_than_the_model_reads(world: World) -> list[str]:
+    own = {"name": "own", "data": "rows.csv", "text": "text", "max_length": 256}
+    return ["distill", text_recipe(world, finetune=[{"task": own}])]
+
+
+@case("task.max_length", "max_length 3 leaves no room for text")
+def plain_text_in_blocks_without_room(world: World) -> list[str]:
+    return ["distill", text_recipe(world), "--set", "task.max_length=3"]
+
+
+@case("teacher.tokenizer", "no mask token")
+def plain_text_for_a_tokenizer_without_a_mask(world: World) -> list[str]:
+    recipe = text_recipe(world)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = world.folder / "teacher" / name
+        if file.exists():
+            document = json.loads(file.read_text())
+            file.write_text(json.dumps({key: value for key, value in document.items() if key != "mask_token"}))
+    return ["distill", recipe]
+
+
+# The loop
+
+
+@case("train.device", "sees no GPU", 'device = "auto"')
+def a_gpu_that_is_not_there(world: World) -> list[str]:
+    world.monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    world.model()
+    return ["distill", world.recipe(train={"device": "cuda"})]
+
+
+@case("task.train_samples", "of 1 training row(s) none can be held out")
+def a_teacher_that_learns_from_held_out_rows_of_one(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(method="lgtm", task={"train_samples": 1})]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_wrong_input_is_told_in_one_message_and_leaves_nothing_behind(name: str, world: World, own_cache: Path):
     prepare, words = CASES[name]
@@ -849,6 +887,10 @@ def test_wrong_input_is_told_in_one_message_and_leaves_nothing_behind(name: str,
     assert [word for word in words if word not in outcome.err] == [], outcome.err
     assert world.listing() == before
     assert list(own_cache.iterdir()) == []
+    if arguments[0] == "distill":
+        # The dry run refuses what the run refuses, in the same words.
+        planned = world.call(*arguments, "--dry-run")
+        assert (planned.code, planned.out, planned.err) == (2, "", outcome.err)
 
 
 def test_there_are_enough_cases():

@@ -177,7 +177,7 @@ def test_gates_of_eval(gate: list[str], code: int, as_json: bool, after: World):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["distill", "recipe.toml", "--dry-run", "--json"],
+        ["distill", "recipe.toml", "--force", "--dry-run", "--json"],
         ["eval", "teacher", "--data", "rows.csv", "--text", "text", "--json"],
         ["methods", "--json"],
         ["methods", "makd", "--json"],

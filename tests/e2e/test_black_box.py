@@ -9,6 +9,7 @@ from kdcli.errors import InputError
 from kdcli.models.save import save_model
 from kdcli.pipeline import run_distill
 from kdcli.plan import make_plan
+from kdcli.prepare import prepare
 from kdcli.recipe.load import load_recipe
 from kdcli.resolve import resolve
 
@@ -30,7 +31,7 @@ train = {max_steps = 4}
 """
     )
     loaded = load_recipe(recipe, [])
-    plan = make_plan(loaded, recipe_path=recipe)
+    plan = make_plan(prepare(loaded, recipe))
     assert plan.to_json()["teacher"]["parameters"] is None
     result = run_distill(loaded, recipe_path=recipe, output=tmp_path / "runs")
     assert result.record["teacher"] is None and result.record["hashes"]["teacher"] is None

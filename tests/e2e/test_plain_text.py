@@ -13,6 +13,7 @@ import kdcli
 from kdcli.models.load import head_of
 from kdcli.pipeline import run_distill
 from kdcli.plan import make_plan
+from kdcli.prepare import prepare
 from kdcli.recipe.load import load_recipe
 from kdcli.tasks.synthetic import reviews
 
@@ -126,7 +127,7 @@ def test_an_assistant_comes_between_teacher_and_student(recipe: Path):
 
 
 def test_a_plan_counts_blocks_and_trains_nothing(recipe: Path):
-    plan = make_plan(load_recipe(recipe, ["method=od"]), recipe_path=recipe).to_json()
+    plan = make_plan(prepare(load_recipe(recipe, ["method=od"]), recipe)).to_json()
     assert plan["task"]["kind"] == "text" and plan["task"]["sizes"]["train blocks"] > 100
     assert [path.name for path in recipe.parent.iterdir() if path.is_dir()] == []
 

@@ -15,6 +15,7 @@ from kdcli.methods.base import Stage
 from kdcli.models.save import save_model
 from kdcli.pipeline import run_distill
 from kdcli.plan import make_plan
+from kdcli.prepare import prepare
 from kdcli.recipe.load import load_recipe
 from kdcli.resolve import resolve
 from kdcli.training.road import stage_loop
@@ -124,7 +125,7 @@ def test_it_is_refused_before_the_teacher_is_trained(case: str, tmp_path: Path, 
     (tmp_path / "decisions.csv").write_text("\n".join(["index,label", *decisions]))
     recipe = load_recipe(path, changes)
     with pytest.raises(InputError) as planned:
-        make_plan(recipe, recipe_path=path)
+        prepare(recipe, path)
     with pytest.raises(InputError) as started:
         run_distill(recipe, recipe_path=path, output=tmp_path / "runs", console=Console(quiet=True))
     for error in (planned, started):
@@ -137,7 +138,7 @@ def test_it_is_refused_before_the_teacher_is_trained(case: str, tmp_path: Path, 
 def test_a_plan_with_an_assistant_tells_both_trainings(tmp_path: Path):
     path = written(tmp_path)
     recipe = load_recipe(path, ["method=minilm", "student.layers=2", "assistant.layers=3", "assistant.form=depth"])
-    plan = make_plan(recipe, recipe_path=path)
+    plan = make_plan(prepare(recipe, path))
     document = plan.to_json()
     assert [stage["steps"] for stage in document["assistant"]["stages"]] == [2]
     assert document["teacher"]["parameters"] > document["assistant"]["parameters"] > document["student"]["parameters"]

@@ -24,12 +24,13 @@ from kdcli.files import cache_dir
 from kdcli.models.save import save_model
 from kdcli.pipeline import run_distill
 from kdcli.plan import make_plan
+from kdcli.prepare import prepare
 from kdcli.recipe.load import load_recipe
 from kdcli.recipe.schema import Recipe
 from kdcli.tasks.augment import words_of
 from kdcli.tasks.base import Task
 from kdcli.tasks.synthetic import reviews
-from kdcli.training.augment import Suggester, augment_task, check_augment
+from kdcli.training.augment import Suggester, augment_task, start_filler
 
 TOP_K = 5
 
@@ -105,6 +106,9 @@ def make_recipe(model: Path | str, **augment: Any) -> Recipe:
             "train": {"precision": "fp32", "device": "cpu"},
         }
     )
+
+
+TASK_OF_ONE_ROW = make_task(["a fine film"])
 
 
 def augment(task: Task, model: Path | str, *, seed: int = 42, max_length: int = 128, **options: Any) -> Task:
@@ -405,14 +409,14 @@ def test_byte_level_tokenizers_keep_the_spacing_and_take_whole_words(tmp_path: P
 def test_a_model_without_a_masked_lm_head_is_refused(tmp_path: Path):
     save_model(tiny("bert"), tmp_path, tokenizer())
     with pytest.raises(InputError, match="no masked-LM head") as caught:
-        check_augment(make_recipe(tmp_path).task.augment, Path())
+        start_filler(make_recipe(tmp_path), TASK_OF_ONE_ROW, Path())
     assert caught.value.where == "task.augment.model"
 
 
 def test_text_that_is_not_there_is_told_with_its_field(tmp_path: Path):
     save_model(tiny("bert"), tmp_path, tokenizer())
     with pytest.raises(InputError) as caught:
-        check_augment(make_recipe(tmp_path, text="nowhere.txt").task.augment, tmp_path)
+        start_filler(make_recipe(tmp_path, text="nowhere.txt"), TASK_OF_ONE_ROW, tmp_path)
     assert caught.value.where == "task.augment.text"
 
 
@@ -421,12 +425,12 @@ def test_a_tokenizer_without_a_mask_is_refused(tmp_path: Path):
     words.mask_token = None
     save_model(masked_lm(220), tmp_path, words)
     with pytest.raises(InputError, match="no mask token"):
-        check_augment(make_recipe(tmp_path).task.augment, Path())
+        start_filler(make_recipe(tmp_path), TASK_OF_ONE_ROW, Path())
 
 
 def test_a_model_that_is_not_there_is_told_with_its_field(tmp_path: Path):
     with pytest.raises(InputError) as caught:
-        check_augment(make_recipe("./nowhere").task.augment, tmp_path)
+        start_filler(make_recipe("./nowhere"), TASK_OF_ONE_ROW, tmp_path)
     assert caught.value.where == "task.augment.model"
 
 
@@ -548,7 +552,7 @@ def test_two_processes_train_on_the_same_copies_as_one(recipe_path: Path, monkey
 
 def test_the_plan_counts_copies_without_asking_the_model(recipe_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("kdcli.training.augment.load_model", None)
-    plan = make_plan(load_recipe(recipe_path), recipe_path=recipe_path).to_json()
+    plan = make_plan(prepare(load_recipe(recipe_path), recipe_path)).to_json()
     assert plan["task"]["sizes"]["train with copies"] == 160
     assert plan["stages"][0]["steps"] == 16
 
@@ -560,7 +564,7 @@ def test_a_wrong_model_is_told_before_the_teacher_is_trained(recipe_path: Path, 
     with pytest.raises(InputError, match="masked-LM head"):
         run_distill(recipe, recipe_path=recipe_path, output=tmp_path / "runs", console=Console(file=io.StringIO()))
     with pytest.raises(InputError, match="masked-LM head"):
-        make_plan(recipe, recipe_path=recipe_path)
+        prepare(recipe, recipe_path)
     assert not (own_cache / "teachers").exists()
     assert not (tmp_path / "runs").exists()
 

@@ -412,8 +412,9 @@ def test_held_out_rows_are_training_rows_that_nobody_trains_on():
     assert split(everything, 0.05, seed=4)[1]["index"] != held["index"]
     assert [len(part) for part in split(rows(2), 0.05, seed=0)] == [1, 1]
     assert [len(part) for part in split(rows(2), 0.5, seed=0)] == [1, 1]
+    teacher, student = pair()
     with pytest.raises(InputError, match="none can be held out"):
-        split(rows(1), 0.05, seed=0)
+        LGTMScheme(Learning(held_out=0.05)).begin(setting(student, teacher, rows(1)))
 
 
 def test_the_validation_rows_are_never_touched(tmp_path: Path):

@@ -13,7 +13,7 @@ import torch
 from families import tiny, tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, PreTrainedModel
+from transformers import BertForMaskedLM, BertModel, PreTrainedModel
 
 from kdcli.errors import InputError
 from kdcli.models.load import load_model
@@ -25,7 +25,7 @@ from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
 from kdcli.tasks.synthetic import reviews
 from kdcli.training.hashing import hash_of_weights
-from kdcli.training.teacher import Teacher, make_teacher
+from kdcli.training.teacher import Teacher, make_teacher, start_teacher
 from kdcli.training.trainer import DistillationTrainer
 
 WORDS = tokenizer()
@@ -71,10 +71,9 @@ def task_of(task: str, evaluate: str, base: Path | None) -> Task:
 class Made:
     """A teacher, and what was said while it was made."""
 
-    def __init__(self, teacher: Teacher, said: str, seen: list[PreTrainedModel]) -> None:
+    def __init__(self, teacher: Teacher, said: str) -> None:
         self.teacher = teacher
         self.said = said
-        self.seen = seen
 
     @property
     def reused(self) -> bool:
@@ -92,19 +91,19 @@ class Made:
 
 def make(folder: Path, recipe: Recipe | None = None, *, head: str = CLASSIFIER, **options: Any) -> Made:
     recipe = recipe or recipe_of()
-    said, seen = io.StringIO(), []
+    said = io.StringIO()
     sections = [section.model_dump_json(exclude_unset=True) for section in (recipe.task, recipe.evaluate)]
+    # The built-in task takes longer to make up than such a teacher to train.
+    task = task_of(*sections, folder if recipe.task.data else None)
     teacher = make_teacher(
+        start_teacher(recipe, task, head, base=folder),
         recipe,
-        # The built-in task takes longer to make up than such a teacher to train.
-        task_of(*sections, folder if recipe.task.data else None),
+        task,
         head,
-        base=folder,
         console=Console(file=said, width=200),
-        inspect=options.pop("inspect", lambda model, tokenizer: seen.append(model)),
         **{"refresh": False, "resume": False, "work": folder / "work", **options},
     )
-    return Made(teacher, said.getvalue(), seen)
+    return Made(teacher, said.getvalue())
 
 
 def teachers(own_cache: Path) -> list[Path]:
@@ -285,16 +284,6 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_weights(folder: Path, monkeyp
     assert resumed.teacher.training["steps"] == 6
 
 
-def test_a_teacher_is_seen_before_any_work_and_may_be_refused(folder: Path, own_cache: Path):
-    def refuse(model: PreTrainedModel, tokenizer: Any) -> None:
-        assert isinstance(model, BertForSequenceClassification)
-        raise InputError("too small")
-
-    with pytest.raises(InputError, match="too small"):
-        make(folder, inspect=refuse)
-    assert not teachers(own_cache) and not (folder / "work").exists()
-
-
 def classifier(folder: Path, *names: str, seed: int = 0, name: str = "tuned") -> PreTrainedModel:
     model = tiny("bert", layers=1, seed=seed, labels=len(names))
     model.config.id2label = dict(enumerate(names))
@@ -313,7 +302,6 @@ def test_classes_in_another_order_are_put_in_the_tasks_by_their_names(tmp_path: 
     assert made.teacher.model.config.label2id == {"negative": 0, "positive": 1}
     assert made.teacher.path == tmp_path / "tuned" and not teachers(own_cache)
     assert torch.equal(load_model(tmp_path / "tuned").classifier.weight, model.classifier.weight)
-    assert made.seen == [made.teacher.model]
 
 
 def test_labels_name_the_classes_of_a_model_that_does_not(tmp_path: Path):

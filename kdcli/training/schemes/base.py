@@ -53,12 +53,18 @@ class Scheme:
     teacher_is_fixed = True
     """False when the teacher learns: nothing that it says may be kept."""
 
-    def check(self, loop: "LoopSettings", student: "PreTrainedModel", teacher: "PreTrainedModel | None") -> None:
-        """Raise InputError for a loop or models that this scheme cannot work with; looks at no weights."""
+    def check(
+        self,
+        loop: "LoopSettings",
+        student: "PreTrainedModel",
+        teacher: "PreTrainedModel | None",
+        examples: int,
+    ) -> None:
+        """Raise InputError for what this scheme cannot work with: a loop, models (by their shapes), `examples` rows."""
 
     def begin(self, setting: Setting) -> Dataset:
         """Get ready, and return the rows to train on. Raises InputError where `check` does."""
-        self.check(setting.loop, setting.student, setting.teacher)
+        self.check(setting.loop, setting.student, setting.teacher, len(setting.train))
         self.setting = setting
         if setting.teacher is not None and self.teacher_is_fixed:
             setting.teacher.eval().requires_grad_(False)

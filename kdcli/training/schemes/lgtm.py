@@ -86,8 +86,14 @@ class LGTMScheme(Scheme):
         self._held: HeldOut | None = None
         self._trained: dict[str, nn.Parameter] | None = None
 
-    def check(self, loop: "LoopSettings", student: "PreTrainedModel", teacher: "PreTrainedModel | None") -> None:
-        """Raise InputError without a teacher model, and with gradient accumulation."""
+    def check(
+        self,
+        loop: "LoopSettings",
+        student: "PreTrainedModel",
+        teacher: "PreTrainedModel | None",
+        examples: int,
+    ) -> None:
+        """Raise InputError without a teacher model, with gradient accumulation, or where no row can be held out."""
         if teacher is None:
             raise InputError("lgtm trains the teacher, so it needs the model", where="teacher.model")
         if loop.gradient_accumulation != 1:
@@ -96,11 +102,15 @@ class LGTMScheme(Scheme):
                 where="train.gradient_accumulation",
                 hint="use 1, with a smaller train.batch_size if memory is short",
             )
+        if self.learning.influence and examples < 2:
+            raise InputError(
+                f"of {examples} training row(s) none can be held out", where="task.train_samples", hint="use 2 or more"
+            )
 
     def begin(self, setting: Setting) -> Dataset:
         """Copy the teacher, and return the rows without those that are held out.
 
-        Raises InputError where `check` does, or with less than two rows.
+        Raises InputError where `check` does.
         """
         rows = super().begin(setting)
         assert setting.teacher is not None
@@ -276,14 +286,10 @@ class LGTMScheme(Scheme):
 
 
 def split(rows: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
-    """Return (rows to train on, rows held out), drawn by the seed, each in the old order and neither empty.
+    """Return (rows to train on, rows held out) of two rows or more, drawn by the seed, each in the old order.
 
-    Raises InputError for less than two rows.
+    Neither is empty.
     """
-    if len(rows) < 2:
-        raise InputError(
-            f"of {len(rows)} training row(s) none can be held out", where="task.train_samples", hint="use 2 or more"
-        )
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     return rows.select(sorted(order[count:])), rows.select(sorted(order[:count]))

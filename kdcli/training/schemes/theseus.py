@@ -92,7 +92,13 @@ class TheseusScheme(Scheme):
         self.units: list[Unit] = []
         self._frozen: list[nn.Parameter] = []
 
-    def check(self, loop: "LoopSettings", student: "PreTrainedModel", teacher: "PreTrainedModel | None") -> None:
+    def check(
+        self,
+        loop: "LoopSettings",
+        student: "PreTrainedModel",
+        teacher: "PreTrainedModel | None",
+        examples: int,
+    ) -> None:
         """Raise InputError where the student's blocks have no units of the teacher's to stand for.
 
         That is without a teacher model, when its depth is no multiple of the student's, and when something else than

@@ -1,0 +1,148 @@
+"""From a recipe to all that can be checked before any work: one preparation for the dry run, the run and `compare`.
+
+What `prepare` accepts, a run refuses only for what shows while it works: a model that diverges, a black box that
+answers with no label, a full disk.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from kdcli.errors import InputError
+from kdcli.methods.base import Context, Stage
+from kdcli.models.forms import build_student
+from kdcli.models.load import check_same_tokens, check_tokenizer
+from kdcli.models.shape import check_lengths
+from kdcli.recipe.schema import FinetuneSection, OverparamSection, Recipe, StudentSection
+from kdcli.resolve import Resolved, context_of, head_needed, placed, resolve, stages_of
+from kdcli.tasks.base import Task
+from kdcli.tasks.load import load_task
+from kdcli.tasks.prepare import check_encoding
+from kdcli.tensors.parametrize import check_chains
+from kdcli.training.augment import FillerStart, start_filler
+from kdcli.training.distributed import processes
+from kdcli.training.downstream import tasks_of
+from kdcli.training.loop import check_batch, check_device
+from kdcli.training.teacher import TeacherStart, start_teacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Follower:
+    """The assistant or the student as it will be built: its shape and its stages; its weights mean nothing.
+
+    model: on the meta device, unless it is a checkpoint. follows: the same of the model that teaches it.
+    """
+
+    name: str
+    section: StudentSection
+    model: "PreTrainedModel"
+    follows: "PreTrainedModel"
+    context: Context
+    stages: list[Stage]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that has been checked: its task, the start of its teacher, and the shapes of what follows it.
+
+    downstream: the tasks of `[[finetune]]`. head: what stands on the teacher's body. filler: the masked language model
+    of `[task.augment]`.
+    """
+
+    resolved: Resolved
+    task: Task
+    downstream: list[Task]
+    head: str
+    teacher: TeacherStart
+    followers: list[Follower]
+    filler: FillerStart | None
+
+
+def check_gate(recipe: Recipe, fail_under: float | None) -> None:
+    """Raise InputError for a gate on a score that there will not be."""
+    if fail_under is not None and recipe.task.type == "text":
+        raise InputError(
+            "needs a task with labels; plain text has no score",
+            where="--fail-under",
+            hint="score a fine-tuned student: kdcli eval RUN/finetune/TASK --task TASK --fail-under ...",
+        )
+
+
+def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:
+    """Read a recipe's data, models and tokenizers, and check that they fit each other. Trains and writes nothing.
+
+    Raises InputError for whatever is wrong, with the field that would have to change.
+    """
+    # First what needs no data.
+    resolve(recipe, recipe_path)
+    base = recipe_path.resolve().parent
+    task = load_task(recipe.task, recipe.evaluate, base=base)
+    resolved = resolve(recipe, recipe_path, task)
+    downstream = tasks_of(recipe, base)
+    head = head_needed(resolved, task)
+    teacher = start_teacher(recipe, task, head, base=base)
+    check_encoding(task, teacher.tokenizer, recipe.task.max_length)
+    _check_loops(resolved, teacher)
+    for number, (section, other) in enumerate(zip(recipe.finetune, downstream, strict=True)):
+        with placed(f"finetune[{number}].task", "task"):
+            check_tokenizer(teacher.model, teacher.tokenizer, section.task.max_length)
+            check_encoding(other, teacher.tokenizer, section.task.max_length)
+    filler = start_filler(recipe, task, base) if recipe.task.augment is not None else None
+    followers = _followers(teacher, resolved, task)
+    student = followers[-1]
+    if recipe.export.onnx:
+        models = {"teacher": teacher.model.config, "student": student.model.config}
+        check_lengths(models, recipe.export.sequence_lengths, "export.sequence_lengths")
+    if recipe.overparam is not None and resolved.student.energy is None:
+        check_chains(student.model, recipe.overparam, student.follows, student.context.pairs)
+    return Prepared(resolved, task, downstream, head, teacher, followers, filler)
+
+
+def _check_loops(resolved: Resolved, teacher: TeacherStart) -> None:
+    """Raise InputError for a device that is not there, or a batch that cannot be split over the processes."""
+    recipe, loop, world = resolved.recipe, resolved.loop, processes()
+    check_device(loop.device)
+    check_batch(loop.batch_size, loop.gradient_accumulation, world, "train.batch_size")
+    if teacher.trains:
+        section = recipe.teacher.finetune
+        tuning = section if isinstance(section, FinetuneSection) else FinetuneSection()
+        check_batch(tuning.batch_size, 1, world, "teacher.finetune.batch_size")
+    for number, table in enumerate(recipe.finetune):
+        check_batch(table.batch_size, 1, world, f"finetune[{number}].batch_size")
+
+
+def _followers(teacher: TeacherStart, resolved: Resolved, task: Task) -> list[Follower]:
+    """Return the assistant, if any, and the student, each beside the model that it follows."""
+    nearest = copy.deepcopy(teacher.model).to("meta")  # type: ignore[arg-type]
+    followers = []
+    for name, section in resolved.sections.items():
+        with placed(name):
+            if section.model is not None:
+                check_same_tokens(teacher.tokenizer, section.model, "student.model")
+            student = _shadow(nearest, section, resolved.overparam_of(name))
+            assert section.form is not None
+            context = context_of(nearest, student, section.form, task, resolved.recipe)
+            stages = stages_of(resolved, context, student, nearest if teacher.known else None, len(task.train))
+        followers.append(Follower(name, section, student, nearest, context, stages))
+        nearest = student
+    return followers
+
+
+def _shadow(
+    teacher: "PreTrainedModel", section: StudentSection, overparam: OverparamSection | None
+) -> "PreTrainedModel":
+    """Return a student of the right shape. Its weights mean nothing, unless it is a checkpoint."""
+    if section.form == "checkpoint":
+        return build_student(teacher, section, seed=0).model
+    if section.energy is not None:
+        # The ranks depend on weights that are not there yet; what a method asks of a shape does not depend on them.
+        written = section.model_dump(exclude={"energy"}, exclude_unset=True)
+        section = StudentSection.model_validate({**written, "rank": 1})
+    with torch.device("meta"):
+        return build_student(teacher, section, seed=0, overparam=overparam).model
