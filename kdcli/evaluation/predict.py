@@ -1,16 +1,18 @@
 """Logits of a model for a whole data set."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @torch.inference_mode()
-def predict(model: Any, dataset: Dataset, collator: Any, *, batch_size: int = 64) -> np.ndarray:
+def predict(model: Any, dataset: "Dataset", collator: Any, *, batch_size: int = 64) -> np.ndarray:
     """Return logits (n, classes) in the data set's order, fp32.
 
     model: a PyTorch model, or anything called with the batch's inputs that returns an object with `.logits`

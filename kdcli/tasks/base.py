@@ -1,9 +1,10 @@
 """What a task is: examples with labels, and how answers to them are judged."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Task:
     metrics: tuple[str, ...]
     primary: str
     is_pair: bool
-    train: Dataset
-    selection: Dataset
-    report: dict[str, Dataset]
+    train: "Dataset"
+    selection: "Dataset"
+    report: "dict[str, Dataset]"
     masking: Masking | None = None
     description: dict[str, Any] = field(default_factory=dict)

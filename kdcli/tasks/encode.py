@@ -1,14 +1,16 @@
 """From text to batches."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-def encode(dataset: Dataset, tokenizer: Any, max_length: int) -> Dataset:
+
+def encode(dataset: "Dataset", tokenizer: Any, max_length: int) -> "Dataset":
     """Return the columns index, input_ids, attention_mask, [token_type_ids], labels and length, in memory.
 
     Pairs are cut from their longer side first, to `max_length` tokens with the special ones.
@@ -27,6 +29,8 @@ def encode(dataset: Dataset, tokenizer: Any, max_length: int) -> Dataset:
             columns[name] = encoded[name]
     columns["labels"] = list(dataset["label"])
     columns["length"] = [len(ids) for ids in encoded["input_ids"]]
+    from datasets import Dataset
+
     return Dataset.from_dict(columns)
 
 

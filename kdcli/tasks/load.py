@@ -6,10 +6,7 @@ import os
 import random
 from collections import Counter
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset
-from sklearn.model_selection import train_test_split
+from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import InputError
 from kdcli.recipe.schema import EvaluateSection, TaskSection
@@ -17,6 +14,9 @@ from kdcli.tasks import custom, synthetic, text
 from kdcli.tasks.base import Masking, Task
 from kdcli.tasks.glue import GLUE, HUB, GlueTask
 from kdcli.tasks.metrics import ERRORS, known
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 BUILT_IN = "reviews"
 
@@ -45,8 +45,10 @@ def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path) ->
     )
 
 
-def _dataset(rows: custom.Columns) -> Dataset:
+def _dataset(rows: custom.Columns) -> "Dataset":
     count = len(rows["text"])
+    from datasets import Dataset
+
     return Dataset.from_dict({"index": list(range(count)), **rows})
 
 
@@ -315,6 +317,8 @@ def _split(rows: custom.Columns, section: TaskSection, kind: str) -> tuple[custo
     counts = Counter(labels) if kind == "classification" else Counter()
     enough = min(size, count - size) >= len(counts)
     stratify = labels if counts and enough and min(counts.values()) > 1 else None
+    from sklearn.model_selection import train_test_split
+
     kept, held = train_test_split(
         list(range(count)), test_size=size, random_state=section.split_seed, stratify=stratify
     )

@@ -1,17 +1,20 @@
 """Small helpers for runs over several processes; in a single process each is the identity."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 Value = TypeVar("Value")
 
 
-def state() -> PartialState:
+def state() -> "PartialState":
     """Return what this process knows of the others."""
+    from accelerate import PartialState
+
     # Without a GPU it takes several processes for one each, unless it is told that there is none.
     return PartialState(cpu=not torch.cuda.is_available())
 
@@ -30,6 +33,8 @@ def agree(value: Value) -> Value:
     """Return the main process's `value` in every process."""
     if state().num_processes == 1:
         return value
+    from accelerate.utils import broadcast_object_list
+
     box = [value]
     broadcast_object_list(box, from_process=0)
     return box[0]

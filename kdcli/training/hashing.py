@@ -4,11 +4,10 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-
 from kdcli.files import fingerprint
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel
 
 _NOT_THE_FUNCTION = {
@@ -51,7 +50,7 @@ def hash_of_tokenizer(tokenizer: Any) -> str:
     return fingerprint({key: value for key, value in parts.items() if key not in ("truncation", "padding")})
 
 
-def hash_of_dataset(dataset: Dataset) -> str:
+def hash_of_dataset(dataset: "Dataset") -> str:
     """Return 16 hex digits over the encoded inputs of every row, in order."""
     digest = hashlib.sha256()
     for column in ("input_ids", "token_type_ids", "index"):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 from rich.console import Console
-from transformers import set_seed
 
 from kdcli import runs
 from kdcli.files import atomic_folder, write_json
@@ -33,7 +32,6 @@ from kdcli.training.logits_cache import cached_logits
 from kdcli.training.loop import LoopSettings
 from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.teacher import Teacher, metrics_of
-from kdcli.training.trainer import COMPLETE, WEIGHTS, fit, load_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,6 +121,8 @@ class Road:
         title: str = "",
     ) -> Distilled:
         """Build a student of `teacher`, train it, and contract it. folder, title: of its checkpoints and progress."""
+        from transformers import set_seed
+
         resolved, task, seed = self.resolved, self.task, self.resolved.recipe.seed
         set_seed(seed)
         with timed(self.seconds, f"{folder or 'student'}"):
@@ -180,6 +180,8 @@ def _train(
     title: str,
     resume: bool,
 ) -> list[dict[str, Any]]:
+    from kdcli.training.trainer import COMPLETE, fit, load_weights
+
     encoded = encode_task(task, teacher.tokenizer, resolved.recipe.task.max_length, seed=resolved.loop.seed)
     train, collator = encoded.train, encoded.collator
     total = resolved.loop.steps(len(train))
@@ -289,6 +291,8 @@ def _saves(wants: Wants, teacher: "PreTrainedModel") -> bool:
 
 
 def _keep_stage(final: Path, distiller: Distiller, record: dict[str, Any]) -> None:
+    from kdcli.training.trainer import COMPLETE, WEIGHTS
+
     with atomic_folder(final, force=True) as folder:
         safetensors.torch.save_model(distiller, str(folder / WEIGHTS))
         write_json(folder / RECORD, record)

@@ -31,7 +31,6 @@ from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, main_does
 from kdcli.training.hashing import hash_of_model, hash_of_tokenizer
 from kdcli.training.loop import LoopSettings
-from kdcli.training.trainer import fit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -307,6 +306,8 @@ def finetune(
         seed=seed,
         metric=task.primary,
     )
+    from kdcli.training.trainer import fit
+
     objective = MaskedLMObjective() if task.kind == "text" else TaskObjective(task.kind)
     encoded = encode_task(task, tokenizer, max_length, seed=seed)
     return fit(
