@@ -33,6 +33,7 @@ from kdcli.resolve import Resolved
 from kdcli.runs import timed
 from kdcli.tasks.base import Task
 from kdcli.tasks.metrics import chance_level
+from kdcli.terminal import stderr, wide
 from kdcli.training.augment import augment_task, make_filler
 from kdcli.training.distributed import agree, is_main, main_does
 from kdcli.training.downstream import score_on_tasks
@@ -76,9 +77,9 @@ def run_distill(
 
     Raises InputError for a wrong recipe, model or data; nothing is left behind then.
     """
-    console = console or Console(stderr=True, markup=False)
+    console = console or stderr()
     if not is_main():
-        console = Console(stderr=True, quiet=True)
+        console = stderr(quiet=True)
     begun = time.perf_counter()
     seconds: dict[str, float] = {}
     check_gate(recipe, fail_under)
@@ -321,6 +322,4 @@ def _export(
         force=True,
     )
     run.update({"export": result.to_json()})
-    # A log file has no width to fit.
-    wide = console if console.is_terminal else Console(stderr=True, width=max(console.width, 120), markup=False)
-    wide.print(result.table())
+    wide(console).print(result.table())

@@ -1,5 +1,6 @@
 """The program: its commands, and how its errors reach the shell."""
 
+import difflib
 import importlib
 import os
 import sys
@@ -9,11 +10,11 @@ import typer
 from typer.core import TyperGroup
 
 from kdcli import __version__
-from kdcli.errors import ExitCode, KdcliError
+from kdcli.errors import ExitCode, InputError, KdcliError
 
 INTERRUPTED = 130
 COMMANDS = {
-    "distill": ("kdcli.cli.distill:distill", "Make a student from a recipe: train, compress, judge, report."),
+    "distill": ("kdcli.cli.distill:distill", "Make a student from a recipe: train, compress, score, report."),
     "compare": ("kdcli.cli.compare:compare", "Run recipes on equal terms with several seeds, and compare them."),
     "overparam": ("kdcli.cli.overparam:overparam", "Put tensor chains in place of a model's block matrices."),
     "contract": ("kdcli.cli.contract:contract", "Multiply tensor chains back into the plain model."),
@@ -40,6 +41,13 @@ class _Commands(TyperGroup):
         sub.command(name, short_help=summary)(getattr(importlib.import_module(module), function))
         return typer.main.get_command(sub)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean kdcli {near[0]}?" if near else "kdcli --help shows what there is"
+            raise InputError(f"No such command {args[0]!r}", hint=hint)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
@@ -48,6 +56,8 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="kdcli",
     cls=_Commands,
+    epilog="Exit codes: 0 done; 1 a gate was not met; 2 the input is wrong; 3 the run failed; "
+    "130 interrupted (Ctrl-C); 143 terminated (SIGTERM). Under --json an error is a JSON document on stdout, too.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -78,15 +88,24 @@ def _wants_debug(arguments: list[str]) -> bool:
     return "--debug" in arguments or os.environ.get("KDCLI_DEBUG", "") not in ("", "0")
 
 
-def _report(message: str, where: str | None = None, hint: str | None = None) -> None:
+KINDS = {int(ExitCode.GATE): "gate", int(ExitCode.INPUT): "input", int(ExitCode.RUN): "run", INTERRUPTED: "interrupted"}
+"""exit code -> the kind of error that a JSON document names."""
+
+
+def _fail(code: int, message: str, where: str | None = None, hint: str | None = None, *, as_json: bool = False) -> int:
+    """Tell the user what went wrong, under --json the program that reads stdout, too, and return the exit code."""
     from rich.text import Text
 
-    from kdcli.cli.console import err
+    from kdcli.cli.console import emit_error, err
 
     head = f"{where}: {message}" if where else message
     err.print(Text("error:", style="bold red"), head, highlight=False, soft_wrap=True)
     if hint:
         err.print(f"  hint: {hint}", highlight=False, soft_wrap=True)
+    # Of several processes one writes to stdout.
+    if as_json and os.environ.get("RANK", "0") == "0":
+        emit_error({"kind": KINDS[int(code)], "message": message, "where": where, "hint": hint})
+    return int(code)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -95,44 +114,51 @@ def run(arguments: list[str] | None = None) -> int:
     debug = _wants_debug(arguments)
     # Accepted in any place, so that it can be added to a command that has just failed.
     arguments = [a for a in arguments if a != "--debug"]
-    from kdcli.cli.console import forget_stdout, quiet_libraries
+    as_json = "--json" in arguments
+    from kdcli.cli.console import quiet_libraries, soften_streams
+    from kdcli.terminal import forget
 
+    soften_streams()
     quiet_libraries()
     try:
         result = typer.main.get_command(app).main(arguments, prog_name="kdcli", standalone_mode=False)
     except KdcliError as error:
         if debug:
             raise
-        _report(error.message, error.where, error.hint)
-        return int(error.exit_code)
+        return _fail(error.exit_code, error.message, error.where, error.hint, as_json=as_json)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
             print(context.get_help())
             return int(ExitCode.INPUT)
         command = context.command_path if context is not None else "kdcli"
-        _report(error.format_message(), hint=f"{command} --help shows what there is")
-        return int(ExitCode.INPUT)
+        hint = f"{command} --help shows what there is"
+        if near := getattr(error, "possibilities", None):
+            hint = f"did you mean {' or '.join(sorted(near))}?"
+        message = error.message if near else error.format_message()
+        return _fail(ExitCode.INPUT, message, hint=hint, as_json=as_json)
     except typer.Exit as error:
         return int(error.exit_code)
     except SystemExit as end:
         if not isinstance(end.__context__, BrokenPipeError):
             raise
         # Typer's end when the reader of a help page has gone.
-        forget_stdout()
+        forget(sys.stdout)
         return int(ExitCode.OK)
     except Exception as error:
         if debug:
             raise
         text = str(error).strip().splitlines()
-        _report(
+        return _fail(
+            ExitCode.RUN,
             f"{type(error).__name__}: {text[0] if text else 'no message'}",
             hint="this is a bug or a broken machine; run again with --debug for the traceback",
+            as_json=as_json,
         )
-        return int(ExitCode.RUN)
     if result == INTERRUPTED:
         # Typer makes this number of a KeyboardInterrupt, and says nothing.
-        _report("interrupted", hint="a distill goes on with --resume, a compare with the same command")
+        hint = "a distill goes on with --resume, a compare with the same command"
+        return _fail(INTERRUPTED, "interrupted", hint=hint, as_json=as_json)
     return int(_code(result))
 
 
@@ -143,10 +169,9 @@ def _code(result: Any) -> int:
 def main() -> None:
     """The console script."""
     code = run()
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        from kdcli.cli.console import forget_stdout
+    from kdcli.cli.console import flush_stdout
 
-        forget_stdout()
+    problem = flush_stdout()
+    if problem is not None and code == ExitCode.OK:
+        code = _fail(ExitCode.RUN, f"the result cannot be written to stdout: {problem}")
     sys.exit(code)

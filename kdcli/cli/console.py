@@ -6,44 +6,72 @@ import sys
 import warnings
 from typing import Any
 
-from rich.console import Console
-
+from kdcli.errors import RunError
 from kdcli.files import to_json_text
+from kdcli.terminal import Terminal, forget, json_for, stderr, wide
+
+SCHEMA_VERSION = 1
+"""Of the JSON documents: one more when a field goes or changes its meaning, not when one is added."""
+
+err = stderr()
 
 
-class _Stdout(Console):
-    """A console that says when its reader has gone, instead of ending the program with the exit code of a gate."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
-# Names and paths are the user's: their square brackets are no markup.
-out = _Stdout(soft_wrap=False, markup=False)
-err = Console(stderr=True, markup=False)
-
-
-def emit(document: Any, *, table: Any, as_json: bool) -> None:
+def emit(document: Any, *, table: Any, as_json: bool, kept: str | None = None) -> None:
     """Print the result: one JSON document, or a table for people.
 
-    Where the reader has gone (`kdcli ... | head`), nobody is left to tell; the command still ends with its own code.
+    kept: where the result is written down, too. Where the reader has gone (`kdcli ... | head`), nobody is left to
+    tell; the command still ends with its own code. Raises RunError when stdout is closed or full.
     """
     try:
+        if sys.stdout is None:
+            raise OSError("it is closed")
         if as_json:
-            print(to_json_text(document))
+            print(_json(document))
         else:
-            # On a pipe there is no width to fit: a cut table would be a wrong table. (The width of a single
-            # print() can only be less than its console's.)
-            console = out if out.is_terminal else _Stdout(width=max(out.width, 120), markup=False)
-            console.print(table)
+            wide(Terminal()).print(table)
         sys.stdout.flush()
     except BrokenPipeError:
-        forget_stdout()
+        forget(sys.stdout)
+    except OSError as error:
+        forget(sys.stdout)
+        raise RunError(
+            f"the result cannot be written to stdout: {error.strerror or error}",
+            hint=f"it is in {kept}" if kept is not None else "run the command again with another place for its output",
+        ) from error
 
 
-def forget_stdout() -> None:
-    """Let what is still written to stdout vanish."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _json(document: Any) -> str:
+    if isinstance(document, dict):
+        document = {"schema_version": SCHEMA_VERSION, **document}
+    return json_for(to_json_text(document), sys.stdout.encoding or "utf-8")
+
+
+def emit_error(error: dict[str, Any]) -> None:
+    """Print an error as a JSON document, as far as stdout takes it."""
+    try:
+        print(_json({"error": error}), flush=True)
+    except (AttributeError, OSError, ValueError):
+        forget(sys.stdout)
+
+
+def soften_streams() -> None:
+    """Let no letter that stdout or stderr lacks end the program: it is replaced."""
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
+
+
+def flush_stdout() -> str | None:
+    """Write what is still to be written, and return why it cannot be, if so. A reader that has gone is no reason."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        forget(sys.stdout)
+    except OSError as error:
+        forget(sys.stdout)
+        return error.strerror or str(error)
+    return None
 
 
 def info(message: str) -> None:

@@ -43,7 +43,7 @@ def distill(
     if force and resume:
         raise typer.BadParameter("--force and --resume exclude each other")
     loaded = load_recipe(recipe, set_ or [])
-    from kdcli.cli.console import emit, info
+    from kdcli.cli.console import emit, err, info
 
     if os.environ.get("RANK", "0") == "0":
         # Before the libraries are imported, which takes seconds.
@@ -76,6 +76,7 @@ def distill(
             refresh=refresh,
             fail_under=fail_under,
             overrides=set_ or [],
+            console=err,
         )
     except InputError as error:
         raise with_place(error, recipe, set_) from error

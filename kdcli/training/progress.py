@@ -32,11 +32,11 @@ class ProgressDisplay(TrainerCallback):
         self.begun, self.first_step = time.perf_counter(), state.global_step
         if state.is_world_process_zero and self.console.is_terminal:
             self.bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[terms]}"),
+                TextColumn("{task.fields[terms]}", markup=False),
                 console=self.console,
                 transient=True,
             )

@@ -1,0 +1,59 @@
+"""Gates: limits that a user set for a result, and whether it keeps them."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from kdcli.errors import ExitCode
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One limit: `value` must be at least `limit`, or at most. What is no finite number passes no gate.
+
+    label: what the value is called in a message, where that is another word than the name.
+    """
+
+    name: str
+    value: float | None
+    limit: float
+    at_most: bool = False
+    label: str = ""
+
+    @property
+    def passed(self) -> bool:
+        if self.value is None or not math.isfinite(self.value):
+            return False
+        return self.value <= self.limit if self.at_most else self.value >= self.limit
+
+    @property
+    def message(self) -> str:
+        """Why the gate is not met."""
+        what = self.label or self.name
+        if self.value is None:
+            return f"there is no {what} to compare with {self.limit:g}"
+        return f"{what} {self.value:.6g} is {'above' if self.at_most else 'under'} {self.limit:g}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "value": self.value, "limit": self.limit, "passed": self.passed}
+
+
+def exit_code_of(gates: Iterable[Gate]) -> ExitCode:
+    """Return GATE when one of the gates is not met."""
+    return ExitCode.OK if all(gate.passed for gate in gates) else ExitCode.GATE
+
+
+def score_gates(
+    metric: str,
+    score: float,
+    retention: float | None,
+    *,
+    fail_under: float | None = None,
+    fail_under_retention: float | None = None,
+) -> list[Gate]:
+    """Return the gates on a score (of the metric that it is) and on its share of the teacher's: those that were set."""
+    found = [Gate("score", score, fail_under, label=metric)] if fail_under is not None else []
+    if fail_under_retention is not None:
+        found.append(Gate("retention", retention, fail_under_retention))
+    return found
