@@ -23,6 +23,7 @@ from kdcli.evaluation.score import evaluate_model
 from kdcli.files import atomic_folder
 from kdcli.machine import versions
 from kdcli.models.card import model_card
+from kdcli.models.finite import at_fault
 from kdcli.models.forms import StudentBuild
 from kdcli.models.load import head_of
 from kdcli.models.save import save_model
@@ -120,7 +121,7 @@ def run_distill(
                 work=run.checkpoints / "teacher",
             )
             silent = task.kind == "text" or not teacher.known
-            teacher_scores = {} if silent else _teacher_scores(teacher, task, resolved)
+            teacher_scores = {} if silent else _teacher_scores(teacher, task, resolved, console)
         if teacher_scores:
             _warn_of_chance(teacher_scores, task, console)
         if prepared.filler is not None:
@@ -251,7 +252,12 @@ def _attempt(run: runs.Run, resume: bool) -> Iterator[_Attempt]:
 
 
 def _scores(
-    model: "PreTrainedModel", tokenizer: Any, task: Task, resolved: Resolved, ask: Callable[..., Any] = predict
+    model: "PreTrainedModel",
+    tokenizer: Any,
+    task: Task,
+    resolved: Resolved,
+    ask: Callable[..., Any] = predict,
+    owner: str = "the student",
 ) -> dict[str, dict[str, float]]:
     return evaluate_model(
         model,
@@ -260,13 +266,15 @@ def _scores(
         batch_size=resolved.recipe.evaluate.batch_size,
         max_length=resolved.recipe.task.max_length,
         ask=ask,
+        owner=owner,
     )
 
 
-def _teacher_scores(teacher: Teacher, task: Task, resolved: Resolved) -> dict[str, dict[str, float]]:
+def _teacher_scores(teacher: Teacher, task: Task, resolved: Resolved, console: Console) -> dict[str, dict[str, float]]:
     # Many students have the same teacher: what it says of the report sets is kept like all that it says.
-    ask = partial(cached_predictions, use_cache=resolved.recipe.teacher.cache)
-    return _scores(teacher.model, teacher.tokenizer, task, resolved, ask)
+    ask = partial(cached_predictions, use_cache=resolved.recipe.teacher.cache, console=console)
+    with at_fault("teacher.model"):
+        return _scores(teacher.model, teacher.tokenizer, task, resolved, ask, "the teacher")
 
 
 def _warn_of_chance(scores: dict[str, dict[str, float]], task: Task, console: Console) -> None:

@@ -74,6 +74,7 @@ def evaluate(
 
     from kdcli.cli.choose import load_contestant, readable_length
     from kdcli.evaluation.score import evaluate_model, primary_score
+    from kdcli.models.finite import at_fault
     from kdcli.tasks.load import load_rows, load_task
     from kdcli.tasks.metrics import shown
     from kdcli.training.teacher import align_labels, name_classes
@@ -97,9 +98,11 @@ def evaluate(
     scores = {}
     for role, (name, one, words) in models.items():
         limit = readable_length(one.config, length)
-        with as_options("MODEL" if one is contestant else "--teacher"):
+        place = "MODEL" if one is contestant else "--teacher"
+        with as_options(place):
             aligned = align_labels(one, loaded)
-        values = evaluate_model(aligned, words, loaded, batch_size=batch_size, max_length=limit)
+        with at_fault(place):
+            values = evaluate_model(aligned, words, loaded, batch_size=batch_size, max_length=limit, owner=name)
         scores[role] = primary_score(values, loaded.primary)
         document["metrics" if role != "teacher" else "teacher_metrics"] = values
         document["model" if role != "teacher" else "teacher"] = name

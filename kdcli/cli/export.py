@@ -52,6 +52,7 @@ def export(
         raise InputError(f"--out DIR is needed: {choice.model} is a model outside a run", where="--out")
     grid = [_numbers(batch_sizes, "--batch-sizes"), _numbers(sequence_lengths, "--sequence-lengths")]
     from kdcli.export.export import export_model
+    from kdcli.models.finite import at_fault
     from kdcli.models.load import load_tokenizer
     from kdcli.models.shape import check_lengths
     from kdcli.tasks.load import load_task
@@ -72,22 +73,23 @@ def export(
         models["teacher"] = load_classifier(beside)
     if latency:
         check_lengths({name: one.config for name, one in models.items()}, grid[1], "--sequence-lengths")
-    result = export_model(
-        models["model"],
-        load_tokenizer(choice.model),
-        out or choice.run.onnx,  # type: ignore[union-attr]
-        task=loaded,
-        max_length=readable_length(models["model"].config, length),
-        opset=opset,
-        latency=latency,
-        batch_sizes=grid[0],
-        sequence_lengths=grid[1],
-        threads=threads or os.cpu_count() or 1,
-        runs=runs,
-        teacher=models.get("teacher"),
-        # A run's own graph is made from its student: making it again loses nothing.
-        force=force or out is None,
-    )
+    with at_fault("MODEL"):
+        result = export_model(
+            models["model"],
+            load_tokenizer(choice.model),
+            out or choice.run.onnx,  # type: ignore[union-attr]
+            task=loaded,
+            max_length=readable_length(models["model"].config, length),
+            opset=opset,
+            latency=latency,
+            batch_sizes=grid[0],
+            sequence_lengths=grid[1],
+            threads=threads or os.cpu_count() or 1,
+            runs=runs,
+            teacher=models.get("teacher"),
+            # A run's own graph is made from its student: making it again loses nothing.
+            force=force or out is None,
+        )
     if choice.run is not None and out is None:
         choice.run.update({"export": result.to_json()})
     emit(result.to_json(), table=result.table(), as_json=as_json)

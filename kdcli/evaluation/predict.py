@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from kdcli.models.finite import check_finite
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -12,11 +14,15 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @torch.inference_mode()
-def predict(model: Any, dataset: "Dataset", collator: Any, *, batch_size: int = 64) -> np.ndarray:
-    """Return logits (n, classes) in the data set's order, fp32.
+def predict(
+    model: Any, dataset: "Dataset", collator: Any, *, batch_size: int = 64, owner: str = "the model"
+) -> np.ndarray:
+    """Return logits (n, classes) in the data set's order, fp32; all of them finite.
 
     model: a PyTorch model, or anything called with the batch's inputs that returns an object with `.logits`
     (an `OnnxModel`). Batches are sorted by length inside; a PyTorch model is put in eval mode for the time.
+    owner: what an error calls the model.
+    Raises NotFiniteError when a logit is NaN or infinite: metrics would hide it behind an argmax.
     """
     order = np.argsort(np.asarray(dataset["length"]), kind="stable")[::-1]
     training = getattr(model, "training", False)
@@ -33,6 +39,7 @@ def predict(model: Any, dataset: "Dataset", collator: Any, *, batch_size: int = 
     if training:
         model.train()
     sorted_logits = np.concatenate(parts)
+    check_finite(sorted_logits, owner)
     logits = np.empty_like(sorted_logits)
     logits[order] = sorted_logits
     return logits

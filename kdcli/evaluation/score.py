@@ -19,15 +19,20 @@ def evaluate_model(
     batch_size: int = 64,
     max_length: int = 128,
     ask: Callable[..., Any] = predict,
+    owner: str = "the model",
 ) -> dict[str, dict[str, float]]:
     """Return {report set: {metric: value}} of a PyTorch model or an `OnnxModel`; its classes in the task's order.
 
-    ask: called as `predict` is, and returns what it does; the way to answers that are there already.
+    ask: called as `predict` is, and returns what it does; the way to answers that are there already. owner: what an
+    error calls the model.
+    Raises NotFiniteError when its logits contain NaN or inf.
     """
     collator = Collator(tokenizer)
     scores = {}
     for name, rows in task.report.items():
-        logits = np.asarray(ask(model, encode(rows, tokenizer, max_length), collator, batch_size=batch_size))
+        logits = np.asarray(
+            ask(model, encode(rows, tokenizer, max_length), collator, batch_size=batch_size, owner=owner)
+        )
         scores[name] = compute_metrics(task.metrics, logits, np.asarray(rows["label"]))
     return scores
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdcli.evaluation.predict import INPUTS
 from kdcli.export.session import OnnxModel
+from kdcli.models.finite import check_finite
 
 TOLERANCE = 1e-4
 """Largest allowed difference of a logit in fp32."""
@@ -15,10 +16,15 @@ TOLERANCE = 1e-4
 
 @torch.inference_mode()
 def parity(model: Any, exported: OnnxModel, batches: Sequence[dict[str, Tensor]]) -> float:
-    """Return the largest absolute difference between the logits of both over real batches."""
+    """Return the largest absolute difference between the logits of both over real batches.
+
+    Raises NotFiniteError when logits of one of them contain NaN or inf: no difference would say how far they are.
+    """
     worst = 0.0
     for batch in batches:
         inputs = {key: batch[key] for key in INPUTS if key in batch}
-        difference = model(**inputs).logits.float() - exported(**inputs).logits.float()
-        worst = max(worst, float(difference.abs().max()))
+        own, graph = model(**inputs).logits.float(), exported(**inputs).logits.float()
+        check_finite(own, "the model")
+        check_finite(graph, "the exported graph")
+        worst = max(worst, float((own - graph).abs().max()))
     return worst

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from kdcli.errors import InputError
 from kdcli.models.anatomy import block_matrix, blocks_of, iter_block_matrices
 from kdcli.models.counts import count_parameters
+from kdcli.models.finite import check_finite
 from kdcli.models.lowrank import LowRankLinear, svd_factors
 from kdcli.objectives.base import MatrixKey
 from kdcli.recipe.schema import OverparamSection
@@ -348,12 +349,16 @@ def probe_batch(model: "PreTrainedModel") -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def probe(model: "PreTrainedModel") -> Tensor:
-    """Return the model's first output on the probe batch, in eval mode."""
+def probe(model: "PreTrainedModel", owner: str = "the model") -> Tensor:
+    """Return the model's first output on the probe batch, in eval mode. owner: what an error calls the model.
+
+    Raises NotFiniteError when it contains NaN or inf: no difference says how far another output is from it.
+    """
     training = model.training
-    output = model.eval()(**probe_batch(model))[0]
+    output = model.eval()(**probe_batch(model))[0].float()
     model.train(training)
-    return output.float()
+    check_finite(output.cpu(), owner)
+    return output
 
 
 def contract_model(model: "PreTrainedModel", *, check: bool = True) -> ContractReport:

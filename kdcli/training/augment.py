@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from kdcli.errors import InputError, RunError
-from kdcli.files import cache_dir, fingerprint, write_bytes
+from kdcli.files import cache_dir, fingerprint
 from kdcli.machine import resolve_precision
+from kdcli.models.finite import check_finite
 from kdcli.models.load import check_vocabulary, has_head, load_config, load_model, load_tokenizer
 from kdcli.models.shape import longest_input
 from kdcli.objectives.base import Wants
@@ -38,12 +38,17 @@ from kdcli.training.distributed import agree, main_does, processes, state
 from kdcli.training.hashing import hash_of_model, hash_of_tokenizer
 from kdcli.training.loop import check_batch
 from kdcli.training.teacher import TeacherStart, make_teacher, resolve_source, seed_of, start_teacher
+from kdcli.training.tensor_file import keep_tensors, kept_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK = 256
 """Sentences a file of the cache: what an interruption costs at most."""
+
+
+def _of(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
 
 
 @dataclass
@@ -60,6 +65,7 @@ class Suggester:
     max_length: int
     precision: str
     device: torch.device
+    console: Console | None = None
 
     def __post_init__(self) -> None:
         self.vocabulary = Vocabulary(self.tokenizer)
@@ -76,7 +82,7 @@ class Suggester:
                     "top_k": self.top_k,
                     "max_length": self.max_length,
                     "precision": self.precision,
-                    "format": 1,
+                    "format": 2,
                 }
             )
         )
@@ -87,11 +93,10 @@ class Suggester:
 
     def kept(self, sentences: list[str]) -> Tensor | None:
         """Return the candidates that the cache holds for these sentences, or None."""
-        try:
-            found = safetensors.torch.load_file(self.path(sentences))["candidates"]
-        except (OSError, KeyError, safetensors.SafetensorError):
-            return None
-        return found if found.shape == (sum(len(words_of(text)) for text in sentences), self.top_k) else None
+        path = self.path(sentences)
+        shapes = {"candidates": (sum(len(words_of(text)) for text in sentences), self.top_k)}
+        found = kept_tensors(path, shapes, of=_of(path), console=self.console)
+        return found["candidates"] if found is not None else None
 
     def ask(self, sentences: list[str]) -> Tensor:
         """Return (words, top_k) token ids, the likeliest first, -1 where there are no more; int32.
@@ -101,10 +106,13 @@ class Suggester:
         """
         if (found := self.kept(sentences)) is not None:
             return found
+        return self.make(sentences)
+
+    def make(self, sentences: list[str]) -> Tensor:
+        """Ask the model, whatever the cache holds, and keep what it says."""
         candidates = self._candidates(sentences)
-        # The cache only saves time: a full or read-only disk must not end the run.
-        with contextlib.suppress(OSError):
-            write_bytes(self.path(sentences), safetensors.torch.save({"candidates": candidates}))
+        path = self.path(sentences)
+        keep_tensors(path, {"candidates": candidates}, of=_of(path))
         return candidates
 
     @torch.inference_mode()
@@ -150,6 +158,7 @@ class Suggester:
         with capture, torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits = capture.run(batch).logits
         assert logits is not None
+        check_finite(logits.float().cpu(), MODEL)
         words = self.vocabulary
         # A model's table may have more rows than the tokenizer has tokens.
         scores = logits.float()[:, : len(words.texts)]
@@ -262,6 +271,7 @@ def augment_task(task: Task, recipe: Recipe, source: str, *, console: Console) -
         max_length=recipe.task.max_length,
         precision=resolve_precision(recipe.train.precision, recipe.train.device),
         device=torch.device("cpu") if on_cpu else state().device,
+        console=console,
     )
     fields = [name for name in FIELDS if name in task.train.column_names]
     sentences = list(dict.fromkeys(text for name in fields for text in task.train[name]))
@@ -303,7 +313,7 @@ def _fill_cache(suggester: Suggester, sentences: list[str], name: str, console: 
     told = time.monotonic()
     chunks = track(missing, "augment", console=console, disable=not console.is_terminal, transient=True)
     for done, chunk in enumerate(chunks, 1):
-        suggester.ask(chunk)
+        suggester.make(chunk)
         if not console.is_terminal and time.monotonic() - told > 60:
             told = time.monotonic()
             console.print(f"augment: {done / len(missing):.0%}", highlight=False)

@@ -93,7 +93,7 @@ class LocalModel:
         rows = encode(Dataset.from_dict(columns), self.tokenizer, self.max_length)
         home = next(self.model.parameters()).device
         self.model.to(self.device)  # type: ignore[arg-type]
-        logits = predict(self.model, rows, Collator(self.tokenizer), batch_size=self.batch_size)
+        logits = predict(self.model, rows, Collator(self.tokenizer), batch_size=self.batch_size, owner="the teacher")
         self.model.to(home)  # type: ignore[arg-type]
         return logits.argmax(-1).tolist()
 

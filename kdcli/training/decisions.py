@@ -24,29 +24,48 @@ FIELDS = ("text", "text_pair")
 
 
 class Memory:
-    """Decisions on disk, a JSON line an example: {"index": i, "decisions": [...]} in the order of the copies.
+    """Decisions on disk, a JSON line an example: {"index": i, "first": n, "decisions": [...], "sha256": ...}.
 
-    Lines are only ever added, and a later one continues an earlier one. A line that is not whole is not there.
+    Decisions are in the order of the copies. Lines are only ever added, and a later one continues an earlier one. The
+    hash covers the line and `of`, what was asked. A line that a killed run left half-written, or that was changed
+    since, is not there: `damaged` counts them.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, of: str = "") -> None:
         self.path = path
+        self.of = of
         self.known: dict[int, list[int]] = {}
+        self.damaged = 0
         if path is None or not path.is_file():
             return
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            self.damaged = 1
+            return
+        for line in filter(None, lines):
+            try:
                 row = json.loads(line)
-                decisions = self.known.setdefault(int(row["index"]), [])
-                if int(row["first"]) == len(decisions):
-                    decisions.extend(int(decision) for decision in row["decisions"])
+                index, first, found = row["index"], row["first"], row["decisions"]
+                if row["sha256"] != self._hash(index, first, found):
+                    raise ValueError("changed")
+            except (ValueError, KeyError, TypeError):
+                self.damaged += 1
+                continue
+            decisions = self.known.setdefault(index, [])
+            if first == len(decisions):
+                decisions.extend(found)
+
+    def _hash(self, index: int, first: int, decisions: list[int]) -> str:
+        return fingerprint([self.of, index, first, decisions])
 
     def add(self, rows: dict[int, list[int]]) -> None:
         """Take note of further decisions by the index of their example."""
         lines = []
         for index, decisions in rows.items():
             known = self.known.setdefault(index, [])
-            lines.append(json.dumps({"index": index, "first": len(known), "decisions": decisions}))
+            row = {"index": index, "first": len(known), "decisions": decisions}
+            lines.append(json.dumps({**row, "sha256": self._hash(index, len(known), decisions)}))
             known.extend(decisions)
         if self.path is not None:
             # The memory only saves questions: a full or read-only disk must not end the run.
@@ -83,10 +102,16 @@ def ask(
             "data": fingerprint_of({"train": {**columns, "index": list(train["index"])}}),
             "names": names,
             "noise": [noise.ratio, noise.seed, noise_identity],
-            "format": 1,
+            "format": 2,
         }
     )
-    memory = Memory(cache_dir() / "decisions" / f"{name}.jsonl" if use_cache else None)
+    memory = Memory(cache_dir() / "decisions" / f"{name}.jsonl" if use_cache else None, name)
+    if memory.damaged and console is not None:
+        console.print(
+            f"cache: {memory.damaged:,} line(s) of {memory.path} are damaged or incomplete: they are asked for again",
+            highlight=False,
+            soft_wrap=True,
+        )
     index = list(train["index"])
     portions = list(_portions(index, memory, copies, queries_per_call))
     if console is not None and portions:

@@ -40,6 +40,16 @@ def agree(value: Value) -> Value:
     return box[0]
 
 
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    state().wait_for_everyone()
+
+
+def rng_file() -> str:
+    """Return the name under which the library keeps this process's random state in a checkpoint."""
+    return "rng_state.pth" if state().num_processes == 1 else f"rng_state_{state().process_index}.pth"
+
+
 def main_does(action: Callable[[], object]) -> None:
     """Run `action` in the main process only; the others wait until it is done.
 

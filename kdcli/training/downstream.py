@@ -71,6 +71,11 @@ def score_on_tasks(
                     console=console,
                     resume=resume,
                     title=f"{task.name} {name}",
+                    identity={
+                        "recipe": recipe.model_dump(),
+                        "data": task.description["fingerprint"],
+                        "training": [number, name, seed],
+                    },
                 )
                 model.eval().to("cpu")  # type: ignore[arg-type]
                 found = evaluate_model(
@@ -79,6 +84,7 @@ def score_on_tasks(
                     task,
                     batch_size=recipe.evaluate.batch_size,
                     max_length=section.task.max_length,
+                    owner=f"the {name} fine-tuned on {task.name}",
                 )
                 metrics[name].append(found)
                 scores[name].append(primary_score(found, task.primary))

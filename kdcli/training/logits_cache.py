@@ -1,55 +1,70 @@
 """What a fixed teacher says about fixed inputs, computed once and kept on disk (`teacher.cache`)."""
 
-import contextlib
-import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 from datasets import Dataset
+from rich.console import Console
 from torch import Tensor
 
 from kdcli.evaluation.predict import predict
 from kdcli.files import cache_dir, fingerprint
 from kdcli.training.distributed import main_does
 from kdcli.training.hashing import hash_of_dataset, hash_of_model
+from kdcli.training.tensor_file import keep_tensors, kept_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def cached_logits(
-    teacher: "PreTrainedModel", dataset: Dataset, collator: Any, *, batch_size: int, use_cache: bool = True
+    teacher: "PreTrainedModel",
+    dataset: Dataset,
+    collator: Any,
+    *,
+    batch_size: int,
+    use_cache: bool = True,
+    console: Console | None = None,
 ) -> Tensor:
     """Return the teacher's logits for an encoded data set, (largest index + 1, classes), fp32.
 
     Row i belongs to the example with index i.
+    Raises NotFiniteError where `cached_predictions` does.
     """
     return _by_index(
-        cached_predictions(teacher, dataset, collator, batch_size=batch_size, use_cache=use_cache), dataset
+        cached_predictions(teacher, dataset, collator, batch_size=batch_size, use_cache=use_cache, console=console),
+        dataset,
     )
 
 
 def cached_predictions(
-    teacher: "PreTrainedModel", dataset: Dataset, collator: Any, *, batch_size: int, use_cache: bool = True
+    teacher: "PreTrainedModel",
+    dataset: Dataset,
+    collator: Any,
+    *,
+    batch_size: int,
+    use_cache: bool = True,
+    console: Console | None = None,
+    owner: str = "the teacher",
 ) -> Tensor:
-    """Return the teacher's logits for an encoded data set in its order, (n, classes), fp32.
+    """Return the teacher's logits for an encoded data set in its order, (n, classes), fp32; all of them finite.
 
     The file is named by the teacher's weights and configuration and the encoded inputs, holds fp32 as computed, and
     appears whole or not at all: another teacher, text, tokenizer or maximum length is another file. A file that
-    cannot be read is made again.
+    is damaged is made again, and the console told.
+    Raises NotFiniteError when the teacher's logits contain NaN or inf; they are never kept.
     """
-    name = fingerprint({"model": hash_of_model(teacher), "inputs": hash_of_dataset(dataset), "format": 1})
+    name = fingerprint({"model": hash_of_model(teacher), "inputs": hash_of_dataset(dataset), "format": 2})
     path = cache_dir() / "logits" / f"{name}.safetensors"
-    found = _read(path, len(dataset)) if use_cache else None
-    logits = found
-    if logits is None:
-        logits = torch.from_numpy(predict(teacher, dataset, collator, batch_size=batch_size))
+    shapes = {"logits": (len(dataset), teacher.config.num_labels)}
+    kept = kept_tensors(path, shapes, of=name, console=console) if use_cache else None
+    if kept is not None:
+        logits = kept["logits"]
+    else:
+        logits = torch.from_numpy(predict(teacher, dataset, collator, batch_size=batch_size, owner=owner))
     if use_cache:
         # A process may find what another has just written: all of them wait here, whether they found it or not.
-        main_does(lambda: _write(path, logits) if found is None else None)
+        main_does(lambda: keep_tensors(path, {"logits": logits}, of=name) if kept is None else None)
     return logits
 
 
@@ -58,25 +73,3 @@ def _by_index(logits: Tensor, dataset: Dataset) -> Tensor:
     table = torch.zeros(int(index.max()) + 1, logits.shape[1])
     table[index] = logits
     return table
-
-
-def _read(path: Path, rows: int) -> Tensor | None:
-    try:
-        logits = safetensors.torch.load_file(path)["logits"]
-    except (OSError, KeyError, safetensors.SafetensorError):
-        return None
-    return logits if len(logits) == rows else None
-
-
-def _write(path: Path, logits: Tensor) -> None:
-    # The cache only saves time: a full or read-only disk must not end the run.
-    with contextlib.suppress(OSError, safetensors.SafetensorError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        os.close(handle)
-        try:
-            safetensors.torch.save_file({"logits": logits.contiguous()}, temporary)
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)

@@ -13,8 +13,10 @@ from rich.console import Console
 
 from kdcli import runs
 from kdcli.files import atomic_folder, write_json
+from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.methods.base import Context, Stage, Term
 from kdcli.models.counts import count_parameters
+from kdcli.models.finite import check_weights
 from kdcli.models.forms import StudentBuild, build_student
 from kdcli.models.shape import shape_of
 from kdcli.objectives.base import Wants
@@ -127,6 +129,7 @@ class Road:
         set_seed(seed)
         with timed(self.seconds, f"{folder or 'student'}"):
             build = build_student(teacher.model, section, seed=seed, overparam=overparam)
+        check_weights(build.model, f"the {folder or 'student'} before training")
         for note in build.notes:
             self.console.print(f"{folder or 'student'}: {note}", highlight=False, soft_wrap=True)
         plain_hash = hash_of_weights(build.model)
@@ -134,6 +137,12 @@ class Road:
         stages = stages_of(resolved, context, build.model, teacher.model if teacher.known else None, len(task.train))
         for note in resolved.method.notes(resolved.options, context):
             self.console.print(f"{resolved.method.name}: {note}", highlight=False, soft_wrap=True)
+        # Another recipe, or other data, makes another training of what is in the same folder.
+        identity = {
+            "recipe": resolved.recipe.model_dump(),
+            "data": task.description["fingerprint"],
+            "student": folder,
+        }
         with timed(self.seconds, "overparam"):
             chain = over_parameterise(build, teacher.model, context, overparam, self.console)
         with timed(self.seconds, "train" if not folder else f"{folder} train"):
@@ -149,6 +158,7 @@ class Road:
                 self.run.log / folder,
                 self.console,
                 title=title,
+                identity=identity,
                 resume=self.resume,
             )
         contraction = None
@@ -178,9 +188,10 @@ def _train(
     console: Console,
     *,
     title: str,
+    identity: dict[str, Any],
     resume: bool,
 ) -> list[dict[str, Any]]:
-    from kdcli.training.trainer import COMPLETE, fit, load_weights
+    from kdcli.training.trainer import fit, load_weights
 
     encoded = encode_task(task, teacher.tokenizer, resolved.recipe.task.max_length, seed=resolved.loop.seed)
     train, collator = encoded.train, encoded.collator
@@ -215,7 +226,8 @@ def _train(
         distiller = make_distiller(build.model, terms, scheme, rows, factors=factors)
         folder = checkpoints / f"{number}-{stage.name}"
         final = folder / "final"
-        if resume and agree((final / COMPLETE).exists()):
+        of = {**identity, "stage": folder.name}
+        if resume and agree(_is_usable(final, of, console)):
             load_weights(distiller, final)
             distiller.close()
             records.append(json.loads((final / RECORD).read_text(encoding="utf-8")))
@@ -231,11 +243,12 @@ def _train(
                 log_dir=log / stage.name,
                 title=title + (stage.name if len(stages) == 1 else f"{number}/{len(stages)} {stage.name}"),
                 console=console,
+                identity=of,
                 scheme=scheme,
                 resume=resume,
             )
             records.append({"stage": stage.name, **record})
-            main_does(partial(_keep_stage, final, distiller, records[-1]))
+            main_does(partial(_keep_stage, final, of, distiller, records[-1]))
         scheme.end()
     build.model.eval().to("cpu")  # type: ignore[arg-type]
     teacher.model.to("cpu")  # type: ignore[arg-type]
@@ -280,7 +293,9 @@ def make_distiller(
     # Plain text is hidden anew in every epoch: no prediction about it is ever asked for twice.
     asked_again = setting.cache and setting.task.kind != "text" and wants.logits and not wants.gradients
     if logits is None and teacher is not None and asked_again and scheme.teacher_is_fixed and _saves(wants, teacher):
-        logits = cached_logits(teacher, rows, setting.collator, batch_size=setting.loop.eval_batch_size)
+        logits = cached_logits(
+            teacher, rows, setting.collator, batch_size=setting.loop.eval_batch_size, console=setting.console
+        )
     return Distiller(student, terms, teacher=teacher, teacher_logits=logits, teacher_factors=factors)
 
 
@@ -290,10 +305,22 @@ def _saves(wants: Wants, teacher: "PreTrainedModel") -> bool:
     return deepest < shape_of(teacher.config).layers
 
 
-def _keep_stage(final: Path, distiller: Distiller, record: dict[str, Any]) -> None:
-    from kdcli.training.trainer import COMPLETE, WEIGHTS
+def _is_usable(final: Path, identity: dict[str, Any], console: Console) -> bool:
+    """True when a stage was finished, and nothing of what it left was changed since."""
+    from kdcli.training.trainer import warn
+
+    if not is_sealed(final):
+        return False
+    problem = check_manifest(final, identity)
+    if problem is not None:
+        warn(console, f"{final} is made again: {problem}")
+    return problem is None
+
+
+def _keep_stage(final: Path, identity: dict[str, Any], distiller: Distiller, record: dict[str, Any]) -> None:
+    from kdcli.training.trainer import WEIGHTS
 
     with atomic_folder(final, force=True) as folder:
         safetensors.torch.save_model(distiller, str(folder / WEIGHTS))
         write_json(folder / RECORD, record)
-        (folder / COMPLETE).touch()
+        write_manifest(folder, identity)

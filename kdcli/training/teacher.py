@@ -15,6 +15,8 @@ from kdcli import __version__
 from kdcli.errors import InputError
 from kdcli.files import atomic_folder, cache_dir, fingerprint, write_json
 from kdcli.machine import resolve_precision
+from kdcli.manifest import check_manifest, is_sealed, write_manifest
+from kdcli.models.finite import NotFiniteError, at_fault, check_weights
 from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer
 from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
@@ -133,12 +135,23 @@ def start_teacher(recipe: Recipe, task: Task, head: str, *, base: Path) -> Teach
     )
     tokenizer = load_tokenizer(resolve_source(section.tokenizer, base) if section.tokenizer else source)
     check_tokenizer(model, tokenizer, recipe.task.max_length)
+    _check_numbers(model, "student.model" if section.black_box else "teacher.model")
     if section.black_box:
         return TeacherStart(model, tokenizer, "a black box", known=False)
     if not trains and task.kind != "text":
         _align(model, task, section.labels)
     path = Path(source) if not trains and Path(source).exists() else None
     return TeacherStart(model, tokenizer, section.model or source, path, trains=trains)
+
+
+def _check_numbers(model: "PreTrainedModel", where: str) -> None:
+    """Raise InputError when the weights of a teacher, or what it makes of random tokens, contain NaN or inf."""
+    from kdcli.tensors.parametrize import probe
+
+    owner = f"the {where.split('.')[0]}"
+    with at_fault(where):
+        check_weights(model, owner)
+        probe(model, owner)
 
 
 def make_teacher(
@@ -208,11 +221,11 @@ def _finetuned(
         "precision": resolve_precision(recipe.train.precision, recipe.train.device),
         "group_by_length": recipe.train.group_by_length,
         "seed": seed_of(recipe),
-        "format": 1,
+        "format": 2,
     }
     folder = cache_dir() / "teachers" / fingerprint(identity)
     origin = section.model or "from scratch"
-    if not refresh and (kept := _kept(folder, head, origin, console)) is not None:
+    if not refresh and (kept := _kept(folder, identity, head, origin, console)) is not None:
         return kept
     console.print(f"teacher: {origin}, fine-tuning on {task.name}", highlight=False, soft_wrap=True)
     record = finetune(
@@ -227,6 +240,7 @@ def _finetuned(
         console=console,
         resume=resume,
         title="teacher",
+        identity=identity,
     )
 
     model.eval()
@@ -237,29 +251,33 @@ def _finetuned(
             with atomic_folder(folder, force=True) as temporary:
                 save_model(model, temporary, tokenizer)
                 write_json(temporary / "kdcli.json", {"identity": identity, "version": __version__, "training": record})
+                write_manifest(temporary, identity)
             written.append(folder)
+            shutil.rmtree(work, ignore_errors=True)
         except (InputError, OSError, SafetensorError) as error:
             # The cache only saves time: what was trained for hours must not be lost to it.
             console.print(f"teacher: cannot be kept for other runs: {error}", highlight=False, soft_wrap=True)
-        shutil.rmtree(work, ignore_errors=True)
 
     main_does(keep)
     return Teacher(model, tokenizer, origin=origin, path=folder if agree(bool(written)) else None, training=record)
 
 
-def _kept(folder: Path, head: str, origin: str, console: Console) -> Teacher | None:
-    """Return the teacher that the cache holds in `folder`; None when there is none, or it cannot be read."""
-    if not agree((folder / "kdcli.json").exists()):
+def _kept(folder: Path, identity: dict[str, Any], head: str, origin: str, console: Console) -> Teacher | None:
+    """Return the teacher that the cache holds in `folder`; None when there is none, or it is not as it was written."""
+    if not agree(is_sealed(folder)):
         return None
-    found, problem = None, None
-    try:
-        found = Teacher(load_model(str(folder), task=head), load_tokenizer(str(folder)), origin=origin, path=folder)
-    except InputError as error:
-        problem = error
-    # All processes train, or none.
-    problem = agree(problem)
+    found, problem = None, agree(check_manifest(folder, identity))
+    if problem is None:
+        try:
+            model, tokenizer = load_model(str(folder), task=head), load_tokenizer(str(folder))
+            check_weights(model, "the teacher")
+            found = Teacher(model, tokenizer, origin=origin, path=folder)
+        except (InputError, NotFiniteError) as error:
+            problem = error.message
+        # All processes train, or none.
+        problem = agree(problem)
     if problem is not None:
-        console.print(f"teacher: what was kept cannot be used: {problem.message}", highlight=False, soft_wrap=True)
+        console.print(f"cache: {folder} is made again: {problem}", highlight=False, soft_wrap=True)
         return None
     console.print(f"teacher: {origin}, fine-tuned before, from {folder}", highlight=False, soft_wrap=True)
     return found
@@ -278,9 +296,11 @@ def finetune(
     console: Console,
     resume: bool,
     title: str,
+    identity: Any,
 ) -> dict[str, Any]:
     """Train `model` on the gold labels (or the hidden words) of `task`, in place, and return the loop's record.
 
+    identity: says which training its checkpoints belong to.
     train: where and how precisely, as for the student; batch size, rate and the like come from `settings`.
     """
 
@@ -321,6 +341,7 @@ def finetune(
         log_dir=None,
         title=title,
         console=console,
+        identity=identity,
         resume=resume,
     )
 

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from datasets import Dataset
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor, nn
 from transformers import (
     EvalPrediction,
@@ -24,13 +25,15 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kdcli.errors import RunError
 from kdcli.machine import resolve_precision
+from kdcli.manifest import MANIFEST, check_manifest, is_sealed, require, write_manifest
 from kdcli.models.counts import count_parameters
+from kdcli.models.finite import first_not_finite
 from kdcli.training.distiller import Distiller
-from kdcli.training.distributed import agree, is_main
+from kdcli.training.distributed import agree, main_does, rng_file, wait_for_all
 from kdcli.training.loop import LoopSettings, check_batch, check_device
 from kdcli.training.progress import ProgressDisplay
 from kdcli.training.sampler import EpochSampler
@@ -38,8 +41,9 @@ from kdcli.training.schemes.base import Scheme
 
 WEIGHTS = "model.safetensors"
 SCHEME = "scheme.pt"
-COMPLETE = "complete"
-"""An empty file that a checkpoint folder gets last: without it the folder is a torso of a killed run."""
+PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
+KEPT = 2
+"""Checkpoints that stay: the newest, the best so far where it is needed, and else the one before the newest."""
 
 
 def _is_chain(name: str) -> bool:
@@ -106,10 +110,12 @@ class DistillationTrainer(Trainer):
         scheme: Scheme,
         log_dir: Path | None,
         display: ProgressDisplay,
+        identity: Any,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.settings = settings
+        self.identity = identity
         self.scheme = scheme
         self.remove_callback(PrinterCallback)
         self.add_callback(EvaluateAtEnd)
@@ -186,7 +192,7 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The mean of the last steps, and at the end that of all.
-        for name in ("loss", "train_loss"):
+        for name in ("loss", "train_loss", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise _diverged(f"the loss is {logs[name]} by step {self.state.global_step}")
         if "loss" in logs and self._term_count:
@@ -205,14 +211,28 @@ class DistillationTrainer(Trainer):
             safetensors.torch.save_model(self.model, str(folder / WEIGHTS))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        with contextlib.suppress(FileNotFoundError):
-            (folder / COMPLETE).unlink()
+        folder = self.checkpoint(self.state.global_step)
+        main_does(lambda: remove_checkpoint(folder))
         super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            if state := self.scheme.state_dict():
-                torch.save(state, folder / SCHEME)
-            (folder / COMPLETE).touch()
+        if self.args.should_save and (state := self.scheme.state_dict()):
+            torch.save(state, folder / SCHEME)
+        # Every process has written its random state.
+        wait_for_all()
+        main_does(lambda: self._seal(folder))
+
+    def _seal(self, folder: Path) -> None:
+        write_manifest(folder, self.identity)
+        # The library would remove old checkpoints before this one is whole.
+        needed = {self.state.global_step}
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            needed.add(self.state.best_global_step)
+        older = [step for step in reversed(steps_of_checkpoints(folder.parent)) if step not in needed]
+        for step in older[max(0, KEPT - len(needed)) :]:
+            remove_checkpoint(self.checkpoint(step))
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of the checkpoint of `step`."""
+        return Path(self.args.output_dir or ".") / f"{PREFIX}{step}"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -229,18 +249,17 @@ class DistillationTrainer(Trainer):
         patience = [callback for callback in self.callback_handler.callbacks if isinstance(callback, Patience)]
         if state.global_step < self.args.max_steps and not any(one.is_over(self.args, state) for one in patience):
             return False
-        if state.best_model_checkpoint is not None:
-            # It was written where the run was then, or seen from another working folder.
-            state.best_model_checkpoint = str(checkpoint.parent / Path(state.best_model_checkpoint).name)
         self.state = state
         self._load_from_checkpoint(str(checkpoint))
-        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        if self.args.load_best_model_at_end and state.best_global_step:
             self._load_best_model()
         return True
 
     def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        load_weights(self.model, Path(self.state.best_model_checkpoint))
+        assert self.state.best_global_step is not None
+        folder = self.checkpoint(self.state.best_global_step)
+        require(folder, self.identity, hint="go on with --resume: it trains from what is whole")
+        load_weights(self.model, folder)
 
 
 def _diverged(seen: str) -> RunError:
@@ -253,14 +272,50 @@ def load_weights(distiller: Distiller, folder: Path) -> None:
     safetensors.torch.load_model(distiller, folder / WEIGHTS, strict=True, device=str(device))
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end, and remove torsos after it."""
-    while folder.is_dir() and (name := get_last_checkpoint(str(folder))) is not None:
-        path = Path(name)
-        if (path / COMPLETE).exists():
-            return path
-        shutil.rmtree(path)
+def steps_of_checkpoints(folder: Path) -> list[int]:
+    """Return the steps of all checkpoints in `folder`, whole or not, in their order."""
+    numbers = (path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint; one that is killed on the way leaves a folder that is no checkpoint."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        (folder / MANIFEST).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def last_usable_checkpoint(folder: Path, identity: Any, console: Console, *, needs_best: bool = False) -> Path | None:
+    """Return the newest checkpoint of the training `identity` that is whole, and remove all newer ones.
+
+    What a killed process left is removed silently; of what was damaged later, or belongs to another training, the
+    console is told. needs_best: the best checkpoint that it refers to must be whole, too.
+    """
+    told = False
+    for step in reversed(steps_of_checkpoints(folder)):
+        path = folder / f"{PREFIX}{step}"
+        if is_sealed(path):
+            problem = check_manifest(path, identity)
+            if problem is None and needs_best:
+                best = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME)).best_global_step
+                beside = folder / f"{PREFIX}{best}"
+                if best and best != step and (wrong := check_manifest(beside, identity)) is not None:
+                    problem = f"its best checkpoint, {beside.name}, is not whole: {wrong}"
+            if problem is None:
+                if told:
+                    console.print(f"going on from {path}", highlight=False, soft_wrap=True)
+                return path
+            warn(console, f"{path} cannot be used: {problem}")
+            told = True
+        remove_checkpoint(path)
+    if told:
+        console.print(f"no usable checkpoint in {folder}: this training starts again", highlight=False, soft_wrap=True)
     return None
+
+
+def warn(console: Console, message: str) -> None:
+    """Tell the user of something that needs attention."""
+    console.print(Text("WARNING:", style="bold red"), message, highlight=False, soft_wrap=True)
 
 
 def fit(
@@ -275,14 +330,16 @@ def fit(
     log_dir: Path | None,
     title: str,
     console: Console,
+    identity: Any = None,
     scheme: Scheme | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
     """Train `distiller` in place and return what happened: steps, seconds, history, best score.
 
     train, selection: encoded data sets. metrics: from (logits, labels) to named scores; None judges by the loss on
-    `selection`. Checkpoints go to `folder`; with `resume`, training goes on from the newest complete one. scheme:
-    begun already.
+    `selection`. Checkpoints go to `folder`; with `resume`, training goes on from the newest one that is whole and was
+    written under the same `identity` (plain values that say which training this is); else old ones are removed.
+    scheme: begun already.
     Raises InputError when the batch cannot be split over the processes, and RunError when training diverges.
     """
     arguments = _arguments(settings, folder, len(train), evaluates=selection is not None, by_loss=metrics is None)
@@ -292,7 +349,7 @@ def fit(
         assert metrics is not None
         logits = np.asarray(prediction.predictions)
         if not np.isfinite(logits).all():
-            raise _diverged("the student's answers are no numbers any more")
+            raise _diverged("the student's logits contain NaN or inf")
         return metrics(logits, np.asarray(prediction.label_ids))
 
     trainer = DistillationTrainer(
@@ -306,11 +363,23 @@ def fit(
         scheme=scheme or Scheme(),
         log_dir=log_dir,
         display=display,
+        identity=identity,
     )
     if settings.patience is not None and selection is not None:
         trainer.add_callback(Patience(settings.patience))
-    # Torsos are removed on the way: by one process only.
-    checkpoint = agree(last_complete_checkpoint(folder) if resume and is_main() else None)
+    found: list[Path | None] = []
+
+    def prepare() -> None:
+        if not resume:
+            for step in steps_of_checkpoints(folder):
+                remove_checkpoint(folder / f"{PREFIX}{step}")
+        needs_best = bool(arguments.load_best_model_at_end)
+        found.append(last_usable_checkpoint(folder, identity, console, needs_best=needs_best))
+
+    main_does(prepare)
+    checkpoint = agree(found[0] if found else None)
+    if checkpoint is not None and not (checkpoint / rng_file()).exists():
+        warn(console, f"{checkpoint} was written by another number of processes: random numbers (dropout) differ")
     distiller.student.train()
     seconds = 0.0
     try:
@@ -320,6 +389,8 @@ def fit(
     finally:
         display.close()
         distiller.close()
+    if (name := first_not_finite(distiller)) is not None:
+        raise _diverged(f"{name} contains NaN or inf after the last step")
     history = [
         {k: v for k, v in entry.items() if not k.endswith(("_runtime", "_per_second", "total_flos"))}
         for entry in trainer.state.log_history
@@ -364,7 +435,6 @@ def _arguments(
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
         load_best_model_at_end=evaluates and settings.select == "best",
         metric_for_best_model=("loss" if by_loss else settings.metric) if evaluates else None,
         greater_is_better=not by_loss,

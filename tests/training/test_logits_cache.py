@@ -1,17 +1,22 @@
 """What a teacher said before is what it would say now, to the bit, or it is asked again."""
 
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from datasets import Dataset
 from families import tiny, tokenizer
+from rich.console import Console
+from safetensors import safe_open
 from training.stages import rows
 
 from kdcli.evaluation.predict import predict
 from kdcli.evaluation.score import evaluate_model
+from kdcli.models.finite import NotFiniteError
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.load import load_task
@@ -129,29 +134,65 @@ def test_labels_do_not_matter_to_what_a_teacher_says(own_cache: Path):
     assert len(kept(own_cache)) == 1
 
 
-@pytest.mark.parametrize("damage", ["garbage", "torn", "empty", "short", "another name", "a folder"])
-def test_a_file_that_cannot_be_used_is_made_again(own_cache: Path, damage: str, nobody_runs: pytest.MonkeyPatch):
+DAMAGE = (
+    *("garbage", "torn", "empty", "a folder", "short", "a class less", "another name", "another file"),
+    *("one bit", "one float", "not a number", "its own hash"),
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_file_that_cannot_be_used_is_made_again_with_a_note(
+    own_cache: Path, damage: str, nobody_runs: pytest.MonkeyPatch
+):
     teacher, data = tiny("bert"), rows(6)
     with nobody_runs.context() as patch:
         patch.setattr(logits_cache, "predict", predict)
         expected = ask(teacher, data)
     [path] = kept(own_cache)
     whole = path.read_bytes()
-    if damage == "garbage":
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+
+    def rewrite(logits: torch.Tensor, name: str = "logits") -> None:
+        safetensors.torch.save_file({name: logits.contiguous()}, path, metadata)
+
+    other = expected.clone()
+    if damage == "one float":
+        other[2, 1] += 0.5
+        rewrite(other)
+    elif damage == "not a number":
+        other[0, 0] = torch.nan
+        rewrite(other)
+    elif damage == "a class less":
+        rewrite(expected[:, :1])
+    elif damage == "another file":
+        with nobody_runs.context() as patch:
+            patch.setattr(logits_cache, "predict", predict)
+            ask(tiny("bert", seed=3), data)
+        [second] = [file for file in kept(own_cache) if file != path]
+        second.replace(path)
+    elif damage == "one bit":
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    elif damage == "its own hash":
+        place = whole.index(b"sha256") + 20
+        path.write_bytes(whole[:place] + (b"0" if whole[place : place + 1] != b"0" else b"1") + whole[place + 1 :])
+    elif damage == "garbage":
         path.write_bytes(b"\x00" * 100)
     elif damage == "torn":
         path.write_bytes(whole[:-5])
     elif damage == "empty":
         path.write_bytes(b"")
     elif damage == "short":
-        safetensors.torch.save_file({"logits": expected[:3].contiguous()}, path)
+        rewrite(expected[:3])
     elif damage == "another name":
-        safetensors.torch.save_file({"predictions": expected}, path)
+        rewrite(expected, "predictions")
     else:
         path.unlink()
         path.mkdir()
+    output = io.StringIO()
     with pytest.raises(Asked):
-        ask(teacher, data)
+        ask(teacher, data, console=Console(file=output, width=400))
+    assert str(path) in output.getvalue() and "is made again" in output.getvalue()
     nobody_runs.setattr(logits_cache, "predict", predict)
     assert torch.equal(ask(teacher, data), expected)
     if damage != "a folder":
@@ -179,15 +220,18 @@ def test_a_cache_that_cannot_be_written_does_not_end_the_run(
     assert torch.equal(logits, torch.from_numpy(predict(teacher, data, COLLATOR, batch_size=8)))
 
 
-def test_without_the_cache_nothing_is_read_and_nothing_is_kept(own_cache: Path):
+def predict_nothing(model: Any, dataset: Dataset, *arguments: Any, **options: Any) -> Any:
+    return np.zeros((len(dataset), 2), dtype=np.float32)
+
+
+def test_without_the_cache_nothing_is_read_and_nothing_is_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch):
     teacher, data = tiny("bert"), rows(6)
     expected = ask(teacher, data, use_cache=False)
     assert kept(own_cache) == []
     ask(teacher, data)
-    [path] = kept(own_cache)
-    safetensors.torch.save_file({"logits": torch.full((6, 2), 5.0)}, path)
-    assert torch.equal(ask(teacher, data, use_cache=False), expected)
-    assert torch.equal(ask(teacher, data), torch.full((6, 2), 5.0))
+    monkeypatch.setattr(logits_cache, "predict", predict_nothing)
+    assert torch.equal(ask(teacher, data), expected)
+    assert torch.equal(ask(teacher, data, use_cache=False), torch.zeros(6, 2))
 
 
 def test_a_teachers_scores_come_from_what_was_kept(own_cache: Path, nobody_runs: pytest.MonkeyPatch):
@@ -199,3 +243,12 @@ def test_a_teachers_scores_come_from_what_was_kept(own_cache: Path, nobody_runs:
     assert evaluate_model(teacher, WORDS, task, ask=cached_predictions) == direct
     with pytest.raises(Asked):
         evaluate_model(teacher, WORDS, task, ask=cached_predictions, max_length=5)
+
+
+def test_logits_that_are_no_numbers_are_an_error_and_never_kept(own_cache: Path):
+    teacher, data = tiny("bert"), rows(6)
+    with torch.no_grad():
+        teacher.classifier.bias[1] = torch.nan
+    with pytest.raises(NotFiniteError, match="the logits of the teacher contain NaN or inf"):
+        ask(teacher, data)
+    assert kept(own_cache) == []

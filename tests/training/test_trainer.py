@@ -22,7 +22,8 @@ from training.stages import LOOP, folder_with_recipe, rows
 from transformers import PreTrainedModel
 
 from kdcli import pipeline
-from kdcli.errors import InputError
+from kdcli.errors import InputError, RunError
+from kdcli.manifest import MANIFEST, check_manifest
 from kdcli.methods.base import Term
 from kdcli.objectives.hidden import HiddenObjective
 from kdcli.objectives.output import OutputObjective
@@ -34,17 +35,14 @@ from kdcli.tasks.encode import Collator
 from kdcli.tensors.parametrize import overparameterise
 from kdcli.training.distiller import Distiller
 from kdcli.training.schemes.base import Scheme
-from kdcli.training.trainer import (
-    COMPLETE,
-    DistillationTrainer,
-    fit,
-    last_complete_checkpoint,
-)
+from kdcli.training.trainer import DistillationTrainer, fit, last_usable_checkpoint
 
 OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 DATA = rows(40)
 """Five batches of eight."""
 WORDS = tokenizer()
+ME = {"test": 1}
+"""Which training the checkpoints belong to."""
 
 
 def student(**extra: Any) -> PreTrainedModel:
@@ -124,6 +122,7 @@ def train(
         console=console or Console(quiet=True),
         scheme=scheme,
         resume=resume,
+        identity=ME,
     )
 
 
@@ -358,20 +357,108 @@ def test_a_checkpoint_holds_the_student_and_its_bridges_and_nothing_of_the_teach
     kept = load_file(folder / "model.safetensors")
     assert {key.split(".")[0] for key in kept} == {"student", "objectives"}
     assert kept.keys() == step.state_dict().keys()
-    assert (folder / COMPLETE).exists()
+    assert check_manifest(folder, ME) is None
 
 
-def test_a_torso_is_not_gone_on_from_and_does_not_stay(tmp_path: Path):
+def newest(folder: Path, output: io.StringIO | None = None, **options: Any) -> Path | None:
+    console = Console(file=output or io.StringIO(), width=400)
+    return last_usable_checkpoint(folder, ME, console, **options)
+
+
+def test_an_incomplete_checkpoint_is_not_gone_on_from_and_does_not_stay(tmp_path: Path):
     train(tmp_path, eval_every=2, scores=Scores(0.1, 0.2, 0.3))
     assert checkpoints(tmp_path) == [4, 6]
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
-    (tmp_path / "checkpoint-6" / COMPLETE).unlink()
+    assert newest(tmp_path) == tmp_path / "checkpoint-6"
+    (tmp_path / "checkpoint-6" / MANIFEST).unlink()
     (tmp_path / "checkpoint-10").mkdir()
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
-    assert checkpoints(tmp_path) == [4]
+    output = io.StringIO()
+    assert newest(tmp_path, output) == tmp_path / "checkpoint-4"
+    # A killed run is no reason to warn of anything.
+    assert checkpoints(tmp_path) == [4] and output.getvalue() == ""
     shutil.rmtree(tmp_path / "checkpoint-4")
-    assert last_complete_checkpoint(tmp_path) is None
-    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+    assert newest(tmp_path) is None
+    assert newest(tmp_path / "nowhere") is None
+
+
+CONTENT = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", MANIFEST]
+
+
+def spoil(path: Path, how: str) -> None:
+    """Flip a bit in the middle of a file, cut it, empty it, remove it, or put another file of its kind there."""
+    content = path.read_bytes()
+    if how == "flipped":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif how == "truncated":
+        path.write_bytes(content[:-3])
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "removed":
+        path.unlink()
+    else:
+        shutil.copy(path.parent.parent / "checkpoint-4" / path.name, path)
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "emptied", "removed", "replaced"])
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_is_taken(tmp_path: Path, how: str):
+    train(tmp_path / "whole", eval_every=2)
+    for name in CONTENT:
+        if how == "removed" and name == MANIFEST:
+            continue
+        folder = tmp_path / name
+        shutil.copytree(tmp_path / "whole", folder)
+        spoil(folder / "checkpoint-6" / name, how)
+        output = io.StringIO()
+        assert newest(folder, output) == folder / "checkpoint-4", name
+        assert "WARNING" in output.getvalue() and str(folder / "checkpoint-6") in output.getvalue()
+        assert checkpoints(folder) == [4]
+
+
+def test_a_checkpoint_of_another_training_is_not_taken(tmp_path: Path):
+    train(tmp_path, eval_every=2)
+    assert last_usable_checkpoint(tmp_path, {"test": 2}, Console(quiet=True)) is None
+
+
+def test_a_checkpoint_whose_best_one_is_damaged_is_not_gone_on_from(tmp_path: Path):
+    train(tmp_path, eval_every=2, scores=Scores(0.9, 0.2, 0.3), select="best")
+    assert checkpoints(tmp_path) == [2, 6]
+    spoil(tmp_path / "checkpoint-2" / "model.safetensors", "flipped")
+    assert newest(tmp_path) == tmp_path / "checkpoint-6"
+    output = io.StringIO()
+    assert newest(tmp_path, output, needs_best=True) is None
+    assert "its best checkpoint, checkpoint-2, is not whole: model.safetensors was changed" in output.getvalue()
+
+
+def test_a_best_checkpoint_that_was_damaged_meanwhile_is_not_what_a_training_ends_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Spoiling(Scores):
+        def __call__(self, logits: Any, labels: Any) -> dict[str, float]:
+            if self.asked == 2:
+                spoil(tmp_path / "checkpoint-2" / "model.safetensors", "flipped")
+            return super().__call__(logits, labels)
+
+    with pytest.raises(RunError, match=r"checkpoint-2 cannot be used: model.safetensors was changed"):
+        train(tmp_path, eval_every=2, scores=Spoiling(0.9, 0.2, 0.3), select="best")
+
+
+def test_old_checkpoints_go_only_when_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever is removed, two checkpoints are whole at that time, or the only other one is being written."""
+    seen: list[int] = []
+    remove = shutil.rmtree
+
+    def watch(path: Any, *arguments: Any, **options: Any) -> None:
+        folder = Path(path)
+        if folder.is_dir() and folder.name.startswith("checkpoint-"):
+            others = [one for one in folder.parent.glob("checkpoint-*") if one != folder]
+            seen.append(sum(check_manifest(one, ME) is None for one in others))
+            # What is half removed is no checkpoint any more.
+            assert not (folder / MANIFEST).exists()
+        remove(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watch)
+    train(tmp_path, eval_every=1)
+    assert seen == [2, 2, 2, 2] and checkpoints(tmp_path) == [5, 6]
 
 
 def test_a_checkpoint_that_is_written_again_is_a_torso_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -386,7 +473,7 @@ def test_a_checkpoint_that_is_written_again_is_a_torso_meanwhile(tmp_path: Path,
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(torch, "save", fail)
         train(tmp_path, max_steps=2)
-    assert checkpoints(tmp_path) == [2] and last_complete_checkpoint(tmp_path) is None
+    assert checkpoints(tmp_path) == [2] and newest(tmp_path) is None
 
 
 def interrupted(
