@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from kdcli.errors import InputError
@@ -18,6 +17,8 @@ from kdcli.tasks.base import Masking
 from kdcli.tasks.encode import Collator
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from kdcli.recipe.schema import TaskSection
 
 PLAIN = ".txt"
@@ -123,7 +124,7 @@ def hold_out(documents: list[str], fraction: float, seed: int) -> dict[str, list
     }
 
 
-def pack(documents: Iterable[str], tokenizer: Any, max_length: int) -> Dataset:
+def pack(documents: Iterable[str], tokenizer: Any, max_length: int) -> "Dataset":
     """Return blocks of at most `max_length` tokens: index, input_ids, attention_mask, segments and length.
 
     Documents follow each other with a separator between them, so that no block but the last has room left. Each
@@ -132,6 +133,8 @@ def pack(documents: Iterable[str], tokenizer: Any, max_length: int) -> Dataset:
     when they were pre-trained.
     Raises InputError when there is not one token.
     """
+    from datasets import Dataset
+
     before, after = _frame(tokenizer)
     blocks = list(_packed(documents, tokenizer, max_length, len(before) + len(after)))
     rows = [before + block + after for block, _ in blocks]
@@ -293,8 +296,10 @@ class TextCollator:
         return batch
 
 
-def hide_once(blocks: Dataset, masker: Masker) -> Dataset:
+def hide_once(blocks: "Dataset", masker: Masker) -> "Dataset":
     """Return blocks with their words hidden once and for all, for scores that can be compared."""
+    from datasets import Dataset
+
     ids, labels = [], []
     for row in blocks:
         one, answer = masker(torch.tensor(row["input_ids"]), row["index"], -1)  # type: ignore[call-overload, index]
@@ -304,7 +309,7 @@ def hide_once(blocks: Dataset, masker: Masker) -> Dataset:
     return Dataset.from_dict({**{k: list(v) for k, v in columns.items()}, "input_ids": ids, "labels": labels})
 
 
-def token_counts(blocks: Dataset, size: int) -> Tensor:
+def token_counts(blocks: "Dataset", size: int) -> Tensor:
     """Return how often each of `size` tokens occurs, (size,)."""
     ids = torch.tensor([token for row in blocks["input_ids"] for token in row])
     return torch.bincount(ids, minlength=size).float()
