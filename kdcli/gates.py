@@ -3,9 +3,12 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kdcli.errors import ExitCode
+from kdcli.errors import ExitCode, InputError
+
+if TYPE_CHECKING:
+    from kdcli.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,42 @@ def exit_code_of(gates: Iterable[Gate]) -> ExitCode:
     return ExitCode.OK if all(gate.passed for gate in gates) else ExitCode.GATE
 
 
-def score_gates(
-    metric: str,
-    score: float,
-    retention: float | None,
-    *,
-    fail_under: float | None = None,
-    fail_under_retention: float | None = None,
-) -> list[Gate]:
-    """Return the gates on a score (of the metric that it is) and on its share of the teacher's: those that were set."""
-    found = [Gate("score", score, fail_under, label=metric)] if fail_under is not None else []
-    if fail_under_retention is not None:
-        found.append(Gate("retention", retention, fail_under_retention))
-    return found
+def parity_gate(record: dict[str, Any]) -> Gate:
+    """Return the gate that an exported graph has passed. record: the `parity` of an export's JSON."""
+    return Gate("parity", record["max_abs_difference"], record["tolerance"], at_most=True)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a user asks of a student: its score, and its share of the teacher's; None where nothing is asked."""
+
+    score: float | None = None
+    retention: float | None = None
+
+    def gates(self, metric: str, score: float, retention: float | None) -> list[Gate]:
+        """Return the gates on a score of this metric, and on the share of the teacher's score that it is."""
+        found = [Gate("score", score, self.score, label=metric)] if self.score is not None else []
+        if self.retention is not None:
+            found.append(Gate("retention", retention, self.retention))
+        return found
+
+
+def limits_of(
+    recipe: "Recipe", *, fail_under: float | None = None, fail_under_retention: float | None = None
+) -> Limits:
+    """Return the limits of a recipe, options before fields. Raises InputError where there will be no such score."""
+    given = {"--fail-under": fail_under, "--fail-under-retention": fail_under_retention}
+    for option, value in given.items():
+        if value is not None and recipe.task.type == "text":
+            raise InputError(
+                "needs a task with labels; plain text has no score",
+                where=option,
+                hint=f"score a fine-tuned student: kdcli eval RUN/finetune/TASK --task TASK {option} ...",
+            )
+    if fail_under_retention is not None and recipe.teacher.black_box:
+        raise InputError("a black box has no score to keep a share of", where="--fail-under-retention")
+    section = recipe.evaluate
+    return Limits(
+        fail_under if fail_under is not None else section.fail_under,
+        fail_under_retention if fail_under_retention is not None else section.fail_under_retention,
+    )

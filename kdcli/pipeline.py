@@ -21,13 +21,14 @@ from kdcli.evaluation.general import General
 from kdcli.evaluation.predict import predict
 from kdcli.evaluation.score import evaluate_model
 from kdcli.files import atomic_folder
+from kdcli.gates import Gate, Limits, exit_code_of, limits_of, parity_gate
 from kdcli.machine import versions
 from kdcli.models.card import model_card
 from kdcli.models.finite import at_fault
 from kdcli.models.forms import StudentBuild
 from kdcli.models.load import head_of
 from kdcli.models.save import save_model
-from kdcli.prepare import check_gate, prepare
+from kdcli.prepare import prepare
 from kdcli.recipe.load import portable
 from kdcli.recipe.schema import Recipe
 from kdcli.resolve import Resolved
@@ -49,14 +50,33 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunResult:
-    """A finished run: its record, and the result that a user sees."""
+    """A finished run, the result that a user sees, and the gates that were set for it."""
 
-    record: dict[str, Any]
+    run: runs.Run
     result: Comparison | General
-    exit_code: ExitCode = ExitCode.OK
+    gates: list[Gate]
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return exit_code_of(self.gates)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return self.run.record
+
+    @property
+    def onnx(self) -> Path | None:
+        """The folder of the exported graph, if there is one."""
+        return self.run.onnx if self.record.get("export") is not None and self.run.onnx.is_dir() else None
 
     def to_json(self) -> dict[str, Any]:
-        return self.record
+        """Return the run's record, with the places of what was written and the gates."""
+        places = {"run": self.run.path, "student": self.run.student, "onnx": self.onnx}
+        return {
+            **self.record,
+            "paths": {name: str(path.resolve()) if path is not None else None for name, path in places.items()},
+            "gates": [gate.to_json() for gate in self.gates],
+        }
 
     def table(self) -> Any:
         return self.result.table()
@@ -71,6 +91,7 @@ def run_distill(
     resume: bool = False,
     refresh: bool = False,
     fail_under: float | None = None,
+    fail_under_retention: float | None = None,
     overrides: list[str] | None = None,
     console: Console | None = None,
 ) -> RunResult:
@@ -83,8 +104,7 @@ def run_distill(
         console = stderr(quiet=True)
     begun = time.perf_counter()
     seconds: dict[str, float] = {}
-    check_gate(recipe, fail_under)
-    limit = fail_under if fail_under is not None else recipe.evaluate.fail_under
+    limits = limits_of(recipe, fail_under=fail_under, fail_under_retention=fail_under_retention)
     root, name = runs.place_of_run(recipe, recipe_path, output)
     document = recipe.model_dump(exclude_none=True)
     # Others would meet the folder that the main process has just made.
@@ -93,7 +113,7 @@ def run_distill(
     if resume and before.record.get("status") == "done":
         console.print(f"{before.path} is finished already", highlight=False)
         kind: type[Comparison | General] = General if recipe.task.type == "text" else Comparison
-        return _judged(before, kind.from_record(before.record), limit, console)
+        return _finished(before, kind.from_record(before.record), limits)
     prepared = prepare(recipe, recipe_path)
     resolved, task, head = prepared.resolved, prepared.task, prepared.head
     run: runs.Run = runs.open_run(root, name, force=force, resume=resume, create=is_main())
@@ -204,17 +224,17 @@ def run_distill(
                 main_does(lambda: _export(run, build, teacher, task, resolved, console))
         # Only now: a run that is killed while it exports goes on with that.
         main_does(lambda: run.update({"status": "done", "seconds": seconds}))
-    return _judged(run, result, limit, console)
+    return _finished(run, result, limits)
 
 
-def _judged(run: runs.Run, result: Comparison | General, limit: float | None, console: Console) -> RunResult:
-    """Return the run's result with the exit code of its gate."""
-    code = ExitCode.OK
-    # A score that is no number passes no gate.
-    if limit is not None and isinstance(result, Comparison) and not result.student_score >= limit:
-        console.print(f"gate not met: {result.primary} {result.student_score:.4f} is under {limit}", highlight=False)
-        code = ExitCode.GATE
-    return RunResult(run.record, result, code)
+def _finished(run: runs.Run, result: Comparison | General, limits: Limits) -> RunResult:
+    """Return the run's result with its gates."""
+    gates = []
+    if isinstance(result, Comparison):
+        gates = limits.gates(result.primary, result.student_score, result.retention)
+    if (export := run.record.get("export")) is not None:
+        gates.append(parity_gate(export["parity"]))
+    return RunResult(run, result, gates)
 
 
 @dataclass

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kdcli.errors import InputError
 from kdcli.methods.base import Context, Stage
 from kdcli.models.forms import build_student
 from kdcli.models.load import check_same_tokens, check_tokenizer
@@ -62,16 +61,6 @@ class Prepared:
     teacher: TeacherStart
     followers: list[Follower]
     filler: FillerStart | None
-
-
-def check_gate(recipe: Recipe, fail_under: float | None) -> None:
-    """Raise InputError for a gate on a score that there will not be."""
-    if fail_under is not None and recipe.task.type == "text":
-        raise InputError(
-            "needs a task with labels; plain text has no score",
-            where="--fail-under",
-            hint="score a fine-tuned student: kdcli eval RUN/finetune/TASK --task TASK --fail-under ...",
-        )
 
 
 def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:

@@ -73,6 +73,22 @@ def _classifier_of(run: Run, task: str | None) -> str:
     return str(run.tuned(task or tasks[0]))
 
 
+def teacher_of_run(choice: Choice) -> str:
+    """Return the folder of the teacher that a student was distilled from.
+
+    Raises InputError for a model outside a run, for a run whose teacher has no score, and when the folder is gone.
+    """
+    where, hint = "--fail-under-retention", "name a model to compare with: --teacher MODEL"
+    if choice.run is None:
+        raise InputError(f"{choice.model} belongs to no run, so its teacher is not known", where=where, hint=hint)
+    record = choice.run.record
+    if record.get("task", {}).get("kind") == "text" or record.get("teacher_path") is None:
+        raise InputError(f"the teacher of {choice.run.path} has no score on a task", where=where, hint=hint)
+    if not Path(record["teacher_path"]).is_dir():
+        raise InputError(f"the run's teacher is gone: {record['teacher_path']}", where=where, hint=hint)
+    return str(record["teacher_path"])
+
+
 def choose_task(
     choice: Choice, name: str | None, *, protocol: str | None = None, samples: int | None = None
 ) -> tuple[TaskSection, EvaluateSection, Path]:

@@ -4,10 +4,13 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from kdcli.errors import RunError
 from kdcli.files import to_json_text
+from kdcli.gates import Gate, exit_code_of
 from kdcli.terminal import Terminal, forget, json_for, stderr, wide
 
 SCHEMA_VERSION = 1
@@ -72,6 +75,20 @@ def flush_stdout() -> str | None:
         forget(sys.stdout)
         return error.strerror or str(error)
     return None
+
+
+def shown_path(path: Path) -> str:
+    """Return a path as it is named from the working folder, where it lies below it."""
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def settle(gates: Sequence[Gate]) -> int:
+    """Say which gates are not met, and return the exit code."""
+    for gate in gates:
+        if not gate.passed:
+            info(f"gate not met: {gate.message}")
+    return int(exit_code_of(gates))
 
 
 def info(message: str) -> None:

@@ -1,12 +1,14 @@
 """kdcli distill"""
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from kdcli.pipeline import RunResult
     from kdcli.recipe.schema import Recipe
 
 
@@ -25,6 +27,10 @@ def distill(
     fail_under: Annotated[
         float | None, typer.Option("--fail-under", help="Exit with 1 when the student scores less (0 to 1).")
     ] = None,
+    fail_under_retention: Annotated[
+        float | None,
+        typer.Option("--fail-under-retention", help="Exit with 1 below this share of the teacher's score."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
     """Train or load the teacher, build the student, distil, contract, evaluate, report.
@@ -38,12 +44,13 @@ def distill(
       torchrun --nproc-per-node 2 -m kdcli distill recipe.toml
     """
     from kdcli.errors import InputError
+    from kdcli.gates import limits_of
     from kdcli.recipe.load import load_recipe, with_place
 
     if force and resume:
         raise typer.BadParameter("--force and --resume exclude each other")
     loaded = load_recipe(recipe, set_ or [])
-    from kdcli.cli.console import emit, err, info
+    from kdcli.cli.console import emit, err, info, settle, shown_path
 
     if os.environ.get("RANK", "0") == "0":
         # Before the libraries are imported, which takes seconds.
@@ -52,12 +59,12 @@ def distill(
         from kdcli.runs import find_run, place_of_run
 
         try:
+            limits_of(loaded, fail_under=fail_under, fail_under_retention=fail_under_retention)
             place = place_of_run(loaded, recipe, output)
             find_run(*place, loaded.model_dump(exclude_none=True), force=force, resume=resume)
             from kdcli.plan import make_plan
-            from kdcli.prepare import check_gate, prepare
+            from kdcli.prepare import prepare
 
-            check_gate(loaded, fail_under)
             plan = make_plan(prepare(loaded, recipe))
         except InputError as error:
             raise with_place(error, recipe, set_) from error
@@ -75,14 +82,36 @@ def distill(
             resume=resume,
             refresh=refresh,
             fail_under=fail_under,
+            fail_under_retention=fail_under_retention,
             overrides=set_ or [],
             console=err,
         )
     except InputError as error:
         raise with_place(error, recipe, set_) from error
-    if is_main():
-        emit(result.to_json(), table=result.table(), as_json=as_json)
-    return int(result.exit_code)
+    if not is_main():
+        return int(result.exit_code)
+    scores = shown_path(result.run.path / "run.json")
+    emit(result.to_json(), table=result.table(), as_json=as_json, kept=scores)
+    info(f"student: {shown_path(result.run.student)}")
+    info(f"scores: {scores}")
+    if result.onnx is not None:
+        info(f"onnx: {shown_path(result.onnx)}")
+    for command in _next_commands(result):
+        info(f"next: {command}")
+    return settle(result.gates)
+
+
+def _next_commands(result: "RunResult") -> list[str]:
+    """Return what a user may want to run after this run."""
+    from kdcli.cli.console import shown_path
+
+    run, tuned = shlex.quote(shown_path(result.run.path)), ""
+    if result.record["task"]["kind"] == "text":
+        if not result.record["finetune"]:
+            return []
+        tuned = f" --task {shlex.quote(result.record['finetune'][0]['task'])}"
+    commands = [f"kdcli eval {run}{tuned}"]
+    return commands if result.onnx is not None else [*commands, f"kdcli export {run}{tuned}"]
 
 
 def _summary(recipe: "Recipe") -> str:

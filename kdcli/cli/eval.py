@@ -36,7 +36,10 @@ def evaluate(
     ] = None,
     fail_under_retention: Annotated[
         float | None,
-        typer.Option("--fail-under-retention", help="Exit with 1 below this share of the teacher's score."),
+        typer.Option(
+            "--fail-under-retention",
+            help="Exit with 1 below this share of the teacher's score; default teacher: the run's.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
@@ -50,12 +53,10 @@ def evaluate(
       kdcli eval --data held_out.csv --text message --label team
       kdcli eval MODEL --task sst2 --labels negative,positive
     """
-    from kdcli.cli.choose import as_options, choose_model, choose_task
-    from kdcli.cli.console import emit, info
-    from kdcli.errors import ExitCode, InputError
+    from kdcli.cli.choose import as_options, choose_model, choose_task, teacher_of_run
+    from kdcli.cli.console import emit, settle
+    from kdcli.errors import InputError
 
-    if fail_under_retention is not None and teacher is None:
-        raise InputError("needs --teacher MODEL", where="--fail-under-retention")
     if data is not None:
         if text is None:
             raise InputError("needs --text COLUMN", where="--data")
@@ -66,6 +67,9 @@ def evaluate(
         if given := [option for option, value in both.items() if value is not None]:
             raise InputError(f"scores a whole file, without {' and '.join(given)}", where="--data")
     choice = choose_model(model, task)
+    of_run = fail_under_retention is not None and teacher is None
+    if of_run:
+        teacher = teacher_of_run(choice)
     if data is None:
         section, judged, base = choose_task(
             choice, task, protocol=protocol.value if protocol else None, samples=max_samples
@@ -74,6 +78,7 @@ def evaluate(
 
     from kdcli.cli.choose import load_contestant, readable_length
     from kdcli.evaluation.score import evaluate_model, primary_score
+    from kdcli.gates import Limits
     from kdcli.models.finite import at_fault
     from kdcli.tasks.load import load_rows, load_task
     from kdcli.tasks.metrics import shown
@@ -94,6 +99,8 @@ def evaluate(
     if teacher is not None:
         beside = choose_model(teacher, task).model
         models["teacher"] = (beside, *load_contestant(beside))
+        if of_run and choice.recipe is not None and (named := choice.recipe.teacher.labels) is not None:
+            name_classes(models["teacher"][1].config, named, "--teacher")
     document: dict = {"task": loaded.name, "primary": loaded.primary, "metrics": {}}
     scores = {}
     for role, (name, one, words) in models.items():
@@ -118,17 +125,7 @@ def evaluate(
             if teacher is not None:
                 row.append(shown(metric, document["teacher_metrics"][name][metric]))
             table.add_row(f"{metric} ({name}, {len(loaded.report[name]):,} examples)", *row)
-    emit(document, table=table, as_json=as_json)
-    failed = []
-    # What is no number passes no gate.
-    if fail_under is not None and not score >= fail_under:
-        failed.append(f"{loaded.primary} {score:.4f} is under {fail_under}")
-    if fail_under_retention is not None:
-        retention = document["retention"]
-        if retention is None:
-            failed.append(f"no retention of a teacher's score of {scores['teacher']:.4f}")
-        elif not retention >= fail_under_retention:
-            failed.append(f"retention {retention:.4f} is under {fail_under_retention}")
-    for message in failed:
-        info(f"gate not met: {message}")
-    return int(ExitCode.GATE if failed else ExitCode.OK)
+    limits = Limits(fail_under, fail_under_retention)
+    gates = limits.gates(loaded.primary, score, document.get("retention"))
+    emit({**document, "gates": [gate.to_json() for gate in gates]}, table=table, as_json=as_json)
+    return settle(gates)

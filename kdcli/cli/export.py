@@ -10,7 +10,7 @@ def export(
     model: Annotated[
         str | None, typer.Argument(help="A model folder, run or hub name; default: the newest run's student.")
     ] = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX (the one format there is).")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX: the one format that there is.")] = True,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default: onnx/ in the run.")] = None,
     task: Annotated[str | None, typer.Option("--task", help="Task whose inputs parity is checked on.")] = None,
     teacher: Annotated[
@@ -40,11 +40,10 @@ def export(
     import os
 
     from kdcli.cli.choose import choose_model, choose_task, load_classifier, readable_length
-    from kdcli.cli.console import emit, info
-    from kdcli.errors import ExitCode, InputError
+    from kdcli.cli.console import emit, info, settle
+    from kdcli.errors import InputError
+    from kdcli.gates import Gate, parity_gate
 
-    if not onnx:
-        raise InputError("say which format: --onnx", where="kdcli export")
     if max_latency_ms is not None and not latency:
         raise InputError("needs a latency, and --no-latency measures none", where="--max-latency-ms")
     choice = choose_model(model, task)
@@ -92,13 +91,15 @@ def export(
         )
     if choice.run is not None and out is None:
         choice.run.update({"export": result.to_json()})
-    emit(result.to_json(), table=result.table(), as_json=as_json)
+    document = result.to_json()
+    gates = [parity_gate(document["parity"])]
     if max_latency_ms is not None and result.latency is not None:
         p50 = result.latency.of("student", "ONNX Runtime", grid[0][0], grid[1][0])["p50"]
-        if not p50 <= max_latency_ms:
-            info(f"gate not met: p50 {p50:.2f} ms is above {max_latency_ms} ms")
-            return int(ExitCode.GATE)
-    return 0
+        gates.append(Gate("latency_ms", p50, max_latency_ms, at_most=True, label="p50 in ms"))
+    document["gates"] = [gate.to_json() for gate in gates]
+    kept = str(choice.run.path / "run.json") if choice.run is not None and out is None else None
+    emit(document, table=result.table(), as_json=as_json, kept=kept)
+    return settle(gates)
 
 
 def _numbers(text: str, option: str) -> list[int]:

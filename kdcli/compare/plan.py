@@ -66,7 +66,7 @@ class Cell:
                 "output": None,
                 "seed": self.seed,
                 "teacher": recipe.teacher.model_copy(update={"seed": seed_of(recipe)}),
-                "evaluate": recipe.evaluate.model_copy(update={"fail_under": None}),
+                "evaluate": recipe.evaluate.model_copy(update={"fail_under": None, "fail_under_retention": None}),
                 "export": ExportSection(),
             }
         )

@@ -310,11 +310,12 @@ class TrainSection(Section):
 
 
 class EvaluateSection(Section):
-    """`[evaluate]`: how the result is judged."""
+    """`[evaluate]`: how the student is scored, and the gates on its score and on its share of the teacher's."""
 
     protocol: Literal["dev", "half-dev"] = "dev"
     batch_size: PositiveInt = 64
     fail_under: float | None = None
+    fail_under_retention: float | None = None
 
 
 class ExportSection(Section):
@@ -360,11 +361,14 @@ class Recipe(Section):
         if self.finetune and self.task.type != "text":
             raise ValueError('[[finetune]] follows distilling on plain text: [task] type = "text"')
         if self.task.type == "text":
-            if self.evaluate.fail_under is not None:
-                raise ValueError("evaluate.fail_under needs a task with labels; plain text has no score")
+            for field in ("fail_under", "fail_under_retention"):
+                if getattr(self.evaluate, field) is not None:
+                    raise ValueError(f"evaluate.{field} needs a task with labels; plain text has no score")
             if self.export.onnx:
                 raise ValueError(
                     "export.onnx needs a task with labels: a general student is fine-tuned first, and then exported "
                     "with `kdcli export`"
                 )
+        if self.teacher.black_box and self.evaluate.fail_under_retention is not None:
+            raise ValueError("evaluate.fail_under_retention needs a teacher with a score; a black box has none")
         return self

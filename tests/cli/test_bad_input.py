@@ -649,11 +649,6 @@ def contract_of_an_empty_folder(world: World) -> list[str]:
     return ["contract", "./teacher", "--out", "plain"]
 
 
-@case("--onnx")
-def export_without_a_format(world: World) -> list[str]:
-    return ["export", str(world.model()), "--out", "served"]
-
-
 @case("--out", "outside a run")
 def export_without_a_folder(world: World) -> list[str]:
     return ["export", str(world.model()), "--onnx"]
@@ -720,7 +715,7 @@ def eval_of_data_with_other_labels(world: World) -> list[str]:
     return ["eval", str(world.model("strangers")), "--data", "rows.csv", "--text", "text"]
 
 
-@case("--fail-under-retention: needs --teacher")
+@case("--fail-under-retention", "belongs to no run", "--teacher MODEL")
 def retention_without_a_teacher(world: World) -> list[str]:
     arguments = ["--data", "rows.csv", "--text", "text", "--fail-under-retention", "0.9"]
     return ["eval", str(world.model()), *arguments]
@@ -818,6 +813,26 @@ def a_task_to_fine_tune_on_without_its_data(world: World) -> list[str]:
 @case("--fail-under", "plain text has no score", "kdcli eval")
 def a_gate_for_plain_text(world: World) -> list[str]:
     return ["distill", text_recipe(world), "--fail-under", "0.9"]
+
+
+@case("--fail-under-retention", "plain text has no score", "kdcli eval")
+def a_retention_gate_for_plain_text(world: World) -> list[str]:
+    return ["distill", text_recipe(world), "--fail-under-retention", "0.9", "--dry-run"]
+
+
+@case("evaluate.fail_under_retention needs a task with labels")
+def a_retention_gate_in_a_recipe_for_plain_text(world: World) -> list[str]:
+    return ["distill", text_recipe(world, evaluate={"fail_under_retention": 0.9})]
+
+
+@case("evaluate.fail_under_retention", "a black box has none")
+def a_retention_gate_in_a_recipe_for_a_black_box(world: World) -> list[str]:
+    return ["distill", world.recipe("teacher", teacher={"black_box": True}, evaluate={"fail_under_retention": 0.9})]
+
+
+@case("--fail-under-retention", "a black box has no score")
+def a_retention_gate_for_a_black_box(world: World) -> list[str]:
+    return ["distill", world.recipe("teacher", teacher={"black_box": True}), "--fail-under-retention", "0.9"]
 
 
 @case("export.onnx needs a task with labels", "kdcli export")

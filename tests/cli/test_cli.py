@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -146,6 +147,52 @@ def test_a_gate_that_is_not_met_is_exit_code_1_with_the_whole_result(finished: t
     assert finished[1].err.splitlines()[-1].startswith("gate not met: accuracy ")
 
 
+def test_the_end_of_distill_names_places_gates_and_what_comes_next(finished: tuple[Path, Outcome]):
+    folder, outcome = finished
+    run = folder / "runs" / "recipe"
+    assert outcome.json["schema_version"] == 1
+    assert outcome.json["paths"] == {"run": str(run), "student": str(run / "student"), "onnx": None}
+    score = outcome.json["student"]["score"]
+    assert outcome.json["gates"] == [{"name": "score", "value": score, "limit": 1.5, "passed": False}]
+    for line in (
+        "student: runs/recipe/student",
+        "scores: runs/recipe/run.json",
+        "next: kdcli eval runs/recipe",
+        "next: kdcli export runs/recipe",
+    ):
+        assert line in outcome.err.splitlines()
+
+
+def test_what_comes_next_can_be_run(after: World, finished: tuple[Path, Outcome]):
+    commands = [line.removeprefix("next: kdcli ") for line in finished[1].err.splitlines() if "next: " in line]
+    assert after.call(*shlex.split(commands[0])).code == 0
+    exported = after.call(*shlex.split(commands[1]), "--out", "served", "--no-latency", "--json")
+    shutil.rmtree(after.folder / "served")
+    assert exported.code == 0, exported.err
+    [gate] = exported.json["gates"]
+    assert gate["name"] == "parity" and gate["passed"] and 0 <= gate["value"] <= gate["limit"]
+
+
+def test_retention_is_of_the_runs_own_teacher(after: World, finished: tuple[Path, Outcome]):
+    kept = finished[1].json["retention"]
+    for limit, code in ((kept - 0.01, 0), (kept + 0.01, 1)):
+        scored = after.call("eval", "--fail-under-retention", limit, "--json")
+        again = after.call("distill", "recipe.toml", "--resume", "--fail-under-retention", limit, "--json")
+        for outcome in (scored, again):
+            assert outcome.code == code, outcome.err
+            assert outcome.json["gates"] == [
+                {"name": "retention", "value": pytest.approx(kept), "limit": limit, "passed": code == 0}
+            ]
+            assert (f"gate not met: retention {kept:.6g} is under {limit:.6g}" in outcome.err) == (code == 1)
+
+
+def test_gates_of_a_recipe(world: World):
+    world.model()
+    outcome = world.call("distill", world.recipe(evaluate={"fail_under": 0.0, "fail_under_retention": 9.0}), "--json")
+    assert outcome.code == 1
+    assert [(gate["name"], gate["passed"]) for gate in outcome.json["gates"]] == [("score", True), ("retention", False)]
+
+
 def test_eval_scores_the_newest_run_as_distill_did(after: World, finished: tuple[Path, Outcome]):
     outcome = after.call("eval", "--json")
     assert outcome.code == 0
@@ -220,7 +267,7 @@ def test_a_run_that_exists_stays_as_it_is(after: World):
 def test_a_finished_run_is_shown_again_by_resume(after: World, finished: tuple[Path, Outcome]):
     before = after.listing()
     outcome = after.call("distill", "recipe.toml", "--resume", "--json")
-    assert outcome.code == 0 and outcome.json == finished[1].json
+    assert outcome.code == 0 and {**outcome.json, "gates": finished[1].json["gates"]} == finished[1].json
     gated = after.call("distill", "recipe.toml", "--resume", "--json", "--fail-under", "1.5")
     assert gated.code == 1 and gated.json == finished[1].json and "gate not met: accuracy " in gated.err
     other = after.call("distill", "recipe.toml", "--resume", "--set", "seed=7")
