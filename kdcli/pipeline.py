@@ -139,6 +139,7 @@ def run_distill(
                 refresh=refresh,
                 resume=resume,
                 work=run.checkpoints / "teacher",
+                log=run.log / "teacher",
             )
             silent = task.kind == "text" or not teacher.known
             teacher_scores = {} if silent else _teacher_scores(teacher, task, resolved, console)
@@ -152,6 +153,7 @@ def run_distill(
                     refresh=refresh,
                     resume=resume,
                     work=run.checkpoints / "augment",
+                    log=run.log / "augment",
                 )
                 task = augment_task(task, recipe, source, console=console)
         road = Road(task, resolved, run, console, seconds, resume=resume)
@@ -209,6 +211,7 @@ def run_distill(
             "assistant": made.to_json() if made is not None else None,
             "overparam": student.overparam,
             "contraction": student.contraction,
+            "teacher_training": teacher.training or None,
             "training": training,
             "seconds": seconds,
             "hashes": {

@@ -296,7 +296,7 @@ class TrainSection(Section):
     eval_every: PositiveInt | None = None
     patience: PositiveInt | None = None
     select: Literal["best", "last"] = "best"
-    log_every: PositiveInt = 50
+    log_every: PositiveInt | None = None
     workers: NonNegativeInt = 0
 
     @model_validator(mode="after")

@@ -233,7 +233,9 @@ def _at(where: str) -> Iterator[None]:
         raise InputError(error.message, where=where, hint=error.hint) from error
 
 
-def make_filler(start: FillerStart, *, console: Console, refresh: bool, resume: bool, work: Path) -> str:
+def make_filler(
+    start: FillerStart, *, console: Console, refresh: bool, resume: bool, work: Path, log: Path | None = None
+) -> str:
     """Return the folder or hub name of the model that fills the copies of `[task.augment]`.
 
     One without a masked-LM head is first fine-tuned on `task.augment.text`, and kept like a teacher.
@@ -243,7 +245,7 @@ def make_filler(start: FillerStart, *, console: Console, refresh: bool, resume: 
         return start.source
     recipe, documents, teacher = start.training
     found = make_teacher(
-        teacher, recipe, documents, "masked-lm", console=console, refresh=refresh, resume=resume, work=work
+        teacher, recipe, documents, "masked-lm", console=console, refresh=refresh, resume=resume, work=work, log=log
     )
     if found.path is None:
         raise RunError(

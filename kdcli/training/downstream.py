@@ -71,6 +71,7 @@ def score_on_tasks(
                     console=console,
                     resume=resume,
                     title=f"{task.name} {name}",
+                    log=run.log / "finetune" / f"{number}-{name}-{seed}",
                     identity={
                         "recipe": recipe.model_dump(),
                         "data": task.description["fingerprint"],

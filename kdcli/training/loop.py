@@ -9,7 +9,7 @@ from kdcli.machine import gpu_count
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Everything the loop needs to know, resolved: no None stands for a default any more.
+    """Everything the loop needs to know. What is None depends on the number of steps, which `fit` finds out.
 
     `batch_size` counts the examples of one optimizer step over all processes and accumulation steps, so that
     a recipe gives the same result on any number of devices.
@@ -30,7 +30,7 @@ class LoopSettings:
     eval_every: int | None
     patience: int | None
     select: str
-    log_every: int
+    log_every: int | None
     workers: int
     seed: int
     metric: str
@@ -42,6 +42,10 @@ class LoopSettings:
         if self.max_steps is not None:
             return self.max_steps
         return max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
+
+    def log_interval(self, steps: int) -> int:
+        """Return every how many steps of `steps` the loss terms are logged: 20 to 200 times, at best every 50."""
+        return self.log_every or max(1, steps // 200, min(50, steps // 20))
 
 
 def check_device(device: str) -> None:

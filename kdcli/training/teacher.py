@@ -1,8 +1,10 @@
 """Where the teacher comes from: loaded, fine-tuned once and kept, or made from scratch."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ from kdcli.tasks.labels import label_permutation
 from kdcli.tasks.load import fingerprint_of
 from kdcli.tasks.metrics import compute_metrics
 from kdcli.tasks.prepare import encode_task
+from kdcli.training.curves import write_curve
 from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, main_does
 from kdcli.training.hashing import hash_of_model, hash_of_tokenizer
@@ -52,6 +55,7 @@ class Teacher:
     path: Path | None = None
     known: bool = True
     training: dict[str, Any] = field(default_factory=dict)
+    """The record of its fine-tuning, now or when it was cached; empty for one that is used as it is."""
 
 
 def resolve_source(model: str, base: Path) -> str:
@@ -164,16 +168,27 @@ def make_teacher(
     refresh: bool,
     resume: bool,
     work: Path,
+    log: Path | None = None,
 ) -> Teacher:
     """Return the teacher that `start` becomes: as it is, or fine-tuned.
 
     A fine-tuned one is kept in the cache under a name made of everything that shaped it (base weights, data,
-    settings, seed), and reused; `refresh` makes it again. `work` is where a training keeps its checkpoints.
+    settings, seed), and reused; `refresh` makes it again. `work` is where a training keeps its checkpoints,
+    `log` where TensorBoard finds its curve, whether it was trained now or before.
     """
     if not start.trains:
         return Teacher(start.model, start.tokenizer, start.origin, start.path, start.known)
     return _finetuned(
-        recipe, task, start.model, start.tokenizer, head, console=console, refresh=refresh, resume=resume, work=work
+        recipe,
+        task,
+        start.model,
+        start.tokenizer,
+        head,
+        console=console,
+        refresh=refresh,
+        resume=resume,
+        work=work,
+        log=log,
     )
 
 
@@ -206,6 +221,7 @@ def _finetuned(
     refresh: bool,
     resume: bool,
     work: Path,
+    log: Path | None,
 ) -> Teacher:
     section = recipe.teacher
     settings = section.finetune if isinstance(section.finetune, FinetuneSection) else FinetuneSection()
@@ -226,6 +242,8 @@ def _finetuned(
     folder = cache_dir() / "teachers" / fingerprint(identity)
     origin = section.model or "from scratch"
     if not refresh and (kept := _kept(folder, identity, head, origin, console)) is not None:
+        if log is not None:
+            main_does(partial(write_curve, kept.training.get("history", []), log))
         return kept
     console.print(f"teacher: {origin}, fine-tuning on {task.name}", highlight=False, soft_wrap=True)
     record = finetune(
@@ -240,6 +258,7 @@ def _finetuned(
         console=console,
         resume=resume,
         title="teacher",
+        log=log,
         identity=identity,
     )
 
@@ -271,7 +290,8 @@ def _kept(folder: Path, identity: dict[str, Any], head: str, origin: str, consol
         try:
             model, tokenizer = load_model(str(folder), task=head), load_tokenizer(str(folder))
             check_weights(model, "the teacher")
-            found = Teacher(model, tokenizer, origin=origin, path=folder)
+            record = json.loads((folder / "kdcli.json").read_text(encoding="utf-8"))["training"]
+            found = Teacher(model, tokenizer, origin=origin, path=folder, training=record)
         except (InputError, NotFiniteError) as error:
             problem = error.message
         # All processes train, or none.
@@ -297,11 +317,13 @@ def finetune(
     resume: bool,
     title: str,
     identity: Any,
+    log: Path | None = None,
 ) -> dict[str, Any]:
     """Train `model` on the gold labels (or the hidden words) of `task`, in place, and return the loop's record.
 
     identity: says which training its checkpoints belong to.
     train: where and how precisely, as for the student; batch size, rate and the like come from `settings`.
+    log: a folder for TensorBoard.
     """
 
     loop = LoopSettings(
@@ -338,7 +360,7 @@ def finetune(
         metrics=metrics_of(task),
         settings=loop,
         folder=work,
-        log_dir=None,
+        log_dir=log,
         title=title,
         console=console,
         identity=identity,

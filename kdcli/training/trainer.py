@@ -58,6 +58,18 @@ class EvaluateAtEnd(TrainerCallback):
             control.should_evaluate = True
 
 
+class LogAtCheckpoints(TrainerCallback):
+    """Logs wherever a checkpoint is written, the last step among them.
+
+    A checkpoint holds nothing of the steps since the last log line: this way a resumed run logs what it would have
+    logged in one go.
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save:
+            control.should_log = True
+
+
 class Patience(TrainerCallback):
     """Ends a training when so many evaluations in a row were no better than the best one before them.
 
@@ -119,6 +131,7 @@ class DistillationTrainer(Trainer):
         self.scheme = scheme
         self.remove_callback(PrinterCallback)
         self.add_callback(EvaluateAtEnd)
+        self.add_callback(LogAtCheckpoints)
         self.add_callback(TellEpochs(self.model, self.data_collator))
         self.add_callback(display)
         if log_dir is not None and self.is_world_process_zero():
@@ -195,9 +208,11 @@ class DistillationTrainer(Trainer):
         for name in ("loss", "train_loss", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise _diverged(f"the loss is {logs[name]} by step {self.state.global_step}")
-        if "loss" in logs and self._term_count:
+        if "loss" in logs and self._term_sums:
             # The only place where the terms' values leave the device: once per logging interval.
-            logs.update({name: float(total) / self._term_count for name, total in self._term_sums.items()})
+            sums = torch.stack([total.float() for total in self._term_sums.values()])
+            means = (self.accelerator.reduce(sums, "mean") / self._term_count).tolist()  # type: ignore[union-attr]
+            logs.update(zip(self._term_sums, means, strict=True))
             self._term_sums, self._term_count = {}, 0
         super().log(logs, start_time)
 
@@ -440,7 +455,8 @@ def _arguments(
         greater_is_better=not by_loss,
         # What a loss fell to says little without what it fell from.
         eval_on_start=evaluates and by_loss,
-        logging_steps=settings.log_every,
+        logging_steps=settings.log_interval(steps),
+        logging_first_step=True,
         # The filter looks at every step's loss on the host: a synchronisation a step.
         logging_nan_inf_filter=False,
         report_to=[],

@@ -137,6 +137,33 @@ def test_a_tuned_teacher_is_kept_and_read_back_as_it_was(folder: Path, own_cache
     assert note["identity"]["seed"] == 42 and note["training"]["steps"] == 1
 
 
+def curve(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return what TensorBoard reads in a folder: (step, value) by the name of the quantity."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_a_teachers_curve_is_told_whether_it_was_trained_now_or_before(folder: Path, own_cache: Path):
+    recipe = recipe_of(teacher={"finetune": {"max_steps": 21, "batch_size": 8, "learning_rate": 1e-3}})
+    first = make(folder, recipe, log=folder / "first")
+    again = make(folder, recipe, log=folder / "again")
+    assert again.reused and not first.reused
+    history = first.teacher.training["history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 22))
+    assert again.teacher.training == first.teacher.training
+    written, read = curve(folder / "first"), curve(folder / "again")
+    assert {"train/loss", "train/task", "train/learning_rate"} <= set(read)
+    assert [step for step, _ in read["train/task"]] == list(range(1, 22))
+    # While it runs, the library tells the epoch once more at the end.
+    for tag in set(read) - {"train/epoch"}:
+        assert read[tag] == written[tag]
+    # A run that goes on does not tell it twice.
+    make(folder, recipe, log=folder / "again")
+    assert len(list((folder / "again").iterdir())) == 1
+
+
 CHANGES = {
     "another seed": {"seed": 1},
     "a seed of its own": {"teacher": {"seed": 7}},
@@ -227,7 +254,8 @@ def test_refresh_makes_it_again_and_the_same(folder: Path, own_cache: Path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["no note", "no weights", "half the weights", "no configuration", "no tokenizer", "strange weights"]
+    "damage",
+    ["no note", "half a note", "no weights", "half the weights", "no configuration", "no tokenizer", "strange weights"],
 )
 def test_a_torn_teacher_is_made_again(folder: Path, own_cache: Path, damage: str):
     first = make(folder)
@@ -235,6 +263,8 @@ def test_a_torn_teacher_is_made_again(folder: Path, own_cache: Path, damage: str
     weights = kept / "model.safetensors"
     if damage == "no note":
         (kept / "kdcli.json").unlink()
+    elif damage == "half a note":
+        (kept / "kdcli.json").write_text('{"identity": ')
     elif damage == "no weights":
         weights.unlink()
     elif damage == "half the weights":
@@ -388,20 +418,23 @@ def test_a_teacher_at_chance_is_told_loudly_and_a_good_one_is_not(folder: Path):
     (folder / "rows.csv").write_text(f"text,label\n{rows}\n")
     path = folder / "own.toml"
 
-    def distil(name: str, model: str, extra: str = "") -> tuple[str, float]:
+    def distil(name: str, model: str, extra: str = "") -> tuple[str, float, Any]:
         path.write_text(CHANCE.format(model=model, extra=extra))
         said = io.StringIO()
         console = Console(file=said, width=300)
         run = run_distill(
             load_recipe(path, [f"name={name}"]), recipe_path=path, output=folder / "runs", console=console
         )
-        return said.getvalue(), run.record["teacher"]["score"]
+        return said.getvalue(), run.record["teacher"]["score"], run.record["teacher_training"]
 
     tuned = ", finetune = {epochs = 20.0, batch_size = 8, learning_rate = 3e-3}"
-    said, score = distil("good", "base", tuned)
+    said, score, training = distil("good", "base", tuned)
+    assert len([entry for entry in training["history"] if "task" in entry]) >= 20
+    assert curve(folder / "runs" / "good" / "log" / "teacher")["train/task"]
     assert score > 0.9 and "WARNING" not in said
     [kept] = (Path(os.environ["KDCLI_CACHE"]) / "teachers").iterdir()
     # The same model with its classes named the wrong way round is as wrong as it was right.
-    said, wrong = distil("swapped", str(kept), ', labels = ["good", "bad"]')
+    said, wrong, training = distil("swapped", str(kept), ', labels = ["good", "bad"]')
+    assert training is None
     assert wrong == pytest.approx(1 - score)
     assert "WARNING" in said and "no better than chance (0.5000)" in said and "teacher.labels" in said

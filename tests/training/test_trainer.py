@@ -508,7 +508,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypa
     assert watches[0].examples == watches[1].examples
     assert watches[0].rates == watches[1].rates
     assert same(state_of(steps[0]), state_of(steps[1]))
-    assert evaluations(records[0]) == evaluations(records[1])
+    assert records[0]["history"] == records[1]["history"]
     assert records[1]["steps"] == 12
 
 
@@ -682,11 +682,28 @@ def test_logged_terms_are_means_since_the_last_line(tmp_path: Path, parts: int):
     step = Distiller(student(), terms, teacher=tiny("bert"))
     record = train(tmp_path, step, log_every=2, eval_every=3, gradient_accumulation=parts)
     lines = [entry for entry in record["history"] if "loss" in entry]
-    assert [line["step"] for line in lines] == [2, 4, 6] and len(noted.values) == 6 * parts
-    for number, line in enumerate(lines):
-        mine = noted.values[2 * parts * number : 2 * parts * (number + 1)]
+    # The first step, every second, and those of the checkpoints.
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 6] and len(noted.values) == 6 * parts
+    for before, line in zip([0, 1, 2, 3, 4], lines, strict=True):
+        mine = noted.values[parts * before : parts * line["step"]]
         assert line["task"] == pytest.approx(sum(mine) / len(mine), rel=1e-5)
         assert line["loss"] == pytest.approx(0.5 * line["task"] + 2.0 * line["output"], rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [20, 39, 64])
+def test_a_curve_has_twenty_points_from_the_first_step_to_the_last(tmp_path: Path, steps: int):
+    record = train(tmp_path, distiller(teacher=tiny("bert")), max_steps=steps, log_every=None)
+    points = [entry["step"] for entry in record["history"] if {"loss", "task", "output", "hidden"} <= set(entry)]
+    assert len(points) >= 20 and points[0] == 1 and points[-1] == steps
+
+
+def test_the_chosen_cadence_suits_any_length():
+    chosen = replace(LOOP, log_every=None)
+    for steps in (1, 19, 20, 21, 40, 59, 999, 1000, 1001, 10_000, 123_456, 10_000_000):
+        interval = chosen.log_interval(steps)
+        assert interval == 1 if steps < 20 else 20 <= steps // interval <= 400
+    assert chosen.log_interval(5_000) == 50
+    assert replace(LOOP, log_every=7).log_interval(10_000) == 7
 
 
 class Synchronisations(TorchDispatchMode):
@@ -739,7 +756,7 @@ def test_off_a_terminal_progress_is_whole_plain_lines(tmp_path: Path):
         r"\d+ examples/s  0:0\d left"
     )
     steps = [progress.fullmatch(line) for line in lines]
-    assert [match[1] for match in steps if match] == ["2", "4", "6"]
+    assert [match[1] for match in steps if match] == ["1", "2", "3", "4", "6"]
     judged = [line for line, match in zip(lines, steps, strict=True) if not match]
     assert judged == [
         f"test  step {step}  evaluated: accuracy {score}  balanced_accuracy 0.2500  matthews_correlation 0.1250"
@@ -778,7 +795,7 @@ def test_the_log_is_one_that_tensorboard_reads(tmp_path: Path):
     assert {"train/loss", "train/task", "train/output", "train/hidden"} <= set(events.Tags()["scalars"])
     assert [(event.step, event.value) for event in events.Scalars("eval/accuracy")] == [(3, 0.5), (6, 0.75)]
     lines = [(entry["step"], entry["task"]) for entry in record["history"] if "task" in entry]
-    assert [event.step for event in events.Scalars("train/task")] == [number for number, _ in lines] == [2, 4, 6]
+    assert [event.step for event in events.Scalars("train/task")] == [number for number, _ in lines] == [1, 2, 3, 4, 6]
     assert [event.value for event in events.Scalars("train/task")] == pytest.approx([value for _, value in lines])
 
 
