@@ -1,17 +1,68 @@
 """Files that appear whole or not at all, and the hashes that name them."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kdcli import __version__
 from kdcli.errors import InputError
+from kdcli.locks import if_unused, in_use
+
+MARKER = "kdcli.json"
+"""A file that every folder of kdcli's has from its first moment: only what has it is ever replaced."""
+
+_TEMPORARY = re.compile(r"\..+\.kdcli-[a-z0-9_]{8}")
+"""What a folder is called that is not finished, or is being removed."""
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path` for what is to become `path`; what is left in it at the end is removed.
+
+    It is this process's while the block runs; of a process that was killed, `remove_leftovers` removes it.
+    """
+    for _ in range(100):
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}.kdcli-"))
+        with in_use(folder) as ours:
+            if not ours:
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+    raise OSError(errno.EBUSY, "temporary folders vanish", str(path.parent))
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, a file or a link, so that `path` is there whole or not at all."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        with temporary_folder(path) as trash:
+            os.replace(path, trash / path.name)
+
+
+def remove_leftovers(root: Path, *, below: bool = True) -> None:
+    """Remove what killed processes left unfinished in `root` and below; what a living one works on stays."""
+    for place, folders, _ in os.walk(root):
+        for name in [name for name in folders if _TEMPORARY.fullmatch(name)]:
+            folders.remove(name)
+            path = Path(place) / name
+            with if_unused(path) as unused:
+                if unused:
+                    shutil.rmtree(path, ignore_errors=True)
+        if not below:
+            return
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,18 +73,13 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` atomically: a reader sees the old file or the new one, never a half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with temporary_folder(path) as folder:
+        new = folder / path.name
+        with new.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+        os.replace(new, path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -55,39 +101,86 @@ def to_json_text(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that becomes `path` when the block ends without an error.
+def atomic_folder(path: Path, *, force: bool = False, ours: bool = False) -> Iterator[Path]:
+    """Yield a new folder, with a marker in it, that becomes `path` when the block ends without an error.
 
-    Raises InputError when `path` exists (and is not an empty folder) and `force` is False, or when the
-    place cannot be written to.
+    force: replace what kdcli wrote there. ours: the place is inside a run or the cache, and free to be replaced.
+    Raises InputError when `path` exists (and is not an empty folder) and may not be replaced, or when the place
+    cannot be written to.
     """
-    if path.resolve() == Path.cwd():
-        raise InputError(f"{path.resolve()} is the folder that you are in", hint="give --out another one")
-    if path.exists() and not force and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{path} exists already", hint="give another --out, or --force to replace it")
+    if not ours:
+        check_free(path, force=force, hints=("give another --out, or --force to replace it", "give another --out"))
     missing = [folder for folder in path.parents if not folder.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    except OSError as error:
-        raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
-    try:
-        os.chmod(temporary, 0o755)
-        yield temporary
-        replaced = None
-        if path.exists():
-            replaced = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.replace(path, replaced / path.name)
-        os.replace(temporary, path)
-        if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
         # Folders that were made only for this one go, too, unless something else has moved in.
-        with contextlib.suppress(OSError):
-            for folder in missing:
-                folder.rmdir()
-        raise
+        stack.callback(remove_empty, missing)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(temporary_folder(path))
+        except OSError as error:
+            raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
+        folder = temporary / path.name
+        folder.mkdir()
+        write_marker(folder)
+        yield folder
+        replace(folder, path)
+
+
+def replace(folder: Path, path: Path) -> None:
+    """Let a finished folder take the place of whatever is at `path`."""
+    with temporary_folder(path) as trash:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, trash / path.name)
+        try:
+            os.replace(folder, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(trash / path.name, path)
+            raise
+
+
+def check_free(
+    path: Path, *, force: bool, hints: tuple[str, str], is_ours: Callable[[Path], bool] | None = None
+) -> None:
+    """Raise InputError, naming what is there, unless `path` is free, an empty folder, or one that `force` may replace.
+
+    Only a folder that kdcli wrote is ever replaced, and never the working folder, a home, the root of a file system,
+    or what contains one of them. hints: without `force`, and where `force` does not help. is_ours: has kdcli written
+    it? By default what has a marker.
+    """
+    if not os.path.lexists(path):
+        return
+    whole, home = path.resolve(), Path.home().resolve()
+    for place, words in ((Path.cwd(), "the folder that you are in"), (home, "your home folder")):
+        if whole == place or whole in place.parents:
+            raise InputError(f"{whole} {'is' if whole == place else 'contains'} {words}", hint=hints[1])
+    if os.path.ismount(whole):
+        raise InputError(f"{whole} is the root of a file system", hint=hints[1])
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file where a folder should be", hint=hints[1])
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if not force:
+        raise InputError(f"{path} exists already", hint=hints[0])
+    if not (is_ours or has_marker)(path):
+        raise InputError(f"{path} was not written by kdcli, so --force does not replace it", hint=hints[1])
+
+
+def write_marker(folder: Path) -> None:
+    """Mark a folder as kdcli's."""
+    (folder / MARKER).write_text(to_json_text({"kdcli": __version__}) + "\n", encoding="utf-8")
+
+
+def has_marker(folder: Path) -> bool:
+    """True when kdcli wrote the folder."""
+    return (folder / MARKER).is_file()
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the innermost first, as far as they are empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def sha256_of_file(path: Path) -> str:

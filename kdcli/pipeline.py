@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -116,8 +116,8 @@ def run_distill(
         return _finished(before, kind.from_record(before.record), limits)
     prepared = prepare(recipe, recipe_path)
     resolved, task, head = prepared.resolved, prepared.task, prepared.head
-    run: runs.Run = runs.open_run(root, name, force=force, resume=resume, create=is_main())
-    with _attempt(run, resume) as attempt:
+    opened = runs.open_run(root, name, force=force, resume=resume, create=is_main())
+    with opened as run, _attempt(run, document, resume) as attempt:
         main_does(
             lambda: run.begin(
                 recipe=document,
@@ -254,24 +254,25 @@ class _Attempt:
 
 
 @contextmanager
-def _attempt(run: runs.Run, resume: bool) -> Iterator[_Attempt]:
-    """Have the run's folder to oneself.
+def _attempt(run: runs.Run, document: dict[str, Any], resume: bool) -> Iterator[_Attempt]:
+    """Leave of a run what is worth keeping, however it ends.
 
     When the input turns out to be wrong before a model was trained, nothing is left behind, and a run that was to be
     replaced is put back; after that everything stays, for `--resume`.
     """
-    with run.held() if is_main() else nullcontext():
-        attempt = _Attempt(run, resume)
-        try:
-            yield attempt
-        except InputError:
-            if is_main():
-                run.mark_failed() if attempt.worth_keeping else run.discard()
-            raise
-        except BaseException:
-            if is_main():
-                run.mark_failed()
-            raise
+    if resume:
+        runs.check_same_recipe(run, document)
+    attempt = _Attempt(run, resume)
+    try:
+        yield attempt
+    except InputError:
+        if is_main():
+            run.mark_failed() if attempt.worth_keeping else run.discard()
+        raise
+    except BaseException:
+        if is_main():
+            run.mark_failed()
+        raise
 
 
 def _scores(
@@ -321,11 +322,11 @@ def held_out_loss(training: list[dict[str, Any]]) -> tuple[float | None, float |
 
 
 def _keep(run: runs.Run, record: dict[str, Any], build: StudentBuild, teacher: Teacher) -> None:
-    with atomic_folder(run.student, force=True) as folder:
+    with atomic_folder(run.student, ours=True) as folder:
         save_model(build.model, folder, teacher.tokenizer)
         (folder / "README.md").write_text(model_card({**run.record, **record}), encoding="utf-8")
     if teacher.path is None and teacher.known:
-        with atomic_folder(run.path / "teacher", force=True) as folder:
+        with atomic_folder(run.path / "teacher", ours=True) as folder:
             save_model(teacher.model, folder, teacher.tokenizer)
         record["teacher_path"] = str(run.path / "teacher")
     run.update(record)
@@ -350,7 +351,7 @@ def _export(
         threads=section.threads or os.cpu_count() or 1,
         runs=section.runs,
         teacher=teacher.model if teacher.known else None,
-        force=True,
+        ours=True,
     )
     run.update({"export": result.to_json()})
     wide(console).print(result.table())

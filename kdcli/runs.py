@@ -4,34 +4,38 @@ import contextlib
 import datetime
 import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from kdcli.errors import InputError
-from kdcli.files import write_json, write_text
+from kdcli.files import (
+    cache_dir,
+    check_free,
+    has_marker,
+    remove,
+    remove_empty,
+    remove_leftovers,
+    replace,
+    temporary_folder,
+    write_json,
+    write_marker,
+    write_text,
+)
+from kdcli.locks import BusyError, lock_file
+from kdcli.names import LATEST, checked, folder_of
 
 if TYPE_CHECKING:
     from kdcli.recipe.schema import Recipe
 
-LATEST = "latest"
-
 
 @dataclass(frozen=True)
 class Run:
-    """One `distill`: recipe.toml, run.json, checkpoints/, log/, student/, and onnx/ once it is exported.
-
-    made: the folders that were made for it, the innermost first.
-    """
+    """One `distill`: recipe.toml, run.json, checkpoints/, log/, student/, and onnx/ once it is exported."""
 
     path: Path
-    made: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
@@ -43,7 +47,7 @@ class Run:
 
     def tuned(self, task: str) -> Path:
         """Return the folder of a general student that was fine-tuned on `task`."""
-        return self.path / "finetune" / task
+        return folder_of(self.path / "finetune", task, where="finetune.task.name")
 
     @property
     def checkpoints(self) -> Path:
@@ -56,6 +60,11 @@ class Run:
     @property
     def onnx(self) -> Path:
         return self.path / "onnx"
+
+    @property
+    def begun(self) -> bool:
+        """True when the folder is a run's, however far that came."""
+        return has_marker(self.path) or (self.path / "run.json").is_file()
 
     @property
     def record(self) -> dict[str, Any]:
@@ -115,39 +124,50 @@ class Run:
 
     def settle(self) -> None:
         """Let go of the run that this one replaces: this one holds work of its own now."""
-        shutil.rmtree(self._replaced, ignore_errors=True)
+        remove(self._replaced)
 
     def discard(self) -> None:
         """Remove a run that never started, and put back the one that it was to replace."""
-        shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):
+            remove(self.path)
             if self._replaced.is_dir():
                 os.replace(self._replaced, self.path)
-            for folder in self.made:
-                folder.rmdir()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes out of the run while the block runs. Raises InputError when one is at work in it."""
-        lock = _lock(self.path)
+        """Keep other processes out of the run while the block runs; what killed ones left in it is removed.
+
+        Raises InputError when another process is at work in it, or when its folder cannot be written to.
+        """
+        root = self.path.parent
+        missing = [folder for folder in (root, *root.parents) if not folder.exists()]
         try:
-            yield
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(lock_file(root / f".{self.name}.lock"))
+                except BusyError:
+                    hint = "wait for it, or --set name=OTHER"
+                    raise InputError(f"another kdcli is at work in {self.path}", hint=hint) from None
+                except OSError as error:
+                    raise InputError(f"cannot write to {root}: {error.strerror}") from error
+                remove_leftovers(root, below=False)
+                remove_leftovers(self.path)
+                yield
         finally:
-            _unlock(lock)
+            if not self.path.exists():
+                remove_empty(missing)
 
     def mark_latest(self) -> None:
         """Let `latest` point to this run: a relative link, or a text file where links cannot be made."""
         link = self.path.parent / LATEST
-        temporary = self.path.parent / f".{LATEST}.{os.getpid()}"
-        try:
-            os.symlink(self.name, temporary)
-            os.replace(temporary, link)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            if link.is_dir() and not link.is_symlink():
-                return
-            write_text(link, self.name + "\n")
+        if link.is_dir() and not link.is_symlink():
+            return
+        with temporary_folder(link) as folder:
+            try:
+                os.symlink(self.name, folder / LATEST)
+            except OSError:
+                (folder / LATEST).write_text(self.name + "\n", encoding="utf-8")
+            os.replace(folder / LATEST, link)
 
 
 @contextlib.contextmanager
@@ -158,51 +178,41 @@ def timed(seconds: dict[str, float], key: str) -> Iterator[None]:
     seconds[key] = round(time.perf_counter() - begun, 3)
 
 
-def _lock(path: Path) -> FileLock:
-    lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise InputError(f"another kdcli is at work in {path}", hint="wait for it, or --set name=OTHER") from None
-    return lock
-
-
-def _unlock(lock: FileLock) -> None:
-    lock.release()
-    with contextlib.suppress(OSError):
-        Path(lock.lock_file).unlink()
-
-
 def check_place(root: Path, name: str, *, force: bool, resume: bool) -> Run:
     """Return the run `name` under `root` as it stands; writes nothing.
 
     Raises InputError when it exists and neither `force` nor `resume` is given, when there is nothing to resume, or when
-    the place cannot be written to.
+    what is there is not a run that may be replaced.
     """
-    if not name or name in (LATEST, ".", "..") or "/" in name or os.sep in name:
-        raise InputError(f"{name!r} cannot be a run's name", where="name", hint="use a plain word")
-    run = Run(root / name)
+    run = Run(folder_of(root, name))
     there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         reason = "it is no folder" if not there.is_dir() else "no permission"
         raise InputError(f"cannot write to {root}: {there}: {reason}")
-    if resume and not run.path.is_dir():
-        raise InputError(f"there is no run at {run.path} to resume", hint="leave out --resume")
-    if run.path.exists() and not run.path.is_dir():
-        raise InputError(f"{run.path} is a file where the run's folder should be", hint="move it, or --set name=OTHER")
-    if run.path.exists() and any(run.path.iterdir()) and not (force or resume):
-        raise InputError(
-            f"{run.path} exists already",
-            hint="--force to replace it, --resume to go on with it, or --set name=OTHER",
-        )
+    if resume:
+        if not run.begun and (run.path.exists() or not run._replaced.is_dir()):
+            raise InputError(f"there is no run at {run.path} to resume", hint="leave out --resume")
+        return run
+    other = "--set name=OTHER"
+    hints = (f"--force to replace it, --resume to go on with it, or {other}", f"move it, or {other}")
+    check_free(run.path, force=force, hints=hints, is_ours=_is_run)
     return run
+
+
+def _is_run(folder: Path) -> bool:
+    """True for a folder that a run was begun in."""
+    if has_marker(folder):
+        return True
+    with contextlib.suppress(InputError):
+        return {"status", "recipe", "versions"} <= Run(folder).record.keys()
+    return False
 
 
 def place_of_run(recipe: "Recipe", recipe_path: Path, output: Path | None) -> tuple[Path, str]:
     """Return the folder for runs and the name of a recipe's run. output: comes before the folder in the recipe."""
     base = recipe_path.resolve().parent
     root = output or (base / Path(recipe.output).expanduser() if recipe.output else Path("runs"))
-    return root, recipe.name or recipe_path.stem
+    return root, checked(recipe.name or recipe_path.stem)
 
 
 def find_run(root: Path, name: str, recipe: dict[str, Any], *, force: bool, resume: bool) -> Run:
@@ -211,42 +221,68 @@ def find_run(root: Path, name: str, recipe: dict[str, Any], *, force: bool, resu
     Raises InputError where `check_place` does, and when it is to be resumed but was begun with another recipe.
     """
     run = check_place(root, name, force=force, resume=resume)
-    if resume and run.record and run.record.get("recipe") != recipe:
+    if resume:
+        check_same_recipe(run, recipe)
+    return run
+
+
+def check_same_recipe(run: Run, recipe: dict[str, Any]) -> None:
+    """Raise InputError when the run was begun with another recipe. recipe: as `run.json` holds it."""
+    record = run.record
+    # A run of ours may have been stopped before it wrote its recipe down.
+    if record and record.get("recipe", recipe if has_marker(run.path) else None) != recipe:
         raise InputError(
             f"{run.path} was started with another recipe",
             hint="go back to that recipe, or start again with --force",
         )
-    return run
 
 
-def open_run(root: Path, name: str, *, force: bool, resume: bool, create: bool = True) -> Run:
-    """Return the run `name` under `root`, its folder made and free to write to.
+@contextlib.contextmanager
+def open_run(root: Path, name: str, *, force: bool, resume: bool, create: bool = True) -> Iterator[Run]:
+    """Yield the run `name` under `root`, its folder made and free to write to, and nobody else in it meanwhile.
 
     A run that `force` replaces waits beside it, until `settle` removes it or `discard` puts it back.
-    Raises InputError when it exists and neither `force` nor `resume` is given, when there is nothing to resume, when
-    another process is at work in it, or when the place cannot be written to.
+    Raises InputError where `check_place` does, when another process is at work in it, or when the place cannot be
+    written to. create: False in processes that share a run which another one has opened.
     """
     if not create:
-        return Run(root / name)
-    run = check_place(root, name, force=force, resume=resume)
-    made = tuple(folder for folder in (root, *root.parents) if not folder.exists())
-    run = Run(run.path, made)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
-        if run.path.exists():
-            _unlock(_lock(run.path))
-        if force and run.path.exists():
+        yield Run(folder_of(root, name))
+        return
+    with Run(folder_of(root, name)).held():
+        run = check_place(root, name, force=force, resume=resume)
+        remove_leftovers(cache_dir())
+        try:
+            _make(run, resume=resume)
+        except OSError as error:
+            raise InputError(f"cannot write to {root}: {error.strerror}") from error
+        yield run
+
+
+def remove_run(run: Run) -> None:
+    """Remove a run, if there is one. Raises InputError for what is no run, and for one that another process is in."""
+    if run.path.exists():
+        with run.held():
+            check_place(run.path.parent, run.name, force=True, resume=False)
+            remove(run.path)
+
+
+def _make(run: Run, *, resume: bool) -> None:
+    if resume:
+        if not run.path.is_dir():
+            # What was to replace it was killed before it stood in its place.
+            os.replace(run._replaced, run.path)
+        return
+    with temporary_folder(run.path) as folder:
+        new = folder / run.name
+        new.mkdir()
+        write_marker(new)
+        if run.path.is_dir() and any(run.path.iterdir()):
             if run._replaced.exists():
                 # What is here was to replace that, and was killed before it could.
-                shutil.rmtree(run.path)
+                remove(run.path)
             else:
                 os.replace(run.path, run._replaced)
-        run.path.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {root}: {error.strerror}") from error
-    return run
+        replace(new, run.path)
 
 
 def latest_run(root: Path | None = None) -> Run:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from kdcli.errors import InputError
+from kdcli.names import checked
 from kdcli.recipe.schema import EvaluateSection, Recipe, TaskSection
 from kdcli.runs import Run, latest_run, run_of_model
 
@@ -109,7 +110,7 @@ def choose_task(
         base = Path(choice.run.record["recipe_folder"])
     elif name is not None:
         length = recipe.task.max_length if recipe is not None else 128
-        section, evaluate = TaskSection(name=name, max_length=length), EvaluateSection()
+        section, evaluate = TaskSection(name=checked(name, "--task"), max_length=length), EvaluateSection()
     else:
         raise InputError(
             f"which task is {choice.model} to be judged on?",

@@ -38,6 +38,7 @@ def export(
       kdcli export --onnx --batch-sizes 1,32 --sequence-lengths 64 --threads 4 --max-latency-ms 8
     """
     import os
+    from contextlib import nullcontext
 
     from kdcli.cli.choose import choose_model, choose_task, load_classifier, readable_length
     from kdcli.cli.console import emit, info, settle
@@ -72,7 +73,8 @@ def export(
         models["teacher"] = load_classifier(beside)
     if latency:
         check_lengths({name: one.config for name, one in models.items()}, grid[1], "--sequence-lengths")
-    with at_fault("MODEL"):
+    inside = choice.run if out is None else None
+    with at_fault("MODEL"), inside.held() if inside is not None else nullcontext():
         result = export_model(
             models["model"],
             load_tokenizer(choice.model),
@@ -86,18 +88,19 @@ def export(
             threads=threads or os.cpu_count() or 1,
             runs=runs,
             teacher=models.get("teacher"),
+            force=force,
             # A run's own graph is made from its student: making it again loses nothing.
-            force=force or out is None,
+            ours=inside is not None,
         )
-    if choice.run is not None and out is None:
-        choice.run.update({"export": result.to_json()})
+        if inside is not None:
+            inside.update({"export": result.to_json()})
     document = result.to_json()
     gates = [parity_gate(document["parity"])]
     if max_latency_ms is not None and result.latency is not None:
         p50 = result.latency.of("student", "ONNX Runtime", grid[0][0], grid[1][0])["p50"]
         gates.append(Gate("latency_ms", p50, max_latency_ms, at_most=True, label="p50 in ms"))
     document["gates"] = [gate.to_json() for gate in gates]
-    kept = str(choice.run.path / "run.json") if choice.run is not None and out is None else None
+    kept = str(inside.path / "run.json") if inside is not None else None
     emit(document, table=result.table(), as_json=as_json, kept=kept)
     return settle(gates)
 

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from kdcli.errors import InputError, UnfitTaskError
+from kdcli.names import checked, folder_of
 from kdcli.plan import make_plan
 from kdcli.prepare import prepare
 from kdcli.recipe.load import load_recipe, with_place
@@ -167,6 +168,8 @@ def plan_comparison(
             )
     start = entries[0].recipe.seed
     plan = ComparisonPlan(entries, list(range(start, start + seeds)), [], left_out=left_out)
+    for cell in plan.cells:
+        checked(cell.name)
     for task in plan.tasks:
         plan.baselines[task] = _baseline(task, plan.of(task), baseline)
         plan.unequal += unequal_terms(task, plan.of(task))
@@ -285,7 +288,7 @@ def _baseline(task: str, entries: list[Entry], wanted: str | None) -> str:
 
 def check_reusable(plan: ComparisonPlan, root: Path) -> None:
     """Raise InputError when a run that is there already was made from another recipe or other data."""
-    strangers = [cell.name for cell in plan.cells if is_stranger(cell, Run(root / cell.name))]
+    strangers = [cell.name for cell in plan.cells if is_stranger(cell, Run(folder_of(root, cell.name)))]
     if strangers:
         raise InputError(
             f"there are runs under {root} from another recipe or other data: {', '.join(strangers)}",
@@ -299,7 +302,7 @@ def is_stranger(cell: Cell, run: Run) -> bool:
         record = run.record
     except InputError:
         return True
-    if not record:
-        return False
+    if "recipe" not in record:
+        return bool(record)
     data = record.get("hashes", {}).get("data", cell.entry.fingerprint)
     return record.get("recipe") != cell.recipe.model_dump(exclude_none=True) or data != cell.entry.fingerprint

@@ -13,8 +13,9 @@ from rich.text import Text
 
 from kdcli.compare.plan import Cell, ComparisonPlan, check_reusable, is_stranger
 from kdcli.errors import ExitCode, InputError, KdcliError
+from kdcli.names import folder_of
 from kdcli.pipeline import run_distill
-from kdcli.runs import Run
+from kdcli.runs import Run, remove_run
 from kdcli.training.distributed import state
 
 INTERRUPTED = "interrupted"
@@ -72,12 +73,12 @@ def run_cells(
     if refresh:
         # All at once: a comparison that is stopped must not go on with runs of the teacher before.
         for cell in plan.cells:
-            shutil.rmtree(root / cell.name, ignore_errors=True)
+            remove_run(Run(folder_of(root, cell.name)))
     results = Results(root)
     fresh_teachers: set[str] = set()
     cells = plan.cells
     for number, cell in enumerate(cells, 1):
-        run = Run(root / cell.name)
+        run = Run(folder_of(root, cell.name))
         head = f"{number}/{len(cells)} {cell.name}"
         try:
             if not is_stranger(cell, run) and run.record.get("status") == "done":
@@ -98,7 +99,7 @@ def run_cells(
 
 def _run(cell: Cell, run: Run, console: Console, *, refresh: bool) -> None:
     stranger = is_stranger(cell, run)
-    resume = run.path.is_dir() and not stranger
+    resume = run.begun and not stranger
     if resume and any(run.checkpoints.rglob("checkpoint-*")):
         run.update({INTERRUPTED: True})
     run_distill(

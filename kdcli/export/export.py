@@ -65,15 +65,17 @@ def export_model(
     runs: int = 30,
     teacher: "PreTrainedModel | None" = None,
     force: bool = False,
+    ours: bool = False,
 ) -> ExportResult:
     """Export `model`, check it, time it beside PyTorch and the teacher, and keep it in `folder`.
 
     Parity is checked on the task's own inputs (random ones without a task). Raises GateError, and leaves no
-    folder, when a logit differs by more than 1e-4; InputError when the folder exists and `force` is False.
+    folder, when a logit differs by more than 1e-4; InputError when the folder exists and may not be replaced (see
+    `atomic_folder`).
     """
     plain = plain_copy(model)
     batches, source = _real_batches(plain, tokenizer, task, max_length)
-    with atomic_folder(folder, force=force) as temporary:
+    with atomic_folder(folder, force=force, ours=ours) as temporary:
         export_onnx(plain, tokenizer, temporary, opset=opset)
         session = OnnxModel(temporary, threads=threads)
         difference = parity(plain, session, batches)

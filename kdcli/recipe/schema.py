@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from kdcli.names import Name, same_folder
+
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -53,7 +55,7 @@ class AugmentSection(Section):
 class TaskSection(Section):
     """`[task]`: a GLUE name, the built-in `reviews` task, the user's own data, or plain text."""
 
-    name: str
+    name: Name
     type: Literal["classification", "regression", "text"] | None = None
     data: str | None = None
     train: str | None = None
@@ -335,7 +337,7 @@ class Recipe(Section):
     task: TaskSection
     method: MethodSection
     teacher: TeacherSection
-    name: str | None = None
+    name: Name | None = None
     student: StudentSection = StudentSection()
     assistant: StudentSection | None = None
     overparam: OverparamSection | None = None
@@ -355,6 +357,18 @@ class Recipe(Section):
                 if isinstance(data.get(key), str):
                     data[key] = {"name": data[key]}
         return data
+
+    @field_validator("finetune")
+    @classmethod
+    def _own_folders(cls, value: list[DownstreamSection]) -> list[DownstreamSection]:
+        names = [same_folder(section.task.name) for section in value]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise ValueError(
+                    f"finetune[{names.index(name)}] and finetune[{number}] are both called "
+                    f'"{value[number].task.name}", and each has a folder of that name; give one another task.name'
+                )
+        return value
 
     @model_validator(mode="after")
     def _text_or_labels(self) -> Self:

@@ -96,6 +96,5 @@ def score_on_tasks(
 
 
 def _keep(model: "PreTrainedModel", tokenizer: Any, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(folder, force=True) as temporary:
+    with atomic_folder(folder, ours=True) as temporary:
         save_model(model, temporary, tokenizer)

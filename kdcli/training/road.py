@@ -320,7 +320,7 @@ def _is_usable(final: Path, identity: dict[str, Any], console: Console) -> bool:
 def _keep_stage(final: Path, identity: dict[str, Any], distiller: Distiller, record: dict[str, Any]) -> None:
     from kdcli.training.trainer import WEIGHTS
 
-    with atomic_folder(final, force=True) as folder:
+    with atomic_folder(final, ours=True) as folder:
         safetensors.torch.save_model(distiller, str(folder / WEIGHTS))
         write_json(folder / RECORD, record)
         write_manifest(folder, identity)

@@ -267,7 +267,7 @@ def _finetuned(
 
     def keep() -> None:
         try:
-            with atomic_folder(folder, force=True) as temporary:
+            with atomic_folder(folder, ours=True) as temporary:
                 save_model(model, temporary, tokenizer)
                 write_json(temporary / "kdcli.json", {"identity": identity, "version": __version__, "training": record})
                 write_manifest(temporary, identity)

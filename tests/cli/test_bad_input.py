@@ -162,10 +162,52 @@ def a_count_that_is_none(world: World) -> list[str]:
     return ["distill", world.recipe(student={"form": "low-rank", "params": "lots"}, task="reviews")]
 
 
-@case("recipe.toml:2: name", "'a/b' cannot be a run's name")
+@case("recipe.toml:2: name", "'a/b' cannot be a name: it has a / in it")
 def a_name_with_a_slash(world: World) -> list[str]:
     world.model()
     return ["distill", world.recipe(name="a/b")]
+
+
+@case("recipe.toml:4: task.name", "'../../home' cannot be a name: it has a / in it")
+def a_task_name_that_is_a_path(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(task={"name": "../../home"})]
+
+
+@case("--set name=", "'...' cannot be a name: it begins with a dot")
+def a_name_of_dots(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(), "--set", "name=..."]
+
+
+@case("--set name=", "cannot be a name: it has the control character U+001B in it")
+def a_name_with_an_escape(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(), "--set", "name=\x1b[31mred"]
+
+
+@case("cannot be a name: it is too long: at most 100 characters")
+def a_name_of_101_characters(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(name="x" * 101)]
+
+
+@case("'-o' cannot be a name: it begins with a dash", "--set name=")
+def a_recipe_whose_own_name_is_no_name_for_a_run(world: World) -> list[str]:
+    world.model()
+    (world.folder / world.recipe()).rename(world.folder / "-o.toml")
+    return ["distill", "./-o.toml"]
+
+
+@case("is too long: at most 100 characters", "--set name=")
+def a_comparison_whose_runs_names_are_too_long(world: World) -> list[str]:
+    world.model()
+    return ["compare", world.recipe(name="x" * 100)]
+
+
+@case("--task", "'../own' cannot be a name")
+def a_task_on_the_command_line_that_is_a_path(world: World) -> list[str]:
+    return ["eval", str(world.model()), "--task", "../own"]
 
 
 # Options
@@ -577,15 +619,16 @@ def latest_points_nowhere(world: World) -> list[str]:
 
 @case("no run yet")
 def latest_is_a_run_without_a_student(world: World) -> list[str]:
-    open_run(world.folder / "runs", "half", force=False, resume=False).mark_latest()
+    with open_run(world.folder / "runs", "half", force=False, resume=False) as run:
+        run.mark_latest()
     return ["eval"]
 
 
 @case("run.json is not valid JSON")
 def the_record_of_a_run_is_broken(world: World) -> list[str]:
-    run = open_run(world.folder / "runs", "half", force=False, resume=False)
-    world.model(name="runs/half/student")
-    run.mark_latest()
+    with open_run(world.folder / "runs", "half", force=False, resume=False) as run:
+        world.model(name="runs/half/student")
+        run.mark_latest()
     world.write("runs/half/run.json", '{"status": ')
     return ["eval"]
 
@@ -626,6 +669,54 @@ def a_file_in_place_of_the_run(world: World) -> list[str]:
 def overparam_onto_an_existing_folder(world: World) -> list[str]:
     world.write("wide/mine.txt", "precious")
     return ["overparam", str(world.model()), "--out", "wide"]
+
+
+@case("wide was not written by kdcli", "--out")
+def overparam_by_force_onto_a_folder_with_other_files(world: World) -> list[str]:
+    world.write("wide/mine.txt", "precious")
+    return ["overparam", str(world.model()), "--out", "wide", "--force"]
+
+
+@case("served was not written by kdcli", "--out")
+def export_by_force_onto_a_plain_model(world: World) -> list[str]:
+    world.model(name="served")
+    return ["export", str(world.model()), "--onnx", "--out", "served", "--no-latency", "--force"]
+
+
+@case("contains the folder that you are in", "--out")
+def contract_by_force_onto_what_contains_the_working_folder(world: World) -> list[str]:
+    world.model("chains")
+    world.monkeypatch.chdir(world.folder / "teacher")
+    # Even one that kdcli wrote.
+    world.write("kdcli.json", "{}")
+    return ["contract", ".", "--out", str(world.folder), "--force"]
+
+
+@case("is your home folder", "--out")
+def overparam_by_force_onto_a_home_through_a_link(world: World) -> list[str]:
+    world.write("home/kdcli.json", "{}")
+    (world.folder / "link").symlink_to("home")
+    world.monkeypatch.setenv("HOME", str(world.folder / "home"))
+    return ["overparam", str(world.model()), "--out", "link", "--force"]
+
+
+@case("rows.csv is a file where a folder should be")
+def export_by_force_onto_a_file(world: World) -> list[str]:
+    return ["export", str(world.model()), "--onnx", "--out", "rows.csv", "--no-latency", "--force"]
+
+
+@case("runs/recipe was not written by kdcli", "--set name=OTHER")
+def a_run_by_force_onto_what_is_none(world: World) -> list[str]:
+    world.model()
+    world.write("runs/recipe/thesis.tex", "precious")
+    return ["distill", world.recipe(), "--force"]
+
+
+@case("recipe-seed42 was not written by kdcli")
+def a_comparison_that_begins_again_onto_what_is_no_run(world: World) -> list[str]:
+    world.model()
+    world.write("comparison/runs/own-recipe-seed42/thesis.tex", "precious")
+    return ["compare", world.recipe(), "--seeds", "1", "--refresh"]
 
 
 @case("cannot write to rows.csv")
@@ -808,6 +899,19 @@ def a_task_to_fine_tune_on_without_its_data(world: World) -> list[str]:
     absent = "{task={name='a', data='absent.csv', text='text'}}"
     own = "{task={name='b', data='rows.csv', text='text'}}"
     return ["distill", text_recipe(world), "--set", f"finetune=[{own}, {absent}]"]
+
+
+@case("recipe.toml", "finetune[0].task.name", "cannot be a name: it has a / in it")
+def a_task_to_fine_tune_on_whose_name_is_a_folder(world: World) -> list[str]:
+    world.write("documents/thesis.tex", "precious")
+    name = str(world.folder / "documents")
+    return ["distill", text_recipe(world, finetune=[{"task": {"name": name, "data": "rows.csv", "text": "text"}}])]
+
+
+@case("recipe.toml", "finetune[0] and finetune[1] are both called")
+def two_tasks_to_fine_tune_on_of_one_name(world: World) -> list[str]:
+    tables = [{"task": {"name": name, "data": "rows.csv", "text": "text"}} for name in ("own", "Own")]
+    return ["distill", text_recipe(world, finetune=tables)]
 
 
 @case("--fail-under", "plain text has no score", "kdcli eval")
