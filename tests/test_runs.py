@@ -139,7 +139,7 @@ def test_no_two_are_in_a_run_however_many_want_in(tmp_path: Path):
     counts = [tuple(map(int, process.communicate()[0].split())) for process in processes]
     assert all(process.returncode == 0 for process in processes)
     entries, overlaps = map(sum, zip(*counts, strict=True))
-    assert entries > 50 and overlaps == 0, counts
+    assert entries > 20 and overlaps == 0, counts
     assert {path.name for path in (tmp_path / "runs").iterdir()} <= {"one", ".one.replaced"}
 
 

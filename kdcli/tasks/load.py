@@ -5,6 +5,7 @@ import hashlib
 import os
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -338,7 +339,7 @@ def load_rows(path: Path, text: list[str], label: str, config: Any, *, metrics: 
     """
     regression = config.num_labels == 1
     section = TaskSection(
-        name=path.stem,
+        name="rows",
         data=str(path),
         text=text,
         label=label,
@@ -354,7 +355,7 @@ def load_rows(path: Path, text: list[str], label: str, config: Any, *, metrics: 
         if set(rows["label"]) <= numbers and not set(rows["label"]) <= set(names):
             rows["label"] = [names[int(value)] for value in rows["label"]]
         custom.to_ids(rows, names, str(path), owner="the model")
-    return _task(
+    task = _task(
         section,
         EvaluateSection(),
         kind=kind,
@@ -364,3 +365,5 @@ def load_rows(path: Path, text: list[str], label: str, config: Any, *, metrics: 
         validation={"rows": rows},
         source=str(path),
     )
+    # What a file is called need not be fit for a folder.
+    return replace(task, name=path.stem)
