@@ -12,6 +12,11 @@ class ExitCode(IntEnum):
     RUN = 3
 
 
+def cut(text: str, most: int = 80) -> str:
+    """Return what a message repeats of a user's words: the beginning, where there are many."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 class KdcliError(Exception):
     """An error with a message for the user: what is wrong, where, and what would be right.
 

@@ -1,18 +1,18 @@
 """From a TOML file and `--set` options to a validated recipe, or to a message that says what to change."""
 
-import difflib
 import re
-import tomllib
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from kdcli.errors import InputError
+from kdcli.errors import InputError, cut
 from kdcli.recipe.locate import Keys, line_of, lines_of_keys
-from kdcli.recipe.problems import Problem, problems_of
+from kdcli.recipe.problems import Problem, problems_of, show
 from kdcli.recipe.schema import Recipe
+from kdcli.recipe.toml import BrokenTOML, parse, read_text
 
 _NEEDED = {
     ("task",): 'add task = "sst2", or a [task] table for your own data',
@@ -30,12 +30,11 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises InputError with every problem found: file and line (or the option), field, what was found, and
     what is allowed.
     """
-    text = _read(path)
+    text = read_text(path)
     try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        reason, line, column = _broken(error, text)
-        raise InputError(f"not valid TOML: {reason}", where=f"{path}:{line}:{column}") from error
+        document = parse(text)
+    except BrokenTOML as error:
+        raise InputError(f"not valid TOML: {error.reason}", where=f"{path}:{error.line}:{error.column}") from error
     source = _Source(path, text)
     for override in overrides or []:
         source.options[_apply(document, override)] = override
@@ -50,6 +49,9 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise source.error(problems)
     return recipe
 
+
+MOST_TOLD = 20
+"""Problems that one message tells."""
 
 _PATHS = {"data", "train", "validation", "test", "model", "tokenizer", "decisions", "augment.text"}
 """Fields that may hold a path, by their own name, or with that of their table where another table has it, too."""
@@ -93,37 +95,12 @@ def validate_section(schema: type[BaseModel], values: dict[str, Any]) -> Any:
         raise InputError("\n  ".join(lines)) from error
 
 
-def _read(path: Path) -> str:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, not a recipe", hint="name a TOML file")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        raise InputError(
-            f"no recipe at {path}", hint=f"did you mean {path.parent / near[0]}?" if near else None
-        ) from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text", hint="is it a TOML file?") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _broken(error: tomllib.TOMLDecodeError, text: str) -> tuple[str, int, int]:
-    """Return tomllib's reason, the line and the column; the end of the text when it says no more."""
-    reason = re.sub(r" \(at .*\)$", "", str(error))
-    if place := re.search(r"\(at line (\d+), column (\d+)\)", str(error)):
-        return reason, int(place[1]), int(place[2])
-    lines = text.split("\n")
-    return reason, len(lines), len(lines[-1]) + 1
-
-
 def _apply(document: dict[str, Any], override: str) -> Keys:
     """Put one `--set FIELD=VALUE` into the document, in place, and return the field's path."""
     name, equals, value = override.partition("=")
     path = _path(name)
     if not equals or not path:
-        raise InputError(f"takes FIELD=VALUE, such as student.budget=0.25, not {override!r}", where="--set")
+        raise InputError(f"takes FIELD=VALUE, such as student.budget=0.25, not {cut(override)!r}", where="--set")
     table = document
     for depth, part in enumerate(path[:-1], 1):
         inner: Any = table.get(part)
@@ -133,7 +110,8 @@ def _apply(document: dict[str, Any], override: str) -> Keys:
             inner = {}
         elif inner is not None and not isinstance(inner, dict):
             raise InputError(
-                f"{'.'.join(path[:depth])} is {inner!r}, not a table that has fields", where=f"--set {override}"
+                f"{cut('.'.join(path[:depth]))} is {show(inner)}, not a table that has fields",
+                where=f"--set {cut(override)}",
             )
         table[part] = dict(inner or {})
         table = table[part]
@@ -148,8 +126,8 @@ def _path(name: str) -> Keys:
     """Return the parts of a dotted TOML key, or nothing when it is none. The place in `finetune[0]` is a part, too."""
     name = re.sub(r"(?<=\w)(\[\d+\])", r'."\1"', name)
     try:
-        inner: Any = tomllib.loads(f"{name.strip()} = 0")
-    except tomllib.TOMLDecodeError:
+        inner: Any = parse(f"{name.strip()} = 0")
+    except BrokenTOML:
         return ()
     path: Keys = ()
     while isinstance(inner, dict) and len(inner) == 1:
@@ -160,8 +138,8 @@ def _path(name: str) -> Keys:
 
 def _value(text: str) -> Any:
     try:
-        document = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        document = parse(f"value = {text}")
+    except BrokenTOML:
         return text
     return document["value"] if document.keys() == {"value"} else text
 
@@ -194,7 +172,7 @@ def with_place(error: InputError, path: Path, overrides: list[str] | None = None
     field_ = _path(error.where or "")
     if not field_ or field_[0] not in Recipe.model_fields:
         return error
-    source = _Source(path, _read(path), {_path(words.partition("=")[0]): words for words in overrides or []})
+    source = _Source(path, read_text(path), {_path(words.partition("=")[0]): words for words in overrides or []})
     return type(error)(error.message, where=f"{source.where(field_)}: {error.where}", hint=error.hint)
 
 
@@ -206,9 +184,13 @@ class _Source:
     text: str
     options: dict[Keys, str] = field(default_factory=dict)
 
+    @cached_property
+    def lines(self) -> dict[Keys, int]:
+        return lines_of_keys(self.text)
+
     def error(self, problems: list[Problem]) -> InputError:
         """Return one error that tells all problems, in the order of the file's lines, options last."""
-        found = sorted(problems, key=self._order)
+        found = sorted(problems, key=self._order)[:MOST_TOLD]
         hints = [_NEEDED.get(p.path, p.hint) if p.missing else p.hint for p in found]
         places = [self.where(p.path) + (f": {p.name}" if p.path else "") for p in found]
         if len(found) == 1:
@@ -217,20 +199,21 @@ class _Source:
             f"{place}: {problem.message}" + (f" ({hint})" if hint else "")
             for place, problem, hint in zip(places, found, hints, strict=True)
         ]
-        return InputError("\n  ".join([f"{self.path}: {len(lines)} problems", *lines]))
+        told = f", of which these are the first {MOST_TOLD}" if len(problems) > MOST_TOLD else ""
+        return InputError("\n  ".join([f"{self.path}: {len(problems)} problems{told}", *lines]))
 
     def _order(self, problem: Problem) -> tuple[bool, int]:
-        return self.where(problem.path).startswith("--set"), line_of(self.text, problem.path) or 0
+        return self.where(problem.path).startswith("--set"), line_of(self.lines, problem.path) or 0
 
     def where(self, path: Keys) -> str:
         """Return `FILE:LINE`, or the option that set the field; both when a table's parts come from both."""
         exact = [words for option, words in self.options.items() if path[: len(option)] == option]
         if exact:
-            return f"--set {exact[-1]}"
+            return f"--set {cut(exact[-1])}"
         below = [words for option, words in self.options.items() if path and option[: len(path)] == path]
-        options = ", ".join(f"--set {words}" for words in below)
-        if below and path not in lines_of_keys(self.text):
+        options = ", ".join(f"--set {cut(words)}" for words in below)
+        if below and path not in self.lines:
             return options
-        line = line_of(self.text, path)
+        line = line_of(self.lines, path)
         place = f"{self.path}:{line}" if line else str(self.path)
         return f"{place} with {options}" if below else place

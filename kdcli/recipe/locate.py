@@ -3,6 +3,7 @@
 import re
 import tomllib
 from bisect import bisect_right
+from collections.abc import Mapping
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _SPACE = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
@@ -25,9 +26,11 @@ def lines_of_keys(text: str) -> dict[Keys, int]:
     return _Scanner(text).scan()
 
 
-def line_of(text: str, path: Keys) -> int | None:
-    """Return the line of a field, or of the innermost table around it that is written; None when none is."""
-    lines = lines_of_keys(text)
+def line_of(lines: Mapping[Keys, int], path: Keys) -> int | None:
+    """Return the line of a field, or of the innermost table around it that is written; None when none is.
+
+    lines: as `lines_of_keys` returns them.
+    """
     while path:
         if path in lines:
             return lines[path]

@@ -4,12 +4,18 @@ import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+
+from kdcli.errors import cut
+
+MOST_ERRORS = 1000
+"""Of a failed validation, the entries that are looked at: each takes its time, and a message tells few."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Problem:
     @property
     def name(self) -> str:
         """The field as a user writes it, such as `student.layers[1]` or `finetune[0].epochs`."""
-        return ".".join(self.path).replace(".[", "[") + ("" if self.index is None else f"[{self.index}]")
+        return cut(".".join(self.path)).replace(".[", "[") + ("" if self.index is None else f"[{self.index}]")
 
     @property
     def text(self) -> str:
@@ -39,10 +45,13 @@ class Problem:
 
 def problems_of(schema: type[BaseModel], error: ValidationError, prefix: tuple[str, ...] = ()) -> list[Problem]:
     """Return every problem of a failed validation in the order of the schema, one a field."""
-    spots = [(_Spot.of(schema, entry["loc"]), entry) for entry in error.errors()]
+    entries = islice(error.errors(include_url=False), MOST_ERRORS)
+    spots = [(_Spot.of(schema, entry["loc"]), entry) for entry in entries]
     # A field that may have several types fails once for each: what fails inside a table or a list says more
     # than that it is no number either.
-    inner = {spot.at: max(other.depth for other, _ in spots if other.at == spot.at) for spot, _ in spots}
+    inner: dict[tuple[str, ...], int] = {}
+    for spot, _ in spots:
+        inner[spot.at] = max(spot.depth, inner.get(spot.at, 0))
     found: dict[tuple[tuple[str, ...], int | None], Problem] = {}
     for spot, entry in spots:
         if spot.depth < inner[spot.at]:
@@ -220,8 +229,12 @@ def describe(annotation: Any, *, many: bool = False) -> str:
     if kind not in _NOUNS:
         return ""
     noun = _NOUNS[kind][many]
-    limit = " ".join(f"{word} {value:g}" for word, value in limits if word != "entries")
+    limit = " ".join(f"{word} {_figure(value)}" for word, value in limits if word != "entries")
     return f"{noun} {limit}" if limit else noun
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _unwrap(annotation: Any) -> tuple[Any, list[tuple[str, Any]]]:
@@ -253,9 +266,11 @@ def show(value: Any) -> str:
     if isinstance(value, dict):
         return "a table"
     if isinstance(value, list):
-        text = f"[{', '.join(map(show, value))}]"
+        text = f"[{', '.join(map(show, value[:60]))}]"
     elif isinstance(value, bool | str):
         text = json.dumps(value, ensure_ascii=False)
+    elif isinstance(value, int) and abs(value) >= 10**20:
+        text = f"a number of {value.bit_length()} bits"
     else:
         text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return cut(text, 60)

@@ -339,7 +339,8 @@ def test_keys_are_found_however_they_are_written():
         ("o", "[1]", "s", "[0]", "t"): 16,
         ("o", "[1]", "s", "[1]", "t"): 17,
     }
-    assert line_of(text, ("g", "h", "unknown")) == 6 and line_of(text, ("unknown",)) is None
+    lines = lines_of_keys(text)
+    assert line_of(lines, ("g", "h", "unknown")) == 6 and line_of(lines, ("unknown",)) is None
 
 
 _names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=6)
