@@ -1,12 +1,9 @@
 """AD-KD: the student rests its predictions on the same words as the teacher."""
 
-from typing import Annotated
-
-from pydantic import Field
-
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
-from kdcli.methods.terms import Share, Temperature, Weight
+from kdcli.methods.terms import Temperature, Weight
+from kdcli.recipe.schema import Share, Times, Width
 
 
 class ADKDOptions(Options):
@@ -23,8 +20,8 @@ class ADKDOptions(Options):
     beta: Weight = 1.0
     temperature: Temperature = 2.0
     anneal: bool = False
-    top_k: Annotated[int, Field(gt=0)] | None = None
-    steps: Annotated[int, Field(gt=0)] = 1
+    top_k: Width | None = None
+    steps: Times = 1
 
 
 def check(options: ADKDOptions, context: Context) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Options(BaseModel):
     """Base of a method's own options, which stand beside its name in `[method]`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

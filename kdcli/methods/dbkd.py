@@ -7,13 +7,11 @@ from pydantic import Field, model_validator
 
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import refuse_idle
+from kdcli.recipe.schema import PositiveFloat, PositiveInt, Seed, Times
 
 if TYPE_CHECKING:
     from kdcli.tasks.base import Task
     from kdcli.training.black_box import BlackBox
-
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(gt=0)]
 
 
 class BlackBoxOptions(Options):
@@ -28,8 +26,8 @@ class BlackBoxOptions(Options):
     callable: str | None = None
     command: Annotated[list[str], Field(min_length=1)] | None = None
     decisions: str | None = None
-    timeout: Positive = 600.0
-    queries_per_call: Count = 1024
+    timeout: PositiveFloat = 600.0
+    queries_per_call: PositiveInt = 1024
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -58,14 +56,14 @@ class DBKDOptions(Options):
     asked; without it the local teacher, of whom only the label is used.
     """
 
-    copies: Count = 10
+    copies: Times = 10
     ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    noise_seed: Annotated[int, Field(ge=0)] = 0
+    noise_seed: Seed = 0
     synonyms: bool = False
-    alpha: Positive = 0.7
-    temperature: Positive = 1.0
-    sigma: Positive = 1.0
-    noise_std: Positive = 1.0
+    alpha: PositiveFloat = 0.7
+    temperature: PositiveFloat = 1.0
+    sigma: PositiveFloat = 1.0
+    noise_std: PositiveFloat = 1.0
     black_box: BlackBoxOptions | None = None
 
 

@@ -1,9 +1,9 @@
 """HS transfer: hidden states of the student's blocks follow those of the teacher's, by any layer map."""
 
 import difflib
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
@@ -11,7 +11,6 @@ from kdcli.methods.layer_maps import MAPS, Pairs, layer_map
 from kdcli.methods.terms import (
     ALL_KINDS,
     PredictionWeights,
-    Share,
     Temperature,
     Weight,
     need_equal_heads,
@@ -20,6 +19,7 @@ from kdcli.methods.terms import (
     refuse_strangers,
     weighted,
 )
+from kdcli.recipe.schema import Seed, Share
 
 if TYPE_CHECKING:
     from kdcli.objectives.base import Objective
@@ -61,7 +61,7 @@ class HSOptions(Options):
 
     layer_map: str | list[list[int]] = "uniform"
     consecutive: Literal["closed", "half-open"] = "closed"
-    seed: Annotated[int, Field(ge=0)] | None = None
+    seed: Seed | None = None
     emd: EMDOptions = EMDOptions()
     bridge: bool | None = None
     match_norm: bool = False

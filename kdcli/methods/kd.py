@@ -1,7 +1,8 @@
 """Knowledge distillation from logits and labels."""
 
 from kdcli.methods.base import Context, Method, Options, Stage, Term
-from kdcli.methods.terms import Share, Temperature
+from kdcli.methods.terms import Temperature
+from kdcli.recipe.schema import Share
 
 
 class KDOptions(Options):

@@ -6,7 +6,8 @@ from pydantic import Field
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
-from kdcli.methods.terms import Share, Temperature, refuse_idle
+from kdcli.methods.terms import Temperature, refuse_idle
+from kdcli.recipe.schema import PositiveFloat, Share
 
 
 class LGTMOptions(Options):
@@ -22,7 +23,7 @@ class LGTMOptions(Options):
     alpha_student: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     alpha_teacher: Share = 0.4
     temperature: Temperature = 1.0
-    teacher_learning_rate: Annotated[float, Field(gt=0.0)] = 3e-5
+    teacher_learning_rate: PositiveFloat = 3e-5
     held_out: Annotated[float, Field(gt=0.0, le=0.5)] = 0.05
     influence: bool = True
 

@@ -6,7 +6,8 @@ from pydantic import Field
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
-from kdcli.methods.terms import Share, Temperature, Weight, need_equal_heads, need_shares_of_one, refuse_idle
+from kdcli.methods.terms import Temperature, Weight, need_equal_heads, need_shares_of_one, refuse_idle
+from kdcli.recipe.schema import PositiveFloat, Share
 
 Part = Annotated[float, Field(gt=0.0, le=1.0)]
 
@@ -40,7 +41,7 @@ class MaKDOptions(Options):
     hidden_norm: bool = False
     schedule: Literal["joint", "staged"] = "joint"
     shares: Annotated[list[Part], Field(min_length=3, max_length=3)] = Field(default=[0.4, 0.3, 0.3])
-    final_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
+    final_learning_rate: PositiveFloat | None = None
 
 
 def check(options: MaKDOptions, context: Context) -> None:

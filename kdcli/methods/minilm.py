@@ -4,7 +4,6 @@ from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import (
     ALL_KINDS,
     PredictionWeights,
-    Share,
     Temperature,
     Weight,
     need_equal_heads,
@@ -12,6 +11,7 @@ from kdcli.methods.terms import (
     refuse_strangers,
     weighted,
 )
+from kdcli.recipe.schema import Share
 
 
 class Weights(PredictionWeights):

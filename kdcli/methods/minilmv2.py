@@ -10,13 +10,13 @@ from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import (
     ALL_KINDS,
     PredictionWeights,
-    Share,
     Temperature,
     Weight,
     prediction_terms,
     refuse_strangers,
     weighted,
 )
+from kdcli.recipe.schema import Heads, Share
 
 if TYPE_CHECKING:
     from kdcli.objectives.base import Objective
@@ -54,8 +54,8 @@ class MiniLMv2Options(Options):
     share of the teacher's prediction on a task with labels, 1 - alpha that of the gold labels.
     """
 
-    relation_heads: Annotated[int, Field(gt=0)] | None = None
-    teacher_layer: int = -2
+    relation_heads: Heads | None = None
+    teacher_layer: Annotated[int, Field(ge=-256, le=256)] = -2
     relations: Relations = Relations()
     direct: bool = False
     weights: Weights = Weights()

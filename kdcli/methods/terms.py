@@ -7,10 +7,10 @@ from pydantic import BaseModel, Field
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Options, Term
+from kdcli.recipe.schema import NonNegativeFloat
 
-Weight = Annotated[float, Field(ge=0.0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Temperature = Annotated[float, Field(gt=0.0)]
+Weight = NonNegativeFloat
+Temperature = Annotated[float, Field(gt=0.0, le=1000.0)]
 
 ALL_KINDS = frozenset({"classification", "regression", "text"})
 

@@ -1,14 +1,11 @@
 """BERT-of-Theseus: teacher blocks are replaced one by one while the student learns the task among them."""
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import need_dividing_depth, refuse_idle
-
-Chance = Annotated[float, Field(gt=0.0, le=1.0)]
+from kdcli.recipe.schema import Fraction, PositiveFloat, PositiveInt
 
 
 class TheseusOptions(Options):
@@ -21,10 +18,10 @@ class TheseusOptions(Options):
     """
 
     schedule: Literal["linear", "constant"] = "linear"
-    replacing_rate: Chance | None = None
-    k: Annotated[float, Field(gt=0.0)] | None = None
-    steps_for_replacing: Annotated[int, Field(gt=0)] | None = None
-    full_at: Chance = 2 / 3
+    replacing_rate: Fraction | None = None
+    k: PositiveFloat | None = None
+    steps_for_replacing: PositiveInt | None = None
+    full_at: Fraction = 2 / 3
     predecessor_eval: bool = False
 
 

@@ -7,7 +7,6 @@ from pydantic import Field
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import (
     ALL_KINDS,
-    Share,
     Temperature,
     Weight,
     need_dividing_depth,
@@ -17,6 +16,7 @@ from kdcli.methods.terms import (
     refuse_strangers,
     weighted,
 )
+from kdcli.recipe.schema import PositiveFloat, Share
 
 
 class Weights(Options):
@@ -40,7 +40,7 @@ class TinyBERTOptions(Options):
     shares: Annotated[list[Annotated[float, Field(gt=0.0, lt=1.0)]], Field(min_length=2, max_length=2)] = Field(
         default=[0.77, 0.23]
     )
-    final_learning_rate: Annotated[float, Field(gt=0.0)] | None = 3e-5
+    final_learning_rate: PositiveFloat | None = 3e-5
     alpha: Share | None = None
     temperature: Temperature = 1.0
 

@@ -234,7 +234,7 @@ def describe(annotation: Any, *, many: bool = False) -> str:
 
 
 def _figure(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    return f"{value:,.0f}" if value == int(value) else f"{value:g}"
 
 
 def _unwrap(annotation: Any) -> tuple[Any, list[tuple[str, Any]]]:

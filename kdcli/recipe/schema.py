@@ -8,20 +8,34 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from kdcli.errors import cut
 from kdcli.names import Name, same_folder
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+# Upper limits are far above all use: they keep a slip of the keyboard from filling the memory, or from taking hours.
+PositiveInt = Annotated[int, Field(gt=0, le=1_000_000_000)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=1_000_000_000)]
+PositiveFloat = Annotated[float, Field(gt=0.0, le=1e6)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=1e6)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Blocks = Annotated[int, Field(gt=0, le=256)]
+Heads = Annotated[int, Field(gt=0, le=1024)]
+Width = Annotated[int, Field(gt=0, le=65_536)]
+Words = Annotated[int, Field(gt=0, le=1_000_000)]
+Tokens = Annotated[int, Field(gt=0, le=1_000_000)]
+BatchSize = Annotated[int, Field(gt=0, le=65_536)]
+Times = Annotated[int, Field(gt=0, le=1000)]
+
+SCRATCH_PARAMETERS = 1_000_000_000
+PARAMETERS = 10**12
 
 
 class Section(BaseModel):
     """Base of all tables: unknown keys and wrong types are errors, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class FinetuneSection(Section):
@@ -30,7 +44,7 @@ class FinetuneSection(Section):
     epochs: PositiveFloat = 3.0
     max_steps: PositiveInt | None = None
     learning_rate: PositiveFloat = 5e-5
-    batch_size: PositiveInt = 32
+    batch_size: BatchSize = 32
     warmup: Share = 0.1
     weight_decay: NonNegativeFloat = 0.01
 
@@ -46,10 +60,10 @@ class AugmentSection(Section):
     model: str
     text: str | None = None
     finetune: FinetuneSection | None = None
-    copies: PositiveInt = 20
+    copies: Times = 20
     probability: Fraction = 0.4
-    top_k: PositiveInt = 15
-    batch_size: PositiveInt = 64
+    top_k: Words = 15
+    batch_size: BatchSize = 64
 
 
 class TaskSection(Section):
@@ -67,9 +81,9 @@ class TaskSection(Section):
     label: str | None = None
     labels: list[str] | None = None
     validation_fraction: Fraction = 0.1
-    split_seed: int = 0
+    split_seed: Seed = 0
     metrics: list[str] | None = None
-    max_length: PositiveInt = 128
+    max_length: Tokens = 128
     train_samples: PositiveInt | None = None
     validation_samples: PositiveInt | None = None
     mask_probability: Fraction = 0.15
@@ -110,11 +124,22 @@ class ScratchSection(Section):
     """`[teacher.scratch]`: a new, randomly initialised teacher with a tokenizer trained on the task's text."""
 
     family: str = "bert"
-    layers: PositiveInt = 4
-    hidden_size: PositiveInt = 128
-    heads: PositiveInt = 4
-    intermediate_size: PositiveInt = 512
-    vocab_size: PositiveInt = 4096
+    layers: Blocks = 4
+    hidden_size: Width = 128
+    heads: Heads = 4
+    intermediate_size: Width = 512
+    vocab_size: Words = 4096
+
+    @model_validator(mode="after")
+    def _fits_memory(self) -> Self:
+        block = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+        parameters = self.layers * block + self.vocab_size * self.hidden_size
+        if parameters > SCRATCH_PARAMETERS:
+            raise ValueError(
+                f"these sizes make a model of {parameters / 1e9:,.1f} billion parameters; at most "
+                f"{SCRATCH_PARAMETERS / 1e9:g} billion are made from scratch"
+            )
+        return self
 
 
 class DownstreamSection(FinetuneSection):
@@ -125,7 +150,7 @@ class DownstreamSection(FinetuneSection):
     """
 
     task: TaskSection
-    seeds: PositiveInt = 1
+    seeds: Times = 1
     against: list[Literal["scratch", "teacher"]] = []
 
     @model_validator(mode="before")
@@ -157,7 +182,7 @@ class TeacherSection(Section):
     labels: list[str] | None = None
     trust_remote_code: bool = False
     cache: bool = True
-    seed: NonNegativeInt | None = None
+    seed: Seed | None = None
     finetune: FinetuneSection | bool | None = None
     scratch: ScratchSection | None = None
     black_box: bool = False
@@ -191,18 +216,18 @@ class StudentSection(Section):
 
     form: Form | None = None
     # depth
-    layers: PositiveInt | list[NonNegativeInt] | None = None
+    layers: Blocks | list[NonNegativeInt] | None = None
     select: Literal["even", "spread", "first", "last"] = "even"
     # low-rank
     budget: Fraction | None = None
-    rank: PositiveInt | None = None
-    params: PositiveInt | str | None = None
+    rank: Width | None = None
+    params: Annotated[int, Field(gt=0, le=PARAMETERS)] | str | None = None
     energy: Fraction | None = None
-    embedding_rank: PositiveInt | None = None
+    embedding_rank: Width | None = None
     # width
-    hidden_size: PositiveInt | None = None
-    intermediate_size: PositiveInt | None = None
-    heads: PositiveInt | None = None
+    hidden_size: Width | None = None
+    intermediate_size: Width | None = None
+    heads: Heads | None = None
     init: Literal["teacher", "sliced", "random"] = "teacher"
     # checkpoint
     model: str | None = None
@@ -244,10 +269,10 @@ def parse_count(text: int | str) -> int:
     body, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1.0)
     try:
         value = round(float(body) * unit)
-    except ValueError:
-        raise ValueError(f"{text!r} is no parameter count; write 14.5M, 800k or 14500000") from None
-    if value <= 0:
-        raise ValueError("a parameter count must be above 0")
+    except (ValueError, OverflowError):
+        raise ValueError(f"{cut(text)!r} is no parameter count; write 14.5M, 800k or 14500000") from None
+    if not 0 < value <= PARAMETERS:
+        raise ValueError(f"a parameter count must be above 0 and at most {PARAMETERS:,}")
     return value
 
 
@@ -267,8 +292,8 @@ class OverparamSection(Section):
     """`[overparam]`: chains of tensors in place of the student's block matrices while it trains (OPDF)."""
 
     factorization: Literal["mpo", "svd", "svd-plain"] = "mpo"
-    length: NonNegativeInt = 3
-    scale: Annotated[float, Field(gt=1.0)] | None = None
+    length: Annotated[int, Field(ge=0, le=32)] = 3
+    scale: Annotated[float, Field(gt=1.0, le=1000.0)] | None = None
     factors: dict[str, list[PositiveInt]] | None = None
     targets: list[Literal["attention", "ffn"]] = ["attention", "ffn"]
     layers: list[NonNegativeInt] | None = None
@@ -285,8 +310,8 @@ class TrainSection(Section):
 
     epochs: PositiveFloat | None = None
     max_steps: PositiveInt | None = None
-    batch_size: PositiveInt = 32
-    gradient_accumulation: PositiveInt = 1
+    batch_size: BatchSize = 32
+    gradient_accumulation: BatchSize = 1
     learning_rate: PositiveFloat | None = None
     scheduler: Literal["linear", "cosine", "constant"] | None = None
     warmup: Share | None = None
@@ -299,7 +324,7 @@ class TrainSection(Section):
     patience: PositiveInt | None = None
     select: Literal["best", "last"] = "best"
     log_every: PositiveInt | None = None
-    workers: NonNegativeInt = 0
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
 
     @model_validator(mode="after")
     def _whole_parts(self) -> Self:
@@ -315,7 +340,7 @@ class EvaluateSection(Section):
     """`[evaluate]`: how the student is scored, and the gates on its score and on its share of the teacher's."""
 
     protocol: Literal["dev", "half-dev"] = "dev"
-    batch_size: PositiveInt = 64
+    batch_size: BatchSize = 64
     fail_under: float | None = None
     fail_under_retention: float | None = None
 
@@ -325,9 +350,9 @@ class ExportSection(Section):
 
     onnx: bool = False
     opset: Annotated[int, Field(ge=20, le=23)] = 23
-    batch_sizes: list[PositiveInt] = [1, 8]
-    sequence_lengths: list[PositiveInt] = [16, 128]
-    threads: PositiveInt | None = None
+    batch_sizes: list[BatchSize] = [1, 8]
+    sequence_lengths: list[Tokens] = [16, 128]
+    threads: Times | None = None
     runs: PositiveInt = 30
 
 
@@ -345,7 +370,7 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     export: ExportSection = ExportSection()
     finetune: list[DownstreamSection] = []
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     output: str | None = None
 
     @model_validator(mode="before")
