@@ -12,6 +12,7 @@ from kdcli.models.forms import build_student
 from kdcli.models.shape import shape_of
 from kdcli.prepare import Prepared
 from kdcli.resolve import Resolved, context_of, placed, stages_of
+from kdcli.tasks.base import Task
 from kdcli.tasks.text import pack
 from kdcli.tensors.parametrize import overparameterise, teacher_factors
 from kdcli.training.road import stage_loop
@@ -34,6 +35,11 @@ class Plan:
         teacher, student = document["teacher"], document["student"]
         sizes = ", ".join(f"{name} {rows:,}" for name, rows in document["task"]["sizes"].items())
         table.add_row("task", f"{document['task']['name']} ({document['task']['kind']}): {sizes}")
+        if (classes := document["task"]["classes"]) is not None:
+            rare = ", ".join(f"{name} {rows:,}" for name, rows in classes["rarest"].items())
+            table.add_row("classes", f"{classes['number']:,}; fewest training rows: {rare}")
+        for note in document["task"]["notes"]:
+            table.add_row("", f"note: {note}")
         table.add_row("method", f"{document['method']['name']}: {document['method']['title']}")
         count, share = teacher["parameters"], ""
         if count is None:
@@ -129,6 +135,8 @@ def make_plan(prepared: Prepared) -> Plan:
                     "selection": len(task.selection),
                     **{name: len(rows_) for name, rows_ in task.report.items()},
                 },
+                "classes": classes_of(task),
+                "notes": list(task.notes),
             },
             "method": {
                 "name": resolved.method.name,
@@ -168,6 +176,20 @@ def make_plan(prepared: Prepared) -> Plan:
             ),
         }
     )
+
+
+def classes_of(task: Task, most: int = 5) -> dict[str, Any] | None:
+    """Return the number of a task's classes, and those with the fewest training rows; None where it has none."""
+    if not task.label_names:
+        return None
+    import numpy as np
+
+    counts = np.bincount(np.asarray(task.train["label"][:]), minlength=len(task.label_names))
+    rarest = np.argsort(counts, kind="stable")[:most]
+    return {
+        "number": len(task.label_names),
+        "rarest": {task.label_names[i]: int(counts[i]) for i in rarest},
+    }
 
 
 def _stage_row(stage: Stage, resolved: Resolved, total: int, examples: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What `eval` and `export` share: which model, which task, when the user leaves them out."""
 
 import contextlib
+import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from kdcli.errors import InputError
 from kdcli.names import checked
-from kdcli.recipe.schema import EvaluateSection, Recipe, TaskSection
+from kdcli.recipe.schema import EvaluateSection, Recipe, TaskSection, parse_delimiter, parse_encoding
 from kdcli.runs import Run, latest_run, run_of_model
 
 
@@ -91,7 +92,7 @@ def teacher_of_run(choice: Choice) -> str:
 
 
 def choose_task(
-    choice: Choice, name: str | None, *, protocol: str | None = None, samples: int | None = None
+    choice: Choice, name: str | None, *, protocol: str | None = None
 ) -> tuple[TaskSection, EvaluateSection, Path]:
     """Return the task to judge on: the one named, with the run's own settings where it is the same task.
 
@@ -117,8 +118,6 @@ def choose_task(
             where="--task",
             hint="give --task NAME, such as sst2",
         )
-    if samples is not None:
-        section = section.model_copy(update={"validation_samples": samples})
     if protocol is not None:
         evaluate = EvaluateSection.model_validate({**evaluate.model_dump(), "protocol": protocol})
     return section, evaluate, base
@@ -131,6 +130,7 @@ def as_options(model: str = "MODEL") -> Iterator[None]:
     fields: dict[str | None, tuple[str, str | None]] = {
         "task.text": ("--text", None),
         "task.label": ("--label", None),
+        "task.labels": ("--labels", None),
         "teacher.model": (model, "score it on data of the kind that it was trained on"),
         "teacher.labels": (
             "--labels" if first else model,
@@ -144,6 +144,59 @@ def as_options(model: str = "MODEL") -> Iterator[None]:
             raise
         where, hint = fields[error.where]
         raise InputError(error.message, where=where, hint=hint or error.hint) from error
+
+
+def section_of_data(
+    path: Path,
+    own: TaskSection | None,
+    *,
+    text: str | None,
+    label: str | None,
+    labels: list[str] | None,
+    delimiter: str | None,
+    encoding: str | None,
+) -> TaskSection:
+    """Return the task of the rows in a file. own: of the model's run, whose settings hold where no option is given.
+
+    Raises InputError for an option that cannot be right, and where nothing says which column is the text.
+    """
+    kept: dict[str, Any] = {"metrics": own.metrics} if own is not None else {}
+    columns = None
+    if own is not None and own.is_custom:
+        columns = own.text
+        kept |= {name: getattr(own, name) for name in ("label", "labels", "delimiter", "encoding", "split_seed")}
+    if text is not None:
+        columns = [name.strip() for name in text.split(",")]
+        if len(columns) > 2 or not all(columns):
+            raise InputError(f"takes one column, or two with a comma, not {text!r}", where="--text")
+    if columns is None:
+        raise InputError("needs --text COLUMN", where="--data")
+    given: dict[str, Any] = {"delimiter": delimiter, "encoding": encoding}
+    for field, parse in (("delimiter", parse_delimiter), ("encoding", parse_encoding)):
+        if given[field] is not None:
+            try:
+                given[field] = parse(given[field])
+            except ValueError as error:
+                raise InputError(str(error), where=f"--{field}") from error
+    given |= {"label": label, "labels": labels}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    section = TaskSection.model_validate({"name": "data", "data": str(path), "text": columns, **kept, **chosen})
+    return section.model_copy(update={"name": path.stem})
+
+
+def names_with_commas(text: str, option: str) -> list[str]:
+    """Return the names in a list with commas; spaces round them are none of theirs, quotes are as in CSV.
+
+    Raises InputError for an empty one.
+    """
+    try:
+        [names] = csv.reader([text], skipinitialspace=True)
+    except (csv.Error, ValueError):
+        names = [""]
+    names = [name.strip() for name in names]
+    if not all(names):
+        raise InputError(f"takes names with commas between them, not {text!r}", where=option)
+    return names
 
 
 def readable_length(config: Any, wanted: int) -> int:

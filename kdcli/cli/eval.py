@@ -21,8 +21,18 @@ def evaluate(
     ] = None,
     task: Annotated[str | None, typer.Option("--task", help="A task's name; default: the run's own.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Own data to score on: CSV, JSONL or Parquet.")] = None,
-    text: Annotated[str | None, typer.Option("--text", help="Text column of --data, or two with a comma.")] = None,
-    label: Annotated[str, typer.Option("--label", help="Label column of --data.")] = "label",
+    text: Annotated[
+        str | None, typer.Option("--text", help="Text column of --data, or two with a comma; default: the run's own.")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option("--label", help="Label column of --data; default: the run's own, or label.")
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option("--delimiter", help="What separates the columns of --data; default: found out.")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option("--encoding", help="Encoding of --data, such as latin-1; default: UTF-8.")
+    ] = None,
     labels: Annotated[
         str | None,
         typer.Option("--labels", help="The model's classes in its own order, by the task's names, with commas."),
@@ -30,6 +40,10 @@ def evaluate(
     teacher: Annotated[str | None, typer.Option("--teacher", help="A model to compare with.")] = None,
     protocol: Annotated[Protocol | None, typer.Option("--protocol")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", min=1, help="Tokens of a text that are read; default: the run's own, or 128."),
+    ] = None,
     max_samples: Annotated[int | None, typer.Option("--max-samples", min=1, help="Score a random part only.")] = None,
     fail_under: Annotated[
         float | None, typer.Option("--fail-under", help="Exit with 1 below this score (0 to 1).")
@@ -53,30 +67,50 @@ def evaluate(
       kdcli eval --data held_out.csv --text message --label team
       kdcli eval MODEL --task sst2 --labels negative,positive
     """
-    from kdcli.cli.choose import as_options, choose_model, choose_task, teacher_of_run
-    from kdcli.cli.console import emit, settle
+    from kdcli.cli.choose import (
+        as_options,
+        choose_model,
+        choose_task,
+        names_with_commas,
+        section_of_data,
+        teacher_of_run,
+    )
+    from kdcli.cli.console import emit, info, settle
     from kdcli.errors import InputError
 
     if data is not None:
-        if text is None:
-            raise InputError("needs --text COLUMN", where="--data")
-        columns = text.split(",")
-        if len(columns) > 2 or not all(columns):
-            raise InputError(f"takes one column, or two with a comma, not {text!r}", where="--text")
-        both = {"--task": task, "--protocol": protocol, "--max-samples": max_samples}
+        both = {"--task": task, "--protocol": protocol}
         if given := [option for option, value in both.items() if value is not None]:
-            raise InputError(f"scores a whole file, without {' and '.join(given)}", where="--data")
+            raise InputError(f"scores a file, without {' and '.join(given)}", where="--data")
+    elif given := [
+        option
+        for option, value in {
+            "--text": text,
+            "--label": label,
+            "--delimiter": delimiter,
+            "--encoding": encoding,
+        }.items()
+        if value is not None
+    ]:
+        raise InputError("needs --data FILE", where=given[0])
+    names = names_with_commas(labels, "--labels") if labels is not None else None
     choice = choose_model(model, task)
     of_run = fail_under_retention is not None and teacher is None
     if of_run:
         teacher = teacher_of_run(choice)
+    base = Path()
     if data is None:
-        section, judged, base = choose_task(
-            choice, task, protocol=protocol.value if protocol else None, samples=max_samples
+        section, judged, base = choose_task(choice, task, protocol=protocol.value if protocol else None)
+    else:
+        own = choose_task(choice, None)[0] if choice.run is not None else None
+        section = section_of_data(
+            data, own, text=text, label=label, labels=names, delimiter=delimiter, encoding=encoding
         )
+        section = section.model_copy(update={"max_length": own.max_length if own is not None else 128})
     from rich.table import Table
 
     from kdcli.cli.choose import load_contestant, readable_length
+    from kdcli.evaluation.comparison import described_set
     from kdcli.evaluation.score import evaluate_model, primary_score
     from kdcli.gates import Limits
     from kdcli.models.finite import at_fault
@@ -85,16 +119,15 @@ def evaluate(
     from kdcli.training.teacher import align_labels, name_classes
 
     contestant, tokenizer = load_contestant(choice.model)
-    if labels is not None:
-        name_classes(contestant.config, labels.split(","), "--labels")
+    if names is not None:
+        name_classes(contestant.config, names, "--labels")
     if data is not None:
-        own = choose_task(choice, None)[0] if choice.run is not None else None
-        metrics = own.metrics if own is not None else None
         with as_options():
-            loaded = load_rows(data, columns, label, contestant.config, metrics=metrics)
-        length = own.max_length if own is not None else 128
+            loaded = load_rows(section, contestant.config, limit=max_samples)
     else:
-        loaded, length = load_task(section, judged, base=base), section.max_length
+        loaded = load_task(section, judged, base=base, limit=max_samples)
+    for note in loaded.notes:
+        info(f"note: {note}")
     models = {"student" if teacher else "score": (choice.model, contestant, tokenizer)}
     if teacher is not None:
         beside = choose_model(teacher, task).model
@@ -104,8 +137,14 @@ def evaluate(
     document: dict = {"task": loaded.name, "primary": loaded.primary, "metrics": {}}
     scores = {}
     for role, (name, one, words) in models.items():
-        limit = readable_length(one.config, length)
+        limit = readable_length(one.config, max_length or section.max_length)
         place = "MODEL" if one is contestant else "--teacher"
+        if max_length is not None and limit < max_length:
+            raise InputError(
+                f"{max_length} tokens are more than {name} has positions for",
+                where="--max-length",
+                hint=f"use at most {limit}",
+            )
         with as_options(place):
             aligned = align_labels(one, loaded)
         with at_fault(place):
@@ -113,6 +152,7 @@ def evaluate(
         scores[role] = primary_score(values, loaded.primary)
         document["metrics" if role != "teacher" else "teacher_metrics"] = values
         document["model" if role != "teacher" else "teacher"] = name
+    document["rows"] = {name: len(rows) for name, rows in loaded.report.items()}
     score = next(iter(scores.values()))
     document["score"] = score
     if teacher is not None:
@@ -124,7 +164,7 @@ def evaluate(
             row = [shown(metric, value)]
             if teacher is not None:
                 row.append(shown(metric, document["teacher_metrics"][name][metric]))
-            table.add_row(f"{metric} ({name}, {len(loaded.report[name]):,} examples)", *row)
+            table.add_row(f"{metric} ({described_set(name, len(loaded.report[name]))})", *row)
     limits = Limits(fail_under, fail_under_retention)
     gates = limits.gates(loaded.primary, score, document.get("retention"))
     emit({**document, "gates": [gate.to_json() for gate in gates]}, table=table, as_json=as_json)

@@ -1,7 +1,7 @@
 """Teacher beside student: scores, sizes, and how much was kept."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -28,15 +28,24 @@ def describe_model(model: Any, scores: dict[str, dict[str, float]]) -> Described
     return Described(scores, count_parameters(model), round(size / 1e6, 3))
 
 
+def described_set(name: str, rows: int | None) -> str:
+    """Return a report set's name with its rows, where they are known."""
+    return name if rows is None else f"{name}, {rows:,} example{'' if rows == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """The result of a run. retention = student / teacher on the first metric; of a black box nothing is known."""
+    """The result of a run. retention = student / teacher on the first metric; of a black box nothing is known.
+
+    rows: how many rows of each report set a score stands on.
+    """
 
     primary: str
     teacher: Described | None
     student: Described
     teacher_score: float | None
     student_score: float
+    rows: dict[str, int] = field(default_factory=dict)
 
     @property
     def retention(self) -> float | None:
@@ -56,6 +65,7 @@ class Comparison:
 
         return {
             "primary": self.primary,
+            "rows": self.rows,
             "teacher": side(self.teacher, self.teacher_score),
             "student": side(self.student, self.student_score),
             "retention": self.retention,
@@ -76,6 +86,7 @@ class Comparison:
             side(student),
             teacher["score"] if teacher is not None else None,
             student["score"],
+            record.get("rows", {}),
         )
 
     def table(self) -> Table:
@@ -92,10 +103,11 @@ class Comparison:
                 cells.append(f"{values[1] / values[0]:.1%}" if values[0] > 0 else "")
             table.add_row(label, *cells)
 
+        sets = {name: described_set(name, self.rows.get(name)) for name in self.student.metrics}
         for name, metrics in self.student.metrics.items():
             for metric in metrics:
                 values = [side.metrics[name][metric] for side in known.values()]
-                row(f"{metric} ({name})", partial(shown, metric), values)
+                row(f"{metric} ({sets[name]})", partial(shown, metric), values)
         row("parameters", "{:,}".format, [side.parameters for side in known.values()])
         row("megabytes", "{:.1f}".format, [side.megabytes for side in known.values()])
         return table
@@ -109,4 +121,5 @@ def compare(task: Task, *, teacher: Described | None, student: Described) -> Com
         student,
         primary_score(teacher.metrics, task.primary) if teacher is not None else None,
         primary_score(student.metrics, task.primary),
+        {name: len(rows) for name, rows in task.report.items()},
     )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from kdcli.evaluation.comparison import described_set
 from kdcli.tasks.metrics import shown
 
 
@@ -12,7 +13,8 @@ def model_card(record: dict[str, Any]) -> str:
     method, task, student, teacher = record["method"], record["task"], record["student"], record["teacher"]
     plain = record["student_form"] in ("depth", "width", "checkpoint")
     sides = {"teacher": teacher, "student": student} if teacher is not None else {"student": student}
-    cells = [(f"{m} ({name})", name, m) for name, metrics in student["metrics"].items() for m in metrics]
+    sets = {name: described_set(name, record.get("rows", {}).get(name)) for name in student["metrics"]}
+    cells = [(f"{m} ({sets[name]})", name, m) for name, metrics in student["metrics"].items() for m in metrics]
     rows = "\n".join(
         [
             "| | " + " | ".join(sides) + " |",

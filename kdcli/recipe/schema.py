@@ -66,8 +66,35 @@ class AugmentSection(Section):
     batch_size: BatchSize = 64
 
 
+def parse_delimiter(text: str) -> str:
+    r"""Return the character that stands between two columns of a CSV file; `\t` and `tab` are the tab.
+
+    Raises ValueError for what cannot.
+    """
+    text = {"\\t": "\t", "tab": "\t"}.get(text, text)
+    if len(text) != 1 or text in '"\r\n\0' or text.isalnum():
+        raise ValueError(f"{text!r} cannot stand between two columns; use one character, such as ; or \\t")
+    return text
+
+
+def parse_encoding(text: str) -> str:
+    """Return the name of an encoding of text, as given. Raises ValueError for an unknown one."""
+    try:
+        "".encode(text)
+    except (LookupError, ValueError):
+        raise ValueError(
+            f"{text!r} is no encoding of text; use utf-8, latin-1, cp1252 or utf-16, or Python's others"
+        ) from None
+    return text
+
+
 class TaskSection(Section):
-    """`[task]`: a GLUE name, the built-in `reviews` task, the user's own data, or plain text."""
+    """`[task]`: a GLUE name, the built-in `reviews` task, the user's own data, or plain text.
+
+    labels: the classes in order; where the data has integers from 0 instead, they count these. delimiter, encoding:
+    of files of text (CSV, TSV, JSON, .txt), found out and UTF-8 where left out. validation_samples, test_samples: how
+    many rows of either set are used, drawn at random; None uses all.
+    """
 
     name: Name
     type: Literal["classification", "regression", "text"] | None = None
@@ -80,15 +107,21 @@ class TaskSection(Section):
     text: str | list[str] | None = None
     label: str | None = None
     labels: list[str] | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
     validation_fraction: Fraction = 0.1
     split_seed: Seed = 0
     metrics: list[str] | None = None
     max_length: Tokens = 128
     train_samples: PositiveInt | None = None
     validation_samples: PositiveInt | None = None
+    test_samples: PositiveInt | None = None
     mask_probability: Fraction = 0.15
     mask_smoothing: NonNegativeFloat = 0.0
     augment: AugmentSection | None = None
+
+    _delimiter = field_validator("delimiter")(lambda text: text if text is None else parse_delimiter(text))
+    _encoding = field_validator("encoding")(lambda text: text if text is None else parse_encoding(text))
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -97,8 +130,13 @@ class TaskSection(Section):
             raise ValueError(f"give one of data, train and hub, not {' and '.join(sources)}")
         if (self.validation or self.test) and self.train is None:
             raise ValueError("validation and test files need a train file")
+        if (self.delimiter or self.encoding) and not (
+            self.data or self.train or (self.type == "text" and not self.hub)
+        ):
+            raise ValueError("delimiter and encoding are of own files: data or train")
         if self.type == "text":
-            strangers = [key for key in ("label", "labels", "metrics", "test") if getattr(self, key) is not None]
+            with_labels = ("label", "labels", "metrics", "test", "test_samples")
+            strangers = [key for key in with_labels if getattr(self, key) is not None]
             if self.augment is not None:
                 strangers.append("augment")
             if strangers:

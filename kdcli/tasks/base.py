@@ -21,7 +21,8 @@ class Task:
 
     Every split has the columns index (unique in the split), text, text_pair (when `is_pair`) and label (an
     int, or a float for regression); plain text has index and text alone, and `masking`.
-    `selection` chooses checkpoints; `report` holds the sets that are scored.
+    `selection` chooses checkpoints; `report` holds the sets that are scored. `notes` are what a user should know
+    about the data.
     """
 
     name: str
@@ -35,3 +36,4 @@ class Task:
     report: "dict[str, Dataset]"
     masking: Masking | None = None
     description: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

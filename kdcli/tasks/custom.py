@@ -1,133 +1,25 @@
-"""A user's own data: files or a hub set, one or two text columns, a label column."""
+"""A user's own data: one or two text columns and a label column of a table."""
 
-import csv
 import difflib
-import json
 import math
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 
 from kdcli.errors import InputError
 from kdcli.recipe.schema import TaskSection
+from kdcli.tasks.files import Column, Columns, chunked
+from kdcli.tasks.labels import are_numbers_of, clean_name, listed, look_alikes
 
-Columns = dict[str, list[Any]]
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
-READABLE = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON lines", ".json": "JSON", ".parquet": "Parquet"}
+COMMA_NUMBER = re.compile(r"\s*[+-]?\d+([.,]\d+)?\s*", re.ASCII)
 
 
-def read_file(path: Path, where: str, *, beside: tuple[str, ...] = ()) -> Columns:
-    """Return the columns of a CSV, TSV, JSON(L) or Parquet file. Raises InputError when it cannot be read.
-
-    beside: other kinds of files that the caller reads itself, for the message.
-    """
-    if not path.is_file():
-        start = "the working folder" if where.startswith("--") else "the recipe's folder"
-        raise InputError(f"no file at {path}", where=where, hint=f"relative paths start at {start}")
-    kind = READABLE.get(path.suffix.lower())
-    if kind is None:
-        raise InputError(
-            f"{path.name} is none of {', '.join(sorted({*READABLE, *beside}))}",
-            where=where,
-            hint="rename or convert it",
-        )
-    try:
-        names, values = _read(path, kind, where)
-    except (pa.ArrowException, csv.Error, ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} is not readable as {kind}: {_first_line(error)}", where=where) from error
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if twice is not None:
-        raise InputError(f"{path} has two columns {twice!r}", where=where, hint="rename one of them")
-    if not values or not len(values[0]):
-        raise InputError(f"{path} has no rows", where=where)
-    return dict(zip(names, values, strict=True))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _read(path: Path, kind: str, where: str) -> tuple[list[str], list[list[Any]]]:
-    """Return the names of the columns and their values."""
-    if kind == "Parquet":
-        # Not read_table: it says of two columns of one name only that they match.
-        table = pyarrow.parquet.ParquetFile(path).read()
-        return table.column_names, [column.to_pylist() for column in table.columns]
-    if kind in ("CSV", "TSV"):
-        return _read_csv(path, "\t" if kind == "TSV" else ",", where)
-    # A byte order mark is no part of the text. Lines end at line feeds alone: the other separators that Unicode
-    # knows may stand inside a JSON string.
-    text = path.read_text(encoding="utf-8-sig")
-    if kind == "JSON":
-        rows = json.loads(text)
-        if not isinstance(rows, list):
-            raise InputError(
-                f"{path} must hold a JSON array of objects, or be named .jsonl with one a line", where=where
-            )
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError as error:
-                    raise InputError(f"{path}:{number} is not valid JSON: {error}", where=where) from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"every row of {path} must be a JSON object", where=where)
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    return names, [[row.get(name) for row in rows] for name in names]
-
-
-def _read_csv(path: Path, delimiter: str, where: str) -> tuple[list[str], list[list[str]]]:
-    """Return names and values; every value is the text as it stands there, so that "007" stays "007"."""
-    # The library's limit of 131,072 characters a cell is shorter than some documents.
-    csv.field_size_limit(2**31 - 1)
-    rows: list[list[str]] = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        for row in reader:
-            if rows and row and len(row) != len(rows[0]):
-                raise InputError(
-                    f"{path}:{reader.line_num} has {len(row)} columns, the header has {len(rows[0])}",
-                    where=where,
-                    hint="a text with the separator in it needs quotes around it",
-                )
-            if row:
-                rows.append(row)
-    names = rows[0] if rows else []
-    return names, [[row[i] for row in rows[1:]] for i in range(len(names))]
-
-
-def read_hub(name: str, config: str | None, where: str, *, label: str | None = None) -> dict[str, Columns]:
-    """Return every split of a hub set, or of a folder that the library reads like one.
-
-    label: the column whose numbers are replaced by the class names that the set gives them, if it does.
-    Raises InputError when it cannot be fetched.
-    """
-    from datasets import ClassLabel, load_dataset
-
-    try:
-        loaded = load_dataset(name, config)
-    except Exception as error:
-        raise InputError(
-            f"cannot load the data set {name!r} ({type(error).__name__}: {_first_line(error)})",
-            where=where,
-            hint="check the name and the network; HF_HUB_OFFLINE, HF_HOME and HF_TOKEN work as everywhere",
-        ) from error
-    splits: dict[str, Columns] = {split: loaded[split].to_dict() for split in loaded}
-    for split, columns in splits.items():
-        feature = loaded[split].features.get(label)
-        if isinstance(feature, ClassLabel):
-            # Sets without public answers have -1 there.
-            columns[label] = [None if v is None or v < 0 else feature.names[v] for v in columns[label]]  # type: ignore[index]
-    return splits
-
-
-def need_column(columns: Columns, name: str, what: str, source: str) -> list[Any]:
+def need_column(columns: Columns, name: str, what: str, source: str) -> Column:
     """Return a column. Raises InputError that lists what is there when it is missing."""
     if name not in columns:
         near = difflib.get_close_matches(name, columns, n=1)
@@ -140,14 +32,17 @@ def need_column(columns: Columns, name: str, what: str, source: str) -> list[Any
 
 
 def is_missing(value: Any) -> bool:
-    """Return True for what stands for no value: nothing, not-a-number, an empty text."""
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+    """Return True for what stands for no value: nothing, not-a-number, a text of white space."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def infer_kind(labels: list[Any], section: TaskSection) -> str:
+def infer_kind(labels: Column, section: TaskSection, source: str) -> str:
     """Return "regression" for numbers with fractions among them, else "classification".
 
-    `task.type` decides when given, and so does `task.labels`. Raises InputError when they contradict each other.
+    `task.type` decides when given, and so does `task.labels`. Raises InputError when they contradict each other, and
+    for numbers with decimal commas, which would be a class each.
     """
     if section.labels is not None:
         if section.type == "regression":
@@ -155,44 +50,62 @@ def infer_kind(labels: list[Any], section: TaskSection) -> str:
         return "classification"
     if section.type is not None:
         return section.type
-    given = [value for value in labels if not is_missing(value)]
-    if not all(isinstance(value, int | float) or NUMBER.fullmatch(str(value)) for value in given):
-        return "classification"
-    return "classification" if all(float(value).is_integer() for value in given) else "regression"
+    given = [value for value in set(map(_hashable, labels)) if not is_missing(value)]
+    if all(isinstance(value, int | float) or NUMBER.fullmatch(str(value)) for value in given):
+        return "classification" if all(float(value).is_integer() for value in given) else "regression"
+    commas = [str(value) for value in given if "," in str(value)]
+    if commas and all(COMMA_NUMBER.fullmatch(str(value)) for value in given):
+        raise InputError(
+            f"{source}: the labels look like numbers with decimal commas, such as {min(commas)!r}",
+            where="task.label",
+            hint='write scores with decimal points (3.5), or give type = "classification" if they name classes',
+        )
+    return "classification"
 
 
-def clean_rows(columns: Columns, section: TaskSection, kind: str, source: str) -> Columns:
-    """Return text, [text_pair] and raw label of every row. Raises InputError for holes and wrong types."""
+def _hashable(value: Any) -> Any:
+    # Lists and tables are refused later, with their row.
+    return str(value) if isinstance(value, list | dict) else value
+
+
+def clean_rows(
+    columns: Columns, section: TaskSection, kind: str, source: str, notes: list[str]
+) -> tuple[dict[str, pa.ChunkedArray], list[Any]]:
+    """Return the columns text and [text_pair], and the label of every row: a class's name, or a number.
+
+    notes: takes what was changed. Raises InputError for holes and wrong types.
+    """
     names = [section.text] if isinstance(section.text, str) else list(section.text or [])
-    rows = text_columns(columns, names, source)
-    empty = [i for i, texts in enumerate(zip(*rows.values(), strict=True)) if not any(t.strip() for t in texts)]
+    texts = text_columns(columns, names, source)
+    each = zip(*(Column(column.chunks) for column in texts.values()), strict=True)
+    empty = [row for row, parts in enumerate(each, 1) if not any(part.strip() for part in parts)]
     if empty:
         raise InputError(
-            f"{source}: {len(empty)} rows have no text, the first is row {empty[0] + 1}",
+            f"{source}: {len(empty)} rows have no text, the first is row {empty[0]}",
             where="task.text",
             hint="remove them",
         )
-    label = section.label or "label"
-    values = need_column(columns, label, "label", source)
-    holes = [i for i, value in enumerate(values) if is_missing(value)]
+    values = need_column(columns, section.label or "label", "label", source)
+    holes = [row for row, value in enumerate(values, 1) if is_missing(value)]
     if holes:
         raise InputError(
-            f"{source}: {len(holes)} rows have no label, the first is row {holes[0] + 1}",
+            f"{source}: {len(holes)} rows have no label, the first is row {holes[0]}",
             where="task.label",
             hint="remove or label them",
         )
     for row, value in enumerate(values, 1):
         if isinstance(value, list | dict | bytes):
             raise InputError(
-                f"{source}: the label of row {row} is a {type(value).__name__}, not one text or number",
+                f"{source}: the label of row {row} is {_kind_of(value)}, not one text or number",
                 where="task.label",
             )
     if kind == "regression":
-        rows["label"] = [_number(value, row, source) for row, value in enumerate(values, 1)]
-    else:
-        named = [_class_name(value, section.labels or ()) for value in values]
-        rows["label"] = [_readable(name, row, source, "task.label") for row, name in enumerate(named, 1)]
-    return rows
+        return texts, [_number(value, row, source) for row, value in enumerate(values, 1)]
+    return texts, _class_names(values, known_names(section), source, notes)
+
+
+def _kind_of(value: list | dict | bytes) -> str:
+    return "an array" if isinstance(value, list) else "a table" if isinstance(value, dict) else "bytes"
 
 
 def _readable(text: str, row: int, source: str, where: str) -> str:
@@ -203,25 +116,27 @@ def _readable(text: str, row: int, source: str, where: str) -> str:
         raise InputError(
             f"{source}: row {row} has half of a character at place {error.start + 1}, which is no Unicode text",
             where=where,
-            hint="was the text cut between two bytes? Write it anew, or remove the row",
+            hint="was the text cut between two bytes? Write it again, or remove the row",
         ) from error
     return text
 
 
-def text_columns(columns: Columns, names: Sequence[str], source: str) -> Columns:
+def text_columns(columns: Columns, names: Sequence[str], source: str) -> dict[str, pa.ChunkedArray]:
     """Return the columns `names` as text and text_pair. Raises InputError for a row without one of them."""
-    rows: Columns = {}
+    rows = {}
     for target, name in zip(("text", "text_pair"), names, strict=False):
-        values = need_column(columns, name, "text", source)
-        for row, value in enumerate(values, 1):
-            if value is None or (isinstance(value, float) and math.isnan(value)):
-                raise InputError(f"{source}: row {row} has no {name!r}", where="task.text")
-            if isinstance(value, list | dict | bytes):
-                raise InputError(
-                    f"{source}: {name!r} of row {row} is a {type(value).__name__}, not a text", where="task.text"
-                )
-        rows[target] = [_readable(str(value), row, source, "task.text") for row, value in enumerate(values, 1)]
+        texts = _texts(need_column(columns, name, "text", source), name, source)
+        rows[target] = pa.chunked_array([pa.array(chunk, pa.large_string()) for chunk in chunked(texts)])
     return rows
+
+
+def _texts(values: Column, name: str, source: str) -> Iterator[str]:
+    for row, value in enumerate(values, 1):
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            raise InputError(f"{source}: row {row} has no {name!r}", where="task.text")
+        if isinstance(value, list | dict | bytes):
+            raise InputError(f"{source}: {name!r} of row {row} is {_kind_of(value)}, not a text", where="task.text")
+        yield _readable(str(value), row, source, "task.text")
 
 
 def _number(value: Any, row: int, source: str) -> float:
@@ -233,52 +148,105 @@ def _number(value: Any, row: int, source: str) -> float:
         raise InputError(
             f"{source}: row {row}: the label {value!r} is no number, but the task is a regression",
             where="task.label",
+            hint="write scores with decimal points (3.5)" if "," in str(value) else None,
         )
     return number
 
 
+def _class_names(values: Column, known: Sequence[str], source: str, notes: list[str]) -> list[str]:
+    """Return the name of each row's class. known: the classes in order, where the recipe names them.
+
+    Integers from 0 that are no names themselves count the known classes. What was cleaned goes into `notes`.
+    """
+    # By type, too: True and 1 are equal.
+    names: dict[tuple[type, Any], str] = {}
+    cleaned: Counter[str] = Counter()
+    found = []
+    for row, value in enumerate(values, 1):
+        key = (type(value), value)
+        if key not in names:
+            names[key] = _class_name(
+                _readable(value, row, source, "task.label") if type(value) is str else value, known
+            )
+        if type(value) is str and value != clean_name(value):
+            cleaned[value] += 1
+        found.append(names[key])
+    if cleaned:
+        name = cleaned.most_common(1)[0][0]
+        spaced = name != name.strip()
+        what = "white space around them" if spaced else "another Unicode form than NFC"
+        notes.append(
+            f"{source}: {cleaned.total():,} labels have {what}: {repr(name) if spaced else ascii(name)} is read as "
+            f"{clean_name(name)!r}"
+        )
+    if known and are_numbers_of(set(found), known):
+        return [known[int(name)] for name in found]
+    return found
+
+
 def _class_name(value: Any, known: Sequence[str]) -> str:
-    """Return a class's name. Whole numbers have no decimals, whatever kind of file they come from: 1.0 is "1"."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    name = str(value)
-    return name.split(".")[0] if name not in known and re.fullmatch(r"-?\d+\.0+", name, re.ASCII) else name
+    """Return a class's name, the same whatever kind of file it comes from.
+
+    Whole numbers have no decimals (1.0 is "1"), and truth values are "true" and "false", unless the recipe names them.
+    """
+    name = clean_name(value)
+    if name in known:
+        return name
+    if (lower := name.lower()) in ("true", "false"):
+        return next((other for other in known if other.lower() == lower), lower)
+    return name.split(".")[0] if re.fullmatch(r"-?\d+\.0+", name, re.ASCII) else name
 
 
-def class_names(rows: Columns, section: TaskSection, source: str) -> tuple[str, ...]:
+def known_names(section: TaskSection) -> tuple[str, ...]:
+    """Return the classes that the recipe names, in its order; none where it leaves them to the data."""
+    return tuple(map(clean_name, section.labels or ()))
+
+
+def class_names(labels: Sequence[str], section: TaskSection, source: str, notes: list[str]) -> tuple[str, ...]:
     """Return the classes in order: as given in `task.labels`, else sorted (numbers as numbers).
 
-    Raises InputError when there is only one, or when a label is not among those given, or one is given twice.
+    notes: takes a warning about names that look like one class. Raises InputError when there is only one, or when a
+    label is not among those given, or one is given twice.
     """
-    present = set(rows["label"])
-    if section.labels is not None:
-        if len(set(section.labels)) < len(section.labels):
+    present = set(labels)
+    known = known_names(section)
+    if known:
+        if len(set(known)) < len(known):
             raise InputError("a class is listed twice", where="task.labels")
-        strange = sorted(present - set(section.labels))
-        if strange:
-            raise InputError(
-                f"{source} has the label {strange[0]!r}, which is not in task.labels ({', '.join(section.labels)})",
-                where="task.labels",
-            )
-        names = list(section.labels)
-    else:
-        numeric = all(re.fullmatch(r"-?\d+", name, re.ASCII) for name in present)
-        names = sorted(present, key=lambda name: (int(name) if numeric else 0, name))
+        to_ids(sorted(present), known, source, where="task.labels", owner="is not in task.labels")
     if len(present) < 2:
         raise InputError(
             f"{source} has one class only ({next(iter(present))!r}): there is nothing to learn",
             where="task.label",
         )
-    return tuple(names)
+    if known:
+        return known
+    for group in look_alikes(sorted(present))[:5]:
+        notes.append(
+            f"{source}: the classes {' and '.join(map(repr, group))} differ in case or spacing only; are they one? "
+            "Make them equal, or list both in task.labels"
+        )
+    numeric = all(re.fullmatch(r"-?\d+", name, re.ASCII) for name in present)
+    return tuple(sorted(present, key=lambda name: (int(name) if numeric else 0, name)))
 
 
-def to_ids(rows: Columns, names: tuple[str, ...], source: str, *, owner: str = "the training data") -> None:
-    """Replace class names by numbers, in place. Raises InputError for a class that `owner` does not have."""
-    place = {name: i for i, name in enumerate(names)}
-    strange = sorted(set(rows["label"]) - set(place))
+def to_ids(
+    labels: Sequence[str],
+    names: Sequence[str],
+    source: str,
+    *,
+    where: str = "task.label",
+    owner: str = "the training data does not have",
+    place: dict[str, int] | None = None,
+) -> np.ndarray:
+    """Return the number of each label's class, int64. place: of each label, where it is not that among `names`.
+
+    Raises InputError for a label without one; owner: ends the sentence about it.
+    """
+    place = place if place is not None else {name: i for i, name in enumerate(names)}
+    strange = sorted(set(labels) - place.keys())
     if strange:
         raise InputError(
-            f"{source} has the label {strange[0]!r}, which {owner} does not have ({', '.join(names)})",
-            where="task.label",
+            f"{source} has the label {strange[0]!r}, which {owner} ({listed(names, strange[0])})", where=where
         )
-    rows["label"] = [place[name] for name in rows["label"]]
+    return np.fromiter((place[label] for label in labels), np.int64, len(labels))

@@ -1,7 +1,9 @@
 """Matching the classes of a model with the labels of a task, by their names."""
 
+import difflib
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from kdcli.errors import InputError
@@ -12,10 +14,66 @@ if TYPE_CHECKING:
     from kdcli.tasks.base import Task
 
 
+def clean_name(name: object) -> str:
+    """Return a class's name without white space around it, in Unicode's composed form (NFC)."""
+    return unicodedata.normalize("NFC", str(name)).strip()
+
+
 def _normal(name: object) -> str:
     """Return a name without case and punctuation, in any script; the sign of a number stays."""
-    text = str(name).casefold()
+    text = clean_name(name).casefold()
     return text if re.fullmatch(r"[+-]?\d+", text) else re.sub(r"[\W_]+", "_", text).strip("_") or text
+
+
+def look_alikes(names: Iterable[str]) -> list[list[str]]:
+    """Return the groups of names that differ in case, spacing, joining characters or Unicode's look-alikes only."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        text = unicodedata.normalize("NFKC", name).casefold()
+        number = re.fullmatch(r"[-+\d.,\s]+", text) is not None
+        form = text if number else re.sub(r"[\s_\u2010-\u2015\u200b-\u200f\u00ad-]+", "", text)
+        groups.setdefault(form, []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def listed(names: Sequence[object], wanted: object = None) -> str:
+    """Return names for a message: all of a few; of many the five nearest to `wanted`, or the first five."""
+    texts = [str(name) for name in names]
+    if len(texts) <= 12:
+        return ", ".join(texts)
+    if wanted is None:
+        return f"{', '.join(texts[:5])} and {len(texts) - 5:,} more"
+    forms: dict[str, str] = {}
+    for text in texts:
+        forms.setdefault(text.casefold(), text)
+    near = difflib.get_close_matches(str(wanted).casefold(), forms, n=5, cutoff=0.0)
+    return f"{len(texts):,} classes; the nearest are {', '.join(forms[form] for form in near)}"
+
+
+def is_unnamed(names: Sequence[str]) -> bool:
+    """True for the library's own names of classes (LABEL_0, ...), which say nothing but their order."""
+    return all(re.fullmatch(r"LABEL_\d+", name) for name in names)
+
+
+def are_numbers_of(labels: Iterable[str], names: Collection[str]) -> bool:
+    """True when all labels are whole numbers from 0 that count `names`, and none of them is such a name itself."""
+    return all(
+        re.fullmatch(r"0|[1-9]\d*", label, re.ASCII) and int(label) < len(names) and label not in names
+        for label in labels
+    )
+
+
+def places_of(labels: Collection[str], names: Sequence[str]) -> dict[str, int] | None:
+    """Return the number of the class that each label names, or None when some label names none.
+
+    Names match as they are, else without case and punctuation where that leaves them different.
+    """
+    for form in (clean_name, _normal):
+        place = {form(name): i for i, name in enumerate(names)}
+        found = {label: place[form(label)] for label in labels if form(label) in place}
+        if len(found) == len(labels) and len(place) == len(names):
+            return found
+    return None
 
 
 def class_names_of(config: "PretrainedConfig") -> list[str]:
@@ -40,27 +98,27 @@ def label_permutation(config: "PretrainedConfig", task: "Task") -> list[int] | N
     names = class_names_of(config)
     if len(names) != len(task.label_names):
         raise InputError(
-            f"the model has {len(names)} classes ({', '.join(map(str, names))}), task {task.name} has "
-            f"{len(task.label_names)} ({', '.join(task.label_names)})",
+            f"the model has {len(names)} classes ({listed(names)}), task {task.name} has "
+            f"{len(task.label_names)} ({listed(task.label_names)})",
             where="teacher.model",
             hint="fine-tune it on this task: [teacher.finetune]",
         )
-    found: list[int | None] = []
-    for form in (str, _normal):
-        place = {form(name): i for i, name in enumerate(names)}
-        found = [place.get(form(label)) for label in task.label_names]
-        if set(found) == set(range(len(names))):
-            break
-    else:
-        if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
-            return list(range(len(names)))
-        raise InputError(
-            f"the model's classes ({', '.join(map(str, names))}) are not the task's labels "
-            f"({', '.join(task.label_names)})",
-            where="teacher.labels",
-            hint="name them in the model's order: teacher.labels = [...], with the task's words",
+    found = places_of(task.label_names, names)
+    if found is not None and len(set(found.values())) == len(names):
+        return [found[label] for label in task.label_names]
+    if is_unnamed(names):
+        return list(range(len(names)))
+    hint = "name them in the model's order: teacher.labels = [...], with the task's words"
+    if are_numbers_of(task.label_names, names):
+        hint = (
+            "names for the integers, in their order: task.labels = [...]; or the task's integers for the model's "
+            "classes, in the model's order: teacher.labels = [...]"
         )
-    return [i for i in found if i is not None]
+    raise InputError(
+        f"the model's classes ({listed(names)}) are not the task's labels ({listed(task.label_names)})",
+        where="teacher.labels",
+        hint=hint,
+    )
 
 
 def class_of(answer: object, names: Sequence[str]) -> int | None:

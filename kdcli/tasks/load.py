@@ -4,16 +4,21 @@ import difflib
 import hashlib
 import os
 import random
-from collections import Counter
-from dataclasses import replace
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
 
 from kdcli.errors import InputError
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks import custom, synthetic, text
 from kdcli.tasks.base import Masking, Task
+from kdcli.tasks.files import Column, Columns, chunked, read_file, read_hub
 from kdcli.tasks.glue import GLUE, HUB, GlueTask
+from kdcli.tasks.labels import are_numbers_of, class_names_of, is_unnamed, listed, places_of
 from kdcli.tasks.metrics import ERRORS, known
 
 if TYPE_CHECKING:
@@ -21,22 +26,26 @@ if TYPE_CHECKING:
 
 BUILT_IN = "reviews"
 
+FEW = 10
+"""Rows below which a score is remarked on."""
 
-def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path) -> Task:
+
+def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path, limit: int | None = None) -> Task:
     """Return the task that a recipe's `[task]` names.
 
     base: the folder that relative paths start from. Under the protocol "half-dev" the first half of the
-    validation set chooses checkpoints and the second half is reported (methods 17.1).
+    validation set chooses checkpoints and the second half is reported (methods 17.1). limit: rows of every set that
+    is reported, drawn at random; None reports them whole.
     Raises InputError when the data is missing, empty or does not fit.
     """
     if section.type == "text":
         return _text(section, base)
     if section.is_custom:
-        return _custom(section, evaluate, base)
+        return _custom(section, evaluate, base, limit)
     if section.name in GLUE:
-        return _glue(section, evaluate, GLUE[section.name])
+        return _glue(section, evaluate, GLUE[section.name], limit)
     if section.name == BUILT_IN:
-        return _built_in(section, evaluate)
+        return _built_in(section, evaluate, limit)
     names = [*GLUE, BUILT_IN]
     near = difflib.get_close_matches(section.name, names, n=1)
     raise InputError(
@@ -46,42 +55,58 @@ def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path) ->
     )
 
 
-def _dataset(rows: custom.Columns) -> "Dataset":
-    count = len(rows["text"])
+def _table(texts: Mapping[str, Any], labels: Any = None) -> pa.Table:
+    """Return rows: text, [text_pair] and, of labelled ones, label."""
+    columns = {
+        name: values if isinstance(values, pa.ChunkedArray) else _text_array(values) for name, values in texts.items()
+    }
+    if labels is not None:
+        columns["label"] = pa.array(labels)
+    return pa.table(columns)
+
+
+def _text_array(values: Iterable[str]) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(chunk, pa.large_string()) for chunk in chunked(values)], pa.large_string())
+
+
+def _dataset(rows: pa.Table) -> "Dataset":
     from datasets import Dataset
 
-    return Dataset.from_dict({"index": list(range(count)), **rows})
+    index = pa.array(np.arange(len(rows)))
+    # A name of its own: the library would make one from all the bytes.
+    return Dataset(rows.add_column(0, "index", index), fingerprint=uuid.uuid4().hex)
 
 
-def _subset(rows: custom.Columns, size: int | None, seed: int) -> custom.Columns:
+def _subset(rows: pa.Table, size: int | None, seed: int) -> pa.Table:
     """Return a fixed random subset in the data's own order; the same for every run with this split_seed."""
-    count = len(rows["text"])
-    if size is None or size >= count:
+    if size is None or size >= len(rows):
         return rows
-    kept = sorted(random.Random(f"subset-{seed}").sample(range(count), size))
-    return {name: [values[i] for i in kept] for name, values in rows.items()}
+    return rows.take(sorted(random.Random(f"subset-{seed}").sample(range(len(rows)), size)))
 
 
-def _halves(rows: custom.Columns) -> tuple[custom.Columns, custom.Columns]:
-    middle = len(rows["text"]) // 2
+def _halves(rows: pa.Table) -> tuple[pa.Table, pa.Table]:
+    middle = len(rows) // 2
     if middle == 0:
         raise InputError("the validation set is too small to be halved", where="evaluate.protocol")
-    return (
-        {name: values[:middle] for name, values in rows.items()},
-        {name: values[middle:] for name, values in rows.items()},
-    )
+    return rows.slice(0, middle), rows.slice(middle)
 
 
-def fingerprint_of(splits: dict[str, custom.Columns]) -> str:
+def fingerprint_of(splits: Mapping[str, "pa.Table | Dataset | Mapping[str, Sequence[Any]]"]) -> str:
     """Return 16 hex digits over every split's rows: the same data, the same digits, on any machine."""
     digest = hashlib.sha256()
     for name, rows in sorted(splits.items()):
         digest.update(name.encode())
-        for column in sorted(rows):
+        for column in sorted(rows.column_names if hasattr(rows, "column_names") else rows):
             digest.update(column.encode())
-            for value in rows[column]:
-                digest.update(repr(value).encode())
+            for chunk in _chunks(rows, column):
+                digest.update("".join(map(repr, chunk)).encode())
     return digest.hexdigest()[:16]
+
+
+def _chunks(rows: Any, column: str) -> Iterable[list[Any]]:
+    if isinstance(rows, pa.Table):
+        return Column(rows.column(column).chunks).chunks()
+    return chunked(rows[column])
 
 
 def _task(
@@ -91,10 +116,12 @@ def _task(
     kind: str,
     labels: tuple[str, ...],
     metrics: tuple[str, ...],
-    train: custom.Columns,
-    validation: dict[str, custom.Columns],
+    train: pa.Table,
+    validation: dict[str, pa.Table],
     source: str,
-    test: custom.Columns | None = None,
+    test: pa.Table | None = None,
+    limit: int | None = None,
+    notes: Sequence[str] = (),
 ) -> Task:
     if section.metrics is not None:
         fitting = known(kind)
@@ -125,7 +152,20 @@ def _task(
         selection = _halves(first)[0]
         report = {name: _halves(rows)[1] for name, rows in validation.items()}
     elif test is not None:
-        report = {"test": _subset(test, section.validation_samples, section.split_seed)}
+        report = {"test": _subset(test, section.test_samples, section.split_seed)}
+    if section.test_samples is not None and test is None:
+        raise InputError(
+            "there is no test set that it could be a part of",
+            where="task.test_samples",
+            hint="task.validation_samples cuts the validation set",
+        )
+    sets = {next(iter(validation)): selection, **report}
+    few = {name: rows.num_rows for name, rows in sets.items() if rows.num_rows < FEW}
+    remarks = [
+        f"the {name} set has {count} row{'s' if count > 1 else ''} only: a score on it says little"
+        for name, count in few.items()
+    ]
+    report = {name: _subset(rows, limit, section.split_seed) for name, rows in report.items()}
     splits = {"train": train, "selection": selection, **{f"report-{k}": v for k, v in report.items()}}
     return Task(
         name=section.name,
@@ -133,7 +173,7 @@ def _task(
         label_names=labels,
         metrics=metrics,
         primary=metrics[0],
-        is_pair="text_pair" in train,
+        is_pair="text_pair" in train.column_names,
         train=_dataset(train),
         selection=_dataset(selection),
         report={name: _dataset(rows) for name, rows in report.items()},
@@ -141,21 +181,25 @@ def _task(
             "source": source,
             "protocol": evaluate.protocol,
             "labels": list(labels),
-            "sizes": {name: len(rows["text"]) for name, rows in splits.items()},
+            "sizes": {name: len(rows) for name, rows in splits.items()},
             "max_length": section.max_length,
             "fingerprint": fingerprint_of({**splits, "labels": {"names": list(labels)}}),
         },
+        notes=tuple(dict.fromkeys([*notes, *remarks])),
     )
 
 
 def _text(section: TaskSection, base: Path) -> Task:
-    documents, source = text.read_documents(section, base, os.environ.get("KDCLI_DATA_DIR"))
+    notes: list[str] = []
+    documents, source = text.read_documents(section, base, os.environ.get("KDCLI_DATA_DIR"), notes)
     if not documents["train"]:
         raise InputError(f"{source} has no text", where="task")
     if not documents.get("validation"):
         documents = text.hold_out(documents["train"], section.validation_fraction, section.split_seed)
     sizes = {"train": section.train_samples, "validation": section.validation_samples}
-    splits = {name: _subset({"text": documents[name]}, size, section.split_seed) for name, size in sizes.items()}
+    splits = {
+        name: _subset(_table({"text": documents[name]}), size, section.split_seed) for name, size in sizes.items()
+    }
     held = _dataset(splits["validation"])
     return Task(
         name=section.name,
@@ -171,18 +215,17 @@ def _text(section: TaskSection, base: Path) -> Task:
         description={
             "source": source,
             "protocol": "held-out text",
-            "sizes": {name: len(rows["text"]) for name, rows in splits.items()},
+            "sizes": {name: len(rows) for name, rows in splits.items()},
             "max_length": section.max_length,
-            "fingerprint": fingerprint_of({name: dict(rows) for name, rows in splits.items()}),
+            "fingerprint": fingerprint_of(splits),
         },
+        notes=tuple(notes),
     )
 
 
-def _built_in(section: TaskSection, evaluate: EvaluateSection) -> Task:
+def _built_in(section: TaskSection, evaluate: EvaluateSection, limit: int | None) -> Task:
     splits = synthetic.reviews(section.split_seed)
-    rows: dict[str, custom.Columns] = {
-        name: {"text": split["text"], "label": split["label"]} for name, split in splits.items()
-    }
+    rows = {name: _table({"text": split["text"]}, split["label"]) for name, split in splits.items()}
     return _task(
         section,
         evaluate,
@@ -192,22 +235,23 @@ def _built_in(section: TaskSection, evaluate: EvaluateSection) -> Task:
         train=rows["train"],
         validation={"validation": rows["validation"]},
         source=f"built-in generator, label noise {synthetic.NOISE}",
+        limit=limit,
     )
 
 
-def _glue(section: TaskSection, evaluate: EvaluateSection, glue: GlueTask) -> Task:
+def _glue(section: TaskSection, evaluate: EvaluateSection, glue: GlueTask, limit: int | None) -> Task:
     wanted = ["train", *(split for _, split in glue.report)]
-    local: dict[str, custom.Columns] = {}
+    local: dict[str, Columns] = {}
     root = os.environ.get("KDCLI_DATA_DIR")
     if root is not None:
         for split in wanted:
             path = Path(root) / "glue" / glue.name / f"{split}.parquet"
             if path.is_file():
-                local[split] = custom.read_file(path, "KDCLI_DATA_DIR")
+                local[split] = read_file(path, "KDCLI_DATA_DIR")
     reports = [(name, split) for name, split in glue.report if split in local]
     if "train" not in local or not reports:
         try:
-            local = {**custom.read_hub(HUB, glue.name, "task.name"), **local}
+            local = {**read_hub(HUB, glue.name, "task.name"), **local}
         except InputError as error:
             missing = [f"{split}.parquet" for split in wanted if split not in local]
             place = f"{root}/glue/{glue.name}" if root else "KDCLI_DATA_DIR (not set)"
@@ -231,13 +275,14 @@ def _glue(section: TaskSection, evaluate: EvaluateSection, glue: GlueTask) -> Ta
         train=splits["train"],
         validation={name: splits[split] for name, split in reports},
         source=f"GLUE {glue.name}",
+        limit=limit,
     )
 
 
-def _glue_rows(columns: custom.Columns, glue: GlueTask, source: str) -> custom.Columns:
-    rows = custom.text_columns(columns, glue.columns, source)
+def _glue_rows(columns: Columns, glue: GlueTask, source: str) -> pa.Table:
+    texts = custom.text_columns(columns, glue.columns, source)
     allowed = ", ".join(f"{i} ({name})" for i, name in enumerate(glue.labels))
-    rows["label"] = []
+    labels: list[Any] = []
     for row, value in enumerate(custom.need_column(columns, "label", "label", source), 1):
         if custom.is_missing(value):
             raise InputError(f"{source}: row {row} has no label", where="task.name")
@@ -245,25 +290,27 @@ def _glue_rows(columns: custom.Columns, glue: GlueTask, source: str) -> custom.C
         if not number or (glue.labels and value not in range(len(glue.labels))):
             right = f"one of {allowed}" if glue.labels else "a number"
             raise InputError(f"{source}: row {row} has the label {value!r}, not {right}", where="task.name")
-        rows["label"].append(int(value) if glue.labels else float(value))
-    return rows
+        labels.append(int(value) if glue.labels else float(value))
+    return _table(texts, labels)
 
 
-def _custom(section: TaskSection, evaluate: EvaluateSection, base: Path) -> Task:
-    raw, source = _raw_splits(section, base)
-    kind = custom.infer_kind(custom.need_column(raw["train"], section.label or "label", "label", source), section)
+def _custom(section: TaskSection, evaluate: EvaluateSection, base: Path, limit: int | None) -> Task:
+    notes: list[str] = []
+    raw, source = _raw_splits(section, base, notes)
+    label = custom.need_column(raw["train"], section.label or "label", "label", source)
+    kind = custom.infer_kind(label, section, source)
     files = {name: getattr(section, name, None) or source for name in raw}
-    splits = {name: custom.clean_rows(rows, section, kind, files[name]) for name, rows in raw.items()}
+    cleaned = {name: custom.clean_rows(rows, section, kind, files[name], notes) for name, rows in raw.items()}
+    labels: dict[str, Any] = {name: values for name, (_, values) in cleaned.items()}
     names: tuple[str, ...] = ()
     if kind == "classification":
-        names = custom.class_names(splits["train"], section, source)
-        for name, rows in splits.items():
-            custom.to_ids(rows, names, files[name])
-    elif len(set(splits["train"]["label"])) < 2:
+        names = custom.class_names(labels["train"], section, source, notes)
+        labels = {name: custom.to_ids(values, names, files[name]) for name, values in labels.items()}
+    elif len(set(labels["train"])) < 2:
         raise InputError(f"{source}: all labels are equal: there is nothing to learn", where="task.label")
+    splits = {name: _table(texts, labels[name]) for name, (texts, _) in cleaned.items()}
     if "validation" not in splits:
         splits["train"], splits["validation"] = _split(splits["train"], section, kind)
-    test = splits.get("test")
     return _task(
         section,
         evaluate,
@@ -272,19 +319,22 @@ def _custom(section: TaskSection, evaluate: EvaluateSection, base: Path) -> Task
         metrics=("pearson", "spearman") if kind == "regression" else ("accuracy", "f1"),
         train=splits["train"],
         validation={"validation": splits["validation"]},
-        test=test,
+        test=splits.get("test"),
         source=source,
+        limit=limit,
+        notes=notes,
     )
 
 
-def _raw_splits(section: TaskSection, base: Path) -> tuple[dict[str, custom.Columns], str]:
-    def path(text: str) -> Path:
+def _raw_splits(section: TaskSection, base: Path, notes: list[str]) -> tuple[dict[str, Columns], str]:
+    def read(text: str, where: str) -> Columns:
         given = Path(text).expanduser()
-        return given if given.is_absolute() else base / given
+        path = given if given.is_absolute() else base / given
+        return read_file(path, where, delimiter=section.delimiter, encoding=section.encoding, notes=notes)
 
     if section.hub is not None:
         label = section.label or "label"
-        splits = custom.read_hub(section.hub, section.hub_config, "task.hub", label=label)
+        splits = read_hub(section.hub, section.hub_config, "task.hub", label=label)
         if "train" not in splits:
             raise InputError(f"{section.hub} has no split named train; it has {', '.join(splits)}", where="task.hub")
         # Many sets keep the answers of their test split to themselves: nothing can be scored on such a split.
@@ -292,70 +342,62 @@ def _raw_splits(section: TaskSection, base: Path) -> tuple[dict[str, custom.Colu
             splits.pop("test", None)
         return {k: v for k, v in splits.items() if k in ("train", "validation", "test")}, section.hub
     if section.data is not None:
-        return {"train": custom.read_file(path(section.data), "task.data")}, section.data
+        return {"train": read(section.data, "task.data")}, section.data
     assert section.train is not None
-    splits = {"train": custom.read_file(path(section.train), "task.train")}
+    splits = {"train": read(section.train, "task.train")}
     for name in ("validation", "test"):
         given = getattr(section, name)
         if given is not None:
-            splits[name] = custom.read_file(path(given), f"task.{name}")
+            splits[name] = read(given, f"task.{name}")
     return splits, section.train
 
 
-def _split(rows: custom.Columns, section: TaskSection, kind: str) -> tuple[custom.Columns, custom.Columns]:
+def _split(rows: pa.Table, section: TaskSection, kind: str) -> tuple[pa.Table, pa.Table]:
     """Return a seeded split.
 
     The classes' shares are kept where every class has two examples, and both parts have room for all classes.
     """
-    count = len(rows["text"])
+    from sklearn.model_selection import train_test_split
+
+    count = len(rows)
     size = round(count * section.validation_fraction)
     if not 0 < size < count:
         raise InputError(
             f"{count} rows cannot be split with validation_fraction = {section.validation_fraction}",
             where="task.validation_fraction",
         )
-    labels: Any = rows["label"]
-    counts = Counter(labels) if kind == "classification" else Counter()
+    labels = rows.column("label").to_numpy()
+    counts = np.unique(labels, return_counts=True)[1] if kind == "classification" else np.array([], np.int64)
     enough = min(size, count - size) >= len(counts)
-    stratify = labels if counts and enough and min(counts.values()) > 1 else None
-    from sklearn.model_selection import train_test_split
-
-    kept, held = train_test_split(
-        list(range(count)), test_size=size, random_state=section.split_seed, stratify=stratify
-    )
-
-    def take(indices: list[int]) -> custom.Columns:
-        return {name: [values[i] for i in indices] for name, values in rows.items()}
-
+    stratify = labels if len(counts) and enough and counts.min() > 1 else None
+    kept, held = train_test_split(np.arange(count), test_size=size, random_state=section.split_seed, stratify=stratify)
     # The held-out rows stay as they were drawn: halves of a set that is sorted by label would be no samples of it.
-    return take(sorted(kept)), take(held)
+    return rows.take(np.sort(kept)), rows.take(held)
 
 
-def load_rows(path: Path, text: list[str], label: str, config: Any, *, metrics: list[str] | None = None) -> Task:
-    """Return a task of held-out rows in a file, whose labels are a model's own classes.
+def load_rows(section: TaskSection, config: Any, *, limit: int | None = None) -> Task:
+    """Return a task of the held-out rows in the file `section.data`, whose labels are a model's own classes.
 
-    metrics: instead of the usual ones.
+    section: its `labels` are names for integers in the file, in their order. limit: rows that are drawn at random;
+    None takes all.
     Raises InputError when the file, a column or a label does not fit.
     """
     regression = config.num_labels == 1
-    section = TaskSection(
-        name="rows",
-        data=str(path),
-        text=text,
-        label=label,
-        type="regression" if regression else "classification",
-        metrics=metrics,
-    )
     kind = "regression" if regression else "classification"
-    rows = custom.clean_rows(custom.read_file(path, "--data"), section, kind, str(path))
+    notes: list[str] = []
+    path = section.data
+    assert path is not None
+    columns = read_file(Path(path), "--data", delimiter=section.delimiter, encoding=section.encoding, notes=notes)
+    texts, found = custom.clean_rows(columns, section, kind, path, notes)
+    labels: Any = found
     names: tuple[str, ...] = ()
     if not regression:
-        names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-        numbers = {str(i) for i in range(config.num_labels)}
-        if set(rows["label"]) <= numbers and not set(rows["label"]) <= set(names):
-            rows["label"] = [names[int(value)] for value in rows["label"]]
-        custom.to_ids(rows, names, str(path), owner="the model")
-    task = _task(
+        names = tuple(class_names_of(config))
+        labels = custom.to_ids(
+            found, names, path, owner="the model does not have", place=_places(set(found), names, path)
+        )
+    rows = _table(texts, labels)
+    return _task(
         section,
         EvaluateSection(),
         kind=kind,
@@ -363,7 +405,26 @@ def load_rows(path: Path, text: list[str], label: str, config: Any, *, metrics: 
         metrics=("pearson", "spearman") if regression else ("accuracy", "f1"),
         train=rows,
         validation={"rows": rows},
-        source=str(path),
+        source=path,
+        limit=limit,
+        notes=notes,
     )
-    # What a file is called need not be fit for a folder.
-    return replace(task, name=path.stem)
+
+
+def _places(labels: set[str], names: tuple[str, ...], path: str) -> dict[str, int] | None:
+    """Return the number of a model's class for each label. Names decide; integers count the classes of none.
+
+    None stands for names as they are. Raises InputError for integers where the model's classes have names.
+    """
+    found = places_of(labels, names)
+    if found is None and are_numbers_of(labels, names):
+        if not is_unnamed(names):
+            numbers = sorted(map(int, labels))
+            raise InputError(
+                f"{path} has integer labels ({listed(numbers)}), but the model's classes have names ({listed(names)})",
+                where="task.labels",
+                hint="say which integer is which class, by the classes' names from 0 on: "
+                f"--labels {','.join(names) if len(names) <= 5 else 'NAME,NAME,...'}, if that is their order",
+            )
+        return {label: int(label) for label in labels}
+    return found

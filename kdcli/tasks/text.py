@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdcli.errors import InputError
 from kdcli.objectives.vocabulary import IGNORED
-from kdcli.tasks import custom
+from kdcli.tasks import custom, files
 from kdcli.tasks.base import Masking
 from kdcli.tasks.encode import Collator
 
@@ -26,16 +26,18 @@ SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev", "tes
 """Split names, the first that is there counts."""
 
 
-def read_documents(section: "TaskSection", base: Path, root: str | None) -> tuple[dict[str, list[str]], str]:
+def read_documents(
+    section: "TaskSection", base: Path, root: str | None, notes: list[str]
+) -> tuple[dict[str, list[str]], str]:
     """Return the documents of "train" and, if there are any, of "validation", and where they come from.
 
     Reads, in this order: a hub set, `task.train` and `task.validation`, `task.data` (a file or a folder of .txt or
     table files), or the folder lm/NAME of the data folder `root`. In a folder, files whose names begin with a
-    split's name are that split; else all of them are "train".
+    split's name are that split; else all of them are "train". notes: takes what a user should know.
     Raises InputError when there is no text.
     """
     if section.hub is not None:
-        splits = custom.read_hub(section.hub, section.hub_config, "task.hub")
+        splits = files.read_hub(section.hub, section.hub_config, "task.hub")
         named = {
             target: next((splits[name] for name in names if name in splits), None) for target, names in SPLITS.items()
         }
@@ -44,9 +46,9 @@ def read_documents(section: "TaskSection", base: Path, root: str | None) -> tupl
         found = {name: _texts(columns, section, section.hub) for name, columns in named.items() if columns is not None}
         return found, section.hub
     if section.train is not None:
-        found = {"train": _read(_path(section.train, base), section, "task.train")}
+        found = {"train": _read(_path(section.train, base), section, "task.train", notes)}
         if section.validation is not None:
-            found["validation"] = _read(_path(section.validation, base), section, "task.validation")
+            found["validation"] = _read(_path(section.validation, base), section, "task.validation", notes)
         return found, section.train
     if section.data is not None:
         path, where, source = _path(section.data, base), "task.data", section.data
@@ -59,8 +61,8 @@ def read_documents(section: "TaskSection", base: Path, root: str | None) -> tupl
             hint="give task.data (a file or a folder of .txt files), task.train or task.hub",
         )
     if path.is_dir():
-        return _read_folder(path, section, where), source
-    return {"train": _read(path, section, where)}, source
+        return _read_folder(path, section, where, notes), source
+    return {"train": _read(path, section, where, notes)}, source
 
 
 def _path(text: str, base: Path) -> Path:
@@ -68,37 +70,40 @@ def _path(text: str, base: Path) -> Path:
     return given if given.is_absolute() else base / given
 
 
-def _read_folder(folder: Path, section: "TaskSection", where: str) -> dict[str, list[str]]:
-    readable = (PLAIN, *custom.READABLE)
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in readable)
-    if not files:
+def _read_folder(folder: Path, section: "TaskSection", where: str, notes: list[str]) -> dict[str, list[str]]:
+    readable = (PLAIN, *files.READABLE)
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in readable)
+    if not paths:
         raise InputError(f"{folder} holds none of {', '.join(readable)}", where=where)
     found: dict[str, list[str]] = {}
     for target, names in SPLITS.items():
         for name in names:
-            own = [p for p in files if p.stem == name or p.stem.startswith((f"{name}-", f"{name}.", f"{name}_"))]
+            own = [p for p in paths if p.stem == name or p.stem.startswith((f"{name}-", f"{name}.", f"{name}_"))]
             if own and target not in found:
-                found[target] = [text for path in own for text in _read(path, section, where)]
+                found[target] = [text for path in own for text in _read(path, section, where, notes)]
     if "train" not in found:
-        found = {"train": [text for path in files for text in _read(path, section, where)]}
+        found = {"train": [text for path in paths for text in _read(path, section, where, notes)]}
     return found
 
 
-def _read(path: Path, section: "TaskSection", where: str) -> list[str]:
+def _read(path: Path, section: "TaskSection", where: str, notes: list[str]) -> list[str]:
     if path.suffix.lower() != PLAIN:
-        return _texts(custom.read_file(path, where, beside=(PLAIN,)), section, str(path))
+        columns = files.read_file(
+            path, where, beside=(PLAIN,), delimiter=section.delimiter, encoding=section.encoding, notes=notes
+        )
+        return _texts(columns, section, str(path))
+    files.check_exists(path, where)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(
-            f"no file at {path}", where=where, hint="relative paths start at the recipe's folder"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not readable as UTF-8 text", where=where) from error
+        with files.open_text(path, section.encoding) as file:
+            text = file.read()
+    except UnicodeError as error:
+        raise files.undecodable(path, "text", section.encoding, where) from error
+    except OSError as error:
+        raise InputError(f"{path} is not readable: {error.strerror}", where=where) from error
     return [text] if text.strip() else []
 
 
-def _texts(columns: custom.Columns, section: "TaskSection", source: str) -> list[str]:
+def _texts(columns: files.Columns, section: "TaskSection", source: str) -> list[str]:
     name = section.text if isinstance(section.text, str) else (section.text or ["text"])[0]
     return [str(v) for v in custom.need_column(columns, name, "text", source) if v is not None and str(v).strip()]
 

@@ -18,7 +18,7 @@ from kdcli.errors import InputError
 from kdcli.evaluation.predict import predict
 from kdcli.files import sha256_of_file
 from kdcli.tasks.encode import Collator, encode
-from kdcli.tasks.labels import class_of
+from kdcli.tasks.labels import class_of, listed
 from kdcli.training.hashing import hash_of_model, hash_of_tokenizer
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def read_answers(answers: Any, names: Sequence[str], expected: int, where: str, 
         number = known[key]
         if number is None:
             raise InputError(
-                f"answered {str(answer)!r}, which is no label of the task ({', '.join(names)}){note}",
+                f"answered {str(answer)!r}, which is no label of the task ({listed(names, answer)}){note}",
                 where=where,
                 hint=f"answer with these names, or with numbers from 0 to {len(names) - 1}",
             )

@@ -14,8 +14,8 @@ from rich.progress import track
 from kdcli.errors import InputError
 from kdcli.files import cache_dir, fingerprint
 from kdcli.tasks.base import Task
-from kdcli.tasks.custom import Columns, read_file
-from kdcli.tasks.labels import class_of
+from kdcli.tasks.files import Columns, read_file
+from kdcli.tasks.labels import class_of, listed
 from kdcli.tasks.load import fingerprint_of
 from kdcli.tasks.noise import Noise
 from kdcli.training.black_box import BlackBox
@@ -232,7 +232,7 @@ def _rows_of_counts(columns: Columns, names: tuple[str, ...], path: Path, where:
     raise InputError(
         f"{path} holds no decisions; it has the columns {', '.join(columns)}",
         where=where,
-        hint=f"add label (a decision a row), counts, or the columns {', '.join(names)}",
+        hint=f"add label (a decision a row), counts, or the columns {listed(names)}",
     )
 
 
@@ -249,7 +249,7 @@ def _counts(value: Any, names: tuple[str, ...], path: Path, row: int, where: str
         return counts
     if not isinstance(value, list) or len(value) != len(names):
         raise InputError(
-            f"{path}: row {row} must count the decisions for {len(names)} labels ({', '.join(names)}), not {value!r}",
+            f"{path}: row {row} must count the decisions for {len(names)} labels ({listed(names)}), not {value!r}",
             where=where,
         )
     return np.array([_number(number, path, row, where) for number in value])
@@ -269,7 +269,7 @@ def _class(value: Any, names: tuple[str, ...], path: Path, row: int, where: str)
     number = class_of(value, names)
     if number is None:
         raise InputError(
-            f"{path}: row {row} has the label {str(value)!r}, which is no label of the task ({', '.join(names)})",
+            f"{path}: row {row} has the label {str(value)!r}, which is no label of the task ({listed(names, value)})",
             where=where,
         )
     return number

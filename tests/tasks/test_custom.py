@@ -469,12 +469,12 @@ def test_missing_labels_are_counted_and_the_first_is_named(suffix: str, tmp_path
 @pytest.mark.parametrize("value", [["a"], {"is": "a"}])
 def test_lists_and_objects_are_neither_text_nor_label(value: Any, tmp_path: Path):
     several = [value] * 6
-    refused(tmp_path, {**ROWS, "team": several}, "the label of row 1 is a (list|dict)")
-    refused(tmp_path, {**ROWS, "message": several}, "'message' of row 1 is a (list|dict), not a text")
+    refused(tmp_path, {**ROWS, "team": several}, "the label of row 1 is (an array|a table), not one text or number")
+    refused(tmp_path, {**ROWS, "message": several}, "'message' of row 1 is (an array|a table), not a text")
 
 
 def test_bytes_are_no_text(tmp_path: Path):
-    refused(tmp_path, {**ROWS, "message": [b"x"] * 6}, "'message' of row 1 is a bytes, not a text", "parquet")
+    refused(tmp_path, {**ROWS, "message": [b"x"] * 6}, "'message' of row 1 is bytes, not a text", "parquet")
 
 
 @pytest.mark.parametrize(
@@ -573,8 +573,12 @@ def model(*names: str) -> Any:
     return SimpleNamespace(num_labels=max(1, len(names)), id2label=dict(enumerate(names)))
 
 
-def rows_for(base: Path, columns: dict[str, list], config: Any, text: tuple[str, ...] = ("message",)) -> Task:
-    return load_rows(base / write(base / "held.csv", columns), list(text), "team", config)
+def rows_for(
+    base: Path, columns: dict[str, list], config: Any, text: tuple[str, ...] = ("message",), **values: Any
+) -> Task:
+    path = base / write(base / "held.csv", columns)
+    section = TaskSection(name="held", data=str(path), text=list(text), label="team", **values)
+    return load_rows(section, config)
 
 
 def test_held_out_rows_have_the_models_order(tmp_path: Path):
@@ -583,8 +587,28 @@ def test_held_out_rows_have_the_models_order(tmp_path: Path):
     assert task.is_pair and task.report["rows"]["text"][:] == ROWS["message"]
 
 
-def test_held_out_rows_may_have_the_numbers_of_the_classes(tmp_path: Path):
-    task = rows_for(tmp_path, {"message": list("wxy"), "team": [1, 0, 1]}, model("sales", "help"))
+NUMBERED = {"message": list("wxy"), "team": [1, 0, 1]}
+
+
+def test_integers_are_no_classes_of_a_model_that_names_its_own(tmp_path: Path):
+    words = r"integer labels \(0, 1\), but the model's classes have names \(sales, help\)"
+    with pytest.raises(InputError, match=words) as caught:
+        rows_for(tmp_path, NUMBERED, model("sales", "help"))
+    assert caught.value.where == "task.labels" and "--labels sales,help" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("labels", "expected"), [(["sales", "help"], [1, 0, 1]), (["Help", "SALES"], [0, 1, 0])])
+def test_integers_count_the_classes_that_are_named_for_them(labels: list[str], expected: list[int], tmp_path: Path):
+    task = rows_for(tmp_path, NUMBERED, model("sales", "help"), labels=labels)
+    assert task.label_names == ("sales", "help") and task.report["rows"]["label"][:] == expected
+
+
+def test_integers_count_the_classes_of_a_model_without_names(tmp_path: Path):
+    assert rows_for(tmp_path, NUMBERED, model("LABEL_0", "LABEL_1")).report["rows"]["label"][:] == [1, 0, 1]
+
+
+def test_held_out_labels_match_as_a_teachers_do(tmp_path: Path):
+    task = rows_for(tmp_path, {"message": list("wxy"), "team": ["HELP ", "sales", "Help"]}, model("Sales", "help"))
     assert task.report["rows"]["label"][:] == [1, 0, 1]
 
 
@@ -607,3 +631,118 @@ def test_a_model_with_one_output_takes_numbers(tmp_path: Path):
 def test_a_label_that_the_model_does_not_have_is_named(tmp_path: Path):
     with pytest.raises(InputError, match=r"has the label 'press', which the model does not have \(sales, help\)"):
         rows_for(tmp_path, {**ROWS, "team": ["sales", "press"] * 3}, model("sales", "help"))
+
+
+# Names for integers
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_integers_in_the_data_count_the_classes_of_the_recipe(suffix: str, tmp_path: Path):
+    columns = {"message": list("wxyz"), "team": [2, 0, 1, 0]}
+    task = whole(tmp_path, columns, suffix, labels=["ABBR", "DESC", "ENTY"])
+    assert task.label_names == ("ABBR", "DESC", "ENTY") and task.train["label"][:] == [2, 0, 1, 0]
+
+
+def test_integers_that_the_recipe_names_are_names(tmp_path: Path):
+    task = whole(tmp_path, {"message": list("wxyz"), "team": [1, 0, 1, 0]}, labels=["1", "0"])
+    assert task.label_names == ("1", "0") and task.train["label"][:] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 0], [1, 2, 1, 2], ["0", "DESC", "0", "DESC"], [-1, 0, 1, 0]])
+def test_integers_that_do_not_count_the_classes_are_refused(labels: list, tmp_path: Path):
+    refused(tmp_path, {"message": list("wxyz"), "team": labels}, "which is not in task.labels", labels=["ABBR", "DESC"])
+
+
+# What the names of classes look like
+
+
+def test_white_space_around_labels_and_unicode_forms_make_no_classes_and_are_told(tmp_path: Path):
+    composed, parted = "caf\u00e9", "cafe\u0301"
+    task = whole(tmp_path, {"message": list("uvwxyz"), "team": ["tea", " tea", "tea\u00a0", composed, parted, parted]})
+    assert task.label_names == (composed, "tea") and task.train["label"][:] == [1, 1, 1, 0, 0, 0]
+    [note] = [note for note in task.notes if "labels have" in note]
+    assert "rows.jsonl: 4 labels have another Unicode form" in note and "'cafe\\u0301'" in note
+
+
+def test_names_in_the_recipe_are_cleaned_like_labels(tmp_path: Path):
+    assert whole(tmp_path, ROWS, labels=[" sales", "help "]).label_names == ("sales", "help")
+    refused(tmp_path, ROWS, "a class is listed twice", labels=["sales", "help", "help "])
+
+
+@pytest.mark.parametrize(
+    "names", [("Sports", "sports"), ("non-toxic", "non toxic"), ("a b", "ab"), ("yes", "yes\u200b"), ("\uff21", "a")]
+)
+def test_names_that_look_like_one_class_are_warned_of(names: tuple[str, str], tmp_path: Path):
+    columns = {"message": list("wxyz"), "team": [*names, *names]}
+    assert any("are they one?" in note and repr(names[0]) in note for note in whole(tmp_path, columns).notes)
+    assert not any("are they one?" in note for note in whole(tmp_path, columns, labels=list(names)).notes)
+
+
+@pytest.mark.parametrize("names", [("c", "c++"), ("-1", "1"), ("1.5", "15"), ("good", "bad"), ("+", "-")])
+def test_names_that_differ_are_not_warned_of(names: tuple[str, str], tmp_path: Path):
+    task = whole(tmp_path, {"message": list("wxyz"), "team": [*names, *names]}, type="classification")
+    assert not any("are they one?" in note for note in task.notes)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_scores_with_decimal_commas_are_no_classes(suffix: str, tmp_path: Path):
+    columns = {"message": list("wxyz"), "team": ["0,5", "1", "2,75", "-3,0"]}
+    error = refused(tmp_path, columns, "look like numbers with decimal commas, such as '-3,0'", suffix)
+    assert error.where == "task.label" and "decimal points" in str(error.hint)
+    assert "decimal points" in str(refused(tmp_path, columns, "is no number", suffix, type="regression").hint)
+    assert whole(tmp_path, columns, suffix, type="classification").kind == "classification"
+
+
+def test_truth_values_are_the_same_classes_in_every_kind_of_file(tmp_path: Path):
+    texts = list("wxyz")
+    (tmp_path / "pandas.csv").write_text("message,team\nw,True\nx,False\ny,TRUE\nz,false\n")
+    names = [
+        write(tmp_path / f"rows.{suffix}", {"message": texts, "team": [True, False, True, False]})
+        for suffix in ("jsonl", "json", "parquet")
+    ]
+    for train, validation in [("pandas.csv", name) for name in names] + [(name, "pandas.csv") for name in names]:
+        task = load(tmp_path, train=train, validation=validation)
+        assert task.label_names == ("false", "true")
+        assert task.train["label"][:] == task.selection["label"][:] == [1, 0, 1, 0]
+        named = load(tmp_path, train=train, validation=validation, labels=["True", "False"])
+        assert named.label_names == ("True", "False") and named.train["label"][:] == [0, 1, 0, 1]
+
+
+def test_of_many_classes_an_error_shows_the_nearest_five(tmp_path: Path):
+    names = [f"topic {word}{number}" for word in ("art", "law", "sport") for number in range(60)]
+    names.append("balance_not_updated")
+    columns = {"message": [f"m{i}" for i in range(len(names))], "team": names}
+    held = write(tmp_path / "held.jsonl", {"message": ["x"], "team": ["Balance not updated"]})
+    with pytest.raises(InputError, match="which the training data does not have") as caught:
+        load(tmp_path, train=write(tmp_path / "rows.jsonl", columns), validation=held)
+    assert "181 classes; the nearest are balance_not_updated, " in caught.value.message
+    assert len(caught.value.message) < 250
+
+
+# How many rows a score stands on
+
+
+def test_samples_of_the_validation_set_leave_the_test_set_whole(tmp_path: Path):
+    files = {
+        name: write(tmp_path / f"{name}.csv", many(size, ["a", "b"]))
+        for name, size in (("train", 60), ("validation", 50), ("test", 40))
+    }
+    task = load(tmp_path, **files, train_samples=20, validation_samples=12)
+    assert [len(task.train), len(task.selection), len(task.report["test"])] == [20, 12, 40]
+    assert len(load(tmp_path, **files, test_samples=15).report["test"]) == 15
+    assert task.description["sizes"]["report-test"] == 40
+
+
+def test_samples_of_a_test_set_that_is_not_there_are_refused(tmp_path: Path):
+    name = write(tmp_path / "rows.csv", many(40, ["a", "b"]))
+    with pytest.raises(InputError, match="there is no test set") as caught:
+        load(tmp_path, data=name, test_samples=10)
+    assert caught.value.where == "task.test_samples"
+
+
+@pytest.mark.parametrize(("rows", "said"), [(1, "validation set has 1 row only"), (4, "has 4 rows only"), (10, None)])
+def test_a_score_on_next_to_nothing_is_remarked_on(rows: int, said: str | None, tmp_path: Path):
+    train = write(tmp_path / "rows.csv", many(40, ["a", "b"]))
+    task = load(tmp_path, train=train, validation=write(tmp_path / "held.csv", many(rows, ["a", "b"])))
+    assert [note for note in task.notes if said is None or said not in note] == []
+    assert len(task.notes) == (said is not None)

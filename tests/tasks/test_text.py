@@ -85,7 +85,7 @@ def test_the_data_folder_is_found_by_name(tmp_path: Path, monkeypatch: pytest.Mo
     ("name", "content", "words"),
     [
         ("empty.txt", b"", "has no text"),
-        ("latin.txt", "caf\u00e9".encode("latin-1"), "not readable as UTF-8"),
+        ("latin.txt", "caf\u00e9".encode("latin-1"), "its bytes are not UTF-8"),
         ("absent.txt", None, "no file at"),
         ("numbers.csv", b"a,b\n1,2\n", "no text column 'text'"),
     ],

@@ -1,0 +1,120 @@
+"""Own data through the commands: what labels mean, how files are read, what a user is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROWS, World
+
+SCORE = ["--data", "held.csv", "--text", "text", "--json"]
+NUMBERS = {"no": "0", "yes": "1"}
+
+
+@pytest.fixture
+def held(world: World) -> World:
+    """A model that answers no or yes, and rows to score it on with integers as labels."""
+    world.model()
+    world.csv("held.csv", [(text, NUMBERS[label]) for text, label in ROWS[:11]])
+    world.csv("named.csv", ROWS[:11])
+    return world
+
+
+def test_eval_and_distill_refuse_integers_for_named_classes_alike(held: World):
+    scored = held.call("eval", "teacher", *SCORE)
+    assert scored.code == 2 and "integer labels (0, 1)" in scored.err and "--labels no,yes" in scored.err
+    for arguments in (["--dry-run"], []):
+        trained = held.call("distill", held.recipe(task={"data": "held.csv"}), *arguments)
+        assert trained.code == 2 and "task.labels = [...]" in trained.err
+
+
+def test_names_for_integers_give_the_score_of_the_names(held: World):
+    named = held.call("eval", "teacher", "--data", "named.csv", "--text", "text", "--json")
+    assert named.code == 0, named.err
+    for labels in ("no,yes", "no, yes", ' "no" ,yes '):
+        counted = held.call("eval", "teacher", *SCORE, "--labels", labels)
+        assert counted.code == 0, counted.err
+        assert counted.json["metrics"] == named.json["metrics"]
+    assert named.json["rows"] == {"rows": 11}
+    assert held.call("eval", "teacher", *SCORE, "--labels", "no,,yes").code == 2
+
+
+def test_a_run_on_named_integers_scores_integers_as_it_was_trained(held: World):
+    rows = held.csv("rows.csv", [(text, NUMBERS[label]) for text, label in ROWS])
+    recipe = held.recipe(task={"data": rows, "labels": ["no", "yes"]})
+    run = held.call("distill", recipe, "--json")
+    assert run.code == 0, run.err
+    assert run.json["task"]["labels"] == ["no", "yes"]
+    by_number, by_name = (held.call("eval", "--data", name, "--json") for name in ("held.csv", "named.csv"))
+    assert by_number.code == by_name.code == 0, by_number.err
+    assert by_number.json["metrics"] == by_name.json["metrics"]
+
+
+def test_data_is_scored_with_the_settings_of_its_run(world: World):
+    world.model()
+    rows = "".join(f"{text}, übel~{label}\n" for text, label in ROWS)
+    world.write("rows.csv", ("message~team\n" + rows).encode("latin-1"))
+    task = {"data": "rows.csv", "text": "message", "label": "team", "delimiter": "~", "encoding": "latin-1"}
+    run = world.call("distill", world.recipe(task=task))
+    assert run.code == 0, run.err
+    scored = world.call("eval", "--data", "rows.csv", "--json")
+    assert scored.code == 0 and scored.json["rows"] == {"rows": 40}, scored.err
+    # A model outside a run knows nothing of it.
+    plain = ["eval", "teacher", "--data", "rows.csv", "--text", "message", "--label", "team"]
+    assert "rows.csv:2 is not readable as CSV" in (told := world.call(*plain).err) and "--encoding latin-1" in told
+    assert world.call(*plain, "--encoding", "latin-1").code == 2
+    assert world.call(*plain, "--encoding", "latin-1", "--delimiter", "~").code == 0
+    assert world.call("eval", "teacher", "--task", "reviews", "--delimiter", "~").code == 2
+    for option, value in (("--delimiter", "ab"), ("--encoding", "klingon")):
+        refused = world.call(*plain, option, value)
+        assert refused.code == 2 and f"error: {option}: " in refused.err
+
+
+def test_a_part_of_own_data_and_of_its_texts_can_be_scored(held: World):
+    held.csv("held.csv", [("word " * 100 + text, label) for text, label in ROWS])
+    arguments = ["eval", "teacher", *SCORE]
+    assert held.call(*arguments, "--max-samples", "12").json["rows"] == {"rows": 12}
+    assert held.call(*arguments, "--max-length", "16").code == 0
+    refused = held.call(*arguments, "--max-length", "4096")
+    assert refused.code == 2 and "--max-length: 4096 tokens" in refused.err and "use at most 128" in refused.err
+
+
+def test_truth_values_of_two_kinds_of_files_are_the_same_classes(world: World):
+    world.model("unnamed")
+    rows = [json.dumps({"text": text, "label": label == "yes"}) for text, label in ROWS]
+    world.write("train.jsonl", "\n".join(rows))
+    world.csv("held.csv", [(text, str(label == "yes")) for text, label in ROWS[:11]])
+    task = {"name": "own", "train": "train.jsonl", "validation": "held.csv", "text": "text"}
+    run = world.call("distill", world.recipe("task", task=task), "--json")
+    assert run.code == 0, run.err
+    assert run.json["task"]["labels"] == ["false", "true"]
+    assert world.call("eval", "--data", "held.csv").code == 0
+
+
+def test_the_plan_shows_rare_classes_and_what_is_odd_and_so_does_the_run(world: World):
+    rows = [*ROWS, *((text, f" {label}") for text, label in ROWS[:3]), ("so so", "Yes")]
+    world.csv("rows.csv", rows)
+    recipe = world.recipe("teacher", teacher={"scratch": {"layers": 2, "hidden_size": 16, "heads": 2}})
+    plan = world.call("distill", recipe, "--dry-run", "--json")
+    assert plan.code == 0, plan.err
+    task = plan.json["task"]
+    assert task["classes"]["number"] == 3 and next(iter(task["classes"]["rarest"])) == "Yes"
+    assert sum(task["classes"]["rarest"].values()) == task["sizes"]["train"]
+    for told in (*task["notes"], "classes", "fewest training rows"):
+        assert told.split()[0] in world.call("distill", recipe, "--dry-run").out
+    assert any("3 labels have white space" in note for note in task["notes"])
+    assert any("'Yes' and 'yes'" in note and "are they one?" in note for note in task["notes"])
+    assert any("4 rows only" in note for note in task["notes"])
+
+
+def test_a_score_says_how_many_rows_it_stands_on(world: World):
+    world.model()
+    held, test = world.csv("held.csv", ROWS[:12]), world.csv("test.csv", ROWS[:31])
+    task = {"name": "own", "train": "rows.csv", "validation": held, "test": test, "text": "text"}
+    run = world.call("distill", world.recipe("task", task={**task, "validation_samples": 10}), "--json")
+    assert run.code == 0, run.err
+    assert run.json["rows"] == {"test": 31} and run.json["task"]["sizes"]["selection"] == 10
+    card = (Path(world.folder) / "runs" / "recipe" / "student" / "README.md").read_text()
+    assert "accuracy (test, 31 examples)" in card
+    assert "accuracy (test, 31 examples)" in world.call("distill", "recipe.toml", "--resume").out
+    assert "accuracy (test, 31 examples)" in world.call("eval").out
+    assert world.call("eval", "--max-samples", "9", "--json").json["rows"] == {"test": 9}
