@@ -5,6 +5,8 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kdcli.terminal import visible
+
 if TYPE_CHECKING:
     from kdcli.compare.report import Block, Report
 
@@ -61,7 +63,7 @@ def points_of(block: "Block") -> list[Point]:
     return [
         Point(
             number,
-            row.label,
+            visible(row.label),
             row.parameters / 1e6,
             100 * row.summary.mean,
             100 * (row.summary.std or 0.0),
@@ -74,7 +76,7 @@ def points_of(block: "Block") -> list[Point]:
 
 def _panel(panel: Any, block: "Block", height: float) -> None:
     """Draw one task. height: of the panel's inside, about, in inches."""
-    panel.set_title(f"{block.title} ({block.metric})" if block.metric else block.title, parse_math=False)
+    panel.set_title(visible(f"{block.title} ({block.metric})" if block.metric else block.title), parse_math=False)
     panel.set_xlabel("parameters at inference (millions)")
     panel.set_ylabel("score x 100")
     panel.spines[["top", "right"]].set_visible(False)

@@ -16,6 +16,7 @@ from kdcli.compare.plan import STEPS, Cell, ComparisonPlan, Entry, Inequality
 from kdcli.compare.run import INTERRUPTED, Failure, Results
 from kdcli.compare.statistics import Difference, Summary, paired_difference, summarise
 from kdcli.files import write_bytes, write_json, write_text
+from kdcli.markdown import escaped, table_row
 
 NAME = "comparison"
 AVERAGE = "average"
@@ -141,7 +142,7 @@ class Report:
             " differences are paired by seed, with the 95 % t interval of their mean. `kept` is the share of the"
             " teacher's score; seconds are those of training.",
             "",
-            *(f"- {task}: {words}" for task, words in self.terms.items()),
+            *(f"- {escaped(task)}: {escaped(words)}" for task, words in self.terms.items()),
             "",
         ]
         for heading, entries in (
@@ -150,11 +151,11 @@ class Report:
             ("Without a result", [f"{failure.cell.name}: {failure.message}" for failure in self.failures]),
         ):
             if entries:
-                lines += [f"**{heading}:**", "", *(f"- {_plain(entry)}" for entry in entries), ""]
+                lines += [f"**{heading}:**", "", *(f"- {escaped(entry)}" for entry in entries), ""]
         for block in self.all_blocks:
-            lines += [f"## {_plain(_heading(block))}", ""]
-            lines += [_markdown_row(COLUMNS), "|" + " --- |" + " ---: |" * (len(COLUMNS) - 1)]
-            lines += [_markdown_row(cells) for cells in _cells(block, len(self.seeds))]
+            lines += [f"## {escaped(_heading(block))}", ""]
+            lines += [table_row(list(COLUMNS)), table_row(["---", *["---:"] * (len(COLUMNS) - 1)])]
+            lines += [table_row([escaped(cells[0]), *cells[1:]]) for cells in _cells(block, len(self.seeds))]
             lines.append("")
         return "\n".join([*lines, f"![score against parameters]({NAME}.svg)", ""])
 
@@ -407,11 +408,3 @@ def _difference(difference: Difference | None) -> str:
 
 def _count(number: int | None) -> str:
     return f"{number:,}" if number is not None else ""
-
-
-def _plain(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _markdown_row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(map(_plain, cells)) + " |"

@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import yaml
+
 from kdcli.evaluation.comparison import described_set
+from kdcli.markdown import code, escaped, table_row
 from kdcli.tasks.metrics import shown
 
 
@@ -17,38 +20,34 @@ def model_card(record: dict[str, Any]) -> str:
     cells = [(f"{m} ({sets[name]})", name, m) for name, metrics in student["metrics"].items() for m in metrics]
     rows = "\n".join(
         [
-            "| | " + " | ".join(sides) + " |",
-            "| --- |" + " ---: |" * len(sides),
+            table_row(["", *sides]),
+            table_row(["---", *["---:"] * len(sides)]),
             *(
-                f"| {label} | " + " | ".join(shown(m, side["metrics"][n][m]) for side in sides.values()) + " |"
+                table_row([escaped(label), *(shown(m, side["metrics"][n][m]) for side in sides.values())])
                 for label, n, m in cells
             ),
-            "| parameters | " + " | ".join(f"{side['parameters']:,}" for side in sides.values()) + " |",
-            "| megabytes | " + " | ".join(f"{side['megabytes']:.1f}" for side in sides.values()) + " |",
+            table_row(["parameters", *(f"{side['parameters']:,}" for side in sides.values())]),
+            table_row(["megabytes", *(f"{side['megabytes']:.1f}" for side in sides.values())]),
         ]
     )
     over = "\n- over-parameterised while training (OPDF), contracted afterwards" if record["overparam"] else ""
     augment = task.get("augment")
     copies = f" and {augment['added']:,} copies of them with other words" if augment else ""
+    protocol = code(task["protocol"])
     loading = _loading("AutoModelForSequenceClassification", plain=plain)
     retention = record["retention"]
     kept = (
         f"\nThe student keeps {retention:.1%} of the teacher's {record['primary']}.\n" if retention is not None else ""
     )
-    return f"""---
-library_name: {"transformers" if plain else "kdcli"}
-pipeline_tag: text-classification
-tags: [knowledge-distillation, {method["name"]}]
----
+    return f"""{_front_matter(method["name"], "text-classification", plain=plain)}
+# {escaped(record.get("name", "student"))}
 
-# {record.get("name", "student")}
+A smaller transformer for the task {code(task["name"])}, distilled with kdcli {record["versions"]["kdcli"]}.
 
-A smaller transformer for the task `{task["name"]}`, distilled with kdcli {record["versions"]["kdcli"]}.
-
-- teacher: {record["teacher_origin"]}
-- method: {method["name"]}, {method["title"]}
+- teacher: {escaped(record["teacher_origin"])}
+- method: {escaped(method["name"])}, {escaped(method["title"])}
 - student form: {record["student_form"]}{over}
-- data: {task["source"]}, {task["sizes"]["train"]:,} training examples{copies}, protocol `{task["protocol"]}`
+- data: {escaped(task["source"])}, {task["sizes"]["train"]:,} training examples{copies}, protocol {protocol}
 
 {rows}
 {kept}
@@ -66,8 +65,18 @@ is one sample of the training's randomness.
 
 ## Source
 
-{method["paper"]}
+{escaped(method["paper"])}
 """
+
+
+def _front_matter(method: str, pipeline: str, *, plain: bool) -> str:
+    """Return what the hub reads of a card, between its two lines of dashes."""
+    fields = {
+        "library_name": "transformers" if plain else "kdcli",
+        "pipeline_tag": pipeline,
+        "tags": ["knowledge-distillation", method],
+    }
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
 
 
 def _loading(auto: str, *, plain: bool) -> str:
@@ -91,26 +100,30 @@ def _general_card(record: dict[str, Any]) -> str:
     before, after = record["loss"]["before"], record["loss"]["after"]
     fell = f"\n- held-out loss of the distillation: {before:.4f} before, {after:.4f} after" if before else ""
     tuned = "".join(
-        f"| {scores['metric']} ({scores['task']}) | {name} | {100 * value:.2f} | {len(scores['scores'][name])} |\n"
+        table_row(
+            [
+                f"{scores['metric']} ({escaped(scores['task'])})",
+                name,
+                f"{100 * value:.2f}",
+                str(len(scores["scores"][name])),
+            ]
+        )
+        + "\n"
         for scores in record["finetune"]
         for name, value in scores["mean"].items()
     )
     table = f"\n| fine-tuned on | model | mean | seeds |\n| --- | --- | ---: | ---: |\n{tuned}" if tuned else ""
-    auto = "AutoModelForMaskedLM" if record["student_head"] == "masked-lm" else "AutoModel"
-    return f"""---
-library_name: {"transformers" if plain else "kdcli"}
-pipeline_tag: {"fill-mask" if auto == "AutoModelForMaskedLM" else "feature-extraction"}
-tags: [knowledge-distillation, {method["name"]}]
----
-
-# {record.get("name", "student")}
+    masked = record["student_head"] == "masked-lm"
+    auto = "AutoModelForMaskedLM" if masked else "AutoModel"
+    return f"""{_front_matter(method["name"], "fill-mask" if masked else "feature-extraction", plain=plain)}
+# {escaped(record.get("name", "student"))}
 
 A smaller general transformer, distilled on plain text with kdcli {record["versions"]["kdcli"]}, to be fine-tuned.
 
-- teacher: {record["teacher_origin"]}, {teacher["parameters"]:,} parameters
+- teacher: {escaped(record["teacher_origin"])}, {teacher["parameters"]:,} parameters
 - student: {record["student_form"]}, {student["parameters"]:,} parameters
-- method: {method["name"]}, {method["title"]}
-- text: {task["source"]}, {task["sizes"]["train"]:,} documents{fell}
+- method: {escaped(method["name"])}, {escaped(method["title"])}
+- text: {escaped(task["source"])}, {task["sizes"]["train"]:,} documents{fell}
 {table}
 ## Loading
 
@@ -125,5 +138,5 @@ randomness.
 
 ## Source
 
-{method["paper"]}
+{escaped(method["paper"])}
 """

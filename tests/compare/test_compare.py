@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from families import tiny, tokenizer
+from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
@@ -173,7 +174,7 @@ def test_a_comparison_runs_reports_and_goes_on_where_it_stopped(
         "reviews (accuracy)",
     }
     assert f"{100 * kd['mean']:.2f}" in (folder / "comparison.md").read_text()
-    assert json.loads((folder / "comparison.json").read_text()) == report
+    assert {"schema_version": 1, **json.loads((folder / "comparison.json").read_text())} == report
     assert len(list((folder / "runs").glob("reviews-*/run.json"))) == 4
 
     lost = folder / "runs" / "reviews-hs-seed43"
@@ -212,6 +213,24 @@ def test_the_figure_names_every_row_that_has_a_score_in_text(block: Block):
     assert words >= {"kd (baseline)", "a<b & $c$_1^2", "hs", "large", "teacher", "reviews (accuracy)"}
     assert not any("failed" in word for word in words)
     assert draw(report) == files
+
+
+def test_names_in_the_report_and_the_figure_are_read_as_they_stand(block: Block):
+    evil = "a|b <img src=x onerror=y> [l](http://x) *b* `c` $d$ &lt; #\x1b[2J\u202e"
+    block.rows[1].label = block.title = evil
+    report = Report([42], [block], None, {evil: "1,024 examples a step"}, [], [f"{evil}\n# left out"], [])
+    html = MarkdownIt("commonmark").enable("table").render(report.markdown())
+    document = xml.etree.ElementTree.fromstring(f"<html>{html}</html>")
+    tags = {element.tag for element in document.iter()}
+    assert tags <= {"html", "h1", "h2", "p", "ul", "li", "strong", "code", "img"} | {
+        *("table", "thead", "tbody", "tr", "th", "td")
+    }
+    assert [image.get("src") for image in document.iter("img")] == ["comparison.svg"]
+    seen = evil.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e")
+    cells = [["".join(cell.itertext()) for cell in line] for line in document.iter("tr")]
+    assert {len(line) for line in cells} == {7} and seen in [line[0] for line in cells]
+    assert [heading.text for heading in document.iter("h2")] == [f"{seen} (accuracy)"]
+    assert {seen, f"{seen} (accuracy)"} <= words_of(draw(report)["svg"])
 
 
 def test_every_mark_stands_at_its_size_and_its_score(block: Block):

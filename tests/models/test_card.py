@@ -1,0 +1,76 @@
+"""The model card: what the hub and a reader get of names that other people chose."""
+
+import xml.etree.ElementTree
+from typing import Any
+
+import pytest
+from families import tiny, tokenizer
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from rich.console import Console
+
+from kdcli.models.card import model_card
+from kdcli.models.save import save_model
+from kdcli.pipeline import run_distill
+from kdcli.recipe.schema import Recipe
+
+EVIL = "a|b <img src=x onerror=y> [l](http:x) *b* ``c` $d$ &lt; #"
+HTML = {"html", "h1", "h2", "p", "ul", "li", "code", "pre", "table", "thead", "tbody", "tr", "th", "td"}
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The record of a run whose task, name, teacher and data are called EVIL."""
+    folder = tmp_path_factory.mktemp("card")
+    save_model(tiny("bert", id2label={0: EVIL, 1: "good"}, label2id={EVIL: 0, "good": 1}), folder / EVIL, tokenizer())
+    rows = [f'a fine film,"{EVIL}"', "a dull film,good"] * 20
+    (folder / f"{EVIL}.csv").write_text("\n".join(["text,label", *rows]))
+    document = {
+        "name": EVIL,
+        "method": {"name": "kd"},
+        "task": {"name": EVIL, "data": f"{EVIL}.csv", "text": "text"},
+        "teacher": {"model": EVIL},
+        "student": {"form": "depth", "layers": 1},
+        "train": {"max_steps": 1},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDCLI_CACHE", str(folder / "cache"))
+        result = run_distill(
+            Recipe.model_validate(document),
+            recipe_path=folder / "recipe.toml",
+            output=folder / "runs",
+            console=Console(quiet=True),
+        )
+    written = (result.run.student / "README.md").read_text(encoding="utf-8")
+    assert written == model_card(result.record)
+    return result.record
+
+
+def parts(card: str) -> tuple[Any, xml.etree.ElementTree.Element]:
+    """Return the front matter as the hub reads it, and the body as HTML."""
+    read = ModelCard(card)
+    html = MarkdownIt("commonmark").enable("table").render(read.text)
+    return read.data.to_dict(), xml.etree.ElementTree.fromstring(f"<html>{html}</html>")
+
+
+def test_names_in_a_card_are_read_as_they_stand(record: dict[str, Any]):
+    _, body = parts(model_card(record))
+    assert {element.tag for element in body.iter()} <= HTML
+    assert ["".join(heading.itertext()) for heading in body.iter("h1")] == [EVIL]
+    assert EVIL in [span.text for span in body.iter("code")]
+    items = ["".join(item.itertext()).strip() for item in body.iter("li")]
+    assert f"teacher: {EVIL}" in items and any(EVIL in item for item in items if item.startswith("data: "))
+    assert {len(line) for line in body.iter("tr")} == {3}
+
+
+def test_the_front_matter_of_a_card_is_data(record: dict[str, Any]):
+    front, _ = parts(model_card(record))
+    assert front == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "tags": ["knowledge-distillation", "kd"],
+    }
+    method = {**record["method"], "name": "x]\n---\nlicense: {mine: [", "title": "<b>", "paper": "A_b_c, <i>"}
+    front, body = parts(model_card({**record, "method": method}))
+    assert front["tags"] == ["knowledge-distillation", method["name"]]
+    assert {element.tag for element in body.iter()} <= HTML
