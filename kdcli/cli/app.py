@@ -88,8 +88,8 @@ def _wants_debug(arguments: list[str]) -> bool:
     return "--debug" in arguments or os.environ.get("KDCLI_DEBUG", "") not in ("", "0")
 
 
-KINDS = {int(ExitCode.GATE): "gate", int(ExitCode.INPUT): "input", int(ExitCode.RUN): "run", INTERRUPTED: "interrupted"}
-"""exit code -> the kind of error that a JSON document names."""
+KINDS = {int(ExitCode.GATE): "gate", int(ExitCode.INPUT): "input", int(ExitCode.RUN): "run"}
+"""exit code -> the kind of error that a JSON document names; the codes of signals are "interrupted"."""
 
 
 def _fail(code: int, message: str, where: str | None = None, hint: str | None = None, *, as_json: bool = False) -> int:
@@ -104,7 +104,7 @@ def _fail(code: int, message: str, where: str | None = None, hint: str | None = 
         err.print(f"  hint: {hint}", highlight=False, soft_wrap=True)
     # Of several processes one writes to stdout.
     if as_json and os.environ.get("RANK", "0") == "0":
-        emit_error({"kind": KINDS[int(code)], "message": message, "where": where, "hint": hint})
+        emit_error({"kind": KINDS.get(int(code), "interrupted"), "message": message, "where": where, "hint": hint})
     return int(code)
 
 
@@ -166,8 +166,18 @@ def _code(result: Any) -> int:
     return int(result) if isinstance(result, int) else 0
 
 
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Print what --debug lets through; an error's message has other people's words, too."""
+    import traceback
+
+    from kdcli.cli.console import info
+
+    info("".join(traceback.format_exception(kind, error, trace)).rstrip())
+
+
 def main() -> None:
     """The console script."""
+    sys.excepthook = _show_traceback
     code = run()
     from kdcli.cli.console import flush_stdout
 

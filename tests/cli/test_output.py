@@ -124,6 +124,13 @@ def test_no_escape_of_a_name_or_a_label_reaches_the_terminal(world: World):
     assert calls[1].json["task"] == EVIL
 
 
+def test_no_escape_reaches_the_terminal_from_a_traceback():
+    words = [sys.executable, "-m", "kdcli", "distill", f"{EVIL}.toml", "--debug"]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and "Traceback" in result.stderr and "\\x1b]0;owned" in result.stderr
+    assert not [c for c in result.stderr if c != "\n" and (unicodedata.category(c) in ("Cc", "Cf"))]
+
+
 def test_what_is_made_visible_is_nothing_else():
     harmless = "tab\tline\nفارسی\u200cها 👩\u200d👩\u200d👧 naïve [bold]x[/] :smile:"
     assert visible(harmless) == harmless
