@@ -10,7 +10,7 @@ def compare(
     recipes: Annotated[list[Path], typer.Argument(help="The recipes, TOML files.", show_default=False)],
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each recipe.")] = 3,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every recipe.")
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every recipe; FIELD= removes it.")
     ] = None,
     task: Annotated[
         list[str] | None,

@@ -1,5 +1,6 @@
 """From a TOML file and `--set` options to a validated recipe, or to a message that says what to change."""
 
+import copy
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from kdcli.errors import InputError, cut
 from kdcli.recipe.locate import Keys, line_of, lines_of_keys
-from kdcli.recipe.problems import Problem, problems_of, show
+from kdcli.recipe.problems import Problem, problems_of, show, unknown_field
 from kdcli.recipe.schema import Recipe
 from kdcli.recipe.toml import BrokenTOML, parse, read_text
 
@@ -26,7 +27,8 @@ _NEEDED = {
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """Return the recipe in `path` with `--set FIELD=VALUE` overrides on top.
 
-    A value is read as TOML, or as a plain string where it is none; tables that are not there yet are made.
+    A value is read as TOML, or as a plain string where it is none; tables that are not there yet are made. Without a
+    value (`student.rank=`) the field is removed.
     Raises InputError with every problem found: file and line (or the option), field, what was found, and
     what is allowed.
     """
@@ -101,6 +103,26 @@ def _apply(document: dict[str, Any], override: str) -> Keys:
     path = _path(name)
     if not equals or not path:
         raise InputError(f"takes FIELD=VALUE, such as student.budget=0.25, not {cut(override)!r}", where="--set")
+    last = path[-1]
+    if not value.strip():
+        # Tables on the way to a field that is not there are not made.
+        changed = copy.deepcopy(document)
+        if _table_of(changed, path, override).pop(last, None) is not None:
+            document.update(changed)
+            if len(path) == 1:
+                del document[last]
+        elif (problem := _unknown(changed, path)) is not None:
+            raise InputError(problem.message, where=f"--set {cut(override)}: {problem.name}", hint=problem.hint)
+        return path
+    table, parsed = _table_of(document, path, override), _value(value.strip())
+    if path in (("task",), ("method",)) and isinstance(table.get(last), dict) and isinstance(parsed, str):
+        parsed = {**table[last], "name": parsed}
+    table[last] = parsed
+    return path
+
+
+def _table_of(document: dict[str, Any], path: Keys, override: str) -> dict[str, Any]:
+    """Return the table of the document that a field belongs to, made where it is not there yet."""
     table = document
     for depth, part in enumerate(path[:-1], 1):
         inner: Any = table.get(part)
@@ -115,11 +137,21 @@ def _apply(document: dict[str, Any], override: str) -> Keys:
             )
         table[part] = dict(inner or {})
         table = table[part]
-    parsed, last = _value(value.strip()), path[-1]
-    if path in (("task",), ("method",)) and isinstance(table.get(last), dict) and isinstance(parsed, str):
-        parsed = {**table[last], "name": parsed}
-    table[last] = parsed
-    return path
+    return table
+
+
+def _unknown(document: dict[str, Any], path: Keys) -> Problem | None:
+    """Return the problem of a field that no recipe with this method has."""
+    if path[0] != "method" or path[1:] in ((), ("name",)):
+        return unknown_field(Recipe, path)
+    from kdcli.methods import registry
+
+    name = document["method"].get("name")
+    try:
+        method = registry.get(name if isinstance(name, str) else "")
+    except InputError:
+        return None
+    return unknown_field(method.options, path[1:], prefix=("method",))
 
 
 def _path(name: str) -> Keys:

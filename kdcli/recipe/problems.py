@@ -171,6 +171,17 @@ def _problem(schema: type[BaseModel], spot: _Spot, entry: Any, prefix: tuple[str
     return Problem(path, f"must be {allowed}, not {show(found)}", hint, index=spot.index)
 
 
+def unknown_field(schema: type[BaseModel], path: tuple[str, ...], prefix: tuple[str, ...] = ()) -> Problem | None:
+    """Return the problem of a path that names no field of a schema; None when it names one."""
+    known = {(), *_fields(schema)}
+    plain = tuple(part for part in path if not _is_place(part))
+    for length in range(1, len(plain) + 1):
+        # Keys of one's own, such as those of overparam.factors, are no fields.
+        if plain[:length] not in known and any(field[:-1] == plain[: length - 1] for field in known if field):
+            return Problem((*prefix, *plain[:length]), "unknown field", _nearest(schema, plain[:length], prefix))
+    return None
+
+
 def _nearest(schema: type[BaseModel], path: tuple[str, ...], prefix: tuple[str, ...]) -> str:
     """Return the known field that an unknown one may have meant, or all that there are beside it."""
     everything = list(_fields(schema))
@@ -223,7 +234,7 @@ def describe(annotation: Any, *, many: bool = False) -> str:
         size = [limit for limit in limits if limit[0] == "entries"]
         inside = describe(get_args(kind)[0], many=True)
         count = f"{size[0][1]} " if size else ""
-        return f"{'lists' if many else 'a list'} of {count}{inside}"
+        return f"{'arrays' if many else 'an array'} of {count}{inside}"
     if origin is dict or (isinstance(kind, type) and issubclass(kind, BaseModel)):
         return "tables" if many else "a table"
     if kind not in _NOUNS:

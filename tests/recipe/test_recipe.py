@@ -288,6 +288,37 @@ def test_set_keeps_what_stands_beside_it(tmp_path: Path):
     assert (task.name, task.max_length) == ("rte", 64)
 
 
+def test_set_without_a_value_removes_a_field(tmp_path: Path):
+    text = LEAST + 'finetune = {epochs = 5}\n[student]\nrank = 3\nform = "low-rank"\n[overparam]\nlength = 1\n'
+    plain = load(tmp_path, LEAST)
+    assert load(tmp_path, text, "student=", "overparam=", "teacher.finetune=") == plain
+    assert load(tmp_path, text, "student.rank=", "student.budget=0.5").student == StudentSection(
+        form="low-rank", budget=0.5
+    )
+    assert load(tmp_path, text, "overparam.length = ").overparam == OverparamSection()
+    # What is not there, but could be, is nothing to complain about, and is not made either.
+    absent = ("student.rank=", "overparam.length=", "overparam=", "method.temperature=", "teacher.finetune.epochs=")
+    assert load(tmp_path, LEAST, *absent) == plain
+    assert load(tmp_path, LEAST, 'name=""', "name=").name is None
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "words"),
+    [
+        ("task=", "--set task=: task", "is missing"),
+        ("method.name=", "--set method.name=: method.name", "is missing"),
+        ("student.bugdet=", "--set student.bugdet=: student.bugdet", "unknown field"),
+        ("studnet.budget=", "--set studnet.budget=: studnet", "unknown field"),
+        ("method.temprature=", "--set method.temprature=: method.temprature", "unknown field"),
+        ("seed.x=", "--set seed.x=", "seed is 7, not a table that has fields"),
+        ("finetune.epochs=", "--set finetune.epochs=", "finetune is [a table], not a table that has fields"),
+    ],
+)
+def test_set_without_a_value_checks_the_field(override: str, where: str, words: str, tmp_path: Path):
+    found = error(tmp_path, "seed = 7\nfinetune = [{task = 'rte'}]\n" + LEAST, override)
+    assert found.where == where and words in found.message
+
+
 def test_the_last_set_of_a_field_counts(tmp_path: Path):
     assert load(tmp_path, LEAST, "seed=1", "seed=2").seed == 2
 
