@@ -26,7 +26,7 @@ from kdcli.machine import versions
 from kdcli.models.card import model_card
 from kdcli.models.finite import at_fault
 from kdcli.models.forms import StudentBuild
-from kdcli.models.load import head_of
+from kdcli.models.heads import head_of
 from kdcli.models.save import save_model
 from kdcli.prepare import prepare
 from kdcli.recipe.load import portable

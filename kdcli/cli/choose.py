@@ -208,23 +208,19 @@ def readable_length(config: Any, wanted: int) -> int:
     return wanted if positions is None else min(wanted, positions // 8 * 8)
 
 
-def load_contestant(name: str) -> tuple[Any, Any]:
-    """Return a classifier (PyTorch model or ONNX session) and its tokenizer."""
+def load_contestant(name: str, where: str = "MODEL") -> tuple[Any, Any]:
+    """Return a classifier (PyTorch model or ONNX session) and its tokenizer. where: what names it.
+
+    Raises InputError for a model without a trained head for texts, and for a tokenizer that does not fit.
+    """
     from kdcli.export.session import OnnxModel, is_onnx_folder
-    from kdcli.models.load import load_tokenizer
+    from kdcli.models.classes import check_single_label
+    from kdcli.models.load import check_tokenizer, load_model, load_tokenizer
 
-    if is_onnx_folder(Path(name)):
-        return OnnxModel(Path(name)), load_tokenizer(name)
-    return load_classifier(name), load_tokenizer(name)
-
-
-def load_classifier(name: str) -> Any:
-    """Return a model with a trained head. Raises InputError for a base model: its head would be a random one."""
-    from kdcli.models.load import has_head, load_model
-
-    if not has_head(name, "sequence-classification"):
-        raise InputError(
-            f"{name} has no trained classification head",
-            hint="fine-tune it first: kdcli distill does, when it is the recipe's teacher",
-        )
-    return load_model(name)
+    model: Any
+    # Never a model whose head would be random: the loader refuses it.
+    model = OnnxModel(Path(name)) if is_onnx_folder(Path(name)) else load_model(name)
+    check_single_label(model.config, name, where)
+    tokenizer = load_tokenizer(name)
+    check_tokenizer(model, tokenizer, where=where)
+    return model, tokenizer

@@ -113,10 +113,11 @@ def evaluate(
     from kdcli.evaluation.comparison import described_set
     from kdcli.evaluation.score import evaluate_model, primary_score
     from kdcli.gates import Limits
+    from kdcli.models.classes import name_classes
     from kdcli.models.finite import at_fault
     from kdcli.tasks.load import load_rows, load_task
     from kdcli.tasks.metrics import shown
-    from kdcli.training.teacher import align_labels, name_classes
+    from kdcli.training.teacher import align_labels
 
     contestant, tokenizer = load_contestant(choice.model)
     if names is not None:
@@ -131,7 +132,7 @@ def evaluate(
     models = {"student" if teacher else "score": (choice.model, contestant, tokenizer)}
     if teacher is not None:
         beside = choose_model(teacher, task).model
-        models["teacher"] = (beside, *load_contestant(beside))
+        models["teacher"] = (beside, *load_contestant(beside, "--teacher"))
         if of_run and choice.recipe is not None and (named := choice.recipe.teacher.labels) is not None:
             name_classes(models["teacher"][1].config, named, "--teacher")
     document: dict = {"task": loaded.name, "primary": loaded.primary, "metrics": {}}

@@ -40,7 +40,7 @@ def export(
     import os
     from contextlib import nullcontext
 
-    from kdcli.cli.choose import choose_model, choose_task, load_classifier, readable_length
+    from kdcli.cli.choose import choose_model, choose_task, load_contestant, readable_length
     from kdcli.cli.console import emit, info, settle
     from kdcli.errors import InputError
     from kdcli.gates import Gate, parity_gate
@@ -53,7 +53,6 @@ def export(
     grid = [_numbers(batch_sizes, "--batch-sizes"), _numbers(sequence_lengths, "--sequence-lengths")]
     from kdcli.export.export import export_model
     from kdcli.models.finite import at_fault
-    from kdcli.models.load import load_tokenizer
     from kdcli.models.shape import check_lengths
     from kdcli.tasks.load import load_task
 
@@ -68,16 +67,17 @@ def export(
         if beside is not None and not Path(beside).is_dir():
             info(f"the run's teacher is gone ({beside}): timing the student alone")
             beside = None
-    models = {"model": load_classifier(choice.model)}
+    own, tokenizer = load_contestant(choice.model)
+    models = {"model": own}
     if beside is not None:
-        models["teacher"] = load_classifier(beside)
+        models["teacher"] = load_contestant(beside, "--teacher")[0]
     if latency:
         check_lengths({name: one.config for name, one in models.items()}, grid[1], "--sequence-lengths")
     inside = choice.run if out is None else None
     with at_fault("MODEL"), inside.held() if inside is not None else nullcontext():
         result = export_model(
             models["model"],
-            load_tokenizer(choice.model),
+            tokenizer,
             out or choice.run.onnx,  # type: ignore[union-attr]
             task=loaded,
             max_length=readable_length(models["model"].config, length),

@@ -10,13 +10,16 @@ from torch import nn
 
 from kdcli.errors import InputError
 from kdcli.models.anatomy import anatomy_of, blocks_of
-from kdcli.models.load import head_of, load_model
+from kdcli.models.classes import check_single_label, class_names_of, reorder_classes
+from kdcli.models.heads import head_of
+from kdcli.models.load import has_head, load_model, without_pooler
 from kdcli.models.lowrank import factorise
 from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import OverparamSection, StudentSection
+from kdcli.tasks.labels import listed, matching_order
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass
@@ -111,7 +114,9 @@ def _blocks_prefix(model: "PreTrainedModel") -> str:
 
 
 def _empty_like(model: "PreTrainedModel", config: Any) -> "PreTrainedModel":
-    return type(model)(config).to(dtype=next(model.parameters()).dtype)  # type: ignore[arg-type, call-arg]
+    pooled = model.base_model is not model or getattr(model, "pooler", None) is not None
+    arguments = {} if pooled else without_pooler(type(model))
+    return type(model)(config, **arguments).to(dtype=next(model.parameters()).dtype)  # type: ignore[arg-type, call-arg]
 
 
 def _reset(model: "PreTrainedModel", module: nn.Module) -> None:
@@ -181,15 +186,19 @@ def _slice_into(teacher: "PreTrainedModel", student: "PreTrainedModel", kept: li
 
 def _checkpoint(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
     assert section.model is not None
-    head = head_of(teacher)
-    labels: dict[str, Any] = {}
-    if head == "sequence-classification":
-        labels = {
-            "num_labels": teacher.config.num_labels,
-            "label_names": [str(label) for label in (teacher.config.id2label or {}).values()],
-            "problem_type": teacher.config.problem_type,
-        }
-    student = load_model(section.model, task=head, **labels)
+    head, classes = head_of(teacher), teacher.config
+    notes = [f"from {section.model}"]
+    if has_head(section.model, head):
+        student = load_model(section.model, task=head)
+        if head == "sequence-classification":
+            _align_to(student, classes, section.model)
+    else:
+        labels: dict[str, Any] = {}
+        if head == "sequence-classification":
+            labels = {"label_names": class_names_of(classes), "problem_type": classes.problem_type}
+            labels["num_labels"] = classes.num_labels
+        student = load_model(section.model, task=head, new_head=True, **labels)
+        notes.append("with a new head: it has none of the kind that is needed")
     if student.config.vocab_size != teacher.config.vocab_size:
         raise InputError(
             f"the student's vocabulary has {student.config.vocab_size:,} tokens, the teacher's "
@@ -197,4 +206,30 @@ def _checkpoint(teacher: "PreTrainedModel", section: StudentSection) -> StudentB
             where="student.model",
             hint="choose a student with the teacher's tokenizer",
         )
-    return StudentBuild(student, "checkpoint", None, [f"from {section.model}"])
+    return StudentBuild(student, "checkpoint", None, notes)
+
+
+def _align_to(student: "PreTrainedModel", classes: "PretrainedConfig", name: str) -> None:
+    """Reorder the classes of a trained student in place, by their names, to be those of the teacher's configuration.
+
+    Raises InputError when they are not the same.
+    """
+    check_single_label(student.config, name, "student.model")
+    own, wanted = class_names_of(student.config), class_names_of(classes)
+    if len(own) != len(wanted):
+        raise InputError(
+            f"{name} has {len(own)} outputs ({listed(own)}), the task has {len(wanted)} ({listed(wanted)})",
+            where="student.model",
+            hint="name a checkpoint of this task, or one without a trained head, such as the one it was trained from",
+        )
+    if len(wanted) > 1:
+        order = matching_order(own, wanted)
+        if order is None:
+            raise InputError(
+                f"the classes of {name} ({listed(own)}) are not the task's labels ({listed(wanted)})",
+                where="student.model",
+                hint="give its classes the task's names: id2label in its config.json, in the model's own order",
+            )
+        reorder_classes(student, order)
+    student.config.id2label, student.config.label2id = classes.id2label, classes.label2id
+    student.config.problem_type = classes.problem_type

@@ -1,21 +1,54 @@
-"""Changing what stands on a body: a general student becomes a classifier, or starts again from random weights."""
+"""What stands on a model's body: which heads there are, new ones, and models that start again from random weights."""
 
 import copy
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from kdcli.models.anatomy import anatomy_of
-from kdcli.models.load import HEADS
-from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, svd_factors
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+HEADS = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "masked-lm": "AutoModelForMaskedLM",
+    "base": "AutoModel",
+}
+"""What stands on a model's body, and the class of the library that makes both."""
+
+TITLES = {
+    "sequence-classification": "a classifier of texts",
+    "masked-lm": "a masked language model",
+    "base": "a base model",
+}
+
+
+def head_of(model: "PreTrainedModel") -> str:
+    """Return which of `HEADS` stands on the body of `model`."""
+    if model.base_model is model:
+        return "base"
+    return "masked-lm" if type(model).__name__.endswith("ForMaskedLM") else "sequence-classification"
+
+
+def with_new_head(model: "PreTrainedModel", head: str, **labels: Any) -> "PreTrainedModel":
+    """Return a model with a copy of the body of `model` and a fresh head, one of `HEADS`; `model` is not changed.
+
+    labels: of a classifier, as `with_classifier` takes them. The head comes from PyTorch's global random state.
+    """
+    import transformers
+
+    if head == "sequence-classification":
+        return with_classifier(model, **labels)
+    if head == "base":
+        return copy.deepcopy(model.base_model)  # type: ignore[return-value]
+    config = copy.deepcopy(model.config)
+    headed = _on_body(getattr(transformers, HEADS[head]).from_config(config), model)
+    headed.tie_weights()
+    return headed
 
 
 def with_classifier(
-    model: "PreTrainedModel", *, num_labels: int, label_names: list[str] | None = None, problem_type: Any = None
+    model: "PreTrainedModel", *, num_labels: int = 2, label_names: list[str] | None = None, problem_type: Any = None
 ) -> "PreTrainedModel":
     """Return a classifier with a copy of the body of `model` and a fresh head; `model` is not changed.
 
@@ -25,18 +58,21 @@ def with_classifier(
     import transformers
 
     config = copy.deepcopy(model.config)
-    config.num_labels = num_labels
-    if label_names is not None:
-        config.id2label = dict(enumerate(label_names))
-        config.label2id = {name: i for i, name in enumerate(label_names)}
+    names = label_names if label_names is not None else [f"LABEL_{i}" for i in range(num_labels)]
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
     config.problem_type = problem_type
     anatomy_of(config)
-    classifier = getattr(transformers, HEADS["sequence-classification"]).from_config(config)
-    body = classifier.base_model
+    return _on_body(getattr(transformers, HEADS["sequence-classification"]).from_config(config), model)
+
+
+def _on_body(headed: "PreTrainedModel", model: "PreTrainedModel") -> "PreTrainedModel":
+    """Put copies of the parts of a body in the place of those of `headed`, and return it in eval mode."""
+    body = headed.base_model
     for name, child in model.base_model.named_children():
         if child is not None and getattr(body, name, None) is not None:
             setattr(body, name, copy.deepcopy(child))
-    return classifier.eval()
+    return headed.eval()
 
 
 def reinitialise(model: "PreTrainedModel") -> "PreTrainedModel":
@@ -51,6 +87,10 @@ def reinitialise(model: "PreTrainedModel") -> "PreTrainedModel":
                     parameter._is_hf_initialized = False
             module._is_hf_initialized = False  # type: ignore[assignment]
             model._init_weights(module)
+    import torch
+
+    from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, svd_factors
+
     spread = model.config.initializer_range
     for module in model.modules():
         if isinstance(module, LowRankLinear):
@@ -64,6 +104,8 @@ def reinitialise(model: "PreTrainedModel") -> "PreTrainedModel":
     return model
 
 
-def _fill(module: nn.Module, weight: torch.Tensor) -> None:
+def _fill(module: "nn.Module", weight: "Tensor") -> None:
+    import torch
+
     with torch.no_grad():
         module.weight.copy_(weight)  # type: ignore[operator, union-attr]

@@ -1,211 +1,375 @@
-"""Loading models and tokenizers: from safetensors only, with errors that say what to do."""
+"""Loading models and tokenizers: from safetensors only, with errors that say what to do.
 
+A model is loaded whole or not at all: no parameter that its file lacks is made up, unless a new head is asked for.
+"""
+
+import inspect
 import json
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from kdcli.errors import InputError
-from kdcli.models.anatomy import FAMILIES, anatomy_of
-from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
+from kdcli.models.anatomy import anatomy_of
+from kdcli.models.checkpoint import (
+    KDCLI_MODEL_TYPE,
+    Checkpoint,
+    Stored,
+    check_family,
+    local_folder,
+    open_checkpoint,
+    read_config,
+)
+from kdcli.models.classes import final_classifier_name
+from kdcli.models.heads import HEADS, TITLES, with_new_head
 from kdcli.models.quiet import quiet_transformers
-from kdcli.models.save import KDCLI_MODEL_TYPE
 from kdcli.models.shape import longest_input
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-HEADS = {
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "masked-lm": "AutoModelForMaskedLM",
-    "base": "AutoModel",
-}
-"""What stands on a model's body, and the class of the library that makes both."""
+ARCHITECTURES = (
+    ("ForSequenceClassification", "sequence-classification", TITLES["sequence-classification"]),
+    ("ForMaskedLM", "masked-lm", TITLES["masked-lm"]),
+    ("ElectraForPreTraining", None, "a discriminator of replaced tokens"),
+    ("ForPreTraining", "masked-lm", TITLES["masked-lm"]),
+    ("ForTokenClassification", None, "a token classifier"),
+    ("ForQuestionAnswering", None, "a question-answering model"),
+    ("ForMultipleChoice", None, "a multiple-choice model"),
+    ("ForNextSentencePrediction", None, "a next-sentence classifier"),
+    ("ForCausalLM", None, "a causal language model"),
+    ("LMHeadModel", None, "a causal language model"),
+    ("Model", "base", TITLES["base"]),
+)
+"""How the names of the library's classes end; which of `HEADS` they have, if any; what they are."""
 
-_HEAD_KEYS = {
-    "sequence-classification": ("classifier.",),
-    "masked-lm": ("cls.predictions.", "lm_head.", "vocab_transform.", "generator_predictions.", "lm_predictions."),
-    "base": ("",),
-}
+PRETRAINED = (
+    "cls.seq_relationship.",
+    "cls.predictions.",
+    "lm_head.",
+    "lm_predictions.",
+    "mask_predictions.",
+    "discriminator_predictions.",
+    "generator_predictions.",
+    "generator_lm_head.",
+    "vocab_transform.",
+    "vocab_layer_norm.",
+    "vocab_projector.",
+)
+"""Heads that pretraining leaves in a file, beside the one that was trained later."""
 
 
-def _folder(name: str | Path) -> Path | None:
-    """Return the folder that `name` means, or None for a hub name. Raises InputError for a broken path."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    text = str(name)
-    if path.exists():
-        raise InputError(f"{text} is a file; a model is a folder with config.json and model.safetensors")
-    if text.startswith((".", "/", "~")) or text.count("/") > 1 or (os.sep != "/" and os.sep in text):
-        raise InputError(f"no model folder at {text}", hint="check the path; a hub name looks like owner/name")
-    return None
+def head_of_checkpoint(checkpoint: Checkpoint) -> tuple[str | None, str]:
+    """Return which of `HEADS` a checkpoint has (None for another one), and what the model is, in words.
 
-
-def _read_config(name: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """Return config.json as written. Raises InputError when there is none, or when it is broken."""
-    folder = _folder(name)
-    if folder is not None:
-        path = folder / "config.json"
-        if not path.is_file():
-            raise InputError(f"{folder} has no config.json", hint="give a Hugging Face model folder")
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HFValidationError
-
+    The class that config.json names decides. Where it names none that is known, a head counts only if the file has
+    every weight of the library's class, and no other.
+    """
+    for suffix, head, title in ARCHITECTURES:
+        if checkpoint.architecture is not None and checkpoint.architecture.endswith(suffix):
+            return head, title
+    for head in ("sequence-classification", "masked-lm"):
         try:
-            path = Path(hf_hub_download(str(name), "config.json", revision=revision))
-        except HFValidationError as error:
-            raise InputError(f"{name!r} is neither a folder nor a hub name") from error
-        except Exception as error:
-            raise InputError(
-                f"{name!r} is no folder here, and the hub gave no such model ({type(error).__name__})",
-                hint="check the name and the network; HF_TOKEN for private models, HF_HUB_OFFLINE=0 to go online",
-            ) from error
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise InputError(f"{path} names no model_type", hint="give a Hugging Face model folder")
-    return config
+            skeleton = _skeleton(checkpoint, head)
+        except InputError:
+            continue
+        if not any(_differences(skeleton, checkpoint.tensors)):
+            return head, TITLES[head]
+    return "base", TITLES["base"]
 
 
-def _weight_files(name: str | Path, revision: str | None) -> list[Path]:
-    """Return the safetensors files of a model. Raises InputError when there are none, or when one is corrupt."""
-    from safetensors import SafetensorError, safe_open
-
-    folder = _folder(name)
-    if folder is None:
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-        except Exception as error:
-            raise InputError(f"cannot fetch {name!r} from the hub ({type(error).__name__})") from error
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        pickles = [p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
-        if pickles:
-            raise InputError(
-                f"{name} has its weights only as a pickle ({', '.join(sorted(pickles))}), which kdcli does not read",
-                hint="convert it to model.safetensors: load it in transformers and save_pretrained() it again",
-            )
-        raise InputError(f"{name} has no model.safetensors")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is not a readable safetensors file: {error}") from error
-    return files
+def has_head(name: str | Path, head: str, *, revision: str | None = None, trust_remote_code: bool = False) -> bool:
+    """True when a checkpoint has a trained head: one of `HEADS`; its body is there in any case."""
+    checkpoint = open_checkpoint(name, revision, any_family=trust_remote_code)
+    return head == "base" or head_of_checkpoint(checkpoint)[0] == head
 
 
-def _keys(files: list[Path]) -> set[str]:
-    from safetensors import safe_open
-
-    keys: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            keys |= set(tensors.keys())
-    return keys
-
-
-def has_head(name: str | Path, head: str, *, revision: str | None = None) -> bool:
-    """True when a checkpoint carries the weights of a head: one of `HEADS`."""
-    _known(_read_config(name, revision), name)
-    return _has_keys(_keys(_weight_files(name, revision)), head)
-
-
-def _has_keys(keys: set[str], head: str) -> bool:
-    return any(key.startswith(_HEAD_KEYS[head]) for key in keys)
-
-
-def head_of(model: "PreTrainedModel") -> str:
-    """Return which of `HEADS` stands on the body of `model`."""
-    if model.base_model is model:
-        return "base"
-    return "masked-lm" if type(model).__name__.endswith("ForMaskedLM") else "sequence-classification"
-
-
-def _known(config: dict[str, Any], name: str | Path) -> None:
-    family = config["model_type"]
-    if family == KDCLI_MODEL_TYPE and isinstance(config.get("kdcli"), dict):
-        family = config["kdcli"].get("base_model_type") or family
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise InputError(
-            f"{name} is of the family {family!r}, which kdcli does not know; known are {', '.join(sorted(FAMILIES))}",
-            hint="a family is one row of the table in kdcli/models/anatomy.py",
-        )
+def refusal_of_head(name: str | Path, head: str, *, revision: str | None = None) -> str:
+    """Return the sentence that says which head a checkpoint lacks, and what it has instead."""
+    purpose = {"sequence-classification": "classifying texts", "masked-lm": "predicting masked tokens"}[head]
+    title = head_of_checkpoint(open_checkpoint(name, revision, any_family=True))[1]
+    return f"{name} has no trained head for {purpose} (it is {title})"
 
 
 def load_config(name: str | Path) -> "PretrainedConfig":
     """Return a model's configuration without its weights; of kdcli's own folders that of the plain family."""
+    raw = read_config(name)
+    check_family(raw, name)
+    return _plain_config(raw, name)
+
+
+def _plain_config(raw: Mapping[str, Any], name: str | Path) -> "PretrainedConfig":
     from transformers import AutoConfig
 
-    raw = dict(_read_config(name))
-    _known(raw, name)
-    family = raw.pop("model_type")
-    if family == KDCLI_MODEL_TYPE:
-        family = raw.pop("kdcli")["base_model_type"]
-    return AutoConfig.for_model(family, **raw)
+    settings = {key: value for key, value in raw.items() if key not in ("model_type", "kdcli", *LOCAL)}
+    own = raw.get("kdcli")
+    family = own["base_model_type"] if raw["model_type"] == KDCLI_MODEL_TYPE and own else raw["model_type"]
+    names = settings.get("id2label")
+    try:
+        if isinstance(names, dict):
+            settings["id2label"] = {int(number): str(text) for number, text in names.items()}
+            settings["label2id"] = {text: number for number, text in settings["id2label"].items()}
+        config: PretrainedConfig = AutoConfig.for_model(family, **settings)
+    except Exception as error:
+        # What a broken config.json makes the library raise has no common type.
+        raise InputError(f"{name} cannot be loaded: {_reason(error)}") from error
+    if sorted(config.id2label or {}) != list(range(len(config.id2label or {}))):
+        raise InputError(f"{name}: id2label in its config.json does not number the classes from 0")
+    return config
+
+
+LOCAL = ("_name_or_path", "name_or_path", "local_files_only")
+"""What a configuration may say of the place that it was loaded from."""
 
 
 def load_model(
     name: str | Path,
     *,
+    task: str = "sequence-classification",
+    new_head: bool = False,
     num_labels: int | None = None,
     label_names: list[str] | None = None,
     problem_type: str | None = None,
-    task: str = "sequence-classification",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     """Load a model in eval mode and fp32: a hub name, a folder, a low-rank or an over-parameterised one.
 
-    A head that the checkpoint lacks is initialised freshly; anything else missing is an error.
-    Raises InputError when there is no such model, its files are broken, or its family is unknown.
+    task: which of `HEADS` it shall have. new_head: put a randomly initialised one on the body, with these labels.
+    Raises InputError when there is no such model, its files are broken or do not hold each of its weights, its family
+    is unknown, or when it has no such head and none was asked for.
     """
-    import transformers
-    from transformers import AutoConfig
+    checkpoint = open_checkpoint(name, revision, any_family=trust_remote_code)
+    given = {"num_labels": num_labels, "label_names": label_names, "problem_type": problem_type}
+    labels = {key: value for key, value in given.items() if value is not None}
+    if labels and not new_head:
+        raise ValueError("a trained head has labels of its own; others are for new_head=True")
+    if not new_head and task != "base" and head_of_checkpoint(checkpoint)[0] != task:
+        raise InputError(refusal_of_head(name, task, revision=revision), hint=NO_HEAD[task])
+    if trust_remote_code and "auto_map" in checkpoint.config:
+        return _load_remote(checkpoint, task, revision, new_head=new_head, labels=labels)
+    head = "base" if new_head else task
+    load = _load_plain if checkpoint.structure is None else _load_structured
+    model = load(checkpoint, head).eval()
+    anatomy_of(model.config)
+    return with_new_head(model, task, **labels) if new_head else model
 
-    raw = _read_config(name, revision)
-    if not trust_remote_code:
-        _known(raw, name)
-    files = _weight_files(name, revision)
-    changes: dict[str, Any] = {}
-    if num_labels is not None:
-        changes["num_labels"] = num_labels
-    if label_names is not None:
-        changes["id2label"] = dict(enumerate(label_names))
-        changes["label2id"] = {label: i for i, label in enumerate(label_names)}
-    if problem_type is not None:
-        changes["problem_type"] = problem_type
-    auto = getattr(transformers, HEADS[task])
-    if raw["model_type"] == KDCLI_MODEL_TYPE:
-        return _load_structured(name, raw, files, task, changes)
+
+NO_HEAD = {
+    "sequence-classification": "fine-tune it first: kdcli distill does, when it is the recipe's teacher",
+    "masked-lm": "name a masked language model, such as google-bert/bert-base-uncased",
+}
+
+
+def _config_of(checkpoint: Checkpoint) -> "PretrainedConfig":
+    config = _plain_config(checkpoint.config, checkpoint.name)
+    if config.pad_token_id is None:
+        config.pad_token_id = _padding_of(checkpoint.name)
+    return config
+
+
+def _padding_of(name: str | Path) -> int:
+    """Return the padding token of a model's own tokenizer, where its configuration names none."""
+    try:
+        number = load_tokenizer(name).pad_token_id
+    except InputError:
+        number = None
+    if number is None:
+        raise InputError(
+            f"{name}: config.json has no pad_token_id, and no tokenizer beside it has a padding token",
+            hint="write the tokenizer's into config.json",
+        )
+    return int(number)
+
+
+def _auto(head: str) -> Any:
+    import transformers
+
+    return getattr(transformers, HEADS[head])
+
+
+def _skeleton(checkpoint: Checkpoint, head: str) -> "PreTrainedModel":
+    """Return the model that a plain checkpoint's configuration describes, without memory for its weights.
+
+    It has as many outputs as the weights have. Raises InputError where config.json says another number, or cannot
+    be understood.
+    """
+    import torch
+
+    config = _config_of(checkpoint)
+    try:
+        with torch.device("meta"), quiet_transformers():
+            model = _bare(config, head, checkpoint.tensors)
+            if head == "sequence-classification" and _fit_outputs(model, checkpoint):
+                model = _bare(model.config, head, checkpoint.tensors)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{checkpoint.name} cannot be loaded: {_reason(error)}") from error
+    return model
+
+
+def _bare(config: "PretrainedConfig", head: str, tensors: Mapping[str, Stored]) -> "PreTrainedModel":
+    """Return a model of a configuration; a base model has a pooler only where its file has one."""
+    model: PreTrainedModel = _auto(head).from_config(config)
+    if head != "base" or any(_is_pooler(key) for key in tensors) or not (arguments := without_pooler(type(model))):
+        return model
+    return _auto(head).from_config(config, **arguments)
+
+
+def without_pooler(kind: type) -> dict[str, bool]:
+    """Return the arguments that make a base model of a class without a pooler; none where it has no pooler."""
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
+
+
+def _is_pooler(key: str) -> bool:
+    return ".pooler." in f".{key}"
+
+
+def _fit_outputs(model: "PreTrainedModel", checkpoint: Checkpoint) -> bool:
+    """Give the configuration of `model` the number of outputs that the file has; True where it had another one."""
+    key = f"{final_classifier_name(model)}.weight"
+    if key not in checkpoint.tensors:
+        return False
+    outputs = checkpoint.tensors[key].shape[0]
+    if outputs == model.config.num_labels:
+        return False
+    raw = checkpoint.config
+    if raw.get("id2label") is not None or raw.get("num_labels") is not None:
+        raise InputError(
+            f"{checkpoint.name}: the weights have {outputs} output{'s' * (outputs != 1)} ({key}), config.json says "
+            f"{model.config.num_labels}",
+            hint="correct id2label (or num_labels) in config.json",
+        )
+    model.config.num_labels = outputs
+    return True
+
+
+def _places(model: "PreTrainedModel", tensors: Mapping[str, Any]) -> dict[str, str]:
+    """Return the file's name for each tensor of `model`, by its name in the model; other heads are left out.
+
+    A body alone is found in a file with a head, too.
+    """
+    if model.base_model is not model:
+        return {key: key for key in tensors}
+    prefix = f"{model.base_model_prefix}."
+    inside = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
+    children = {name for name, _ in model.named_children()}
+    return inside or {key: key for key in tensors if key.partition(".")[0] in children}
+
+
+def _differences(
+    model: "PreTrainedModel", tensors: Mapping[str, Stored]
+) -> tuple[list[str], list[str], list[tuple[str, tuple[int, ...], tuple[int, ...]]]]:
+    """Return which weights of `model` a file lacks, which it has too many, and which have another shape there."""
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    places = _places(model, tensors)
+    given = set(places)
+    for one, other in model.all_tied_weights_keys.items():
+        # A tied weight needs to be there once, under either name.
+        if one in given or other in given:
+            given |= {one, other}
+    missing = [key for key in expected if key not in given]
+    surplus = [key for key in places if key not in expected and not _may_be_left(model, key)]
+    shapes = [
+        (key, tensors[place].shape, expected[key])
+        for key, place in places.items()
+        if key in expected and tensors[place].shape != expected[key]
+    ]
+    return missing, surplus, shapes
+
+
+def _may_be_left(model: "PreTrainedModel", key: str) -> bool:
+    """True for what a file may hold beside a model: tables of positions, poolers and heads that it does not use."""
+    if key.endswith(("position_ids", "token_type_ids")):
+        return True
+    if _is_pooler(key):
+        return getattr(model.base_model, "pooler", None) is None and not hasattr(model, "pooler")
+    children = {name for name, _ in model.named_children()}
+    return key.startswith(PRETRAINED[0]) or (key.startswith(PRETRAINED) and key.partition(".")[0] not in children)
+
+
+def _check_weights(model: "PreTrainedModel", checkpoint: Checkpoint) -> None:
+    """Raise InputError when a checkpoint has not exactly the weights of the model that its config.json describes."""
+    missing, surplus, shapes = _differences(model, checkpoint.tensors)
+    if missing:
+        raise InputError(
+            f"{checkpoint.name} is missing {_weights(missing)}",
+            hint="is it another model's file, or an over-parameterised one? kdcli folders keep their config.json",
+        )
+    if surplus:
+        raise InputError(
+            f"{checkpoint.name} has {_weights(surplus)} for which its config.json has no place",
+            hint="the configuration is another model's, or was changed: blocks, for example",
+        )
+    if shapes:
+        key, found, said = shapes[0]
+        raise InputError(f"{checkpoint.name}: {key} is {_by(found)}, and {_by(said)} by its config.json")
+
+
+def _weights(keys: list[str]) -> str:
+    return f"{len(keys)} weight{'s' * (len(keys) != 1)} (first: {keys[0]})"
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _load_plain(checkpoint: Checkpoint, head: str) -> "PreTrainedModel":
+    import torch
+
+    skeleton = _skeleton(checkpoint, head)
+    _check_weights(skeleton, checkpoint)
+    kind: Any = type(skeleton)
+    places = _places(skeleton, checkpoint.tensors)
+    state, expected = checkpoint.state(), skeleton.state_dict()
+    arguments = without_pooler(kind) if head == "base" and getattr(skeleton, "pooler", None) is None else {}
     with quiet_transformers():
         try:
-            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **changes)
-            model, report = auto.from_pretrained(
-                name,
-                config=config,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
+            model, report = kind.from_pretrained(
+                None,
+                config=skeleton.config,
+                state_dict={key: state[place] for key, place in places.items() if key in expected},
+                dtype=torch.float32,
+                output_loading_info=True,
+                **arguments,
+            )
+        except Exception as error:
+            raise InputError(f"{checkpoint.name} cannot be loaded: {_reason(error)}") from error
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    return model
+
+
+def _load_remote(
+    checkpoint: Checkpoint, head: str, revision: str | None, *, new_head: bool, labels: dict[str, Any]
+) -> "PreTrainedModel":
+    """Load a model by its own code, whose tensors only that code knows."""
+    import torch
+    from transformers import AutoConfig
+
+    changes = {key: value for key, value in labels.items() if key != "label_names"}
+    if names := labels.get("label_names"):
+        changes |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    code = {"revision": revision, "trust_remote_code": True}
+    with quiet_transformers():
+        try:
+            model, report = _auto(head).from_pretrained(
+                checkpoint.name,
+                config=AutoConfig.from_pretrained(checkpoint.name, **code, **changes),
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,
+                ignore_mismatched_sizes=new_head,
+                **code,
             )
         except Exception as error:
-            # What a broken config.json makes the library raise has no common type.
-            raise InputError(f"{name} cannot be loaded: {_reason(error)}") from error
-    _refuse_holes(name, model, report)
-    if not trust_remote_code:
-        anatomy_of(model.config)
+            raise InputError(f"{checkpoint.name} cannot be loaded: {_reason(error)}") from error
+    missing = sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
+    if new_head:
+        missing = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and not _is_pooler(key)]
+    if missing:
+        raise InputError(f"{checkpoint.name} is missing {_weights(missing)}")
     return model.eval()
 
 
@@ -215,74 +379,45 @@ def _reason(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _refuse_holes(name: str | Path, model: "PreTrainedModel", report: Any) -> None:
-    prefix = model.base_model_prefix + "."
-    missing = [key for key in report["missing_keys"] if key.startswith(prefix) and ".pooler." not in key]
-    if model.base_model is model:
-        missing = [key for key in report["missing_keys"] if "pooler" not in key]
-    if missing:
-        raise InputError(
-            f"{name} lacks {len(missing)} of the model's weights, such as {missing[0]}",
-            hint="is it another model's file, or an un-contracted one? kdcli folders keep their config.json",
-        )
-    mismatched = [key[0] if isinstance(key, tuple | list) else key for key in report.get("mismatched_keys", [])]
-    inside = [key for key in mismatched if key.startswith(prefix)]
-    if inside:
-        raise InputError(f"{name}: {inside[0]} has another shape than config.json says")
+def _load_structured(checkpoint: Checkpoint, head: str) -> "PreTrainedModel":
+    present = head_of_checkpoint(checkpoint)[0] or "base"
+    config = _config_of(checkpoint)
+    structure = checkpoint.structure
+    assert structure is not None
+    # A body is made with its own head, which is then left away: the structure is told by paths in the whole.
+    model = _restored(config, present, structure, checkpoint)
+    _check_weights(model, checkpoint)
+    model.load_state_dict(checkpoint.state(), strict=False)
+    return model.base_model if head == "base" else model  # type: ignore[return-value]
 
 
-def _load_structured(
-    name: str | Path, raw: dict[str, Any], files: list[Path], head: str, changes: dict[str, Any]
+def _restored(
+    config: "PretrainedConfig", head: str, structure: dict[str, Any], checkpoint: Checkpoint
 ) -> "PreTrainedModel":
-    import transformers
-    from safetensors.torch import load_model as load_weights
-    from transformers import AutoConfig
-
+    from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
     from kdcli.tensors.parametrize import restore_overparam
 
-    raw = dict(raw)
-    structure = dict(raw.pop("kdcli"))
-    raw.pop("model_type")
-    raw.update(changes)
-    family = structure.pop("base_model_type")
-    keys = _keys(files)
-    present = next((h for h in ("sequence-classification", "masked-lm") if _has_keys(keys, h)), "base")
     try:
-        config: PretrainedConfig = AutoConfig.for_model(family, **raw)
-        # Without its own head a headed checkpoint is loaded whole, and only its body is given.
-        model = getattr(transformers, HEADS[present if head == "base" else head]).from_config(config)
-        root = model.base_model if present == "base" else model
+        model = _bare(config, head, checkpoint.tensors)
         for path, rank in structure.get("low_rank", {}).items():
-            linear = root.get_submodule(path)
-            _replace(
-                root,
-                path,
-                LowRankLinear(linear.in_features, linear.out_features, rank, bias=linear.bias is not None),
-            )
+            linear: Any = model.get_submodule(path)
+            factors = LowRankLinear(linear.in_features, linear.out_features, rank, bias=linear.bias is not None)
+            _replace(model, path, factors)
         for path, rank in structure.get("low_rank_embeddings", {}).items():
-            table = root.get_submodule(path)
+            table: Any = model.get_submodule(path)
             _replace(
-                root,
+                model,
                 path,
                 LowRankEmbedding(table.num_embeddings, table.embedding_dim, rank, table.padding_idx),
             )
         if "overparam" in structure:
-            restore_overparam(root, structure["overparam"])
-        missing, strangers = load_weights(root, files[0], strict=False)
-        if present != "base" and head in (present, "base"):
-            holes, surplus = list(missing), list(strangers)
-        else:
-            body = "" if root is model.base_model else model.base_model_prefix + "."
-            holes = [key for key in missing if key.startswith(body) and ".pooler." not in f".{key}"]
-            surplus = [key for key in strangers if key.startswith(body) and ".pooler." not in f".{key}"]
-        if holes or surplus:
-            raise ValueError(f"its weights are not those of its config.json, such as {(holes or surplus)[0]}")
+            restore_overparam(model, structure["overparam"])
     except Exception as error:
-        raise InputError(f"{name} cannot be restored: {_reason(error)}") from error
-    return (model.base_model if head == "base" else model).eval()
+        raise InputError(f"{checkpoint.name} cannot be restored: {_reason(error)}") from error
+    return model
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def _replace(model: "nn.Module", path: str, module: "nn.Module") -> None:
     parent, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(parent), attribute, module)
 
@@ -291,7 +426,7 @@ def load_tokenizer(name: str | Path) -> Any:
     """Load the tokenizer of a folder or a hub name. Raises InputError when there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    folder = _folder(name)
+    folder = local_folder(name)
     if folder is not None and not any(
         (folder / file).exists()
         for file in (
@@ -309,7 +444,7 @@ def load_tokenizer(name: str | Path) -> Any:
         )
     with quiet_transformers():
         try:
-            config = _read_config(name) if folder is None or (folder / "config.json").exists() else {}
+            config = read_config(name) if folder is None or (folder / "config.json").exists() else {}
             if config.get("model_type") == KDCLI_MODEL_TYPE and folder is not None:
                 settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
                 import transformers
@@ -323,9 +458,14 @@ def load_tokenizer(name: str | Path) -> Any:
             raise InputError(f"the tokenizer of {name} cannot be loaded: {_reason(error)}") from error
 
 
-def check_tokenizer(model: "PreTrainedModel", tokenizer: Any, max_length: int | None = None) -> None:
-    """Raise InputError when the tokenizer can give ids, or up to `max_length` positions, without an embedding."""
-    check_vocabulary(model.config, tokenizer)
+def check_tokenizer(
+    model: Any, tokenizer: Any, max_length: int | None = None, *, where: str = "teacher.tokenizer"
+) -> None:
+    """Raise InputError when the tokenizer can give ids, or up to `max_length` positions, without an embedding.
+
+    model: anything with a `config`. where: what names the tokenizer, or the model that it belongs to.
+    """
+    check_vocabulary(model.config, tokenizer, where=where)
     positions = longest_input(model.config)
     if max_length is None or positions is None:
         return
@@ -339,17 +479,23 @@ def check_tokenizer(model: "PreTrainedModel", tokenizer: Any, max_length: int | 
         )
 
 
-def check_vocabulary(config: "PretrainedConfig", tokenizer: Any) -> None:
+def check_vocabulary(config: "PretrainedConfig", tokenizer: Any, *, where: str = "teacher.tokenizer") -> None:
     """Raise InputError when the tokenizer can give ids without an embedding, or none for padding."""
     rows = config.vocab_size
-    if len(tokenizer) > rows:
+    # The number of an added token may be beyond the count of tokens.
+    tokens = max([len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values())])
+    if tokens > rows:
         raise InputError(
-            f"the tokenizer has {len(tokenizer):,} tokens, but the model has embeddings for {rows:,}",
-            where="teacher.tokenizer",
+            f"the tokenizer has {tokens:,} tokens, but the model has embeddings for {rows:,}",
+            where=where,
             hint="use the tokenizer that the model was trained with",
         )
     if tokenizer.pad_token_id is None:
-        raise InputError("the tokenizer has no padding token", where="teacher.tokenizer")
+        raise InputError(
+            "the tokenizer has no padding token",
+            where=where,
+            hint="name it in tokenizer_config.json (pad_token), as it was in training",
+        )
 
 
 def check_same_tokens(tokenizer: Any, name: str | Path, where: str) -> None:
@@ -374,6 +520,11 @@ def check_same_tokens(tokenizer: Any, name: str | Path, where: str) -> None:
 
 
 def load_any(name: str | Path) -> "PreTrainedModel":
-    """Load a model with the head that its checkpoint has: a classifier, a language model's, or none."""
-    heads = ("sequence-classification", "masked-lm", "base")
-    return load_model(name, task=next(head for head in heads if has_head(name, head)))
+    """Load a model with the head that its checkpoint has: a classifier, a language model's, or none.
+
+    Raises InputError for a head that kdcli does not know.
+    """
+    head, title = head_of_checkpoint(open_checkpoint(name))
+    if head is None:
+        raise InputError(f"{name} is {title}; kdcli knows {', '.join(TITLES.values())}")
+    return load_model(name, task=head)

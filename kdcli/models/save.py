@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from kdcli.models.checkpoint import KDCLI_MODEL_TYPE
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
 from kdcli.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-KDCLI_MODEL_TYPE = "kdcli"
-"""The model type of a folder that only `kdcli.load_model` understands: a plain loader refuses it."""
 
 
 def structure_of(model: nn.Module) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 
 from kdcli.errors import InputError
 from kdcli.models.anatomy import FAMILIES
-from kdcli.models.load import HEADS
+from kdcli.models.heads import HEADS
 from kdcli.recipe.schema import ScratchSection
 
 if TYPE_CHECKING:

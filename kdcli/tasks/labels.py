@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from kdcli.errors import InputError
+from kdcli.models.classes import class_names_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -76,10 +77,17 @@ def places_of(labels: Collection[str], names: Sequence[str]) -> dict[str, int] |
     return None
 
 
-def class_names_of(config: "PretrainedConfig") -> list[str]:
-    """Return a model's class names in the order of its logits."""
-    names = config.id2label or {}
-    return [str(names[i]) for i in sorted(names)]  # type: ignore[index, type-var]
+def matching_order(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
+    """Return the place in a model's class `names` of each of the `wanted` ones; None where they are not the same.
+
+    A model with the library's own names is taken to have the wanted order.
+    """
+    if len(names) != len(wanted):
+        return None
+    found = places_of(wanted, names)
+    if found is not None and len(set(found.values())) == len(names):
+        return [found[label] for label in wanted]
+    return list(range(len(names))) if is_unnamed(names) else None
 
 
 def label_permutation(config: "PretrainedConfig", task: "Task") -> list[int] | None:
@@ -103,11 +111,9 @@ def label_permutation(config: "PretrainedConfig", task: "Task") -> list[int] | N
             where="teacher.model",
             hint="fine-tune it on this task: [teacher.finetune]",
         )
-    found = places_of(task.label_names, names)
-    if found is not None and len(set(found.values())) == len(names):
-        return [found[label] for label in task.label_names]
-    if is_unnamed(names):
-        return list(range(len(names)))
+    order = matching_order(names, task.label_names)
+    if order is not None:
+        return order
     hint = "name them in the model's order: teacher.labels = [...], with the task's words"
     if are_numbers_of(task.label_names, names):
         hint = (

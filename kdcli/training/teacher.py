@@ -18,8 +18,9 @@ from kdcli.errors import InputError
 from kdcli.files import atomic_folder, cache_dir, fingerprint, write_json
 from kdcli.machine import resolve_precision
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
+from kdcli.models.classes import check_single_label, name_classes, reorder_classes
 from kdcli.models.finite import NotFiniteError, at_fault, check_weights
-from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer
+from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer, refusal_of_head
 from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
 from kdcli.objectives.task import TaskObjective
@@ -38,7 +39,7 @@ from kdcli.training.hashing import hash_of_model, hash_of_tokenizer
 from kdcli.training.loop import LoopSettings
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -80,12 +81,12 @@ def needs_training(recipe: Recipe, source: str | None, head: str) -> bool:
     if section.scratch is not None or section.finetune not in (None, False):
         return True
     assert source is not None
-    if has_head(source, head, revision=section.revision):
+    if has_head(source, head, revision=section.revision, trust_remote_code=section.trust_remote_code):
         return False
     if section.finetune is False:
-        what = "masked-LM" if head == "masked-lm" else "classification"
         raise InputError(
-            f"{source} has no trained {what} head, and teacher.finetune = false forbids training one",
+            f"{refusal_of_head(source, head, revision=section.revision)}, and teacher.finetune = false forbids "
+            "training one",
             where="teacher.model",
             hint="give a fine-tuned model, or leave finetune out",
         )
@@ -132,20 +133,39 @@ def start_teacher(recipe: Recipe, task: Task, head: str, *, base: Path) -> Teach
         source = resolve_source(recipe.student.model, base)
     assert source is not None
     torch.manual_seed(seed_of(recipe))
-    # A trained head keeps its own classes, to be matched with the task's; a new one has the task's.
-    labels = label_options(task) if trains or section.black_box else {}
-    model = load_model(
-        source, task=head, revision=section.revision, trust_remote_code=section.trust_remote_code, **labels
-    )
+    model = _with_head(recipe, task, source, head)
     tokenizer = load_tokenizer(resolve_source(section.tokenizer, base) if section.tokenizer else source)
     check_tokenizer(model, tokenizer, recipe.task.max_length)
     _check_numbers(model, "student.model" if section.black_box else "teacher.model")
     if section.black_box:
         return TeacherStart(model, tokenizer, "a black box", known=False)
-    if not trains and task.kind != "text":
-        _align(model, task, section.labels)
     path = Path(source) if not trains and Path(source).exists() else None
     return TeacherStart(model, tokenizer, section.model or source, path, trains=trains)
+
+
+def _with_head(recipe: Recipe, task: Task, source: str, head: str) -> "PreTrainedModel":
+    """Return a teacher with the head that its file has, its classes in the task's order, or else with a new one.
+
+    A new one has a teacher that is to be fine-tuned and has none, or one for other classes; and a black box, of which
+    only the names of the classes are asked.
+    """
+    section = recipe.teacher
+    load = partial(
+        load_model, source, task=head, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    if not section.black_box and has_head(
+        source, head, revision=section.revision, trust_remote_code=section.trust_remote_code
+    ):
+        model = load()
+        try:
+            if task.kind != "text":
+                check_single_label(model.config, section.model or source, "teacher.model")
+                _align(model, task, section.labels)
+            return model
+        except InputError:
+            if section.finetune in (None, False):
+                raise
+    return load(new_head=True, **label_options(task))
 
 
 def _check_numbers(model: "PreTrainedModel", where: str) -> None:
@@ -380,28 +400,10 @@ def _align(model: "PreTrainedModel", task: Task, names: list[str] | None) -> Non
     if names is not None:
         name_classes(model.config, names, "teacher.labels")
     permutation = label_permutation(model.config, task)
-    if permutation is not None and permutation != list(range(len(permutation))):
-        head = final_classifier(model)
-        order = torch.tensor(permutation)
-        with torch.no_grad():
-            head.weight.copy_(head.weight[order].clone())
-            if head.bias is not None:
-                head.bias.copy_(head.bias[order].clone())
+    if permutation is not None:
+        reorder_classes(model, permutation)
     if task.kind == "classification":
-        model.config.id2label = dict(enumerate(task.label_names))
-        model.config.label2id = {name: i for i, name in enumerate(task.label_names)}
-
-
-def name_classes(config: "PretrainedConfig", names: list[str], where: str) -> None:
-    """Give a model's classes names, in place. Raises InputError when there are not as many."""
-    if len(names) != config.num_labels:
-        raise InputError(
-            f"{len(names)} names, but the model has {config.num_labels} classes",
-            where=where,
-            hint="name all of them, in the model's order",
-        )
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: i for i, name in enumerate(names)}
+        name_classes(model.config, task.label_names, "task.labels")
 
 
 def align_labels(model: Any, task: Task) -> Any:
@@ -422,16 +424,3 @@ def align_labels(model: Any, task: Task) -> Any:
         return output
 
     return permuted
-
-
-def final_classifier(model: "PreTrainedModel") -> nn.Linear:
-    """Return the linear layer that gives the logits."""
-    classes = model.config.num_labels
-    heads = [
-        module
-        for name, module in model.named_modules()
-        if name.startswith("classifier") and isinstance(module, nn.Linear) and module.out_features == classes
-    ]
-    if not heads:
-        raise InputError(f"{type(model).__name__} has no linear classifier at its end")
-    return heads[-1]

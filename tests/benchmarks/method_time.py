@@ -60,7 +60,8 @@ class World:
         torch.manual_seed(0)
         self.bf16 = bf16
         self.tokenizer = load_tokenizer(encoder())
-        self.teacher = load_model(encoder(), task=head, **({} if kind == "text" else {"num_labels": 2}))
+        labels = {} if kind == "text" else {"num_labels": 2, "new_head": True}
+        self.teacher = load_model(encoder(), task=head, **labels)
         self.task = load_task(TaskSection(name="reviews", train_samples=4 * batch), EvaluateSection(), base=Path())
         # Sentences joined until they fill the sequence: no padding, so that FLOPs are what they seem.
         text = " ".join(list(self.task.train["text"]) * 40)

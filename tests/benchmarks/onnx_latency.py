@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    model, tokenizer = load_model(encoder(), num_labels=2), load_tokenizer(encoder())
+    model, tokenizer = load_model(encoder(), new_head=True, num_labels=2), load_tokenizer(encoder())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "onnx"
         export_onnx(model.eval(), tokenizer, path)

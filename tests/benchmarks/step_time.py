@@ -22,7 +22,7 @@ from kdcli.tensors.parametrize import overparameterise
 
 
 def build(over: bool) -> tuple[Any, torch.optim.Optimizer]:
-    model = load_model(encoder(), num_labels=2)
+    model = load_model(encoder(), new_head=True, num_labels=2)
     if over:
         overparameterise(model, OverparamSection(length=3, svd_dtype="float32"))
     return model.train(), torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)

@@ -43,7 +43,7 @@ def main() -> None:
 
     def epoch(to_full_length: bool) -> tuple[float, float]:
         torch.manual_seed(0)
-        model = load_model(encoder(), num_labels=2).train()
+        model = load_model(encoder(), new_head=True, num_labels=2).train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

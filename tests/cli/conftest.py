@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from families import tiny, tokenizer
+from transformers import AutoModelForTokenClassification
 
 from kdcli.cli.app import run
 from kdcli.models.save import save_model
@@ -39,6 +40,8 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "unnamed": partial(tiny, "bert"),
     "strangers": partial(tiny, "bert", id2label={0: "ham", 1: "spam"}, label2id={"ham": 0, "spam": 1}),
     "regressor": partial(tiny, "bert", labels=1, problem_type="regression"),
+    "multi-label": partial(tiny, "bert", **NAMED, problem_type="multi_label_classification"),
+    "tagger": lambda: AutoModelForTokenClassification.from_config(tiny("roberta", **NAMED).config),
     "headless": lambda: tiny("bert").base_model,
     "narrow": partial(tiny, "bert", **NAMED, vocab_size=100),
     "prime": partial(tiny, "bert", **NAMED, hidden=116),

@@ -525,7 +525,7 @@ def safetensors_header_only(world: World) -> list[str]:
     return ["distill", world.recipe()]
 
 
-@case("only as a pickle", "pytorch_model.bin", "convert it")
+@case("only as a pickle", "pytorch_model.bin", "kdcli convert")
 def a_pickle_only(world: World) -> list[str]:
     folder = world.model()
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -533,7 +533,7 @@ def a_pickle_only(world: World) -> list[str]:
     return ["distill", world.recipe()]
 
 
-@case("lacks 1 of the model's weights", "layer.1.attention.self.query.weight")
+@case("is missing 1 weight", "layer.1.attention.self.query.weight")
 def a_weight_missing(world: World) -> list[str]:
     folder = world.model()
     tensors = load_file(folder / "model.safetensors")
@@ -542,13 +542,13 @@ def a_weight_missing(world: World) -> list[str]:
     return ["distill", world.recipe()]
 
 
-@case("another shape than config.json says")
+@case("by its config.json")
 def weights_of_another_width(world: World) -> list[str]:
     edit_config(world.model(), hidden_size=64)
     return ["distill", world.recipe()]
 
 
-@case("un-contracted", "kdcli folders keep their config.json")
+@case("over-parameterised", "kdcli folders keep their config.json")
 def chains_under_a_plain_configuration(world: World) -> list[str]:
     folder = world.model("chains")
     (folder / "config.json").write_bytes((world.model_folder("teacher") / "config.json").read_bytes())
@@ -573,6 +573,51 @@ def regression_teacher_for_classes(world: World) -> list[str]:
     return ["distill", world.recipe()]
 
 
+@case("teacher.model", "teacher is a multi-label model", "single-label classification and regression")
+def multi_label_teacher(world: World) -> list[str]:
+    world.model("multi-label")
+    return ["distill", world.recipe()]
+
+
+@case("teacher.model", "no trained head for classifying texts (it is a token classifier)", "finetune = false")
+def token_classifier_that_must_not_be_trained(world: World) -> list[str]:
+    world.model("tagger")
+    return ["distill", world.recipe(teacher={"finetune": False})]
+
+
+@case("teacher", "the weights have 2 outputs (classifier.weight), config.json says 3", "id2label")
+def more_names_than_the_teacher_has_outputs(world: World) -> list[str]:
+    edit_config(world.model(), id2label={"0": "no", "1": "yes", "2": "maybe"})
+    return ["distill", world.recipe()]
+
+
+@case("teacher has 16 weights", "layer.1", "for which its config.json has no place")
+def fewer_blocks_in_the_configuration_than_in_the_weights(world: World) -> list[str]:
+    edit_config(world.model(), num_hidden_layers=1)
+    return ["distill", world.recipe()]
+
+
+@case("student.model", "ham, spam", "no, yes")
+def student_checkpoint_of_other_classes(world: World) -> list[str]:
+    world.model()
+    world.model("strangers", "start")
+    return ["distill", world.recipe("student", student={"form": "checkpoint", "model": "start"})]
+
+
+@case("student.model", "1 output", "the task has 2")
+def student_checkpoint_of_a_regression(world: World) -> list[str]:
+    world.model()
+    world.model("regressor", "start")
+    return ["distill", world.recipe("student", student={"form": "checkpoint", "model": "start"})]
+
+
+@case("student.model", "start is a multi-label model")
+def student_checkpoint_with_several_labels(world: World) -> list[str]:
+    world.model()
+    world.model("multi-label", "start")
+    return ["distill", world.recipe("student", student={"form": "checkpoint", "model": "start"})]
+
+
 @case("teacher.model", "regression", "2 outputs")
 def classifying_teacher_for_numbers(world: World) -> list[str]:
     world.model()
@@ -580,7 +625,7 @@ def classifying_teacher_for_numbers(world: World) -> list[str]:
     return ["distill", world.recipe(task={"data": rows})]
 
 
-@case("no trained classification head", "finetune = false")
+@case("no trained head for classifying texts (it is a base model)", "finetune = false")
 def a_base_model_that_must_not_be_trained(world: World) -> list[str]:
     world.model("headless")
     return ["distill", world.recipe(teacher={"finetune": False})]
@@ -766,14 +811,52 @@ def batch_sizes_that_are_no_numbers(world: World) -> list[str]:
     return ["export", str(world.model()), "--onnx", "--out", "served", "--batch-sizes", "1,none"]
 
 
-@case("no trained classification head", "headless")
+@case("headless has no trained head for classifying texts (it is a base model)")
 def export_of_a_base_model(world: World) -> list[str]:
     return ["export", str(world.model("headless", "headless")), "--onnx", "--out", "served", "--no-latency"]
 
 
-@case("no trained classification head", "headless")
+@case("headless has no trained head for classifying texts (it is a base model)")
 def eval_of_a_base_model(world: World) -> list[str]:
     return ["eval", str(world.model("headless", "headless")), "--task", "reviews"]
+
+
+@case("tagger has no trained head for classifying texts (it is a token classifier)")
+def export_of_a_token_classifier(world: World) -> list[str]:
+    return ["export", str(world.model("tagger", "tagger")), "--onnx", "--out", "served", "--no-latency"]
+
+
+@case("tagger has no trained head for classifying texts (it is a token classifier)")
+def eval_of_a_token_classifier(world: World) -> list[str]:
+    return ["eval", str(world.model("tagger", "tagger")), "--task", "reviews"]
+
+
+@case("MODEL", "is a multi-label model")
+def eval_of_a_multi_label_model(world: World) -> list[str]:
+    return ["eval", str(world.model("multi-label", "many")), "--data", "rows.csv", "--text", "text"]
+
+
+@case("MODEL", "is a multi-label model")
+def export_of_a_multi_label_model(world: World) -> list[str]:
+    return ["export", str(world.model("multi-label", "many")), "--onnx", "--out", "served", "--no-latency"]
+
+
+@case("MODEL", "190 tokens", "embeddings for 100")
+def eval_with_the_tokenizer_of_another_model(world: World) -> list[str]:
+    return ["eval", str(world.model("narrow", "narrow")), "--data", "rows.csv", "--text", "text"]
+
+
+@case("MODEL", "190 tokens", "embeddings for 100")
+def export_with_the_tokenizer_of_another_model(world: World) -> list[str]:
+    return ["export", str(world.model("narrow", "narrow")), "--onnx", "--out", "served", "--no-latency"]
+
+
+@case("MODEL", "no padding token", "tokenizer_config.json")
+def eval_without_a_padding_token(world: World) -> list[str]:
+    path = world.model("teacher", "mute") / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in settings.items() if key != "pad_token"}))
+    return ["eval", "./mute", "--data", "rows.csv", "--text", "text"]
 
 
 @case("--task", "which task", "give --task NAME")

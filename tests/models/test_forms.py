@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import NAMES, tiny, tokenizer
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
 
 from kdcli.errors import InputError
 from kdcli.methods import registry
@@ -229,26 +229,59 @@ def test_a_low_rank_student_leaves_the_teacher_alone(family: str):
     assert same(teacher.state_dict(), before)
 
 
-def test_a_checkpoint_student_keeps_its_weights_and_takes_the_teachers_labels(tmp_path: Path):
-    teacher = tiny("bert", layers=3, labels=3, id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})
+ABC = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+
+
+@pytest.mark.parametrize("kind", ["base", "token classifier"])
+def test_a_checkpoint_without_a_trained_head_keeps_its_body_and_gets_the_teachers_labels(kind: str, tmp_path: Path):
+    teacher = tiny("bert", layers=3, labels=3, **ABC)
     checkpoint = tiny("bert", layers=1, seed=1)
-    save_model(checkpoint, tmp_path, tokenizer())
+    other = checkpoint.bert if kind == "base" else AutoModelForTokenClassification.from_config(teacher.config)
+    save_model(other, tmp_path, tokenizer())
     section = StudentSection(form="checkpoint", model=str(tmp_path))
     build = build_student(teacher, section, seed=5)
     assert build.teacher_layers is None
     assert build.model.config.id2label == {0: "a", 1: "b", 2: "c"}
-    assert same(build.model.bert.state_dict(), checkpoint.bert.state_dict())
+    body = {key: value for key, value in other.base_model.state_dict().items() if "pooler" not in key}
+    state = build.model.bert.state_dict()
+    assert len(body) > 20 and all(torch.equal(value, state[key]) for key, value in body.items())
     assert build.model.classifier.weight.shape == (3, 32)
     again = build_student(teacher, section, seed=5)
     assert torch.equal(build.model.classifier.weight, again.model.classifier.weight)
 
 
-def test_a_checkpoint_student_with_as_many_labels_keeps_its_head(tmp_path: Path):
+@pytest.mark.parametrize("family", NAMES)
+def test_a_checkpoints_trained_head_is_put_into_the_teachers_order_by_its_names(family: str, tmp_path: Path):
+    teacher = tiny("bert", labels=3, **ABC)
+    names = ["C", "a", "b"]
+    checkpoint = tiny(family, layers=1, seed=1, labels=3, id2label=dict(enumerate(names)))
+    save_model(checkpoint, tmp_path)
+    student = build_student(teacher, StudentSection(form="checkpoint", model=str(tmp_path)), seed=0).model
+    assert torch.equal(probe(student), probe(checkpoint)[:, [1, 2, 0]])
+    assert student.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_a_checkpoint_with_the_librarys_own_names_is_taken_to_have_the_teachers_order(tmp_path: Path):
     checkpoint = tiny("distilbert", layers=1, seed=1)
     save_model(checkpoint, tmp_path)
     section = StudentSection(form="checkpoint", model=str(tmp_path))
     student = build_student(tiny("bert"), section, seed=0).model
     assert torch.equal(probe(student), probe(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, r"has 2 outputs \(LABEL_0, LABEL_1\), the task has 3 \(a, b, c\)"),
+        ({"labels": 3, "id2label": {0: "x", 1: "b", 2: "c"}}, r"\(x, b, c\) are not the task's labels \(a, b, c\)"),
+        ({"labels": 3, "problem_type": "multi_label_classification"}, "is a multi-label model"),
+    ],
+)
+def test_a_checkpoint_whose_classes_are_not_the_teachers_is_refused(settings: dict, words: str, tmp_path: Path):
+    save_model(tiny("bert", layers=1, **settings), tmp_path)
+    with pytest.raises(InputError, match=words) as caught:
+        build_student(tiny("bert", labels=3, **ABC), StudentSection(form="checkpoint", model=str(tmp_path)), seed=0)
+    assert caught.value.where == "student.model" and caught.value.hint
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path: Path):

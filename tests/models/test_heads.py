@@ -8,8 +8,7 @@ from families import NAMES, tiny
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from kdcli.models.forms import build_student
-from kdcli.models.heads import reinitialise, with_classifier
-from kdcli.models.load import head_of
+from kdcli.models.heads import head_of, reinitialise, with_classifier
 from kdcli.models.lowrank import LowRankLinear
 from kdcli.recipe.schema import StudentSection
 

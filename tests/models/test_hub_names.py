@@ -69,7 +69,7 @@ def test_a_cached_model_loads_by_name_without_a_network(folder: Path, expected: 
     (cached / "snapshots" / COMMIT).symlink_to(folder)
     found = load_by_name(tmp_path, NAME, "some-owner/unknown", HF_HUB_OFFLINE="1")
     assert found[NAME] == expected
-    assert "'some-owner/unknown' is no folder here, and the hub gave no such model" in found["some-owner/unknown"]
+    assert "'some-owner/unknown' not found: no local folder and no such hub repository" in found["some-owner/unknown"]
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -146,6 +146,6 @@ def test_a_model_is_fetched_by_name_and_no_pickle_with_it(
     finally:
         (folder / "pytorch_model.bin").unlink()
     assert found[NAME] == expected, log
-    assert "the hub gave no such model (RepositoryNotFoundError)" in found["some-owner/unknown"]
+    assert "no such hub repository (RepositoryNotFoundError)" in found["some-owner/unknown"]
     assert any(line.startswith("GET") and line.endswith("model.safetensors") for line in log)
     assert not any("pytorch_model.bin" in line for line in log if line.startswith("GET"))

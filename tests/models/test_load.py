@@ -114,12 +114,14 @@ def test_half_precision_weights_are_loaded_as_fp32(tmp_path: Path):
     assert torch.equal(loaded.bert.embeddings.word_embeddings.weight, model.bert.embeddings.word_embeddings.weight)
 
 
-def test_a_base_model_gets_a_fresh_head_of_the_wanted_size(tmp_path: Path):
+def test_a_base_model_gets_a_new_head_of_the_wanted_size_only_where_one_is_asked_for(tmp_path: Path):
     model = tiny("bert")
     save_model(model.bert, tmp_path)
     assert not has_head(tmp_path, "sequence-classification")
+    with pytest.raises(InputError, match=r"no trained head for classifying texts \(it is a base model\)"):
+        load_model(tmp_path)
     torch.manual_seed(0)
-    loaded = load_model(tmp_path, num_labels=3, label_names=["a", "b", "c"])
+    loaded = load_model(tmp_path, new_head=True, num_labels=3, label_names=["a", "b", "c"])
     assert loaded.classifier.weight.shape == (3, 32) and class_names_of(loaded.config) == ["a", "b", "c"]
     state = model.bert.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in loaded.bert.state_dict().items())
@@ -127,12 +129,17 @@ def test_a_base_model_gets_a_fresh_head_of_the_wanted_size(tmp_path: Path):
     assert bare.base_model is bare and bare.config.model_type == "bert"
 
 
-def test_a_head_of_another_size_is_replaced_and_one_of_the_same_size_kept(folder: Path):
+def test_a_trained_head_is_kept_and_replaced_only_where_a_new_one_is_asked_for(folder: Path):
     assert has_head(folder, "sequence-classification")
-    assert load_model(folder, num_labels=5).classifier.weight.shape == (5, 32)
-    kept = load_model(folder, num_labels=2, label_names=["x", "y"])
-    assert torch.equal(kept.classifier.weight, tiny("bert").classifier.weight)
+    assert torch.equal(probe(load_model(folder)), probe(tiny("bert")))
     assert torch.equal(probe(load_any(folder)), probe(tiny("bert")))
+    for labels in (2, 5):
+        new = load_model(folder, new_head=True, num_labels=labels)
+        assert new.classifier.weight.shape == (labels, 32)
+        assert torch.equal(new.bert.pooler.dense.weight, tiny("bert").bert.pooler.dense.weight)
+        assert not torch.equal(new.classifier.weight[:2], tiny("bert").classifier.weight)
+    with pytest.raises(ValueError, match="labels of its own"):
+        load_model(folder, num_labels=5)
 
 
 def test_the_real_encoder_loads_and_is_no_classifier(encoder: Path):
@@ -196,12 +203,23 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
         (overwrite("model.safetensors", b""), "not a readable safetensors file"),
         (overwrite("model.safetensors", b"\x00" * 64), "not a readable safetensors file"),
         (cut_in_half, "not a readable safetensors file"),
-        (change_weights(lambda state: state.pop(QUERY)), f"lacks 1 of the model's weights, such as {QUERY}"),
-        (change_weights(dict.clear), "lacks .* of the model's weights"),
-        (change_weights(lambda state: state.pop("bert.embeddings.LayerNorm.bias")), "lacks 1"),
-        (change_weights(lambda state: state.update({QUERY: torch.zeros(8, 8)})), "another shape than config"),
-        (change_config(hidden_size=48, intermediate_size=96), "another shape than config"),
-        (change_config(num_hidden_layers=3), "lacks 16 of the model's weights"),
+        (change_weights(lambda state: state.pop(QUERY)), rf"is missing 1 weight \(first: {QUERY}\)"),
+        (change_weights(dict.clear), r"is missing \d+ weights"),
+        (change_weights(lambda state: state.pop("bert.embeddings.LayerNorm.bias")), "is missing 1 weight "),
+        (change_weights(lambda state: state.update({QUERY: torch.zeros(8, 8)})), "is 8 x 8, and 32 x 32 by its config"),
+        (
+            change_config(hidden_size=48, intermediate_size=96),
+            "48.* by its config",
+        ),
+        (change_config(num_hidden_layers=3), "is missing 16 weights"),
+        (change_config(num_hidden_layers=1), r"has 16 weights \(first: bert.encoder.layer.1.* no place"),
+        (change_weights(lambda state: state.update(extra=torch.zeros(3))), r"has 1 weight \(first: extra\)"),
+        (change_weights(lambda state: state.pop("bert.pooler.dense.weight")), "is missing 1 weight .*pooler"),
+        (change_weights(lambda state: state.pop("classifier.bias")), "is missing 1 weight .*classifier.bias"),
+        (change_weights(lambda state: state.pop("classifier.weight")), "is missing 1 weight .*classifier.weight"),
+        (change_config(id2label={"0": "a", "1": "b", "2": "c"}), "weights have 2 outputs .*, config.json says 3"),
+        (change_config(id2label=["no", "yes"]), "id2label is an array"),
+        (change_config(id2label={"0": "no", "2": "yes"}), "does not number the classes from 0"),
         (change_config(num_attention_heads=5), "cannot be loaded"),
         (change_config(num_hidden_layers="two"), "cannot be loaded: .*num_hidden_layers.*expected int"),
         (change_config(num_attention_heads=0), "cannot be loaded"),
@@ -218,16 +236,16 @@ def test_a_broken_folder_says_what_is_wrong(folder: Path, spoil: Callable[[Path]
     ("spoil", "words"),
     [
         (cut_in_half, "not a readable safetensors file"),
-        (change_weights(lambda state: state.pop(QUERY.replace(".weight", ".up.weight"))), "cannot be restored"),
-        (change_weights(lambda state: state.update(other=torch.zeros(1))), "cannot be restored"),
-        (change_config(hidden_size=48), "cannot be restored"),
+        (change_weights(lambda state: state.pop(QUERY.replace(".weight", ".up.weight"))), "is missing 1 weight "),
+        (change_weights(lambda state: state.update(other=torch.zeros(1))), "has 1 weight .* no place"),
+        (change_config(hidden_size=48), "by its config"),
         (change_config(kdcli={"base_model_type": "gpt2"}), "family 'gpt2'"),
         (change_config(kdcli={}), "family 'kdcli'"),
         (change_config(kdcli=None), "family 'kdcli'"),
         (change_config(kdcli={"base_model_type": ["bert"]}), "which kdcli does not know"),
         (change_config(kdcli={"base_model_type": "bert", "low_rank": [1]}), "cannot be restored"),
         (change_config(kdcli={"base_model_type": "bert", "low_rank": {"bert.nothing": 3}}), "cannot be restored"),
-        (change_config(kdcli={"base_model_type": "bert"}), "cannot be restored"),
+        (change_config(kdcli={"base_model_type": "bert"}), "is missing 24 weights"),
     ],
 )
 def test_a_broken_low_rank_folder_says_what_is_wrong(tmp_path: Path, spoil: Callable[[Path], object], words: str):
@@ -255,7 +273,7 @@ def test_weights_in_several_files_are_read_and_a_missing_one_is_noticed(tmp_path
         ("/no/such/folder", "no model folder at"),
         ("~/no/such/folder", "no model folder at"),
         ("a/b/c", "no model folder at"),
-        ("owner/no-such-model", "no folder here, and the hub gave no such model"),
+        ("owner/no-such-model", "no local folder and no such hub repository"),
         ("no spaces allowed", "neither a folder nor a hub name"),
     ],
 )

@@ -360,10 +360,10 @@ def test_a_model_without_the_head_may_not_go_untrained(folder: Path, kind: str):
     (folder / "words.txt").write_text("\n\n".join(reviews()["train"]["text"][:60]))
     task = {"type": "text", "data": "words.txt", "validation_samples": None} if kind == "text" else {}
     recipe = recipe_of(task=task, teacher={"finetune": False})
-    with pytest.raises(InputError, match=r"no trained .* head, and teacher\.finetune = false") as caught:
+    with pytest.raises(InputError, match=r"no trained head for .*, and teacher\.finetune = false") as caught:
         make(folder, recipe, head="masked-lm" if kind == "text" else CLASSIFIER)
     assert caught.value.where == "teacher.model"
-    assert ("masked-LM" if kind == "text" else "classification") in caught.value.message
+    assert ("masked tokens" if kind == "text" else "classifying texts") in caught.value.message
 
 
 def test_a_black_box_lends_the_students_start_and_is_not_trained(tmp_path: Path, own_cache: Path):

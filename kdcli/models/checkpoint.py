@@ -1,0 +1,241 @@
+"""What the files of a checkpoint say before any weight is read: family, architecture, tensors and their types."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kdcli.errors import InputError
+from kdcli.models.anatomy import FAMILIES
+
+KDCLI_MODEL_TYPE = "kdcli"
+"""The model type of a folder that holds factors or chains in place of matrices."""
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Floating-point types of a safetensors file, and PyTorch's names of them."""
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: its type as safetensors names it, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's configuration as written, and the tensors of its files by their names of today."""
+
+    name: str
+    config: Mapping[str, Any]
+    files: tuple[Path, ...]
+    tensors: Mapping[str, Stored]
+
+    @property
+    def structure(self) -> dict[str, Any] | None:
+        """What of the model differs from its plain architecture; None for a plain folder."""
+        return dict(self.config["kdcli"]) if self.config["model_type"] == KDCLI_MODEL_TYPE else None
+
+    @property
+    def architecture(self) -> str | None:
+        """The class that the model was saved from, as config.json says."""
+        names = self.config.get("architectures")
+        return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+    @cached_property
+    def dtype(self) -> str:
+        """The type that most of the weights are stored in, by PyTorch's name: "float32", "bfloat16", ..."""
+        counts: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            if tensor.dtype in DTYPES:
+                size = 1
+                for length in tensor.shape:
+                    size *= length
+                counts[tensor.dtype] += size
+        return DTYPES[counts.most_common(1)[0][0]] if counts else "float32"
+
+    def state(self) -> dict[str, Any]:
+        """Return all tensors, by their names of today."""
+        from safetensors import safe_open
+
+        state = {}
+        for file in self.files:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118
+                    # A tensor in the file's own memory may lie at an odd address, which changes a sum's last bits.
+                    state[_todays(key)] = tensors.get_tensor(key).clone()
+        return state
+
+
+def _todays(key: str) -> str:
+    """Return a tensor's name, where an old checkpoint has one that the library no longer uses."""
+    return key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def local_folder(name: str | Path) -> Path | None:
+    """Return the folder that `name` means, or None for a hub name. Raises InputError for a broken path."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    text = str(name)
+    if path.exists():
+        raise InputError(f"{text} is a file; a model is a folder with config.json and model.safetensors")
+    if text.startswith((".", "/", "~")) or text.count("/") > 1 or (os.sep != "/" and os.sep in text):
+        raise InputError(f"no model folder at {text}", hint="check the path; a hub name looks like owner/name")
+    return None
+
+
+def read_config(name: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """Return config.json as written. Raises InputError when there is none, or when it is broken."""
+    folder = local_folder(name)
+    if folder is not None:
+        path = folder / "config.json"
+        _refuse_adapter(folder)
+        if not path.is_file():
+            raise InputError(f"{folder} has no config.json", hint=_nested(folder) or "give a Hugging Face model folder")
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            path = Path(hf_hub_download(str(name), "config.json", revision=revision))
+        except HFValidationError as error:
+            raise InputError(f"{name!r} is neither a folder nor a hub name") from error
+        except Exception as error:
+            raise InputError(
+                f"model {str(name)!r} not found: no local folder and no such hub repository ({type(error).__name__})",
+                hint="check the name and the network; HF_TOKEN for private models, HF_HUB_OFFLINE=0 to go online",
+            ) from error
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise InputError(f"{path} names no model_type", hint="give a Hugging Face model folder")
+    if isinstance(config.get("id2label"), list):
+        raise InputError(
+            f"{path}: id2label is an array, where the library reads a table",
+            hint='write it as {"0": "first class", "1": "second class", ...}',
+        )
+    return config
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file() and not (folder / SINGLE).exists():
+        raise InputError(
+            f"{folder} is a PEFT adapter, not a whole model",
+            hint="merge it into its base model with peft: AutoPeftModelForSequenceClassification.from_pretrained("
+            "FOLDER).merge_and_unload().save_pretrained(OUT)",
+        )
+
+
+def _nested(folder: Path) -> str | None:
+    """Return where the transformer of a sentence-transformers folder of the old layout is."""
+    inner = next((path for path in sorted(folder.glob("*_Transformer")) if (path / "config.json").is_file()), None)
+    return f"it is a sentence-transformers folder of the old layout: give {inner}" if inner is not None else None
+
+
+def check_family(config: Mapping[str, Any], name: str | Path) -> None:
+    """Raise InputError when a configuration is of a family that kdcli does not know."""
+    family = config["model_type"]
+    if family == KDCLI_MODEL_TYPE and isinstance(config.get("kdcli"), dict):
+        family = config["kdcli"].get("base_model_type") or family
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise InputError(
+            f"{name} is of the family {family!r}, which kdcli does not know; known are {', '.join(sorted(FAMILIES))}",
+            hint="a family is one row of the table in kdcli/models/anatomy.py",
+        )
+
+
+def open_checkpoint(name: str | Path, revision: str | None = None, *, any_family: bool = False) -> Checkpoint:
+    """Return what a folder or a hub name holds. Reads headers, no weights.
+
+    any_family: for a model that brings its own code.
+    Raises InputError when there is no such model, its family is unknown or a file is broken.
+    """
+    config = read_config(name, revision)
+    if not any_family:
+        check_family(config, name)
+    files = _weight_files(name, revision)
+    return Checkpoint(str(name), config, tuple(files), _tensors(files))
+
+
+def _weight_files(name: str | Path, revision: str | None) -> list[Path]:
+    """Return the safetensors files of a model. Raises InputError when there are none, or one lies elsewhere."""
+    folder = local_folder(name)
+    if folder is None:
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        except Exception as error:
+            raise InputError(f"cannot fetch {name!r} from the hub ({type(error).__name__})") from error
+    if (folder / SINGLE).is_file():
+        return [_inside(folder, SINGLE, SINGLE)]
+    if (folder / INDEX).is_file():
+        return _indexed(folder)
+    pickles = [p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
+    if pickles:
+        raise InputError(
+            f"{name} has its weights only as a pickle ({', '.join(sorted(pickles))}), which kdcli does not read",
+            hint=f"convert it first: kdcli convert {name} --out DIR",
+        )
+    if any(folder.glob("model-*.safetensors")):
+        raise InputError(f"{name} has parts of a model, but no {INDEX} that says which", hint="copy the whole folder")
+    raise InputError(f"{name} has no {SINGLE}")
+
+
+def _indexed(folder: Path) -> list[Path]:
+    path = folder / INDEX
+    try:
+        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(places.values()))
+        if not names or not all(isinstance(one, str) for one in names):
+            raise ValueError("its weight_map names no files")
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is no index of safetensors files: {error}") from error
+    return [_inside(folder, one, INDEX) for one in names]
+
+
+def _inside(folder: Path, name: str, said: str) -> Path:
+    """Return a weight file of `folder`. Raises InputError when it is no safetensors file, or lies outside.
+
+    said: the file that names it. Links are followed; those of the hub's cache lead from its snapshots to its blobs.
+    """
+    path = folder / name
+    if path.suffix != ".safetensors":
+        raise InputError(f"{folder / said} names {name!r}, which is no safetensors file; kdcli reads nothing else")
+    home, target = folder.resolve(), path.resolve()
+    cached = home.parent.name == "snapshots" and home.parents[1] / "blobs" == target.parent
+    direct = not os.path.isabs(name) and ".." not in Path(name).parts
+    if not direct or not (target.is_relative_to(home) or cached):
+        raise InputError(
+            f"{folder / said}: {name!r} lies outside the model's folder ({target})",
+            hint="copy the file into the folder, if it belongs to the model",
+        )
+    if not path.is_file():
+        raise InputError(f"{path} is missing, which {said} names", hint="copy the whole folder")
+    return path
+
+
+def _tensors(files: list[Path]) -> dict[str, Stored]:
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, Stored] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                for key in tensors.keys():  # noqa: SIM118
+                    part = tensors.get_slice(key)
+                    if _todays(key) in found:
+                        raise InputError(f"{file}: {key} is in another file of the model, too")
+                    found[_todays(key)] = Stored(part.get_dtype(), tuple(part.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is not a readable safetensors file: {error}") from error
+    return found

@@ -1,0 +1,80 @@
+"""The classes of a model: their number, their names, their order."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kdcli.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+MULTI_LABEL = "multi_label_classification"
+
+
+def class_names_of(config: "PretrainedConfig") -> list[str]:
+    """Return a model's class names in the order of its logits."""
+    names = config.id2label or {}
+    return [str(names[i]) for i in sorted(names)]  # type: ignore[index, type-var]
+
+
+def name_classes(config: "PretrainedConfig", names: Sequence[str], where: str) -> None:
+    """Give a model's classes names, in place. Raises InputError when there are not as many."""
+    if len(names) != config.num_labels:
+        raise InputError(
+            f"{len(names)} names, but the model has {config.num_labels} classes",
+            where=where,
+            hint="name all of them, in the model's order",
+        )
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
+
+
+def reorder_classes(model: "PreTrainedModel", order: Sequence[int]) -> None:
+    """Let class i of `model` be what was its class `order[i]`, in place; the names are left to the caller."""
+    if list(order) == list(range(len(order))):
+        return
+    import torch
+
+    head = final_classifier(model)
+    rows = torch.tensor(list(order))
+    with torch.no_grad():
+        head.weight.copy_(head.weight[rows].clone())
+        if head.bias is not None:
+            head.bias.copy_(head.bias[rows].clone())
+
+
+def final_classifier(model: "PreTrainedModel") -> "nn.Linear":
+    """Return the linear layer that gives the logits."""
+    return model.get_submodule(final_classifier_name(model))  # type: ignore[return-value]
+
+
+def final_classifier_name(model: "PreTrainedModel") -> str:
+    """Return the path of the linear layer that gives the logits. Raises InputError where there is none."""
+    from torch import nn
+
+    classes = model.config.num_labels
+    heads = [
+        name
+        for name, module in model.named_modules()
+        if name.startswith("classifier") and isinstance(module, nn.Linear) and module.out_features == classes
+    ]
+    if not heads:
+        raise InputError(f"{type(model).__name__} has no linear classifier at its end")
+    return heads[-1]
+
+
+def check_single_label(config: "PretrainedConfig", name: object, where: str | None = None) -> None:
+    """Raise InputError for a classifier whose outputs are independent, or a regression of several numbers."""
+    kind, outputs = config.problem_type, config.num_labels or 0
+    if kind == MULTI_LABEL:
+        what = "is a multi-label model"
+    elif kind == "regression" and outputs > 1:
+        what = f"is a regression of {outputs} numbers at once"
+    else:
+        return
+    raise InputError(
+        f"{name} {what}; kdcli distils single-label classification and regression",
+        where=where,
+        hint="if that is wrong, correct problem_type in its config.json",
+    )
