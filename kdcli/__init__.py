@@ -1,15 +1,14 @@
 """kdcli: make transformer models smaller by knowledge distillation, with the evidence."""
 
-from typing import TYPE_CHECKING, Any
-
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_model"]
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kdcli.models.load import load_model
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # torch takes seconds to import: `kdcli --help` must not pay for it.
     if name == "load_model":
         from kdcli.models.load import load_model

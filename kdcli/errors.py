@@ -10,6 +10,8 @@ class ExitCode(IntEnum):
     GATE = 1
     INPUT = 2
     RUN = 3
+    INTERRUPTED = 130
+    TERMINATED = 143
 
 
 def cut(text: str, most: int = 80) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from kdcli import __version__
 from kdcli.errors import InputError
+from kdcli.interrupts import finishing, tidying
 from kdcli.locks import if_unused, in_use
 
 MARKER = "kdcli.json"
@@ -30,16 +31,17 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
     It is this process's while the block runs; of a process that was killed, `remove_leftovers` removes it.
     """
-    for _ in range(100):
-        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}.kdcli-"))
-        with in_use(folder) as ours:
-            if not ours:
-                continue
-            try:
-                yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-            return
+    with tidying():
+        for _ in range(100):
+            folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}.kdcli-"))
+            with in_use(folder) as ours:
+                if not ours:
+                    continue
+                try:
+                    yield folder
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
+                return
     raise OSError(errno.EBUSY, "temporary folders vanish", str(path.parent))
 
 
@@ -128,7 +130,7 @@ def atomic_folder(path: Path, *, force: bool = False, ours: bool = False) -> Ite
 
 def replace(folder: Path, path: Path) -> None:
     """Let a finished folder take the place of whatever is at `path`."""
-    with temporary_folder(path) as trash:
+    with temporary_folder(path) as trash, finishing():
         with contextlib.suppress(FileNotFoundError):
             os.replace(path, trash / path.name)
         try:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import set_seed
 
-from kdcli import runs
+from kdcli import interrupts, runs
 from kdcli.errors import ExitCode, InputError
 from kdcli.evaluation.comparison import Comparison, compare, describe_model
 from kdcli.evaluation.general import General
@@ -269,11 +269,12 @@ def _attempt(run: runs.Run, document: dict[str, Any], resume: bool) -> Iterator[
         yield attempt
     except InputError:
         if is_main():
-            run.mark_failed() if attempt.worth_keeping else run.discard()
+            run.mark("failed") if attempt.worth_keeping else run.discard()
         raise
-    except BaseException:
+    except BaseException as error:
         if is_main():
-            run.mark_failed()
+            stopped = isinstance(error, KeyboardInterrupt) or interrupts.received() is not None
+            run.mark("interrupted" if stopped else "failed")
         raise
 
 

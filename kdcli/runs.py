@@ -24,6 +24,7 @@ from kdcli.files import (
     write_marker,
     write_text,
 )
+from kdcli.interrupts import finishing, tidying
 from kdcli.locks import BusyError, lock_file
 from kdcli.names import LATEST, checked, folder_of
 
@@ -111,11 +112,11 @@ class Run:
             }
         )
 
-    def mark_failed(self) -> None:
-        """Say in run.json that the run ended early, as far as the disk still lets us."""
+    def mark(self, status: str) -> None:
+        """Say in run.json how the run ended early ("failed", "interrupted"), as far as the disk still lets us."""
         with contextlib.suppress(OSError, InputError):
             if self.path.is_dir():
-                self.update({"status": "failed"})
+                self.update({"status": status})
 
     @property
     def _replaced(self) -> Path:
@@ -142,7 +143,7 @@ class Run:
         root = self.path.parent
         missing = [folder for folder in (root, *root.parents) if not folder.exists()]
         try:
-            with contextlib.ExitStack() as stack:
+            with tidying(), contextlib.ExitStack() as stack:
                 try:
                     stack.enter_context(lock_file(root / f".{self.name}.lock"))
                 except BusyError:
@@ -252,7 +253,8 @@ def open_run(root: Path, name: str, *, force: bool, resume: bool, create: bool =
         run = check_place(root, name, force=force, resume=resume)
         remove_leftovers(cache_dir())
         try:
-            _make(run, resume=resume)
+            with finishing():
+                _make(run, resume=resume)
         except OSError as error:
             raise InputError(f"cannot write to {root}: {error.strerror}") from error
         yield run

@@ -9,10 +9,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from kdcli import __version__
+from kdcli import __version__, interrupts
 from kdcli.errors import ExitCode, InputError, KdcliError
 
-INTERRUPTED = 130
 COMMANDS = {
     "distill": ("kdcli.cli.distill:distill", "Make a student from a recipe: train, compress, score, report."),
     "compare": ("kdcli.cli.compare:compare", "Run recipes on equal terms with several seeds, and compare them."),
@@ -121,7 +120,7 @@ def run(arguments: list[str] | None = None) -> int:
     soften_streams()
     quiet_libraries()
     try:
-        result = typer.main.get_command(app).main(arguments, prog_name="kdcli", standalone_mode=False)
+        result = _call(arguments)
     except KdcliError as error:
         if debug:
             raise
@@ -155,11 +154,27 @@ def run(arguments: list[str] | None = None) -> int:
             hint="this is a bug or a broken machine; run again with --debug for the traceback",
             as_json=as_json,
         )
-    if result == INTERRUPTED:
-        # Typer makes this number of a KeyboardInterrupt, and says nothing.
-        hint = "a distill goes on with --resume, a compare with the same command"
-        return _fail(INTERRUPTED, "interrupted", hint=hint, as_json=as_json)
-    return int(_code(result))
+    if result in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
+        word = interrupts.WORDS[result - 128]
+        words = f"{word}; a distill goes on with --resume, a compare with the same command"
+        return _fail(int(result), words, as_json=as_json)
+    return _code(result)
+
+
+def _call(arguments: list[str]) -> Any:
+    """Run the command. What a signal's exception has become on its way here is the signal all the same."""
+    result = None
+    try:
+        with interrupts.caught():
+            # Typer makes 130 of a KeyboardInterrupt, and says nothing.
+            result = typer.main.get_command(app).main(arguments, prog_name="kdcli", standalone_mode=False)
+    except KeyboardInterrupt:
+        result = ExitCode.INTERRUPTED
+    except Exception:
+        if interrupts.received() is None:
+            raise
+    number = interrupts.received()
+    return result if number is None else ExitCode(128 + number)
 
 
 def _code(result: Any) -> int:

@@ -28,6 +28,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kdcli.errors import RunError
+from kdcli.interrupts import finishing
 from kdcli.machine import resolve_precision
 from kdcli.manifest import MANIFEST, check_manifest, is_sealed, require, write_manifest
 from kdcli.models.counts import count_parameters
@@ -227,13 +228,14 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.checkpoint(self.state.global_step)
-        main_does(lambda: remove_checkpoint(folder))
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save and (state := self.scheme.state_dict()):
-            torch.save(state, folder / SCHEME)
-        # Every process has written its random state.
-        wait_for_all()
-        main_does(lambda: self._seal(folder))
+        with finishing():
+            main_does(lambda: remove_checkpoint(folder))
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save and (state := self.scheme.state_dict()):
+                torch.save(state, folder / SCHEME)
+            # Every process has written its random state.
+            wait_for_all()
+            main_does(lambda: self._seal(folder))
 
     def _seal(self, folder: Path) -> None:
         write_manifest(folder, self.identity)

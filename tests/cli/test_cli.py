@@ -287,7 +287,7 @@ def test_a_run_that_is_killed_while_it_exports_goes_on_with_that(world: World):
     recipe = world.recipe(export={"onnx": True, "batch_sizes": [1], "sequence_lengths": [8], "runs": 1})
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         # Nothing gets the chance to say that the run has failed, as with a kill.
-        patch.setattr("kdcli.runs.Run.mark_failed", lambda run: None)
+        patch.setattr("kdcli.runs.Run.mark", lambda run, status: None)
         patch.setattr("kdcli.export.export.export_onnx", _interrupt)
         run_distill(load_recipe(Path(recipe)), recipe_path=Path(recipe), console=Console(quiet=True))
     folder = world.folder / "runs" / "recipe"
