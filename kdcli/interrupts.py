@@ -127,7 +127,8 @@ def _leave() -> None:
 
 def document(word: str) -> str:
     """Return the JSON document of a program that was ended before it could say more."""
-    return f'{{"schema_version": 1, "error": {{"kind": "interrupted", "message": "{word}", "where": null, "hint": null}}}}\n'
+    error = f'{{"kind": "interrupted", "message": "{word}", "where": null, "hint": null}}'
+    return f'{{"schema_version": 1, "error": {error}}}\n'
 
 
 def _forget() -> None:
