@@ -1,7 +1,7 @@
 """What a recipe would do, told without doing it (`kdcli distill --dry-run`)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -16,6 +16,9 @@ from kdcli.tasks.base import Task
 from kdcli.tasks.text import pack
 from kdcli.tensors.parametrize import overparameterise, teacher_factors
 from kdcli.training.road import stage_loop
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass
@@ -108,7 +111,7 @@ def make_plan(prepared: Prepared) -> Plan:
             "unmatched": len(skipped),
         }
     packed = task.kind == "text"
-    examples = len(pack(task.train["text"], start.tokenizer, recipe.task.max_length)) if packed else len(task.train)
+    examples = _blocks(task.train, prepared) if packed else len(task.train)
     if (augment := recipe.task.augment) is not None:
         # At most: a row of few words may not give so many different copies.
         examples *= 1 + augment.copies
@@ -132,7 +135,11 @@ def make_plan(prepared: Prepared) -> Plan:
                 "fingerprint": task.description["fingerprint"],
                 "sizes": {
                     ("train blocks" if packed else "train" if augment is None else "train with copies"): examples,
-                    "selection": len(task.selection),
+                    **(
+                        {"selection blocks": _blocks(task.selection, prepared)}
+                        if packed
+                        else {"selection": len(task.selection)}
+                    ),
                     **{name: len(rows_) for name, rows_ in task.report.items()},
                 },
                 "classes": classes_of(task),
@@ -190,6 +197,11 @@ def classes_of(task: Task, most: int = 5) -> dict[str, Any] | None:
         "number": len(task.label_names),
         "rarest": {task.label_names[i]: int(counts[i]) for i in rarest},
     }
+
+
+def _blocks(rows: "Dataset", prepared: Prepared) -> int:
+    """Return how many blocks plain text makes."""
+    return len(pack(rows["text"], prepared.teacher.tokenizer, prepared.resolved.recipe.task.max_length))
 
 
 def _stage_row(stage: Stage, resolved: Resolved, total: int, examples: int) -> dict[str, Any]:

@@ -10,7 +10,8 @@ def compare(
     recipes: Annotated[list[Path], typer.Argument(help="The recipes, TOML files.", show_default=False)],
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each recipe.")] = 3,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every recipe; FIELD= removes it.")
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every recipe; FIELD= removes it."),
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -27,6 +28,7 @@ def compare(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the runs and the report.")] = Path(
         "comparison"
     ),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; train and write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Run again what was made from another recipe.")] = False,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Fine-tune the teachers again, and run everything again.")
@@ -44,12 +46,12 @@ def compare(
     \b
     Examples:
       kdcli compare recipes/rte-*.toml --seeds 3
+      kdcli compare recipes/rte-*.toml --dry-run
       kdcli compare kd.toml makd.toml --seeds 5 --task cola --task rte --set train.epochs=3
       kdcli compare kd.toml mine.toml --baseline mine --output mine-or-kd --json > result.json
     """
     from kdcli.cli.console import emit, err, info
-    from kdcli.compare.plan import plan_comparison
-    from kdcli.compare.run import run_cells
+    from kdcli.compare.plan import check_reusable, plan_comparison
 
     plan = plan_comparison(
         recipes,
@@ -60,6 +62,17 @@ def compare(
         baseline=baseline,
         allow_unequal=allow_unequal,
     )
+    if dry_run:
+        if not (force or refresh):
+            check_reusable(plan, output / "runs")
+        emit(plan.to_json(output / "runs"), table=plan.table(output / "runs"), as_json=as_json)
+        for difference in plan.unequal:
+            info(f"not on equal terms: {difference}")
+        for note in plan.left_out:
+            info(note)
+        return 0
+    from kdcli.compare.run import run_cells
+
     results = run_cells(plan, output / "runs", console=err, force=force, refresh=refresh)
     from kdcli.compare.figure import draw
     from kdcli.compare.report import make_report

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from kdcli.errors import InputError, UnfitTaskError
 from kdcli.names import checked, folder_of
@@ -14,6 +15,7 @@ from kdcli.recipe.load import load_recipe, with_place
 from kdcli.recipe.schema import ExportSection, Recipe
 from kdcli.runs import Run
 from kdcli.training.teacher import resolve_source, seed_of
+from kdcli.words import count
 
 SIZE_TOLERANCE = 0.02
 """How far apart the students' parameter counts may be, as a share of the smallest: ranks are whole numbers."""
@@ -125,6 +127,56 @@ class ComparisonPlan:
     def of(self, task: str) -> list[Entry]:
         """Return the entries of a task."""
         return [entry for entry in self.entries if entry.task == task]
+
+    def to_json(self, root: Path) -> dict[str, Any]:
+        """Return what would be run under `root`, for a dry run."""
+        return {
+            "seeds": self.seeds,
+            "baselines": self.baselines,
+            "unequal": [difference.to_json() for difference in self.unequal],
+            "notes": self.left_out,
+            "cells": [
+                {
+                    "run": cell.name,
+                    "task": cell.entry.task,
+                    "name": cell.entry.label,
+                    "seed": cell.seed,
+                    "recipe": str(cell.entry.file),
+                    "method": cell.entry.method,
+                    "overparam": cell.entry.recipe.overparam is not None,
+                    "form": cell.entry.form,
+                    "parameters": cell.entry.terms[PARAMETERS],
+                    "steps": cell.entry.terms[STEPS],
+                    "done": is_done(cell, Run(root / cell.name)),
+                }
+                for cell in self.cells
+            ],
+        }
+
+    def table(self, root: Path) -> Table:
+        """Return the same for people, a row a recipe and task."""
+        rows, runs = count(len(self.entries), "row"), count(len(self.cells), "run")
+        table = Table(title=f"plan: {rows} x {said_seeds(self.seeds)}, {runs}")
+        for column in ("task", "name", "method", "student", "parameters", "steps", "done before"):
+            table.add_column(column, justify="right" if column in ("parameters", "steps", "done before") else "left")
+        for task in self.tasks:
+            for entry in self.of(task):
+                done = sum(is_done(cell, Run(root / cell.name)) for cell in self.cells if cell.entry is entry)
+                table.add_row(
+                    task,
+                    f"{entry.label} (baseline)" if entry.label == self.baselines[task] else entry.label,
+                    entry.method + (" + overparam" if entry.recipe.overparam is not None else ""),
+                    entry.form,
+                    f"{entry.terms[PARAMETERS]:,}",
+                    f"{entry.terms[STEPS]:,}",
+                    f"{done} of {len(self.seeds)}",
+                )
+        return table
+
+
+def said_seeds(seeds: list[int]) -> str:
+    """Return `2 seeds (42, 43)`."""
+    return f"{count(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
 
 
 def plan_comparison(
@@ -294,6 +346,11 @@ def check_reusable(plan: ComparisonPlan, root: Path) -> None:
             f"there are runs under {root} from another recipe or other data: {', '.join(strangers)}",
             hint="--force to run these again, or another --output",
         )
+
+
+def is_done(cell: Cell, run: Run) -> bool:
+    """True when `run` is this cell's and finished."""
+    return not is_stranger(cell, run) and run.record.get("status") == "done"
 
 
 def is_stranger(cell: Cell, run: Run) -> bool:

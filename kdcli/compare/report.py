@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdcli import __version__
-from kdcli.compare.plan import STEPS, Cell, ComparisonPlan, Entry, Inequality
+from kdcli.compare.plan import STEPS, Cell, ComparisonPlan, Entry, Inequality, said_seeds
 from kdcli.compare.run import INTERRUPTED, Failure, Results
 from kdcli.compare.statistics import Difference, Summary, paired_difference, summarise
 from kdcli.files import write_bytes, write_json, write_text
@@ -123,7 +123,7 @@ class Report:
 
     def table(self) -> Table:
         """Return the table for people."""
-        table = Table(title=f"{_seeds(self.seeds)}: mean and standard deviation; 95 % interval of the difference")
+        table = Table(title=f"{said_seeds(self.seeds)}: mean and standard deviation; 95 % interval of the difference")
         for column in COLUMNS:
             table.add_column(column, justify="right" if column else "left")
         for block in self.all_blocks:
@@ -138,8 +138,8 @@ class Report:
         lines = [
             "# Comparison",
             "",
-            f"{_seeds(self.seeds)}. Scores are means over seeds, in hundredths, with their standard deviation (n - 1);"
-            " differences are paired by seed, with the 95 % t interval of their mean. `kept` is the share of the"
+            f"{said_seeds(self.seeds)}. Scores are means over seeds, in hundredths, with their standard deviation"
+            " (n - 1); differences are paired by seed, with the 95 % t interval of their mean. `kept` is the share of the"
             " teacher's score; seconds are those of training.",
             "",
             *(f"- {escaped(task)}: {escaped(words)}" for task, words in self.terms.items()),
@@ -362,10 +362,6 @@ def _notes(records: dict[str, dict[str, Any]]) -> list[str]:
     if stopped:
         notes.append(f"stopped once and resumed, so not in the seconds: {', '.join(stopped)}")
     return notes
-
-
-def _seeds(seeds: list[int]) -> str:
-    return f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} ({', '.join(map(str, seeds))})"
 
 
 def _heading(block: Block) -> str:

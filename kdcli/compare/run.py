@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from kdcli.compare.plan import Cell, ComparisonPlan, check_reusable, is_stranger
+from kdcli.compare.plan import Cell, ComparisonPlan, check_reusable, is_done, is_stranger
 from kdcli.errors import ExitCode, InputError, KdcliError
 from kdcli.names import folder_of
 from kdcli.pipeline import run_distill
@@ -81,7 +81,7 @@ def run_cells(
         run = Run(folder_of(root, cell.name))
         head = f"{number}/{len(cells)} {cell.name}"
         try:
-            if not is_stranger(cell, run) and run.record.get("status") == "done":
+            if is_done(cell, run):
                 console.print(f"{head}: done before", highlight=False)
             else:
                 console.print(head, highlight=False)

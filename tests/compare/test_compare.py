@@ -282,3 +282,30 @@ def test_a_method_is_left_out_on_tasks_of_a_kind_that_it_does_not_know(tmp_path:
     report = make_report(plan, results).to_json()
     assert report["notes"][0] == line
     assert [row["name"] for row in report["average"]["rows"]] == ["kd"]
+
+
+def test_a_dry_run_tells_every_cell_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    files = [str(recipe(tmp_path, "kd")), str(recipe(tmp_path, "hs"))]
+    before = sorted(tmp_path.rglob("*"))
+    words = ["compare", *files, "--seeds", "2", "--dry-run"]
+    assert run([*words, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [(cell["run"], cell["steps"], cell["done"]) for cell in plan["cells"]] == [
+        (f"reviews-{name}-seed{seed}", 3, False) for seed in (42, 43) for name in ("kd", "hs")
+    ]
+    assert plan["baselines"] == {"reviews": "kd"} and plan["unequal"] == []
+    assert run(words) == 0
+    table = capsys.readouterr().out
+    assert "kd (baseline)" in table and "0 of 2" in table and "plan: 2 rows x 2 seeds (42, 43), 4 runs" in table
+    # What the comparison refuses, its dry run refuses in the same words.
+    other = str(recipe(tmp_path, "kd", "other", **{"max_steps = 3, learning": "max_steps = 4, learning"}))
+    assert run(["compare", files[0], other, "--dry-run"]) == 2
+    refused = capsys.readouterr().err
+    assert run(["compare", files[0], other]) == 2
+    assert capsys.readouterr().err == refused and "training steps is 3 (kd) but 4 (other)" in refused
+    assert run(["compare", files[0], other, "--dry-run", "--allow-unequal"]) == 0
+    assert "not on equal terms: reviews: training steps" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, Path(other)])

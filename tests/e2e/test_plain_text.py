@@ -128,7 +128,11 @@ def test_an_assistant_comes_between_teacher_and_student(recipe: Path):
 
 def test_a_plan_counts_blocks_and_trains_nothing(recipe: Path):
     plan = make_plan(prepare(load_recipe(recipe, ["method=od"]), recipe)).to_json()
-    assert plan["task"]["kind"] == "text" and plan["task"]["sizes"]["train blocks"] > 100
+    sizes = plan["task"]["sizes"]
+    assert plan["task"]["kind"] == "text" and sizes["train blocks"] > 100
+    # One unit for both: the tenth of the documents that is held out is about a tenth of the blocks.
+    assert set(sizes) == {"train blocks", "selection blocks"}
+    assert 0.05 < sizes["selection blocks"] / sum(sizes.values()) < 0.2
     assert [path.name for path in recipe.parent.iterdir() if path.is_dir()] == []
 
 
