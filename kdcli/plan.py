@@ -16,6 +16,7 @@ from kdcli.tasks.base import Task
 from kdcli.tasks.text import pack
 from kdcli.tensors.parametrize import overparameterise, teacher_factors
 from kdcli.training.road import stage_loop
+from kdcli.words import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,7 +62,7 @@ class Plan:
             chain = document["overparam"]
             table.add_row(
                 "overparam",
-                f"{chain['matrices']} matrices as chains of {chain['tensors']} tensors: "
+                f"{counted(chain['matrices'], 'matrix', 'matrices')} as chains of {chain['tensors']} tensors: "
                 f"{chain['parameters']:,} parameters while training",
             )
             table.add_row("", f"matched with teacher matrices: {chain['matched']}, not matched: {chain['unmatched']}")
@@ -69,11 +70,13 @@ class Plan:
         for title, stages in [*way, ("stage", document["stages"])]:
             for stage in stages:
                 terms = ", ".join(f"{name} x {weight:g}" for name, weight in stage["terms"].items())
-                steps = f"{stage['steps']:,} steps at {stage['learning_rate']:g}"
+                steps = f"{counted(stage['steps'], 'step')} at {stage['learning_rate']:g}"
                 table.add_row(f"{title} {stage['name']}", f"{steps}: {terms}")
         table.add_row("matched blocks", ", ".join(f"{s}<-{t}" for s, t in document["pairs"]) + " (student<-teacher)")
         loop = document["train"]
-        table.add_row("training", f"{loop['batch_size']} examples a step, {loop['precision']}, seed {document['seed']}")
+        table.add_row(
+            "training", f"{counted(loop['batch_size'], 'example')} a step, {loop['precision']}, seed {document['seed']}"
+        )
         for tuned in document["finetune"]:
             sizes = ", ".join(f"{name} {rows:,}" for name, rows in tuned["sizes"].items())
             beside = f", beside {' and '.join(tuned['against'])}" if tuned["against"] else ""

@@ -15,7 +15,7 @@ from kdcli.recipe.load import load_recipe, with_place
 from kdcli.recipe.schema import ExportSection, Recipe
 from kdcli.runs import Run
 from kdcli.training.teacher import resolve_source, seed_of
-from kdcli.words import count
+from kdcli.words import counted
 
 SIZE_TOLERANCE = 0.02
 """How far apart the students' parameter counts may be, as a share of the smallest: ranks are whole numbers."""
@@ -155,7 +155,7 @@ class ComparisonPlan:
 
     def table(self, root: Path) -> Table:
         """Return the same for people, a row a recipe and task."""
-        rows, runs = count(len(self.entries), "row"), count(len(self.cells), "run")
+        rows, runs = counted(len(self.entries), "row"), counted(len(self.cells), "run")
         table = Table(title=f"plan: {rows} x {said_seeds(self.seeds)}, {runs}")
         for column in ("task", "name", "method", "student", "parameters", "steps", "done before"):
             table.add_column(column, justify="right" if column in ("parameters", "steps", "done before") else "left")
@@ -176,7 +176,7 @@ class ComparisonPlan:
 
 def said_seeds(seeds: list[int]) -> str:
     """Return `2 seeds (42, 43)`."""
-    return f"{count(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
+    return f"{counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
 
 
 def plan_comparison(

@@ -17,6 +17,7 @@ from kdcli.compare.run import INTERRUPTED, Failure, Results
 from kdcli.compare.statistics import Difference, Summary, paired_difference, summarise
 from kdcli.files import write_bytes, write_json, write_text
 from kdcli.markdown import escaped, table_row
+from kdcli.words import counted
 
 NAME = "comparison"
 AVERAGE = "average"
@@ -139,8 +140,8 @@ class Report:
             "# Comparison",
             "",
             f"{said_seeds(self.seeds)}. Scores are means over seeds, in hundredths, with their standard deviation"
-            " (n - 1); differences are paired by seed, with the 95 % t interval of their mean. `kept` is the share of the"
-            " teacher's score; seconds are those of training.",
+            " (n - 1); differences are paired by seed, with the 95 % t interval of their mean. `kept` is the share of"
+            " the teacher's score; seconds are those of training.",
             "",
             *(f"- {escaped(task)}: {escaped(words)}" for task, words in self.terms.items()),
             "",
@@ -340,8 +341,8 @@ def _terms(entries: list[Entry], results: Results, seed: int) -> str:
     if record is not None:
         parts.append(f"{record['task']['sizes']['train']:,} training examples")
     parts += [
-        f"{terms['train.batch_size']} examples a step",
-        f"{terms[STEPS]:,} steps",
+        f"{counted(terms['train.batch_size'], 'example')} a step",
+        f"{counted(terms[STEPS], 'step')}",
         terms["train.precision"],
         f"protocol {terms['evaluate.protocol']}",
         f"data {entries[0].fingerprint}",

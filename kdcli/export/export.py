@@ -18,6 +18,7 @@ from kdcli.files import atomic_folder
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tensors.parametrize import probe_batch
+from kdcli.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,7 +101,7 @@ def _real_batches(model: Any, tokenizer: Any, task: Task | None, max_length: int
         collator([data[i] for i in range(start, min(start + size, len(data)))]) for start in range(0, len(data), size)
     ]
     batches.append(collator([data[0]]))
-    return batches, f"{len(data)} examples of {task.name}"
+    return batches, f"{counted(len(data), 'example')} of {task.name}"
 
 
 def _latency(

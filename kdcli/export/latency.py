@@ -12,6 +12,7 @@ from rich.table import Table
 
 from kdcli.evaluation.predict import INPUTS
 from kdcli.export.session import OnnxModel
+from kdcli.words import counted
 
 WARM_UP = 5
 
@@ -40,7 +41,7 @@ class LatencyReport:
 
     def table(self) -> Table:
         title = (
-            f"latency in ms, {self.threads} threads, {self.runs} runs each, in turn\n"
+            f"latency in ms, {counted(self.threads, 'thread')}, {counted(self.runs, 'run')} each, in turn\n"
             "size: batch x tokens; speed: against PyTorch eager"
         )
         # Eight columns fit into 80 characters without frames and paddings.

@@ -4,6 +4,7 @@ import math
 import random as random_module
 
 from kdcli.errors import InputError
+from kdcli.words import counted
 
 Pairs = list[tuple[int, int]]
 """(student block, teacher block); teacher 0 is the embedding output."""
@@ -83,7 +84,8 @@ def layer_map(
             raise InputError(f"unknown layer map {name!r}; known are {', '.join(MAPS)}", where="method.layer_map")
         if name in ("last-k", "uniform+last", "random") and student > teacher:
             raise InputError(
-                f"the layer map {name!r} needs a student no deeper than the teacher, not {student} blocks of {teacher}",
+                f"the layer map {name!r} needs a student no deeper than the teacher, not "
+                f"{counted(student, 'block')} of {teacher}",
                 where="method.layer_map",
                 hint=f'use student.layers = {teacher} or less, or the layer map "uniform"',
             )
@@ -106,7 +108,8 @@ def layer_map(
         s, t = pair
         if not (0 <= s <= student and 0 <= t <= teacher):
             raise InputError(
-                f"the pair [{s}, {t}] is not within the student's {student} and the teacher's {teacher} blocks",
+                f"the pair [{s}, {t}] is not within the student's {student} and the teacher's "
+                f"{counted(teacher, 'block')}",
                 where="method.layer_map",
                 hint=f"blocks count from 1, 0 is the embeddings; did you mean "
                 f"[{min(max(s, 0), student)}, {min(max(t, 0), teacher)}]?",

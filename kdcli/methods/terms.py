@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Options, Term
 from kdcli.recipe.schema import NonNegativeFloat
+from kdcli.words import counted
 
 Weight = NonNegativeFloat
 Temperature = Annotated[float, Field(gt=0.0, le=1000.0)]
@@ -89,9 +90,9 @@ def need_dividing_depth(context: Context, why: str) -> None:
     if depth % blocks:
         nearest = min((n for n in range(1, depth + 1) if depth % n == 0), key=lambda n: (abs(n - blocks), n))
         raise InputError(
-            f"{why}: {depth} blocks cannot be divided among {blocks}",
+            f"{why}: {counted(depth, 'block')} cannot be divided among {blocks}",
             where="student.layers",
-            hint=f"use {nearest} blocks",
+            hint=f"use {counted(nearest, 'block')}",
         )
 
 
@@ -116,7 +117,7 @@ def need_equal_heads(context: Context, where: str = "student.heads", otherwise: 
     if teacher.heads == student.heads:
         return
     if context.student_form == "checkpoint":
-        hint = f"choose a student with {teacher.heads} heads"
+        hint = f"choose a student with {counted(teacher.heads, 'head')}"
     elif student.hidden % teacher.heads == 0:
         hint = f"use student.heads = {teacher.heads}"
     else:

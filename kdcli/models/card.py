@@ -7,6 +7,7 @@ import yaml
 from kdcli.evaluation.comparison import described_set
 from kdcli.markdown import code, escaped, table_row
 from kdcli.tasks.metrics import shown
+from kdcli.words import counted
 
 
 def model_card(record: dict[str, Any]) -> str:
@@ -32,7 +33,7 @@ def model_card(record: dict[str, Any]) -> str:
     )
     over = "\n- over-parameterised while training (OPDF), contracted afterwards" if record["overparam"] else ""
     augment = task.get("augment")
-    copies = f" and {augment['added']:,} copies of them with other words" if augment else ""
+    copies = f" and {counted(augment['added'], 'copy', 'copies')} with other words" if augment else ""
     protocol = code(task["protocol"])
     loading = _loading("AutoModelForSequenceClassification", plain=plain)
     retention = record["retention"]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kdcli.errors import InputError
+from kdcli.words import counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +23,7 @@ def name_classes(config: "PretrainedConfig", names: Sequence[str], where: str) -
     """Give a model's classes names, in place. Raises InputError when there are not as many."""
     if len(names) != config.num_labels:
         raise InputError(
-            f"{len(names)} names, but the model has {config.num_labels} classes",
+            f"{counted(len(names), 'name')}, but the model has {counted(config.num_labels or 0, 'class', 'classes')}",
             where=where,
             hint="name all of them, in the model's order",
         )

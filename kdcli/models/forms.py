@@ -17,6 +17,7 @@ from kdcli.models.lowrank import factorise
 from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.tasks.labels import listed, matching_order
+from kdcli.words import counted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -70,7 +71,7 @@ def chosen_layers(section: StudentSection, depth: int) -> list[int]:
         return wanted
     if wanted > depth:
         raise InputError(
-            f"the teacher has {depth} blocks, so a student of {wanted} cannot be cut from it",
+            f"the teacher has {counted(depth, 'block')}, so a student of {wanted} cannot be cut from it",
             where="student.layers",
             hint=f"use 1 to {depth}",
         )
@@ -137,7 +138,7 @@ def _width(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
         raise InputError(
             f"hidden_size {hidden} is not divisible by {heads} heads",
             where="student.heads",
-            hint=f"use {min(fitting, key=lambda h: abs(h - heads))} heads",
+            hint=f"use {counted(min(fitting, key=lambda h: abs(h - heads)), 'head')}",
         )
     layers = section.layers if section.layers is not None else shape.layers
     if isinstance(layers, list):
@@ -157,7 +158,7 @@ def _width(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
     if getattr(config, "embedding_size", None) == shape.hidden:
         config.embedding_size = hidden
     student = _empty_like(teacher, config)
-    notes = [f"{layers} blocks, width {hidden}, {heads} heads, feed-forward width {intermediate}"]
+    notes = [f"{counted(layers, 'block')}, width {hidden}, {counted(heads, 'head')}, feed-forward width {intermediate}"]
     kept = None
     if section.init != "random":
         kept = chosen_layers(StudentSection(form="depth", layers=min(layers, shape.layers)), shape.layers)

@@ -14,6 +14,7 @@ from kdcli.objectives.base import MatrixKey
 from kdcli.recipe.schema import OverparamSection, StudentSection, parse_count
 from kdcli.tensors.factors import has_factors, is_target, nearest_ranks
 from kdcli.tensors.mpo import signed_svd
+from kdcli.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -241,7 +242,7 @@ def factorise(
     span = str(used[0]) if len(used) == 1 else f"{used[0]} to {used[-1]}" if used else "none"
     notes.append(f"rank {span}: {kept:,} of {whole:,} block weights ({kept / whole:.1%})")
     if dense:
-        notes.append(f"{len(dense)} matrices stay dense, since factors would save nothing there")
+        notes.append(f"dense, since factors would save nothing there: {counted(len(dense), 'matrix', 'matrices')}")
     return notes
 
 

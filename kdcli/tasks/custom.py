@@ -14,6 +14,7 @@ from kdcli.errors import InputError
 from kdcli.recipe.schema import TaskSection
 from kdcli.tasks.files import Column, Columns, chunked
 from kdcli.tasks.labels import are_numbers_of, clean_name, listed, look_alikes
+from kdcli.words import counted
 
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 COMMA_NUMBER = re.compile(r"\s*[+-]?\d+([.,]\d+)?\s*", re.ASCII)
@@ -81,7 +82,7 @@ def clean_rows(
     empty = [row for row, parts in enumerate(each, 1) if not any(part.strip() for part in parts)]
     if empty:
         raise InputError(
-            f"{source}: {len(empty)} rows have no text, the first is row {empty[0]}",
+            f"{source}: {counted(len(empty), 'row')} without text, the first is row {empty[0]}",
             where="task.text",
             hint="remove them",
         )
@@ -89,7 +90,7 @@ def clean_rows(
     holes = [row for row, value in enumerate(values, 1) if is_missing(value)]
     if holes:
         raise InputError(
-            f"{source}: {len(holes)} rows have no label, the first is row {holes[0]}",
+            f"{source}: {counted(len(holes), 'row')} without a label, the first is row {holes[0]}",
             where="task.label",
             hint="remove or label them",
         )

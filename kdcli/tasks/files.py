@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from kdcli.errors import InputError
+from kdcli.words import counted
 
 READABLE = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON lines", ".json": "JSON", ".parquet": "Parquet"}
 SEPARATORS = {"CSV": (",", ";", "\t", "|"), "TSV": ("\t", ";", ",", "|")}
@@ -243,7 +244,9 @@ def _cells(
                 hint = f"the row ends in line {last}: is a quote missing? Quotes inside a quoted text are doubled"
             elif guessed and width == 1:
                 hint = _option(where, "delimiter", ";") + ", or whatever stands between the columns"
-            raise InputError(f"{path}:{first} has {len(row)} columns, the header has {width}", where=where, hint=hint)
+            raise InputError(
+                f"{path}:{first} has {counted(len(row), 'column')}, the header has {width}", where=where, hint=hint
+            )
         yield row
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kdcli.errors import InputError
 from kdcli.models.classes import class_names_of
+from kdcli.words import counted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -106,7 +107,7 @@ def label_permutation(config: "PretrainedConfig", task: "Task") -> list[int] | N
     names = class_names_of(config)
     if len(names) != len(task.label_names):
         raise InputError(
-            f"the model has {len(names)} classes ({listed(names)}), task {task.name} has "
+            f"the model has {counted(len(names), 'class', 'classes')} ({listed(names)}), task {task.name} has "
             f"{len(task.label_names)} ({listed(task.label_names)})",
             where="teacher.model",
             hint="fine-tune it on this task: [teacher.finetune]",

@@ -20,6 +20,7 @@ from kdcli.tasks.files import Column, Columns, chunked, read_file, read_hub
 from kdcli.tasks.glue import GLUE, HUB, GlueTask
 from kdcli.tasks.labels import are_numbers_of, class_names_of, is_unnamed, listed, places_of
 from kdcli.tasks.metrics import ERRORS, known
+from kdcli.words import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -363,7 +364,7 @@ def _split(rows: pa.Table, section: TaskSection, kind: str) -> tuple[pa.Table, p
     size = round(count * section.validation_fraction)
     if not 0 < size < count:
         raise InputError(
-            f"{count} rows cannot be split with validation_fraction = {section.validation_fraction}",
+            f"{counted(count, 'row')} cannot be split with validation_fraction = {section.validation_fraction}",
             where="task.validation_fraction",
         )
     labels = rows.column("label").to_numpy()

@@ -39,6 +39,7 @@ from kdcli.training.hashing import hash_of_model, hash_of_tokenizer
 from kdcli.training.loop import check_batch
 from kdcli.training.teacher import TeacherStart, make_teacher, resolve_source, seed_of, start_teacher
 from kdcli.training.tensor_file import keep_tensors, kept_tensors
+from kdcli.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -296,8 +297,12 @@ def augment_task(task: Task, recipe: Recipe, source: str, *, console: Console) -
     if not made:
         raise InputError("no training row has a word that can be replaced", where="task.augment")
     console.print(
-        f"augment: {len(task.train):,} rows and {made:,} copies of them"
-        + (f"; {wanted - made:,} copies left out, as too few words can change" if made < wanted else ""),
+        f"augment: {counted(len(task.train), 'row')} and {counted(made, 'copy', 'copies')}"
+        + (
+            f"; {counted(wanted - made, 'copy', 'copies')} left out, as too few words can change"
+            if made < wanted
+            else ""
+        ),
         highlight=False,
         soft_wrap=True,
     )
@@ -311,7 +316,7 @@ def _fill_cache(suggester: Suggester, sentences: list[str], name: str, console: 
     if not missing:
         return
     count = sum(len(words_of(text)) for chunk in missing for text in chunk)
-    console.print(f"augment: {name} fills in {count:,} masked words", highlight=False, soft_wrap=True)
+    console.print(f"augment: {name} fills in {counted(count, 'masked word')}", highlight=False, soft_wrap=True)
     told = time.monotonic()
     chunks = track(missing, "augment", console=console, disable=not console.is_terminal, transient=True)
     for done, chunk in enumerate(chunks, 1):

@@ -20,6 +20,7 @@ from kdcli.files import sha256_of_file
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.labels import class_of, listed
 from kdcli.training.hashing import hash_of_model, hash_of_tokenizer
+from kdcli.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +49,9 @@ def read_answers(answers: Any, names: Sequence[str], expected: int, where: str, 
         raise InputError(f"answered with {type(answers).__name__}, not with a list of labels{note}", where=where)
     answers = list(answers)
     if len(answers) != expected:
-        raise InputError(f"gave {len(answers)} answers to {expected} questions{note}", where=where)
+        raise InputError(
+            f"gave {counted(len(answers), 'answer')} to {counted(expected, 'question')}{note}", where=where
+        )
     known: dict[str, int | None] = {}
     classes = []
     for answer in answers:
@@ -204,7 +207,7 @@ class Command:
             )
         except subprocess.TimeoutExpired as error:
             raise InputError(
-                f"{self.words[0]} did not answer {len(texts)} questions within {self.timeout:g} seconds"
+                f"{self.words[0]} did not answer {counted(len(texts), 'question')} within {self.timeout:g} seconds"
                 + _tail(error.stderr),
                 where=self.where,
                 hint="raise method.black_box.timeout, or lower method.black_box.queries_per_call",

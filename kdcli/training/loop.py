@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from kdcli.errors import InputError
 from kdcli.machine import gpu_count
+from kdcli.words import counted
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def check_batch(batch_size: int, parts: int, processes: int, where: str) -> int:
     share, rest = divmod(batch_size, processes * parts)
     if rest or not share:
         raise InputError(
-            f"{batch_size} examples cannot be split over {processes} process(es) x {parts} accumulation step(s)",
+            f"{counted(batch_size, 'example')} cannot be split over {counted(processes, 'process', 'processes')} x "
+            f"{counted(parts, 'accumulation step')}",
             where=where,
             hint=f"use a multiple of {processes * parts}",
         )

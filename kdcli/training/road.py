@@ -34,6 +34,7 @@ from kdcli.training.logits_cache import cached_logits
 from kdcli.training.loop import LoopSettings
 from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.teacher import Teacher, metrics_of
+from kdcli.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +65,8 @@ def over_parameterise(
     report = overparameterise(build.model, section)
     if report.skipped:
         console.print(
-            f"overparam: {len(report.skipped)} matrices without a chain of their own: {'; '.join(report.skipped[:3])}"
+            f"overparam: {counted(len(report.skipped), 'matrix', 'matrices')} without chains: "
+            + "; ".join(report.skipped[:3])
             + ("; ..." if len(report.skipped) > 3 else ""),
             highlight=False,
             soft_wrap=True,
@@ -73,7 +75,8 @@ def over_parameterise(
         factors, skipped = teacher_factors(teacher, build.model, context.pairs, section)
         if skipped:
             console.print(
-                f"overparam: no teacher tensors for {len(skipped)} matrices: {', '.join(map(str, skipped[:6]))}"
+                f"overparam: no teacher tensors for {counted(len(skipped), 'matrix', 'matrices')}: "
+                + ", ".join(map(str, skipped[:6]))
                 + (" ..." if len(skipped) > 6 else ""),
                 highlight=False,
                 soft_wrap=True,

@@ -283,7 +283,7 @@ def null_text(world: World) -> list[str]:
     return ["distill", world.recipe(task={"data": world.write("null.jsonl", "\n".join(map(json.dumps, rows)))})]
 
 
-@case("1 rows have no label", "row 3")
+@case("1 row without a label", "row 3")
 def a_label_missing(world: World) -> list[str]:
     return ["distill", world.recipe(task={"data": world.csv("holes.csv", [*ROWS[:2], ("so so", "")])})]
 
@@ -1070,7 +1070,7 @@ def a_gpu_that_is_not_there(world: World) -> list[str]:
     return ["distill", world.recipe(train={"device": "cuda"})]
 
 
-@case("task.train_samples", "of 1 training row(s) none can be held out")
+@case("task.train_samples", "of 1 training row none can be held out")
 def a_teacher_that_learns_from_held_out_rows_of_one(world: World) -> list[str]:
     world.model()
     return ["distill", world.recipe(method="lgtm", task={"train_samples": 1})]

@@ -400,7 +400,7 @@ def test_a_table_without_rows_says_so(tmp_path: Path):
     ("name", "content", "words"),
     [
         ("rows.csv", b"message,team\nx,a\ny,b,c\n", r"rows\.csv:3 has 3 columns, the header has 2"),
-        ("rows.csv", b"message,team\nx\n", r"rows\.csv:2 has 1 columns, the header has 2"),
+        ("rows.csv", b"message,team\nx\n", r"rows\.csv:2 has 1 column, the header has 2"),
         ("rows.csv", b"message,team,message\nx,a,y\n", "has two columns 'message'"),
         ("rows.csv", b'message,team\n"x,a\n', "not readable as CSV"),
         ("rows.csv", b"message,team\n\xff\xfe,a\n", "not readable as CSV"),
@@ -448,8 +448,8 @@ def test_a_missing_text_is_named_by_its_row(suffix: str, hole: float | None, tmp
 @pytest.mark.parametrize("suffix", KINDS)
 def test_a_row_without_any_text_is_named(suffix: str, tmp_path: Path):
     columns = {"message": ["x", "", " ", "y"], "answer": ["a", "b", "", "d"], "team": list("abab")}
-    refused(tmp_path, columns, "2 rows have no text, the first is row 2", suffix)
-    refused(tmp_path, columns, "1 rows have no text, the first is row 3", suffix, text=["message", "answer"])
+    refused(tmp_path, columns, "2 rows without text, the first is row 2", suffix)
+    refused(tmp_path, columns, "1 row without text, the first is row 3", suffix, text=["message", "answer"])
 
 
 def test_a_key_that_a_row_lacks_is_a_hole(tmp_path: Path):
@@ -461,9 +461,11 @@ def test_a_key_that_a_row_lacks_is_a_hole(tmp_path: Path):
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_missing_labels_are_counted_and_the_first_is_named(suffix: str, tmp_path: Path):
     hole = "" if suffix == "csv" else None
-    error = refused(tmp_path, {**ROWS, "team": ["a", hole, "b", "a", hole, "b"]}, "2 rows have no label.*row 2", suffix)
+    error = refused(
+        tmp_path, {**ROWS, "team": ["a", hole, "b", "a", hole, "b"]}, "2 rows without a label.*row 2", suffix
+    )
     assert error.where == "task.label"
-    refused(tmp_path, {**ROWS, "team": [0.5, 1.5, hole, 2.5, 1.0, 2.0]}, "1 rows have no label.*row 3", suffix)
+    refused(tmp_path, {**ROWS, "team": [0.5, 1.5, hole, 2.5, 1.0, 2.0]}, "1 row without a label.*row 3", suffix)
 
 
 @pytest.mark.parametrize("value", [["a"], {"is": "a"}])

@@ -59,7 +59,7 @@ def test_one_column_is_one_column(tmp_path: Path):
 def test_a_separator_that_is_given_is_taken(tmp_path: Path):
     columns = read(tmp_path / "rows.csv", "text~label\na,b;c~yes\n", delimiter="~")
     assert list(columns["text"]) == ["a,b;c"]
-    with pytest.raises(InputError, match=r"rows\.csv:2 has 1 columns, the header has 2"):
+    with pytest.raises(InputError, match=r"rows\.csv:2 has 1 column, the header has 2"):
         read(tmp_path / "rows.csv", "text;label\na,b\n", delimiter=";")
 
 

@@ -313,7 +313,7 @@ def test_a_callable_whose_file_changes_is_another_black_box(tmp_path: Path):
         ("answers:missing", "has no missing"),
         ("answers:number", "is no function"),
         ("answers:fails", "failed with ZeroDivisionError"),
-        ("answers:short", "gave 1 answers to 5 questions"),
+        ("answers:short", "gave 1 answer to 5 questions"),
         ("answers:text", "answered with str, not with a list"),
         ("answers:nothing", "answered with NoneType"),
         ("answers:strange", "answered 'maybe', which is no label of the task (negative, positive, neither)"),
@@ -360,7 +360,7 @@ def test_a_command_whose_program_changes_is_another_black_box(tmp_path: Path):
     ("body", "words"),
     [
         ('print("no luck", file=sys.stderr); sys.exit(3)', "ended with exit code 3; it said:\n  no luck"),
-        ('print("one short", file=sys.stderr)\nprint(0)', "gave 1 answers to 2 questions; it said:\n  one short"),
+        ('print("one short", file=sys.stderr)\nprint(0)', "gave 1 answer to 2 questions; it said:\n  one short"),
         ("pass", "gave 0 answers to 2 questions"),
         ('print("0\\nperhaps")', "answered 'perhaps', which is no label"),
         ("time.sleep(60)", "did not answer 2 questions within 0.7 seconds"),

@@ -346,7 +346,7 @@ def test_labels_name_the_classes_of_a_model_that_does_not(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("labels", "words"),
-    [(["negative"], "1 names, but the model has 2 classes"), (["good", "bad"], "are not the task's labels")],
+    [(["negative"], "1 name, but the model has 2 classes"), (["good", "bad"], "are not the task's labels")],
 )
 def test_labels_that_do_not_fit_are_refused(tmp_path: Path, labels: list[str], words: str):
     classifier(tmp_path, "LABEL_0", "LABEL_1")

@@ -23,6 +23,7 @@ from kdcli.training.capture import model_inputs
 from kdcli.training.distributed import state
 from kdcli.training.sampler import EpochSampler
 from kdcli.training.schemes.base import Scheme, Setting
+from kdcli.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +105,9 @@ class LGTMScheme(Scheme):
             )
         if self.learning.influence and examples < 2:
             raise InputError(
-                f"of {examples} training row(s) none can be held out", where="task.train_samples", hint="use 2 or more"
+                f"of {counted(examples, 'training row')} none can be held out",
+                where="task.train_samples",
+                hint="use 2 or more",
             )
 
     def begin(self, setting: Setting) -> Dataset:
