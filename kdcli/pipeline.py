@@ -116,6 +116,7 @@ def run_distill(
         return _finished(before, kind.from_record(before.record), limits)
     prepared = prepare(recipe, recipe_path)
     resolved, task, head = prepared.resolved, prepared.task, prepared.head
+    resolved.method.load_sources(resolved.options, task, resolved.base)
     opened = runs.open_run(root, name, force=force, resume=resume, create=is_main())
     with opened as run, _attempt(run, document, resume) as attempt:
         main_does(

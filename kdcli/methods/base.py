@@ -78,7 +78,8 @@ class Method:
     options. student, train: defaults for those tables; on plain text text_train comes before train.
     check(options, context) raises InputError for what cannot work, with the nearest setting that does.
     check_sources(options, task, base) raises InputError for files, programs and modules named in the options that are
-    not there; base is the folder that relative paths start from.
+    not there, and runs none of them; base is the folder that relative paths start from. load_sources(options, task,
+    base) imports such code before a run's first work, and never for a dry run.
     build(options, context) returns the stages. notes(options, context): what was chosen for the user and is worth a
     line. kinds: of tasks that it can be used on ("classification", "regression", "text"). teacherless(options):
     whether answers are enough, without the teacher's model.
@@ -95,6 +96,7 @@ class Method:
     build: Callable[[Any, Context], list[Stage]]
     check: Callable[[Any, Context], None] = _no_check
     check_sources: Callable[[Any, "Task", Path], None] = _no_sources
+    load_sources: Callable[[Any, "Task", Path], None] = _no_sources
     kinds: frozenset[str] = frozenset({"classification", "regression"})
     student: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)

@@ -77,8 +77,18 @@ def check_sources(options: DBKDOptions, task: "Task", base: Path) -> None:
         from kdcli.training.schemes.dbkd import DECISIONS
 
         recorded(base / Path(box.decisions).expanduser(), task, DECISIONS)
+    elif box.callable is not None:
+        from kdcli.training.black_box import find_callable
+
+        find_callable(box.callable, base)
     else:
         box.make(task, base)
+
+
+def load_sources(options: DBKDOptions, task: "Task", base: Path) -> None:
+    """Import the black box's function. Raises InputError when that fails."""
+    if options.black_box is not None and options.black_box.callable is not None:
+        options.black_box.make(task, base)
 
 
 def check(options: DBKDOptions, context: Context) -> None:
@@ -126,6 +136,7 @@ METHOD = Method(
     build=build,
     check=check,
     check_sources=check_sources,
+    load_sources=load_sources,
     kinds=frozenset({"classification"}),
     teacherless=lambda options: options.black_box is not None,
     student={"form": "depth", "select": "first"},

@@ -1,20 +1,23 @@
 """Ways of asking a teacher of which nothing is known but its decisions: text in, one label out."""
 
+import ast
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from datasets import Dataset
 
-from kdcli.errors import InputError
+from kdcli.errors import InputError, cut
 from kdcli.evaluation.predict import predict
 from kdcli.files import sha256_of_file
 from kdcli.tasks.encode import Collator, encode
@@ -111,6 +114,58 @@ def _importing_from(folder: Path) -> Iterator[None]:
             sys.path.remove(str(folder))
 
 
+def find_callable(name: str, folder: Path) -> None:
+    """Find the function `module:name` without running any of the user's code; modules are looked for in `folder` first.
+
+    Raises InputError when the name has another form, or when there is no such module or nothing of that name in it.
+    A module that is no Python source, or that makes its names as it goes, may have any.
+    """
+    where = f"{WHERE}.callable"
+    module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
+        raise InputError(f'{cut(name)!r} names no function; write "module:function"', where=where)
+    place = f"modules are looked for in {folder} and in the Python environment"
+    source = None
+    if module not in sys.modules:
+        first, *others = module.split(".")
+        with _importing_from(folder):
+            importlib.invalidate_caches()
+            found = sys.modules[first].__spec__ if first in sys.modules else importlib.util.find_spec(first)
+        path = first
+        for part in others:
+            path = f"{path}.{part}"
+            inside = found.submodule_search_locations if found is not None else None
+            found = PathFinder.find_spec(path, inside) if inside is not None else None
+        if found is None:
+            raise InputError(f"cannot import {module!r}: there is no such module", where=where, hint=place)
+        source = Path(found.origin) if found.origin is not None and found.origin.endswith(".py") else None
+    if source is None:
+        return
+    try:
+        names = names_in(ast.parse(source.read_bytes(), str(source)))
+    except (OSError, SyntaxError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"cannot import {module!r} ({type(error).__name__}: {error})", where=where, hint=place
+        ) from error
+    if names is not None and attribute.split(".")[0] not in names:
+        raise InputError(f"{module} has no {attribute}", where=where)
+
+
+def names_in(tree: ast.Module) -> set[str] | None:
+    """Return the names that a module's source binds, in any block of it; None when only running it could tell."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+    dynamic = {"*", "__getattr__", "globals", "setattr", "exec", "vars"}
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return None if dynamic & (names | used) else names
+
+
 class PythonCallable:
     """A function `module:name` that gets a list of texts, or of (text, text) pairs, and returns a list of labels.
 
@@ -123,9 +178,8 @@ class PythonCallable:
         self.name = name
         self.names = names
         self.folder = folder
+        find_callable(name, folder)
         module, _, attribute = name.partition(":")
-        if not module or not attribute:
-            raise InputError(f'{name!r} names no function; write "module:function"', where=self.where)
         with _importing_from(folder):
             importlib.invalidate_caches()
             try:

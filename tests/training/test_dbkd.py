@@ -308,7 +308,9 @@ def test_a_callable_whose_file_changes_is_another_black_box(tmp_path: Path):
     [
         ("no_colon", "names no function"),
         (":f", "names no function"),
-        ("nowhere_at_all:f", "cannot import 'nowhere_at_all' (ModuleNotFoundError"),
+        ("nowhere_at_all:f", "cannot import 'nowhere_at_all': there is no such module"),
+        ("answers.more:f", "cannot import 'answers.more': there is no such module"),
+        ("answers:two words", "names no function"),
         ("wrong_syntax:f", "cannot import 'wrong_syntax' (SyntaxError"),
         ("answers:missing", "has no missing"),
         ("answers:number", "is no function"),
