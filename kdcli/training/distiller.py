@@ -94,6 +94,23 @@ class Distiller(nn.Module):
         signals.factors = self.teacher_factors
         return signals
 
+    def without_gradient(self, batch: Mapping[str, Tensor]) -> list[str]:
+        """Return the names of the trainable parameters that the loss of `batch` does not depend on.
+
+        Changes nothing: no dropout is drawn, no gradient is kept, objectives that adapt in training do not.
+        """
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        # The loss itself is formed in training only.
+        self.training = True
+        try:
+            named = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+            found = torch.autograd.grad(self(batch)["loss"], list(named.values()), allow_unused=True)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return [name for name, gradient in zip(named, found, strict=True) if gradient is None]
+
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return "loss" and each unweighted term under its name; of a classifier in eval mode, only "logits"."""
         if not self.training and "masked_positions" not in batch:

@@ -145,6 +145,16 @@ class DistillationTrainer(Trainer):
         # The scheme comes first: a distiller may hold tensors of a teacher that learns, and must not get copies.
         self.scheme.place(self.args.device)
         self.model.place(self.args.device)
+        if self.args.world_size > 1:
+            # Several processes must know whose gradients to wait for; looking for those that will not come costs time
+            # in every step.
+            leaves_out = not scheme.steps_are_alike or bool(self._without_gradient())
+            self.accelerator.ddp_handler.find_unused_parameters = leaves_out  # type: ignore[union-attr]
+
+    def _without_gradient(self) -> list[str]:
+        """Return the parameters that get no gradient, as two rows of the training data show: the same in every step."""
+        rows = [self.train_dataset[place] for place in range(min(2, len(self.train_dataset)))]  # type: ignore[arg-type, index]
+        return self.model.without_gradient(self._prepare_inputs(self.data_collator(rows)))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -398,6 +408,9 @@ def fit(
     if checkpoint is not None and not (checkpoint / rng_file()).exists():
         warn(console, f"{checkpoint} was written by another number of processes: random numbers (dropout) differ")
     distiller.student.train()
+    if process := trainer.args.process_index:
+        # The library seeds all processes alike: rows in the same place of two shares would get the same dropout.
+        torch.manual_seed(settings.seed + 1_000_003 * process)
     seconds = 0.0
     try:
         if checkpoint is None or not trainer.was_finished(checkpoint):
@@ -466,7 +479,6 @@ def _arguments(
         remove_unused_columns=False,
         dataloader_num_workers=settings.workers,
         dataloader_pin_memory=torch.cuda.is_available() and not use_cpu,
-        ddp_find_unused_parameters=True if world > 1 else None,
         seed=settings.seed,
         log_level="error",
         label_names=["labels"],

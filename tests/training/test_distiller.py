@@ -1,6 +1,7 @@
 """One step of distillation: who runs, how far, and what becomes of the terms."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from kdcli.objectives.hidden import HiddenObjective
 from kdcli.objectives.matrix import MatrixObjective
 from kdcli.objectives.output import OutputObjective
 from kdcli.objectives.task import TaskObjective
+from kdcli.recipe.schema import OverparamSection
 from kdcli.tasks.encode import Collator
+from kdcli.tensors.parametrize import overparameterise
 from kdcli.training.capture import model_inputs
 from kdcli.training.distiller import Distiller
 
@@ -224,6 +227,37 @@ def test_bridges_train_but_are_no_part_of_the_student():
     parameters = dict(distiller.named_parameters())
     assert all(parameters[name].grad.abs().sum() > 0 for name in extra)
     assert {key for key in distiller.state_dict() if key.startswith("objectives.")} == extra
+
+
+@pytest.mark.parametrize("chains", [False, True])
+@pytest.mark.parametrize(
+    ("terms", "left_out"),
+    [
+        (many_terms, set()),
+        (lambda: [Term("task", TaskObjective(), 1.0)], set()),
+        (lambda: [Term("hidden", HiddenObjective([(1, 2)]), 1.0)], {"layer.1", "pooler", "classifier"}),
+        (lambda: [Term("mha", MatrixObjective([(2, 4)], ("query",)), 1.0)], {"key", "value", "output", "intermediate"}),
+        (lambda: [Term("attribution", AttributionObjective(), 1.0)], set()),
+    ],
+)
+def test_what_gets_no_gradient_is_known_before_training(
+    terms: Callable[[], list[Term]], left_out: set[str], chains: bool
+):
+    teacher = tiny("bert", layers=4)
+    student = tiny("bert", seed=1)
+    if chains:
+        overparameterise(student, OverparamSection(length=1))
+    distiller = Distiller(student, terms(), teacher=teacher)
+    distiller.train()
+    student.bert.embeddings.eval()
+    modes = [module.training for module in distiller.modules()]
+    state = torch.get_rng_state()
+    found = set(distiller.without_gradient(batch_of(2)))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in distiller.modules()] == modes and not gradients(distiller)
+    distiller(batch_of())["loss"].backward()
+    assert found == {name for name, _ in distiller.named_parameters()} - set(gradients(distiller))
+    assert bool(found) == bool(left_out) and all(any(word in name for name in found) for word in left_out)
 
 
 def test_in_eval_mode_only_the_students_logits_come():

@@ -16,7 +16,7 @@ from kdcli.models.scratch import train_tokenizer
 from kdcli.tasks.synthetic import LABELS, reviews
 
 RECIPE = """
-method = "makd"
+METHOD
 
 [task]
 name = "reviews"
@@ -27,12 +27,6 @@ validation_samples = 64
 model = "teacher"
 finetune = false
 
-[student]
-budget = 0.5
-
-[overparam]
-length = 1
-
 [train]
 max_steps = 8
 batch_size = 16
@@ -42,8 +36,30 @@ eval_every = 4
 """
 
 
+MAKD = """
+method = "makd"
+student = {budget = 0.5}
+overparam = {length = 1}
+"""
+# Its first stage leaves the head out; in the second every parameter is used.
+TINYBERT = """
+method = "tinybert"
+student = {layers = 1}
+"""
+# Which blocks are used, and so which parameters, is drawn in every step.
+THESEUS = """
+method = "theseus"
+student = {layers = 1}
+"""
+TWO = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517")
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    return written(tmp_path)
+
+
+def written(tmp_path: Path, dropout: float = 0.0) -> Path:
     tokenizer = train_tokenizer(reviews()["train"]["text"], 300)
     torch.manual_seed(0)
     config = BertConfig(
@@ -52,15 +68,14 @@ def folder(tmp_path: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=64,
-        # Every process draws its own dropout: equality can only be asked for without.
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
         id2label=dict(enumerate(LABELS)),
         label2id={name: i for i, name in enumerate(LABELS)},
     )
     (tmp_path / "teacher").mkdir()
     save_model(BertForSequenceClassification(config), tmp_path / "teacher", tokenizer)
-    (tmp_path / "recipe.toml").write_text(RECIPE)
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("METHOD", MAKD))
     return tmp_path
 
 
@@ -71,17 +86,43 @@ def distill(folder: Path, name: str, *launcher: str, extra: tuple[str, ...] = ()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
+    # PyTorch says so where it looked for parameters without a gradient and there were none.
+    assert "find_unused_parameters" not in result.stderr or "theseus" in (folder / "recipe.toml").read_text()
     assert json.loads(result.stdout)["status"] == "done"
     return load_file(folder / "runs" / name / "student" / "model.safetensors")
 
 
 @pytest.mark.slow
-def test_two_processes_agree_with_one(folder: Path):
+@pytest.mark.parametrize("method", [MAKD, TINYBERT, THESEUS], ids=["makd", "tinybert", "theseus"])
+def test_without_dropout_two_processes_agree_with_one(folder: Path, method: str):
+    (folder / "recipe.toml").write_text(RECIPE.replace("METHOD", method))
     one = distill(folder, "one")
-    two = distill(folder, "two", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517")
+    two = distill(folder, "two", *TWO)
     assert one.keys() == two.keys()
     for key in one:
         torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}")
+
+
+KD = """
+method = {name = "kd", alpha = 1.0}
+student = {layers = 1}
+"""
+
+
+@pytest.mark.slow
+def test_with_dropout_every_process_draws_its_own_and_the_same_in_every_run(tmp_path: Path):
+    folder = written(tmp_path, dropout=0.3)
+    rows = "\n".join(f"a fine and moving film,{LABELS[number % 2]}" for number in range(40))
+    (folder / "rows.csv").write_text(f"text,label\n{rows}\n")
+    recipe = RECIPE.replace("METHOD", KD).replace('name = "reviews"', 'name = "own"\ndata = "rows.csv"\ntext = "text"')
+    (folder / "recipe.toml").write_text(recipe)
+    # All rows are equal, and the teacher alone is followed. So were two processes to draw the same dropout, they would
+    # do the same twice: what one of them does with half of the examples.
+    steps = ("--set", "train.max_steps=2")
+    one = distill(folder, "one", extra=("--set", "train.batch_size=8", *steps))
+    two, again = (distill(folder, name, *TWO, extra=steps) for name in ("two", "again"))
+    assert max(float((two[key] - one[key]).abs().max()) for key in one) > 1e-4
+    assert all(torch.equal(two[key], again[key]) for key in two)
 
 
 @pytest.mark.slow

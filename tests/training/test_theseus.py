@@ -109,6 +109,8 @@ def test_only_replaced_blocks_learn_also_below_frozen_teacher_blocks(family: str
     task_loss(student(**inputs).logits, torch.arange(8) % 2, "classification").backward()
     learning = {name.split(".layer.")[1].split(".")[0] for name, p in student.named_parameters() if p.grad is not None}
     assert learning == {str(number) for number, replaced in enumerate(drawn) if replaced}
+    # Several processes are told, and look for the blocks that are left out in every step.
+    assert not begun_scheme.steps_are_alike
     for block, replaced in zip(blocks_of(student), drawn, strict=True):
         if replaced:
             assert all(float(p.grad.abs().sum()) > 0 for n, p in block.named_parameters() if weighs(n))

@@ -52,6 +52,8 @@ class Scheme:
 
     teacher_is_fixed = True
     """False when the teacher learns: nothing that it says may be kept."""
+    steps_are_alike = True
+    """False when it changes from step to step which of the student's parameters get a gradient."""
 
     def check(
         self,

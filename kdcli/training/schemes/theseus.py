@@ -86,6 +86,8 @@ class TheseusScheme(Scheme):
     al. 2020; methods 11.
     """
 
+    steps_are_alike = False
+
     def __init__(self, replacement: Replacement, *, predecessor_eval: bool = False) -> None:
         self.replacement = replacement
         self.predecessor_eval = predecessor_eval
