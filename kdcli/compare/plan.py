@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kdcli.errors import InputError, UnfitTaskError
 from kdcli.names import checked, folder_of
@@ -200,7 +201,7 @@ def plan_comparison(
     with console.status("planning") as status:
         for chosen in [[task] for task in tasks] if tasks else [[]]:
             for file in files:
-                status.update(" on ".join(["planning " + str(file), *chosen]))
+                status.update(Text(" on ".join(["planning " + str(file), *chosen])))
                 try:
                     entries.append(_entry(file, overrides or [], *chosen))
                 except UnfitTaskError as error:

@@ -30,11 +30,11 @@ def read_text(path: Path) -> str:
     try:
         with os.fdopen(handle, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
-            if stat.S_ISDIR(mode):
-                raise InputError(f"{path} is a folder, not a recipe", hint="name a TOML file")
             if not stat.S_ISREG(mode):
                 raise InputError(f"{path} is a device or a pipe, not a recipe", hint="name a TOML file")
             content = file.read(MOST_BYTES + 1)
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, not a recipe", hint="name a TOML file") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     if len(content) > MOST_BYTES:

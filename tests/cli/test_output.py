@@ -114,6 +114,7 @@ def test_no_escape_of_a_name_or_a_label_reaches_the_terminal(world: World):
         world.call("eval", f"--{EVIL}"),
         world.call("distill", f"{EVIL}.toml"),
         world.call(EVIL),
+        world.call("compare", f"[/x]{EVIL}.toml"),
         world.call("distill", world.recipe(task={"name": EVIL}, teacher={"model": EVIL}), "--dry-run"),
     ]
     for outcome in calls:
