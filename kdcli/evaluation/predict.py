@@ -6,11 +6,10 @@ import numpy as np
 import torch
 
 from kdcli.models.finite import check_finite
+from kdcli.models.inputs import model_inputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @torch.inference_mode()
@@ -34,7 +33,7 @@ def predict(
     for start in range(0, len(order), batch_size):
         rows = [dataset[int(i)] for i in order[start : start + batch_size]]
         batch = collator(rows)
-        inputs = {key: batch[key].to(device) for key in INPUTS if key in batch}
+        inputs = {name: tensor.to(device) for name, tensor in model_inputs(model, batch).items()}
         parts.append(torch.as_tensor(model(**inputs).logits).float().cpu().numpy())
     if training:
         model.train()

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from kdcli.errors import GateError
-from kdcli.export.graph import export_onnx, operators, plain_copy
+from kdcli.export.graph import export_onnx, input_names, operators, plain_copy
 from kdcli.export.latency import LatencyReport, measure
 from kdcli.export.parity import TOLERANCE, parity
 from kdcli.export.session import MODEL, OnnxModel
@@ -93,7 +93,13 @@ def export_model(
 
 def _real_batches(model: Any, tokenizer: Any, task: Task | None, max_length: int) -> tuple[list[Any], str]:
     if task is None:
-        return [probe_batch(model)], "random inputs"
+        single = probe_batch(model)
+        if "token_type_ids" not in input_names(model, tokenizer):
+            return [single], "random inputs"
+        texts = tokenizer.batch_decode(single["input_ids"], skip_special_tokens=True)
+        longest = min(max_length, 2 * single["input_ids"].shape[1])
+        pairs = tokenizer(texts, texts[::-1], truncation=True, max_length=longest, padding=True, return_tensors="pt")
+        return [single, dict(pairs)], "random inputs, single and in pairs"
     rows = next(iter(task.report.values()))
     data = encode(rows.select(range(min(64, len(rows)))), tokenizer, max_length)
     collator, size = Collator(tokenizer), 8

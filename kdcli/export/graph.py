@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdcli.errors import RunError
 from kdcli.export.session import MODEL
+from kdcli.models.inputs import inputs_of
 from kdcli.tensors.parametrize import contract_model, is_overparameterised
 
 if TYPE_CHECKING:
@@ -35,11 +36,8 @@ class _Logits(nn.Module):
 
 def input_names(model: "PreTrainedModel", tokenizer: Any) -> list[str]:
     """Return the inputs that both tokenizer and model know."""
-    names = ["input_ids", "attention_mask"]
-    takes_types = getattr(model.config, "type_vocab_size", 0) > 0 and model.config.model_type != "distilbert"
-    if takes_types and "token_type_ids" in tokenizer.model_input_names:
-        names.append("token_type_ids")
-    return names
+    optional = {"token_type_ids"} - set(tokenizer.model_input_names)
+    return [name for name in inputs_of(model.config) if name not in optional]
 
 
 @contextlib.contextmanager

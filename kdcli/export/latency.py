@@ -10,8 +10,8 @@ import torch
 from rich import box
 from rich.table import Table
 
-from kdcli.evaluation.predict import INPUTS
 from kdcli.export.session import OnnxModel
+from kdcli.models.inputs import model_inputs
 from kdcli.words import counted
 
 WARM_UP = 5
@@ -107,10 +107,7 @@ def _cell(
     full = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     contestants: list[tuple[str, str, Callable[[], Any]]] = []
     for name, (model, exported) in models.items():
-        taken = [k for k in INPUTS if k != "token_type_ids" or getattr(model.config, "type_vocab_size", 0) > 0]
-        if model.config.model_type == "distilbert":
-            taken = ["input_ids", "attention_mask"]
-        inputs = {key: full[key] for key in taken}
+        inputs = model_inputs(model, full)
         contestants.append((name, "PyTorch", lambda model=model, inputs=inputs: model(**inputs)))  # type: ignore[misc]
         if exported is not None:
             contestants.append(

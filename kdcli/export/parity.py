@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcli.evaluation.predict import INPUTS
 from kdcli.export.session import OnnxModel
 from kdcli.models.finite import check_finite
+from kdcli.models.inputs import model_inputs
 
 TOLERANCE = 1e-4
 """Largest allowed difference of a logit in fp32."""
@@ -22,7 +22,7 @@ def parity(model: Any, exported: OnnxModel, batches: Sequence[dict[str, Tensor]]
     """
     worst = 0.0
     for batch in batches:
-        inputs = {key: batch[key] for key in INPUTS if key in batch}
+        inputs = model_inputs(model, batch)
         own, graph = model(**inputs).logits.float(), exported(**inputs).logits.float()
         check_finite(own, "the model")
         check_finite(graph, "the exported graph")

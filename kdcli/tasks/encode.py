@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kdcli.models.inputs import INPUTS
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -24,7 +26,7 @@ def encode(dataset: "Dataset", tokenizer: Any, max_length: int) -> "Dataset":
         max_length=longest,
     )
     columns: dict[str, Any] = {"index": list(dataset["index"])}
-    for name in ("input_ids", "attention_mask", "token_type_ids"):
+    for name in INPUTS:
         if name in encoded:
             columns[name] = encoded[name]
     columns["labels"] = list(dataset["label"])

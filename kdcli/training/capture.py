@@ -9,19 +9,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kdcli.models.anatomy import block_matrix, blocks_of, body_of, embeddings_of
+from kdcli.models.inputs import model_inputs
 from kdcli.models.shape import shape_of
 from kdcli.objectives.base import MatrixKey, Signals, Wants
 from kdcli.tensors.parametrize import chain_of, linears_of, tensors_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
-
-def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the part of a batch that a model's forward pass takes."""
-    return {key: batch[key] for key in MODEL_INPUTS if key in batch}
 
 
 class _HeardEnough(Exception):
@@ -103,7 +97,7 @@ class Capture:
 
     def run(self, batch: Mapping[str, Tensor]) -> Signals:
         """Run the model on `batch` and return what it said; call it inside the `with` block."""
-        inputs = model_inputs(batch)
+        inputs = model_inputs(self.model, batch)
         logits = self.wants.logits or self.wants.gradients > 0
         self._positions = self._wanted_positions(batch) if logits else None
         self._may_stop = not logits

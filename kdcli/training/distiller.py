@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from kdcli.models.inputs import model_inputs
 from kdcli.objectives.base import MatrixKey, Signals, Wants
 from kdcli.objectives.term import Term
-from kdcli.training.capture import Capture, model_inputs
+from kdcli.training.capture import Capture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,7 +115,7 @@ class Distiller(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return "loss" and each unweighted term under its name; of a classifier in eval mode, only "logits"."""
         if not self.training and "masked_positions" not in batch:
-            return {"logits": self.student(**model_inputs(batch)).logits}
+            return {"logits": self.student(**model_inputs(self.student, batch)).logits}
         teacher = self.teacher_signals(batch)
         with self.student_capture as capture:
             student = capture.run(batch)

@@ -423,4 +423,5 @@ def align_labels(model: Any, task: Task) -> Any:
         output.logits = output.logits[:, permutation]
         return output
 
+    permuted.config = model.config  # type: ignore[attr-defined]
     return permuted

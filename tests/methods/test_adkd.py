@@ -19,6 +19,7 @@ from kdcli.methods import registry
 from kdcli.methods.adkd import METHOD, ADKDOptions
 from kdcli.methods.base import Context
 from kdcli.models.anatomy import embeddings_of
+from kdcli.models.inputs import model_inputs
 from kdcli.models.shape import shape_of
 from kdcli.objectives.attribution import path_gradient, saliency
 from kdcli.objectives.base import Wants
@@ -28,7 +29,7 @@ from kdcli.recipe.schema import OverparamSection
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.load import load_task
 from kdcli.tensors.parametrize import overparameterise
-from kdcli.training.capture import Capture, model_inputs
+from kdcli.training.capture import Capture
 from kdcli.training.distiller import Distiller
 from kdcli.training.loop import LoopSettings
 from kdcli.training.road import make_distiller
@@ -64,13 +65,13 @@ def logits_from_embeddings(model: nn.Module, batch: dict[str, Tensor], embedding
     handle = embeddings_of(model).register_forward_hook(lambda *_: embeddings)
     try:
         repeats = len(embeddings) // len(batch["input_ids"])
-        return model(**{key: x.repeat(repeats, 1) for key, x in model_inputs(batch).items()}).logits
+        return model(**{key: x.repeat(repeats, 1) for key, x in model_inputs(model, batch).items()}).logits
     finally:
         handle.remove()
 
 
 def embeddings_of_batch(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return model(**model_inputs(batch), output_hidden_states=True).hidden_states[0].detach()
+    return model(**model_inputs(model, batch), output_hidden_states=True).hidden_states[0].detach()
 
 
 def maps_by_hand(model: nn.Module, batch: dict[str, Tensor], score: Any, top_k: int | None = None) -> Tensor:
@@ -98,7 +99,7 @@ def test_the_loss_is_the_published_sum():
     found.training = True
     values = found({**batch})
 
-    z_s, z_t = (model(**model_inputs(batch)).logits.detach() for model in (student, teacher))
+    z_s, z_t = (model(**model_inputs(model, batch)).logits.detach() for model in (student, teacher))
     p, log_q = torch.softmax(z_t / 3, -1), torch.log_softmax(z_s / 3, -1)
     output = (p * (p.log() - log_q)).sum(-1).mean().item()
     task = functional.cross_entropy(z_s, batch["labels"]).item()
@@ -134,7 +135,7 @@ def test_regression_compares_predictions_divided_by_the_temperature():
     options = ADKDOptions(alpha=0.8, temperature=3.0)
     step = distiller(student, teacher, options, kind="regression", labels=1).eval()
     step.training = True
-    z_s, z_t = (model(**model_inputs(batch)).logits for model in (student, teacher))
+    z_s, z_t = (model(**model_inputs(model, batch)).logits for model in (student, teacher))
     values = step(batch)
     assert values["output"].item() == pytest.approx(((z_s / 3 - z_t / 3) ** 2).mean().item(), rel=1e-4)
     assert values["loss"].isfinite()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from kdcli.methods.base import Term
 from kdcli.models.anatomy import blocks_of
+from kdcli.models.inputs import model_inputs
 from kdcli.objectives.attention import AttentionObjective
 from kdcli.objectives.attribution import AttributionObjective
 from kdcli.objectives.hidden import HiddenObjective
@@ -23,7 +24,6 @@ from kdcli.objectives.task import TaskObjective
 from kdcli.recipe.schema import OverparamSection
 from kdcli.tasks.encode import Collator
 from kdcli.tensors.parametrize import overparameterise
-from kdcli.training.capture import model_inputs
 from kdcli.training.distiller import Distiller
 
 WORDS = tokenizer()
@@ -94,8 +94,8 @@ def test_terms_are_what_the_models_own_outputs_give():
     teacher, student = pair()
     batch = batch_of()
     result = Distiller(student, many_terms(), teacher=teacher).train()(batch)
-    mine = student(**model_inputs(batch), output_hidden_states=True)
-    yours = teacher(**model_inputs(batch), output_hidden_states=True)
+    mine = student(**model_inputs(student, batch), output_hidden_states=True)
+    yours = teacher(**model_inputs(teacher, batch), output_hidden_states=True)
     task = functional.cross_entropy(mine.logits, batch["labels"])
     torch.testing.assert_close(result["task"], task.detach())
     p, q = torch.softmax(yours.logits / 2, -1), torch.softmax(mine.logits / 2, -1)
@@ -113,9 +113,9 @@ def test_the_gradient_is_that_of_the_written_out_loss():
     twin, batch = copy.deepcopy(student), batch_of()
     terms = [Term("output", OutputObjective(), 0.5), Term("task", TaskObjective(), 2.0)]
     Distiller(student, terms, teacher=teacher).train()(batch)["loss"].backward()
-    logits = twin(**model_inputs(batch)).logits
+    logits = twin(**model_inputs(twin, batch)).logits
     with torch.no_grad():
-        wanted = torch.softmax(teacher(**model_inputs(batch)).logits, -1)
+        wanted = torch.softmax(teacher(**model_inputs(teacher, batch)).logits, -1)
     entropy = -(wanted * torch.log_softmax(logits, -1)).sum(-1).mean()
     (0.5 * entropy + 2.0 * functional.cross_entropy(logits, batch["labels"])).backward()
     ours, theirs = gradients(student), gradients(twin)
@@ -161,7 +161,7 @@ def test_the_teacher_does_not_run_when_only_its_known_logits_are_asked_for():
     terms = [Term("output", OutputObjective()), Term("task", TaskObjective())]
     batch = batch_of()
     with torch.no_grad():
-        table = teacher(**model_inputs(batch)).logits
+        table = teacher(**model_inputs(teacher, batch)).logits
     runs.count.clear()
     known = Distiller(student, terms, teacher=teacher, teacher_logits=table).train()
     values = known(batch)
@@ -177,7 +177,7 @@ def test_known_logits_belong_to_the_batch_by_index():
     teacher, student = pair()
     data, collate = rows(10), Collator(WORDS)
     with torch.no_grad():
-        table = teacher(**model_inputs(collate(list(data)))).logits
+        table = teacher(**model_inputs(teacher, collate(list(data)))).logits
     known = Distiller(student, [Term("output", OutputObjective())], teacher_logits=table).train()
     live = Distiller(student, [Term("output", OutputObjective())], teacher=teacher).train()
     batch = collate([data[i] for i in (7, 2, 9, 2)])
@@ -189,7 +189,7 @@ def test_known_logits_spare_the_teachers_upper_blocks_and_give_the_same_loss(dee
     teacher, student = pair()
     batch = batch_of()
     with torch.no_grad():
-        table = teacher(**model_inputs(batch)).logits
+        table = teacher(**model_inputs(teacher, batch)).logits
     terms = [Term("output", OutputObjective()), Term("hidden", HiddenObjective([(1, deepest)]))]
     blocks = {str(number): block for number, block in enumerate(blocks_of(teacher), 1)}
     runs = Runs(**blocks, head=teacher.classifier)
@@ -267,7 +267,7 @@ def test_in_eval_mode_only_the_students_logits_come():
     batch = batch_of()
     result = distiller(batch)
     assert set(result) == {"logits"} and runs.count["teacher"] == 0
-    torch.testing.assert_close(result["logits"], student(**model_inputs(batch)).logits)
+    torch.testing.assert_close(result["logits"], student(**model_inputs(student, batch)).logits)
 
 
 def test_two_terms_of_one_name_are_refused_rather_than_one_of_them_lost():
@@ -283,13 +283,13 @@ def test_closing_removes_all_hooks_and_what_the_models_say_is_unchanged():
     teacher, student = pair()
     batch = batch_of()
     with torch.no_grad():
-        before = [model(**model_inputs(batch)).logits for model in (teacher, student)]
+        before = [model(**model_inputs(model, batch)).logits for model in (teacher, student)]
     none = hooks(teacher, student)
     distiller = Distiller(student, [*many_terms(), Term("maps", AttributionObjective(steps=2))], teacher=teacher)
     assert hooks(teacher, student) > none
     distiller.train()(batch)
     with torch.no_grad():
-        during = [model.eval()(**model_inputs(batch)).logits for model in (teacher, student)]
+        during = [model.eval()(**model_inputs(model, batch)).logits for model in (teacher, student)]
     distiller.close()
     assert hooks(teacher, student) == none
     for one, other in zip(before, during, strict=True):

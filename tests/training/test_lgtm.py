@@ -24,12 +24,12 @@ from kdcli.errors import InputError
 from kdcli.methods import registry
 from kdcli.methods.base import Context, Term
 from kdcli.models.forms import build_student
+from kdcli.models.inputs import model_inputs
 from kdcli.models.shape import shape_of
 from kdcli.objectives.output import OutputObjective
 from kdcli.objectives.tensor import TensorObjective
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.tensors.parametrize import contract_model, overparameterise, teacher_factors
-from kdcli.training.capture import model_inputs
 from kdcli.training.distiller import Distiller
 from kdcli.training.schemes.base import Setting
 from kdcli.training.schemes.lgtm import HeldOut, Learning, LGTMScheme, look_ahead, split
@@ -75,7 +75,7 @@ def begun(
 
 def step_once(student: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:
     """Give the optimizer some moments of its own."""
-    functional.cross_entropy(student(**model_inputs(batch)).logits, batch["labels"]).backward()
+    functional.cross_entropy(student(**model_inputs(student, batch)).logits, batch["labels"]).backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -111,7 +111,7 @@ def check_influence(family: str, kind: str, *, temperature: float = 1.0, labels:
     teacher, student = pair(family, labels=labels)
     learning = Learning(kind=kind, alpha_teacher=0.4, temperature=temperature)
     scheme, place = begun(teacher, student, learning, regression=kind == "regression")
-    inputs = model_inputs(batch_of(place))
+    inputs = model_inputs(student, batch_of(place))
     trained = scheme.trained(adamw(student))
     generator = torch.Generator().manual_seed(3)
     direction = [torch.randn(p.shape, generator=generator) for p in trained.values()]
@@ -136,7 +136,7 @@ def test_the_finite_difference_converges_to_the_exact_derivative(monkeypatch: py
         monkeypatch.setattr("kdcli.training.schemes.lgtm.REACH", reach)
         teacher, student = (model.double() for model in pair())
         scheme, place = begun(teacher, student, Learning(alpha_teacher=1.0))
-        inputs = model_inputs(batch_of(place))
+        inputs = model_inputs(student, batch_of(place))
         trained = scheme.trained(adamw(student))
         generator = torch.Generator().manual_seed(3)
         direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in trained.values()]
@@ -159,7 +159,9 @@ def test_a_teacher_that_ignores_the_student_has_no_influence():
     teacher, student = pair()
     scheme, place = begun(teacher, student, Learning(alpha_teacher=0.0))
     trained = scheme.trained(adamw(student))
-    scheme.add_influence(model_inputs(batch_of(place)), trained, [torch.randn_like(p) for p in trained.values()], -1.0)
+    scheme.add_influence(
+        model_inputs(student, batch_of(place)), trained, [torch.randn_like(p) for p in trained.values()], -1.0
+    )
     assert all(p.grad is None or not p.grad.any() for p in scheme.teacher().parameters())
 
 
@@ -167,7 +169,9 @@ def test_a_direction_of_zeros_has_no_influence_and_is_no_division_by_zero():
     teacher, student = pair()
     scheme, place = begun(teacher, student, Learning())
     trained = scheme.trained(adamw(student))
-    scheme.add_influence(model_inputs(batch_of(place)), trained, [torch.zeros_like(p) for p in trained.values()], -1.0)
+    scheme.add_influence(
+        model_inputs(student, batch_of(place)), trained, [torch.zeros_like(p) for p in trained.values()], -1.0
+    )
     assert all(p.grad is None or not p.grad.any() for p in scheme.teacher().parameters())
 
 
@@ -175,7 +179,7 @@ def test_a_teacher_that_follows_its_influence_pulls_the_student_towards_the_dire
     teacher, student = pair()
     scheme, place = begun(teacher, student, Learning(alpha_teacher=1.0))
     batch = batch_of(place)
-    inputs = model_inputs(batch)
+    inputs = model_inputs(student, batch)
     trained = scheme.trained(adamw(student))
 
     def pull(direction: list[Tensor]) -> float:
@@ -258,7 +262,10 @@ def reference(
         return (p * (p.log() - q.log())).sum(-1).mean()
 
     def teacher_gradient(student: PreTrainedModel) -> list[Tensor]:
-        own, other = teacher(**model_inputs(batch)).logits, student(**model_inputs(batch)).logits.detach()
+        own, other = (
+            teacher(**model_inputs(teacher, batch)).logits,
+            student(**model_inputs(student, batch)).logits.detach(),
+        )
         gold = functional.cross_entropy(own, batch["labels"])
         loss = learning.alpha_teacher * kl(own, other) + (1 - learning.alpha_teacher) * gold
         parameters = list(teacher.parameters())
@@ -269,13 +276,13 @@ def reference(
     own = teacher_gradient(student)
     mover = adamw(ahead)
     mover.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    z_t, z_s = teacher(**model_inputs(batch)).logits.detach(), ahead(**model_inputs(batch)).logits
+    z_t, z_s = teacher(**model_inputs(teacher, batch)).logits.detach(), ahead(**model_inputs(ahead, batch)).logits
     gold = functional.cross_entropy(z_s, batch["labels"])
     (learning.alpha_student * kl(z_s, z_t) + (1 - learning.alpha_student) * gold).backward()
     nn.utils.clip_grad_norm_(ahead.parameters(), 1.0)
     mover.step()
     mover.zero_grad()
-    functional.cross_entropy(ahead(**model_inputs(held)).logits, held["labels"]).backward()
+    functional.cross_entropy(ahead(**model_inputs(ahead, held)).logits, held["labels"]).backward()
     v = [p.grad if p.grad is not None else torch.zeros_like(p) for p in ahead.parameters()]
     eps = 0.01 / float(torch.cat([x.flatten() for x in v]).norm())
     sides = []
@@ -368,7 +375,7 @@ def test_the_teachers_step_leaves_the_student_and_its_optimizer_bit_by_bit_as_th
     step_once(student, optimizer, batch)
     before, memory = copy.deepcopy(student.state_dict()), copy.deepcopy(optimizer.state_dict())
     student.eval()
-    answer = student(**model_inputs(batch)).logits.detach()
+    answer = student(**model_inputs(student, batch)).logits.detach()
     scheme.before_step(0, batch, optimizer)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert all(
@@ -379,7 +386,7 @@ def test_the_teachers_step_leaves_the_student_and_its_optimizer_bit_by_bit_as_th
     assert all(p.grad is None and p.requires_grad and isinstance(p, nn.Parameter) for p in student.parameters())
     assert student.training and not scheme.teacher().training
     student.eval()
-    assert torch.equal(student(**model_inputs(batch)).logits, answer)
+    assert torch.equal(student(**model_inputs(student, batch)).logits, answer)
     moved = scheme.teacher().state_dict()
     assert any(not torch.equal(moved[name], value) for name, value in given.items())
     assert all(torch.equal(value, given[name]) for name, value in teacher.state_dict().items())
@@ -393,7 +400,7 @@ def test_what_is_moved_for_a_chained_student_are_its_tensors():
     trained = scheme.trained(adamw(student))
     assert sum(".parametrizations." in name for name in trained) == 6 * 3
     assert not any(name.endswith("query.weight") for name in trained)
-    inputs = model_inputs(batch_of(place))
+    inputs = model_inputs(student, batch_of(place))
     name = next(name for name in trained if ".parametrizations." in name)
     with torch.no_grad():
         moved = functional_call(student, {**trained, name: trained[name] * 1.5}, kwargs=inputs).logits

@@ -23,12 +23,12 @@ from kdcli.methods import registry
 from kdcli.methods.base import Context, Term
 from kdcli.models.anatomy import blocks_of
 from kdcli.models.forms import build_student
+from kdcli.models.inputs import model_inputs
 from kdcli.models.shape import shape_of
 from kdcli.objectives.task import TaskObjective, task_loss
 from kdcli.objectives.tensor import TensorObjective
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.tensors.parametrize import contract_model, factors_of, overparameterise
-from kdcli.training.capture import model_inputs
 from kdcli.training.schemes.theseus import Replacement, TheseusScheme, draw
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -57,7 +57,7 @@ def begun(
     for unit, replaced in zip(scheme.units, drawn, strict=True):
         unit.replaced = replaced
     student.train()
-    return scheme, model_inputs(batch_of(place))
+    return scheme, model_inputs(student, batch_of(place))
 
 
 def context(teacher: PreTrainedModel, student: PreTrainedModel, form: str = "depth") -> Context:

@@ -15,11 +15,11 @@ from torch.optim.adamw import adamw
 
 from kdcli.errors import InputError
 from kdcli.machine import resolve_precision
+from kdcli.models.inputs import model_inputs
 from kdcli.objectives.base import MatrixKey
 from kdcli.objectives.output import kl_divergence
 from kdcli.objectives.task import task_loss
 from kdcli.tensors.parametrize import chain_of, linears_of, overparameterise, tensors_of
-from kdcli.training.capture import model_inputs
 from kdcli.training.distributed import state
 from kdcli.training.sampler import EpochSampler
 from kdcli.training.schemes.base import Scheme, Setting
@@ -178,19 +178,19 @@ class LGTMScheme(Scheme):
         """Make the teacher's step on `batch`; the student and its optimizer stay as they are, bit by bit."""
         assert self._optimizer is not None
         student, teacher, learning = self.setting.student, self.teacher(), self.learning
-        labels, inputs = batch["labels"], model_inputs(batch)
+        labels = batch["labels"]
         rate = self.teacher_rate(step)
         student.train()
         teacher.train()
         with self._autocast():
-            teacher_logits = teacher(**inputs).logits
+            teacher_logits = teacher(**model_inputs(teacher, batch)).logits
             with torch.set_grad_enabled(learning.influence):
-                student_logits = student(**inputs).logits
+                student_logits = student(**model_inputs(student, batch)).logits
         learning.loss(teacher_logits, student_logits, labels, learning.alpha_teacher).backward()
         if learning.influence:
             loss = learning.loss(student_logits, teacher_logits, labels, learning.alpha_student)
             direction = self.direction(loss, step, optimizer)
-            self.add_influence(inputs, self.trained(optimizer), direction, -rate)
+            self.add_influence(batch, self.trained(optimizer), direction, -rate)
         parameters = [parameter for parameter in teacher.parameters() if parameter.grad is not None]
         average([parameter.grad for parameter in parameters])
         nn.utils.clip_grad_norm_(parameters, self.setting.loop.max_grad_norm)
@@ -225,7 +225,7 @@ class LGTMScheme(Scheme):
         held = self._held.batch(step, self._device)
         student.eval()
         with self._autocast():
-            logits = functional_call(student, ahead, kwargs=model_inputs(held)).logits
+            logits = functional_call(student, ahead, kwargs=model_inputs(student, held)).logits
         held_loss = task_loss(logits, held["labels"], self.learning.kind)
         found = list(torch.autograd.grad(held_loss, list(ahead.values()), allow_unused=True, materialize_grads=True))
         average(found)
@@ -233,7 +233,7 @@ class LGTMScheme(Scheme):
 
     def add_influence(
         self,
-        inputs: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
         trained: Mapping[str, nn.Parameter],
         direction: Sequence[Tensor],
         weight: float,
@@ -259,9 +259,9 @@ class LGTMScheme(Scheme):
                     name: parameter + sign * move
                     for (name, parameter), move in zip(trained.items(), moves, strict=True)
                 }
-                answers.append(functional_call(student, moved, kwargs=dict(inputs)).logits)
+                answers.append(functional_call(student, moved, kwargs=model_inputs(student, batch)).logits)
         with self._autocast():
-            logits = teacher(**inputs).logits
+            logits = teacher(**model_inputs(teacher, batch)).logits
         leaf = logits.detach().float().requires_grad_()
         above, below = (torch.autograd.grad(learning.agreement(leaf, answer), leaf)[0] for answer in answers)
         slope = (above - below) * (learning.alpha_teacher * norm / (2 * REACH))

@@ -1,0 +1,33 @@
+"""Which of a batch's tensors a model takes: the one place that says so, for training, scores, export and latency."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def inputs_of(config: "PretrainedConfig") -> tuple[str, ...]:
+    """Return the inputs that a model takes. Where all tokens are of one type, types say nothing and are left out."""
+    return INPUTS if _types(config) > 1 else INPUTS[:2]
+
+
+def model_inputs(model: Any, batch: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """Return the part of a batch that the forward pass of `model` takes; types that it does not have become 0.
+
+    model: anything with a `config`, or else all is given. A tokenizer may know more types than a model has embeddings
+    for: that of a BERT, for example, beside a RoBERTa.
+    """
+    config = getattr(model, "config", None)
+    inputs = {name: batch[name] for name in (INPUTS if config is None else inputs_of(config)) if name in batch}
+    if config is not None and "token_type_ids" in inputs:
+        types = inputs["token_type_ids"]
+        inputs["token_type_ids"] = types.where(types < _types(config), 0)
+    return inputs
+
+
+def _types(config: "PretrainedConfig") -> int:
+    return getattr(config, "type_vocab_size", 0) or 0
