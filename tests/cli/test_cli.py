@@ -173,6 +173,17 @@ def test_what_comes_next_can_be_run(after: World, finished: tuple[Path, Outcome]
     assert gate["name"] == "parity" and gate["passed"] and 0 <= gate["value"] <= gate["limit"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_result_that_cannot_be_printed_is_where_the_message_says(after: World, finished: tuple[Path, Outcome]):
+    with Path("/dev/full").open("w") as full, contextlib.redirect_stdout(full):
+        assert run(["distill", "recipe.toml", "--resume", "--json"]) == 3
+    err = after.capsys.readouterr().err
+    assert "No space left on device" in err and "hint: it is in runs/recipe/run.json" in err
+    assert (
+        json.loads((after.folder / "runs" / "recipe" / "run.json").read_text())["hashes"] == finished[1].json["hashes"]
+    )
+
+
 def test_retention_is_of_the_runs_own_teacher(after: World, finished: tuple[Path, Outcome]):
     kept = finished[1].json["retention"]
     for limit, code in ((kept - 0.01, 0), (kept + 0.01, 1)):
@@ -184,6 +195,18 @@ def test_retention_is_of_the_runs_own_teacher(after: World, finished: tuple[Path
                 {"name": "retention", "value": pytest.approx(kept), "limit": limit, "passed": code == 0}
             ]
             assert (f"gate not met: retention {kept:.6g} is under {limit:.6g}" in outcome.err) == (code == 1)
+
+
+def test_the_latency_gate_of_export(world: World):
+    world.model()
+    grid = ["--batch-sizes", "1", "--sequence-lengths", "8", "--runs", "1", "--threads", "1"]
+    outcome = world.call("export", "teacher", "--out", "served", *grid, "--max-latency-ms", "1e-9", "--json")
+    assert outcome.code == 1 and (world.folder / "served").is_dir()
+    assert [(gate["name"], gate["passed"]) for gate in outcome.json["gates"]] == [
+        ("parity", True),
+        ("latency_ms", False),
+    ]
+    assert "gate not met: p50 in ms " in outcome.err and "is above 1e-09" in outcome.err
 
 
 def test_gates_of_a_recipe(world: World):
@@ -295,6 +318,12 @@ def test_a_run_that_is_killed_while_it_exports_goes_on_with_that(world: World):
     outcome = world.call("distill", recipe, "--resume", "--json")
     assert outcome.code == 0 and outcome.json["status"] == "done"
     assert (folder / "onnx" / "model.onnx").is_file() and outcome.json["export"]["parity"]["max_abs_difference"] < 1e-4
+    assert outcome.json["paths"]["onnx"] == str(folder / "onnx")
+    [gate] = outcome.json["gates"]
+    assert gate["name"] == "parity" and gate["passed"]
+    lines = outcome.err.splitlines()
+    assert "onnx: runs/recipe/onnx" in lines and "next: kdcli eval runs/recipe" in lines
+    assert not [line for line in lines if "kdcli export" in line] and "1 run each" in outcome.err
 
 
 def _interrupt(*_: object, **__: object) -> None:
