@@ -7,14 +7,15 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from kdcli import __version__
 from kdcli.errors import InputError
+from kdcli.faults import unwritable, writing
 from kdcli.interrupts import finishing, tidying
 from kdcli.locks import if_unused, in_use
 
@@ -25,6 +26,10 @@ _TEMPORARY = re.compile(r"\..+\.kdcli-[a-z0-9_]{8}")
 """What a folder is called that is not finished, or is being removed."""
 
 
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name[:40]}.kdcli-{secrets.token_hex(4)}")
+
+
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path` for what is to become `path`; what is left in it at the end is removed.
@@ -33,7 +38,11 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     """
     with tidying():
         for _ in range(100):
-            folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}.kdcli-"))
+            folder = _temporary_name(path)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
             with in_use(folder) as ours:
                 if not ours:
                     continue
@@ -50,8 +59,10 @@ def remove(path: Path) -> None:
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
-        with temporary_folder(path) as trash:
-            os.replace(path, trash / path.name)
+        # A full disk still lets one move it.
+        trash = _temporary_name(path)
+        os.replace(path, trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def remove_leftovers(root: Path, *, below: bool = True) -> None:
@@ -74,14 +85,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` atomically: a reader sees the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(path) as folder:
-        new = folder / path.name
-        with new.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(path) as folder:
+            new = folder / path.name
+            with new.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -113,14 +125,14 @@ def atomic_folder(path: Path, *, force: bool = False, ours: bool = False) -> Ite
     if not ours:
         check_free(path, force=force, hints=("give another --out, or --force to replace it", "give another --out"))
     missing = [folder for folder in path.parents if not folder.exists()]
-    with contextlib.ExitStack() as stack:
+    with writing(path), contextlib.ExitStack() as stack:
         # Folders that were made only for this one go, too, unless something else has moved in.
         stack.callback(remove_empty, missing)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = stack.enter_context(temporary_folder(path))
         except OSError as error:
-            raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
+            raise unwritable(path.parent, error) from error
         folder = temporary / path.name
         folder.mkdir()
         write_marker(folder)
@@ -130,15 +142,18 @@ def atomic_folder(path: Path, *, force: bool = False, ours: bool = False) -> Ite
 
 def replace(folder: Path, path: Path) -> None:
     """Let a finished folder take the place of whatever is at `path`."""
-    with temporary_folder(path) as trash, finishing():
+    trash = _temporary_name(path)
+    with finishing(), in_use(path):
         with contextlib.suppress(FileNotFoundError):
-            os.replace(path, trash / path.name)
+            os.replace(path, trash)
         try:
             os.replace(folder, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
-                os.replace(trash / path.name, path)
+                os.replace(trash, path)
             raise
+    if os.path.lexists(trash):
+        remove(trash)
 
 
 def check_free(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import InputError
+from kdcli.faults import unwritable
 from kdcli.files import (
     cache_dir,
     check_free,
@@ -27,6 +28,7 @@ from kdcli.files import (
 from kdcli.interrupts import finishing, tidying
 from kdcli.locks import BusyError, lock_file
 from kdcli.names import LATEST, checked, folder_of
+from kdcli.records import Record, read_record
 
 if TYPE_CHECKING:
     from kdcli.recipe.schema import Recipe
@@ -68,19 +70,9 @@ class Run:
         return has_marker(self.path) or (self.path / "run.json").is_file()
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """What run.json says; empty when there is none yet. Raises InputError when it is broken."""
-        file = self.path / "run.json"
-        if not file.is_file():
-            return {}
-        hint = "start the run again with --force"
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{file} is not valid JSON: {error}", hint=hint) from error
-        if not isinstance(record, dict):
-            raise InputError(f"{file} is no record of a run", hint=hint)
-        return record
+        return read_record(self.path / "run.json")
 
     def update(self, changes: dict[str, Any]) -> None:
         """Merge `changes` into run.json, atomically."""
@@ -150,7 +142,7 @@ class Run:
                     hint = "wait for it, or --set name=OTHER"
                     raise InputError(f"another kdcli is at work in {self.path}", hint=hint) from None
                 except OSError as error:
-                    raise InputError(f"cannot write to {root}: {error.strerror}") from error
+                    raise unwritable(root, error) from error
                 remove_leftovers(root, below=False)
                 remove_leftovers(self.path)
                 yield
@@ -256,7 +248,7 @@ def open_run(root: Path, name: str, *, force: bool, resume: bool, create: bool =
             with finishing():
                 _make(run, resume=resume)
         except OSError as error:
-            raise InputError(f"cannot write to {root}: {error.strerror}") from error
+            raise unwritable(root, error) from error
         yield run
 
 

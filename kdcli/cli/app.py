@@ -115,6 +115,7 @@ def run(arguments: list[str] | None = None) -> int:
     arguments = [a for a in arguments if a != "--debug"]
     as_json = "--json" in arguments
     from kdcli.cli.console import quiet_libraries, soften_streams
+    from kdcli.faults import explain
     from kdcli.terminal import forget
 
     soften_streams()
@@ -147,6 +148,8 @@ def run(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if (known := explain(error)) is not None:
+            return _fail(known.exit_code, known.message, known.where, known.hint, as_json=as_json)
         text = str(error).strip().splitlines()
         return _fail(
             ExitCode.RUN,

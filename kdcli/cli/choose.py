@@ -29,7 +29,7 @@ class Choice:
             return None
         try:
             return Recipe.model_validate(self.run.record["recipe"])
-        except (KeyError, ValidationError) as error:
+        except ValidationError as error:
             raise InputError(
                 f"{self.run.path / 'run.json'} does not hold the recipe of a run of this version of kdcli",
                 hint="name the model's folder from a copy outside the run, with --task",

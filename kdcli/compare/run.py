@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from kdcli.compare.plan import Cell, ComparisonPlan, check_reusable, is_done, is_stranger
-from kdcli.errors import ExitCode, InputError, KdcliError
+from kdcli.errors import ExitCode, InputError
+from kdcli.faults import explain
 from kdcli.names import folder_of
 from kdcli.pipeline import run_distill
 from kdcli.runs import Run, remove_run
@@ -119,9 +120,9 @@ def _teacher_of(cell: Cell) -> str:
 
 
 def _failure(cell: Cell, error: Exception) -> Failure:
-    if isinstance(error, KdcliError):
-        where = f"{error.where}: " if error.where else ""
-        return Failure(cell, where + error.message, error.exit_code)
+    if (known := explain(error)) is not None:
+        where = f"{known.where}: " if known.where else ""
+        return Failure(cell, where + known.message, known.exit_code)
     lines = str(error).strip().splitlines()
     message = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
     return Failure(cell, message, ExitCode.RUN, "".join(traceback.format_exception(error)))

@@ -23,6 +23,9 @@ from kdcli.words import counted
 
 FIELDS = ("text", "text_pair")
 
+MOST = 1e9
+"""Decisions that a record may count: far more than anybody asks for, and sums of them are exact."""
+
 
 class Memory:
     """Decisions on disk, a JSON line an example: {"index": i, "first": n, "decisions": [...], "sha256": ...}.
@@ -203,7 +206,7 @@ def _keys(columns: Columns, task: Task, path: Path, where: str) -> list[Any]:
     if "index" in columns:
         try:
             numbers = [float(value) for value in columns["index"]]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             numbers = [0.5]
         if not all(number.is_integer() for number in numbers):
             raise InputError(f"{path}: index must hold whole numbers", where=where)
@@ -259,9 +262,9 @@ def _counts(value: Any, names: tuple[str, ...], path: Path, row: int, where: str
 def _number(value: Any, path: Path, row: int, where: str) -> float:
     try:
         number = -1.0 if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1.0
-    if not 0 <= number < float("inf"):
+    if not 0 <= number <= MOST:
         raise InputError(f"{path}: row {row} counts {value!r}, which is no number of decisions", where=where)
     return number
 

@@ -566,7 +566,7 @@ def test_an_interrupt_is_exit_code_130_and_marks_the_run(world: World):
         signal.signal(signal.SIGINT, before)
     assert outcome.code == 130
     assert "error: interrupted" in outcome.err and "--resume" in outcome.err and "Traceback" not in outcome.err
-    assert json.loads(record.read_text())["status"] == "failed"
+    assert json.loads(record.read_text())["status"] == "interrupted"
     assert world.call("eval").code == 2
 
 
