@@ -41,6 +41,13 @@ def install() -> None:
         signal.signal(number, _handle)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_forget)
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, lambda _, frame: _obey(frame))
+        usual = sys.unraisablehook
+        # A finaliser swallows what is raised in it: raised once more, a moment later.
+        sys.unraisablehook = lambda lost: (
+            signal.setitimer(signal.ITIMER_REAL, 0.01) if issubclass(lost.exc_type, KeyboardInterrupt) else usual(lost)
+        )
 
 
 def received() -> "int | None":
@@ -95,6 +102,10 @@ def _handle(number: int, frame: "FrameType | None") -> None:
         # The first one is being obeyed, or some library has swallowed it.
         _leave()
     _State.waits = False
+    _obey(frame)
+
+
+def _obey(frame: "FrameType | None") -> None:
     # What an import that is cut short leaves is no place to go on from, and may even hide that it was cut short.
     if not _State.caught or (not _State.tidy and _importing(frame)):
         _leave()

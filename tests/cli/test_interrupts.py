@@ -146,6 +146,31 @@ def test_a_first_signal_lets_a_block_be_finished_and_a_second_one_does_not(
     assert {path.name for path in tmp_path.iterdir()} == left
 
 
+IN_FINALISER = """
+import os, signal, time
+from kdcli import interrupts
+interrupts.install()
+
+class Loud:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(10):
+            pass
+
+try:
+    with interrupts.caught():
+        Loud()
+        time.sleep(30)
+except KeyboardInterrupt:
+    print("caught")
+"""
+
+
+def test_a_finaliser_swallows_no_signal(tmp_path: Path):
+    done = subprocess.run([sys.executable, "-c", IN_FINALISER], capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caught\n", "")
+
+
 def test_a_terminated_run_says_so_and_goes_on_to_the_same_weights(world: World):
     world.model()
     recipe = world.recipe(train={"max_steps": 40, "eval_every": 5, "select": "last"})
