@@ -11,6 +11,7 @@ from torch import nn
 from kdcli.errors import InputError
 from kdcli.models.anatomy import anatomy_of, blocks_of
 from kdcli.models.classes import check_single_label, class_names_of, reorder_classes
+from kdcli.models.finite import at_fault, check_weights
 from kdcli.models.heads import head_of
 from kdcli.models.load import has_head, load_model, without_pooler
 from kdcli.models.lowrank import factorise
@@ -200,6 +201,8 @@ def _checkpoint(teacher: "PreTrainedModel", section: StudentSection) -> StudentB
             labels["num_labels"] = classes.num_labels
         student = load_model(section.model, task=head, new_head=True, **labels)
         notes.append("with a new head: it has none of the kind that is needed")
+    with at_fault("student.model"):
+        check_weights(student, "the student")
     if student.config.vocab_size != teacher.config.vocab_size:
         raise InputError(
             f"the student's vocabulary has {student.config.vocab_size:,} tokens, the teacher's "

@@ -16,7 +16,6 @@ from kdcli.files import atomic_folder, write_json
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.methods.base import Context, Stage, Term
 from kdcli.models.counts import count_parameters
-from kdcli.models.finite import check_weights
 from kdcli.models.forms import StudentBuild, build_student
 from kdcli.models.shape import shape_of
 from kdcli.objectives.base import Wants
@@ -132,7 +131,6 @@ class Road:
         set_seed(seed)
         with timed(self.seconds, f"{folder or 'student'}"):
             build = build_student(teacher.model, section, seed=seed, overparam=overparam)
-        check_weights(build.model, f"the {folder or 'student'} before training")
         for note in build.notes:
             self.console.print(f"{folder or 'student'}: {note}", highlight=False, soft_wrap=True)
         plain_hash = hash_of_weights(build.model)
