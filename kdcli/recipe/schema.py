@@ -363,6 +363,7 @@ class TrainSection(Section):
     select: Literal["best", "last"] = "best"
     log_every: PositiveInt | None = None
     workers: Annotated[int, Field(ge=0, le=256)] = 0
+    keep_checkpoints: bool = False
 
     @model_validator(mode="after")
     def _whole_parts(self) -> Self:

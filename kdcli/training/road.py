@@ -28,7 +28,7 @@ from kdcli.tasks.prepare import encode_task
 from kdcli.tensors.parametrize import OverparamReport, contract_model, overparameterise, teacher_factors
 from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, main_does
-from kdcli.training.hashing import hash_of_weights
+from kdcli.training.hashing import hash_of_model, hash_of_tokenizer, hash_of_weights
 from kdcli.training.logits_cache import cached_logits
 from kdcli.training.loop import LoopSettings
 from kdcli.training.schemes.base import Scheme, Setting
@@ -138,10 +138,14 @@ class Road:
         stages = stages_of(resolved, context, build.model, teacher.model if teacher.known else None, len(task.train))
         for note in resolved.method.notes(resolved.options, context):
             self.console.print(f"{resolved.method.name}: {note}", highlight=False, soft_wrap=True)
-        # Another recipe, or other data, makes another training of what is in the same folder.
+        # Checkpoints of another recipe, other data or another teacher belong to another training.
         identity = {
             "recipe": resolved.recipe.model_dump(),
             "data": task.description["fingerprint"],
+            "teacher": hash_of_model(teacher.model),
+            "tokenizer": hash_of_tokenizer(teacher.tokenizer),
+            # What is computed from the teacher may be rounded otherwise on another machine.
+            "start": plain_hash if build.form == "checkpoint" else None,
             "student": folder,
         }
         with timed(self.seconds, "overparam"):

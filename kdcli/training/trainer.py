@@ -313,27 +313,29 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def last_usable_checkpoint(folder: Path, identity: Any, console: Console, *, needs_best: bool = False) -> Path | None:
-    """Return the newest checkpoint of the training `identity` that is whole, and remove all newer ones.
+    """Return the newest checkpoint of the training `identity` that is whole, and remove all newer and incomplete ones.
 
     What a killed process left is removed silently; of what was damaged later, or belongs to another training, the
     console is told. needs_best: the best checkpoint that it refers to must be whole, too.
     """
     told = False
+    for step in steps_of_checkpoints(folder):
+        if not is_sealed(folder / f"{PREFIX}{step}"):
+            remove_checkpoint(folder / f"{PREFIX}{step}")
     for step in reversed(steps_of_checkpoints(folder)):
         path = folder / f"{PREFIX}{step}"
-        if is_sealed(path):
-            problem = check_manifest(path, identity)
-            if problem is None and needs_best:
-                best = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME)).best_global_step
-                beside = folder / f"{PREFIX}{best}"
-                if best and best != step and (wrong := check_manifest(beside, identity)) is not None:
-                    problem = f"its best checkpoint, {beside.name}, is not whole: {wrong}"
-            if problem is None:
-                if told:
-                    console.print(f"going on from {path}", highlight=False, soft_wrap=True)
-                return path
-            warn(console, f"{path} cannot be used: {problem}")
-            told = True
+        problem = check_manifest(path, identity)
+        if problem is None and needs_best:
+            best = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME)).best_global_step
+            beside = folder / f"{PREFIX}{best}"
+            if best and best != step and (wrong := check_manifest(beside, identity)) is not None:
+                problem = f"its best checkpoint, {beside.name}, is not whole: {wrong}"
+        if problem is None:
+            if told:
+                console.print(f"going on from {path}", highlight=False, soft_wrap=True)
+            return path
+        warn(console, f"{path} cannot be used: {problem}")
+        told = True
         remove_checkpoint(path)
     if told:
         console.print(f"no usable checkpoint in {folder}: this training starts again", highlight=False, soft_wrap=True)

@@ -59,18 +59,22 @@ class Trial:
     def __init__(self, world: Path, folder: Path, kind: str) -> None:
         self.folder = folder
         self.kind = kind
-        shutil.copytree(world, folder)
+        shutil.copytree(world, folder, symlinks=True)
 
     def run(self, *more: str, seconds: float | None = None, event: int | None = None) -> tuple[int, int]:
-        """Run kdcli in a fork, and return (exit code, or minus the signal that ended it; file events).
+        """Run the recipe in a fork, and return (exit code, or minus the signal that ended it; file events).
 
         seconds: of processor time after which it is killed. event: the file event before which it is killed.
         """
+        return self.call([*arguments_of(self.kind), *more], seconds=seconds, event=event)
+
+    def call(self, words: list[str], *, seconds: float | None = None, event: int | None = None) -> tuple[int, int]:
+        """Call kdcli with some words in a fork; as `run`."""
         counter = self.folder.parent / f"{self.folder.name}.events"
         child = os.fork()
         if child == 0:
             try:
-                self._child(counter, list(more), seconds, event)
+                self._child(counter, words, seconds, event)
             finally:
                 os._exit(70)
         _, status = os.waitpid(child, 0)
@@ -78,7 +82,7 @@ class Trial:
         counter.unlink(missing_ok=True)
         return os.waitstatus_to_exitcode(status), events
 
-    def _child(self, counter: Path, more: list[str], seconds: float | None, event: int | None) -> None:
+    def _child(self, counter: Path, words: list[str], seconds: float | None, event: int | None) -> None:
         from kdcli.cli.app import run
 
         os.chdir(self.folder)
@@ -98,7 +102,7 @@ class Trial:
         if seconds is not None:
             signal.signal(signal.SIGPROF, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_PROF, seconds)
-        code = run([*arguments_of(self.kind), *more])
+        code = run(words)
         signal.setitimer(signal.ITIMER_PROF, 0)
         counter.write_text(str(seen))
         sys.stdout.flush()
@@ -138,6 +142,10 @@ class Trial:
         """Return what all runs printed."""
         log = self.folder.parent / f"{self.folder.name}.log"
         return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+
+    def forget_output(self) -> None:
+        """Let `output` begin with the next run."""
+        (self.folder.parent / f"{self.folder.name}.log").unlink(missing_ok=True)
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
@@ -274,7 +282,6 @@ def import_all() -> None:
     import pkgutil
 
     import torch
-    import transformers.models.bert.modeling_bert
 
     import kdcli
 
