@@ -29,12 +29,12 @@ def _found(folder: Path) -> dict[str, Path]:
     return found
 
 
-def difference(folder: Path, files: Files) -> str | None:
+def difference(folder: Path, files: Files, *, ignore: tuple[str, ...] = ()) -> str | None:
     """Return the first thing in `folder` that is not as `files` says ("x is missing"); None when all is.
 
-    Sizes are compared before any file is read.
+    Sizes are compared before any file is read. ignore: names that do not count.
     """
-    found = _found(folder)
+    found = {name: path for name, path in _found(folder).items() if name not in ignore}
     for name in files:
         if name not in found:
             return f"{name} is missing"

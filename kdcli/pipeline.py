@@ -111,6 +111,7 @@ def run_distill(
     before = agree(runs.find_run(root, name, document, force=force, resume=resume) if is_main() else None)
     assert before is not None
     if resume and before.record.get("status") == "done":
+        main_does(partial(_check_finished, before, recipe))
         console.print(f"{before.path} is finished already", highlight=False)
         kind: type[Comparison | General] = General if recipe.task.type == "text" else Comparison
         return _finished(before, kind.from_record(before.record), limits)
@@ -230,7 +231,22 @@ def run_distill(
                 main_does(lambda: _export(run, build, teacher, task, resolved, console))
         # Only now: a run that is killed while it exports goes on with that.
         main_does(lambda: run.update({"status": "done", "seconds": seconds}))
+        if not recipe.train.keep_checkpoints:
+            main_does(run.drop_checkpoints)
     return _finished(run, result, limits)
+
+
+def _check_finished(run: runs.Run, recipe: Recipe) -> None:
+    """Finish what a run was killed at when all but that was done. Raises InputError when its student was changed."""
+    if not recipe.train.keep_checkpoints and run.checkpoints.exists():
+        with run.held():
+            run.drop_checkpoints()
+    for name in run.record.get("files", {}):
+        if (problem := run.changed(run.path / name)) is not None:
+            raise InputError(
+                f"{run.path} is finished, but {run.path / name} is not what it wrote: {problem}",
+                hint="--force makes it again",
+            )
 
 
 def _finished(run: runs.Run, result: Comparison | General, limits: Limits) -> RunResult:
@@ -329,10 +345,12 @@ def _keep(run: runs.Run, record: dict[str, Any], build: StudentBuild, teacher: T
     with atomic_folder(run.student, ours=True) as folder:
         save_model(build.model, folder, teacher.tokenizer)
         (folder / "README.md").write_text(model_card({**run.record, **record}), encoding="utf-8")
+    run.note_files(run.student)
     if teacher.path is None and teacher.known:
         with atomic_folder(run.path / "teacher", ours=True) as folder:
             save_model(teacher.model, folder, teacher.tokenizer)
         record["teacher_path"] = str(run.path / "teacher")
+        run.note_files(run.path / "teacher")
     run.update(record)
     run.mark_latest()
 
@@ -343,6 +361,7 @@ def _export(
     from kdcli.export.export import export_model
 
     section = resolved.recipe.export
+    run.forget_files(run.onnx)
     result = export_model(
         build.model,
         teacher.tokenizer,

@@ -7,8 +7,17 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdcli.errors import InputError
+from kdcli.files import fingerprint
 
 HINT = "start the run again with --force"
+
+CHECKSUM = "checksum"
+"""The field with a hash over all others."""
+
+
+def checksum(values: dict[str, Any]) -> str:
+    """Return the hash over a record, but for the field that holds it."""
+    return fingerprint({key: value for key, value in values.items() if key != CHECKSUM})
 
 
 class _Part(BaseModel):
@@ -103,4 +112,6 @@ def read_record(file: Path) -> Record:
 
         problem = problems_of(_Run, error)[0]
         raise InputError(f"{file}: {problem.name}: {problem.message}", hint=HINT) from error
+    if values.get(CHECKSUM, checksum(values)) != checksum(values):
+        raise InputError(f"{file} was changed after kdcli wrote it (its checksum differs)", hint=HINT)
     return Record(values, file)

@@ -21,17 +21,21 @@ from kdcli.files import (
     remove_leftovers,
     replace,
     temporary_folder,
+    to_json_text,
     write_json,
     write_marker,
     write_text,
 )
 from kdcli.interrupts import finishing, tidying
 from kdcli.locks import BusyError, lock_file
+from kdcli.manifest import difference, files_of
 from kdcli.names import LATEST, checked, folder_of
-from kdcli.records import Record, read_record
+from kdcli.records import CHECKSUM, Record, checksum, read_record
 
 if TYPE_CHECKING:
     from kdcli.recipe.schema import Recipe
+
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,43 @@ class Run:
 
     @property
     def record(self) -> Record:
-        """What run.json says; empty when there is none yet. Raises InputError when it is broken."""
+        """What run.json says; empty when there is none yet.
+
+        Raises InputError when it is broken, or was changed by something else than kdcli.
+        """
         return read_record(self.path / "run.json")
 
     def update(self, changes: dict[str, Any]) -> None:
         """Merge `changes` into run.json, atomically."""
-        write_json(self.path / "run.json", {**self.record, **changes})
+        record = json.loads(to_json_text({**self.record, **changes}))
+        write_json(self.path / "run.json", {**record, CHECKSUM: checksum(record)})
+
+    def note_files(self, folder: Path) -> None:
+        """Write into run.json what a finished folder of this run holds, for `changed`."""
+        name = folder.relative_to(self.path).as_posix()
+        files = {file: held for file, held in files_of(folder).items() if file != CARD}
+        self.update({"files": {**self.record.get("files", {}), name: files}})
+
+    def forget_files(self, folder: Path) -> None:
+        """Take out of run.json what a folder holds: it is about to be replaced."""
+        files = dict(self.record.get("files", {}))
+        if files.pop(folder.relative_to(self.path).as_posix(), None) is not None:
+            self.update({"files": files})
+
+    def changed(self, folder: Path) -> str | None:
+        """Return how a folder of this run differs from what the run wrote there; None when it does not.
+
+        The model card does not count: it is there to be edited.
+        """
+        folder = folder.resolve()
+        if not folder.is_relative_to(self.path.resolve()):
+            return None
+        files = self.record.get("files", {}).get(folder.relative_to(self.path.resolve()).as_posix())
+        return difference(folder, files, ignore=(CARD,)) if files is not None else None
+
+    def drop_checkpoints(self) -> None:
+        """Remove the checkpoints: the student is safe."""
+        remove(self.checkpoints)
 
     def begin(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from kdcli.cli.console import info
 from kdcli.errors import InputError
 from kdcli.names import checked
 from kdcli.recipe.schema import EvaluateSection, Recipe, TaskSection, parse_delimiter, parse_encoding
@@ -45,8 +46,16 @@ class Choice:
 def choose_model(model: str | None, task: str | None = None) -> Choice:
     """Return the model that was named, or the newest run's student; of a run on plain text what was fine-tuned.
 
+    Warns when a model of a run is not what the run wrote.
     Raises InputError without any run, and for a general student that nothing was fine-tuned from.
     """
+    choice = _choose(model, task)
+    if choice.run is not None and (problem := choice.run.changed(Path(choice.model))) is not None:
+        info(f"WARNING: {choice.model} is not what its run wrote: {problem}")
+    return choice
+
+
+def _choose(model: str | None, task: str | None = None) -> Choice:
     if model is None:
         run = latest_run()
         return Choice(_classifier_of(run, task), run)

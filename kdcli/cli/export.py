@@ -75,6 +75,8 @@ def export(
         check_lengths({name: one.config for name, one in models.items()}, grid[1], "--sequence-lengths")
     inside = choice.run if out is None else None
     with at_fault("MODEL"), inside.held() if inside is not None else nullcontext():
+        if inside is not None:
+            inside.forget_files(inside.onnx)
         result = export_model(
             models["model"],
             tokenizer,
@@ -94,6 +96,7 @@ def export(
         )
         if inside is not None:
             inside.update({"export": result.to_json()})
+            inside.note_files(inside.onnx)
     document = result.to_json()
     gates = [parity_gate(document["parity"])]
     if max_latency_ms is not None and result.latency is not None:

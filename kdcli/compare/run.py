@@ -1,7 +1,6 @@
 """Running the cells of a comparison one after the other, each once."""
 
 import gc
-import shutil
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,8 +88,9 @@ def run_cells(
                 _run(cell, run, console, refresh=refresh and _teacher_of(cell) not in fresh_teachers)
                 fresh_teachers.add(_teacher_of(cell))
             results.records[cell.name] = run.record
-            # A finished run is never resumed, and a table of runs would fill a disk with optimizer states.
-            shutil.rmtree(run.checkpoints, ignore_errors=True)
+            if not cell.recipe.train.keep_checkpoints:
+                # It may have been killed before it came to that itself.
+                run.drop_checkpoints()
         except Exception as error:
             results.failures.append(_failure(cell, error))
             console.print(Text("failed", style="bold red"), f"{cell.name}: {type(error).__name__}", highlight=False)

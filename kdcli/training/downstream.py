@@ -90,11 +90,12 @@ def score_on_tasks(
                 metrics[name].append(found)
                 scores[name].append(primary_score(found, task.primary))
                 if name == "student" and seed == recipe.seed:
-                    main_does(partial(_keep, model, tokenizer, run.tuned(task.name)))
+                    main_does(partial(_keep, model, tokenizer, run, run.tuned(task.name)))
         results.append(TaskScores(task.name, task.primary, scores, metrics))
     return results
 
 
-def _keep(model: "PreTrainedModel", tokenizer: Any, folder: Path) -> None:
+def _keep(model: "PreTrainedModel", tokenizer: Any, run: Run, folder: Path) -> None:
     with atomic_folder(folder, ours=True) as temporary:
         save_model(model, temporary, tokenizer)
+    run.note_files(folder)

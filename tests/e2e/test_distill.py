@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
@@ -129,28 +128,3 @@ def test_the_teacher_is_trained_once_and_reused(tmp_path: Path):
     assert "fine-tuned before" not in first.stderr
     assert "fine-tuned before" in second.stderr
     assert json.loads(first.stdout)["hashes"]["teacher"] == json.loads(second.stdout)["hashes"]["teacher"]
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path):
-    import signal
-    import time
-
-    from safetensors.torch import load_file
-
-    recipe = write_recipe(tmp_path, student="[student]\nbudget = 0.5\n")
-    long = ["--set", "train.max_steps=60", "--set", "train.eval_every=10"]
-    kdcli("distill", str(recipe), *long, "--set", "name=whole", cwd=tmp_path)
-    command = [sys.executable, "-m", "kdcli", "distill", str(recipe), *long, "--set", "name=killed"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    checkpoints = tmp_path / "runs" / "killed" / "checkpoints"
-    deadline = time.time() + 120
-    while not list(checkpoints.glob("*/checkpoint-*/complete")) and time.time() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert list(checkpoints.glob("*/checkpoint-*/complete"))
-    resumed = kdcli("distill", str(recipe), *long, "--set", "name=killed", "--resume", "--json", cwd=tmp_path)
-    assert json.loads(resumed.stdout)["status"] == "done"
-    whole, killed = (load_file(tmp_path / "runs" / n / "student" / "model.safetensors") for n in ("whole", "killed"))
-    assert all(torch.equal(whole[key], killed[key]) for key in whole)

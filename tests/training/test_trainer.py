@@ -619,6 +619,7 @@ device = "cpu"
 eval_every = 1
 patience = 1
 select = "best"
+keep_checkpoints = true
 """
 
 
