@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from kdcli.errors import InputError, KdcliError, RunError
+from kdcli.errors import InputError, KdcliError, RunError, cut
 
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 """How Rust's libraries (safetensors, tokenizers) and wrapped messages give the number of an error."""
@@ -18,6 +18,9 @@ _TORN = ("unexpected pos", "PytorchStreamWriter failed", "basic_ios::clear", "io
 _NO_MEMORY = "can't allocate memory"
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE)
+
+_NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
+"""What the system says of words that can be no path: they are the user's."""
 
 
 @contextlib.contextmanager
@@ -66,8 +69,11 @@ def explain(error: BaseException) -> KdcliError | None:
     return None
 
 
-def _explained(number: int, name: object, reason: str | None) -> RunError:
+def _explained(number: int, name: object, reason: str | None) -> KdcliError:
     path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
+    if number in _NO_PATH:
+        shown = f": {cut(str(path))}" if path is not None else ""
+        return InputError(f"{(reason or os.strerror(number)).lower()}{shown}", hint="give another path")
     again = "then run the command again (a distill with --resume)"
     at = f" {path}" if path is not None else " a file"
     if number == errno.ENOSPC and path is not None and _lacks_inodes(path):

@@ -162,7 +162,14 @@ BASES: list[dict[str, Any]] = [
         "train": {"batch_size": 8, "max_steps": 3},
         "evaluate": {"protocol": "half-dev", "fail_under": 0.5},
     },
-    {"method": "theseus", "task": "reviews", "teacher": {"model": "teacher"}, "name": "n", "output": "out", "seed": 1},
+    {
+        "method": "theseus",
+        "task": "reviews",
+        "teacher": {"scratch": {"layers": 2, "hidden_size": 32, "heads": 4, "intermediate_size": 64, "vocab_size": 300}},
+        "name": "n",
+        "output": "out",
+        "seed": 1,
+    },
 ]
 
 
@@ -214,7 +221,7 @@ OPTIONS = {name: [*fields(registry.get(name).options, ("method",))] for name in 
 
 def any_value(dice: random.Random, annotation: Any = None) -> Any:
     """Return a value: for the most part of a type that the field takes, though hardly ever one that it should have."""
-    if annotation is not None and dice.random() < 0.7:
+    if annotation is not None and dice.random() < 0.85:
         return _typed(dice, annotation)
     value = dice.choice(STRINGS) if dice.random() < 0.4 else dice.choice(VALUES)
     if dice.random() < 0.05:
@@ -260,11 +267,11 @@ def _put(document: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 def _mutated(dice: random.Random) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(json.dumps(dice.choice(BASES)))
-    for _ in range(dice.choice([1, 1, 1, 2, 3])):
+    for _ in range(dice.choice([1, 1, 1, 1, 2, 3])):
         action = dice.random()
-        if action < 0.1:
+        if action < 0.05:
             document.pop(dice.choice(list(document)), None)
-        elif action < 0.2:
+        elif action < 0.1:
             where = dice.choice([document, *(part for part in document.values() if isinstance(part, dict))])
             where[dice.choice(["", "budjet", "a.b", "x" * 2000, "\x1b[1m", "日本", "name", "[0]"])] = any_value(dice)
         elif action < 0.45:
@@ -495,7 +502,7 @@ def furnish(folder: Path, save_teacher: Callable[[Path], None]) -> None:
     (folder / "folder").mkdir()
     (folder / "broken").mkdir()
     (folder / "broken" / "config.json").write_text('{"model_type": "bert", "hidden_size": "wide"')
-    (folder / "module.py").write_text("raise SystemExit('user code was run')\n")
+    (folder / "module.py").write_text("def function(texts): pass\nraise SystemExit('user code was run')\n")
     os.mkfifo(folder / "pipe")
     (folder / "endless.csv").symlink_to("/dev/zero")
     save_teacher(folder / "teacher")
