@@ -19,7 +19,7 @@ from kdcli.methods.terms import (
     refuse_strangers,
     weighted,
 )
-from kdcli.recipe.schema import Seed, Share
+from kdcli.recipe.schema import NonNegativeInt, Seed, Share
 
 if TYPE_CHECKING:
     from kdcli.objectives.base import Objective
@@ -59,7 +59,7 @@ class HSOptions(Options):
     a task with labels, 1 - alpha that of the gold labels.
     """
 
-    layer_map: str | list[list[int]] = "uniform"
+    layer_map: str | list[list[NonNegativeInt]] = "uniform"
     consecutive: Literal["closed", "half-open"] = "closed"
     seed: Seed | None = None
     emd: EMDOptions = EMDOptions()

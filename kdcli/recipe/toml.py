@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from kdcli.errors import InputError
+from kdcli.errors import InputError, cut
 
 MOST_BYTES = 1_000_000
 MOST_DOTTED = 10_000
@@ -22,21 +22,20 @@ def read_text(path: Path) -> str:
         # Without blocking: a pipe that nothing is written to is no file, either.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
-        raise InputError(f"no recipe at {path}", hint=_nearest_file(path)) from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder, not a recipe", hint="name a TOML file") from None
+        raise InputError(f"no recipe at {cut(str(path), 300)}", hint=_nearest_file(path)) from None
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(f"cannot read {cut(str(path))}: {getattr(error, 'strerror', None) or error}") from error
     try:
-        with os.fdopen(handle, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if not stat.S_ISREG(mode):
-                raise InputError(f"{path} is a device or a pipe, not a recipe", hint="name a TOML file")
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "folder" if stat.S_ISDIR(mode) else "device or a pipe"
+            raise InputError(f"{path} is a {kind}, not a recipe", hint="name a TOML file")
+        with os.fdopen(handle, "rb", closefd=False) as file:
             content = file.read(MOST_BYTES + 1)
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder, not a recipe", hint="name a TOML file") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    finally:
+        os.close(handle)
     if len(content) > MOST_BYTES:
         raise InputError(f"{path} has more than {MOST_BYTES:,} bytes", hint="is it a recipe?")
     try:
