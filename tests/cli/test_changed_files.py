@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli.conftest import World
+from conftest import World
 
 SCORE = ("--data", "rows.csv", "--text", "text")
 

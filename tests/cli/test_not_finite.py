@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.conftest import World
+from conftest import World
 from safetensors.torch import load_file, save_file
 
 Change = Callable[[dict[str, torch.Tensor]], None]

@@ -152,7 +152,7 @@ class Trial:
         (self.folder.parent / f"{self.folder.name}.log").unlink(missing_ok=True)
 
 
-TIMES = {"seconds", "started", "finished", "interrupted", "latency", "sha256", "train_runtime"}
+TIMES = {"checksum", "seconds", "started", "finished", "interrupted", "latency", "sha256", "train_runtime"}
 
 
 def timeless(value: Any) -> Any:
