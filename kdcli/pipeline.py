@@ -27,7 +27,7 @@ from kdcli.models.card import model_card
 from kdcli.models.finite import at_fault
 from kdcli.models.forms import StudentBuild
 from kdcli.models.heads import head_of
-from kdcli.models.save import save_model
+from kdcli.models.save import round_to_stored, save_model
 from kdcli.prepare import prepare
 from kdcli.recipe.load import portable
 from kdcli.recipe.schema import Recipe
@@ -172,6 +172,7 @@ def run_distill(
         if task.kind == "text" and not student.speaks:
             # Nothing taught its head to speak: what is handed over is the body.
             build = replace(build, model=build.model.base_model)  # type: ignore[arg-type]
+        round_to_stored(build.model)
         result: Comparison | General
         with timed(seconds, "evaluate"):
             if task.kind == "text":

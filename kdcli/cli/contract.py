@@ -22,6 +22,8 @@ def contract(
       kdcli contract wide --out plain
       kdcli contract runs/latest/student --merge-lowrank --out dense
     """
+    import torch
+
     from kdcli.cli.console import emit, info
     from kdcli.errors import GateError
     from kdcli.export.parity import TOLERANCE
@@ -39,6 +41,9 @@ def contract(
         report = contract_model(loaded, check=False)
         if merge_lowrank:
             merge_low_rank(loaded)
+        if merge_lowrank or report.matrices:
+            # A product of rounded factors is not a rounded weight: the file keeps it as it is.
+            loaded.config.dtype = torch.float32
             report.after = count_parameters(loaded)
         report.max_abs_difference = float((probe(loaded) - before).abs().max())
         if not report.max_abs_difference <= TOLERANCE:

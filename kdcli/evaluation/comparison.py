@@ -9,6 +9,7 @@ from rich.table import Table
 
 from kdcli.evaluation.score import primary_score
 from kdcli.models.counts import count_parameters
+from kdcli.models.save import stored_type
 from kdcli.tasks.base import Task
 from kdcli.tasks.metrics import shown
 
@@ -23,8 +24,8 @@ class Described:
 
 
 def describe_model(model: Any, scores: dict[str, dict[str, float]]) -> Described:
-    """Return scores, parameters, and megabytes (10^6 bytes) of the weights as they are stored."""
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    """Return scores, parameters, and megabytes (10^6 bytes) of the weights in the type that their file has."""
+    size = count_parameters(model) * stored_type(model).itemsize
     return Described(scores, count_parameters(model), round(size / 1e6, 3))
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import io
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from kdcli.errors import RunError
 from kdcli.export.session import MODEL
 from kdcli.models.inputs import inputs_of
+from kdcli.models.save import save_config, save_tokenizer
 from kdcli.tensors.parametrize import contract_model, is_overparameterised
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def _quiet() -> Iterator[None]:
 def plain_copy(model: "PreTrainedModel") -> "PreTrainedModel":
     """Return a copy for export: on the CPU, fp32, eval mode, contracted if it was over-parameterised."""
     model = copy.deepcopy(model).to("cpu").float().eval()  # type: ignore[arg-type]
+    model.config.dtype = torch.float32
     if is_overparameterised(model):
         contract_model(model, check=False)
     return model
@@ -103,9 +104,8 @@ def export_onnx(model: "PreTrainedModel", tokenizer: Any, folder: Path, *, opset
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
         raise RunError(f"{type(model).__name__} cannot be exported: {str(error).splitlines()[0]}") from error
-    config = model.config.to_dict()
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
-    tokenizer.save_pretrained(folder)
+    save_config(model.config, folder)
+    save_tokenizer(tokenizer, folder)
     return path
 
 

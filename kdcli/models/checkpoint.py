@@ -15,10 +15,13 @@ from kdcli.models.anatomy import FAMILIES
 KDCLI_MODEL_TYPE = "kdcli"
 """The model type of a folder that holds factors or chains in place of matrices."""
 
+LOCAL = ("_name_or_path", "name_or_path", "local_files_only")
+"""What a configuration may say of the place that it was loaded from."""
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Floating-point types of a safetensors file, and PyTorch's names of them."""
+DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Floating-point types of a safetensors file, and PyTorch's names of those that kdcli writes for them."""
 
 
 class Stored(NamedTuple):
@@ -50,7 +53,7 @@ class Checkpoint:
 
     @cached_property
     def dtype(self) -> str:
-        """The type that most of the weights are stored in, by PyTorch's name: "float32", "bfloat16", ..."""
+        """The type that most of the weights are stored in: "float32", "bfloat16" or "float16"."""
         counts: Counter[str] = Counter()
         for tensor in self.tensors.values():
             if tensor.dtype in DTYPES:

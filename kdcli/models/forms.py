@@ -42,6 +42,15 @@ def build_student(
     overparam: the chains that it will be trained as, which not every rank has factors for.
     Raises InputError when the sizes asked for do not fit the teacher.
     """
+    build = _build(teacher, section, seed, overparam)
+    if section.dtype is not None:
+        build.model.config.dtype = getattr(torch, section.dtype)
+    return build
+
+
+def _build(
+    teacher: "PreTrainedModel", section: StudentSection, seed: int, overparam: OverparamSection | None
+) -> StudentBuild:
     torch.manual_seed(seed)
     if section.form == "low-rank":
         student = copy.deepcopy(teacher)

@@ -35,6 +35,7 @@ def with_new_head(model: "PreTrainedModel", head: str, **labels: Any) -> "PreTra
 
     labels: of a classifier, as `with_classifier` takes them. The head comes from PyTorch's global random state.
     """
+    import torch
     import transformers
 
     if head == "sequence-classification":
@@ -42,7 +43,7 @@ def with_new_head(model: "PreTrainedModel", head: str, **labels: Any) -> "PreTra
     if head == "base":
         return copy.deepcopy(model.base_model)  # type: ignore[return-value]
     config = copy.deepcopy(model.config)
-    headed = _on_body(getattr(transformers, HEADS[head]).from_config(config), model)
+    headed = _on_body(getattr(transformers, HEADS[head]).from_config(config, dtype=torch.float32), model)
     headed.tie_weights()
     return headed
 
@@ -55,6 +56,7 @@ def with_classifier(
     The head comes from PyTorch's global random state. A body without a pooler gets a fresh one where its family's
     classifiers need one.
     """
+    import torch
     import transformers
 
     config = copy.deepcopy(model.config)
@@ -63,12 +65,15 @@ def with_classifier(
     config.label2id = {name: i for i, name in enumerate(names)}
     config.problem_type = problem_type
     anatomy_of(config)
-    return _on_body(getattr(transformers, HEADS["sequence-classification"]).from_config(config), model)
+    return _on_body(
+        getattr(transformers, HEADS["sequence-classification"]).from_config(config, dtype=torch.float32), model
+    )
 
 
 def _on_body(headed: "PreTrainedModel", model: "PreTrainedModel") -> "PreTrainedModel":
     """Put copies of the parts of a body in the place of those of `headed`, and return it in eval mode."""
     body = headed.base_model
+    headed.config.dtype = model.config.dtype
     for name, child in model.base_model.named_children():
         if child is not None and getattr(body, name, None) is not None:
             setattr(body, name, copy.deepcopy(child))

@@ -13,6 +13,7 @@ from kdcli.errors import InputError
 from kdcli.models.anatomy import anatomy_of
 from kdcli.models.checkpoint import (
     KDCLI_MODEL_TYPE,
+    LOCAL,
     Checkpoint,
     Stored,
     check_family,
@@ -119,10 +120,6 @@ def _plain_config(raw: Mapping[str, Any], name: str | Path) -> "PretrainedConfig
     return config
 
 
-LOCAL = ("_name_or_path", "name_or_path", "local_files_only")
-"""What a configuration may say of the place that it was loaded from."""
-
-
 def load_model(
     name: str | Path,
     *,
@@ -135,6 +132,8 @@ def load_model(
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     """Load a model in eval mode and fp32: a hub name, a folder, a low-rank or an over-parameterised one.
+
+    Its configuration's `dtype` is the type that most of its weights have in the file.
 
     task: which of `HEADS` it shall have. new_head: put a randomly initialised one on the body, with these labels.
     Raises InputError when there is no such model, its files are broken or do not hold each of its weights, its family
@@ -212,10 +211,12 @@ def _skeleton(checkpoint: Checkpoint, head: str) -> "PreTrainedModel":
 
 def _bare(config: "PretrainedConfig", head: str, tensors: Mapping[str, Stored]) -> "PreTrainedModel":
     """Return a model of a configuration; a base model has a pooler only where its file has one."""
-    model: PreTrainedModel = _auto(head).from_config(config)
+    import torch
+
+    model: PreTrainedModel = _auto(head).from_config(config, dtype=torch.float32)
     if head != "base" or any(_is_pooler(key) for key in tensors) or not (arguments := without_pooler(type(model))):
         return model
-    return _auto(head).from_config(config, **arguments)
+    return _auto(head).from_config(config, dtype=torch.float32, **arguments)
 
 
 def without_pooler(kind: type) -> dict[str, bool]:
@@ -338,6 +339,7 @@ def _load_plain(checkpoint: Checkpoint, head: str) -> "PreTrainedModel":
         except Exception as error:
             raise InputError(f"{checkpoint.name} cannot be loaded: {_reason(error)}") from error
     assert not report["missing_keys"] and not report["mismatched_keys"]
+    model.config.dtype = getattr(torch, checkpoint.dtype)
     return model
 
 
@@ -365,6 +367,7 @@ def _load_remote(
             )
         except Exception as error:
             raise InputError(f"{checkpoint.name} cannot be loaded: {_reason(error)}") from error
+    model.config.dtype = getattr(torch, checkpoint.dtype)
     missing = sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
     if new_head:
         missing = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and not _is_pooler(key)]
@@ -380,6 +383,8 @@ def _reason(error: Exception) -> str:
 
 
 def _load_structured(checkpoint: Checkpoint, head: str) -> "PreTrainedModel":
+    import torch
+
     present = head_of_checkpoint(checkpoint)[0] or "base"
     config = _config_of(checkpoint)
     structure = checkpoint.structure
@@ -388,6 +393,7 @@ def _load_structured(checkpoint: Checkpoint, head: str) -> "PreTrainedModel":
     model = _restored(config, present, structure, checkpoint)
     _check_weights(model, checkpoint)
     model.load_state_dict(checkpoint.state(), strict=False)
+    model.config.dtype = getattr(torch, checkpoint.dtype)
     return model.base_model if head == "base" else model  # type: ignore[return-value]
 
 

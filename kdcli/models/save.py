@@ -1,17 +1,21 @@
 """Models as Hugging Face folders; what a plain loader could not read says so loudly."""
 
+import copy
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from kdcli.models.checkpoint import KDCLI_MODEL_TYPE
+from kdcli.errors import RunError
+from kdcli.models.checkpoint import KDCLI_MODEL_TYPE, LOCAL
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
 from kdcli.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def structure_of(model: nn.Module) -> dict[str, Any]:
@@ -30,27 +34,94 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
     return structure
 
 
+def stored_type(model: "PreTrainedModel") -> "torch.dtype":
+    """Return the type that a model's weights have in its file: that of its configuration, whatever it computes in."""
+    import torch
+
+    kind = model.config.dtype
+    return kind if kind in (torch.bfloat16, torch.float16) else torch.float32  # type: ignore[return-value]
+
+
+def round_to_stored(model: "PreTrainedModel") -> None:
+    """Give each weight the value that it will have in the file, in place: what is scored is what is kept.
+
+    Raises RunError when one is too large for that type.
+    """
+    import torch
+
+    kind = stored_type(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            rounded = parameter.to(kind).to(parameter.dtype)
+            if bool(rounded.isinf().any()) and not bool(parameter.isinf().any()):
+                raise RunError(
+                    f"{name} has weights that are too large for {str(kind).removeprefix('torch.')}",
+                    hint='set student.dtype = "float32"',
+                )
+            parameter.copy_(rounded)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files into an existing folder: nothing of where it came from, or of its last call."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    tokenizer.save_pretrained(folder)
+    _leave_out(folder / "tokenizer_config.json", PASSING)
+
+
+def save_config(config: "PretrainedConfig", folder: Path) -> None:
+    """Write config.json into an existing folder, with all its settings."""
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=str) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    _leave_out(folder / "config.json", LOCAL)
+
+
+PASSING = (
+    *LOCAL,
+    "is_local",
+    "max_length",
+    "pad_to_multiple_of",
+    "stride",
+    "truncation_strategy",
+)
+"""What the library writes of a tokenizer's origin and of how it was called last; model_max_length says how long."""
+
+
+def _leave_out(path: Path, keys: Collection[str]) -> None:
+    written = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in written.items() if key not in keys}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def save_model(model: "PreTrainedModel", folder: Path, tokenizer: Any = None) -> None:
-    """Write config.json, model.safetensors and the tokenizer's files into an existing folder.
+    """Write config.json, model.safetensors and the tokenizer's files into an existing folder, in `stored_type`.
 
     A model with factors or chains in place of matrices gets a configuration that a plain loader refuses,
     instead of one that it would fill with fresh random weights; `kdcli.load_model` restores it to the bit.
     """
     import safetensors.torch
+    import torch
 
     structure = structure_of(model)
+    kind = stored_type(model)
+    # Rounded chains would give another weight, not a rounded one.
+    if kind != torch.float32 and "overparam" not in structure:
+        model = copy.deepcopy(model).to(dtype=kind)  # type: ignore[call-arg]
     if not structure:
         with quiet_transformers():
             model.save_pretrained(folder)
     else:
         config = json.loads(model.config.to_json_string(use_diff=True))
         config["architectures"] = [type(model).__name__]
+        config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
         config["kdcli"] = {"base_model_type": config["model_type"], **structure}
         config["model_type"] = KDCLI_MODEL_TYPE
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         safetensors.torch.save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    _leave_out(folder / "config.json", LOCAL)
     for file in folder.glob("*.safetensors"):
         # The library leaves them readable to their owner only, beside files that anyone may read.
         file.chmod((folder / "config.json").stat().st_mode & 0o777)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)

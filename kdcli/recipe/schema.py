@@ -269,6 +269,8 @@ class StudentSection(Section):
     init: Literal["teacher", "sliced", "random"] = "teacher"
     # checkpoint
     model: str | None = None
+    # all forms
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @field_validator("params")
     @classmethod

@@ -11,7 +11,7 @@ from kdcli.evaluation.general import TaskScores
 from kdcli.evaluation.score import evaluate_model, primary_score
 from kdcli.files import atomic_folder
 from kdcli.models.heads import reinitialise, with_classifier
-from kdcli.models.save import save_model
+from kdcli.models.save import round_to_stored, save_model
 from kdcli.recipe.schema import Recipe
 from kdcli.resolve import placed
 from kdcli.runs import Run
@@ -79,6 +79,7 @@ def score_on_tasks(
                     },
                 )
                 model.eval().to("cpu")  # type: ignore[arg-type]
+                round_to_stored(model)
                 found = evaluate_model(
                     model,
                     tokenizer,

@@ -139,6 +139,9 @@ def start_teacher(recipe: Recipe, task: Task, head: str, *, base: Path) -> Teach
     _check_numbers(model, "student.model" if section.black_box else "teacher.model")
     if section.black_box:
         return TeacherStart(model, tokenizer, "a black box", known=False)
+    if trains:
+        # What is trained is kept to the bit, whatever its start came in.
+        model.config.dtype = torch.float32
     path = Path(source) if not trains and Path(source).exists() else None
     return TeacherStart(model, tokenizer, section.model or source, path, trains=trains)
 

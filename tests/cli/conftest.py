@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import tiny, tokenizer
 from transformers import AutoModelForTokenClassification
 
@@ -42,6 +43,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "regressor": partial(tiny, "bert", labels=1, problem_type="regression"),
     "multi-label": partial(tiny, "bert", **NAMED, problem_type="multi_label_classification"),
     "tagger": lambda: AutoModelForTokenClassification.from_config(tiny("roberta", **NAMED).config),
+    "half": lambda: tiny("bert", **NAMED).to(torch.bfloat16),
     "headless": lambda: tiny("bert").base_model,
     "narrow": partial(tiny, "bert", **NAMED, vocab_size=100),
     "prime": partial(tiny, "bert", **NAMED, hidden=116),
