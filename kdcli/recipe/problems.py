@@ -185,7 +185,8 @@ def unknown_field(schema: type[BaseModel], path: tuple[str, ...], prefix: tuple[
 def _nearest(schema: type[BaseModel], path: tuple[str, ...], prefix: tuple[str, ...]) -> str:
     """Return the known field that an unknown one may have meant, or all that there are beside it."""
     everything = list(_fields(schema))
-    path = tuple(part for part in path if not _is_place(part))
+    # The last part is a key, even one that looks like a place.
+    path = (*(part for part in path[:-1] if not _is_place(part)), path[-1])
     beside = [field[-1] for field in everything if field[:-1] == path[:-1]]
     plain = path[-1].lower().replace("-", "_")
     # The very word in another table says more than a word of some likeness in this one.

@@ -2,8 +2,8 @@
 
 `python tests/faults/fuzz.py` tries 1,000 recipes, 200 overrides and 1,600 argument lists (some ten minutes) and says
 which did not end with exit code 0 or 2, took more than five seconds of processor time, or called themselves a bug.
-`--only recipe:17` repeats one. Nothing is trained: a recipe is planned (`--dry-run`), other commands get models that
-are tiny or not there.
+`KDCLI_DEBUG=1 python tests/faults/fuzz.py --only recipe:17` repeats one and shows where it ended. Nothing is trained:
+a recipe is planned (`--dry-run`), other commands get models that are tiny or not there.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -533,6 +534,8 @@ def problem_of(case: Case, folder: Path) -> str | None:
     except _TooLong:
         return f"more than {SECONDS} s of processor time, or {BLOCKED} s of waiting"
     except BaseException as error:
+        if os.environ.get("KDCLI_DEBUG"):
+            traceback.print_exc()
         return f"ended with {type(error).__name__}: {str(error)[:200]}"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -580,7 +583,6 @@ def main() -> int:
         os.environ.pop("KDCLI_DATA_DIR", None)
         furnish(Path(place), _save_teacher)
         # The libraries' import is no case's own time.
-        run(["distill", "recipe.toml", "--dry-run"])
         import kdcli.prepare  # noqa: F401
 
         for case in cases:
