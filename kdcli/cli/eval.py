@@ -39,12 +39,16 @@ def evaluate(
     ] = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="A model to compare with.")] = None,
     protocol: Annotated[Protocol | None, typer.Option("--protocol")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=65_536)] = 64,
     max_length: Annotated[
         int | None,
-        typer.Option("--max-length", min=1, help="Tokens of a text that are read; default: the run's own, or 128."),
+        typer.Option(
+            "--max-length", min=1, max=1_000_000, help="Tokens of a text that are read; default: the run's own, or 128."
+        ),
     ] = None,
-    max_samples: Annotated[int | None, typer.Option("--max-samples", min=1, help="Score a random part only.")] = None,
+    max_samples: Annotated[
+        int | None, typer.Option("--max-samples", min=1, max=1_000_000_000, help="Score a random part only.")
+    ] = None,
     fail_under: Annotated[
         float | None, typer.Option("--fail-under", help="Exit with 1 below this score (0 to 1).")
     ] = None,

@@ -51,6 +51,11 @@ def export(
     if out is None and not choice.is_student:
         raise InputError(f"--out DIR is needed: {choice.model} is a model outside a run", where="--out")
     grid = [_numbers(batch_sizes, "--batch-sizes"), _numbers(sequence_lengths, "--sequence-lengths")]
+    from kdcli.recipe.load import validate_section
+    from kdcli.recipe.schema import ExportSection
+
+    sizes = {"batch_sizes": grid[0], "sequence_lengths": grid[1], "runs": runs, "threads": threads}
+    validate_section(ExportSection, sizes)
     from kdcli.export.export import export_model
     from kdcli.models.finite import at_fault
     from kdcli.models.shape import check_lengths
@@ -109,12 +114,12 @@ def export(
 
 
 def _numbers(text: str, option: str) -> list[int]:
-    from kdcli.errors import InputError
+    from kdcli.errors import InputError, cut
 
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise InputError(f"{option} takes whole numbers from 1 with commas, not {text!r}", where=option)
+        raise InputError(f"{option} takes whole numbers from 1 with commas, not {cut(text)!r}", where=option)
     return numbers

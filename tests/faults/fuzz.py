@@ -400,7 +400,14 @@ def overrides(count: int, seed: int = 0) -> Iterator[Case]:
 
 
 MODELS = ["teacher", "teacher", "broken", "runs/none", "recipe.toml", *STRINGS]
-NEEDED = {"distill": ("",), "overparam": ("", "--out"), "contract": ("", "--out"), "eval": ("",), "methods": ("",)}
+NEEDED = {
+    "distill": ("",),
+    "compare": ("", ""),
+    "overparam": ("", "--out"),
+    "contract": ("", "--out"),
+    "eval": ("",),
+    "methods": ("",),
+}
 COMMANDS: dict[str, dict[str, list[str] | None]] = {
     "distill": {
         "": ["recipe.toml", *STRINGS],
@@ -410,6 +417,15 @@ COMMANDS: dict[str, dict[str, list[str] | None]] = {
         "--resume": None,
         "--refresh": None,
         "--fail-under": ["0.5", "nan", "-1", "inf", *STRINGS],
+    },
+    "compare": {
+        "": ["recipe.toml", "second.toml", *STRINGS],
+        "--seeds": ["1", "2", "0", "99999999999", *STRINGS],
+        "--set": ["seed=1", "student.layers=2", *STRINGS],
+        "--task": ["reviews", *STRINGS],
+        "--baseline": ["recipe", "second", *STRINGS],
+        "--output": STRINGS,
+        "--allow-unequal": None,
     },
     "overparam": {
         "": MODELS,
@@ -487,7 +503,7 @@ def argument_lists(count: int, seed: int = 0) -> Iterator[Case]:
             command = dice.choice(["", "distil", "--version", "-h", "x" * 3000, "\x00", "--json", "evla"])
         words = [word for word in words if word != "--debug"]
         # First, so that no other word can be taken for its value or end the options before it.
-        planned = ["--dry-run"] if command == "distill" else []
+        planned = ["--dry-run"] if command in ("distill", "compare") else []
         yield Case(f"arguments:{number}", [command, *planned, *words, *_maybe_json(dice)], base)
 
 
@@ -498,6 +514,7 @@ def _maybe_json(dice: random.Random) -> list[str]:
 def furnish(folder: Path, save_teacher: Callable[[Path], None]) -> None:
     """Put into an empty folder what the cases name."""
     rows = "".join(f'"a fine and moving film {i}",yes\n"a dull and empty film {i}",no\n' for i in range(20))
+    (folder / "second.toml").write_text(text_of({**BASES[0], "method": "makd", "student": {"budget": 0.5}}))
     (folder / "rows.csv").write_text("text,label\n" + rows)
     (folder / "broken.csv").write_bytes(b'text,label\n"a,yes\n\xff\xfe,no\n')
     (folder / "empty.csv").write_text("")
