@@ -36,6 +36,12 @@ def _chains() -> Any:
     return model
 
 
+def _filler() -> Any:
+    from transformers import AutoModelForMaskedLM
+
+    return AutoModelForMaskedLM.from_config(tiny("bert", layers=1).config).eval()
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "teacher": partial(tiny, "bert", **NAMED),
     "unnamed": partial(tiny, "bert"),
@@ -48,6 +54,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "narrow": partial(tiny, "bert", **NAMED, vocab_size=100),
     "prime": partial(tiny, "bert", **NAMED, hidden=116),
     "chains": _chains,
+    "filler": _filler,
 }
 
 
