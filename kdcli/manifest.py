@@ -7,7 +7,7 @@ from typing import Any
 from kdcli.errors import RunError
 from kdcli.files import fingerprint, sha256_of_file, write_json
 
-MANIFEST = "manifest.json"
+MANIFEST = "kdcli_manifest.json"
 """The file that a folder gets last: without it the folder is what a killed run left."""
 
 Files = dict[str, dict[str, Any]]
@@ -56,17 +56,17 @@ def write_manifest(folder: Path, of: Any) -> None:
     write_json(folder / MANIFEST, {**content, "sha256": fingerprint(content)})
 
 
-def check_manifest(folder: Path, of: Any) -> str | None:
+def check_manifest(folder: Path, of: Any = None) -> str | None:
     """Return what is wrong with a folder that has a manifest, as a sentence; None when all of it is there.
 
-    Everything that was written is there, unchanged, and nothing else, and it was made from `of`.
+    Everything that was written is there, unchanged, and nothing else, and it was made from `of`, if that is given.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         content = {"of": manifest["of"], "files": manifest["files"]}
         if manifest["sha256"] != fingerprint(content):
             return f"{MANIFEST} was changed after it was written"
-        if content["of"] != fingerprint(of):
+        if of is not None and content["of"] != fingerprint(of):
             return "it was made from other settings or data"
         return difference(folder, content["files"])
     except OSError as error:

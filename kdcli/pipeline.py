@@ -23,6 +23,7 @@ from kdcli.evaluation.score import evaluate_model
 from kdcli.files import atomic_folder
 from kdcli.gates import Gate, Limits, exit_code_of, limits_of, parity_gate
 from kdcli.machine import versions
+from kdcli.manifest import write_manifest
 from kdcli.models.card import model_card
 from kdcli.models.finite import at_fault
 from kdcli.models.forms import StudentBuild
@@ -350,8 +351,8 @@ def _keep(run: runs.Run, record: dict[str, Any], build: StudentBuild, teacher: T
     if teacher.path is None and teacher.known:
         with atomic_folder(run.path / "teacher", ours=True) as folder:
             save_model(teacher.model, folder, teacher.tokenizer)
+            write_manifest(folder, record["hashes"])
         record["teacher_path"] = str(run.path / "teacher")
-        run.note_files(run.path / "teacher")
     run.update(record)
     run.mark_latest()
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from kdcli.cli.console import info
 from kdcli.errors import InputError
+from kdcli.manifest import check_manifest, is_sealed
 from kdcli.names import checked
 from kdcli.recipe.schema import EvaluateSection, Recipe, TaskSection, parse_delimiter, parse_encoding
 from kdcli.runs import Run, latest_run, run_of_model
@@ -46,13 +47,22 @@ class Choice:
 def choose_model(model: str | None, task: str | None = None) -> Choice:
     """Return the model that was named, or the newest run's student; of a run on plain text what was fine-tuned.
 
-    Warns when a model of a run is not what the run wrote.
+    Warns when a model of a run, or of the cache, is not what kdcli wrote there.
     Raises InputError without any run, and for a general student that nothing was fine-tuned from.
     """
     choice = _choose(model, task)
-    if choice.run is not None and (problem := choice.run.changed(Path(choice.model))) is not None:
-        info(f"WARNING: {choice.model} is not what its run wrote: {problem}")
+    warn_of_changes(choice.model, choice.run)
     return choice
+
+
+def warn_of_changes(model: str, run: Run | None) -> None:
+    """Warn when a model is not what its run wrote, or not what was put into the cache."""
+    folder = Path(model)
+    problem = run.changed(folder) if run is not None else None
+    if problem is None and is_sealed(folder):
+        problem = check_manifest(folder)
+    if problem is not None:
+        info(f"WARNING: {model} is not what kdcli wrote there: {problem}")
 
 
 def _choose(model: str | None, task: str | None = None) -> Choice:

@@ -40,7 +40,7 @@ def export(
     import os
     from contextlib import nullcontext
 
-    from kdcli.cli.choose import choose_model, choose_task, load_contestant, readable_length
+    from kdcli.cli.choose import choose_model, choose_task, load_contestant, readable_length, warn_of_changes
     from kdcli.cli.console import emit, info, settle
     from kdcli.errors import InputError
     from kdcli.gates import Gate, parity_gate
@@ -72,6 +72,8 @@ def export(
         if beside is not None and not Path(beside).is_dir():
             info(f"the run's teacher is gone ({beside}): timing the student alone")
             beside = None
+        elif beside is not None:
+            warn_of_changes(beside, None)
     own, tokenizer = load_contestant(choice.model)
     models = {"model": own}
     if beside is not None:

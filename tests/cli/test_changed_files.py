@@ -54,7 +54,7 @@ def test_eval_export_and_resume_say_that_a_student_was_changed(world: World, fin
     for command in (["eval", "runs/recipe", *SCORE], ["export", "runs/recipe/student", "--no-latency"]):
         outcome = world.call(*command)
         assert outcome.code == 0, outcome.err
-        assert "WARNING" in outcome.err and "is not what its run wrote" in outcome.err and name in outcome.err
+        assert "WARNING" in outcome.err and "is not what kdcli wrote there" in outcome.err and name in outcome.err
     resumed = world.call("distill", "recipe.toml", "--resume")
     assert resumed.code == 2 and name in resumed.err and "--force" in resumed.err
 
@@ -94,3 +94,18 @@ def test_a_record_that_was_changed_is_not_believed(world: World, finished: Path)
     del record["checksum"]
     file.write_text(json.dumps(record))
     assert world.call("distill", "recipe.toml", "--resume").code == 0
+
+
+def test_a_teacher_of_the_cache_that_was_changed_is_told_of(world: World, own_cache: Path):
+    teacher = {
+        "scratch": {"layers": 1, "hidden_size": 16, "heads": 2, "intermediate_size": 32, "vocab_size": 150},
+        "finetune": {"max_steps": 1},
+    }
+    assert world.call("distill", world.recipe("teacher", teacher=teacher)).code == 0
+    gate = ("eval", "runs/recipe", *SCORE, "--fail-under-retention", "0.01")
+    assert "WARNING" not in world.call(*gate).err
+    [cached] = (own_cache / "teachers").glob("*/model.safetensors")
+    flip(cached)
+    assert f"WARNING: {cached.parent}" in world.call(*gate).err
+    exported = world.call("export", "runs/recipe", "--runs", "1", "--batch-sizes", "1", "--sequence-lengths", "8")
+    assert exported.code == 0 and f"WARNING: {cached.parent}" in exported.err

@@ -73,7 +73,7 @@ def test_a_damaged_teacher_in_the_cache_is_trained_again_to_the_same_student(wor
         ("model.safetensors", copy_over),
         ("tokenizer.json", swap_words),
         ("config.json", add_dropout),
-        ("manifest.json", flip),
+        ("kdcli_manifest.json", flip),
         ("kdcli.json", Path.unlink),
     ]
     for number, (name, change) in enumerate(damage):
@@ -139,8 +139,8 @@ def test_a_stopped_run_notices_what_was_changed_meanwhile(world: World):
         (["1-*/final/model.safetensors"], flip),
         (["2-*/final/model.safetensors"], copy_over),
         (["2-*/final/record.json"], flip),
-        (["2-*/final/manifest.json", "2-*/checkpoint-2/optimizer.pt"], flip),
-        (["2-*/final/manifest.json", "2-*/checkpoint-2/rng_state.pth"], cut),
+        (["2-*/final/kdcli_manifest.json", "2-*/checkpoint-2/optimizer.pt"], flip),
+        (["2-*/final/kdcli_manifest.json", "2-*/checkpoint-2/rng_state.pth"], cut),
         (["1-*/final/model.safetensors", "1-*/checkpoint-2/scheduler.pt", "1-*/checkpoint-1/model.safetensors"], flip),
     ]
     for patterns, change in damage:

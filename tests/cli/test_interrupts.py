@@ -186,7 +186,7 @@ def test_a_terminated_run_says_so_and_goes_on_to_the_same_weights(world: World):
     check(subprocess.CompletedProcess(command, process.returncode, out, err), signal.SIGTERM)
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
     steps = {path.parent for path in run.glob("checkpoints/*/checkpoint-*/*")}
-    assert steps and all((path / "manifest.json").is_file() for path in steps)
+    assert steps and all((path / "kdcli_manifest.json").is_file() for path in steps)
     assert world.call("distill", recipe, "--set", "name=stopped", "--resume").code == 0
     whole, stopped = (
         load_file(world.folder / "runs" / name / "student" / "model.safetensors") for name in ("whole", "stopped")
