@@ -27,7 +27,7 @@ def cut(path: Path) -> None:
 def swap_words(path: Path) -> None:
     document = json.loads(path.read_text(encoding="utf-8"))
     words = document["model"]["vocab"]
-    one, other = list(words)[100:102]
+    one, other = list(words)[-6:-4]
     words[one], words[other] = words[other], words[one]
     path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
 
