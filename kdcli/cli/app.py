@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": ("kdcli.cli.compare:compare", "Run recipes on equal terms with several seeds, and compare them."),
     "overparam": ("kdcli.cli.overparam:overparam", "Put tensor chains in place of a model's block matrices."),
     "contract": ("kdcli.cli.contract:contract", "Multiply tensor chains back into the plain model."),
+    "convert": ("kdcli.cli.convert:convert", "Write a pickled model's weights as safetensors."),
     "eval": ("kdcli.cli.eval:evaluate", "Score a model on a task."),
     "export": ("kdcli.cli.export:export", "Write a model as ONNX, check it, time it."),
     "methods": ("kdcli.cli.methods:methods", "List the methods, or explain one."),

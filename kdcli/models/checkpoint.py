@@ -180,7 +180,7 @@ def _weight_files(name: str | Path, revision: str | None) -> list[Path]:
         except Exception as error:
             raise InputError(f"cannot fetch {name!r} from the hub ({type(error).__name__})") from error
     if (folder / SINGLE).is_file():
-        return [_inside(folder, SINGLE, SINGLE)]
+        return [inside(folder, SINGLE, SINGLE)]
     if (folder / INDEX).is_file():
         return _indexed(folder)
     pickles = [p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
@@ -203,17 +203,17 @@ def _indexed(folder: Path) -> list[Path]:
             raise ValueError("its weight_map names no files")
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is no index of safetensors files: {error}") from error
-    return [_inside(folder, one, INDEX) for one in names]
+    return [inside(folder, one, INDEX) for one in names]
 
 
-def _inside(folder: Path, name: str, said: str) -> Path:
-    """Return a weight file of `folder`. Raises InputError when it is no safetensors file, or lies outside.
+def inside(folder: Path, name: str, said: str, *, suffix: str = ".safetensors") -> Path:
+    """Return a weight file of `folder`. Raises InputError when it has another suffix, or lies outside.
 
     said: the file that names it. Links are followed; those of the hub's cache lead from its snapshots to its blobs.
     """
     path = folder / name
-    if path.suffix != ".safetensors":
-        raise InputError(f"{folder / said} names {name!r}, which is no safetensors file; kdcli reads nothing else")
+    if path.suffix != suffix:
+        raise InputError(f"{folder / said} names {name!r}, which is no {suffix} file; kdcli reads nothing else")
     home, target = folder.resolve(), path.resolve()
     cached = home.parent.name == "snapshots" and home.parents[1] / "blobs" == target.parent
     direct = not os.path.isabs(name) and ".." not in Path(name).parts

@@ -457,7 +457,7 @@ def load_tokenizer(name: str | Path) -> Any:
 
                 kind = getattr(transformers, settings.get("tokenizer_class", ""), PreTrainedTokenizerFast)
                 return kind.from_pretrained(folder)
-            return AutoTokenizer.from_pretrained(name)
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except InputError:
             raise
         except Exception as error:

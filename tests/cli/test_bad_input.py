@@ -533,6 +533,67 @@ def a_pickle_only(world: World) -> list[str]:
     return ["distill", world.recipe()]
 
 
+@case("is a PEFT adapter, not a whole model", "merge_and_unload")
+def an_adapter_in_place_of_a_model(world: World) -> list[str]:
+    world.write("teacher/adapter_config.json", '{"base_model_name_or_path": "x", "peft_type": "LORA"}')
+    world.write("teacher/adapter_model.safetensors", b"")
+    return ["distill", world.recipe()]
+
+
+@case("has no config.json", "sentence-transformers", "old layout", "0_Transformer")
+def sentence_transformers_of_the_old_layout(world: World) -> list[str]:
+    world.write("teacher/modules.json", "[]")
+    world.write("teacher/0_Transformer/config.json", '{"model_type": "bert"}')
+    return ["distill", world.recipe()]
+
+
+@case("id2label is an array", '{"0": "first class"')
+def names_of_classes_as_an_array(world: World) -> list[str]:
+    edit_config(world.model(), id2label=["no", "yes"])
+    return ["distill", world.recipe()]
+
+
+@case("no pad_token_id", "write the tokenizer's into config.json")
+def no_padding_anywhere(world: World) -> list[str]:
+    folder = world.model()
+    edit_config(folder, pad_token_id=None)
+    for file in folder.glob("token*"):
+        file.unlink()
+    return ["eval", str(folder), "--data", "rows.csv", "--text", "text"]
+
+
+@case("teacher has model.safetensors already", "nothing to convert")
+def convert_of_safetensors(world: World) -> list[str]:
+    return ["convert", str(world.model()), "--out", "made"]
+
+
+@case("pytorch_model.bin cannot be read as weights alone", "does not run")
+def convert_of_a_pickle_with_code(world: World) -> list[str]:
+    folder = world.model()
+    (folder / "model.safetensors").unlink()
+    with (folder / "pytorch_model.bin").open("wb") as file:
+        torch.save({"a": ROWS, "b": Path("x")}, file)
+    return ["convert", str(folder), "--out", "made"]
+
+
+@case("pytorch_model.bin holds something else than a table of tensors")
+def convert_of_something_else(world: World) -> list[str]:
+    folder = world.model()
+    (folder / "model.safetensors").unlink()
+    torch.save([torch.zeros(2)], folder / "pytorch_model.bin")
+    return ["convert", str(folder), "--out", "made"]
+
+
+@case("lies outside the model's folder")
+def convert_of_a_pickle_elsewhere(world: World) -> list[str]:
+    folder = world.model()
+    torch.save(load_file(folder / "model.safetensors"), world.folder / "outside.bin")
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"a": "../outside.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return ["convert", str(folder), "--out", "made"]
+
+
 @case("is missing 1 weight", "layer.1.attention.self.query.weight")
 def a_weight_missing(world: World) -> list[str]:
     folder = world.model()

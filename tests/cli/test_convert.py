@@ -1,0 +1,71 @@
+"""kdcli convert: a pickled model becomes one that every command takes."""
+
+import json
+
+import pytest
+import torch
+from conftest import World
+from families import tiny, tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from kdcli.models.load import load_any
+from kdcli.models.save import save_model
+from kdcli.tensors.parametrize import probe
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_pickled_model_is_converted_and_scored(shards: int, world: World):
+    folder = world.model()
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        names = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+        places = {key: names[i % 2] for i, key in enumerate(state)}
+        for name in names:
+            torch.save({key: value for key, value in state.items() if places[key] == name}, folder / name)
+        index = {"metadata": {}, "weight_map": places}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (folder / "training_args.bin").write_bytes(b"not to be read")
+    done = world.call("convert", "./teacher", "--out", "made", "--json")
+    assert done.code == 0, done.err
+    assert done.json["tensors"] == len(state) and done.json["dtype"] == "float32"
+    made = world.folder / "made"
+    assert not [path.name for path in made.iterdir() if path.suffix == ".bin" or "index" in path.name]
+    written = load_file(made / "model.safetensors")
+    assert all(torch.equal(value, written[key]) for key, value in state.items())
+    model = AutoModelForSequenceClassification.from_pretrained(made)
+    assert torch.equal(probe(model), probe(load_any(made)))
+    scored = world.call("eval", "made", "--data", "rows.csv", "--text", "text", "--json")
+    assert scored.code == 0, scored.err
+    # Nothing is replaced without a word.
+    assert world.call("convert", "./teacher", "--out", "made").code == 2
+    assert world.call("convert", "./teacher", "--out", "made", "--force").code == 0
+
+
+def test_tied_weights_are_converted(world: World):
+    (world.folder / "old").mkdir()
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_config(tiny("bert").config).eval()
+    save_model(model, world.folder / "old", tokenizer())
+    (world.folder / "old" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), world.folder / "old" / "pytorch_model.bin")
+    assert world.call("convert", "old", "--out", "made").code == 0
+    assert torch.equal(probe(load_any(world.folder / "made")), probe(model))
+
+
+def test_a_padding_token_that_only_the_tokenizer_knows_is_taken_from_it(world: World):
+    words = tokenizer()
+    (world.folder / "teacher").mkdir()
+    save_model(tiny("roberta", id2label={0: "no", 1: "yes"}, pad_token_id=words.pad_token_id), world.folder / "teacher")
+    words.save_pretrained(world.folder / "teacher")
+    scores = []
+    for pad in (words.pad_token_id, None):
+        path = world.folder / "teacher" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token_id": pad}))
+        done = world.call("eval", "./teacher", "--data", "rows.csv", "--text", "text", "--json")
+        assert done.code == 0, done.err
+        scores.append(done.json["metrics"])
+    assert scores[0] == scores[1]
