@@ -1,6 +1,8 @@
 """The machine and the libraries that results depend on, found without importing torch where that is possible."""
 
+import contextlib
 import importlib.util
+import math
 import os
 import platform
 import sys
@@ -106,5 +108,51 @@ def _installed(packages: tuple[str, ...]) -> str:
 
 
 def usable_processors() -> int:
-    """Return the number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of processors that this process may use: its affinity, and a container's share of time."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(allowed, processor_quota())))
+
+
+def processor_quota(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return how many processors' time the control groups of this process (Linux) allow it; infinity without a limit.
+
+    groups: names the process's groups. root: where they are mounted. Source: kernel documentation, cgroup-v2
+    (`cpu.max`) and sched-bwc (`cpu.cfs_quota_us`).
+    """
+    try:
+        lines = groups.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return math.inf
+    shares = [math.inf]
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "cpu" if controllers else root
+        place = mount / path.strip("/")
+        # A limit holds for all groups below its own. In a container the path may not exist: its own group is the root.
+        for folder in (place, *place.parents):
+            if folder.is_relative_to(mount):
+                shares.append(_quota(folder))
+    return min(shares)
+
+
+def _quota(folder: Path) -> float:
+    """Return the processors' time that one control group allows."""
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        given, whole = (int((folder / name).read_text(encoding="utf-8")) for name in names)
+        return given / whole if given > 0 else math.inf
+    return math.inf
+
+
+def default_threads() -> int:
+    """Return how many threads a model runs on where nobody says: OMP_NUM_THREADS, at most the usable processors."""
+    # The standard allows a list: one number a nesting level.
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    usable = usable_processors()
+    return min(int(wanted), usable) if wanted.isdecimal() and int(wanted) > 0 else usable

@@ -1,6 +1,5 @@
 """From a recipe to a run folder: the one road that `kdcli distill` takes."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.text import Text
 from transformers import set_seed
 
 from kdcli import interrupts, runs
@@ -36,7 +34,7 @@ from kdcli.resolve import Resolved
 from kdcli.runs import timed
 from kdcli.tasks.base import Task
 from kdcli.tasks.metrics import chance_level
-from kdcli.terminal import stderr, wide
+from kdcli.terminal import stderr, warn, wide
 from kdcli.training.augment import augment_task, make_filler
 from kdcli.training.distributed import agree, is_main, main_does
 from kdcli.training.downstream import score_on_tasks
@@ -327,13 +325,11 @@ def _warn_of_chance(scores: dict[str, dict[str, float]], task: Task, console: Co
     score = sum(values[task.primary] for values in scores.values()) / len(scores)
     chance = chance_level(task)
     if score <= chance + 0.02:
-        console.print(
-            Text("WARNING:", style="bold red"),
+        warn(
+            console,
             f"the teacher scores {task.primary} {score:.4f}, no better than chance "
             f"({chance:.4f}). A student cannot learn the task from it. Is the model fine-tuned on this task, "
             "and are its labels in the right order (teacher.labels)?",
-            highlight=False,
-            soft_wrap=True,
         )
 
 
@@ -373,10 +369,12 @@ def _export(
         opset=section.opset,
         batch_sizes=section.batch_sizes,
         sequence_lengths=section.sequence_lengths,
-        threads=section.threads or os.cpu_count() or 1,
+        threads=section.threads,
         runs=section.runs,
         teacher=teacher.model if teacher.known else None,
         ours=True,
     )
     run.update({"export": result.to_json()})
     wide(console).print(result.table())
+    if result.latency is not None and (doubt := result.latency.doubt()) is not None:
+        warn(console, doubt)

@@ -57,6 +57,11 @@ def json_for(text: str, encoding: str) -> str:
     return text if _can(encoding, text) else "".join(c if _can(encoding, c) else escape(c) for c in text)
 
 
+def warn(console: Console, message: str) -> None:
+    """Tell the user of something that needs attention."""
+    console.print(Text("WARNING:", style="bold red"), message, highlight=False, soft_wrap=True)
+
+
 class Terminal(Console):
     """A console that makes harmless what it prints."""
 

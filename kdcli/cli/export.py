@@ -20,8 +20,13 @@ def export(
     latency: Annotated[bool, typer.Option("--latency/--no-latency")] = True,
     batch_sizes: Annotated[str, typer.Option("--batch-sizes")] = "1,8",
     sequence_lengths: Annotated[str, typer.Option("--sequence-lengths")] = "16,128",
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: all cores.")] = None,
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Timed runs of each grid cell.")] = 30,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Default: OMP_NUM_THREADS, or every usable core.")
+    ] = None,
+    runs: Annotated[
+        int | None,
+        typer.Option("--runs", min=1, help="Timed runs of each grid cell; default: 30, or what fits into a minute."),
+    ] = None,
     max_latency_ms: Annotated[
         float | None,
         typer.Option("--max-latency-ms", help="Exit with 1 when the first cell's p50 in ONNX Runtime is above."),
@@ -37,13 +42,13 @@ def export(
       kdcli export MODEL --onnx --out served --task sst2
       kdcli export --onnx --batch-sizes 1,32 --sequence-lengths 64 --threads 4 --max-latency-ms 8
     """
-    import os
     from contextlib import nullcontext
 
     from kdcli.cli.choose import choose_model, choose_task, load_contestant, readable_length, warn_of_changes
-    from kdcli.cli.console import emit, info, settle
+    from kdcli.cli.console import emit, err, info, settle
     from kdcli.errors import InputError
     from kdcli.gates import Gate, parity_gate
+    from kdcli.terminal import warn
 
     if max_latency_ms is not None and not latency:
         raise InputError("needs a latency, and --no-latency measures none", where="--max-latency-ms")
@@ -94,7 +99,7 @@ def export(
             latency=latency,
             batch_sizes=grid[0],
             sequence_lengths=grid[1],
-            threads=threads or os.cpu_count() or 1,
+            threads=threads,
             runs=runs,
             teacher=models.get("teacher"),
             force=force,
@@ -107,11 +112,15 @@ def export(
     document = result.to_json()
     gates = [parity_gate(document["parity"])]
     if max_latency_ms is not None and result.latency is not None:
-        p50 = result.latency.of("student", "ONNX Runtime", grid[0][0], grid[1][0])["p50"]
-        gates.append(Gate("latency_ms", p50, max_latency_ms, at_most=True, label="p50 in ms"))
+        cell = result.latency.of("student", "ONNX Runtime", grid[0][0], grid[1][0])
+        gates.append(Gate("latency_ms", cell["p50"], max_latency_ms, at_most=True, label="p50 in ms"))
+        if not cell["steady"]:
+            warn(err, "--max-latency-ms is checked against an unsteady time: measure again before you rely on it")
     document["gates"] = [gate.to_json() for gate in gates]
     kept = str(inside.path / "run.json") if inside is not None else None
     emit(document, table=result.table(), as_json=as_json, kept=kept)
+    if result.latency is not None and (doubt := result.latency.doubt()) is not None:
+        warn(err, doubt)
     return settle(gates)
 
 

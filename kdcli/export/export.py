@@ -15,6 +15,7 @@ from kdcli.export.latency import LatencyReport, measure
 from kdcli.export.parity import TOLERANCE, parity
 from kdcli.export.session import MODEL, OnnxModel
 from kdcli.files import atomic_folder
+from kdcli.machine import default_threads
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tensors.parametrize import probe_batch
@@ -62,15 +63,16 @@ def export_model(
     latency: bool = True,
     batch_sizes: Sequence[int] = (1, 8),
     sequence_lengths: Sequence[int] = (16, 128),
-    threads: int = 1,
-    runs: int = 30,
+    threads: int | None = None,
+    runs: int | None = None,
     teacher: "PreTrainedModel | None" = None,
     force: bool = False,
     ours: bool = False,
 ) -> ExportResult:
     """Export `model`, check it, time it beside PyTorch and the teacher, and keep it in `folder`.
 
-    Parity is checked on the task's own inputs (random ones without a task). Raises GateError, and leaves no
+    threads: None takes `default_threads`. runs: timed calls of each cell of the grid; None takes as many as `measure`
+    chooses. Parity is checked on the task's own inputs (random ones without a task). Raises GateError, and leaves no
     folder, when a logit differs by more than 1e-4; InputError when the folder exists and may not be replaced (see
     `atomic_folder`).
     """
@@ -78,6 +80,7 @@ def export_model(
     batches, source = _real_batches(plain, tokenizer, task, max_length)
     with atomic_folder(folder, force=force, ours=ours) as temporary:
         export_onnx(plain, tokenizer, temporary, opset=opset)
+        threads = threads or default_threads()
         session = OnnxModel(temporary, threads=threads)
         difference = parity(plain, session, batches)
         if not difference <= TOLERANCE:
@@ -118,7 +121,7 @@ def _latency(
     batch_sizes: Sequence[int],
     sequence_lengths: Sequence[int],
     threads: int,
-    runs: int,
+    runs: int | None,
 ) -> LatencyReport:
     models: dict[str, tuple[Any, OnnxModel | None]] = {"student": (model, session)}
     with tempfile.TemporaryDirectory() as folder:

@@ -19,17 +19,56 @@ WARM_UP = 5
 REST = 0.005
 """Seconds between two contestants."""
 
+RUNS = 30
+"""Timed calls of each contestant in a cell of the grid, where time allows."""
+
+LIMIT = 60.0
+"""Seconds for a whole grid, where nobody says how many runs."""
+
+WIDE = 1.5
+"""How much longer than the fastest call three quarters of the calls may take."""
+
+FEW = 5
+"""Fewer calls than these show no spread."""
+
+
+def is_steady(times: Sequence[float]) -> bool:
+    """True when repeated times of one thing are close enough to say how long it takes.
+
+    That is when three quarters of them are within 1.5 times the fastest, and there are 5 at least. Other programs and
+    the scheduler only ever add to a time: the fastest call is the one that they disturbed least, and a median far
+    above it measures them. The upper quartile, unlike p95, lets a few hiccups pass.
+    """
+    return len(times) >= FEW and float(np.percentile(times, 75)) <= WIDE * min(times)
+
 
 @dataclass
 class LatencyReport:
-    """rows: model, backend, batch, sequence, p50, p95, p99 (milliseconds), throughput (examples a second)."""
+    """rows: model, backend, batch, sequence, runs, fastest, p50, p75, p95, p99 (milliseconds), throughput (examples a
+    second), steady: whether the times are close enough together to rely on (`is_steady`)."""
 
     rows: list[dict[str, Any]]
     threads: int
-    runs: int
 
     def to_json(self) -> dict[str, Any]:
-        return {"threads": self.threads, "runs": self.runs, "rows": self.rows}
+        runs = max((row["runs"] for row in self.rows), default=0)
+        return {"threads": self.threads, "runs": runs, "rows": self.rows}
+
+    def doubt(self) -> str | None:
+        """Return which times not to rely on, and what to do; None when all are steady."""
+        unsteady = [row for row in self.rows if not row["steady"]]
+        if not unsteady:
+            return None
+        row = max(unsteady, key=lambda row: row["p75"] / row["fastest"])
+        worst = f"{row['model']} {row['batch']} x {row['sequence']} in {row['backend']}"
+        if row["runs"] < FEW:
+            seen = f"{worst} had {counted(row['runs'], 'run')}"
+        else:
+            seen = f"{worst} took from {row['fastest']:.2f} to {row['p99']:.2f} ms"
+        return (
+            f"{len(unsteady)} of {len(self.rows)} latencies are unsteady, marked *: {seen}. Measure again with more "
+            "--runs, on a machine that does nothing else, or with fewer --threads"
+        )
 
     def of(self, model: str, backend: str, batch: int, sequence: int) -> dict[str, Any]:
         """Return one row."""
@@ -40,10 +79,14 @@ class LatencyReport:
         )
 
     def table(self) -> Table:
+        counts = sorted({row["runs"] for row in self.rows})
+        runs = (f"{counts[0]} to " if len(counts) > 1 else "") + counted(counts[-1], "run")
         title = (
-            f"latency in ms, {counted(self.threads, 'thread')}, {counted(self.runs, 'run')} each, in turn\n"
+            f"latency in ms, {counted(self.threads, 'thread')}, {runs} each, in turn\n"
             "size: batch x tokens; speed: against PyTorch eager"
         )
+        if not all(row["steady"] for row in self.rows):
+            title += f"\n*: unsteady (a quarter of the runs above {WIDE} x the fastest, or fewer than {FEW} runs)"
         # Eight columns fit into 80 characters without frames and paddings.
         table = Table(title=title, title_style="", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for name in (
@@ -57,15 +100,20 @@ class LatencyReport:
             "speed",
         ):
             table.add_column(name, justify="right" if name not in ("model", "backend") else "left", no_wrap=True)
+
+        def mark(*rows: dict[str, Any]) -> str:
+            return "" if all(row["steady"] for row in rows) else "*"
+
         for row in self.rows:
             eager = self.of(row["model"], "PyTorch", row["batch"], row["sequence"])
             table.add_row(
                 row["model"],
                 f"{row['batch']} x {row['sequence']}",
                 row["backend"],
-                *(f"{row[key]:.2f}" for key in ("p50", "p95", "p99")),
+                f"{row['p50']:.2f}{mark(row)}",
+                *(f"{row[key]:.2f}" for key in ("p95", "p99")),
                 f"{row['throughput']:,.0f}",
-                f"{eager['p50'] / row['p50']:.2f}x",
+                f"{eager['p50'] / row['p50']:.2f}x{mark(row, eager)}",
             )
         return table
 
@@ -77,31 +125,44 @@ def measure(
     batch_sizes: Sequence[int],
     sequence_lengths: Sequence[int],
     threads: int,
-    runs: int,
+    runs: int | None = None,
     vocab_size: int = 1000,
+    limit: float = LIMIT,
 ) -> LatencyReport:
     """Time every model over a grid of batch sizes and sequence lengths.
 
     models: name -> (PyTorch model, its ONNX session or None). All contestants of a grid cell run once a round,
     in turn, so that a drift of the machine's speed meets all of them; the first rounds are not counted, and in every
     round each rests and runs once uncounted before it is timed.
+    runs: timed calls of each; None takes 30, or as many as the first calls show to fit into `limit` seconds for the
+    whole grid, and one at least.
     PyTorch's thread count is set for the time and restored. Sessions keep the count they were opened with.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     rows = []
+    cells = [(batch, sequence) for batch in batch_sizes for sequence in sequence_lengths]
+    end = time.perf_counter() + limit
     try:
-        for batch in batch_sizes:
-            for sequence in sequence_lengths:
-                rows += _cell(models, batch, sequence, runs, vocab_size)
+        for number, (batch, sequence) in enumerate(cells):
+            # What a cell leaves over is for those after it.
+            share = None if runs is not None else (end - time.perf_counter()) / (len(cells) - number)
+            rows += _cell(models, batch, sequence, runs or RUNS, share, vocab_size)
     finally:
         torch.set_num_threads(before)
-    return LatencyReport(rows, threads, runs)
+    return LatencyReport(rows, threads)
 
 
 def _cell(
-    models: Mapping[str, tuple[Any, OnnxModel | None]], batch: int, sequence: int, runs: int, vocab_size: int
+    models: Mapping[str, tuple[Any, OnnxModel | None]],
+    batch: int,
+    sequence: int,
+    runs: int,
+    seconds: float | None,
+    vocab_size: int,
 ) -> list[dict[str, Any]]:
+    """Return the rows of one cell. seconds: for all of it; None for as long as `runs` calls take."""
+    begun = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, vocab_size, (batch, sequence), generator=generator)
     full = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
@@ -113,27 +174,49 @@ def _cell(
             contestants.append(
                 (name, "ONNX Runtime", lambda exported=exported, inputs=inputs: exported(**inputs))  # type: ignore[misc]
             )
-    times: list[list[float]] = [[] for _ in contestants]
-    for round_ in range(runs + WARM_UP):
-        for i, (_, _, call) in enumerate(contestants):
+
+    def one_round() -> list[float]:
+        """Time every contestant once, in milliseconds."""
+        found = []
+        for _, _, call in contestants:
             # The last contestant's threads still wait for work at full speed: give them time to go to sleep,
             # and this one's a call to wake up.
             time.sleep(REST)
             call()
-            begun = time.perf_counter()
+            started = time.perf_counter()
             call()
-            if round_ >= WARM_UP:
-                times[i].append(1000 * (time.perf_counter() - begun))
+            found.append(1000 * (time.perf_counter() - started))
+        return found
+
+    first = one_round()
+    warm_up = WARM_UP - 1
+    if seconds is not None:
+        # A round is two calls of each.
+        cost = sum(2 * milliseconds / 1000 + REST for milliseconds in first)
+        affordable = int(max(0.0, begun + seconds - time.perf_counter()) / cost)
+        warm_up = min(warm_up, affordable // 4)
+        runs = max(1, min(runs, affordable - warm_up))
+    for _ in range(warm_up):
+        one_round()
+    rounds: list[list[float]] = []
+    # The machine may have become slower since the first round.
+    while len(rounds) < runs and not (rounds and seconds is not None and time.perf_counter() > begun + seconds):
+        rounds.append(one_round())
+    times = list(zip(*rounds, strict=True))
     rows = []
     for (name, backend, _), values in zip(contestants, times, strict=True):
-        p50, p95, p99 = np.percentile(values, [50, 95, 99])
+        p50, p75, p95, p99 = np.percentile(values, [50, 75, 95, 99])
         rows.append(
             {
                 "model": name,
                 "backend": backend,
                 "batch": batch,
                 "sequence": sequence,
+                "runs": len(values),
+                "steady": is_steady(values),
+                "fastest": min(values),
                 "p50": float(p50),
+                "p75": float(p75),
                 "p95": float(p95),
                 "p99": float(p99),
                 "throughput": 1000 * batch / float(np.mean(values)),

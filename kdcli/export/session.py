@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kdcli.errors import InputError
+from kdcli.machine import default_threads
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -27,7 +28,7 @@ class OnnxModel:
     """An ONNX folder in an ONNX Runtime session: `model(input_ids=..., attention_mask=...)` gives logits."""
 
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
-        """threads: of the session's operators; None leaves it to ONNX Runtime.
+        """threads: of the session's operators; None takes `default_threads`.
 
         Raises InputError when the folder holds no graph that can be run.
         """
@@ -40,9 +41,9 @@ class OnnxModel:
         options.log_severity_level = 3
         # Threads that spin after a run would steal time from whatever runs next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-            options.inter_op_num_threads = 1
+        # ONNX Runtime itself knows neither OMP_NUM_THREADS nor a container's share.
+        options.intra_op_num_threads = threads or default_threads()
+        options.inter_op_num_threads = 1
         providers = ["CPUExecutionProvider"]
         if torch.cuda.is_available() and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             providers.insert(0, "CUDAExecutionProvider")

@@ -394,7 +394,7 @@ class ExportSection(Section):
     batch_sizes: list[BatchSize] = [1, 8]
     sequence_lengths: list[Tokens] = [16, 128]
     threads: Times | None = None
-    runs: PositiveInt = 30
+    runs: PositiveInt | None = None
 
 
 class Recipe(Section):

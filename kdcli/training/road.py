@@ -26,6 +26,7 @@ from kdcli.runs import timed
 from kdcli.tasks.base import Task
 from kdcli.tasks.prepare import encode_task
 from kdcli.tensors.parametrize import OverparamReport, contract_model, overparameterise, teacher_factors
+from kdcli.terminal import warn
 from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, main_does
 from kdcli.training.hashing import hash_of_model, hash_of_tokenizer, hash_of_weights
@@ -312,8 +313,6 @@ def _saves(wants: Wants, teacher: "PreTrainedModel") -> bool:
 
 def _is_usable(final: Path, identity: dict[str, Any], console: Console) -> bool:
     """True when a stage was finished, and nothing of what it left was changed since."""
-    from kdcli.training.trainer import warn
-
     if not is_sealed(final):
         return False
     problem = check_manifest(final, identity)

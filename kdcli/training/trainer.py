@@ -12,7 +12,6 @@ import safetensors.torch
 import torch
 from datasets import Dataset
 from rich.console import Console
-from rich.text import Text
 from torch import Tensor, nn
 from transformers import (
     EvalPrediction,
@@ -33,6 +32,7 @@ from kdcli.machine import resolve_precision
 from kdcli.manifest import MANIFEST, check_manifest, is_sealed, require, write_manifest
 from kdcli.models.counts import count_parameters
 from kdcli.models.finite import first_not_finite
+from kdcli.terminal import warn
 from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, main_does, rng_file, wait_for_all
 from kdcli.training.loop import LoopSettings, check_batch, check_device
@@ -340,11 +340,6 @@ def last_usable_checkpoint(folder: Path, identity: Any, console: Console, *, nee
     if told:
         console.print(f"no usable checkpoint in {folder}: this training starts again", highlight=False, soft_wrap=True)
     return None
-
-
-def warn(console: Console, message: str) -> None:
-    """Tell the user of something that needs attention."""
-    console.print(Text("WARNING:", style="bold red"), message, highlight=False, soft_wrap=True)
 
 
 def fit(

@@ -1,15 +1,20 @@
+import io
 import json
+import time
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
 from families import NAMES, tiny, tokenizer
+from rich.console import Console
+from transformers import AutoConfig
 
 from kdcli.errors import GateError, InputError
 from kdcli.export import export as export_module
 from kdcli.export.export import export_model
 from kdcli.export.graph import export_onnx, operators
-from kdcli.export.latency import measure
+from kdcli.export.latency import is_steady, measure
 from kdcli.export.parity import parity
 from kdcli.export.session import MODEL, OnnxModel
 from kdcli.models.forms import build_student
@@ -101,6 +106,76 @@ def test_latency_gives_every_cell_and_restores_the_threads(tmp_path: Path):
     for row in report.rows:
         assert 0 < row["p50"] <= row["p95"] <= row["p99"]
         assert row["throughput"] > 0
+
+
+class Timed:
+    """Stands for a model whose calls take as long as we say, in milliseconds, one after the other in turn."""
+
+    def __init__(self, *milliseconds: float) -> None:
+        self.config = AutoConfig.for_model("bert")
+        self.turns = cycle(milliseconds)
+        self.calls = 0
+
+    def __call__(self, **inputs: torch.Tensor) -> None:
+        self.calls += 1
+        time.sleep(next(self.turns) / 1000)
+
+
+def test_a_grid_ends_in_its_time_and_says_how_many_runs_it_had():
+    fast, slow = Timed(1), Timed(80)
+    begun = time.perf_counter()
+    report = measure(
+        {"fast": (fast, None), "slow": (slow, None)},
+        batch_sizes=[1, 2],
+        sequence_lengths=[4, 8],
+        threads=1,
+        limit=3.0,
+    )
+    assert time.perf_counter() - begun < 4.5
+    rows = report.to_json()["rows"]
+    assert len(rows) == 8 and all(1 <= row["runs"] < 15 for row in rows)
+    # Every round asks each twice; the rounds that are not counted come on top.
+    assert fast.calls == slow.calls >= 2 * sum(row["runs"] for row in rows if row["model"] == "slow")
+    quick = measure({"fast": (Timed(1), None)}, batch_sizes=[1], sequence_lengths=[4], threads=1)
+    assert quick.rows[0]["runs"] == 30
+    asked = measure({"slow": (Timed(80), None)}, batch_sizes=[1], sequence_lengths=[4], threads=1, runs=6, limit=0.1)
+    assert asked.rows[0]["runs"] == 6
+
+
+def test_a_cell_of_unsteady_times_is_marked_wherever_it_is_shown():
+    # Of four timed calls two take three times as long: each round times every second call.
+    even, jumpy = Timed(30), Timed(30, 30, 30, 90)
+    report = measure(
+        {"even": (even, None), "jumpy": (jumpy, None)}, batch_sizes=[1], sequence_lengths=[4], threads=1, runs=8
+    )
+    assert [row["steady"] for row in report.to_json()["rows"]] == [True, False]
+    doubt = report.doubt()
+    assert doubt is not None and "1 of 2" in doubt and "jumpy 1 x 4 in PyTorch" in doubt and "even" not in doubt
+    output = io.StringIO()
+    Console(file=output, width=80).print(report.table())
+    lines = {line.split()[0]: line.split() for line in output.getvalue().splitlines() if line.strip()}
+    assert lines["jumpy"][5].endswith("*") and lines["jumpy"][-1] == "1.00x*" and "*" not in " ".join(lines["even"])
+    only = measure({"even": (even, None)}, batch_sizes=[1], sequence_lengths=[4], threads=1, runs=8)
+    output.truncate(0)
+    Console(file=output, width=80).print(only.table())
+    assert only.doubt() is None and "*" not in output.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("times", "steady"),
+    [
+        ([10.0] * 30, True),
+        # Hiccups and a slow drift of the clock.
+        ([10.0] * 24 + [100.0] * 6, True),
+        ([10.0 + 0.1 * n for n in range(30)], True),
+        # A loaded machine: rarely left alone.
+        ([10.0] + [20.0] * 29, False),
+        ([10.0] * 20 + [30.0] * 10, False),
+        ([10.0] * 4, False),
+    ],
+)
+def test_times_are_steady_when_most_are_near_the_fastest(times: list[float], steady: bool):
+    assert is_steady(times) is steady
 
 
 def test_a_folder_without_a_graph_is_refused(tmp_path: Path):
