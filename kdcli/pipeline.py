@@ -237,10 +237,8 @@ def run_distill(
 
 
 def _check_finished(run: runs.Run, recipe: Recipe) -> None:
-    """Finish what a run was killed at when all but that was done. Raises InputError when its student was changed."""
-    if not recipe.train.keep_checkpoints and run.checkpoints.exists():
-        with run.held():
-            run.drop_checkpoints()
+    """Remove what a run was killed at when it was done. Raises InputError when its student was changed since."""
+    run.tidy(keep_checkpoints=recipe.train.keep_checkpoints)
     for name in run.record.get("files", {}):
         if (problem := run.changed(run.path / name)) is not None:
             raise InputError(

@@ -113,6 +113,12 @@ class Run:
         """Remove the checkpoints: the student is safe."""
         remove(self.checkpoints)
 
+    def tidy(self, *, keep_checkpoints: bool) -> None:
+        """Remove what a killed process left in a finished run, as far as the place can be written to."""
+        with contextlib.suppress(InputError, OSError), self.held():
+            if not keep_checkpoints:
+                self.drop_checkpoints()
+
     def begin(
         self,
         *,

@@ -15,7 +15,7 @@ from kdcli import __version__
 from kdcli.compare.plan import STEPS, Cell, ComparisonPlan, Entry, Inequality, said_seeds
 from kdcli.compare.run import INTERRUPTED, Failure, Results
 from kdcli.compare.statistics import Difference, Summary, paired_difference, summarise
-from kdcli.files import write_bytes, write_json, write_text
+from kdcli.files import remove_leftovers, write_bytes, write_json, write_text
 from kdcli.markdown import escaped, table_row
 from kdcli.words import counted
 
@@ -195,6 +195,7 @@ class Report:
 
     def write(self, folder: Path, figures: dict[str, bytes]) -> None:
         """Write `comparison.md`, `.csv`, `.json`, and the figures {suffix: content}, each atomically."""
+        remove_leftovers(folder, below=False)
         for suffix, content in figures.items():
             write_bytes(folder / f"{NAME}.{suffix}", content)
         write_text(folder / f"{NAME}.csv", self.csv())

@@ -83,14 +83,12 @@ def run_cells(
         try:
             if is_done(cell, run):
                 console.print(f"{head}: done before", highlight=False)
+                run.tidy(keep_checkpoints=cell.recipe.train.keep_checkpoints)
             else:
                 console.print(head, highlight=False)
                 _run(cell, run, console, refresh=refresh and _teacher_of(cell) not in fresh_teachers)
                 fresh_teachers.add(_teacher_of(cell))
             results.records[cell.name] = run.record
-            if not cell.recipe.train.keep_checkpoints:
-                # It may have been killed before it came to that itself.
-                run.drop_checkpoints()
         except Exception as error:
             results.failures.append(_failure(cell, error))
             console.print(Text("failed", style="bold red"), f"{cell.name}: {type(error).__name__}", highlight=False)
