@@ -17,7 +17,7 @@ _TORN = ("unexpected pos", "PytorchStreamWriter failed", "basic_ios::clear", "io
 
 _NO_MEMORY = "can't allocate memory"
 
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE)
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE)
 
 _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 """What the system says of words that can be no path: they are the user's."""
@@ -32,21 +32,22 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         # A temporary name says nothing to the user.
-        if error.errno is not None and (error.filename is None or ".kdcli-" in str(error.filename)):
+        named = error.filename is not None and ".kdcli-" not in str(error.filename)
+        if not named and error.errno in (*_OF_THE_DISK, errno.EACCES, errno.EPERM):
             error.filename, error.filename2 = str(path), None
         raise
     except Exception as error:
         number = _number_of(error)
         if number is None and any(words in str(error) for words in _TORN):
             number = errno.ENOSPC if _is_full(path) else errno.EIO
-        if number is None:
+        if number not in _OF_THE_DISK:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def unwritable(place: Path, error: OSError) -> Exception:
     """Return what to raise for a place that nothing can be written to: the user's choice is at fault, or the disk."""
-    if error.errno in _OF_THE_DISK:
+    if error.errno in _OF_THE_DISK and error.errno != errno.EROFS:
         error.filename = str(place)
         return error
     return InputError(f"cannot write to {place}: {error.strerror}", hint="choose another place, or allow writing there")
@@ -105,8 +106,10 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _number_of(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return error.errno
-    found = _NUMBER.search(str(error))
-    return int(found[1] or found[2]) if found else None
+    if found := _NUMBER.search(str(error)):
+        return int(found[1] or found[2])
+    # C++ gives the words alone.
+    return next((number for number in _OF_THE_DISK if os.strerror(number) in str(error)), None)
 
 
 def _is_full(path: Path) -> bool:
@@ -116,7 +119,8 @@ def _is_full(path: Path) -> bool:
 
 def _lacks_inodes(path: Path) -> bool:
     room = _room(path)
-    return room is not None and room.f_files > 0 and room.f_favail == 0
+    # A few have come back with what was removed since.
+    return room is not None and room.f_files > 0 and room.f_favail < 64 and room.f_bavail * room.f_frsize >= 1 << 20
 
 
 def _room(path: Path) -> os.statvfs_result | None:

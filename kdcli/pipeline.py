@@ -18,6 +18,7 @@ from kdcli.evaluation.comparison import Comparison, compare, describe_model
 from kdcli.evaluation.general import General
 from kdcli.evaluation.predict import predict
 from kdcli.evaluation.score import evaluate_model
+from kdcli.faults import writing
 from kdcli.files import atomic_folder
 from kdcli.gates import Gate, Limits, exit_code_of, limits_of, parity_gate
 from kdcli.machine import versions
@@ -281,7 +282,9 @@ def _attempt(run: runs.Run, document: dict[str, Any], resume: bool) -> Iterator[
         runs.check_same_recipe(run, document)
     attempt = _Attempt(run, resume)
     try:
-        yield attempt
+        # What fails on a disk, and says not where, fails in the run's folder most likely.
+        with writing(run.path):
+            yield attempt
     except InputError:
         if is_main():
             run.mark("failed") if attempt.worth_keeping else run.discard()

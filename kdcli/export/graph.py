@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kdcli.errors import RunError
 from kdcli.export.session import MODEL
+from kdcli.faults import writing
 from kdcli.models.inputs import inputs_of
 from kdcli.models.save import save_config, save_tokenizer
 from kdcli.tensors.parametrize import contract_model, is_overparameterised
@@ -89,7 +90,7 @@ def export_onnx(model: "PreTrainedModel", tokenizer: Any, folder: Path, *, opset
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MODEL
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), writing(path):
             program = torch.onnx.export(
                 _Logits(model, names).eval(),
                 tuple(values[name] for name in names),
@@ -102,6 +103,8 @@ def export_onnx(model: "PreTrainedModel", tokenizer: Any, folder: Path, *, opset
             assert program is not None
             program.save(str(path))
         onnx.checker.check_model(str(path), full_check=True)
+    except OSError:
+        raise
     except Exception as error:
         raise RunError(f"{type(model).__name__} cannot be exported: {str(error).splitlines()[0]}") from error
     save_config(model.config, folder)

@@ -27,6 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kdcli.errors import RunError
+from kdcli.faults import writing
 from kdcli.interrupts import finishing
 from kdcli.machine import resolve_precision
 from kdcli.manifest import MANIFEST, check_manifest, is_sealed, require, write_manifest
@@ -238,7 +239,7 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.checkpoint(self.state.global_step)
-        with finishing():
+        with finishing(), writing(folder):
             main_does(lambda: remove_checkpoint(folder))
             super()._save_checkpoint(model, trial)
             if self.args.should_save and (state := self.scheme.state_dict()):
