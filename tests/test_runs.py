@@ -3,7 +3,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -98,9 +97,12 @@ from pathlib import Path
 from kdcli.errors import InputError
 from kdcli.runs import open_run
 
-root, inside, until = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
-random.seed(sys.argv[4])
+root, inside = Path(sys.argv[1]), Path(sys.argv[2])
+random.seed(sys.argv[3])
 entries = overlaps = 0
+print("ready", flush=True)
+input()
+until = time.time() + 3
 while time.time() < until:
     options = random.choice([{"force": True, "resume": False}, {"force": False, "resume": True}])
     try:
@@ -111,9 +113,9 @@ while time.time() < until:
                 overlaps += 1
                 continue
             entries += 1
-            (run.path / "work").write_text(sys.argv[4])
+            (run.path / "work").write_text(sys.argv[3])
             time.sleep(random.random() * 0.002)
-            overlaps += (run.path / "work").read_text() != sys.argv[4]
+            overlaps += (run.path / "work").read_text() != sys.argv[3]
             inside.unlink()
             if random.random() < 0.3:
                 run.discard()
@@ -127,17 +129,20 @@ print(entries, overlaps)
 
 def test_no_two_are_in_a_run_however_many_want_in(tmp_path: Path):
     begun(tmp_path / "runs")
-    until = time.time() + 5
+    command = [sys.executable, "-c", HAMMER, tmp_path / "runs", tmp_path / "inside"]
+    pipe = subprocess.PIPE
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", HAMMER, tmp_path / "runs", tmp_path / "inside", str(until), str(seed)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for seed in range(8)
+        subprocess.Popen([*command, str(seed)], stdin=pipe, stdout=pipe, stderr=pipe, text=True) for seed in range(8)
     ]
-    counts = [tuple(map(int, process.communicate()[0].split())) for process in processes]
-    assert all(process.returncode == 0 for process in processes)
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    outputs = [process.communicate() for process in processes]
+    assert [err for _, err in outputs if err] == []
+    counts = [tuple(map(int, out.split())) for out, _ in outputs]
     entries, overlaps = map(sum, zip(*counts, strict=True))
     assert entries > 20 and overlaps == 0, counts
     assert {path.name for path in (tmp_path / "runs").iterdir()} <= {"one", ".one.replaced"}
