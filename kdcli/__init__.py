@@ -1,5 +1,7 @@
 """kdcli: make transformer models smaller by knowledge distillation, with the evidence."""
 
+from kdcli.plain_loaders import register
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_model"]
 
@@ -15,3 +17,6 @@ def __getattr__(name: str) -> object:
 
         return load_model
     raise AttributeError(f"module 'kdcli' has no attribute {name!r}")
+
+
+register()

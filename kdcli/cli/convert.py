@@ -19,6 +19,7 @@ def convert(
     \b
     Examples:
       kdcli convert old-model --out model
+      kdcli convert owner/name --out model --force --json
     """
     from rich.table import Table
 

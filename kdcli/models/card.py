@@ -81,17 +81,11 @@ def _front_matter(method: str, pipeline: str, *, plain: bool) -> str:
 
 
 def _loading(auto: str, *, plain: bool) -> str:
-    if plain:
-        return (
-            f"from transformers import {auto}, AutoTokenizer\n\n"
-            f'model = {auto}.from_pretrained("FOLDER")\n'
-            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
-        )
-    task = {"AutoModel": ', task="base"', "AutoModelForMaskedLM": ', task="masked-lm"'}.get(auto, "")
+    needed = "" if plain else "import kdcli  # the weights are low-rank factors: pip install kdcli\n"
     return (
-        "import kdcli\nfrom transformers import PreTrainedTokenizerFast\n\n"
-        f'model = kdcli.load_model("FOLDER"{task})  # low-rank weights: a plain loader refuses this folder\n'
-        'tokenizer = PreTrainedTokenizerFast.from_pretrained("FOLDER")'
+        f"{needed}from transformers import {auto}, AutoTokenizer\n\n"
+        f'model = {auto}.from_pretrained("FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
     )
 
 

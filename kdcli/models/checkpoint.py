@@ -12,8 +12,14 @@ from typing import Any, NamedTuple
 from kdcli.errors import InputError
 from kdcli.models.anatomy import FAMILIES
 
-KDCLI_MODEL_TYPE = "kdcli"
-"""The model type of a folder that holds factors or chains in place of matrices."""
+KDCLI_MODEL_TYPE = "kdcli (pip install kdcli, then import kdcli)"
+"""The model type of a folder that holds factors or chains in place of matrices.
+
+A program that does not know it prints it, so it says what to do.
+"""
+
+OLD_MODEL_TYPE = "kdcli"
+"""The same in folders of earlier versions."""
 
 LOCAL = ("_name_or_path", "name_or_path", "local_files_only")
 """What a configuration may say of the place that it was loaded from."""
@@ -43,7 +49,7 @@ class Checkpoint:
     @property
     def structure(self) -> dict[str, Any] | None:
         """What of the model differs from its plain architecture; None for a plain folder."""
-        return dict(self.config["kdcli"]) if self.config["model_type"] == KDCLI_MODEL_TYPE else None
+        return dict(self.config["kdcli"]) if is_structured(self.config) else None
 
     @property
     def architecture(self) -> str | None:
@@ -144,11 +150,17 @@ def _nested(folder: Path) -> str | None:
     return f"it is a sentence-transformers folder of the old layout: give {inner}" if inner is not None else None
 
 
+def is_structured(config: Mapping[str, Any]) -> bool:
+    """True for the configuration of a folder that holds factors or chains in place of matrices."""
+    return config["model_type"] in (KDCLI_MODEL_TYPE, OLD_MODEL_TYPE)
+
+
 def check_family(config: Mapping[str, Any], name: str | Path) -> None:
     """Raise InputError when a configuration is of a family that kdcli does not know."""
     family = config["model_type"]
-    if family == KDCLI_MODEL_TYPE and isinstance(config.get("kdcli"), dict):
-        family = config["kdcli"].get("base_model_type") or family
+    if is_structured(config):
+        own = config.get("kdcli")
+        family = (own.get("base_model_type") if isinstance(own, dict) else None) or OLD_MODEL_TYPE
     if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(
             f"{name} is of the family {family!r}, which kdcli does not know; known are {', '.join(sorted(FAMILIES))}",

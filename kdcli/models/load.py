@@ -4,7 +4,6 @@ A model is loaded whole or not at all: no parameter that its file lacks is made 
 """
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from kdcli.errors import InputError
 from kdcli.models.anatomy import anatomy_of
 from kdcli.models.checkpoint import (
-    KDCLI_MODEL_TYPE,
     LOCAL,
     Checkpoint,
     Stored,
     check_family,
+    is_structured,
     local_folder,
     open_checkpoint,
     read_config,
@@ -105,7 +104,7 @@ def _plain_config(raw: Mapping[str, Any], name: str | Path) -> "PretrainedConfig
 
     settings = {key: value for key, value in raw.items() if key not in ("model_type", "kdcli", *LOCAL)}
     own = raw.get("kdcli")
-    family = own["base_model_type"] if raw["model_type"] == KDCLI_MODEL_TYPE and own else raw["model_type"]
+    family = own["base_model_type"] if is_structured(raw) and own else raw["model_type"]
     names = settings.get("id2label")
     try:
         if isinstance(names, dict):
@@ -430,7 +429,7 @@ def _replace(model: "nn.Module", path: str, module: "nn.Module") -> None:
 
 def load_tokenizer(name: str | Path) -> Any:
     """Load the tokenizer of a folder or a hub name. Raises InputError when there is none."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
     folder = local_folder(name)
     if folder is not None and not any(
@@ -450,13 +449,9 @@ def load_tokenizer(name: str | Path) -> Any:
         )
     with quiet_transformers():
         try:
-            config = read_config(name) if folder is None or (folder / "config.json").exists() else {}
-            if config.get("model_type") == KDCLI_MODEL_TYPE and folder is not None:
-                settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-                import transformers
-
-                kind = getattr(transformers, settings.get("tokenizer_class", ""), PreTrainedTokenizerFast)
-                return kind.from_pretrained(folder)
+            if folder is None:
+                # Its errors say more of a name that is none.
+                read_config(name)
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except InputError:
             raise

@@ -98,10 +98,10 @@ def test_a_folder_of_chains_reloads_to_the_bit(plain: Path, tmp_path: Path, caps
     assert set(again) == set(stored) and all(torch.equal(again[key], stored[key]) for key in stored)
 
 
-def test_a_plain_loader_refuses_a_folder_of_chains(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_plain_loader_gives_the_model_of_chains(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     document("overparam", plain, "--out", tmp_path / "wide", capsys=capsys)
-    with pytest.raises(ValueError, match="kdcli"):
-        AutoModelForSequenceClassification.from_pretrained(tmp_path / "wide")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "wide")
+    assert is_overparameterised(loaded) and torch.equal(probe(loaded), probe(load_model(tmp_path / "wide")))
 
 
 def test_options_reach_the_chains(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -11,8 +11,6 @@ from families import NAMES, tiny, tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     PreTrainedModel,
@@ -97,13 +95,6 @@ def test_saving_what_was_loaded_writes_the_same_files(tmp_path: Path):
         save_model(load_model(first), second)
         assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
         assert json.loads((first / "config.json").read_text()) == json.loads((second / "config.json").read_text())
-
-
-@pytest.mark.parametrize("loader", [AutoModel, AutoModelForSequenceClassification, AutoModelForMaskedLM])
-def test_a_plain_loader_refuses_low_rank_weights(loader: type, tmp_path: Path):
-    save_model(low_rank(tiny("bert")), tmp_path)
-    with pytest.raises(Exception, match="kdcli"):
-        loader.from_pretrained(tmp_path)  # type: ignore[attr-defined]
 
 
 def test_half_precision_weights_are_loaded_as_fp32(tmp_path: Path):
