@@ -103,7 +103,9 @@ def outcome(reference: Reference, trial: Trial, case: Case) -> str:
     if case.file.startswith(f"{place}/onnx/"):
         commands = [["eval", f"{place}/onnx"]]
     elif case.file.startswith(f"{place}/student/"):
-        commands = [["eval", place], ["export", place, "--no-latency"], ["distill", f"{case.kind}.toml", "--resume"]]
+        commands = [["eval", place], ["distill", f"{case.kind}.toml", "--resume"]]
+        if case.file.endswith(".safetensors") and case.how == "flipped":
+            commands.append(["export", place, "--no-latency"])
     else:
         commands = [["eval", place], ["distill", f"{case.kind}.toml", "--resume"]]
     for words in commands:

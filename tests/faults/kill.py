@@ -159,7 +159,10 @@ def timeless(value: Any) -> Any:
     """Return a JSON value without fields that hold times, or hashes over these."""
     if isinstance(value, dict):
         return {key: timeless(inner) for key, inner in value.items() if key not in TIMES}
-    return [timeless(inner) for inner in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        # A comparison says whose seconds it left out.
+        return [timeless(inner) for inner in value if not str(inner).startswith("stopped once and resumed")]
+    return value
 
 
 def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,25 @@ def test_with_dropout_every_process_draws_its_own_and_the_same_in_every_run(tmp_
     two, again = (distill(folder, name, *TWO, extra=steps) for name in ("two", "again"))
     assert max(float((two[key] - one[key]).abs().max()) for key in one) > 1e-4
     assert all(torch.equal(two[key], again[key]) for key in two)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_a_checkpoint_to_the_same_student(tmp_path: Path):
+    folder = written(tmp_path, dropout=0.3)
+    (folder / "recipe.toml").write_text(RECIPE.replace("METHOD", KD))
+    options = ("--set", "train.keep_checkpoints=true")
+    whole = distill(folder, "two", *TWO, extra=options)
+    run = folder / "runs" / "two"
+    [last] = run.glob("checkpoints/*/checkpoint-8")
+    assert (last / "rng_state_1.pth").is_file()
+    # As a process leaves it that was killed after its first checkpoint.
+    for path in (last, last.parent / "final", run / "student"):
+        shutil.rmtree(path)
+    record = json.loads((run / "run.json").read_text())
+    del record["checksum"]
+    (run / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    resumed = distill(folder, "two", *TWO, extra=(*options, "--resume"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 @pytest.mark.slow
