@@ -11,7 +11,7 @@ from typing import Any
 from kdcli.errors import InputError, cut
 
 MOST_BYTES = 1_000_000
-MOST_DOTTED = 10_000
+MOST_DOTTED = 3000
 """Dots in one line, or fewer in several: the library's time grows with the square of a dotted key's parts."""
 MOST_DEPTH = 32
 

@@ -585,6 +585,7 @@ def main() -> int:
     parser.add_argument("--arguments", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="one case, such as recipe:17")
+    parser.add_argument("--verbose", action="store_true", help="name every case before it is tried")
     options = parser.parse_args()
     cases = [
         *recipes(options.recipes, options.seed),
@@ -605,6 +606,8 @@ def main() -> int:
         for case in cases:
             if options.only:
                 print(case.arguments, case.recipe[:3000].decode(errors="replace"), sep="\n")
+            if options.verbose:
+                print(case.name, flush=True)
             begun = time.process_time()
             problem = problem_of(case, Path(place))
             slowest = max(slowest, (time.process_time() - begun, case.name))
