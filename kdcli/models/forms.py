@@ -14,7 +14,7 @@ from kdcli.models.classes import check_single_label, class_names_of, reorder_cla
 from kdcli.models.finite import at_fault, check_weights
 from kdcli.models.heads import head_of
 from kdcli.models.load import has_head, load_model, without_pooler
-from kdcli.models.lowrank import factorise
+from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, factorise
 from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.tasks.labels import listed, matching_order
@@ -52,6 +52,13 @@ def _build(
     teacher: "PreTrainedModel", section: StudentSection, seed: int, overparam: OverparamSection | None
 ) -> StudentBuild:
     torch.manual_seed(seed)
+    reads = section.form in ("depth", "low-rank") or (section.form == "width" and section.init != "random")
+    if reads and any(isinstance(module, LowRankLinear | LowRankEmbedding) for module in teacher.modules()):
+        raise InputError(
+            f"a {section.form} student takes its weights from whole matrices, and the teacher's are low-rank factors",
+            where="student.form",
+            hint="use a teacher without them; `kdcli contract MODEL --merge-lowrank --out DIR` multiplies them",
+        )
     if section.form == "low-rank":
         student = copy.deepcopy(teacher)
         notes = factorise(student, section, overparam)

@@ -294,3 +294,22 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path: Path):
 def test_a_student_without_a_form_is_refused():
     with pytest.raises(InputError, match="no form"):
         build_student(tiny("bert"), StudentSection(), seed=0)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        StudentSection(form="depth", layers=1),
+        StudentSection(form="width", hidden_size=16),
+        StudentSection(form="width", hidden_size=16, init="sliced"),
+        StudentSection(form="low-rank", rank=2),
+        StudentSection(form="low-rank", energy=0.5),
+    ],
+)
+def test_no_student_is_cut_from_low_rank_factors(section: StudentSection):
+    teacher = build_student(tiny("bert"), StudentSection(form="low-rank", rank=4), seed=0).model
+    with pytest.raises(InputError, match="the teacher's are low-rank factors") as caught:
+        build_student(teacher, section, seed=0)
+    assert caught.value.where == "student.form"
+    # Sizes alone can be taken from it.
+    build_student(teacher, StudentSection(form="width", hidden_size=16, init="random"), seed=0)
