@@ -8,36 +8,27 @@ from typing import TYPE_CHECKING, Any
 from kdcli.terminal import visible
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from kdcli.compare.report import Block, Report
 
 MARKERS = "osD^vP<>Xphd8H"
 LINE = 0.17
 """Inches between two labels, one above the other."""
+LETTER = 0.065
+"""Inches that a letter of a label takes, about."""
 SUFFIXES = ("png", "svg")
 
 
 def draw(report: "Report") -> dict[str, bytes]:
     """Return the figure as {"png": ..., "svg": ...}; the same report gives the same bytes."""
-    # Slow to import, and only the end of a comparison needs it.
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    blocks = report.all_blocks
-    columns = min(3, len(blocks))
-    lines = -(-len(blocks) // columns)
-    height = max(3.4, LINE * max(len(block.rows) + 4 for block in blocks) + 1.2)
-    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "kdcli", "font.size": 8.5, "axes.titlesize": 10}
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "kdcli"}
     with rc_context(style), warnings.catch_warnings():
         # A font without some letter of a name draws a box: no reason to disturb.
         warnings.simplefilter("ignore")
-        figure = Figure(figsize=(5.6 * columns, height * lines), layout="constrained")
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(lines, columns, squeeze=False).ravel()
-        for panel, block in zip(panels, blocks, strict=False):
-            _panel(panel, block, height - 1.2)
-        for panel in panels[len(blocks) :]:
-            panel.set_visible(False)
+        figure = drawn(report)
         files = {}
         for suffix in SUFFIXES:
             buffer = io.BytesIO()
@@ -46,16 +37,52 @@ def draw(report: "Report") -> dict[str, bytes]:
     return files
 
 
+def drawn(report: "Report") -> "Figure":
+    """Return the figure of a report, laid out."""
+    # Slow to import, and only the end of a comparison needs it.
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    blocks = report.all_blocks
+    every = [point for block in blocks for point in points_of(block)]
+    columns = min(3, len(blocks))
+    lines = -(-len(blocks) // columns)
+    inside = max(2.2, LINE * max(len(block.rows) + 4 for block in blocks))
+    names = max((len(point.name) for point in every), default=0)
+    size = (columns * (4.6 + LETTER * names), lines * (inside + 1.2) + 0.3)
+    with rc_context({"font.size": 8.5, "axes.titlesize": 10}):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(lines, columns, squeeze=False).ravel()
+        for panel, block in zip(panels, blocks, strict=False):
+            draw_panel(panel, block, inside)
+        for panel in panels[len(blocks) :]:
+            panel.set_visible(False)
+        if key := key_of(every):
+            figure.legend(handles=key, loc="outside lower center", ncols=len(key), frameon=False, handleheight=2.2)
+        figure.draw_without_rendering()
+    return figure
+
+
 @dataclass(frozen=True)
 class Point:
-    """A student: its number in the table, millions of parameters, mean and standard deviation in hundredths."""
+    """A student: its number in the table, millions of parameters, mean and standard deviation in hundredths.
+
+    seeds: how many scores these are of; std: None for a single one.
+    """
 
     number: int
     label: str
     size: float
     mean: float
-    std: float
+    std: float | None
+    seeds: int
     is_baseline: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.label} (baseline)" if self.is_baseline else self.label
 
 
 def points_of(block: "Block") -> list[Point]:
@@ -66,7 +93,8 @@ def points_of(block: "Block") -> list[Point]:
             visible(row.label),
             row.parameters / 1e6,
             100 * row.summary.mean,
-            100 * (row.summary.std or 0.0),
+            100 * row.summary.std if row.summary.std is not None else None,
+            row.summary.count,
             row.label == block.baseline,
         )
         for number, row in enumerate(block.rows)
@@ -74,8 +102,28 @@ def points_of(block: "Block") -> list[Point]:
     ]
 
 
-def _panel(panel: Any, block: "Block", height: float) -> None:
-    """Draw one task. height: of the panel's inside, about, in inches."""
+def key_of(points: list[Point]) -> list[Any]:
+    """Return the legend: what a bar is, and what a mark without one is."""
+    from matplotlib.figure import Figure
+
+    elsewhere = Figure().subplots()
+    look: dict[str, Any] = {"marker": "o", "markersize": 4.5, "color": "0.4", "markeredgecolor": "black"}
+    counts = sorted({point.seeds for point in points if point.std is not None})
+    entries: list[Any] = []
+    if counts:
+        seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+        label = f"mean ± standard deviation over {seeds} seeds"
+        entries.append(elsewhere.errorbar(0, 0, yerr=1, capsize=2.5, linestyle="none", label=label, **look))
+    if any(point.std is None for point in points):
+        entries += elsewhere.plot(0, 0, linestyle="none", label="one seed: no bar", **look)
+    return entries
+
+
+def draw_panel(panel: Any, block: "Block", height: float) -> None:
+    """Draw one task. height: of the panel's inside, about, in inches.
+
+    Every mark stands at its size and its score; only the labels, in a column beside the panel, give way to each other.
+    """
     panel.set_title(visible(f"{block.title} ({block.metric})" if block.metric else block.title), parse_math=False)
     panel.set_xlabel("parameters at inference (millions)")
     panel.set_ylabel("score x 100")
@@ -86,87 +134,105 @@ def _panel(panel: Any, block: "Block", height: float) -> None:
     if not points:
         panel.text(0.5, 0.5, "no result", ha="center", transform=panel.transAxes)
         return
-    teacher = None
+    marks = [_Mark.of(point) for point in points]
     if block.teacher_score is not None and block.teacher_parameters is not None:
-        teacher = (block.teacher_parameters / 1e6, 100 * block.teacher_score)
-    sizes = [point.size for point in points] + ([teacher[0]] if teacher else [])
-    width = (max(sizes) - min(sizes)) or max(sizes)
-    low = min([point.mean - point.std for point in points] + ([teacher[1]] if teacher else []))
-    high = max([point.mean + point.std for point in points] + ([teacher[1]] if teacher else []))
+        marks.append(
+            _Mark("teacher", block.teacher_parameters / 1e6, 100 * block.teacher_score, None, "*", "black", "black", 12)
+        )
+    sizes = [mark.size for mark in marks]
+    margin = 0.1 * ((max(sizes) - min(sizes)) or max(sizes))
+    panel.set_xlim(min(sizes) - margin, max(sizes) + margin)
+    low = min(mark.mean - (mark.std or 0.0) for mark in marks)
+    high = max(mark.mean + (mark.std or 0.0) for mark in marks)
     margin = 0.1 * ((high - low) or 1.0)
     limits = (low - margin, high + margin)
     panel.set_ylim(*limits)
-    gap = LINE / height * (limits[1] - limits[0])
-    clusters = clusters_of(points, 0.04 * width)
-    step = min(0.03, 0.3 / max(map(len, clusters))) * width
-    right = max([max(sizes), *(_cluster(panel, cluster, step, gap, limits) for cluster in clusters)])
-    if teacher is not None:
-        panel.plot(*teacher, marker="*", markersize=14, color="black", linestyle="none", zorder=4)
+    heights = spread([mark.mean for mark in marks], LINE / height * (limits[1] - limits[0]), limits)
+    for place, (mark, level) in enumerate(zip(marks, heights, strict=True)):
+        # Bars of one size lie upon each other: caps of several widths tell their ends apart.
+        mark.draw(panel, level, cap=2.0 + 1.3 * (place % 5))
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What is drawn of one model: where it stands, its shape and its label. shape_size: in points."""
+
+    name: str
+    size: float
+    mean: float
+    std: float | None
+    shape: str
+    colour: Any
+    filling: Any
+    shape_size: float
+    bold: bool = True
+
+    @classmethod
+    def of(cls, point: Point) -> "_Mark":
+        from matplotlib import colormaps
+
+        colour = colormaps["tab10"](point.number % 10)
+        # Where the shapes begin again, the filling tells two of them apart.
+        filling = "white" if point.number // len(MARKERS) % 2 else colour
+        shape = MARKERS[point.number % len(MARKERS)]
+        return cls(point.name, point.size, point.mean, point.std, shape, colour, filling, 6, point.is_baseline)
+
+    def draw(self, panel: Any, level: float, cap: float) -> None:
+        """Draw the mark with its bar, and at the height `level` beside the panel its label, tied to it by a line."""
+        look: dict[str, Any] = {
+            "marker": self.shape,
+            "markersize": self.shape_size,
+            "color": self.colour,
+            "markerfacecolor": self.filling,
+            "markeredgecolor": "black",
+            "markeredgewidth": 0.6,
+            "zorder": 3,
+        }
+        panel.errorbar(self.size, self.mean, yerr=self.std, capsize=cap, linewidth=1.0, **look)
+        beside = panel.get_yaxis_transform()
+        panel.plot(1.03, level, transform=beside, clip_on=False, linestyle="none", **look)
         panel.annotate(
-            "teacher", teacher, xytext=(0, -9), textcoords="offset points", ha="center", va="top", fontweight="bold"
+            self.name,
+            (self.size, self.mean),
+            xytext=(1.055, level),
+            textcoords=beside,
+            va="center",
+            fontweight="bold" if self.bold else "normal",
+            parse_math=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "0.75",
+                "linewidth": 0.5,
+                # As far as the mark beside the name.
+                "shrinkA": 13,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),
+                "zorder": 1,
+            },
         )
-    panel.set_xlim(min(sizes) - 0.25 * width, right + (0.2 if right <= max(sizes) else 0.6) * width)
-
-
-def _cluster(panel: Any, cluster: list[Point], step: float, gap: float, limits: tuple[float, float]) -> float:
-    """Draw students of about one size side by side, their labels in a column beside them; return its place."""
-    from matplotlib import colormaps
-
-    colours = colormaps["tab10"]
-    middle = sum(point.size for point in cluster) / len(cluster)
-    places = [middle + (place - (len(cluster) - 1) / 2) * step for place in range(len(cluster))]
-    column = places[-1] + 1.5 * step
-    heights = spread([point.mean for point in cluster], gap, limits)
-    for place, point, height in zip(places, cluster, heights, strict=True):
-        colour = colours(point.number % 10)
-        panel.errorbar(
-            place,
-            point.mean,
-            yerr=point.std or None,
-            marker=MARKERS[point.number % len(MARKERS)],
-            markersize=6,
-            color=colour,
-            # Where the shapes begin again, the filling tells two of them apart.
-            markerfacecolor="white" if point.number // len(MARKERS) % 2 else colour,
-            markeredgecolor="black",
-            markeredgewidth=0.6,
-            capsize=2.5,
-            linewidth=1.0,
-            zorder=3,
-        )
-        panel.plot([place, column], [point.mean, height], color="0.7", linewidth=0.5, zorder=1)
-        name = f" {point.label} (baseline)" if point.is_baseline else f" {point.label}"
-        weight = "bold" if point.is_baseline else "normal"
-        panel.text(column, height, name, va="center", fontweight=weight, parse_math=False)
-    return column
-
-
-def clusters_of(points: list[Point], reach: float) -> list[list[Point]]:
-    """Return the points in groups, in which each is at most `reach` larger than the one before, in millions."""
-    clusters: list[list[Point]] = []
-    for point in sorted(points, key=lambda point: point.size):
-        if clusters and point.size - clusters[-1][-1].size <= reach:
-            clusters[-1].append(point)
-        else:
-            clusters.append([point])
-    # Side by side as they were given: the order says nothing about sizes that are nearly equal.
-    return [sorted(cluster, key=lambda point: point.number) for cluster in clusters]
 
 
 def spread(heights: list[float], gap: float, limits: tuple[float, float]) -> list[float]:
     """Return places near `heights`, in the same order from low to high, at least `gap` apart and inside `limits`.
 
-    Where `limits` are too narrow for that, the places overrun them at the top.
+    No other places are nearer, in the mean square: those that are in each other's way lie around their middle. Where
+    `limits` are too narrow, the places overrun them at the top. Source: isotonic regression by pooling neighbours.
     """
     order = sorted(range(len(heights)), key=lambda number: heights[number])
-    placed: list[float] = []
-    for number in order:
-        placed.append(max(heights[number], placed[-1] + gap if placed else limits[0]))
-    ceiling = max(limits[1], limits[0] + gap * (len(heights) - 1))
-    for place in reversed(range(len(placed))):
-        placed[place] = min(placed[place], ceiling)
-        ceiling = placed[place] - gap
+    # Without the gaps, what is left is to keep the order: neighbours that break it share their mean.
+    pools: list[list[float]] = []
+    for place, number in enumerate(order):
+        pools.append([heights[number] - place * gap])
+        while len(pools) > 1 and _mean(pools[-2]) >= _mean(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    top = max(limits[0], limits[1] - gap * (len(heights) - 1))
+    levels = [min(max(_mean(pool), limits[0]), top) for pool in pools for _ in pool]
     result = [0.0] * len(heights)
     for place, number in enumerate(order):
-        result[number] = placed[place]
+        result[number] = levels[place] + place * gap
     return result
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -12,12 +12,13 @@ import pytest
 from families import tiny, tokenizer
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from rich.console import Console
 from scipy import stats
 from transformers import BertForMaskedLM
 
 from kdcli.cli.app import run
-from kdcli.compare.figure import MARKERS, _panel, draw
+from kdcli.compare.figure import MARKERS, draw, draw_panel, drawn
 from kdcli.compare.plan import plan_comparison
 from kdcli.compare.report import Block, Report, Row, make_report
 from kdcli.compare.run import run_cells
@@ -233,25 +234,68 @@ def test_names_in_the_report_and_the_figure_are_read_as_they_stand(block: Block)
     assert {seen, f"{seen} (accuracy)"} <= words_of(draw(report)["svg"])
 
 
+def marks_of(panel: Any) -> dict[str, tuple[float, float]]:
+    """Return where each shape stands, in the panel's own numbers."""
+    middles = [bar.lines[0] for bar in panel.containers]
+    assert all(line.get_transform() == panel.transData for line in middles)
+    return {line.get_marker(): tuple(line.get_xydata()[0]) for line in middles}
+
+
 def test_every_mark_stands_at_its_size_and_its_score(block: Block):
+    # Two of one size and one score: nothing is moved to tell them apart but their labels.
+    block.rows[1].parameters, block.rows[1].scores = block.rows[0].parameters, {0: 0.75}
+    block.finish()
     panel = Figure().subplots()
-    _panel(panel, block, 3.0)
-    middles = {bar.lines[0].get_marker(): bar.lines[0].get_xydata()[0] for bar in panel.containers}
-    assert len(middles) == len(panel.containers) == 4
-    kd, odd, hs, large = (middles[marker] for marker in MARKERS[:4])
-    assert hs == pytest.approx([3.5, 83.0]) and large == pytest.approx([6.0, 86.0])
-    # Two of about one size stand side by side, around the mean of their sizes.
-    assert (kd[1], odd[1]) == (pytest.approx(75.0), pytest.approx(74.0))
-    assert (kd[0] + odd[0]) / 2 == pytest.approx(2.005) and 0.1 < odd[0] - kd[0] < 0.5
-    spans = [bar.lines[2][0].get_segments()[0][:, 1] for bar in panel.containers if bar.has_yerr]
-    deviations = sorted((high - low) / 2 for low, high in spans)
-    assert deviations == pytest.approx([2.0, 100 * np.std([0.7, 0.8], ddof=1)])
-    assert [10.0, 90.0] in [line.get_xydata().tolist()[0] for line in panel.lines if line.get_marker() == "*"]
-    labels = {text.get_text().strip(): text.get_position() for text in panel.texts}
-    for name, (place, height) in (("hs", hs), ("large", large)):
-        assert labels[name][0] > place and labels[name][1] == pytest.approx(height)
-    left, right = panel.get_xlim()
+    draw_panel(panel, block, 3.0)
+    marks = marks_of(panel)
+    assert len(panel.containers) == 5
+    expected = [(2.0, 75.0), (2.0, 75.0), (3.5, 83.0), (6.0, 86.0)]
+    assert [marks[shape] for shape in MARKERS[:4]] == [pytest.approx(place) for place in expected]
+    assert marks["*"] == pytest.approx((10.0, 90.0))
+    spans = [bar.lines[2][0].get_segments()[0] for bar in panel.containers if bar.has_yerr]
+    deviations = {span[0, 0]: (span[1, 1] - span[0, 1]) / 2 for span in spans}
+    assert deviations == pytest.approx({2.0: 100 * np.std([0.7, 0.8], ddof=1), 3.5: 2.0})
+    (left, right), (low, high) = panel.get_xlim(), panel.get_ylim()
     assert left < 2.0 and right > 10.0
+    # A label is beside the panel, at its own height, and tied to its mark.
+    labels = {text.get_text(): text for text in panel.texts}
+    assert set(labels) == {"kd (baseline)", "a<b & $c$_1^2", "hs", "large", "teacher"}
+    for name, shape in zip(labels, [*MARKERS[:4], "*"], strict=True):
+        assert labels[name].xy == pytest.approx(marks[shape]) and labels[name].arrow_patch is not None
+        assert labels[name].get_position()[0] > 1.0
+    levels = sorted(text.get_position()[1] for text in labels.values())
+    assert low <= levels[0] and levels[-1] <= high
+    assert min(np.diff(levels)) >= 0.17 / 3.0 * (high - low) * 0.999
+
+
+def test_labels_do_not_lie_upon_each_other_however_many_and_long_they_are(block: Block):
+    many = [
+        Row(f"row {number} {'x' * 60}", block.rows[0].entry, {0: 0.8, 1: 0.81}, 4_000_000, 4_000_000, 1.0, [])
+        for number in range(25)
+    ]
+    crowd = Block("crowd", "accuracy", many[0].label, None, None, many).finish()
+    figure = drawn(Report([42], [crowd, block], None, {}, [], [], []))
+    width = figure.bbox.width
+    # An annotation's own extent has its line in it.
+    boxes = [Text.get_window_extent(text) for panel in figure.axes for text in panel.texts]
+    assert len(boxes) == 25 + 5
+    # Nor upon the other panel, and all of them are whole.
+    panels = [panel.get_window_extent() for panel in figure.axes]
+    for place, box in enumerate(boxes):
+        assert box.x0 >= 0 and box.x1 <= width
+        assert not any(box.overlaps(other) for other in [*boxes[:place], *panels])
+
+
+def test_the_legend_says_what_the_bars_are(block: Block):
+    def said(*rows: Row) -> set[str]:
+        shown = Block("reviews", "accuracy", rows[0].label, None, None, list(rows)).finish()
+        words = words_of(draw(Report([42], [shown], None, {}, [], [], []))["svg"])
+        return {word for word in words if "seed" in word}
+
+    kd, odd, hs, large, _ = block.rows
+    assert said(kd, odd, hs) == {"mean ± standard deviation over 2 to 3 seeds", "one seed: no bar"}
+    assert said(kd) == {"mean ± standard deviation over 2 seeds"}
+    assert said(odd, large) == {"one seed: no bar"}
 
 
 def test_what_breaks_is_told_and_the_others_go_on(
