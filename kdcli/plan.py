@@ -13,6 +13,7 @@ from kdcli.models.shape import shape_of
 from kdcli.prepare import Prepared
 from kdcli.resolve import Resolved, context_of, placed, stages_of
 from kdcli.tasks.base import Task
+from kdcli.tasks.rows import array_of, values_of
 from kdcli.tasks.text import pack
 from kdcli.tensors.parametrize import overparameterise, teacher_factors
 from kdcli.training.road import stage_loop
@@ -194,7 +195,7 @@ def classes_of(task: Task, most: int = 5) -> dict[str, Any] | None:
         return None
     import numpy as np
 
-    counts = np.bincount(np.asarray(task.train["label"][:]), minlength=len(task.label_names))
+    counts = np.bincount(array_of(task.train, "label"), minlength=len(task.label_names))
     rarest = np.argsort(counts, kind="stable")[:most]
     return {
         "number": len(task.label_names),
@@ -204,7 +205,7 @@ def classes_of(task: Task, most: int = 5) -> dict[str, Any] | None:
 
 def _blocks(rows: "Dataset", prepared: Prepared) -> int:
     """Return how many blocks plain text makes."""
-    return len(pack(rows["text"], prepared.teacher.tokenizer, prepared.resolved.recipe.task.max_length))
+    return len(pack(values_of(rows, "text"), prepared.teacher.tokenizer, prepared.resolved.recipe.task.max_length))
 
 
 def _stage_row(stage: Stage, resolved: Resolved, total: int, examples: int) -> dict[str, Any]:

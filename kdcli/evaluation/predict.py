@@ -7,6 +7,7 @@ import torch
 
 from kdcli.models.finite import check_finite
 from kdcli.models.inputs import model_inputs
+from kdcli.tasks.rows import array_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,7 +24,7 @@ def predict(
     owner: what an error calls the model.
     Raises NotFiniteError when a logit is NaN or infinite: metrics would hide it behind an argmax.
     """
-    order = np.argsort(np.asarray(dataset["length"]), kind="stable")[::-1]
+    order = np.argsort(array_of(dataset, "length"), kind="stable")[::-1]
     training = getattr(model, "training", False)
     device = torch.device("cpu")
     if isinstance(model, torch.nn.Module):

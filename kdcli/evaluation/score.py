@@ -9,6 +9,7 @@ from kdcli.evaluation.predict import predict
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.metrics import compute_metrics
+from kdcli.tasks.rows import array_of
 
 
 def evaluate_model(
@@ -33,7 +34,7 @@ def evaluate_model(
         logits = np.asarray(
             ask(model, encode(rows, tokenizer, max_length), collator, batch_size=batch_size, owner=owner)
         )
-        scores[name] = compute_metrics(task.metrics, logits, np.asarray(rows["label"]))
+        scores[name] = compute_metrics(task.metrics, logits, array_of(rows, "label"))
     return scores
 
 

@@ -14,6 +14,7 @@ from kdcli.errors import InputError
 from kdcli.recipe.schema import TaskSection
 from kdcli.tasks.files import Column, Columns, chunked
 from kdcli.tasks.labels import are_numbers_of, clean_name, listed, look_alikes
+from kdcli.tasks.rows import TEXT
 from kdcli.words import counted
 
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
@@ -126,13 +127,22 @@ def text_columns(columns: Columns, names: Sequence[str], source: str) -> dict[st
     """Return the columns `names` as text and text_pair. Raises InputError for a row without one of them."""
     rows = {}
     for target, name in zip(("text", "text_pair"), names, strict=False):
-        texts = _texts(need_column(columns, name, "text", source), name, source)
-        rows[target] = pa.chunked_array([pa.array(chunk, pa.large_string()) for chunk in chunked(texts)])
+        values = need_column(columns, name, "text", source)
+        parts: list[pa.Array] = []
+        first = 1
+        for part in values.parts:
+            if isinstance(part, pa.Array) and part.type in (TEXT, pa.string()) and not part.null_count:
+                parts.append(part.cast(TEXT))
+            else:
+                parts += (pa.array(chunk, TEXT) for chunk in chunked(_texts(Column([part]), first, name, source)))
+            first += len(part)
+        rows[target] = pa.chunked_array(parts, TEXT)
     return rows
 
 
-def _texts(values: Column, name: str, source: str) -> Iterator[str]:
-    for row, value in enumerate(values, 1):
+def _texts(values: Column, first: int, name: str, source: str) -> Iterator[str]:
+    """Yield the values as text. first: the number of the first row. Raises InputError for what is none."""
+    for row, value in enumerate(values, first):
         if value is None or (isinstance(value, float) and math.isnan(value)):
             raise InputError(f"{source}: row {row} has no {name!r}", where="task.text")
         if isinstance(value, list | dict | bytes):

@@ -3,37 +3,41 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from kdcli.models.inputs import INPUTS
+from kdcli.tasks.rows import batches_of, stored
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
+IDS = {"input_ids": pa.list_(pa.int32()), "attention_mask": pa.list_(pa.int8()), "token_type_ids": pa.list_(pa.int8())}
+
+
 def encode(dataset: "Dataset", tokenizer: Any, max_length: int) -> "Dataset":
-    """Return the columns index, input_ids, attention_mask, [token_type_ids], labels and length, in memory.
+    """Return the columns index, input_ids, attention_mask, [token_type_ids], labels and length, as `stored` keeps them.
 
     Pairs are cut from their longer side first, to `max_length` tokens with the special ones.
     """
-    pair = dataset["text_pair"] if "text_pair" in dataset.column_names else None
     longest = min(max_length, getattr(tokenizer, "model_max_length", max_length))
+    return stored(_encoded(batch, tokenizer, longest) for batch in batches_of(dataset))
+
+
+def _encoded(batch: dict[str, list[Any]], tokenizer: Any, longest: int) -> pa.RecordBatch:
+    pair = batch.get("text_pair")
     encoded = tokenizer(
-        list(dataset["text"]),
-        list(pair) if pair is not None else None,
-        truncation="longest_first" if pair is not None else True,
-        max_length=longest,
+        batch["text"], pair, truncation="longest_first" if pair is not None else True, max_length=longest
     )
-    columns: dict[str, Any] = {"index": list(dataset["index"])}
+    columns = {"index": pa.array(batch["index"], pa.int64())}
     for name in INPUTS:
         if name in encoded:
-            columns[name] = encoded[name]
-    columns["labels"] = list(dataset["label"])
-    columns["length"] = [len(ids) for ids in encoded["input_ids"]]
-    from datasets import Dataset
-
-    return Dataset.from_dict(columns)
+            columns[name] = pa.array(encoded[name], IDS[name])
+    columns["labels"] = pa.array(batch["label"])
+    columns["length"] = pa.array([len(ids) for ids in encoded["input_ids"]], pa.int32())
+    return pa.RecordBatch.from_pydict(columns)
 
 
 class Collator:

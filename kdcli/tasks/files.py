@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from kdcli.errors import InputError
+from kdcli.tasks.rows import TEXT, let_go, stored_table
 from kdcli.words import counted
 
 READABLE = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON lines", ".json": "JSON", ".parquet": "Parquet"}
@@ -48,6 +49,7 @@ class Column(Sequence[Any]):
             for start in range(0, len(part), CHUNK):
                 chunk = part[start : start + CHUNK]
                 yield chunk if isinstance(chunk, list) else chunk.to_pylist()
+                let_go()
 
     @overload
     def __getitem__(self, place: int) -> Any: ...
@@ -70,7 +72,7 @@ Columns = dict[str, Column]
 def _packed(values: list[Any]) -> pa.Array | list[Any]:
     if values and all(type(value) is str for value in values):
         try:
-            return pa.array(values, pa.large_string())
+            return pa.array(values, TEXT)
         except UnicodeEncodeError:
             # Half of a character is refused later, with its row.
             return values
@@ -108,9 +110,11 @@ def read_file(
     try:
         if kind == "Parquet":
             # Not read_table: it says of two columns of one name only that they match.
-            table = pyarrow.parquet.ParquetFile(path).read()
-            _check_names(path, table.column_names, where)
-            columns = {name: Column(table.column(name).chunks) for name in table.column_names}
+            parquet = pyarrow.parquet.ParquetFile(path)
+            schema = parquet.schema_arrow
+            _check_names(path, schema.names, where)
+            table = stored_table(parquet.iter_batches(CHUNK), schema)
+            columns = {name: Column(table.column(name).chunks) for name in schema.names}
         elif kind in SEPARATORS:
             columns = _read_csv(path, kind, delimiter, encoding, where, notes)
         else:
@@ -199,7 +203,16 @@ def _read_json(path: Path, kind: str, encoding: str | None, where: str) -> Colum
             for name, parts in columns.items():
                 parts.append(_packed([row.get(name) for row in chunk]))
             count += len(chunk)
-    return {name: Column(part for part in parts if len(part)) for name, parts in columns.items()}
+    return {name: Column(_on_disk(part for part in parts if len(part))) for name, parts in columns.items()}
+
+
+def _on_disk(parts: Iterable[pa.Array | list[Any]]) -> list[pa.Array | list[Any]]:
+    """Return the parts of a column, the text among them as `stored_table` keeps it."""
+    parts = list(parts)
+    schema = pa.schema([("text", TEXT)])
+    texts = [pa.RecordBatch.from_arrays([part], schema=schema) for part in parts if isinstance(part, pa.Array)]
+    kept = iter(stored_table(texts, schema).column(0).chunks)
+    return [next(kept) if isinstance(part, pa.Array) else part for part in parts]
 
 
 def _json_lines(path: Path, file: Iterable[str], where: str) -> Iterator[Any]:
@@ -226,11 +239,11 @@ def _read_csv(
         rows = _csv_rows(path, file, separator, where)
         _, _, names = next(rows, (0, 0, []))
         _check_names(path, names, where)
-        parts: list[list[pa.Array | list[Any]]] = [[] for _ in names]
-        for chunk in chunked(_cells(path, rows, len(names), where, guessed=delimiter is None)):
-            for part, values in zip(parts, zip(*chunk, strict=True), strict=True):
-                part.append(_packed(list(values)))
-    return {name: Column(part) for name, part in zip(names, parts, strict=True)}
+        cells = _cells(path, rows, len(names), where, guessed=delimiter is None)
+        schema = pa.schema([(name, TEXT) for name in names])
+        arrays = ([pa.array(values, TEXT) for values in zip(*chunk, strict=True)] for chunk in chunked(cells))
+        table = stored_table((pa.RecordBatch.from_arrays(row, schema=schema) for row in arrays), schema)
+    return {name: Column(table.column(name).chunks) for name in names}
 
 
 def _cells(

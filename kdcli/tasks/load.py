@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import os
 import random
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from kdcli.tasks.files import Column, Columns, chunked, read_file, read_hub
 from kdcli.tasks.glue import GLUE, HUB, GlueTask
 from kdcli.tasks.labels import are_numbers_of, class_names_of, is_unnamed, listed, places_of
 from kdcli.tasks.metrics import ERRORS, known
+from kdcli.tasks.rows import TEXT, chunks_of, stored, stored_table
 from kdcli.words import counted
 
 if TYPE_CHECKING:
@@ -67,15 +67,11 @@ def _table(texts: Mapping[str, Any], labels: Any = None) -> pa.Table:
 
 
 def _text_array(values: Iterable[str]) -> pa.ChunkedArray:
-    return pa.chunked_array([pa.array(chunk, pa.large_string()) for chunk in chunked(values)], pa.large_string())
+    return pa.chunked_array([pa.array(chunk, TEXT) for chunk in chunked(values)], TEXT)
 
 
 def _dataset(rows: pa.Table) -> "Dataset":
-    from datasets import Dataset
-
-    index = pa.array(np.arange(len(rows)))
-    # A name of its own: the library would make one from all the bytes.
-    return Dataset(rows.add_column(0, "index", index), fingerprint=uuid.uuid4().hex)
+    return stored(rows.add_column(0, "index", pa.array(np.arange(len(rows)))).to_batches())
 
 
 def _subset(rows: pa.Table, size: int | None, seed: int) -> pa.Table:
@@ -107,7 +103,7 @@ def fingerprint_of(splits: Mapping[str, "pa.Table | Dataset | Mapping[str, Seque
 def _chunks(rows: Any, column: str) -> Iterable[list[Any]]:
     if isinstance(rows, pa.Table):
         return Column(rows.column(column).chunks).chunks()
-    return chunked(rows[column])
+    return chunks_of(rows, column) if hasattr(rows, "column_names") else chunked(rows[column])
 
 
 def _task(
@@ -301,7 +297,8 @@ def _custom(section: TaskSection, evaluate: EvaluateSection, base: Path, limit: 
     label = custom.need_column(raw["train"], section.label or "label", "label", source)
     kind = custom.infer_kind(label, section, source)
     files = {name: getattr(section, name, None) or source for name in raw}
-    cleaned = {name: custom.clean_rows(rows, section, kind, files[name], notes) for name, rows in raw.items()}
+    # What was read is let go of, file by file.
+    cleaned = {name: custom.clean_rows(raw.pop(name), section, kind, files[name], notes) for name in list(raw)}
     labels: dict[str, Any] = {name: values for name, (_, values) in cleaned.items()}
     names: tuple[str, ...] = ()
     if kind == "classification":
@@ -309,7 +306,8 @@ def _custom(section: TaskSection, evaluate: EvaluateSection, base: Path, limit: 
         labels = {name: custom.to_ids(values, names, files[name]) for name, values in labels.items()}
     elif len(set(labels["train"])) < 2:
         raise InputError(f"{source}: all labels are equal: there is nothing to learn", where="task.label")
-    splits = {name: _table(texts, labels[name]) for name, (texts, _) in cleaned.items()}
+    splits = {name: _table(texts, labels.pop(name)) for name, (texts, _) in cleaned.items()}
+    del cleaned
     if "validation" not in splits:
         splits["train"], splits["validation"] = _split(splits["train"], section, kind)
     return _task(
@@ -373,7 +371,11 @@ def _split(rows: pa.Table, section: TaskSection, kind: str) -> tuple[pa.Table, p
     stratify = labels if len(counts) and enough and counts.min() > 1 else None
     kept, held = train_test_split(np.arange(count), test_size=size, random_state=section.split_seed, stratify=stratify)
     # The held-out rows stay as they were drawn: halves of a set that is sorted by label would be no samples of it.
-    return rows.take(np.sort(kept)), rows.take(held)
+    chosen = np.zeros(count, bool)
+    chosen[kept] = True
+    marked = rows.append_column("chosen", pa.array(chosen))
+    train = stored_table((batch.filter(batch.column("chosen")) for batch in marked.to_batches()), marked.schema)
+    return train.drop_columns("chosen"), rows.take(held)
 
 
 def load_rows(section: TaskSection, config: Any, *, limit: int | None = None) -> Task:

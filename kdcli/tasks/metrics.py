@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdcli.errors import InputError
+from kdcli.tasks.rows import array_of
 
 if TYPE_CHECKING:
     from kdcli.tasks.base import Task
@@ -104,7 +105,7 @@ def chance_level(task: "Task") -> float:
     if task.kind == "regression":
         return 0.0
     classes = len(task.label_names)
-    sets = [np.asarray(rows["label"], dtype=np.int64) for rows in task.report.values()]
+    sets = [array_of(rows, "label").astype(np.int64) for rows in task.report.values()]
     # Class 1 is what F1 asks for; elsewhere the best constant is a set's largest class.
     answers = {1, *(int(np.bincount(labels).argmax()) for labels in sets)}
     measure = CLASSIFICATION[task.primary]

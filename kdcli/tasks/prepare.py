@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator, encode
+from kdcli.tasks.rows import values_of
 from kdcli.tasks.text import Masker, TextCollator, check_packing, hide_once, pack, token_counts
 
 
@@ -26,7 +27,7 @@ def check_encoding(task: Task, tokenizer: Any, max_length: int) -> None:
         return
     Masker(tokenizer, task.masking, seed=0, counts=torch.ones(len(tokenizer)))
     for rows in (task.train, task.selection):
-        check_packing(rows["text"], tokenizer, max_length)
+        check_packing(values_of(rows, "text"), tokenizer, max_length)
 
 
 def encode_task(task: Task, tokenizer: Any, max_length: int, *, seed: int = 0) -> Encoded:
@@ -40,10 +41,10 @@ def encode_task(task: Task, tokenizer: Any, max_length: int, *, seed: int = 0) -
             encode(task.selection, tokenizer, max_length),
             Collator(tokenizer),
         )
-    train = pack(task.train["text"], tokenizer, max_length)
+    train = pack(values_of(task.train, "text"), tokenizer, max_length)
     counts = token_counts(train, len(tokenizer)) if task.masking.smoothing > 0 else None
     masker = Masker(tokenizer, task.masking, seed=seed, counts=counts)
     # The held-out words that are asked are the same for every model and every seed.
     judge = Masker(tokenizer, task.masking, seed=0, counts=counts)
-    held = hide_once(pack(task.selection["text"], tokenizer, max_length), judge)
+    held = hide_once(pack(values_of(task.selection, "text"), tokenizer, max_length), judge)
     return Encoded(train, held, TextCollator(tokenizer, masker))

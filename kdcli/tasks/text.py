@@ -1,5 +1,6 @@
 """Plain text: documents packed into blocks, and words hidden anew in every epoch."""
 
+import itertools
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -14,7 +16,8 @@ from kdcli.errors import InputError
 from kdcli.objectives.vocabulary import IGNORED
 from kdcli.tasks import custom, files
 from kdcli.tasks.base import Masking
-from kdcli.tasks.encode import Collator
+from kdcli.tasks.encode import IDS, Collator
+from kdcli.tasks.rows import BATCH, chunks_of, stored
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -138,24 +141,30 @@ def pack(documents: Iterable[str], tokenizer: Any, max_length: int) -> "Dataset"
     when they were pre-trained.
     Raises InputError when there is not one token.
     """
-    from datasets import Dataset
-
     before, after = _frame(tokenizer)
-    blocks = list(_packed(documents, tokenizer, max_length, len(before) + len(after)))
-    rows = [before + block + after for block, _ in blocks]
+    blocks = enumerate(_packed(documents, tokenizer, max_length, len(before) + len(after)))
+    return stored(
+        _batch_of_blocks(chunk, before, after) for chunk in iter(lambda: list(itertools.islice(blocks, BATCH)), [])
+    )
+
+
+def _batch_of_blocks(
+    blocks: list[tuple[int, tuple[list[int], list[int]]]], before: list[int], after: list[int]
+) -> pa.RecordBatch:
+    rows = [before + block + after for _, (block, _) in blocks]
     # The special tokens around a block go with the documents that they stand beside, as if these were alone; so does
     # a separator with the document that it ends. A block of one document is one segment with all its tokens.
     segments = [
         np.pad(np.array(owners, dtype=np.int32) - owners[0], (len(before), len(after)), mode="edge")
-        for _, owners in blocks
+        for _, (_, owners) in blocks
     ]
-    return Dataset.from_dict(
+    return pa.RecordBatch.from_pydict(
         {
-            "index": list(range(len(rows))),
-            "input_ids": rows,
-            "attention_mask": [[1] * len(row) for row in rows],
-            "segments": segments,
-            "length": [len(row) for row in rows],
+            "index": pa.array([number for number, _ in blocks], pa.int64()),
+            "input_ids": pa.array(rows, IDS["input_ids"]),
+            "attention_mask": pa.array([[1] * len(row) for row in rows], IDS["attention_mask"]),
+            "segments": pa.array(segments, pa.list_(pa.int32())),
+            "length": pa.array([len(row) for row in rows], pa.int32()),
         }
     )
 
@@ -303,18 +312,21 @@ class TextCollator:
 
 def hide_once(blocks: "Dataset", masker: Masker) -> "Dataset":
     """Return blocks with their words hidden once and for all, for scores that can be compared."""
-    from datasets import Dataset
+    return stored(_hidden(batch, masker) for batch in blocks.with_format("arrow").iter(BATCH))
 
-    ids, labels = [], []
-    for row in blocks:
-        one, answer = masker(torch.tensor(row["input_ids"]), row["index"], -1)  # type: ignore[call-overload, index]
-        ids.append(one.tolist())
-        labels.append(answer.tolist())
-    columns = {name: blocks[name] for name in blocks.column_names if name != "input_ids"}
-    return Dataset.from_dict({**{k: list(v) for k, v in columns.items()}, "input_ids": ids, "labels": labels})
+
+def _hidden(batch: pa.Table, masker: Masker) -> pa.RecordBatch:
+    rows = zip(batch.column("input_ids").to_pylist(), batch.column("index").to_pylist(), strict=True)
+    hidden = [masker(torch.tensor(ids), index, -1) for ids, index in rows]
+    columns = {name: batch.column(name).combine_chunks() for name in batch.column_names if name != "input_ids"}
+    columns["input_ids"] = pa.array([ids.tolist() for ids, _ in hidden], IDS["input_ids"])
+    columns["labels"] = pa.array([answers.tolist() for _, answers in hidden], IDS["input_ids"])
+    return pa.RecordBatch.from_pydict(columns)
 
 
 def token_counts(blocks: "Dataset", size: int) -> Tensor:
     """Return how often each of `size` tokens occurs, (size,)."""
-    ids = torch.tensor([token for row in blocks["input_ids"] for token in row])
-    return torch.bincount(ids, minlength=size).float()
+    counts = np.zeros(size, np.int64)
+    for chunk in chunks_of(blocks, "input_ids"):
+        counts += np.bincount(np.concatenate([np.asarray(row) for row in chunk]), minlength=size)
+    return torch.from_numpy(counts).float()

@@ -5,6 +5,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from kdcli.files import fingerprint
+from kdcli.tasks.rows import chunks_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,6 +57,6 @@ def hash_of_dataset(dataset: "Dataset") -> str:
     for column in ("input_ids", "token_type_ids", "index"):
         if column in dataset.column_names:
             digest.update(column.encode())
-            for row in dataset[column]:
-                digest.update(repr(row).encode())
+            for chunk in chunks_of(dataset, column):
+                digest.update("".join(map(repr, chunk)).encode())
     return digest.hexdigest()[:16]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdcli.evaluation.predict import predict
 from kdcli.files import cache_dir, fingerprint
+from kdcli.tasks.rows import array_of
 from kdcli.training.distributed import main_does
 from kdcli.training.hashing import hash_of_dataset, hash_of_model
 from kdcli.training.tensor_file import keep_tensors, kept_tensors
@@ -69,7 +70,7 @@ def cached_predictions(
 
 
 def _by_index(logits: Tensor, dataset: Dataset) -> Tensor:
-    index = torch.tensor(dataset["index"], dtype=torch.long)
+    index = torch.from_numpy(array_of(dataset, "index"))
     table = torch.zeros(int(index.max()) + 1, logits.shape[1])
     table[index] = logits
     return table

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from kdcli.tasks.labels import label_permutation
 from kdcli.tasks.load import fingerprint_of
 from kdcli.tasks.metrics import compute_metrics
 from kdcli.tasks.prepare import encode_task
+from kdcli.tasks.rows import values_of
 from kdcli.training.curves import write_curve
 from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, main_does
@@ -215,9 +216,9 @@ def make_teacher(
     )
 
 
-def _texts(task: Task) -> list[str]:
+def _texts(task: Task) -> Iterator[str]:
     columns = ["text", "text_pair"] if task.is_pair else ["text"]
-    return [text for column in columns for text in task.train[column]]
+    return (text for column in columns for text in values_of(task.train, column))
 
 
 def label_options(task: Task) -> dict[str, Any]:
@@ -248,12 +249,11 @@ def _finetuned(
 ) -> Teacher:
     section = recipe.teacher
     settings = section.finetune if isinstance(section.finetune, FinetuneSection) else FinetuneSection()
-    rows = {column: list(task.train[column]) for column in task.train.column_names}
     identity = {
         "base": hash_of_model(model),
         "tokenizer": hash_of_tokenizer(tokenizer),
         # Other rows only judge it.
-        "task": fingerprint_of({"train": rows, "labels": {"names": list(task.label_names)}}),
+        "task": fingerprint_of({"train": task.train, "labels": {"names": list(task.label_names)}}),
         "max_length": recipe.task.max_length,
         "masking": asdict(task.masking) if task.masking is not None else None,
         "finetune": settings.model_dump(),

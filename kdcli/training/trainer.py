@@ -33,6 +33,7 @@ from kdcli.machine import resolve_precision
 from kdcli.manifest import MANIFEST, check_manifest, is_sealed, require, write_manifest
 from kdcli.models.counts import count_parameters
 from kdcli.models.finite import first_not_finite
+from kdcli.tasks.rows import array_of
 from kdcli.terminal import warn
 from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, main_does, rng_file, wait_for_all
@@ -160,7 +161,7 @@ class DistillationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         return EpochSampler(
-            dataset["length"],  # type: ignore[index]
+            array_of(dataset, "length"),
             self.settings.batch_size,
             seed=self.settings.seed,
             group=self.settings.group_by_length,

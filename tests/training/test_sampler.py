@@ -1,5 +1,9 @@
 import random
 
+import pytest
+import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
 from kdcli.training.sampler import EpochSampler
 
 
@@ -45,3 +49,17 @@ def test_batch_lengths_do_not_fall_within_an_epoch():
 
 def test_a_data_set_smaller_than_a_batch_gives_one_full_batch():
     assert len(list(EpochSampler([5, 6, 7], 8, seed=0))) == 8
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(1003, 32), (6400, 8), (31, 8), (40, 8), (3, 8)])
+def test_the_order_is_that_of_transformers_own_grouping(count: int, batch_size: int):
+    sizes = lengths(count)
+    sampler = EpochSampler(sizes, batch_size, seed=5)
+    sampler.set_epoch(2)
+    generator = torch.Generator().manual_seed(5 * 1_000_003 + 2)
+    indices = get_length_grouped_indices(sizes, batch_size, generator=generator)
+    while len(indices) < len(sampler):
+        indices += indices[: len(sampler) - len(indices)]
+    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    expected = [i for number in torch.randperm(len(batches), generator=generator) for i in batches[number]]
+    assert list(sampler) == expected and all(type(i) is int for i in sampler)

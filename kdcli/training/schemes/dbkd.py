@@ -13,6 +13,7 @@ from kdcli.objectives.decisions import logits_from_decisions
 from kdcli.tasks.base import Task
 from kdcli.tasks.neighbours import EmbeddingNeighbours
 from kdcli.tasks.noise import Noise
+from kdcli.tasks.rows import array_of
 from kdcli.training.black_box import BlackBox, LocalModel
 from kdcli.training.decisions import ask, recorded
 from kdcli.training.distributed import agree, is_main, main_does
@@ -66,7 +67,7 @@ class DecisionScheme(Scheme):
         counts = agree(self.counts if is_main() else None)
         assert counts is not None
         self.counts = counts
-        asked = np.unique(rows["index"])
+        asked = np.unique(array_of(rows, "index"))
         logits = np.zeros_like(counts)
         logits[asked] = logits_from_decisions(counts[asked], sigma=self.noise_std)
         self.table = torch.from_numpy(logits).float() * self.scale

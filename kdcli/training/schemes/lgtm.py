@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from kdcli.models.inputs import model_inputs
 from kdcli.objectives.base import MatrixKey
 from kdcli.objectives.output import kl_divergence
 from kdcli.objectives.task import task_loss
+from kdcli.tasks.rows import array_of
 from kdcli.tensors.parametrize import chain_of, linears_of, overparameterise, tensors_of
 from kdcli.training.distributed import state
 from kdcli.training.sampler import EpochSampler
@@ -294,8 +296,8 @@ def split(rows: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
     Neither is empty.
     """
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    return rows.select(sorted(order[count:])), rows.select(sorted(order[:count]))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).numpy()
+    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
 
 
 class HeldOut:
@@ -303,23 +305,23 @@ class HeldOut:
 
     def __init__(self, rows: Dataset, setting: Setting) -> None:
         loop, processes = setting.loop, state()
-        self.rows = rows.to_list()
+        self.rows = rows
         self.collator = setting.collator
         self.size = loop.batch_size
-        self.sampler = EpochSampler(rows["length"], self.size, seed=loop.seed, group=loop.group_by_length)
+        self.sampler = EpochSampler(array_of(rows, "length"), self.size, seed=loop.seed, group=loop.group_by_length)
         share = self.size // processes.num_processes
         self.part = slice(processes.process_index * share, (processes.process_index + 1) * share)
         self._pass: int | None = None
-        self._order: list[int] = []
+        self._order = np.zeros(0, np.int64)
 
     def batch(self, step: int, device: torch.device) -> dict[str, Tensor]:
         """Return the batch for optimizer step `step`, whatever was asked for before."""
         number, place = divmod(step, len(self.sampler) // self.size)
         if number != self._pass:
             self.sampler.set_epoch(number)
-            self._pass, self._order = number, list(self.sampler)
+            self._pass, self._order = number, self.sampler.order()
         chosen = self._order[place * self.size : (place + 1) * self.size][self.part]
-        batch = self.collator([self.rows[i] for i in chosen])
+        batch = self.collator([self.rows[int(i)] for i in chosen])
         if device.type == "cuda":
             # From pinned memory the copy does not hold up the host.
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}

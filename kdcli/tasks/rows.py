@@ -1,0 +1,135 @@
+"""Rows of a data set: read in chunks, and written batch by batch where they are too many to be held in memory."""
+
+import contextlib
+import mmap
+import os
+import tempfile
+import uuid
+import weakref
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from kdcli.errors import RunError
+from kdcli.files import cache_dir
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TEXT = pa.large_string()
+
+BATCH = 1000
+"""Rows that are Python objects at the same time."""
+
+IN_MEMORY = 16 * 2**20
+"""Bytes up to which rows are kept in memory."""
+
+
+_maps: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
+
+
+def let_go() -> None:
+    """Give back the memory of all that was read from files of rows; it is read again when it is asked for again."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        for content in list(_maps):
+            content.madvise(mmap.MADV_DONTNEED)
+
+
+def batches_of(rows: "Dataset") -> Iterator[dict[str, list[Any]]]:
+    """Yield the rows in batches of at most 1,000: lists by column."""
+    for number, batch in enumerate(rows.iter(BATCH)):
+        yield batch
+        if number % 10 == 9:
+            let_go()
+
+
+def chunks_of(rows: "Dataset", column: str) -> Iterator[list[Any]]:
+    """Yield the values of a column as lists of at most 1,000."""
+    for batch in batches_of(rows.select_columns([column])):
+        yield batch[column]
+
+
+def values_of(rows: "Dataset", column: str) -> Iterator[Any]:
+    """Yield the values of a column."""
+    return chain.from_iterable(chunks_of(rows, column))
+
+
+def array_of(rows: "Dataset", column: str) -> np.ndarray:
+    """Return a column of numbers, (n,)."""
+    return np.concatenate([np.zeros(0, np.int64), *map(np.asarray, chunks_of(rows, column))])
+
+
+def stored(batches: Iterable[pa.RecordBatch]) -> "Dataset":
+    """Return a data set of all batches (at least one), kept as `stored_table` keeps them."""
+    from datasets import Dataset
+
+    batches = iter(batches)
+    first = next(batches)
+    # A name of its own: the library would make one from all the bytes.
+    return Dataset(stored_table(chain([first], batches), first.schema), fingerprint=uuid.uuid4().hex)
+
+
+def stored_table(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
+    """Return a table of all batches: in memory up to 16 MiB, else in a file that is mapped into it.
+
+    The file has no name: it goes with the process, however that ends. It lies in the cache folder, or where that
+    cannot be written, in the folder for temporary files.
+    Raises RunError when the disk is full.
+    """
+    batches = iter(batches)
+    waiting: list[pa.RecordBatch] = []
+    size = 0
+    for batch in batches:
+        waiting.append(batch)
+        size += batch.nbytes
+        if size > IN_MEMORY:
+            return _on_disk(chain(waiting, batches), schema)
+    return pa.Table.from_batches(waiting, schema)
+
+
+class _Unreadable(Exception):
+    """The batches cannot be made: none of the disk's faults."""
+
+
+def _made(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from batches
+    except OSError as error:
+        raise _Unreadable from error
+
+
+def _on_disk(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
+    folder = _folder()
+    try:
+        # A stream: dictionaries of a column may change from batch to batch.
+        with tempfile.TemporaryFile(dir=folder) as file:
+            with pa.ipc.new_stream(file, schema) as writer:
+                for number, batch in enumerate(_made(batches)):
+                    writer.write_batch(batch)
+                    if number % 10 == 9:
+                        let_go()
+            file.flush()
+            # The map holds the file open; the table's buffers lie in it.
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except _Unreadable as error:
+        assert error.__cause__ is not None
+        raise error.__cause__ from None
+    except OSError as error:
+        raise RunError(
+            f"cannot write rows to {folder}: {error.strerror or error}",
+            hint="make room there, or set KDCLI_CACHE to a folder with room",
+        ) from error
+    _maps.add(content)
+    pa.default_memory_pool().release_unused()
+    return pa.ipc.open_stream(pa.BufferReader(pa.py_buffer(content))).read_all()
+
+
+def _folder() -> Path:
+    folder = cache_dir()
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
