@@ -111,7 +111,7 @@ def run_distill(
     before = agree(runs.find_run(root, name, document, force=force, resume=resume) if is_main() else None)
     assert before is not None
     if resume and before.record.get("status") == "done":
-        main_does(partial(_check_finished, before, recipe))
+        main_does(partial(_check_finished, before, recipe, portable(recipe, name, recipe_path.resolve().parent)))
         console.print(f"{before.path} is finished already", highlight=False)
         kind: type[Comparison | General] = General if recipe.task.type == "text" else Comparison
         return _finished(before, kind.from_record(before.record), limits)
@@ -237,9 +237,12 @@ def run_distill(
     return _finished(run, result, limits)
 
 
-def _check_finished(run: runs.Run, recipe: Recipe) -> None:
-    """Remove what a run was killed at when it was done. Raises InputError when its student was changed since."""
-    run.tidy(keep_checkpoints=recipe.train.keep_checkpoints)
+def _check_finished(run: runs.Run, recipe: Recipe, document: dict[str, Any]) -> None:
+    """Remove what a run was killed at when it was done. Raises InputError when its student was changed since.
+
+    document: what its recipe.toml holds, and holds again after this.
+    """
+    run.tidy(document, keep_checkpoints=recipe.train.keep_checkpoints)
     for name in run.record.get("files", {}):
         if (problem := run.changed(run.path / name)) is not None:
             raise InputError(

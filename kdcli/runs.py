@@ -113,11 +113,21 @@ class Run:
         """Remove the checkpoints: the student is safe."""
         remove(self.checkpoints)
 
-    def tidy(self, *, keep_checkpoints: bool) -> None:
-        """Remove what a killed process left in a finished run, as far as the place can be written to."""
+    def tidy(self, portable: dict[str, Any] | None = None, *, keep_checkpoints: bool) -> None:
+        """Remove what a killed process left in a finished run, as far as the place can be written to.
+
+        portable: as for `begin`; recipe.toml is written again where it says something else.
+        """
         with contextlib.suppress(InputError, OSError), self.held():
+            if portable is not None:
+                self._write_recipe(portable)
             if not keep_checkpoints:
                 self.drop_checkpoints()
+
+    def _write_recipe(self, portable: dict[str, Any]) -> None:
+        file, text = self.path / "recipe.toml", to_toml(portable)
+        if not file.is_file() or file.read_bytes() != text.encode("utf-8"):
+            write_text(file, text)
 
     def begin(
         self,
@@ -130,7 +140,7 @@ class Run:
         versions: dict[str, str],
     ) -> None:
         """Write recipe.toml and the first run.json. portable: the recipe as it can be run from the run's folder."""
-        write_text(self.path / "recipe.toml", to_toml(portable))
+        self._write_recipe(portable)
         self.update(
             {
                 "name": self.name,

@@ -109,3 +109,11 @@ def test_a_teacher_of_the_cache_that_was_changed_is_told_of(world: World, own_ca
     assert f"WARNING: {cached.parent}" in world.call(*gate).err
     exported = world.call("export", "runs/recipe", "--runs", "1", "--batch-sizes", "1", "--sequence-lengths", "8")
     assert exported.code == 0 and f"WARNING: {cached.parent}" in exported.err
+
+
+def test_a_finished_runs_recipe_is_written_again(world: World, finished: Path):
+    file = finished / "recipe.toml"
+    whole = file.read_bytes()
+    flip(file)
+    assert world.call("distill", "recipe.toml", "--resume").code == 0
+    assert file.read_bytes() == whole
