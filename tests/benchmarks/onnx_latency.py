@@ -26,7 +26,7 @@ def main() -> None:
         path = Path(folder) / "onnx"
         export_onnx(model.eval(), tokenizer, path)
         result = measure(
-            {"encoder": (model, OnnxModel(path))},
+            {"encoder": (model, OnnxModel(path, threads=options.threads))},
             batch_sizes=[1, 8],
             sequence_lengths=[16, 128],
             threads=options.threads,

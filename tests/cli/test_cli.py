@@ -359,7 +359,7 @@ def test_a_run_goes_on_after_its_last_checkpoint_wherever_it_is_now(world: World
 
 def test_training_that_diverges_is_told_and_leaves_no_student(world: World):
     world.model()
-    outcome = world.call("distill", world.recipe(train={"max_steps": 4, "learning_rate": 1e30}))
+    outcome = world.call("distill", world.recipe(train={"max_steps": 4, "learning_rate": 1e6}))
     assert outcome.code == 3
     assert "training has diverged" in outcome.err and "lower the learning rate" in outcome.err
     run_ = world.folder / "runs" / "recipe"
@@ -373,7 +373,7 @@ def test_a_run_goes_only_when_the_next_one_has_a_student(world: World):
     assert first.code == 0, first.err
     runs, waiting = world.folder / "runs", world.folder / "runs" / ".recipe.replaced"
     for _ in range(2):
-        crashed = world.call("distill", recipe, "--force", "--set", "train={max_steps=4, learning_rate=1e30}")
+        crashed = world.call("distill", recipe, "--force", "--set", "train={max_steps=4, learning_rate=1e6}")
         assert crashed.code == 3 and not (runs / "recipe" / "student").exists()
         assert json.loads((waiting / "run.json").read_text())["hashes"] == first.json["hashes"]
     assert world.call("distill", recipe, "--force").code == 0
