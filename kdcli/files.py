@@ -124,6 +124,7 @@ def atomic_folder(path: Path, *, force: bool = False, ours: bool = False) -> Ite
     """
     if not ours:
         check_free(path, force=force, hints=("give another --out, or --force to replace it", "give another --out"))
+        remove_leftovers(path.parent, below=False)
     missing = [folder for folder in path.parents if not folder.exists()]
     with writing(path), contextlib.ExitStack() as stack:
         # Folders that were made only for this one go, too, unless something else has moved in.

@@ -338,7 +338,7 @@ def latest_run(root: Path | None = None) -> Run:
     if link.is_dir():
         path = link.resolve()
     elif link.is_file():
-        path = root / link.read_text(encoding="utf-8").strip()
+        path = folder_of(root, link.read_text(encoding="utf-8", errors="replace").strip(), where=str(link))
     if path is None or not (path / "student").is_dir():
         raise InputError(
             f"no run yet: there is no {link}",

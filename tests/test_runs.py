@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kdcli.errors import InputError
+from kdcli.files import atomic_folder
 from kdcli.runs import Run, latest_run, open_run, remove_run, run_of_model, to_toml
 
 
@@ -95,6 +96,7 @@ HAMMER = """
 import sys, time, random
 from pathlib import Path
 from kdcli.errors import InputError
+from kdcli.files import atomic_folder
 from kdcli.runs import open_run
 
 root, inside = Path(sys.argv[1]), Path(sys.argv[2])
@@ -146,6 +148,19 @@ def test_no_two_are_in_a_run_however_many_want_in(tmp_path: Path):
     entries, overlaps = map(sum, zip(*counts, strict=True))
     assert entries > 20 and overlaps == 0, counts
     assert {path.name for path in (tmp_path / "runs").iterdir()} <= {"one", ".one.replaced"}
+
+
+def test_the_next_writer_to_a_place_removes_what_a_killed_one_left_there(tmp_path: Path):
+    write = (
+        "import os, sys, pathlib; from kdcli.files import atomic_folder\n"
+        "with atomic_folder(pathlib.Path(sys.argv[1])) as folder: (folder / 'half').touch(); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", write, str(tmp_path / "wide")], check=False).returncode == 9
+    assert len(list(tmp_path.iterdir())) == 1
+    with atomic_folder(tmp_path / "wide") as folder:
+        (folder / "whole").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["wide"]
+    assert {path.name for path in (tmp_path / "wide").iterdir()} == {"whole", "kdcli.json"}
 
 
 def test_a_folder_that_was_there_stays(tmp_path: Path):

@@ -89,7 +89,11 @@ def export_model(
             )
         report = None
         if latency:
-            report = _latency(plain, session, teacher, tokenizer, batch_sizes, sequence_lengths, threads, runs)
+            # What is killed on the way leaves all it wrote in one place.
+            with tempfile.TemporaryDirectory(dir=temporary) as work:
+                report = _latency(
+                    plain, session, teacher, tokenizer, batch_sizes, sequence_lengths, threads, runs, Path(work)
+                )
         size, nodes = session.megabytes, operators(temporary / MODEL)
     return ExportResult(folder, size, difference, source, nodes, report)
 
@@ -122,18 +126,18 @@ def _latency(
     sequence_lengths: Sequence[int],
     threads: int,
     runs: int | None,
+    work: Path,
 ) -> LatencyReport:
     models: dict[str, tuple[Any, OnnxModel | None]] = {"student": (model, session)}
-    with tempfile.TemporaryDirectory() as folder:
-        if teacher is not None:
-            beside = plain_copy(teacher)
-            export_onnx(beside, tokenizer, Path(folder) / "teacher")
-            models["teacher"] = (beside, OnnxModel(Path(folder) / "teacher", threads=threads))
-        return measure(
-            models,
-            batch_sizes=batch_sizes,
-            sequence_lengths=sequence_lengths,
-            threads=threads,
-            runs=runs,
-            vocab_size=min(one.config.vocab_size for one, _ in models.values()),
-        )
+    if teacher is not None:
+        beside = plain_copy(teacher)
+        export_onnx(beside, tokenizer, work / "teacher")
+        models["teacher"] = (beside, OnnxModel(work / "teacher", threads=threads))
+    return measure(
+        models,
+        batch_sizes=batch_sizes,
+        sequence_lengths=sequence_lengths,
+        threads=threads,
+        runs=runs,
+        vocab_size=min(one.config.vocab_size for one, _ in models.values()),
+    )

@@ -211,8 +211,15 @@ def test_a_folder_is_replaced_only_by_force(
     (out / "precious.txt").write_text("mine")
     code, _, err = call(command, plain, "--out", out, capsys=capsys)
     assert code == 2 and "exists already" in err and (out / "precious.txt").exists()
-    code, _, _ = call(command, plain, "--out", out, "--force", capsys=capsys)
-    assert code == 0 and (out / "config.json").exists() and not (out / "precious.txt").exists()
+    code, _, err = call(command, plain, "--out", out, "--force", capsys=capsys)
+    assert code == 2 and "was not written by kdcli" in err and (out / "precious.txt").exists()
+    # What kdcli wrote it replaces, whole.
+    (out / "precious.txt").rename(tmp_path / "precious.txt")
+    assert call(command, plain, "--out", out, capsys=capsys)[0] == 0
+    (out / "vocab.txt").write_text("old")
+    assert call(command, plain, "--out", out, capsys=capsys)[0] == 2
+    assert call(command, plain, "--out", out, "--force", capsys=capsys)[0] == 0
+    assert (out / "config.json").exists() and not (out / "vocab.txt").exists()
 
 
 def test_over_parameterising_twice_is_an_input_error(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
