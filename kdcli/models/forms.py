@@ -15,6 +15,7 @@ from kdcli.models.finite import at_fault, check_weights
 from kdcli.models.heads import head_of
 from kdcli.models.load import has_head, load_model, without_pooler
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, factorise
+from kdcli.models.save import stored_type
 from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.tasks.labels import listed, matching_order
@@ -45,6 +46,8 @@ def build_student(
     build = _build(teacher, section, seed, overparam)
     if section.dtype is not None:
         build.model.config.dtype = getattr(torch, section.dtype)
+    if (kind := stored_type(build.model)) != torch.float32:
+        build.notes.append(f"kept in {str(kind).removeprefix('torch.')}")
     return build
 
 

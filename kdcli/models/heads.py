@@ -44,7 +44,10 @@ def with_new_head(model: "PreTrainedModel", head: str, **labels: Any) -> "PreTra
         return copy.deepcopy(model.base_model)  # type: ignore[return-value]
     config = copy.deepcopy(model.config)
     headed = _on_body(getattr(transformers, HEADS[head]).from_config(config, dtype=torch.float32), model)
-    headed.tie_weights()
+    named = dict(headed.named_parameters())
+    if all(source in named for source in headed.all_tied_weights_keys.values()):
+        headed.tie_weights()
+    # Factors in the table's place are no matrix that the head could share: it has one of its own.
     return headed
 
 

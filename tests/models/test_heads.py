@@ -8,7 +8,7 @@ from families import NAMES, tiny
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from kdcli.models.forms import build_student
-from kdcli.models.heads import head_of, reinitialise, with_classifier
+from kdcli.models.heads import head_of, reinitialise, with_classifier, with_new_head
 from kdcli.models.lowrank import LowRankLinear
 from kdcli.recipe.schema import StudentSection
 
@@ -38,6 +38,21 @@ def test_the_classifiers_body_is_a_copy(family: str, make):
         for parameter in classifier.parameters():
             parameter.add_(1.0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("form", ["dense", "low-rank"])
+def test_a_new_language_models_head_stands_on_any_body(family: str, form: str):
+    model = body(family)
+    if form == "low-rank":
+        model = build_student(model, StudentSection(form="low-rank", rank=4, embedding_rank=4), seed=0).model
+    headed = with_new_head(model, "masked-lm")
+    assert head_of(headed) == "masked-lm"
+    with torch.no_grad():
+        assert torch.equal(headed.base_model(IDS).last_hidden_state, model(IDS).last_hidden_state)
+        assert headed(IDS).logits.shape == (1, 12, 220)
+    table = headed.get_input_embeddings().weight
+    assert (headed.get_output_embeddings().weight is table) == (form == "dense")
 
 
 @pytest.mark.parametrize("family", NAMES)
