@@ -52,6 +52,7 @@ def distill(
         raise typer.BadParameter("--force and --resume exclude each other")
     loaded = load_recipe(recipe, set_ or [])
     from kdcli.cli.console import emit, err, info, settle, shown_path
+    from kdcli.cli.imports import uncollected
 
     if os.environ.get("RANK", "0") == "0":
         # Before the libraries are imported, which takes seconds.
@@ -63,15 +64,17 @@ def distill(
             limits_of(loaded, fail_under=fail_under, fail_under_retention=fail_under_retention)
             place = place_of_run(loaded, recipe, output)
             find_run(*place, loaded.model_dump(exclude_none=True), force=force, resume=resume)
-            from kdcli.plan import make_plan
-            from kdcli.prepare import prepare
+            with uncollected():
+                from kdcli.plan import make_plan
+                from kdcli.prepare import prepare
 
-            plan = make_plan(prepare(loaded, recipe))
+                plan = make_plan(prepare(loaded, recipe))
         except InputError as error:
             raise with_place(error, recipe, set_) from error
         emit(plan.to_json(), table=plan.table(), as_json=as_json)
         return 0
-    from kdcli.pipeline import run_distill
+    with uncollected():
+        from kdcli.pipeline import run_distill
     from kdcli.training.distributed import is_main
 
     try:

@@ -100,14 +100,14 @@ def overparam(
 
 def _read_factors(path: Path) -> dict[str, list[int]]:
     import json
-    import tomllib
 
     from kdcli.errors import InputError
+    from kdcli.recipe.toml import BrokenTOML, parse, read_text
 
+    text = read_text(path, "file of factors")
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", where="--factors") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid: {error}", where="--factors") from error
+        return json.loads(text) if path.suffix == ".json" else parse(text)
+    except BrokenTOML as error:
+        raise InputError(f"{path}:{error.line} is not valid TOML: {error.reason}", where="--factors") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}", where="--factors") from error

@@ -16,20 +16,23 @@ MOST_DOTTED = 3000
 MOST_DEPTH = 32
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a recipe. Raises InputError for what is no UTF-8 text file of at most MOST_BYTES."""
+def read_text(path: Path, what: str = "recipe") -> str:
+    """Return the text of a small file. Raises InputError for what is no UTF-8 text file of at most MOST_BYTES.
+
+    what: the file should be, for the messages.
+    """
     try:
         # Without blocking: a pipe that nothing is written to is no file, either.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
-        raise InputError(f"no recipe at {cut(str(path), 300)}", hint=_nearest_file(path)) from None
+        raise InputError(f"no {what} at {cut(str(path), 300)}", hint=_nearest_file(path)) from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {cut(str(path))}: {getattr(error, 'strerror', None) or error}") from error
     try:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
             kind = "folder" if stat.S_ISDIR(mode) else "device or a pipe"
-            raise InputError(f"{path} is a {kind}, not a recipe", hint="name a TOML file")
+            raise InputError(f"{path} is a {kind}, not a {what}")
         with os.fdopen(handle, "rb", closefd=False) as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
@@ -37,16 +40,16 @@ def read_text(path: Path) -> str:
     finally:
         os.close(handle)
     if len(content) > MOST_BYTES:
-        raise InputError(f"{path} has more than {MOST_BYTES:,} bytes", hint="is it a recipe?")
+        raise InputError(f"{path} has more than {MOST_BYTES:,} bytes", hint=f"is it a {what}?")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text", hint="is it a TOML file?") from error
+        raise InputError(f"{path} is not UTF-8 text", hint=f"is it a {what}?") from error
 
 
 def _nearest_file(path: Path) -> str | None:
     try:
-        names = [entry.name for entry in path.parent.glob("*.toml")]
+        names = [entry.name for entry in path.parent.glob(f"*{path.suffix}")]
     except OSError:
         return None
     near = difflib.get_close_matches(path.name, names, n=1)
