@@ -130,7 +130,7 @@ def run_distill(
                 versions={**versions(), "threads": str(torch.get_num_threads())},
             )
         )
-        for note in task.notes:
+        for note in prepared.notes:
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
         set_seed(recipe.seed)
         with timed(seconds, "teacher"):

@@ -147,7 +147,7 @@ def make_plan(prepared: Prepared) -> Plan:
                     **{name: len(rows_) for name, rows_ in task.report.items()},
                 },
                 "classes": classes_of(task),
-                "notes": list(task.notes),
+                "notes": prepared.notes,
             },
             "method": {
                 "name": resolved.method.name,

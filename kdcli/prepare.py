@@ -62,6 +62,11 @@ class Prepared:
     followers: list[Follower]
     filler: FillerStart | None
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about the data, of the tasks of `[[finetune]]` with their names."""
+        return [*self.task.notes, *(f"{task.name}: {note}" for task in self.downstream for note in task.notes)]
+
 
 def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:
     """Read a recipe's data, models and tokenizers, and check that they fit each other. Trains and writes nothing.

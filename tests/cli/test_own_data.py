@@ -118,3 +118,21 @@ def test_a_score_says_how_many_rows_it_stands_on(world: World):
     assert "accuracy (test, 31 examples)" in world.call("distill", "recipe.toml", "--resume").out
     assert "accuracy (test, 31 examples)" in world.call("eval").out
     assert world.call("eval", "--max-samples", "9", "--json").json["rows"] == {"test": 9}
+
+
+def test_the_plan_of_plain_text_tells_what_is_odd_about_the_tasks_that_follow(world: World):
+    world.model("headless")
+    world.write("my.txt", "\n\n".join(f"{text}, number {number}" for number, (text, _) in enumerate(ROWS)))
+    text = {"name": "mine", "type": "text", "data": "my.txt", "max_length": 32}
+    tuned = {"task": {"name": "after", "data": "rows.csv", "text": "text"}}
+    recipe = world.recipe("task", "method", task=text, method="minilmv2")
+    plan = world.call("distill", recipe, "--dry-run", "--json", "--set", f"finetune=[{json_to_toml(tuned)}]")
+    assert plan.code == 0, plan.err
+    assert plan.json["task"]["notes"] == ["after: the validation set has 4 rows only: a score on it says little"]
+
+
+def json_to_toml(value: object) -> str:
+    """Return nested dictionaries of text as one inline table."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {json_to_toml(inner)}" for key, inner in value.items()) + "}"
+    return json.dumps(value)
