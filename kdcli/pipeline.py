@@ -379,6 +379,7 @@ def _export(
         ours=True,
     )
     run.update({"export": result.to_json()})
+    run.note_files(run.onnx)
     wide(console).print(result.table())
     if result.latency is not None and (doubt := result.latency.doubt()) is not None:
         warn(console, doubt)
