@@ -85,7 +85,7 @@ class Patience(TrainerCallback):
     def is_over(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Return whether the history of `state` says that there is no point in going on."""
         metric, sign = f"eval_{args.metric_for_best_model}", 1 if args.greater_is_better else -1
-        # By step: a resumed run may judge its first weights again. Untrained weights do not count.
+        # Untrained weights do not count.
         scores = {e["step"]: sign * e[metric] for e in state.log_history if metric in e and e["step"] > 0}
         values = list(scores.values())
         return bool(values) and len(values) - 1 - values.index(max(values)) >= self.patience
@@ -404,6 +404,9 @@ def fit(
 
     main_does(prepare)
     checkpoint = agree(found[0] if found else None)
+    if checkpoint is not None:
+        # Its history begins with that already.
+        trainer.args.eval_on_start = False
     if checkpoint is not None and not (checkpoint / rng_file()).exists():
         warn(console, f"{checkpoint} was written by another number of processes: random numbers (dropout) differ")
     distiller.student.train()

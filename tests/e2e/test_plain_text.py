@@ -161,3 +161,5 @@ def test_a_stopped_run_goes_on_and_ends_the_same(recipe: Path):
     assert json.loads((recipe.parent / "runs" / "parts" / "run.json").read_text())["status"] == "failed"
     resumed = run_distill(loaded, **options, resume=True).record
     assert resumed["hashes"]["student"] == whole["hashes"]["student"]
+    # The weights that it goes on from are scored once.
+    assert resumed["training"][0]["history"] == whole["training"][0]["history"]
