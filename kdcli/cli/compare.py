@@ -8,7 +8,7 @@ import typer
 
 def compare(
     recipes: Annotated[list[Path], typer.Argument(help="The recipes, TOML files.", show_default=False)],
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each recipe.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, max=1000, help="Runs of each recipe.")] = 3,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every recipe; FIELD= removes it."),
