@@ -3,12 +3,14 @@
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kdcli.errors import RunError
+from kdcli.faults import explain
 from kdcli.files import to_json_text
 from kdcli.gates import Gate, exit_code_of
 from kdcli.terminal import Terminal, forget, json_for, stderr, wide
@@ -96,8 +98,16 @@ def info(message: str) -> None:
     err.print(message, highlight=False, soft_wrap=True)
 
 
+def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
+    # A writer in a thread fails in the main one, too, and is told from there.
+    if failed.exc_value is None or explain(failed.exc_value) is None:
+        threading.__excepthook__(failed)
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' own warnings and progress bars away from the user: kdcli says what matters."""
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = _in_a_thread
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
