@@ -151,7 +151,7 @@ def _quota(folder: Path) -> float:
 
 
 def default_threads() -> int:
-    """Return how many threads a model runs on where nobody says: OMP_NUM_THREADS, at most the usable processors."""
+    """Return how many threads a model runs on where none are given: OMP_NUM_THREADS, at most the usable processors."""
     # The standard allows a list: one number a nesting level.
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     usable = usable_processors()

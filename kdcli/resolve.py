@@ -1,4 +1,4 @@
-"""From a recipe to a recipe with every default filled in, and what can be judged before any work."""
+"""From a recipe to a recipe with every default filled in, and what can be checked before any work."""
 
 import re
 from collections.abc import Iterator
@@ -137,12 +137,12 @@ def _filled(section: StudentSection, defaults: dict[str, Any], table: str, metho
     form = defaults["form"]
     if section.form not in (None, form):
         return section
-    if strangers := section.strangers(form):
-        fitting = [f'form = "{name}"' for name, fields in FORM_FIELDS.items() if set(strangers) <= set(fields)]
+    if unsupported := section.unsupported_fields(form):
+        fitting = [f'form = "{name}"' for name, fields in FORM_FIELDS.items() if set(unsupported) <= set(fields)]
         raise InputError(
             f'form = "{form}", which {method.name} takes for the {table} where none is given, has no '
-            f"{', '.join(strangers)}",
-            where=f"{table}.{strangers[0]}",
+            f"{', '.join(unsupported)}",
+            where=f"{table}.{unsupported[0]}",
             hint=f"add {' or '.join(fitting)}" if fitting else None,
         )
     written = section.model_dump(exclude_unset=True)
@@ -160,7 +160,7 @@ def _found(student: StudentSection, base: Path) -> StudentSection:
 
 
 def _chain_rate(recipe: Recipe, rate: float) -> float | None:
-    """Return the factors' learning rate: one step moves a weight 1.5 + 0.8 L times as far (methods 3.10)."""
+    """Return the factors' learning rate: one step moves a weight 1.5 + 0.8 L times as far."""
     section = recipe.overparam
     if section is None:
         return None

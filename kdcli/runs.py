@@ -191,7 +191,7 @@ class Run:
                     stack.enter_context(lock_file(root / f".{self.name}.lock"))
                 except BusyError:
                     hint = "wait for it, or --set name=OTHER"
-                    raise InputError(f"another kdcli is at work in {self.path}", hint=hint) from None
+                    raise InputError(f"{self.path} is locked by another kdcli process", hint=hint) from None
                 except OSError as error:
                     raise unwritable(root, error) from error
                 remove_leftovers(root, below=False)
@@ -283,7 +283,7 @@ def check_same_recipe(run: Run, recipe: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def open_run(root: Path, name: str, *, force: bool, resume: bool, create: bool = True) -> Iterator[Run]:
-    """Yield the run `name` under `root`, its folder made and free to write to, and nobody else in it meanwhile.
+    """Yield the run `name` under `root`, its folder made and free to write to, with no other process in it meanwhile.
 
     A run that `force` replaces waits beside it, until `settle` removes it or `discard` puts it back.
     Raises InputError where `check_place` does, when another process is at work in it, or when the place cannot be

@@ -1,7 +1,7 @@
 """Words on their way to a terminal, a log or a pipe: whole, harmless, and never the reason why a run fails.
 
 Names and texts are other people's: no escape sequence and no bidirectional control in them reaches a terminal, and
-square brackets are no markup. What an encoding lacks is replaced. What nobody can read any more is dropped.
+square brackets are no markup. What an encoding lacks is replaced. What has no reader any more is dropped.
 """
 
 import contextlib

@@ -81,7 +81,7 @@ def test_a_run_has_room_for_one(tmp_path: Path):
         assert other.stdout is not None and other.stdout.readline()
         for options in ({"force": True, "resume": False}, {"force": False, "resume": True}):
             with (
-                pytest.raises(InputError, match="another kdcli is at work in"),
+                pytest.raises(InputError, match="is locked by another kdcli process"),
                 open_run(tmp_path, "one", **options),
             ):
                 pass
@@ -124,7 +124,7 @@ while time.time() < until:
             elif random.random() < 0.5:
                 run.settle()
     except InputError as error:
-        assert "another kdcli is at work" in str(error) or "no run at" in str(error), error
+        assert "is locked by another kdcli process" in str(error) or "no run at" in str(error), error
 print(entries, overlaps)
 """
 

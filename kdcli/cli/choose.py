@@ -113,7 +113,7 @@ def teacher_of_run(choice: Choice) -> str:
 def choose_task(
     choice: Choice, name: str | None, *, protocol: str | None = None
 ) -> tuple[TaskSection, EvaluateSection, Path]:
-    """Return the task to judge on: the one named, with the run's own settings where it is the same task.
+    """Return the task to score on: the one named, with the run's own settings where it is the same task.
 
     Raises InputError when nothing says which task it is.
     """
@@ -133,7 +133,7 @@ def choose_task(
         section, evaluate = TaskSection(name=checked(name, "--task"), max_length=length), EvaluateSection()
     else:
         raise InputError(
-            f"which task is {choice.model} to be judged on?",
+            f"which task is {choice.model} to be scored on?",
             where="--task",
             hint="give --task NAME, such as sst2",
         )

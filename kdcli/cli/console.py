@@ -24,7 +24,7 @@ err = stderr()
 def emit(document: Any, *, table: Any, as_json: bool, kept: str | None = None) -> None:
     """Print the result: one JSON document, or a table for people.
 
-    kept: where the result is written down, too. Where the reader has gone (`kdcli ... | head`), nobody is left to
+    kept: where the result is written down, too. Where the reader has gone (`kdcli ... | head`), there is no one to
     tell; the command still ends with its own code. Raises RunError when stdout is closed or full.
     """
     try:

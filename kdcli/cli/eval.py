@@ -104,7 +104,7 @@ def evaluate(
         teacher = teacher_of_run(choice)
     base = Path()
     if data is None:
-        section, judged, base = choose_task(choice, task, protocol=protocol.value if protocol else None)
+        section, evaluate_section, base = choose_task(choice, task, protocol=protocol.value if protocol else None)
     else:
         own = choose_task(choice, None)[0] if choice.run is not None else None
         section = section_of_data(
@@ -130,7 +130,7 @@ def evaluate(
         with as_options():
             loaded = load_rows(section, contestant.config, limit=max_samples)
     else:
-        loaded = load_task(section, judged, base=base, limit=max_samples)
+        loaded = load_task(section, evaluate_section, base=base, limit=max_samples)
     for note in loaded.notes:
         info(f"note: {note}")
     models = {"student" if teacher else "score": (choice.model, contestant, tokenizer)}

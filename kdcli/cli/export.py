@@ -68,8 +68,8 @@ def export(
 
     loaded, length = None, 128
     if task is not None or choice.run is not None:
-        section, judged, base = choose_task(choice, task)
-        loaded, length = load_task(section, judged, base=base), section.max_length
+        section, evaluate_section, base = choose_task(choice, task)
+        loaded, length = load_task(section, evaluate_section, base=base), section.max_length
     beside = choose_model(teacher).model if teacher is not None else None
     general = choice.run is not None and choice.run.record.get("task", {}).get("kind") == "text"
     if beside is None and choice.run is not None and latency and not general:

@@ -61,7 +61,7 @@ class Cell:
     def recipe(self) -> Recipe:
         """The recipe that is run: the entry's with this seed, and the teacher that all seeds share.
 
-        Nothing is exported, and no gate is set: a comparison judges by itself.
+        Nothing is exported, and no gate is set: a comparison has its own report.
         """
         recipe = self.entry.recipe
         return recipe.model_copy(
@@ -341,21 +341,21 @@ def _baseline(task: str, entries: list[Entry], wanted: str | None) -> str:
 
 def check_reusable(plan: ComparisonPlan, root: Path) -> None:
     """Raise InputError when a run that is there already was made from another recipe or other data."""
-    strangers = [cell.name for cell in plan.cells if is_stranger(cell, Run(folder_of(root, cell.name)))]
-    if strangers:
+    others = [cell.name for cell in plan.cells if is_other_run(cell, Run(folder_of(root, cell.name)))]
+    if others:
         raise InputError(
-            f"there are runs under {root} from another recipe or other data: {', '.join(strangers)}",
+            f"there are runs under {root} from another recipe or other data: {', '.join(others)}",
             hint="--force to run these again, or another --output",
         )
 
 
 def is_done(cell: Cell, run: Run) -> bool:
     """True when `run` is this cell's and finished."""
-    return not is_stranger(cell, run) and run.record.get("status") == "done"
+    return not is_other_run(cell, run) and run.record.get("status") == "done"
 
 
-def is_stranger(cell: Cell, run: Run) -> bool:
-    """True when `run` has begun, but not as this cell, or when nobody can read what it began as."""
+def is_other_run(cell: Cell, run: Run) -> bool:
+    """True when `run` has begun, but not as this cell, or when its record cannot be read."""
     try:
         record = run.record
     except InputError:

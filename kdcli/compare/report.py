@@ -64,7 +64,7 @@ class Row:
 
 @dataclass
 class Block:
-    """All rows of one task. teacher_score: None when the teacher was not judged."""
+    """All rows of one task. teacher_score: None when the teacher was not scored."""
 
     title: str
     metric: str
@@ -254,7 +254,7 @@ def _blocks(plan: ComparisonPlan, results: Results, task: str) -> list[Block]:
     blocks = []
     for title in titles or [task]:
         found = [one[title] for mine in scores.values() for one in mine.values() if title in one]
-        judged = [teacher for _, _, teacher in found if teacher is not None]
+        scored = [teacher for _, _, teacher in found if teacher is not None]
         rows = []
         for entry in entries:
             mine = {seed: one[title][1] for seed, one in scores[entry.label].items() if title in one}
@@ -264,7 +264,7 @@ def _blocks(plan: ComparisonPlan, results: Results, task: str) -> list[Block]:
                 title=title,
                 metric=found[0][0] if found else "",
                 baseline=plan.baselines[task],
-                teacher_score=statistics.fmean(judged) if judged else None,
+                teacher_score=statistics.fmean(scored) if scored else None,
                 teacher_parameters=every[0]["teacher"]["parameters"] if every and every[0]["teacher"] else None,
                 rows=rows,
             ).finish()

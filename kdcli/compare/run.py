@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from kdcli.compare.plan import Cell, ComparisonPlan, check_reusable, is_done, is_stranger
+from kdcli.compare.plan import Cell, ComparisonPlan, check_reusable, is_done, is_other_run
 from kdcli.errors import ExitCode, InputError
 from kdcli.faults import explain
 from kdcli.names import folder_of
@@ -97,15 +97,15 @@ def run_cells(
 
 
 def _run(cell: Cell, run: Run, console: Console, *, refresh: bool) -> None:
-    stranger = is_stranger(cell, run)
-    resume = run.begun and not stranger
+    other = is_other_run(cell, run)
+    resume = run.begun and not other
     if resume and any(run.checkpoints.rglob("checkpoint-*")):
         run.update({INTERRUPTED: True})
     run_distill(
         cell.recipe,
         recipe_path=cell.entry.file,
         output=run.path.parent,
-        force=stranger,
+        force=other,
         resume=resume,
         refresh=refresh,
         overrides=cell.entry.overrides,

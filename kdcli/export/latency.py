@@ -23,7 +23,7 @@ RUNS = 30
 """Timed calls of each contestant in a cell of the grid, where time allows."""
 
 LIMIT = 60.0
-"""Seconds for a whole grid, where nobody says how many runs."""
+"""Seconds for a whole grid, where the number of runs is not given."""
 
 WIDE = 1.5
 """How much longer than the fastest call three quarters of the calls may take."""

@@ -4,7 +4,7 @@ from typing import Literal
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
-from kdcli.methods.terms import ALL_KINDS, Temperature, Weight, need_equal_vocabulary, refuse_strangers, weighted
+from kdcli.methods.terms import ALL_KINDS, Temperature, Weight, need_equal_vocabulary, refuse_unsupported, weighted
 
 
 class Weights(Options):
@@ -28,7 +28,7 @@ class DistilBERTOptions(Options):
 
 def check(options: DistilBERTOptions, context: Context) -> None:
     """Raise InputError when vocabularies or widths differ."""
-    refuse_strangers(options, context, labels=(), text=("positions",))
+    refuse_unsupported(options, context, labels=(), text=("positions",))
     if context.kind == "text":
         need_equal_vocabulary(context)
     teacher, student = context.teacher.hidden, context.student.hidden

@@ -16,7 +16,7 @@ from kdcli.methods.terms import (
     need_equal_heads,
     needs_bridge,
     prediction_terms,
-    refuse_strangers,
+    refuse_unsupported,
     weighted,
 )
 from kdcli.recipe.schema import NonNegativeInt, Seed, Share
@@ -51,7 +51,7 @@ class HSOptions(Options):
     """Which block follows which, and what else is learnt.
 
     layer_map: "last", "uniform" (also called "skip"), "last-k", "all", "uniform-consecutive", "uniform+last", "random"
-    (drawn anew every epoch, from `seed`, by default the recipe's), "emd", or a list of pairs [student block, teacher
+    (drawn again every epoch, from `seed`, by default the recipe's), "emd", or a list of pairs [student block, teacher
     block] counted from 1, 0 for embeddings.
     consecutive: whether the intervals of "uniform-consecutive" hold both their ends ("closed") or the upper one.
     bridge: learned linear maps, one a student block, before the comparison; without it only where widths differ.
@@ -88,7 +88,7 @@ def _pairs(options: HSOptions, context: Context, epoch: int = 0) -> Pairs:
 
 def check(options: HSOptions, context: Context) -> None:
     """Raise InputError when the map does not fit both depths, leaves blocks untrained, or options contradict."""
-    refuse_strangers(options, context, labels=("alpha", "temperature", "weights.prediction"), text=("weights.mlm",))
+    refuse_unsupported(options, context, labels=("alpha", "temperature", "weights.prediction"), text=("weights.mlm",))
     for name, owner in (("consecutive", "uniform-consecutive"), ("seed", "random"), ("emd", "emd")):
         if name in options.model_fields_set and options.layer_map != owner:
             raise InputError(

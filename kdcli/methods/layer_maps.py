@@ -1,4 +1,4 @@
-"""Which teacher layer a student layer follows (methods 6.2). All numbers count blocks from 1."""
+"""Which teacher layer a student layer follows (Udagawa et al. 2023, HS transfer). All numbers count blocks from 1."""
 
 import math
 import random as random_module

@@ -67,7 +67,7 @@ def check(options: MaKDOptions, context: Context) -> None:
 
 
 def build(options: MaKDOptions, context: Context) -> list[Stage]:
-    """Return one joint stage, or three from fine to coarse (methods 5.3)."""
+    """Return one joint stage, or three from fine to coarse."""
     from kdcli.objectives.hidden import HiddenObjective
     from kdcli.objectives.matrix import MatrixObjective
     from kdcli.objectives.output import OutputObjective

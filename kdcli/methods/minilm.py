@@ -8,7 +8,7 @@ from kdcli.methods.terms import (
     Weight,
     need_equal_heads,
     prediction_terms,
-    refuse_strangers,
+    refuse_unsupported,
     weighted,
 )
 from kdcli.recipe.schema import Share
@@ -31,7 +31,7 @@ class MiniLMOptions(Options):
 
 def check(options: MiniLMOptions, context: Context) -> None:
     """Raise InputError when the numbers of heads differ."""
-    refuse_strangers(options, context, labels=("alpha", "temperature", "weights.prediction"), text=("weights.mlm",))
+    refuse_unsupported(options, context, labels=("alpha", "temperature", "weights.prediction"), text=("weights.mlm",))
     need_equal_heads(context, otherwise="the method minilmv2, which needs no equal heads")
 
 

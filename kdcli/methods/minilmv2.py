@@ -1,4 +1,4 @@
-"""MiniLMv2: relations within queries, keys and values of one teacher block, over heads split anew."""
+"""MiniLMv2: relations within queries, keys and values of one teacher block, over heads split again."""
 
 import math
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +13,7 @@ from kdcli.methods.terms import (
     Temperature,
     Weight,
     prediction_terms,
-    refuse_strangers,
+    refuse_unsupported,
     weighted,
 )
 from kdcli.recipe.schema import Heads, Share
@@ -48,7 +48,7 @@ class Relations(Options):
 class MiniLMv2Options(Options):
     """Which block is followed, and how its projections are compared.
 
-    relation_heads: into how many heads projections are split anew; without it 48 (64 with a teacher 1024 or more
+    relation_heads: into how many heads projections are split again; without it 48 (64 with a teacher 1024 or more
     wide), or the next lower number that divides both widths. teacher_layer: from 1, or from the end with -1 as the
     last. direct: compare queries, keys and values themselves through learned maps, not their relations. alpha: the
     share of the teacher's prediction on a task with labels, 1 - alpha that of the gold labels.
@@ -99,7 +99,7 @@ def teacher_layer(options: MiniLMv2Options, context: Context) -> int:
 
 def check(options: MiniLMv2Options, context: Context) -> None:
     """Raise InputError for heads that divide no width, a block that is not there, or options that contradict."""
-    refuse_strangers(options, context, labels=("alpha", "temperature", "weights.prediction"), text=("weights.mlm",))
+    refuse_unsupported(options, context, labels=("alpha", "temperature", "weights.prediction"), text=("weights.mlm",))
     relation_heads(options, context)
     teacher_layer(options, context)
     given = {name: weight for name, weight in options.relations.model_dump().items() if weight > 0}

@@ -50,13 +50,15 @@ def weighted(terms: Iterable[Term]) -> list[Term]:
     return found
 
 
-def refuse_strangers(options: BaseModel, context: Context, *, labels: Iterable[str], text: Iterable[str] = ()) -> None:
+def refuse_unsupported(
+    options: BaseModel, context: Context, *, labels: Iterable[str], text: Iterable[str] = ()
+) -> None:
     """Raise InputError for an option that says nothing on this kind of task.
 
     labels, text: options (`alpha`, `weights.mlm`) that only tasks with labels, or only plain text, have.
     """
-    strangers = labels if context.kind == "text" else text
-    for name in strangers:
+    unsupported = labels if context.kind == "text" else text
+    for name in unsupported:
         inner: BaseModel = options
         *path, last = name.split(".")
         for part in path:

@@ -13,7 +13,7 @@ from kdcli.methods.terms import (
     need_equal_heads,
     need_shares_of_one,
     needs_bridge,
-    refuse_strangers,
+    refuse_unsupported,
     weighted,
 )
 from kdcli.recipe.schema import PositiveFloat, Share
@@ -47,7 +47,7 @@ class TinyBERTOptions(Options):
 
 def check(options: TinyBERTOptions, context: Context) -> None:
     """Raise InputError when depths do not divide, or heads differ."""
-    refuse_strangers(options, context, labels=("shares", "final_learning_rate", "alpha", "temperature"))
+    refuse_unsupported(options, context, labels=("shares", "final_learning_rate", "alpha", "temperature"))
     need_dividing_depth(context, "tinybert follows every c-th teacher block")
     if options.weights.attention > 0:
         need_equal_heads(context, otherwise="method.weights.attention = 0")

@@ -502,7 +502,7 @@ def check_vocabulary(config: "PretrainedConfig", tokenizer: Any, *, where: str =
 def check_same_tokens(tokenizer: Any, name: str | Path, where: str) -> None:
     """Raise InputError when the model `name` was trained with other tokens than those that `tokenizer` gives.
 
-    A model that comes without a tokenizer of its own is not judged.
+    A model that comes without a tokenizer of its own is not checked.
     """
     try:
         own = load_tokenizer(name).get_vocab()

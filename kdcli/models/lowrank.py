@@ -106,7 +106,7 @@ class LowRankEmbedding(nn.Module):
 def svd_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return A (out, rank), B (rank, in) with A = U_r sqrt(S_r), B = sqrt(S_r) V_r^T, in `weight`'s type.
 
-    Deterministic: computed in fp64, with fixed signs. Source: LoSparse's code; methods 4.1.
+    Deterministic: computed in fp64, with fixed signs. Source: LoSparse's released code.
     """
     if weight.is_meta:
         return weight.new_empty(weight.shape[0], rank), weight.new_empty(rank, weight.shape[1])
@@ -142,7 +142,7 @@ def plan_ranks(
     """Return the rank of every block matrix; None where it stays dense.
 
     shapes: (out, in) of each matrix. fixed_params: parameters outside the matrices' weights. `budget`,
-    `params` and the default give one rank everywhere, the largest that fits (methods 4.2, 5.3); `energy` gives
+    `params` and the default give one rank everywhere, the largest that fits; `energy` gives
     each matrix the smallest rank that keeps that share of its squared singular values, and needs `weights`.
     Where `overparam` puts chains in place of the factors, only ranks that can be split into factors are chosen.
     Raises InputError when nothing fits or nothing would be saved.

@@ -14,7 +14,7 @@ def attention_kl(
 
     student_scores, teacher_scores: (batch, heads, seq, seq), before softmax and mask; mask: (batch, seq). With
     `segments`, (batch, seq), a row is a distribution over the tokens of its own segment, although the models
-    themselves attend over all. Source: MiniLM (Wang et al. 2020), eq. 5; methods 5.3, 7 and 8.2.
+    themselves attend over all. Source: MiniLM (Wang et al. 2020), eq. 5.
     """
     own = own_keys(mask, segments)
     student = masked_log_softmax(student_scores, own)
@@ -30,7 +30,7 @@ def attention_mse(
     """Return the squared difference of attention scores over heads, each real query's keys, and queries.
 
     Padded entries count as equal and are not in the mean, unlike in the released code; with `segments`, (batch, seq),
-    neither are pairs of tokens of different segments. Source: TinyBERT (Jiao et al. 2020), eq. 7; methods 9.
+    neither are pairs of tokens of different segments. Source: TinyBERT (Jiao et al. 2020), eq. 7.
     """
     keys = own_keys(mask, segments).to(student_scores.dtype)
     difference = ((student_scores - teacher_scores.detach()) * keys).square().sum(-1) / keys.sum(-1).clamp(min=1)

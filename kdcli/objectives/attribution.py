@@ -17,7 +17,7 @@ def path_gradient(path: Path, score: Callable[[Tensor], Tensor], *, create_graph
 
     score gives a scalar, the sum over examples. With one point it is the plain gradient; times the embedding output
     it is integrated gradients with a zero baseline by the right-hand rule. Graphs are kept. Source: AD-KD (Wu et
-    al. 2023), eq. 2-3; methods 14.
+    al. 2023), eq. 2-3.
     """
     total = torch.stack([score(logits) for _, logits in path]).sum()
     gradients = torch.autograd.grad(total, [x for x, _ in path], create_graph=create_graph, retain_graph=True)

@@ -49,7 +49,7 @@ class Wants:
 
 @dataclass
 class Signals:
-    """What one forward pass said, as far as somebody asked.
+    """What one forward pass said, as far as it was asked for.
 
     mask: (batch, seq), 1 at real tokens. segments: (batch, seq), the document of a packed block that a token belongs
     to, or None where a row is one text; models attend over the whole row all the same.

@@ -11,7 +11,7 @@ from kdcli.objectives.base import Objective, Signals, Wants, token_mean
 def cosine_distance(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Return 1 - cos of hidden states, mean over real tokens and examples; between 0 and 2.
 
-    student, teacher: (batch, seq, width); mask: (batch, seq). Source: DistilBERT (Sanh et al. 2019); methods 10.
+    student, teacher: (batch, seq, width); mask: (batch, seq). Source: DistilBERT (Sanh et al. 2019), section 3.
     """
     return token_mean(1.0 - functional.cosine_similarity(student.float(), teacher.detach().float(), dim=-1), mask)
 

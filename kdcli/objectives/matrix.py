@@ -11,7 +11,7 @@ from kdcli.objectives.hidden import token_mse
 class MatrixObjective(Objective):
     """Mean over pairs of blocks and over `names` of the squared difference of matrix outputs, bias included.
 
-    With `match_norm` every difference is relative to the teacher's mean square. Source: methods 5.3, L_mha
+    With `match_norm` every difference is relative to the teacher's mean square. Source: MaKD's L_mha
     (query, key, value, attention_output) and L_ffn (ffn_in before the activation, ffn_out).
     """
 

@@ -13,7 +13,7 @@ def kl_divergence(
     """Return T^2 KL(teacher || student) at temperature T, mean over the batch, sum over classes.
 
     student_logits, teacher_logits: (batch, classes). With `scale=False` the factor T^2 is left out (LGTM,
-    AD-KD). Zero when the logits agree up to a constant. Source: Hinton et al. 2015, eq. 2-4; methods 0.4.
+    AD-KD). Zero when the logits agree up to a constant. Source: Hinton et al. 2015, eq. 2-4.
     """
     student = torch.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = torch.log_softmax(teacher_logits.float() / temperature, dim=-1)
@@ -29,7 +29,7 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperatu
 
 
 class OutputObjective(Objective):
-    """T^2 KL of the logits; for regression the squared difference of the predictions (methods 0.4)."""
+    """T^2 KL of the logits; for regression the squared difference of the predictions."""
 
     def __init__(self, kind: str = "classification", temperature: float = 1.0, *, scale: bool = True) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class AnnealedOutputObjective(OutputObjective):
     """KL at temperature T without T^2, or the squared difference of z / T; T may fall to 1 epoch by epoch (AD-KD).
 
     With `anneal`, epoch e of E (from 0) has the temperature T + (1 - T) e / (E - 1): T in the first, 1 in the last.
-    One single epoch keeps T. The gradient is that of the soft cross-entropy. Source: Wu et al. 2023; methods 14.
+    One single epoch keeps T. The gradient is that of the soft cross-entropy. Source: Wu et al. 2023 (AD-KD).
     """
 
     def __init__(self, kind: str = "classification", temperature: float = 1.0, *, anneal: bool = False) -> None:

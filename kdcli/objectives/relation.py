@@ -102,12 +102,12 @@ def relation_kl(
     """Return KL(teacher || student) of relation matrices, mean over relation heads, real rows and examples.
 
     A relation matrix is softmax(X Y^T / sqrt(d_r)) over real keys: X are `student` or `teacher`, (batch, seq, width)
-    with all heads side by side, split anew into `heads` pieces of width d_r; Y are the `..._columns`, by default X.
+    with all heads side by side, split again into `heads` pieces of width d_r; Y are the `..._columns`, by default X.
     Widths may differ, but `heads` must divide both: else ValueError. `chunk` heads are worked on at a time.
-    With `segments`, (batch, seq), a row runs over the keys of its own segment: how a token relates to a stranger that
+    With `segments`, (batch, seq), a row runs over the keys of its own segment: how a token relates to one that
     happens to be packed beside it is nothing to learn. The models themselves attend over all tokens of a block, as
     they were pre-trained to.
-    Source: MiniLM (Wang et al. 2020), eq. 6-8; MiniLMv2 (Wang et al. 2021), eq. 5-7; methods 7 and 8.
+    Source: MiniLM (Wang et al. 2020), eq. 6-8; MiniLMv2 (Wang et al. 2021), eq. 5-7.
     """
     rows, teacher_rows = _split(student, heads), _split(teacher.detach(), heads)
     columns = rows if student_columns is None else _split(student_columns, heads)
@@ -171,7 +171,7 @@ class DirectRelationObjective(Objective):
 
     Each student head of width d_S / heads goes through a learned linear map of its own to d_T / heads. The maps start
     as the identity where widths agree, else with orthonormal rows or columns. Mean over heads, features, real tokens
-    and pairs; weighted sum over `names`. Source: DirectMiniLM, methods 6.3 (there a sum over heads).
+    and pairs; weighted sum over `names`. Source: DirectMiniLM (Udagawa et al. 2023; there a sum over heads).
     """
 
     def __init__(

@@ -22,7 +22,7 @@ def aux_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     student, teacher: chains of tensors (d_{k-1}, i_k, j_k, d_k). The central tensor is free. Where bonds
     differ, leading sub-blocks are compared: bonds are ordered by singular value. Tensors of other factors are
     left out; with none left the chains cannot be compared, which is a ValueError. The student's tensors are
-    live: the released code compared detached copies, which has no gradient (methods 3.8, 3.9).
+    live: the released code compared detached copies, which has no gradient.
     """
     terms = []
     for k in comparable(student, teacher):

@@ -50,7 +50,7 @@ def cheap_weights(paid: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return new weights: inverse to each layer's cost per unit of flow, so that cheap layers gain weight.
 
     paid: (layers,), flow times cost summed over the other side. A cost counts as at least 1/1000 of the highest,
-    so that no layer loses all its weight. Source: BERT-EMD's cost attention (Li et al. 2020), methods 16.
+    so that no layer loses all its weight. Source: BERT-EMD's cost attention (Li et al. 2020).
     """
     cost = paid / weights
     if not np.isfinite(cost).all() or cost.max() <= 0:
@@ -91,10 +91,10 @@ class EMDObjective(Objective):
     """Earth mover's distance between all blocks of both models: sum of flow times squared difference.
 
     hidden, attention: what is transported: hidden states (through one shared learned linear map when `bridge`)
-    and attention scores, each with a flow of its own; their distances are added. The flow is found anew for every
+    and attention scores, each with a flow of its own; their distances are added. The flow is found again for every
     batch and has no gradient. With `learn_weights` each training step moves weight to layers that are cheap to match;
     both signals share their layers' weights unless `separate`. Weights are buffers: checkpoints hold them.
-    As the flow depends on the batch, shares of a batch need not average to the whole here. Source: methods 16.
+    As the flow depends on the batch, shares of a batch need not average to the whole here. Source: BERT-EMD.
     """
 
     student_weights: Tensor

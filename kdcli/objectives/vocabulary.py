@@ -54,7 +54,7 @@ def vocabulary_kl(
     """Return T^2 KL(teacher || student) over the vocabulary, weighted sum over positions; by default their mean.
 
     student_logits, teacher_logits: (positions, vocabulary); weights: (positions,), with sum 1 or less.
-    Source: DistilBERT (Sanh et al. 2019); methods 6.1 and 10.
+    Source: DistilBERT (Sanh et al. 2019); Udagawa et al. 2023, OD transfer.
     """
     positions, size = student_logits.shape
     if weights is None:

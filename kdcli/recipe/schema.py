@@ -1,6 +1,6 @@
 """What a recipe may say: one pydantic model a TOML table.
 
-Only what can be judged without data and models is judged here. A method's own options are checked by the
+Only what can be checked without data and models is checked here. A method's own options are checked by the
 method (`kdcli.methods`), and what needs a model's shape is checked when the plan is made.
 """
 
@@ -136,11 +136,11 @@ class TaskSection(Section):
             raise ValueError("delimiter and encoding are of own files: data or train")
         if self.type == "text":
             with_labels = ("label", "labels", "metrics", "test", "test_samples")
-            strangers = [key for key in with_labels if getattr(self, key) is not None]
+            unsupported = [key for key in with_labels if getattr(self, key) is not None]
             if self.augment is not None:
-                strangers.append("augment")
-            if strangers:
-                raise ValueError(f'type = "text" has no {", ".join(strangers)}')
+                unsupported.append("augment")
+            if unsupported:
+                raise ValueError(f'type = "text" has no {", ".join(unsupported)}')
             if isinstance(self.text, list) and len(self.text) != 1:
                 raise ValueError("plain text takes one text column")
             return self
@@ -282,9 +282,9 @@ class StudentSection(Section):
     @model_validator(mode="after")
     def _fits_form(self) -> Self:
         if self.form is not None:
-            strangers = self.strangers(self.form)
-            if strangers:
-                raise ValueError(f'form = "{self.form}" has no {", ".join(strangers)}')
+            unsupported = self.unsupported_fields(self.form)
+            if unsupported:
+                raise ValueError(f'form = "{self.form}" has no {", ".join(unsupported)}')
         sizes = [k for k in ("budget", "rank", "params", "energy") if getattr(self, k) is not None]
         if len(sizes) > 1:
             raise ValueError(f"give one of budget, rank, params and energy, not {' and '.join(sizes)}")
@@ -292,7 +292,7 @@ class StudentSection(Section):
             raise ValueError('form = "checkpoint" needs model = "FOLDER OR HUB NAME"')
         return self
 
-    def strangers(self, form: Form) -> list[str]:
+    def unsupported_fields(self, form: Form) -> list[str]:
         """Return the fields with another value than their default that this form does not have."""
         others = dict.fromkeys(key for keys in FORM_FIELDS.values() for key in keys if key not in FORM_FIELDS[form])
         return [key for key in others if getattr(self, key) != type(self).model_fields[key].default]
@@ -324,7 +324,7 @@ class MethodSection(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options as written; the method's own schema judges them."""
+        """The options as written; the method's own schema checks them."""
         return dict(self.__pydantic_extra__ or {})
 
 

@@ -3,7 +3,7 @@
 A copy replaces each word with some probability by one of its candidates, which a masked language model gave
 (`kdcli.training.augment`). Copies keep their row's label, right or wrong after the change: what a student learns from
 them is what its teacher says about them.
-Source: Jiao et al. 2020 (TinyBERT), algorithm 1; methods 9.
+Source: Jiao et al. 2020 (TinyBERT), algorithm 1.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""What a task is: examples with labels, and how answers to them are judged."""
+"""What a task is: examples with labels, and how answers to them are scored."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any

@@ -35,7 +35,7 @@ def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path, li
     """Return the task that a recipe's `[task]` names.
 
     base: the folder that relative paths start from. Under the protocol "half-dev" the first half of the
-    validation set chooses checkpoints and the second half is reported (methods 17.1). limit: rows of every set that
+    validation set chooses checkpoints and the second half is reported. limit: rows of every set that
     is reported, drawn at random; None reports them whole.
     Raises InputError when the data is missing, empty or does not fit.
     """

@@ -45,6 +45,6 @@ def encode_task(task: Task, tokenizer: Any, max_length: int, *, seed: int = 0) -
     counts = token_counts(train, len(tokenizer)) if task.masking.smoothing > 0 else None
     masker = Masker(tokenizer, task.masking, seed=seed, counts=counts)
     # The held-out words that are asked are the same for every model and every seed.
-    judge = Masker(tokenizer, task.masking, seed=0, counts=counts)
-    held = hide_once(pack(values_of(task.selection, "text"), tokenizer, max_length), judge)
+    held_masker = Masker(tokenizer, task.masking, seed=0, counts=counts)
+    held = hide_once(pack(values_of(task.selection, "text"), tokenizer, max_length), held_masker)
     return Encoded(train, held, TextCollator(tokenizer, masker))

@@ -1,4 +1,4 @@
-"""Plain text: documents packed into blocks, and words hidden anew in every epoch."""
+"""Plain text: documents packed into blocks, and masked differently in every epoch."""
 
 import itertools
 import random
@@ -239,7 +239,7 @@ class Masker:
     Every token but the special ones is chosen with `probability` (0.15); with `smoothing` above 0 in proportion to
     count^-smoothing of its type, so that rare words are asked more often (DistilBERT: 0.7). What is drawn depends
     on seed, epoch and the row's number alone: a resumed or a distributed run hides the same tokens.
-    Source: BERT (Devlin et al. 2019), 3.1; methods 10.
+    Source: BERT (Devlin et al. 2019), section 3.1.
     """
 
     def __init__(self, tokenizer: Any, masking: Masking, *, seed: int, counts: Tensor | None = None) -> None:
@@ -269,9 +269,9 @@ class Masker:
         draws = torch.rand(2, len(ids), generator=generator)
         chosen = draws[0] < self.probability[ids]
         labels = torch.where(chosen, ids, IGNORED)
-        strangers = self.ordinary[torch.randint(len(self.ordinary), (len(ids),), generator=generator)]
+        random_tokens = self.ordinary[torch.randint(len(self.ordinary), (len(ids),), generator=generator)]
         hidden = torch.where(chosen & (draws[1] < 0.8), self.mask, ids)
-        return torch.where(chosen & (draws[1] >= 0.8) & (draws[1] < 0.9), strangers, hidden), labels
+        return torch.where(chosen & (draws[1] >= 0.8) & (draws[1] < 0.9), random_tokens, hidden), labels
 
 
 class TextCollator:

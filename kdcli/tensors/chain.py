@@ -55,7 +55,7 @@ class ChainCache:
 
     It holds for one state of the tensors: their places in memory, their versions (which every in-place change
     such as `copy_`, a broadcast or loading raises) and the number of optimizer steps so far. Under gradient
-    accumulation and in evaluation a chain is therefore contracted once per optimizer step. What nobody can see
+    accumulation and in evaluation a chain is therefore contracted once per optimizer step. What cannot be seen
     is a write through `.data` outside of an optimizer step: call `clear` after one.
     """
 
@@ -89,7 +89,7 @@ class ChainCache:
     def _key_of(self, chain: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
         if any(tensor.is_inference() for tensor in chain):
             return None
-        # The weight's own version: it is handed out, and somebody may write into it.
+        # The weight's own version: it is handed out, and it may be written into.
         own = None if self._weight is None else self._weight._version
         places = ((t.data_ptr(), t._version, t.dtype, t.device) for t in chain)
         return (_steps, own, *places)
@@ -102,7 +102,7 @@ class ChainCache:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Return a half-precision tensor in fp32: a bf16 chain of n tensors would lose about n 2^-8 (methods 3.7)."""
+    """Return a half-precision tensor in fp32: a bf16 chain of n tensors would lose about n 2^-8."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 

@@ -108,7 +108,7 @@ def is_target(layer: int, matrix: str, section: OverparamSection) -> bool:
 
 
 def length_for_scale(shape: tuple[int, int], scale: float) -> int:
-    """Return L so that a chain [a, 1^L, b] holds about `scale` times the matrix's weights (methods 3.5)."""
+    """Return L so that a chain [a, 1^L, b] holds about `scale` times the matrix's weights."""
     (a, b), (c, d) = auto_factors(shape[0]), auto_factors(shape[1])
     large, small = max(a * c, b * d), min(a * c, b * d)
     return max(0, round((scale - 1) * large / small - 1))

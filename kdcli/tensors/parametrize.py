@@ -110,7 +110,7 @@ class OverparamReport:
 
 @dataclass
 class ContractReport:
-    """What was contracted, and how far the logits of a probe batch moved; None when nobody looked."""
+    """What was contracted, and how far the logits of a probe batch moved; None when it was not measured."""
 
     matrices: list[dict[str, Any]]
     before: int

@@ -4,7 +4,7 @@ Every word of a sentence is masked once by itself, the sentence's other words in
 words there become its candidates. A word of several word-pieces gives way to one single mask. (TinyBERT takes the
 nearest GloVe vectors there; kdcli ships none: they are a download as large as the model, for one language, and the
 mask asks for the same thing.) The teacher itself is never fine-tuned on copies.
-Source: Jiao et al. 2020 (TinyBERT), algorithm 1; methods 9.
+Source: Jiao et al. 2020 (TinyBERT), algorithm 1.
 """
 
 import contextlib

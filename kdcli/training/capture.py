@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _HeardEnough(Exception):
-    """Ends a forward pass whose rest nobody wants to hear."""
+    """Ends a forward pass whose rest is not asked for."""
 
 
 def _tensor(output: Any) -> Tensor:
@@ -27,7 +27,7 @@ def _tensor(output: Any) -> Tensor:
 
 
 class Capture:
-    """Runs a model and gives what somebody wants of it as `Signals`, and nothing more.
+    """Runs a model and gives what is asked for of it as `Signals`, and nothing more.
 
     Tensors are kept as they are: no copy, no detach. Where no logits are wanted the head does not run, and the
     pass ends as soon as the last wanted module has spoken. A language model's head sees only the wanted positions.

@@ -95,7 +95,7 @@ def ask(
     """Return how often each class was decided, (largest index + 1, classes); row i for the example with index i.
 
     train: the task's rows with the columns index, text and [text_pair]. Each example is asked `copies` times,
-    noised anew. Decisions are kept in the cache under the identity of the black box, the data and the noise, as
+    noised differently. Decisions are kept in the cache under the identity of the black box, the data and the noise, as
     soon as they are known: what was interrupted goes on, more copies ask for the additional ones only.
     Raises InputError when an answer is no label.
     """

@@ -296,7 +296,7 @@ def make_distiller(
     for term in terms:
         if term.weight > 0:
             wants |= term.objective.teacher_wants()
-    # Plain text is hidden anew in every epoch: no prediction about it is ever asked for twice.
+    # Plain text is masked differently in every epoch: no prediction about it is ever asked for twice.
     asked_again = setting.cache and setting.task.kind != "text" and wants.logits and not wants.gradients
     if logits is None and teacher is not None and asked_again and scheme.teacher_is_fixed and _saves(wants, teacher):
         logits = cached_logits(

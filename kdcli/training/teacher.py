@@ -252,7 +252,7 @@ def _finetuned(
     identity = {
         "base": hash_of_model(model),
         "tokenizer": hash_of_tokenizer(tokenizer),
-        # Other rows only judge it.
+        # Other rows only score it.
         "task": fingerprint_of({"train": task.train, "labels": {"names": list(task.label_names)}}),
         "max_length": recipe.task.max_length,
         "masking": asdict(task.masking) if task.masking is not None else None,
@@ -364,7 +364,7 @@ def finetune(
         group_by_length=train.group_by_length,
         eval_every=None,
         patience=None,
-        # The teacher is not chosen on the data that judges the student.
+        # The teacher is not chosen on the data that the student is scored on.
         select="last",
         log_every=train.log_every,
         workers=train.workers,
@@ -392,7 +392,7 @@ def finetune(
 
 
 def metrics_of(task: Task) -> Callable[[Any, Any], dict[str, float]] | None:
-    """Return the task's metrics as a function of (logits, labels); None for plain text, judged by the loss."""
+    """Return the task's metrics as a function of (logits, labels); None for plain text, scored by the loss."""
     if task.kind == "text":
         return None
     return lambda logits, labels: compute_metrics(task.metrics, logits, labels)

@@ -178,7 +178,7 @@ class DistillationTrainer(Trainer):
             groups = [
                 {"params": decayed, "weight_decay": self.settings.weight_decay},
                 {"params": plain, "weight_decay": 0.0},
-                # Decay would shrink a chain by (1 - lr wd)^n and pull its identities to zero (methods 3.10).
+                # Decay would shrink a chain by (1 - lr wd)^n and pull its identities to zero.
                 {"params": chains, "weight_decay": 0.0, "lr": chain_rate},
             ]
             self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, fused=True)
@@ -362,7 +362,7 @@ def fit(
 ) -> dict[str, Any]:
     """Train `distiller` in place and return what happened: steps, seconds, history, best score.
 
-    train, selection: encoded data sets. metrics: from (logits, labels) to named scores; None judges by the loss on
+    train, selection: encoded data sets. metrics: from (logits, labels) to named scores; None scores by the loss on
     `selection`. Checkpoints go to `folder`; with `resume`, training goes on from the newest one that is whole and was
     written under the same `identity` (plain values that say which training this is); else old ones are removed.
     scheme: begun already.

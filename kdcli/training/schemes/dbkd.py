@@ -31,7 +31,7 @@ class DecisionScheme(Scheme):
 
     make_box: from the task and the recipe's folder to the black box; None asks the local teacher. file: recorded
     decisions; nothing is asked then. noise_std: s of the noise in the model of a decision. scale: sigma of the loss.
-    Source: Zhou et al. 2023 (DBKD); methods 13.
+    Source: Zhou et al. 2023 (DBKD).
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class DecisionScheme(Scheme):
         )
 
     def teacher(self) -> None:
-        """Return nobody: after the questions there is no model to listen to."""
+        """Return None: after the questions no model is listened to."""
 
     def teacher_logits(self) -> Tensor:
         """Return the logits behind the decisions, centred and scaled, row i for index i."""

@@ -42,7 +42,7 @@ class Learning:
 
     kind: of the task. alpha_student, alpha_teacher: the share of the other model's prediction in each one's loss,
     the rest is the gold label's. learning_rate: the teacher's, at its highest. influence: False for a teacher
-    that listens to labels and student only (ProKT). held_out: the share of the training rows to judge it on.
+    that listens to labels and student only (ProKT). held_out: the share of the training rows to measure it on.
     """
 
     kind: str = "classification"
@@ -68,14 +68,14 @@ class Learning:
 class LGTMScheme(Scheme):
     """Before each step of the student, the teacher makes one: towards labels, student, and being useful.
 
-    Its gradient on a batch x, with a batch h of held-out training rows, is g_T - eta_T I (methods 12):
+    Its gradient on a batch x, with a batch h of held-out training rows, is g_T - eta_T I (Ren et al. 2023, eq. 5):
     g_T is that of its own loss; I = alpha_T d/d theta_T of (d KL(student || teacher) / d theta_S) v, by a finite
     difference on x; v is the gradient of the task's loss on h for the student as it would be after its next
     optimizer step. A teacher that moves along I pulls the student's next gradient towards v.
 
     What trains is a copy: the given teacher stays what is reported, saved and cached. It starts as given, by
     default fine-tuned on the task (the paper starts both from unfinetuned models with a zero classifier). Under
-    OPDF the copy trains as chains, too, and the auxiliary loss follows them as they move (methods 12); that loss
+    OPDF the copy trains as chains, too, and the auxiliary loss follows them as they move; that loss
     has no part in the look ahead. Source: Ren et al. 2023, algorithm 1; released code draws h from the
     validation set, this takes it from the training set, which gets smaller by it.
     """
@@ -130,7 +130,8 @@ class LGTMScheme(Scheme):
         kept, held = split(rows, self.learning.held_out, seed=setting.loop.seed)
         self._held = HeldOut(held, setting)
         setting.console.print(
-            f"lgtm: {len(held):,} of {len(rows):,} training rows are held out to judge the teacher", highlight=False
+            f"lgtm: {len(held):,} of {len(rows):,} training rows are held out to measure the teacher on",
+            highlight=False,
         )
         return kept
 
@@ -279,7 +280,7 @@ class LGTMScheme(Scheme):
         self._teacher, self._optimizer, self._held, self._trained = None, None, None, None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the teacher's weights and its optimizer; which rows are judged on follows from the step alone."""
+        """Return the teacher's weights and its optimizer; which rows are held out follows from the step alone."""
         assert self._optimizer is not None
         return {"teacher": self.teacher().state_dict(), "optimizer": self._optimizer.state_dict()}
 
@@ -301,7 +302,7 @@ def split(rows: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
 
 
 class HeldOut:
-    """Batches of the held-out rows without end, shuffled anew in every pass; this process's share of each."""
+    """Batches of the held-out rows without end, shuffled in every pass; this process's share of each."""
 
     def __init__(self, rows: Dataset, setting: Setting) -> None:
         loop, processes = setting.loop, state()

@@ -83,7 +83,7 @@ class TheseusScheme(Scheme):
     Once per optimizer step every unit draws whether its successor runs, or its predecessors: frozen, but gradients
     pass through them to the successors below. Only blocks train: embeddings, pooler and classifier stay the
     teacher's. Predecessors keep their dropout (the released code's way) unless `predecessor_eval`. Source: Xu et
-    al. 2020; methods 11.
+    al. 2020.
     """
 
     steps_are_alike = False
