@@ -137,15 +137,15 @@ def make_plan(prepared: Prepared) -> Plan:
                 "name": task.name,
                 "kind": task.kind,
                 "fingerprint": task.description["fingerprint"],
-                "sizes": {
-                    ("train blocks" if packed else "train" if augment is None else "train with copies"): examples,
-                    **(
-                        {"selection blocks": _blocks(task.selection, prepared)}
-                        if packed
-                        else {"selection": len(task.selection)}
-                    ),
-                    **{name: len(rows_) for name, rows_ in task.report.items()},
-                },
+                "sizes": (
+                    {"train blocks": examples, "selection blocks": _blocks(task.selection, prepared)}
+                    if packed
+                    else {
+                        "train" if augment is None else "train with copies": examples,
+                        "selection": len(task.selection),
+                        **{name: len(rows_) for name, rows_ in task.report.items()},
+                    }
+                ),
                 "classes": classes_of(task),
                 "notes": prepared.notes,
             },
