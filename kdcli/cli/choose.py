@@ -150,6 +150,7 @@ def as_options(model: str = "MODEL") -> Iterator[None]:
         "task.text": ("--text", None),
         "task.label": ("--label", None),
         "task.labels": ("--labels", None),
+        "task.max_length": ("--max-length", None),
         "teacher.model": (model, "score it on data of the kind that it was trained on"),
         "teacher.labels": (
             "--labels" if first else model,

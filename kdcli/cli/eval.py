@@ -121,6 +121,7 @@ def evaluate(
     from kdcli.models.finite import at_fault
     from kdcli.tasks.load import load_rows, load_task
     from kdcli.tasks.metrics import shown
+    from kdcli.tasks.prepare import check_encoding
     from kdcli.training.teacher import align_labels
 
     contestant, tokenizer = load_contestant(choice.model)
@@ -152,6 +153,7 @@ def evaluate(
             )
         with as_options(place):
             aligned = align_labels(one, loaded)
+            check_encoding(loaded, words, limit)
         with at_fault(place):
             values = evaluate_model(aligned, words, loaded, batch_size=batch_size, max_length=limit, owner=name)
         scores[role] = primary_score(values, loaded.primary)

@@ -80,6 +80,11 @@ def export(
         elif beside is not None:
             warn_of_changes(beside, None)
     own, tokenizer = load_contestant(choice.model)
+    length = readable_length(own.config, length)
+    if loaded is not None:
+        from kdcli.tasks.prepare import check_encoding
+
+        check_encoding(loaded, tokenizer, length)
     models = {"model": own}
     if beside is not None:
         models["teacher"] = load_contestant(beside, "--teacher")[0]
@@ -94,7 +99,7 @@ def export(
             tokenizer,
             out or choice.run.onnx,  # type: ignore[union-attr]
             task=loaded,
-            max_length=readable_length(models["model"].config, length),
+            max_length=length,
             opset=opset,
             latency=latency,
             batch_sizes=grid[0],

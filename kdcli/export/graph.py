@@ -108,7 +108,7 @@ def export_onnx(model: "PreTrainedModel", tokenizer: Any, folder: Path, *, opset
     except Exception as error:
         raise RunError(f"{type(model).__name__} cannot be exported: {str(error).splitlines()[0]}") from error
     save_config(model.config, folder)
-    save_tokenizer(tokenizer, folder)
+    save_tokenizer(tokenizer, folder, model.config)
     return path
 
 

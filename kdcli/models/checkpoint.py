@@ -39,12 +39,16 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's configuration as written, and the tensors of its files by their names of today."""
+    """A model's configuration as written, and the tensors of its files by their names of today.
+
+    revision: of a hub name; None is the newest.
+    """
 
     name: str
     config: Mapping[str, Any]
     files: tuple[Path, ...]
     tensors: Mapping[str, Stored]
+    revision: str | None = None
 
     @property
     def structure(self) -> dict[str, Any] | None:
@@ -178,7 +182,7 @@ def open_checkpoint(name: str | Path, revision: str | None = None, *, any_family
     if not any_family:
         check_family(config, name)
     files = _weight_files(name, revision)
-    return Checkpoint(str(name), config, tuple(files), _tensors(files))
+    return Checkpoint(str(name), config, tuple(files), _tensors(files), revision)
 
 
 def _weight_files(name: str | Path, revision: str | None) -> list[Path]:

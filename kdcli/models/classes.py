@@ -75,7 +75,7 @@ def check_single_label(config: "PretrainedConfig", name: object, where: str | No
     else:
         return
     raise InputError(
-        f"{name} {what}; kdcli distils single-label classification and regression",
+        f"{name} {what}; kdcli distils, scores and exports single-label classification and regression",
         where=where,
         hint="if that is wrong, correct problem_type in its config.json",
     )

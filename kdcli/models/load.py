@@ -163,14 +163,14 @@ NO_HEAD = {
 def _config_of(checkpoint: Checkpoint) -> "PretrainedConfig":
     config = _plain_config(checkpoint.config, checkpoint.name)
     if config.pad_token_id is None:
-        config.pad_token_id = _padding_of(checkpoint.name)
+        config.pad_token_id = _padding_of(checkpoint.name, checkpoint.revision)
     return config
 
 
-def _padding_of(name: str | Path) -> int:
+def _padding_of(name: str | Path, revision: str | None = None) -> int:
     """Return the padding token of a model's own tokenizer, where its configuration names none."""
     try:
-        number = load_tokenizer(name).pad_token_id
+        number = load_tokenizer(name, revision).pad_token_id
     except InputError:
         number = None
     if number is None:
@@ -427,8 +427,8 @@ def _replace(model: "nn.Module", path: str, module: "nn.Module") -> None:
     setattr(model.get_submodule(parent), attribute, module)
 
 
-def load_tokenizer(name: str | Path) -> Any:
-    """Load the tokenizer of a folder or a hub name. Raises InputError when there is none."""
+def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
+    """Load the tokenizer of a folder or a hub name, at a revision of it. Raises InputError when there is none."""
     from transformers import AutoTokenizer
 
     folder = local_folder(name)
@@ -451,8 +451,8 @@ def load_tokenizer(name: str | Path) -> Any:
         try:
             if folder is None:
                 # Its errors say more of a name that is none.
-                read_config(name)
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+                read_config(name, revision)
+            return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
         except InputError:
             raise
         except Exception as error:

@@ -10,6 +10,7 @@ from torch import nn
 
 from kdcli.errors import RunError
 from kdcli.models.checkpoint import KDCLI_MODEL_TYPE, LOCAL
+from kdcli.models.inputs import INPUTS, inputs_of
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
 from kdcli.models.quiet import quiet_transformers
 
@@ -61,13 +62,19 @@ def round_to_stored(model: "PreTrainedModel") -> None:
             parameter.copy_(rounded)
 
 
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer's files into an existing folder: nothing of where it came from, or of its last call."""
+def save_tokenizer(tokenizer: Any, folder: Path, config: "PretrainedConfig") -> None:
+    """Write a tokenizer's files into an existing folder: nothing of where it came from, or of its last call.
+
+    config: of the model beside it. What is written gives no token types to a model that does not take them; the
+    tokenizer itself is not changed.
+    """
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         backend.no_truncation()
         backend.no_padding()
     tokenizer.save_pretrained(folder)
-    _leave_out(folder / "tokenizer_config.json", PASSING)
+    taken = inputs_of(config)
+    names = [name for name in tokenizer.model_input_names if name not in INPUTS or name in taken]
+    _leave_out(folder / "tokenizer_config.json", PASSING, model_input_names=names)
 
 
 def save_config(config: "PretrainedConfig", folder: Path) -> None:
@@ -88,9 +95,10 @@ PASSING = (
 """What the library writes of a tokenizer's origin and of how it was called last; model_max_length says how long."""
 
 
-def _leave_out(path: Path, keys: Collection[str]) -> None:
+def _leave_out(path: Path, keys: Collection[str], **others: Any) -> None:
+    """Write a JSON file once more, without some keys and with others."""
     written = json.loads(path.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in written.items() if key not in keys}
+    kept = {key: value for key, value in written.items() if key not in keys} | others
     path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -124,4 +132,4 @@ def save_model(model: "PreTrainedModel", folder: Path, tokenizer: Any = None) ->
         # The library leaves them readable to their owner only, beside files that anyone may read.
         file.chmod((folder / "config.json").stat().st_mode & 0o777)
     if tokenizer is not None:
-        save_tokenizer(tokenizer, folder)
+        save_tokenizer(tokenizer, folder, model.config)

@@ -7,6 +7,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from kdcli.errors import InputError
 from kdcli.models.inputs import INPUTS
 from kdcli.tasks.rows import batches_of, stored
 
@@ -22,8 +23,28 @@ def encode(dataset: "Dataset", tokenizer: Any, max_length: int) -> "Dataset":
 
     Pairs are cut from their longer side first, to `max_length` tokens with the special ones.
     """
-    longest = min(max_length, getattr(tokenizer, "model_max_length", max_length))
+    longest = _longest(tokenizer, max_length)
     return stored(_encoded(batch, tokenizer, longest) for batch in batches_of(dataset))
+
+
+def _longest(tokenizer: Any, max_length: int) -> int:
+    return min(max_length, getattr(tokenizer, "model_max_length", max_length))
+
+
+def check_room(tokenizer: Any, max_length: int, *, pair: bool) -> None:
+    """Raise InputError when `max_length` leaves no token for a text, or for each of a pair, beside the special ones.
+
+    Below their number the library cuts nothing at all, without a word.
+    """
+    special, texts = tokenizer.num_special_tokens_to_add(pair), 2 if pair else 1
+    longest = _longest(tokenizer, max_length)
+    if longest < special + texts:
+        raise InputError(
+            f"max_length {longest} leaves no room for text: {special} tokens of a {'pair' if pair else 'text'} are "
+            "special ones",
+            where="task.max_length",
+            hint=f"use at least {special + texts}",
+        )
 
 
 def _encoded(batch: dict[str, list[Any]], tokenizer: Any, longest: int) -> pa.RecordBatch:

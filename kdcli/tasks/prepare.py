@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from kdcli.tasks.base import Task
-from kdcli.tasks.encode import Collator, encode
+from kdcli.tasks.encode import Collator, check_room, encode
 from kdcli.tasks.rows import values_of
 from kdcli.tasks.text import Masker, TextCollator, check_packing, hide_once, pack, token_counts
 
@@ -22,8 +22,9 @@ class Encoded:
 
 
 def check_encoding(task: Task, tokenizer: Any, max_length: int) -> None:
-    """Raise InputError where `encode_task` would; encodes no more than the first texts."""
+    """Raise InputError where a task cannot be encoded, or nothing of its texts would be left; encodes a few at most."""
     if task.masking is None:
+        check_room(tokenizer, max_length, pair=task.is_pair)
         return
     Masker(tokenizer, task.masking, seed=0, counts=torch.ones(len(tokenizer)))
     for rows in (task.train, task.selection):

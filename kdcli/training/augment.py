@@ -30,7 +30,7 @@ from kdcli.objectives.base import Wants
 from kdcli.recipe.schema import FinetuneSection, Recipe, TaskSection, TeacherSection
 from kdcli.tasks.augment import FIELDS, MODEL, NONE, Vocabulary, add_copies, words_of
 from kdcli.tasks.base import Task
-from kdcli.tasks.encode import Collator
+from kdcli.tasks.encode import Collator, check_room
 from kdcli.tasks.load import load_task
 from kdcli.tasks.prepare import check_encoding
 from kdcli.training.capture import Capture
@@ -203,6 +203,7 @@ def start_filler(recipe: Recipe, task: Task, base: Path) -> FillerStart:
         )
     if tokenizer.mask_token_id is None:
         raise InputError(f"the tokenizer of {section.model} has no mask token", where=MODEL)
+    check_room(tokenizer, recipe.task.max_length, pair=False)
     Vocabulary(tokenizer)
     fields = [name for name in FIELDS if name in task.train.column_names]
     if not any(words_of(text) for name in fields for text in task.train[name]):

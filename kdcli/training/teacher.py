@@ -135,7 +135,9 @@ def start_teacher(recipe: Recipe, task: Task, head: str, *, base: Path) -> Teach
     assert source is not None
     torch.manual_seed(seed_of(recipe))
     model = _with_head(recipe, task, source, head)
-    tokenizer = load_tokenizer(resolve_source(section.tokenizer, base) if section.tokenizer else source)
+    # A model's own tokenizer is that of its revision.
+    words = (resolve_source(section.tokenizer, base), None) if section.tokenizer else (source, section.revision)
+    tokenizer = load_tokenizer(*words)
     check_tokenizer(model, tokenizer, recipe.task.max_length)
     _check_numbers(model, "student.model" if section.black_box else "teacher.model")
     if section.black_box:
@@ -264,7 +266,7 @@ def _finetuned(
     }
     folder = cache_dir() / "teachers" / fingerprint(identity)
     origin = section.model or "from scratch"
-    if not refresh and (kept := _kept(folder, identity, head, origin, console)) is not None:
+    if not refresh and (kept := _kept(folder, identity, head, tokenizer, origin, console)) is not None:
         if log is not None:
             main_does(partial(write_curve, kept.training.get("history", []), log))
         return kept
@@ -304,14 +306,20 @@ def _finetuned(
     return Teacher(model, tokenizer, origin=origin, path=folder if agree(bool(written)) else None, training=record)
 
 
-def _kept(folder: Path, identity: dict[str, Any], head: str, origin: str, console: Console) -> Teacher | None:
-    """Return the teacher that the cache holds in `folder`; None when there is none, or it is not as it was written."""
+def _kept(
+    folder: Path, identity: dict[str, Any], head: str, tokenizer: Any, origin: str, console: Console
+) -> Teacher | None:
+    """Return the teacher that the cache holds in `folder`; None when there is none, or it is not as it was written.
+
+    tokenizer: the one that it was trained with, as the recipe gives it. That of the folder gives what this model
+    takes, and a student may take more.
+    """
     if not agree(is_sealed(folder)):
         return None
     found, problem = None, agree(check_manifest(folder, identity))
     if problem is None:
         try:
-            model, tokenizer = load_model(str(folder), task=head), load_tokenizer(str(folder))
+            model = load_model(str(folder), task=head)
             check_weights(model, "the teacher")
             record = json.loads((folder / "kdcli.json").read_text(encoding="utf-8"))["training"]
             found = Teacher(model, tokenizer, origin=origin, path=folder, training=record)

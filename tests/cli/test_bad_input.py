@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROWS, World
+from families import tiny, tokenizer
 from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
+from kdcli.models.save import save_model
 from kdcli.runs import open_run
 
 Prepare = Callable[[World], list[str]]
@@ -30,9 +32,9 @@ def case(*words: str) -> Callable[[Prepare], Prepare]:
     return add
 
 
-def edit_config(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+def edit_config(folder: Path, *, file: str = "config.json", **changes: object) -> None:
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**config, **changes}))
 
 
 # The recipe
@@ -492,6 +494,30 @@ def tokenizer_broken(world: World) -> list[str]:
     return ["distill", world.recipe()]
 
 
+@case("task.max_length", "max_length 2 leaves no room for text: 2 tokens of a text are special ones", "use at least 3")
+def texts_without_room(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(task={"max_length": 2})]
+
+
+@case("task.max_length", "max_length 2 leaves no room for text", "use at least 3")
+def texts_without_room_in_the_model_that_fills_words(world: World) -> list[str]:
+    world.model()
+    edit_config(world.model("filler", "filler"), file="tokenizer_config.json", model_max_length=2)
+    return ["distill", world.recipe(task={"augment": {"model": "./filler"}})]
+
+
+def write_pairs(world: World) -> None:
+    world.csv("pairs.csv", [(text, f"the film is {label}", label) for text, label in ROWS], "a,b,label")
+
+
+@case("task.max_length", "max_length 4 leaves no room for text: 3 tokens of a pair are special ones", "use at least 5")
+def pairs_without_room(world: World) -> list[str]:
+    world.model()
+    write_pairs(world)
+    return ["distill", world.recipe(task={"data": "pairs.csv", "text": ["a", "b"], "max_length": 4})]
+
+
 @case("task.max_length", "max_length 256", "130 positions", "use at most 128")
 def longer_texts_than_the_teacher_reads(world: World) -> list[str]:
     world.model()
@@ -892,12 +918,12 @@ def eval_of_a_token_classifier(world: World) -> list[str]:
     return ["eval", str(world.model("tagger", "tagger")), "--task", "reviews"]
 
 
-@case("MODEL", "is a multi-label model")
+@case("MODEL", "is a multi-label model; kdcli distils, scores and exports single-label classification")
 def eval_of_a_multi_label_model(world: World) -> list[str]:
     return ["eval", str(world.model("multi-label", "many")), "--data", "rows.csv", "--text", "text"]
 
 
-@case("MODEL", "is a multi-label model")
+@case("MODEL", "is a multi-label model; kdcli distils, scores and exports single-label classification")
 def export_of_a_multi_label_model(world: World) -> list[str]:
     return ["export", str(world.model("multi-label", "many")), "--onnx", "--out", "served", "--no-latency"]
 
@@ -918,6 +944,25 @@ def eval_without_a_padding_token(world: World) -> list[str]:
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({key: value for key, value in settings.items() if key != "pad_token"}))
     return ["eval", "./mute", "--data", "rows.csv", "--text", "text"]
+
+
+@case("--max-length", "max_length 1 leaves no room for text: 2 tokens of a text are special ones", "use at least 3")
+def eval_without_room_for_text(world: World) -> list[str]:
+    return ["eval", str(world.model()), "--data", "rows.csv", "--text", "text", "--max-length", "1"]
+
+
+@case("--max-length", "max_length 4 leaves no room for text: 3 tokens of a pair are special ones", "use at least 5")
+def eval_without_room_for_both_texts_of_a_pair(world: World) -> list[str]:
+    write_pairs(world)
+    return ["eval", str(world.model()), "--data", "pairs.csv", "--text", "a,b", "--max-length", "4"]
+
+
+@case("task.max_length", "max_length 0 leaves no room for text")
+def export_of_a_model_without_room_for_text(world: World) -> list[str]:
+    """Put a model there that has positions for fewer tokens than batches are padded to."""
+    (world.folder / "short").mkdir()
+    save_model(tiny("bert", labels=2, max_position_embeddings=5), world.folder / "short", tokenizer())
+    return ["export", "./short", "--onnx", "--out", "served", "--no-latency", "--task", "reviews"]
 
 
 @case("--task", "which task", "give --task NAME")
@@ -1102,6 +1147,12 @@ def plain_text_in_a_file_of_another_kind(world: World) -> list[str]:
 @case("finetune[0].task.max_length", "max_length 256 is more than the 130 positions")
 def a_task_to_fine_tune_on_with_longer_texts_than_the_model_reads(world: World) -> list[str]:
     own = {"name": "own", "data": "rows.csv", "text": "text", "max_length": 256}
+    return ["distill", text_recipe(world, finetune=[{"task": own}])]
+
+
+@case("finetune[0].task.max_length", "max_length 2 leaves no room for text", "use at least 3")
+def a_task_to_fine_tune_on_without_room_for_text(world: World) -> list[str]:
+    own = {"name": "own", "data": "rows.csv", "text": "text", "max_length": 2}
     return ["distill", text_recipe(world, finetune=[{"task": own}])]
 
 

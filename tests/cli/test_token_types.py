@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import World
 from families import NAMES, tiny, tokenizer
+from transformers import AutoTokenizer, pipeline
 
 from kdcli.export.session import OnnxModel
 from kdcli.models.inputs import model_inputs
@@ -26,7 +27,9 @@ def pairs(world: World) -> World:
 def keep(world: World, family: str, **settings: object) -> Path:
     """Put a tiny classifier with the tokenizer of a BERT, which knows two types, into `teacher`."""
     (world.folder / "teacher").mkdir()
-    save_model(tiny(family, **CLASSES, **settings), world.folder / "teacher", tokenizer())
+    save_model(tiny(family, **CLASSES, **settings), world.folder / "teacher")
+    # As others save it: its types with it.
+    tokenizer().save_pretrained(world.folder / "teacher")
     return world.folder / "teacher"
 
 
@@ -68,6 +71,59 @@ def test_without_a_task_the_graph_is_checked_on_pairs_where_there_are_types(fami
     assert typed == (family in ("bert", "electra", "deberta-v2"))
     assert ("pairs" in exported.json["parity"]["inputs"]) == typed
     agree(folder, pairs.folder / "graph")
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert"])
+def test_what_is_kept_reads_pairs_in_the_library_alone(family: str, pairs: World):
+    keep(pairs, family, type_vocab_size=1)
+    # A fine-tuned teacher is kept in the cache.
+    recipe = pairs.recipe(
+        task={"data": "pairs.csv", "text": ["a", "b"]},
+        teacher={"finetune": {"max_steps": 1}},
+        export={"onnx": True, "runs": 1, "batch_sizes": [1], "sequence_lengths": [8]},
+    )
+    done = pairs.call("distill", recipe, "--json")
+    assert done.code == 0, done.err
+    run = pairs.folder / "runs" / "recipe"
+    assert pairs.call("overparam", run / "student", "--out", "wide", "--length", "1").code == 0
+    assert pairs.call("contract", "wide", "--out", "plain").code == 0
+    pair = {"text": "a fine film", "text_pair": "so moving"}
+    teacher = Path(done.json["teacher_path"])
+    for folder in (run / "student", pairs.folder / "plain", teacher):
+        assert set(pipeline("text-classification", str(folder))(pair)) == {"label", "score"}
+    for folder in (run / "student", run / "onnx", pairs.folder / "wide", pairs.folder / "plain", teacher):
+        batch = AutoTokenizer.from_pretrained(folder)(pair["text"], pair["text_pair"])
+        assert list(batch) == ["input_ids", "attention_mask"]
+    assert sorted(batch) == sorted(OnnxModel(run / "onnx").inputs)
+
+
+def test_a_tokenizer_in_use_is_not_changed_by_saving_it(tmp_path: Path):
+    words = tokenizer()
+    before = words("a fine film", "so moving")
+    save_model(tiny("roberta"), tmp_path, words)
+    assert dict(words("a fine film", "so moving")) == dict(before)
+    assert 1 in before["token_type_ids"]
+
+
+def test_a_student_with_types_keeps_them_beside_a_teacher_without(pairs: World):
+    keep(pairs, "bert", type_vocab_size=1)
+    (pairs.folder / "start").mkdir()
+    save_model(tiny("bert", **CLASSES), pairs.folder / "start", tokenizer())
+    recipe = pairs.recipe(
+        "student",
+        task={"data": "pairs.csv", "text": ["a", "b"]},
+        teacher={"finetune": {"max_steps": 1}},
+        student={"form": "checkpoint", "model": "./start"},
+    )
+    found = []
+    for place in ("first", "second"):
+        done = pairs.call("distill", recipe, "--output", place)
+        assert done.code == 0, done.err
+        assert ("fine-tuned before" in done.err) == (place == "second")
+        folder = pairs.folder / place / "recipe" / "student"
+        found.append({path.name: path.read_bytes() for path in folder.iterdir()})
+        assert "token_type_ids" in AutoTokenizer.from_pretrained(folder)("a fine film", "so moving")
+    assert found[0] == found[1]
 
 
 def test_a_type_beyond_the_models_becomes_the_first(pairs: World):
