@@ -64,8 +64,9 @@ class Prepared:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know about the data, of the tasks of `[[finetune]]` with their names."""
-        return [*self.task.notes, *(f"{task.name}: {note}" for task in self.downstream for note in task.notes)]
+        """What a user should know about the data, of the tasks of `[[finetune]]` with their names, and the teacher."""
+        downstream = [f"{task.name}: {note}" for task in self.downstream for note in task.notes]
+        return [*self.task.notes, *downstream, *self.teacher.notes]
 
 
 def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:

@@ -172,7 +172,6 @@ def section_of_data(
     *,
     text: str | None,
     label: str | None,
-    labels: list[str] | None,
     delimiter: str | None,
     encoding: str | None,
 ) -> TaskSection:
@@ -198,7 +197,7 @@ def section_of_data(
                 given[field] = parse(given[field])
             except ValueError as error:
                 raise InputError(str(error), where=f"--{field}") from error
-    given |= {"label": label, "labels": labels}
+    given["label"] = label
     chosen = {name: value for name, value in given.items() if value is not None}
     section = TaskSection.model_validate({"name": "data", "data": str(path), "text": columns, **kept, **chosen})
     return section.model_copy(update={"name": path.stem})

@@ -35,7 +35,11 @@ def evaluate(
     ] = None,
     labels: Annotated[
         str | None,
-        typer.Option("--labels", help="The model's classes in its own order, by the task's names, with commas."),
+        typer.Option(
+            "--labels",
+            help="Names of classes, with commas: the model's own in the order of the integers in --data; or, for a "
+            "model without names or with other ones, the task's words in the model's order.",
+        ),
     ] = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="A model to compare with.")] = None,
     protocol: Annotated[Protocol | None, typer.Option("--protocol")] = None,
@@ -107,9 +111,7 @@ def evaluate(
         section, evaluate_section, base = choose_task(choice, task, protocol=protocol.value if protocol else None)
     else:
         own = choose_task(choice, None)[0] if choice.run is not None else None
-        section = section_of_data(
-            data, own, text=text, label=label, labels=names, delimiter=delimiter, encoding=encoding
-        )
+        section = section_of_data(data, own, text=text, label=label, delimiter=delimiter, encoding=encoding)
         section = section.model_copy(update={"max_length": own.max_length if own is not None else 128})
     from rich.table import Table
 
@@ -117,20 +119,20 @@ def evaluate(
     from kdcli.evaluation.comparison import described_set
     from kdcli.evaluation.score import evaluate_model, primary_score
     from kdcli.gates import Limits
-    from kdcli.models.classes import name_classes
     from kdcli.models.finite import at_fault
+    from kdcli.tasks.labels import name_outputs, note_of_order
     from kdcli.tasks.load import load_rows, load_task
     from kdcli.tasks.metrics import shown
     from kdcli.tasks.prepare import check_encoding
     from kdcli.training.teacher import align_labels
 
     contestant, tokenizer = load_contestant(choice.model)
-    if names is not None:
-        name_classes(contestant.config, names, "--labels")
     if data is not None:
         with as_options():
-            loaded = load_rows(section, contestant.config, limit=max_samples)
+            loaded = load_rows(section, contestant.config, names=names, limit=max_samples)
     else:
+        if names is not None:
+            name_outputs(contestant.config, names, "--labels")
         loaded = load_task(section, evaluate_section, base=base, limit=max_samples)
     for note in loaded.notes:
         info(f"note: {note}")
@@ -139,7 +141,7 @@ def evaluate(
         beside = choose_model(teacher, task).model
         models["teacher"] = (beside, *load_contestant(beside, "--teacher"))
         if of_run and choice.recipe is not None and (named := choice.recipe.teacher.labels) is not None:
-            name_classes(models["teacher"][1].config, named, "--teacher")
+            name_outputs(models["teacher"][1].config, named, "--teacher")
     document: dict = {"task": loaded.name, "primary": loaded.primary, "metrics": {}}
     scores = {}
     for role, (name, one, words) in models.items():
@@ -151,6 +153,9 @@ def evaluate(
                 where="--max-length",
                 hint=f"use at most {limit}",
             )
+        remedy = "--labels says otherwise" if one is contestant else "id2label in its config.json says otherwise"
+        if order_taken := note_of_order(one.config, loaded.label_names, name, remedy):
+            info(f"note: {order_taken}")
         with as_options(place):
             aligned = align_labels(one, loaded)
             check_encoding(loaded, words, limit)

@@ -19,6 +19,15 @@ def class_names_of(config: "PretrainedConfig") -> list[str]:
     return [str(names[i]) for i in sorted(names)]  # type: ignore[index, type-var]
 
 
+def equal_names(names: Sequence[str]) -> str | None:
+    """Return the words that say which two classes have the same name, such as "classes 0 and 2 are both named 'no'"."""
+    first: dict[str, int] = {}
+    for number, name in enumerate(names):
+        if first.setdefault(name, number) != number:
+            return f"classes {first[name]} and {number} are both named {name!r}"
+    return None
+
+
 def name_classes(config: "PretrainedConfig", names: Sequence[str], where: str) -> None:
     """Give a model's classes names, in place. Raises InputError when there are not as many."""
     if len(names) != config.num_labels:
@@ -27,6 +36,8 @@ def name_classes(config: "PretrainedConfig", names: Sequence[str], where: str) -
             where=where,
             hint="name all of them, in the model's order",
         )
+    if twice := equal_names(names):
+        raise InputError(f"{twice}: each class needs a name of its own", where=where)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from kdcli.errors import InputError
 from kdcli.models.anatomy import anatomy_of, blocks_of
-from kdcli.models.classes import check_single_label, class_names_of, reorder_classes
+from kdcli.models.classes import check_single_label, class_names_of, equal_names, reorder_classes
 from kdcli.models.finite import at_fault, check_weights
 from kdcli.models.heads import head_of
 from kdcli.models.load import has_head, load_model, without_pooler
@@ -18,7 +18,7 @@ from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, factorise
 from kdcli.models.save import stored_type
 from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import OverparamSection, StudentSection
-from kdcli.tasks.labels import listed, matching_order
+from kdcli.tasks.labels import listed, matching_order, note_of_order
 from kdcli.words import counted
 
 if TYPE_CHECKING:
@@ -212,6 +212,9 @@ def _checkpoint(teacher: "PreTrainedModel", section: StudentSection) -> StudentB
     if has_head(section.model, head):
         student = load_model(section.model, task=head)
         if head == "sequence-classification":
+            remedy = "id2label in its config.json says otherwise"
+            if note := note_of_order(student.config, class_names_of(classes), section.model, remedy):
+                notes.append(note)
             _align_to(student, classes, section.model)
     else:
         labels: dict[str, Any] = {}
@@ -248,8 +251,11 @@ def _align_to(student: "PreTrainedModel", classes: "PretrainedConfig", name: str
     if len(wanted) > 1:
         order = matching_order(own, wanted)
         if order is None:
+            twice = equal_names(own)
             raise InputError(
-                f"the classes of {name} ({listed(own)}) are not the task's labels ({listed(wanted)})",
+                f"{name}: {twice}"
+                if twice
+                else f"the classes of {name} ({listed(own)}) are not the task's labels ({listed(wanted)})",
                 where="student.model",
                 hint="give its classes the task's names: id2label in its config.json, in the model's own order",
             )

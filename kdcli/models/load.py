@@ -105,11 +105,10 @@ def _plain_config(raw: Mapping[str, Any], name: str | Path) -> "PretrainedConfig
     settings = {key: value for key, value in raw.items() if key not in ("model_type", "kdcli", *LOCAL)}
     own = raw.get("kdcli")
     family = own["base_model_type"] if is_structured(raw) and own else raw["model_type"]
-    names = settings.get("id2label")
     try:
-        if isinstance(names, dict):
-            settings["id2label"] = {int(number): str(text) for number, text in names.items()}
-            settings["label2id"] = {text: number for number, text in settings["id2label"].items()}
+        if (names := _class_names(settings)) is not None:
+            settings["id2label"] = names
+            settings["label2id"] = {text: number for number, text in names.items()}
         config: PretrainedConfig = AutoConfig.for_model(family, **settings)
     except Exception as error:
         # What a broken config.json makes the library raise has no common type.
@@ -117,6 +116,17 @@ def _plain_config(raw: Mapping[str, Any], name: str | Path) -> "PretrainedConfig
     if sorted(config.id2label or {}) != list(range(len(config.id2label or {}))):
         raise InputError(f"{name}: id2label in its config.json does not number the classes from 0")
     return config
+
+
+def _class_names(raw: Mapping[str, Any]) -> dict[int, str] | None:
+    """Return the names of the classes by their numbers, where a config.json has either table of them."""
+    names, numbers = raw.get("id2label"), raw.get("label2id")
+    if isinstance(names, dict):
+        return {int(number): str(text) for number, text in names.items()}
+    # The library itself reads id2label alone.
+    if isinstance(numbers, dict) and len({int(number) for number in numbers.values()}) == len(numbers):
+        return {int(number): str(text) for text, number in numbers.items()}
+    return None
 
 
 def load_model(
@@ -236,11 +246,11 @@ def _fit_outputs(model: "PreTrainedModel", checkpoint: Checkpoint) -> bool:
     if outputs == model.config.num_labels:
         return False
     raw = checkpoint.config
-    if raw.get("id2label") is not None or raw.get("num_labels") is not None:
+    if any(raw.get(key) is not None for key in ("id2label", "label2id", "num_labels")):
         raise InputError(
             f"{checkpoint.name}: the weights have {outputs} output{'s' * (outputs != 1)} ({key}), config.json says "
             f"{model.config.num_labels}",
-            hint="correct id2label (or num_labels) in config.json",
+            hint="correct id2label (or label2id, num_labels) in config.json",
         )
     model.config.num_labels = outputs
     return True
@@ -352,6 +362,8 @@ def _load_remote(
     changes = {key: value for key, value in labels.items() if key != "label_names"}
     if names := labels.get("label_names"):
         changes |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    elif checkpoint.config.get("id2label") is None and (known := _class_names(checkpoint.config)) is not None:
+        changes["id2label"] = known
     code = {"revision": revision, "trust_remote_code": True}
     with quiet_transformers():
         try:

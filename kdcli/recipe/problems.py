@@ -232,16 +232,22 @@ def describe(annotation: Any, *, many: bool = False) -> str:
         quoted = [json.dumps(choice) for choice in get_args(kind)]
         return quoted[0] if len(quoted) == 1 else f"one of {', '.join(quoted)}"
     if origin is list:
-        size = [limit for limit in limits if limit[0] == "entries"]
+        least, most = (dict(limits).get(name) for name in ("entries from", "entries to"))
         inside = describe(get_args(kind)[0], many=True)
-        count = f"{size[0][1]} " if size else ""
+        count = ""
+        if least == most and least is not None:
+            count = f"{least} "
+        elif least is not None:
+            count = f"{least} to {most} " if most is not None else f"{least} or more "
+        elif most is not None:
+            count = f"at most {most} "
         return f"{'arrays' if many else 'an array'} of {count}{inside}"
     if origin is dict or (isinstance(kind, type) and issubclass(kind, BaseModel)):
         return "tables" if many else "a table"
     if kind not in _NOUNS:
         return ""
     noun = _NOUNS[kind][many]
-    limit = " ".join(f"{word} {_figure(value)}" for word, value in limits if word != "entries")
+    limit = " ".join(f"{word} {_figure(value)}" for word, value in limits if not word.startswith("entries"))
     return f"{noun} {limit}" if limit else noun
 
 
@@ -267,9 +273,9 @@ def _unwrap(annotation: Any) -> tuple[Any, list[tuple[str, Any]]]:
                         ("to" if "from" in dict(limits) else "and at most" if limits else "of at most", constraint.le)
                     )
                 elif isinstance(constraint, MinLen):
-                    limits.append(("entries", constraint.min_length))
+                    limits.append(("entries from", constraint.min_length))
                 elif isinstance(constraint, MaxLen):
-                    limits.append(("entries", constraint.max_length))
+                    limits.append(("entries to", constraint.max_length))
     return annotation, limits
 
 

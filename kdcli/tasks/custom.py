@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,18 @@ import pyarrow as pa
 from kdcli.errors import InputError
 from kdcli.recipe.schema import TaskSection
 from kdcli.tasks.files import Column, Columns, chunked
-from kdcli.tasks.labels import are_numbers_of, clean_name, listed, look_alikes
+from kdcli.tasks.labels import are_numbers_of, clean_name, listed, look_alikes, nearest
 from kdcli.tasks.rows import TEXT
 from kdcli.words import counted
 
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
-COMMA_NUMBER = re.compile(r"\s*[+-]?\d+([.,]\d+)?\s*", re.ASCII)
+WRITTEN_NUMBER = re.compile(
+    r"\s*[+-]?(\d+([.,]\d+)?|\d{1,3}(\.\d{3})+(,\d+)?|\d{1,3}(,\d{3})+(\.\d+)?)\s*%?\s*", re.ASCII
+)
+"""Numbers as people write them: decimal commas, grouped thousands, per cent."""
+
+MOST = 0.8
+"""The share of labels that look like numbers from which the others are remarked on."""
 
 
 def need_column(columns: Columns, name: str, what: str, source: str) -> Column:
@@ -40,11 +46,11 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def infer_kind(labels: Column, section: TaskSection, source: str) -> str:
+def infer_kind(labels: Column, section: TaskSection, source: str, notes: list[str]) -> str:
     """Return "regression" for numbers with fractions among them, else "classification".
 
-    `task.type` decides when given, and so does `task.labels`. Raises InputError when they contradict each other, and
-    for numbers with decimal commas, which would be a class each.
+    `task.type` decides when given, and so does `task.labels`. notes: takes a warning about scores that become classes.
+    Raises InputError when they contradict each other, and for numbers with commas, which would be a class each.
     """
     if section.labels is not None:
         if section.type == "regression":
@@ -56,13 +62,45 @@ def infer_kind(labels: Column, section: TaskSection, source: str) -> str:
     if all(isinstance(value, int | float) or NUMBER.fullmatch(str(value)) for value in given):
         return "classification" if all(float(value).is_integer() for value in given) else "regression"
     commas = [str(value) for value in given if "," in str(value)]
-    if commas and all(COMMA_NUMBER.fullmatch(str(value)) for value in given):
+    if commas and all(_is_number(value) for value in given):
         raise InputError(
             f"{source}: the labels look like numbers with decimal commas, such as {min(commas)!r}",
             where="task.label",
             hint='write scores with decimal points (3.5), or give type = "classification" if they name classes',
         )
+    if note := _note_of_numbers(labels):
+        notes.append(f"{source}: {note}")
     return "classification"
+
+
+def _is_number(value: Any) -> bool:
+    """True for a number, and for a text that is one to a reader: 3.5, "3,5", "1.234,5", "3,5 %"."""
+    text = str(value)
+    return not isinstance(value, bool) and bool(NUMBER.fullmatch(text) or WRITTEN_NUMBER.fullmatch(text))
+
+
+def _note_of_numbers(labels: Column) -> str | None:
+    """Return the note about classes that look like scores: most labels are numbers, and not whole ones alone."""
+    found: dict[Any, bool] = {}
+    numbers, total, odd, whole = 0, 0, None, True
+    for row, value in enumerate(labels, 1):
+        if is_missing(value):
+            continue
+        key = (type(value), _hashable(value))
+        if key not in found:
+            found[key] = _is_number(value)
+            whole = whole and not (found[key] and not re.fullmatch(r"\s*[+-]?\d+(\.0*)?\s*", str(value), re.ASCII))
+        total += 1
+        numbers += found[key]
+        if odd is None and not found[key]:
+            odd = (value, row)
+    if whole or numbers < MOST * total:
+        return None
+    first = f"; the first that does not is {odd[0]!r} in row {odd[1]}" if odd is not None else ""
+    return (
+        f"{numbers:,} of {total:,} labels look like numbers{first}. Each value is a class of its own; task.type = "
+        '"regression" needs numbers with decimal points'
+    )
 
 
 def _hashable(value: Any) -> Any:
@@ -167,7 +205,7 @@ def _number(value: Any, row: int, source: str) -> float:
 def _class_names(values: Column, known: Sequence[str], source: str, notes: list[str]) -> list[str]:
     """Return the name of each row's class. known: the classes in order, where the recipe names them.
 
-    Integers from 0 that are no names themselves count the known classes. What was cleaned goes into `notes`.
+    What was cleaned goes into `notes`.
     """
     # By type, too: True and 1 are equal.
     names: dict[tuple[type, Any], str] = {}
@@ -190,9 +228,12 @@ def _class_names(values: Column, known: Sequence[str], source: str, notes: list[
             f"{source}: {cleaned.total():,} labels have {what}: {repr(name) if spaced else ascii(name)} is read as "
             f"{clean_name(name)!r}"
         )
-    if known and are_numbers_of(set(found), known):
-        return [known[int(name)] for name in found]
     return found
+
+
+def named_integers(labels: list[str], known: Sequence[str]) -> list[str] | None:
+    """Return the names of classes that integers from 0 count; None for labels that are no such integers."""
+    return [known[int(label)] for label in labels] if known and are_numbers_of(set(labels), known) else None
 
 
 def _class_name(value: Any, known: Sequence[str]) -> str:
@@ -237,8 +278,13 @@ def class_names(labels: Sequence[str], section: TaskSection, source: str, notes:
             f"{source}: the classes {' and '.join(map(repr, group))} differ in case or spacing only; are they one? "
             "Make them equal, or list both in task.labels"
         )
-    numeric = all(re.fullmatch(r"-?\d+", name, re.ASCII) for name in present)
-    return tuple(sorted(present, key=lambda name: (int(name) if numeric else 0, name)))
+    return in_order(present)
+
+
+def in_order(names: Collection[str]) -> tuple[str, ...]:
+    """Return the names of classes sorted, numbers as numbers."""
+    numeric = all(re.fullmatch(r"-?\d+", name, re.ASCII) for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if numeric else 0, name)))
 
 
 def to_ids(
@@ -258,6 +304,8 @@ def to_ids(
     strange = sorted(set(labels) - place.keys())
     if strange:
         raise InputError(
-            f"{source} has the label {strange[0]!r}, which {owner} ({listed(names, strange[0])})", where=where
+            f"{source} has the label {strange[0]!r}, which {owner} ({listed(names, strange[0])})",
+            where=where,
+            hint=f"did you mean {near!r}?" if (near := nearest(strange[0], names)) is not None else None,
         )
     return np.fromiter((place[label] for label in labels), np.int64, len(labels))

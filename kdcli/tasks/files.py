@@ -143,10 +143,16 @@ def open_text(path: Path, encoding: str | None, *, newline: str | None = None, e
     return path.open(encoding="utf-8-sig" if codec == "utf-8" else codec, newline=newline, errors=errors)
 
 
-def _looks_wide(path: Path) -> bool:
+def _looks_wide(path: Path) -> str | None:
+    """Return the encoding of a file that looks like UTF-16; None for one that does not."""
     with path.open("rb") as file:
         start = file.read(1000)
-    return start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if b"\0" not in start:
+        return None
+    # Without a byte order mark: the upper half of most characters is zero.
+    return "utf-16-be" if start[::2].count(0) > start[1::2].count(0) else "utf-16-le"
 
 
 def undecodable(path: Path, kind: str, encoding: str | None, where: str) -> InputError:
@@ -154,12 +160,12 @@ def undecodable(path: Path, kind: str, encoding: str | None, where: str) -> Inpu
     is_utf8 = codecs.lookup(encoding or "utf-8").name == "utf-8"
     # Valid UTF-8 has no lone surrogates, which bytes that are none are read as.
     errors, marks = ("surrogateescape", {chr(c) for c in range(0xDC80, 0xDD00)}) if is_utf8 else ("replace", {"\ufffd"})
-    wide, line = is_utf8 and _looks_wide(path), 1
+    wide, line = _looks_wide(path) if is_utf8 else None, 1
     if not wide:
         with open_text(path, encoding, newline="", errors=errors) as file, contextlib.suppress(UnicodeError):
             line = next((number for number, text in enumerate(file, 1) if marks & set(text)), 1)
     said = "looks like UTF-16" if wide else f"its bytes are not {(encoding or 'UTF-8')}"
-    right = "utf-16" if wide else "latin-1"
+    right = wide or "latin-1"
     return InputError(
         f"{path}:{line} is not readable as {kind}: {said}",
         where=where,

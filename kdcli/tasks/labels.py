@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from kdcli.errors import InputError
-from kdcli.models.classes import class_names_of
+from kdcli.models.classes import class_names_of, equal_names, name_classes
 from kdcli.words import counted
 
 if TYPE_CHECKING:
@@ -38,6 +38,11 @@ def look_alikes(names: Iterable[str]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
+def hint_of_look_alikes(group: Sequence[str]) -> str:
+    """Return the question about names that look like one class."""
+    return f"{' and '.join(map(repr, group))} differ in case or spacing only: if they are one class, make them equal"
+
+
 def listed(names: Sequence[object], wanted: object = None) -> str:
     """Return names for a message: all of a few; of many the five nearest to `wanted`, or the first five."""
     texts = [str(name) for name in names]
@@ -50,6 +55,15 @@ def listed(names: Sequence[object], wanted: object = None) -> str:
         forms.setdefault(text.casefold(), text)
     near = difflib.get_close_matches(str(wanted).casefold(), forms, n=5, cutoff=0.0)
     return f"{len(texts):,} classes; the nearest are {', '.join(forms[form] for form in near)}"
+
+
+def nearest(name: str, names: Sequence[str]) -> str | None:
+    """Return the one of `names` that another may have meant: a look-alike, or one of nearly the same letters."""
+    for group in look_alikes([name, *names]):
+        if name in group:
+            return next(other for other in group if other != name)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    return near[0] if near and not re.search(r"\d", name) else None
 
 
 def is_unnamed(names: Sequence[str]) -> bool:
@@ -83,12 +97,49 @@ def matching_order(names: Sequence[str], wanted: Sequence[str]) -> list[int] | N
 
     A model with the library's own names is taken to have the wanted order.
     """
-    if len(names) != len(wanted):
+    order = named_order(names, wanted)
+    return list(range(len(names))) if order is None and _takes_order(names, wanted) else order
+
+
+def named_order(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
+    """Return the place in `names` of each of the `wanted` ones; None where they are not the same names."""
+    found = places_of(wanted, names) if len(names) == len(wanted) else None
+    if found is None or len(set(found.values())) != len(names):
         return None
-    found = places_of(wanted, names)
-    if found is not None and len(set(found.values())) == len(names):
-        return [found[label] for label in wanted]
-    return list(range(len(names))) if is_unnamed(names) else None
+    return [found[label] for label in wanted]
+
+
+def _takes_order(names: Sequence[str], wanted: Sequence[str]) -> bool:
+    return len(names) == len(wanted) and is_unnamed(names) and named_order(names, wanted) is None
+
+
+def note_of_order(config: "PretrainedConfig", wanted: Sequence[str], owner: object, remedy: str) -> str | None:
+    """Return the note about a trained model whose classes have no names, and so get the `wanted` ones in their order.
+
+    None for a model that names them, and where the wanted ones are the numbers of the classes. owner: the model.
+    remedy: what says otherwise, such as "teacher.labels says otherwise".
+    """
+    if not _takes_order(class_names_of(config), wanted) or list(wanted) == [str(i) for i in range(len(wanted))]:
+        return None
+    return f"{owner} does not name its classes: taken in the order {listed(wanted)}; {remedy}"
+
+
+def name_outputs(config: "PretrainedConfig", names: Sequence[str], where: str) -> None:
+    """Give a model's classes the names that a user says they have, in the model's order, in place.
+
+    where: the field or option that has them. Raises InputError when there are not as many, and for the model's own
+    names in another order.
+    """
+    own = class_names_of(config)
+    order = named_order(own, names)
+    if order is not None and order != list(range(len(own))):
+        raise InputError(
+            f"the model names its classes already: {listed(own)}; {listed(names)} are the same names in another order",
+            where=where,
+            hint="leave it out: classes match by their names; if the model's own are wrong, correct id2label in its "
+            "config.json",
+        )
+    name_classes(config, names, where)
 
 
 def label_permutation(config: "PretrainedConfig", task: "Task") -> list[int] | None:
@@ -105,17 +156,20 @@ def label_permutation(config: "PretrainedConfig", task: "Task") -> list[int] | N
             )
         return None
     names = class_names_of(config)
+    alike = look_alikes(task.label_names)
     if len(names) != len(task.label_names):
         raise InputError(
             f"the model has {counted(len(names), 'class', 'classes')} ({listed(names)}), task {task.name} has "
             f"{len(task.label_names)} ({listed(task.label_names)})",
             where="teacher.model",
-            hint="fine-tune it on this task: [teacher.finetune]",
+            hint=hint_of_look_alikes(alike[0]) if alike else "fine-tune it on this task: [teacher.finetune]",
         )
     order = matching_order(names, task.label_names)
     if order is not None:
         return order
     hint = "name them in the model's order: teacher.labels = [...], with the task's words"
+    if twice := equal_names(names):
+        raise InputError(f"the model's {twice}", where="teacher.labels", hint=hint)
     if are_numbers_of(task.label_names, names):
         hint = (
             "names for the integers, in their order: task.labels = [...]; or the task's integers for the model's "

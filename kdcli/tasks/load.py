@@ -12,12 +12,21 @@ import numpy as np
 import pyarrow as pa
 
 from kdcli.errors import InputError
+from kdcli.models.classes import equal_names
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks import custom, synthetic, text
 from kdcli.tasks.base import Masking, Task
 from kdcli.tasks.files import Column, Columns, chunked, read_file, read_hub
 from kdcli.tasks.glue import GLUE, HUB, GlueTask
-from kdcli.tasks.labels import are_numbers_of, class_names_of, is_unnamed, listed, places_of
+from kdcli.tasks.labels import (
+    are_numbers_of,
+    class_names_of,
+    is_unnamed,
+    listed,
+    name_outputs,
+    named_order,
+    places_of,
+)
 from kdcli.tasks.metrics import ERRORS, known
 from kdcli.tasks.rows import TEXT, chunks_of, stored, stored_table
 from kdcli.words import counted
@@ -119,6 +128,7 @@ def _task(
     test: pa.Table | None = None,
     limit: int | None = None,
     notes: Sequence[str] = (),
+    trains: bool = True,
 ) -> Task:
     if section.metrics is not None:
         fitting = known(kind)
@@ -162,6 +172,9 @@ def _task(
         f"the {name} set has {count} row{'s' if count > 1 else ''} only: a score on it says little"
         for name, count in few.items()
     ]
+    if trains and labels and (unseen := set(range(len(labels))) - set(train.column("label").unique().to_pylist())):
+        absent = [labels[number] for number in sorted(unseen)]
+        remarks.append(f"no training rows of {counted(len(absent), 'class', 'classes')}: {listed(absent)}")
     report = {name: _subset(rows, limit, section.split_seed) for name, rows in report.items()}
     splits = {"train": train, "selection": selection, **{f"report-{k}": v for k, v in report.items()}}
     return Task(
@@ -295,13 +308,15 @@ def _custom(section: TaskSection, evaluate: EvaluateSection, base: Path, limit: 
     notes: list[str] = []
     raw, source = _raw_splits(section, base, notes)
     label = custom.need_column(raw["train"], section.label or "label", "label", source)
-    kind = custom.infer_kind(label, section, source)
+    kind = custom.infer_kind(label, section, source, notes)
     files = {name: getattr(section, name, None) or source for name in raw}
     # What was read is let go of, file by file.
     cleaned = {name: custom.clean_rows(raw.pop(name), section, kind, files[name], notes) for name in list(raw)}
     labels: dict[str, Any] = {name: values for name, (_, values) in cleaned.items()}
     names: tuple[str, ...] = ()
     if kind == "classification":
+        known = custom.known_names(section)
+        labels = {name: custom.named_integers(values, known) or values for name, values in labels.items()}
         names = custom.class_names(labels["train"], section, source, notes)
         labels = {name: custom.to_ids(values, names, files[name]) for name, values in labels.items()}
     elif len(set(labels["train"])) < 2:
@@ -378,11 +393,14 @@ def _split(rows: pa.Table, section: TaskSection, kind: str) -> tuple[pa.Table, p
     return train.drop_columns("chosen"), rows.take(held)
 
 
-def load_rows(section: TaskSection, config: Any, *, limit: int | None = None) -> Task:
+def load_rows(
+    section: TaskSection, config: Any, *, names: Sequence[str] | None = None, limit: int | None = None
+) -> Task:
     """Return a task of the held-out rows in the file `section.data`, whose labels are a model's own classes.
 
-    section: its `labels` are names for integers in the file, in their order. limit: rows that are drawn at random;
-    None takes all.
+    section: its `labels` are names for integers in the file, in their order. names: what the user calls the classes;
+    the model's own names are those of the file's integers, in place of `section.labels`, and other names are given to
+    the classes of `config`, in the model's order. limit: rows that are drawn at random; None takes all.
     Raises InputError when the file, a column or a label does not fit.
     """
     regression = config.num_labels == 1
@@ -390,44 +408,69 @@ def load_rows(section: TaskSection, config: Any, *, limit: int | None = None) ->
     notes: list[str] = []
     path = section.data
     assert path is not None
+    if names is not None:
+        section = section.model_copy(update={"labels": list(names)})
     columns = read_file(Path(path), "--data", delimiter=section.delimiter, encoding=section.encoding, notes=notes)
     texts, found = custom.clean_rows(columns, section, kind, path, notes)
+    named = None if regression else custom.named_integers(found, custom.known_names(section))
+    if names is not None and (named is None or named_order(class_names_of(config), names) is None):
+        name_outputs(config, names, "--labels")
     labels: Any = found
-    names: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     if not regression:
-        names = tuple(class_names_of(config))
-        labels = custom.to_ids(
-            found, names, path, owner="the model does not have", place=_places(set(found), names, path)
-        )
+        labels = named or found
+        classes, place = _places(set(labels), tuple(class_names_of(config)), path)
+        labels = custom.to_ids(labels, classes, path, owner="the model does not have", place=place)
     rows = _table(texts, labels)
     return _task(
         section,
         EvaluateSection(),
         kind=kind,
-        labels=names,
+        labels=classes,
         metrics=("pearson", "spearman") if regression else ("accuracy", "f1"),
         train=rows,
         validation={"rows": rows},
         source=path,
         limit=limit,
         notes=notes,
+        trains=False,
     )
 
 
-def _places(labels: set[str], names: tuple[str, ...], path: str) -> dict[str, int] | None:
-    """Return the number of a model's class for each label. Names decide; integers count the classes of none.
+def _places(labels: set[str], names: tuple[str, ...], path: str) -> tuple[tuple[str, ...], dict[str, int] | None]:
+    """Return a model's classes, and the number of the one that each label means. Names decide.
 
-    None stands for names as they are. Raises InputError for integers where the model's classes have names.
+    names: the model's. Where it has none, integers count its classes, and as many names as it has classes are theirs
+    in sorted order, as for a teacher. None in place of the numbers stands for names as they are.
+    Raises InputError for integers where the model's classes have names, and for other names where they have none.
     """
     found = places_of(labels, names)
-    if found is None and are_numbers_of(labels, names):
-        if not is_unnamed(names):
+    if found is not None:
+        return names, found
+    if twice := equal_names(names):
+        raise InputError(
+            f"the model's {twice}",
+            where="task.labels",
+            hint="name them in the model's order, with the file's words: --labels NAME,NAME,...",
+        )
+    integers = are_numbers_of(labels, names)
+    if not is_unnamed(names):
+        if integers:
             numbers = sorted(map(int, labels))
+            example = f"{','.join(names)} if 0 is {names[0]!r}" if len(names) <= 5 else "NAME,NAME,..."
             raise InputError(
                 f"{path} has integer labels ({listed(numbers)}), but the model's classes have names ({listed(names)})",
                 where="task.labels",
-                hint="say which integer is which class, by the classes' names from 0 on: "
-                f"--labels {','.join(names) if len(names) <= 5 else 'NAME,NAME,...'}, if that is their order",
+                hint=f"give the model's names in the order of the file's integers, from 0 on: --labels {example}",
             )
-        return {label: int(label) for label in labels}
-    return found
+        return names, None
+    if integers:
+        return names, {label: int(label) for label in labels}
+    if len(labels) != len(names):
+        raise InputError(
+            f"{path} has {counted(len(labels), 'class', 'classes')} ({listed(sorted(labels))}), and the model, which "
+            f"does not name its own, has {len(names)}",
+            where="task.labels",
+            hint="name them in the model's order, with the file's words: --labels NAME,NAME,...",
+        )
+    return custom.in_order(labels), None

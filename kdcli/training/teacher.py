@@ -28,7 +28,7 @@ from kdcli.objectives.term import Term
 from kdcli.objectives.vocabulary import MaskedLMObjective
 from kdcli.recipe.schema import FinetuneSection, Recipe, TrainSection
 from kdcli.tasks.base import Task
-from kdcli.tasks.labels import label_permutation
+from kdcli.tasks.labels import label_permutation, name_outputs, note_of_order
 from kdcli.tasks.load import fingerprint_of
 from kdcli.tasks.metrics import compute_metrics
 from kdcli.tasks.prepare import encode_task
@@ -98,7 +98,7 @@ def needs_training(recipe: Recipe, source: str | None, head: str) -> bool:
 class TeacherStart:
     """A teacher before any work: loaded, its classes in the task's order; or, where it `trains`, untrained.
 
-    known: as in `Teacher`.
+    known: as in `Teacher`. notes: what a user should know about its classes.
     """
 
     model: "PreTrainedModel"
@@ -107,6 +107,7 @@ class TeacherStart:
     path: Path | None = None
     known: bool = True
     trains: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def start_teacher(recipe: Recipe, task: Task, head: str, *, base: Path) -> TeacherStart:
@@ -134,7 +135,7 @@ def start_teacher(recipe: Recipe, task: Task, head: str, *, base: Path) -> Teach
         source = resolve_source(recipe.student.model, base)
     assert source is not None
     torch.manual_seed(seed_of(recipe))
-    model = _with_head(recipe, task, source, head)
+    model, notes = _with_head(recipe, task, source, head)
     # A model's own tokenizer is that of its revision.
     words = (resolve_source(section.tokenizer, base), None) if section.tokenizer else (source, section.revision)
     tokenizer = load_tokenizer(*words)
@@ -146,14 +147,14 @@ def start_teacher(recipe: Recipe, task: Task, head: str, *, base: Path) -> Teach
         # What is trained is kept to the bit, whatever its start came in.
         model.config.dtype = torch.float32
     path = Path(source) if not trains and Path(source).exists() else None
-    return TeacherStart(model, tokenizer, section.model or source, path, trains=trains)
+    return TeacherStart(model, tokenizer, section.model or source, path, trains=trains, notes=notes)
 
 
-def _with_head(recipe: Recipe, task: Task, source: str, head: str) -> "PreTrainedModel":
+def _with_head(recipe: Recipe, task: Task, source: str, head: str) -> tuple["PreTrainedModel", tuple[str, ...]]:
     """Return a teacher with the head that its file has, its classes in the task's order, or else with a new one.
 
     A new one has a teacher that is to be fine-tuned and has none, or one for other classes; and a black box, of which
-    only the names of the classes are asked.
+    only the names of the classes are asked. With it come notes about the classes.
     """
     section = recipe.teacher
     load = partial(
@@ -166,12 +167,13 @@ def _with_head(recipe: Recipe, task: Task, source: str, head: str) -> "PreTraine
         try:
             if task.kind != "text":
                 check_single_label(model.config, section.model or source, "teacher.model")
-                _align(model, task, section.labels)
-            return model
+                note = _align(model, task, section.labels, owner=section.model or source)
+                return model, (note,) if note is not None else ()
+            return model, ()
         except InputError:
             if section.finetune in (None, False):
                 raise
-    return load(new_head=True, **label_options(task))
+    return load(new_head=True, **label_options(task)), ()
 
 
 def _check_numbers(model: "PreTrainedModel", where: str) -> None:
@@ -406,15 +408,20 @@ def metrics_of(task: Task) -> Callable[[Any, Any], dict[str, float]] | None:
     return lambda logits, labels: compute_metrics(task.metrics, logits, labels)
 
 
-def _align(model: "PreTrainedModel", task: Task, names: list[str] | None) -> None:
-    """Reorder the classes of `model` in place, so that class i is the task's label i."""
+def _align(model: "PreTrainedModel", task: Task, names: list[str] | None, owner: object = "") -> str | None:
+    """Reorder the classes of `model` in place, so that class i is the task's label i; return a note about them.
+
+    names: `teacher.labels`. owner: the model's name, for the note.
+    """
     if names is not None:
-        name_classes(model.config, names, "teacher.labels")
+        name_outputs(model.config, names, "teacher.labels")
+    note = note_of_order(model.config, task.label_names, owner, "teacher.labels says otherwise")
     permutation = label_permutation(model.config, task)
     if permutation is not None:
         reorder_classes(model, permutation)
     if task.kind == "classification":
         name_classes(model.config, task.label_names, "task.labels")
+    return note
 
 
 def align_labels(model: Any, task: Task) -> Any:

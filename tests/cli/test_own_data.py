@@ -38,6 +38,121 @@ def test_names_for_integers_give_the_score_of_the_names(held: World):
     assert held.call("eval", "teacher", *SCORE, "--labels", "no,,yes").code == 2
 
 
+def test_the_models_own_names_say_what_the_integers_of_a_file_mean(held: World):
+    by_name = held.call("eval", "teacher", "--data", "named.csv", "--text", "text", "--json")
+    held.csv("turned.csv", [(text, {"yes": "0", "no": "1"}[label]) for text, label in ROWS[:11]])
+    turned = ["eval", "teacher", "--data", "turned.csv", "--text", "text", "--json"]
+    # What the hint says, with the names in the order of these integers.
+    assert "the order of the file's integers, from 0 on: --labels no,yes if 0 is 'no'" in held.call(*turned).err
+    for labels in ("yes,no", "Yes,NO"):
+        scored = held.call(*turned, "--labels", labels)
+        assert scored.code == 0, scored.err
+        assert scored.json["metrics"] == by_name.json["metrics"]
+    wrong = held.call(*turned, "--labels", "no,yes").json["score"]
+    assert wrong == pytest.approx(1 - by_name.json["score"])
+
+
+def test_the_models_own_names_in_another_order_do_not_rename_its_outputs(held: World):
+    for arguments in (["--data", "named.csv", "--text", "text"], ["--task", "reviews", "--max-samples", "40"]):
+        refused = held.call("eval", "teacher", *arguments, "--labels", "yes,no")
+        assert refused.code == 2 and "--labels: the model names its classes already: no, yes" in refused.err
+    same = held.call("eval", "teacher", "--data", "named.csv", "--text", "text", "--labels", "no,yes")
+    assert same.code == 0, same.err
+    for arguments in (["--dry-run"], []):
+        named = held.call("distill", held.recipe(teacher={"labels": ["Yes", "no"]}), *arguments)
+        assert named.code == 2 and "teacher.labels: the model names its classes already: no, yes" in named.err
+
+
+def test_other_names_are_those_of_the_models_outputs_in_its_order(held: World):
+    by_name = held.call("eval", "teacher", "--data", "named.csv", "--text", "text", "--json")
+    held.csv("words.csv", [(text, {"yes": "good", "no": "bad"}[label]) for text, label in ROWS[:11]])
+    for name in ("words.csv", "held.csv"):
+        renamed = held.call("eval", "teacher", "--data", name, "--text", "text", "--json", "--labels", "bad,good")
+        assert renamed.code == 0, renamed.err
+        assert renamed.json["metrics"] == by_name.json["metrics"]
+    refused = held.call("eval", "teacher", "--data", "words.csv", "--text", "text", "--labels", "bad,bad")
+    assert refused.code == 2 and "classes 0 and 1 are both named 'bad'" in refused.err
+
+
+NOTE = "does not name its classes: taken in the order no, yes; "
+
+
+def test_it_is_told_that_a_trained_head_without_names_takes_those_of_the_data(held: World):
+    held.model("unnamed", "un")
+    note = f"un {NOTE}teacher.labels says otherwise"
+    recipe = held.recipe(teacher={"model": "un"})
+    assert note in held.call("distill", recipe, "--dry-run", "--json").json["task"]["notes"]
+    run = held.call("distill", recipe)
+    assert run.code == 0 and f"note: {note}" in run.err, run.err
+    labelled = held.recipe(teacher={"model": "un", "labels": ["yes", "no"]}, name="labelled")
+    assert not held.call("distill", labelled, "--dry-run", "--json").json["task"]["notes"][1:]
+    student = held.recipe("student", student={"form": "checkpoint", "model": "un"}, name="other")
+    note = f"un {NOTE}id2label in its config.json says otherwise"
+    assert held.call("distill", student, "--dry-run", "--json").json["student"]["notes"][1].endswith(note)
+    assert note in held.call("distill", student).err
+
+
+def test_a_model_without_names_is_scored_on_what_distill_takes_it_for(held: World):
+    held.model("unnamed", "un")
+    arguments = ["eval", "un", "--data", "named.csv", "--text", "text", "--json"]
+    scored = held.call(*arguments)
+    assert scored.code == 0 and f"note: un {NOTE}--labels says otherwise" in scored.err, scored.err
+    named = held.call(*arguments, "--labels", "no,yes")
+    assert named.json["metrics"] == scored.json["metrics"] and "note:" not in named.err
+    assert "note:" not in held.call("eval", "un", *SCORE).err
+    assert f"note: un {NOTE}id2label" in held.call("eval", "teacher", *arguments[2:], "--teacher", "un").err
+    held.csv("three.csv", [*ROWS[:11], ("so so", "maybe")])
+    three = ["eval", "un", "--data", "three.csv", "--text", "text"]
+    refused = held.call(*three)
+    assert refused.code == 2 and "3 classes (maybe, no, yes)" in refused.err and "--labels NAME,NAME" in refused.err
+
+
+def test_classes_that_look_alike_are_named_where_a_trained_teacher_has_others(held: World):
+    held.csv("rows.csv", [*ROWS, *[("so so", "Yes")] * 3])
+    refused = held.call("distill", held.recipe(), "--dry-run")
+    assert refused.code == 2 and "'Yes' and 'yes' differ in case or spacing only" in refused.err
+
+
+def test_a_label_spelt_otherwise_in_another_file_is_asked_about(held: World):
+    held.csv("held.csv", [("so so", "Yes"), ("well", "no")])
+    task = {"name": "own", "train": "rows.csv", "validation": "held.csv", "text": "text"}
+    refused = held.call("distill", held.recipe("task", task=task), "--dry-run")
+    assert refused.code == 2 and "'Yes', which the training data does not have" in refused.err
+    assert "did you mean 'yes'?" in refused.err
+
+
+def test_two_classes_of_one_name_are_told(held: World):
+    change(held.folder / "teacher", id2label={"0": "no", "1": "no"}, label2id={"no": 1})
+    for arguments in (["distill", held.recipe(), "--dry-run"], ["eval", "teacher", "--task", "reviews"]):
+        refused = held.call(*arguments)
+        assert refused.code == 2 and "classes 0 and 1 are both named 'no'" in refused.err
+    scored = held.call("eval", "teacher", "--data", "named.csv", "--text", "text")
+    assert scored.code == 2 and "classes 0 and 1 are both named 'no'" in scored.err
+
+
+def test_names_of_classes_may_be_in_label2id_alone(held: World):
+    by_name = held.call("eval", "teacher", "--data", "named.csv", "--text", "text", "--json")
+    change(held.folder / "teacher", id2label=None, label2id={"yes": 1, "no": 0})
+    scored = held.call("eval", "teacher", "--data", "named.csv", "--text", "text", "--json")
+    assert scored.code == 0, scored.err
+    assert scored.json["metrics"] == by_name.json["metrics"]
+    assert "note:" not in scored.err and "have names (no, yes)" in held.call("eval", "teacher", *SCORE).err
+
+
+def change(folder: Path, **values: object) -> None:
+    """Change fields of a model's config.json; None removes one."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def test_the_plan_names_classes_without_training_rows(world: World):
+    task = {"data": "rows.csv", "labels": ["no", "maybe", "yes"]}
+    recipe = world.recipe("teacher", task=task, teacher={"scratch": {"layers": 2, "hidden_size": 16, "heads": 2}})
+    notes = world.call("distill", recipe, "--dry-run", "--json").json["task"]["notes"]
+    assert "no training rows of 1 class: maybe" in notes
+
+
 def test_a_run_on_named_integers_scores_integers_as_it_was_trained(held: World):
     rows = held.csv("rows.csv", [(text, NUMBERS[label]) for text, label in ROWS])
     recipe = held.recipe(task={"data": rows, "labels": ["no", "yes"]})

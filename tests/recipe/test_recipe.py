@@ -158,6 +158,14 @@ def test_broken_toml_is_told_with_line_and_column(text: str, place: str, tmp_pat
     assert "(at" not in found.message
 
 
+def test_a_length_of_an_array_is_told_in_words(tmp_path: Path):
+    box = '{name = "dbkd", black_box = {command = []}}'
+    found = error(tmp_path, LEAST.replace('"makd"', box))
+    assert found.message == "must be an array of 1 or more strings, not []"
+    found = error(tmp_path, LEAST.replace('"makd"', '{name = "makd", shares = [0.5]}'))
+    assert "must be an array of 3 " in found.message
+
+
 @pytest.mark.parametrize("missing", ["task", "method", "teacher"])
 def test_what_is_missing_is_named_with_an_example(missing: str, tmp_path: Path):
     document = tomllib.loads(LEAST)

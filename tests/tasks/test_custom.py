@@ -695,6 +695,30 @@ def test_scores_with_decimal_commas_are_no_classes(suffix: str, tmp_path: Path):
     assert whole(tmp_path, columns, suffix, type="classification").kind == "classification"
 
 
+@pytest.mark.parametrize("scores", [["3,5"], ["3.5"], ["1.234,5", "12"], ["3,5 %"], ["1,234.5", "7"]])
+def test_scores_with_other_words_among_them_are_remarked_on(scores: list[str], tmp_path: Path):
+    labels = [scores[i % len(scores)] for i in range(12)]
+    labels[6] = "n/a"
+    notes = whole(tmp_path, {"message": list("abcdefghijkl"), "team": labels}).notes
+    [note] = [note for note in notes if "look like numbers" in note]
+    assert "11 of 12 labels look like numbers; the first that does not is 'n/a' in row 7" in note
+    assert 'task.type = "regression" needs numbers' in note
+
+
+@pytest.mark.parametrize(
+    "labels", [["1", "2", "n/a", "2", "1"], ["1.5", "good", "bad", "good", "bad"], ["a", "b", "a", "b", "a"]]
+)
+def test_other_classes_are_not_taken_for_scores(labels: list[str], tmp_path: Path):
+    notes = whole(tmp_path, {"message": list("abcde"), "team": labels}).notes
+    assert not any("look like numbers" in note for note in notes)
+
+
+def test_shares_are_remarked_on_and_grouped_numbers_refused(tmp_path: Path):
+    columns = {"message": list("wxyz"), "team": ["10 %", "20 %", "10 %", "20 %"]}
+    assert any("4 of 4 labels look like numbers" in note for note in whole(tmp_path, columns).notes)
+    refused(tmp_path, {"message": list("wxyz"), "team": ["1.234,5", "2", "3,5 %", "4"]}, "decimal commas")
+
+
 def test_truth_values_are_the_same_classes_in_every_kind_of_file(tmp_path: Path):
     texts = list("wxyz")
     (tmp_path / "pandas.csv").write_text("message,team\nw,True\nx,False\ny,TRUE\nz,false\n")

@@ -94,12 +94,12 @@ def test_bytes_that_are_no_utf8_name_the_line_and_the_remedy(suffix: str, tmp_pa
     assert "übel" in list(columns["text"])
 
 
-@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le"])
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_utf16_is_recognised_and_read_when_asked_for(codec: str, tmp_path: Path):
     content = table(",").encode(codec)
     with pytest.raises(InputError, match=r"rows\.csv:1 .*looks like UTF-16") as caught:
         read(tmp_path / "rows.csv", content)
-    assert 'task.encoding = "utf-16"' in str(caught.value.hint)
+    assert f'task.encoding = "{codec}"' in str(caught.value.hint)
     assert list(read(tmp_path / "rows.csv", content, encoding=codec)["text"]) == TEXTS
 
 
