@@ -434,7 +434,11 @@ def test_a_teacher_at_chance_is_told_loudly_and_a_good_one_is_not(folder: Path):
     assert score > 0.9 and "WARNING" not in said
     [kept] = (Path(os.environ["KDCLI_CACHE"]) / "teachers").iterdir()
     # The same model with its classes named the wrong way round is as wrong as it was right.
-    said, wrong, training = distil("swapped", str(kept), ', labels = ["good", "bad"]')
+    swapped = Path(shutil.copytree(kept, folder / "turned"))
+    config = json.loads((swapped / "config.json").read_text())
+    config |= {"id2label": {"0": "good", "1": "bad"}, "label2id": {"good": 0, "bad": 1}}
+    (swapped / "config.json").write_text(json.dumps(config))
+    said, wrong, training = distil("swapped", str(swapped))
     assert training is None
     assert wrong == pytest.approx(1 - score)
     assert "WARNING" in said and "no better than chance (0.5000)" in said and "teacher.labels" in said
