@@ -190,8 +190,18 @@ def write_marker(folder: Path) -> None:
 
 
 def has_marker(folder: Path) -> bool:
-    """True when kdcli wrote the folder."""
-    return (folder / MARKER).is_file()
+    """True when kdcli wrote the folder: a file of the marker's name alone says nothing, its content does."""
+    file = folder / MARKER
+    try:
+        if not file.is_file():
+            return False
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    # A cached teacher keeps its record there.
+    return isinstance(content, dict) and (
+        isinstance(content.get("kdcli"), str) or {"identity", "version", "training"} <= content.keys()
+    )
 
 
 def remove_empty(folders: list[Path]) -> None:

@@ -226,7 +226,7 @@ def run_distill(
                 "data": task.description["fingerprint"],
             },
         }
-        main_does(lambda: _keep(run, record, build, teacher))
+        main_does(lambda: _keep(run, record, build, teacher, console))
         if recipe.export.onnx:
             with timed(seconds, "export"):
                 main_does(lambda: _export(run, build, teacher, task, resolved, console))
@@ -343,7 +343,7 @@ def held_out_loss(training: list[dict[str, Any]]) -> tuple[float | None, float |
     return (losses[0], losses[-1]) if losses else (None, None)
 
 
-def _keep(run: runs.Run, record: dict[str, Any], build: StudentBuild, teacher: Teacher) -> None:
+def _keep(run: runs.Run, record: dict[str, Any], build: StudentBuild, teacher: Teacher, console: Console) -> None:
     with atomic_folder(run.student, ours=True) as folder:
         save_model(build.model, folder, teacher.tokenizer)
         (folder / "README.md").write_text(model_card({**run.record, **record}), encoding="utf-8")
@@ -354,7 +354,8 @@ def _keep(run: runs.Run, record: dict[str, Any], build: StudentBuild, teacher: T
             write_manifest(folder, record["hashes"])
         record["teacher_path"] = str(run.path / "teacher")
     run.update(record)
-    run.mark_latest()
+    if (note := run.mark_latest()) is not None:
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def _export(

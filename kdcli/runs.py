@@ -29,13 +29,14 @@ from kdcli.files import (
 from kdcli.interrupts import finishing, tidying
 from kdcli.locks import BusyError, lock_file
 from kdcli.manifest import difference, files_of
-from kdcli.names import LATEST, checked, folder_of
+from kdcli.names import LATEST, checked, folder_of, problem_of
 from kdcli.records import CHECKSUM, Record, checksum, read_record
 
 if TYPE_CHECKING:
     from kdcli.recipe.schema import Recipe
 
 CARD = "README.md"
+RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Run:
     @property
     def begun(self) -> bool:
         """True when the folder is a run's, however far that came."""
-        return has_marker(self.path) or (self.path / "run.json").is_file()
+        return has_marker(self.path) or (self.path / RECORD).is_file()
 
     @property
     def record(self) -> Record:
@@ -79,12 +80,12 @@ class Run:
 
         Raises InputError when it is broken, or was changed by something else than kdcli.
         """
-        return read_record(self.path / "run.json")
+        return read_record(self.path / RECORD)
 
     def update(self, changes: dict[str, Any]) -> None:
         """Merge `changes` into run.json, atomically."""
         record = json.loads(to_json_text({**self.record, **changes}))
-        write_json(self.path / "run.json", {**record, CHECKSUM: checksum(record)})
+        write_json(self.path / RECORD, {**record, CHECKSUM: checksum(record)})
 
     def note_files(self, folder: Path) -> None:
         """Write into run.json what a finished folder of this run holds, for `changed`."""
@@ -103,11 +104,13 @@ class Run:
 
         The model card does not count: it is there to be edited.
         """
-        folder = folder.resolve()
-        if not folder.is_relative_to(self.path.resolve()):
-            return None
-        files = self.record.get("files", {}).get(folder.relative_to(self.path.resolve()).as_posix())
-        return difference(folder, files, ignore=(CARD,)) if files is not None else None
+        files = self.record.get("files", {})
+        root = self.path.resolve()
+        for place in _places(folder):
+            name = place.relative_to(root).as_posix() if place.is_relative_to(root) else None
+            if name in files:
+                return difference(place, files[name], ignore=(CARD,))
+        return None
 
     def drop_checkpoints(self) -> None:
         """Remove the checkpoints: the student is safe."""
@@ -166,15 +169,21 @@ class Run:
         """Where the run that this one is to replace waits until there is something to replace it with."""
         return self.path.parent / f".{self.name}.replaced"
 
+    @property
+    def _waits(self) -> bool:
+        """True when a run waits there; what else has that name is not ours to touch."""
+        return _is_run(self._replaced)
+
     def settle(self) -> None:
         """Let go of the run that this one replaces: this one holds work of its own now."""
-        remove(self._replaced)
+        if self._waits:
+            remove(self._replaced)
 
     def discard(self) -> None:
         """Remove a run that never started, and put back the one that it was to replace."""
         with contextlib.suppress(OSError):
             remove(self.path)
-            if self._replaced.is_dir():
+            if self._waits:
                 os.replace(self._replaced, self.path)
 
     @contextlib.contextmanager
@@ -201,17 +210,21 @@ class Run:
             if not self.path.exists():
                 remove_empty(missing)
 
-    def mark_latest(self) -> None:
-        """Let `latest` point to this run: a relative link, or a text file where links cannot be made."""
+    def mark_latest(self) -> str | None:
+        """Let `latest` point to this run: a relative link, or a text file where links cannot be made.
+
+        Return a note for the user when something of that name is there that kdcli did not make, and so stays.
+        """
         link = self.path.parent / LATEST
-        if link.is_dir() and not link.is_symlink():
-            return
+        if os.path.lexists(link) and not _names_a_run(link):
+            return f"{link} was not made by kdcli and stays as it is: name this run, {self.path}, where you need it"
         with temporary_folder(link) as folder:
             try:
                 os.symlink(self.name, folder / LATEST)
             except OSError:
                 (folder / LATEST).write_text(self.name + "\n", encoding="utf-8")
             os.replace(folder / LATEST, link)
+        return None
 
 
 @contextlib.contextmanager
@@ -234,12 +247,15 @@ def check_place(root: Path, name: str, *, force: bool, resume: bool) -> Run:
         reason = "it is no folder" if not there.is_dir() else "no permission"
         raise InputError(f"cannot write to {root}: {there}: {reason}")
     if resume:
-        if not run.begun and (run.path.exists() or not run._replaced.is_dir()):
+        if not run.begun and (run.path.exists() or not run._waits):
             raise InputError(f"there is no run at {run.path} to resume", hint="leave out --resume")
         return run
     other = "--set name=OTHER"
     hints = (f"--force to replace it, --resume to go on with it, or {other}", f"move it, or {other}")
     check_free(run.path, force=force, hints=hints, is_ours=_is_run)
+    if run.path.exists() and os.path.lexists(run._replaced) and not run._waits:
+        message = f"{run._replaced} was not written by kdcli: a run that is replaced is kept there meanwhile"
+        raise InputError(message, hint=hints[1])
     return run
 
 
@@ -250,6 +266,51 @@ def _is_run(folder: Path) -> bool:
     with contextlib.suppress(InputError):
         return {"status", "recipe", "versions"} <= Run(folder).record.keys()
     return False
+
+
+def _names_a_run(link: Path) -> bool:
+    """True for a link, or a text file, that does no more than name a run beside it."""
+    if link.is_symlink():
+        name = os.readlink(link)
+    elif link.is_file():
+        with link.open("rb") as file:
+            name = file.read(1000).decode("utf-8", "replace").strip()
+    else:
+        return False
+    if problem_of(name) is not None:
+        return False
+    named = link.with_name(name)
+    # A link to a run that was removed since leads nowhere.
+    return _is_run(named) or (link.is_symlink() and not os.path.lexists(named))
+
+
+def check_out(out: Path, *inputs: str | Path | None, force: bool) -> None:
+    """Raise InputError when `force` would let a command's folder take the place of its own input, or of a run's part.
+
+    inputs: what the command reads; a model may be a hub's name. Whatever else may be wrong with `out` is told by
+    `atomic_folder`.
+    """
+    if not (force and os.path.lexists(out)):
+        return
+    whole, hint = out.resolve(), "give another --out"
+    for name in inputs:
+        if name is None or not os.path.lexists(name):
+            continue
+        given = Path(name).resolve()
+        if whole == given or whole in given.parents:
+            words = "is" if whole == given else "contains"
+            raise InputError(f"{out} {words} what is read, {name}, so --force does not replace it", hint=hint)
+    for folder in (whole, *whole.parents):
+        run = Run(folder)
+        if not (folder / RECORD).is_file() or not _is_run(folder):
+            continue
+        parts = (run.student, run.onnx, run.checkpoints, run.log, run.path / "teacher", run.path / "finetune")
+        if whole == folder or any(whole == part or part in whole.parents for part in parts):
+            words = "is a run" if whole == folder else f"is a part of the run {folder}"
+            raise InputError(f"{out} {words}, so --force does not replace it", hint=hint)
+    for place, _, files in os.walk(whole):
+        if RECORD in files and _is_run(Path(place)):
+            raise InputError(f"{out} contains the run {place}, so --force does not replace it", hint=hint)
 
 
 def place_of_run(recipe: "Recipe", recipe_path: Path, output: Path | None) -> tuple[Path, str]:
@@ -322,7 +383,7 @@ def _make(run: Run, *, resume: bool) -> None:
         new.mkdir()
         write_marker(new)
         if run.path.is_dir() and any(run.path.iterdir()):
-            if run._replaced.exists():
+            if run._waits:
                 # What is here was to replace that, and was killed before it could.
                 remove(run.path)
             else:
@@ -349,14 +410,25 @@ def latest_run(root: Path | None = None) -> Run:
 
 def run_of_model(folder: Path) -> Run | None:
     """Return the run that a model folder (its student/, onnx/ or finetune/TASK/) belongs to, if any."""
-    folder = folder.resolve()
+    for place in _places(folder):
+        if place.parent.name == "finetune":
+            run = Run(place.parent.parent)
+        elif place.name in ("student", "onnx"):
+            run = Run(place.parent)
+        else:
+            continue
+        if "recipe" in run.record:
+            return run
+    return None
+
+
+def _places(folder: Path) -> list[Path]:
+    """Return where a model folder lies: a part of a run may be a link, and belongs to the run by its name there."""
+    folder = folder.absolute()
+    if ".." in folder.parts[-2:]:
+        folder = folder.resolve()
     parent = folder.parent
-    if parent.name == "finetune":
-        parent = parent.parent
-    elif folder.name not in ("student", "onnx"):
-        return None
-    run = Run(parent)
-    return run if "recipe" in run.record else None
+    return [parent.resolve() / folder.name, parent.parent.resolve() / parent.name / folder.name, folder.resolve()]
 
 
 def to_toml(document: dict[str, Any]) -> str:

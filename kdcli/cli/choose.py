@@ -40,8 +40,11 @@ class Choice:
     @property
     def is_student(self) -> bool:
         """True for a run's own student, or one that was fine-tuned from it."""
-        folder = Path(self.model).resolve()
-        return self.run is not None and (folder.name == "student" or folder.parent.name == "finetune")
+        # By its name in the run: it may be a link.
+        places = (Path(self.model).absolute(), Path(self.model).resolve())
+        return self.run is not None and any(
+            place.name == "student" or place.parent.name == "finetune" for place in places
+        )
 
 
 def choose_model(model: str | None, task: str | None = None) -> Choice:

@@ -51,7 +51,7 @@ def compare(
       kdcli compare kd.toml mine.toml --baseline mine --output mine-or-kd --json > result.json
     """
     from kdcli.cli.console import emit, err, info
-    from kdcli.compare.plan import check_reusable, plan_comparison
+    from kdcli.compare.plan import check_folder, check_reusable, plan_comparison
 
     plan = plan_comparison(
         recipes,
@@ -62,6 +62,7 @@ def compare(
         baseline=baseline,
         allow_unequal=allow_unequal,
     )
+    check_folder(output)
     if dry_run:
         if not (force or refresh):
             check_reusable(plan, output / "runs")

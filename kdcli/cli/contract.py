@@ -32,8 +32,10 @@ def contract(
     from kdcli.models.load import load_any, load_tokenizer
     from kdcli.models.lowrank import merge_low_rank
     from kdcli.models.save import save_model
+    from kdcli.runs import check_out
     from kdcli.tensors.parametrize import contract_model, probe
 
+    check_out(out, model, force=force)
     with atomic_folder(out, force=force) as folder:
         loaded = load_any(model)
         tokenizer = load_tokenizer(model)

@@ -26,7 +26,9 @@ def convert(
     from kdcli.cli.console import emit
     from kdcli.files import atomic_folder
     from kdcli.models.convert import convert_pickle
+    from kdcli.runs import check_out
 
+    check_out(out, model, force=force)
     with atomic_folder(out, force=force) as folder:
         document = {"folder": str(out), **convert_pickle(model, folder)}
     table = Table(show_header=False)

@@ -64,6 +64,7 @@ def export(
     from kdcli.export.export import export_model
     from kdcli.models.finite import at_fault
     from kdcli.models.shape import check_lengths
+    from kdcli.runs import check_out
     from kdcli.tasks.load import load_task
 
     loaded, length = None, 128
@@ -79,6 +80,8 @@ def export(
             beside = None
         elif beside is not None:
             warn_of_changes(beside, None)
+    if out is not None:
+        check_out(out, choice.model, beside, force=force)
     own, tokenizer = load_contestant(choice.model)
     length = readable_length(own.config, length)
     if loaded is not None:

@@ -1,5 +1,8 @@
 """From recipes and a number of seeds to the cells of a comparison, and the check that its terms are equal."""
 
+import contextlib
+import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,10 @@ SIZE_TOLERANCE = 0.02
 
 PARAMETERS = "student.parameters"
 STEPS = "training steps"
+
+NAME = "comparison"
+SUFFIXES = ("json", "csv", "md", "png", "svg")
+"""The files of a report: comparison.json is written first, and tells that the others are a comparison's, too."""
 
 
 @dataclass(frozen=True)
@@ -337,6 +344,22 @@ def _baseline(task: str, entries: list[Entry], wanted: str | None) -> str:
     plain = [entry.label for entry in entries if entry.method == "kd" and entry.recipe.overparam is None]
     any_kd = [entry.label for entry in entries if entry.method == "kd"]
     return [*plain, *any_kd, *labels][0]
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError when the report would replace files that are not a comparison's."""
+    there = [path for suffix in SUFFIXES if os.path.lexists(path := folder / f"{NAME}.{suffix}")]
+    if not there:
+        return
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        report = json.loads((folder / f"{NAME}.json").read_text(encoding="utf-8"))
+        if isinstance(report, dict) and {"version", "seeds", "terms", "tasks", "failures"} <= report.keys():
+            return
+    raise InputError(
+        f"{there[0]} is there, and no report of kdcli's",
+        where="--output",
+        hint=f"move it, or give another --output: the report is written into {NAME}.{', .'.join(SUFFIXES)}",
+    )
 
 
 def check_reusable(plan: ComparisonPlan, root: Path) -> None:

@@ -12,14 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from kdcli import __version__
-from kdcli.compare.plan import STEPS, Cell, ComparisonPlan, Entry, Inequality, said_seeds
+from kdcli.compare.plan import NAME, STEPS, Cell, ComparisonPlan, Entry, Inequality, said_seeds
 from kdcli.compare.run import INTERRUPTED, Failure, Results
 from kdcli.compare.statistics import Difference, Summary, paired_difference, summarise
 from kdcli.files import remove_leftovers, write_bytes, write_json, write_text
 from kdcli.markdown import escaped, table_row
 from kdcli.words import counted
 
-NAME = "comparison"
 AVERAGE = "average"
 COLUMNS = ("", "score", "difference", "kept", "parameters in training", "at inference", "seconds")
 FIELDS = (
@@ -196,10 +195,11 @@ class Report:
     def write(self, folder: Path, figures: dict[str, bytes]) -> None:
         """Write `comparison.md`, `.csv`, `.json`, and the figures {suffix: content}, each atomically."""
         remove_leftovers(folder, below=False)
+        # First what tells that the others are a comparison's.
+        write_json(folder / f"{NAME}.json", self.to_json())
         for suffix, content in figures.items():
             write_bytes(folder / f"{NAME}.{suffix}", content)
         write_text(folder / f"{NAME}.csv", self.csv())
-        write_json(folder / f"{NAME}.json", self.to_json())
         write_text(folder / f"{NAME}.md", self.markdown())
 
 

@@ -817,16 +817,16 @@ def export_by_force_onto_a_plain_model(world: World) -> list[str]:
 
 @case("contains the folder that you are in", "--out")
 def contract_by_force_onto_what_contains_the_working_folder(world: World) -> list[str]:
-    world.model("chains")
-    world.monkeypatch.chdir(world.folder / "teacher")
+    world.write("below/rows.csv", "")
+    world.monkeypatch.chdir(world.folder / "below")
     # Even one that kdcli wrote.
-    world.write("kdcli.json", "{}")
-    return ["contract", ".", "--out", str(world.folder), "--force"]
+    world.write("kdcli.json", '{"kdcli": "1"}')
+    return ["contract", "owner/name", "--out", str(world.folder), "--force"]
 
 
 @case("is your home folder", "--out")
 def overparam_by_force_onto_a_home_through_a_link(world: World) -> list[str]:
-    world.write("home/kdcli.json", "{}")
+    world.write("home/kdcli.json", '{"kdcli": "1"}')
     (world.folder / "link").symlink_to("home")
     world.monkeypatch.setenv("HOME", str(world.folder / "home"))
     return ["overparam", str(world.model()), "--out", "link", "--force"]

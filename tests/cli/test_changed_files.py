@@ -120,3 +120,17 @@ def test_a_finished_runs_recipe_is_written_again(world: World, finished: Path):
     flip(file)
     assert world.call("distill", "recipe.toml", "--resume").code == 0
     assert file.read_bytes() == whole
+
+
+def test_a_changed_student_is_told_of_when_it_lies_elsewhere(world: World, finished: Path):
+    shutil.move(finished / "student", world.folder / "disk2")
+    (finished / "student").symlink_to(world.folder / "disk2")
+    before = world.call("eval", "runs/recipe/student", *SCORE)
+    assert before.code == 0 and "WARNING" not in before.err
+    flip(world.folder / "disk2" / "model.safetensors")
+    for model in ("runs/recipe", "runs/recipe/student", "runs/latest/student"):
+        assert "WARNING" in world.call("eval", model, *SCORE).err
+    outcome = world.call("export", "runs/recipe/student", "--no-latency")
+    assert outcome.code == 0 and "WARNING" in outcome.err, outcome.err
+    resumed = world.call("distill", "recipe.toml", "--resume")
+    assert resumed.code == 2 and "model.safetensors" in resumed.err
