@@ -114,7 +114,7 @@ def run(arguments: list[str] | None = None) -> int:
     debug = _wants_debug(arguments)
     # Accepted in any place, so that it can be added to a command that has just failed.
     arguments = [a for a in arguments if a != "--debug"]
-    as_json = "--json" in arguments
+    as_json = any(a.split("=")[0] == "--json" for a in arguments)
     from kdcli.cli.console import quiet_libraries, soften_streams
     from kdcli.faults import explain
     from kdcli.terminal import forget
@@ -134,8 +134,11 @@ def run(arguments: list[str] | None = None) -> int:
             return int(ExitCode.INPUT)
         command = context.command_path if context is not None else "kdcli"
         hint = f"{command} --help shows what there is"
-        if near := getattr(error, "possibilities", None):
+        near = getattr(error, "possibilities", None)
+        if near:
             hint = f"did you mean {' or '.join(sorted(near))}?"
+        if type(error).__name__ == "NoSuchOption" and getattr(error, "option_name", None) == "--json":
+            hint = "--json goes behind a command: kdcli COMMAND --json"
         message = error.message if near else error.format_message()
         return _fail(ExitCode.INPUT, message, hint=hint, as_json=as_json)
     except typer.Exit as error:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kdcli.cli.limits import FailUnder, FailUnderRetention
+
 if TYPE_CHECKING:
     from kdcli.pipeline import RunResult
     from kdcli.recipe.schema import Recipe
@@ -25,13 +27,8 @@ def distill(
     force: Annotated[bool, typer.Option("--force", help="Replace a run of the same name.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     refresh: Annotated[bool, typer.Option("--refresh", help="Fine-tune the teacher again.")] = False,
-    fail_under: Annotated[
-        float | None, typer.Option("--fail-under", help="Exit with 1 when the student scores less (0 to 1).")
-    ] = None,
-    fail_under_retention: Annotated[
-        float | None,
-        typer.Option("--fail-under-retention", help="Exit with 1 below this share of the teacher's score."),
-    ] = None,
+    fail_under: FailUnder = None,
+    fail_under_retention: FailUnderRetention = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
     """Train or load the teacher, build the student, distil, contract, evaluate, report.

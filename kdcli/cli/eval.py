@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from kdcli.cli.limits import FailUnder, FailUnderRetention
+
 
 class Protocol(StrEnum):
     """Which part of the validation set is scored."""
@@ -53,16 +55,8 @@ def evaluate(
     max_samples: Annotated[
         int | None, typer.Option("--max-samples", min=1, max=1_000_000_000, help="Score a random part only.")
     ] = None,
-    fail_under: Annotated[
-        float | None, typer.Option("--fail-under", help="Exit with 1 below this score (0 to 1).")
-    ] = None,
-    fail_under_retention: Annotated[
-        float | None,
-        typer.Option(
-            "--fail-under-retention",
-            help="Exit with 1 below this share of the teacher's score; default teacher: the run's.",
-        ),
-    ] = None,
+    fail_under: FailUnder = None,
+    fail_under_retention: FailUnderRetention = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
     """Score a model on a task.

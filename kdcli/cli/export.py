@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from kdcli.cli.limits import MaxLatency
+
 
 def export(
     model: Annotated[
@@ -27,10 +29,7 @@ def export(
         int | None,
         typer.Option("--runs", min=1, help="Timed runs of each grid cell; default: 30, or what fits into a minute."),
     ] = None,
-    max_latency_ms: Annotated[
-        float | None,
-        typer.Option("--max-latency-ms", help="Exit with 1 when the first cell's p50 in ONNX Runtime is above."),
-    ] = None,
+    max_latency_ms: MaxLatency = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:

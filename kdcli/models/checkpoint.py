@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdcli.errors import InputError
-from kdcli.models.anatomy import FAMILIES
+from kdcli.models.anatomy import FAMILIES, Anatomy
+from kdcli.models.sizes import check_room, check_sizes
 
 KDCLI_MODEL_TYPE = "kdcli (pip install kdcli, then import kdcli)"
 """The model type of a folder that holds factors or chains in place of matrices.
@@ -25,6 +26,9 @@ LOCAL = ("_name_or_path", "name_or_path", "local_files_only")
 """What a configuration may say of the place that it was loaded from."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+BESIDE = (".json", ".txt", ".model", ".md")
+"""Files beside the weights: configuration, tokenizer, model card."""
 
 DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Floating-point types of a safetensors file, and PyTorch's names of those that kdcli writes for them."""
@@ -112,6 +116,7 @@ def read_config(name: str | Path, revision: str | None = None) -> dict[str, Any]
         _refuse_adapter(folder)
         if not path.is_file():
             raise InputError(f"{folder} has no config.json", hint=_nested(folder) or "give a Hugging Face model folder")
+        contained(folder, path.name)
     else:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HFValidationError
@@ -159,30 +164,40 @@ def is_structured(config: Mapping[str, Any]) -> bool:
     return config["model_type"] in (KDCLI_MODEL_TYPE, OLD_MODEL_TYPE)
 
 
-def check_family(config: Mapping[str, Any], name: str | Path) -> None:
-    """Raise InputError when a configuration is of a family that kdcli does not know."""
-    family = config["model_type"]
-    if is_structured(config):
-        own = config.get("kdcli")
-        family = (own.get("base_model_type") if isinstance(own, dict) else None) or OLD_MODEL_TYPE
+def _family_of(config: Mapping[str, Any]) -> Any:
+    if not is_structured(config):
+        return config["model_type"]
+    own = config.get("kdcli")
+    return (own.get("base_model_type") if isinstance(own, dict) else None) or OLD_MODEL_TYPE
+
+
+def check_config(config: Mapping[str, Any], name: str | Path) -> Anatomy:
+    """Return the anatomy of a configuration's family. Raises InputError when it is unknown, or a size is none."""
+    family = _family_of(config)
     if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(
             f"{name} is of the family {family!r}, which kdcli does not know; known are {', '.join(sorted(FAMILIES))}",
             hint="a family is one row of the table in kdcli/models/anatomy.py",
         )
+    check_sizes(config, FAMILIES[family], f"{name}: config.json")
+    return FAMILIES[family]
 
 
 def open_checkpoint(name: str | Path, revision: str | None = None, *, any_family: bool = False) -> Checkpoint:
     """Return what a folder or a hub name holds. Reads headers, no weights.
 
     any_family: for a model that brings its own code.
-    Raises InputError when there is no such model, its family is unknown or a file is broken.
+    Raises InputError when there is no such model, its family is unknown, a file is broken, or config.json says sizes
+    that are none, or more than the file can hold.
     """
     config = read_config(name, revision)
-    if not any_family:
-        check_family(config, name)
+    foreign = any_family and ("auto_map" in config or _family_of(config) not in FAMILIES)
+    anatomy = None if foreign else check_config(config, name)
     files = _weight_files(name, revision)
-    return Checkpoint(str(name), config, tuple(files), _tensors(files), revision)
+    tensors = _tensors(files)
+    if anatomy is not None:
+        check_room(config, anatomy, {key: one.shape for key, one in tensors.items()}, f"{name}: config.json")
+    return Checkpoint(str(name), config, tuple(files), tensors, revision)
 
 
 def _weight_files(name: str | Path, revision: str | None) -> list[Path]:
@@ -213,7 +228,7 @@ def _weight_files(name: str | Path, revision: str | None) -> list[Path]:
 def _indexed(folder: Path) -> list[Path]:
     path = folder / INDEX
     try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        places = json.loads(contained(folder, INDEX).read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(places.values()))
         if not names or not all(isinstance(one, str) for one in names):
             raise ValueError("its weight_map names no files")
@@ -223,23 +238,33 @@ def _indexed(folder: Path) -> list[Path]:
 
 
 def inside(folder: Path, name: str, said: str, *, suffix: str = ".safetensors") -> Path:
-    """Return a weight file of `folder`. Raises InputError when it has another suffix, or lies outside.
+    """Return a weight file of `folder`. Raises InputError when it has another suffix, is missing, or lies outside.
 
-    said: the file that names it. Links are followed; those of the hub's cache lead from its snapshots to its blobs.
+    said: the file that names it.
     """
     path = folder / name
     if path.suffix != suffix:
         raise InputError(f"{folder / said} names {name!r}, which is no {suffix} file; kdcli reads nothing else")
+    contained(folder, name, said)
+    if not path.is_file():
+        raise InputError(f"{path} is missing, which {said} names", hint="copy the whole folder")
+    return path
+
+
+def contained(folder: Path, name: str, said: str | None = None) -> Path:
+    """Return a path below `folder`. Raises InputError when it lies, or leads, outside.
+
+    said: the file that names it. Links are followed; those of the hub's cache lead from its snapshots to its blobs.
+    """
+    path = folder / name
     home, target = folder.resolve(), path.resolve()
     cached = home.parent.name == "snapshots" and home.parents[1] / "blobs" == target.parent
     direct = not os.path.isabs(name) and ".." not in Path(name).parts
     if not direct or not (target.is_relative_to(home) or cached):
         raise InputError(
-            f"{folder / said}: {name!r} lies outside the model's folder ({target})",
+            f"{folder / (said or name)}: {name!r} lies outside the model's folder ({target})",
             hint="copy the file into the folder, if it belongs to the model",
         )
-    if not path.is_file():
-        raise InputError(f"{path} is missing, which {said} names", hint="copy the whole folder")
     return path
 
 

@@ -6,19 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from kdcli.errors import InputError
-from kdcli.models.checkpoint import SINGLE, inside, local_folder, open_checkpoint
+from kdcli.models.checkpoint import BESIDE, SINGLE, contained, inside, local_folder, open_checkpoint
 
 PICKLE, PICKLES = "pytorch_model.bin", "pytorch_model.bin.index.json"
-
-BESIDE = (".json", ".txt", ".model", ".md")
-"""Files that are copied: configuration, tokenizer, model card."""
 
 
 def convert_pickle(name: str | Path, folder: Path) -> dict[str, Any]:
     """Write model.safetensors, the configuration and the tokenizer of a pickled model into an existing folder.
 
     Returns how many tensors there are, their bytes in millions, and their type.
-    Raises InputError when there is no pickle, or when it holds anything but tensors.
+    Raises InputError when there is no pickle, when it holds anything but tensors, or when a file leads out of
+    the folder.
     """
     from safetensors.torch import save_file
 
@@ -30,7 +28,7 @@ def convert_pickle(name: str | Path, folder: Path) -> dict[str, Any]:
             tensors[key] = value.contiguous().clone()
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in BESIDE and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(contained(source, path.name), folder / path.name)
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     (folder / SINGLE).chmod((folder / "config.json").stat().st_mode & 0o777)
     made = open_checkpoint(folder, any_family=True)
@@ -54,12 +52,12 @@ def _pickles(folder: Path, name: str | Path) -> list[Path]:
     if not (folder / "config.json").is_file():
         raise InputError(f"{name} has no config.json", hint="give a Hugging Face model folder")
     if (folder / PICKLE).is_file():
-        return [folder / PICKLE]
+        return [inside(folder, PICKLE, PICKLE, suffix=".bin")]
     if not (folder / PICKLES).is_file():
         what = f"has {SINGLE} already" if (folder / SINGLE).exists() else f"has no {PICKLE}"
         raise InputError(f"{name} {what}: there is nothing to convert")
     try:
-        places = json.loads((folder / PICKLES).read_text(encoding="utf-8"))["weight_map"]
+        places = json.loads(contained(folder, PICKLES).read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(places.values()))
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder / PICKLES} is no index of weights: {error}") from error

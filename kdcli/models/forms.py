@@ -11,7 +11,6 @@ from torch import nn
 from kdcli.errors import InputError
 from kdcli.models.anatomy import anatomy_of, blocks_of
 from kdcli.models.classes import check_single_label, class_names_of, equal_names, reorder_classes
-from kdcli.models.finite import at_fault, check_weights
 from kdcli.models.heads import head_of
 from kdcli.models.load import has_head, load_model, without_pooler
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, factorise
@@ -19,6 +18,7 @@ from kdcli.models.save import stored_type
 from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.tasks.labels import listed, matching_order, note_of_order
+from kdcli.tensors.parametrize import check_numbers
 from kdcli.words import counted
 
 if TYPE_CHECKING:
@@ -223,8 +223,6 @@ def _checkpoint(teacher: "PreTrainedModel", section: StudentSection) -> StudentB
             labels["num_labels"] = classes.num_labels
         student = load_model(section.model, task=head, new_head=True, **labels)
         notes.append("with a new head: it has none of the kind that is needed")
-    with at_fault("student.model"):
-        check_weights(student, "the student")
     if student.config.vocab_size != teacher.config.vocab_size:
         raise InputError(
             f"the student's vocabulary has {student.config.vocab_size:,} tokens, the teacher's "
@@ -232,6 +230,7 @@ def _checkpoint(teacher: "PreTrainedModel", section: StudentSection) -> StudentB
             where="student.model",
             hint="choose a student with the teacher's tokenizer",
         )
+    check_numbers(student, "student.model")
     return StudentBuild(student, "checkpoint", None, notes)
 
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from kdcli.errors import InputError
 from kdcli.models.anatomy import anatomy_of
 from kdcli.models.checkpoint import (
+    BESIDE,
     LOCAL,
     Checkpoint,
     Stored,
-    check_family,
+    check_config,
+    contained,
     is_structured,
     local_folder,
     open_checkpoint,
@@ -95,7 +97,7 @@ def refusal_of_head(name: str | Path, head: str, *, revision: str | None = None)
 def load_config(name: str | Path) -> "PretrainedConfig":
     """Return a model's configuration without its weights; of kdcli's own folders that of the plain family."""
     raw = read_config(name)
-    check_family(raw, name)
+    check_config(raw, name)
     return _plain_config(raw, name)
 
 
@@ -459,6 +461,11 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
             f"{folder} has no tokenizer files",
             hint="save the tokenizer beside the model, or set teacher.tokenizer",
         )
+    if folder is not None:
+        # Which of them the library reads depends on what is in them.
+        for path in sorted(folder.iterdir()):
+            if path.suffix in BESIDE:
+                contained(folder, path.name)
     with quiet_transformers():
         try:
             if folder is None:

@@ -19,7 +19,7 @@ from kdcli.files import atomic_folder, cache_dir, fingerprint, write_json
 from kdcli.machine import resolve_precision
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.models.classes import check_single_label, name_classes, reorder_classes
-from kdcli.models.finite import NotFiniteError, at_fault, check_weights
+from kdcli.models.finite import NotFiniteError, check_weights
 from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer, refusal_of_head
 from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
@@ -33,6 +33,7 @@ from kdcli.tasks.load import fingerprint_of
 from kdcli.tasks.metrics import compute_metrics
 from kdcli.tasks.prepare import encode_task
 from kdcli.tasks.rows import values_of
+from kdcli.tensors.parametrize import check_numbers
 from kdcli.training.curves import write_curve
 from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, main_does
@@ -140,7 +141,7 @@ def start_teacher(recipe: Recipe, task: Task, head: str, *, base: Path) -> Teach
     words = (resolve_source(section.tokenizer, base), None) if section.tokenizer else (source, section.revision)
     tokenizer = load_tokenizer(*words)
     check_tokenizer(model, tokenizer, recipe.task.max_length)
-    _check_numbers(model, "student.model" if section.black_box else "teacher.model")
+    check_numbers(model, "student.model" if section.black_box else "teacher.model")
     if section.black_box:
         return TeacherStart(model, tokenizer, "a black box", known=False)
     if trains:
@@ -174,16 +175,6 @@ def _with_head(recipe: Recipe, task: Task, source: str, head: str) -> tuple["Pre
             if section.finetune in (None, False):
                 raise
     return load(new_head=True, **label_options(task)), ()
-
-
-def _check_numbers(model: "PreTrainedModel", where: str) -> None:
-    """Raise InputError when the weights of a teacher, or what it makes of random tokens, contain NaN or inf."""
-    from kdcli.tensors.parametrize import probe
-
-    owner = f"the {where.split('.')[0]}"
-    with at_fault(where):
-        check_weights(model, owner)
-        probe(model, owner)
 
 
 def make_teacher(

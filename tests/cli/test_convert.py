@@ -1,6 +1,8 @@
 """kdcli convert: a pickled model becomes one that every command takes."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,3 +71,52 @@ def test_a_padding_token_that_only_the_tokenizer_knows_is_taken_from_it(world: W
         assert done.code == 0, done.err
         scores.append(done.json["metrics"])
     assert scores[0] == scores[1]
+
+
+def pickled(world: World) -> Path:
+    folder = world.model()
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["secret.json", "pytorch_model.bin", "config.json", "tokenizer.json"])
+def test_a_link_out_of_the_folder_is_neither_read_nor_copied(name: str, world: World):
+    folder = pickled(world)
+    outside = world.folder / "outside"
+    if (folder / name).exists():
+        (folder / name).rename(outside)
+    else:
+        outside.write_text("a secret")
+    (folder / name).symlink_to(outside)
+    done = world.call("convert", "./teacher", "--out", "made")
+    assert done.code == 2 and name in done.err and "lies outside the model's folder" in done.err
+    assert not (world.folder / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json", "config.json"])
+def test_a_model_is_scored_with_the_files_of_its_own_folder_alone(name: str, world: World):
+    folder = world.model()
+    outside = world.folder / "outside.json"
+    if (folder / name).exists():
+        (folder / name).rename(outside)
+    else:
+        outside.write_text("{}")
+    (folder / name).symlink_to(outside)
+    done = world.call("eval", "./teacher", "--data", "rows.csv", "--text", "text")
+    assert done.code == 2 and name in done.err and "lies outside the model's folder" in done.err
+
+
+def test_a_model_in_the_hubs_cache_is_converted_and_scored(world: World):
+    folder = pickled(world)
+    cache = world.folder / "models--owner--name"
+    snapshot = cache / "snapshots" / "0123456789abcdef"
+    (cache / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(cache / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
+    assert world.call("convert", snapshot, "--out", "made").code == 0
+    shutil.copy(world.folder / "made" / "model.safetensors", snapshot)
+    done = world.call("eval", snapshot, "--data", "rows.csv", "--text", "text")
+    assert done.code == 0, done.err

@@ -90,11 +90,16 @@ def test_such_a_teacher_is_named_before_training(world: World, spoiled: Callable
     assert not (world.folder / "runs").exists()
 
 
-def test_such_a_student_is_named_before_training(world: World, spoiled: Callable[..., Path]):
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+@pytest.mark.parametrize("change", [all_nan, too_large])
+def test_such_a_student_is_named_before_training(
+    world: World, spoiled: Callable[..., Path], change: Change, options: list[str]
+):
     world.model()
-    spoiled(all_nan, "start")
-    outcome = world.call("distill", world.recipe(student={"form": "checkpoint", "model": "start", "layers": None}))
-    assert outcome.code == 2
+    spoiled(change, "start")
+    recipe = world.recipe(student={"form": "checkpoint", "model": "start", "layers": None})
+    outcome = world.call("distill", recipe, *options)
+    assert outcome.code == 2 and not (world.folder / "runs").exists()
     assert "student.model" in outcome.err and "contain NaN or inf" in outcome.err
 
 
@@ -103,3 +108,25 @@ def test_a_student_that_ends_as_nan_is_no_result(world: World):
     outcome = world.call("distill", world.recipe(train={"max_steps": 3, "learning_rate": 1e6}))
     assert outcome.code == 3 and "training has diverged" in outcome.err
     assert not (world.folder / "runs" / "recipe" / "student").exists()
+
+
+@pytest.mark.parametrize("limit", ["nan", "inf", "-inf", "1e400"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "teacher", "--fail-under"],
+        ["eval", "teacher", "--fail-under-retention"],
+        ["distill", "recipe.toml", "--fail-under"],
+        ["distill", "recipe.toml", "--fail-under-retention"],
+        ["export", "teacher", "--max-latency-ms"],
+    ],
+)
+def test_a_limit_that_is_no_finite_number_is_refused(world: World, command: list[str], limit: str):
+    outcome = world.call(*command[:-1], f"{command[-1]}={limit}")
+    assert outcome.code == 2 and command[-1] in outcome.err
+    assert "is no finite number" in outcome.err or "greater than or equal to 0" in outcome.err
+
+
+def test_a_latency_below_zero_is_no_limit(world: World):
+    outcome = world.call("export", "teacher", "--max-latency-ms=-1")
+    assert outcome.code == 2 and "--max-latency-ms" in outcome.err

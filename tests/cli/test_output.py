@@ -172,3 +172,13 @@ def test_the_help_tells_the_exit_codes(world: World):
     words = " ".join(world.call("--help").out.split())
     for code in ("0 done", "1 a gate was not met", "2 the input is wrong", "3 the run failed", "130", "143"):
         assert code in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [(["--json"], "behind a command"), (["distill", "recipe.toml", "--json=1"], "kdcli --help")],
+)
+def test_an_option_in_the_wrong_way_is_told_as_json_too(world: World, arguments: list[str], hint: str):
+    outcome = world.call(*arguments)
+    assert outcome.code == 2 and hint in outcome.err and "--version" not in outcome.err
+    assert outcome.json["error"]["kind"] == "input" and hint in outcome.json["error"]["hint"]
