@@ -10,7 +10,11 @@ def main() -> None:
     # Imported only now: Ctrl-C while the libraries load is an end like any other.
     from kdcli.cli.app import main as program
 
-    program()
+    try:
+        program()
+    finally:
+        # All is said: what comes while the libraries end would kill the process without a word, with another code.
+        interrupts.ignore()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcli import __version__
-from kdcli.errors import InputError
+from kdcli.errors import InputError, cut
 from kdcli.faults import unwritable, writing
 from kdcli.interrupts import finishing, tidying
 from kdcli.locks import if_unused, in_use
@@ -168,8 +168,11 @@ def check_free(
     """
     if not os.path.lexists(path):
         return
-    whole, home = path.resolve(), Path.home().resolve()
-    for place, words in ((Path.cwd(), "the folder that you are in"), (home, "your home folder")):
+    whole, own_home = path.resolve(), home()
+    places = [(Path.cwd(), "the folder that you are in")]
+    if own_home is not None:
+        places.append((own_home.resolve(), "your home folder"))
+    for place, words in places:
         if whole == place or whole in place.parents:
             raise InputError(f"{whole} {'is' if whole == place else 'contains'} {words}", hint=hints[1])
     if os.path.ismount(whole):
@@ -223,8 +226,37 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def home() -> Path | None:
+    """Return the user's home folder; None for a user without one, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def expanded(path: str | Path, where: str | None = None) -> Path:
+    """Return a path with `~` and `~user` as the folders that they mean.
+
+    Raises InputError, naming the field or option `where`, when there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        message = f"{cut(str(path))} begins with a home folder that is not known"
+        raise InputError(message, where=where, hint="write the whole path") from None
+
+
 def cache_dir() -> Path:
-    """Return the folder for things that can be made again: `KDCLI_CACHE`, or `~/.cache/kdcli`."""
+    """Return the folder for things that can be made again: `KDCLI_CACHE`, or `~/.cache/kdcli`.
+
+    Raises InputError when neither is known.
+    """
     if own := os.environ.get("KDCLI_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdcli"
+        return expanded(own, "KDCLI_CACHE")
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "kdcli"
+    if (own_home := home()) is None:
+        raise InputError(
+            "there is no place for the cache: the home folder is not known", hint="set KDCLI_CACHE or HOME"
+        )
+    return own_home / ".cache" / "kdcli"

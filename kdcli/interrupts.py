@@ -50,6 +50,13 @@ def install() -> None:
         )
 
 
+def ignore() -> None:
+    """Let SIGINT and SIGTERM do nothing from here on: the program has ended, Python is about to."""
+    for number in WORDS:
+        if signal.getsignal(number) is _handle:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def received() -> "int | None":
     """Return the signal that this program is to end with, if one has come."""
     return _State.first

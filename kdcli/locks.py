@@ -57,13 +57,16 @@ def lock_file(path: Path) -> Iterator[None]:
 
 
 def _open_and_take(path: Path) -> int:
+    lost: OSError | None = None
     for _ in range(1000):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o644)
-        except FileNotFoundError:
-            # Another process has just removed the folder that it had made for itself.
+        except FileNotFoundError as error:
+            # Another process has just removed the folder that it had made for itself; or nothing can be made there.
+            lost = error
             continue
+        lost = None
         _held.add(handle)
         if _take(handle) is False:
             _close(handle)
@@ -72,6 +75,8 @@ def _open_and_take(path: Path) -> int:
         if _is_at(handle, path):
             return handle
         _close(handle)
+    if lost is not None:
+        raise lost
     raise BusyError(path)
 
 

@@ -71,7 +71,7 @@ def check_manifest(folder: Path, of: Any = None) -> str | None:
         return difference(folder, content["files"])
     except OSError as error:
         return f"{Path(error.filename or MANIFEST).name} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is damaged"
 
 

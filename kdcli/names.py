@@ -15,6 +15,12 @@ LONGEST = 100
 _BYTES = 200
 """What file systems take is 255 bytes, and temporary names are a little longer than the name itself."""
 
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in "123456789¹²³")}
+"""What Windows takes for a device, with any ending."""
+
+_BLANK = "\u115f\u1160\u2800\u3164\uffa0"
+"""Letters and signs that show nothing."""
+
 _DIRECTIONS = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
 
 
@@ -27,6 +33,8 @@ def problem_of(name: str) -> str | None:
     for character in name:
         if character in "/\\":
             return f"has a {character} in it: a name is no path"
+        if character in ':*?"<>|':
+            return f"has a {character} in it, which some file systems do not take"
         if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or (
             unicodedata.bidirectional(character) in _DIRECTIONS or character in "\u200e\u200f\u061c"
         ):
@@ -35,7 +43,11 @@ def problem_of(name: str) -> str | None:
         return f"begins with a {'dash' if name[0] == '-' else 'dot'}"
     if name[0].isspace() or name[-1].isspace() or name[-1] == ".":
         return "begins or ends with a space or ends with a dot"
-    return "is kdcli's own name for the newest run" if name == LATEST else None
+    if all(unicodedata.category(c) in ("Cf", "Mn", "Zs") or c in _BLANK for c in name):
+        return "has nothing in it that can be seen"
+    if name.split(".")[0].rstrip().casefold() in _DEVICES:
+        return "is the name of a device on Windows"
+    return "is kdcli's own name for the newest run" if same_folder(name) == LATEST else None
 
 
 def safe_name(name: str) -> str:

@@ -15,6 +15,7 @@ from kdcli.faults import unwritable
 from kdcli.files import (
     cache_dir,
     check_free,
+    expanded,
     has_marker,
     remove,
     remove_empty,
@@ -294,9 +295,9 @@ def check_out(out: Path, *inputs: str | Path | None, force: bool) -> None:
         return
     whole, hint = out.resolve(), "give another --out"
     for name in inputs:
-        if name is None or not os.path.lexists(name):
+        if name is None or not os.path.lexists(path := expanded(name)):
             continue
-        given = Path(name).resolve()
+        given = path.resolve()
         if whole == given or whole in given.parents:
             words = "is" if whole == given else "contains"
             raise InputError(f"{out} {words} what is read, {name}, so --force does not replace it", hint=hint)
@@ -316,7 +317,10 @@ def check_out(out: Path, *inputs: str | Path | None, force: bool) -> None:
 def place_of_run(recipe: "Recipe", recipe_path: Path, output: Path | None) -> tuple[Path, str]:
     """Return the folder for runs and the name of a recipe's run. output: comes before the folder in the recipe."""
     base = recipe_path.resolve().parent
-    root = output or (base / Path(recipe.output).expanduser() if recipe.output else Path("runs"))
+    if output is not None:
+        root = expanded(output, "--output")
+    else:
+        root = base / expanded(recipe.output, "output") if recipe.output else Path("runs")
     return root, checked(recipe.name or recipe_path.stem)
 
 

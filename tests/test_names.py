@@ -18,14 +18,17 @@ GOOD = [
     "Übung",
     "文书分类",
     "x" * 100,
-    "a:b",
     "a b",
     "Κυριακή",
     "latest2",
+    "console",
+    "com",
     "می‌خواهم",
 ]
 BAD = ["", ".", "..", "...", ".hidden", "-o", "a/b", "a\\b", "a\0b", "a\nb", "a\x1b[31m", "a\u202eb", "a\u2066b"]
 BAD += ["x" * 101, "文" * 70, " a", "a ", "a.", "latest", "/etc", "~/../x", "a\u2028b", "\ud800", "C:\\x", "a\x7f"]
+BAD += ["Latest", "LATEST", "con", "NUL", "aux.txt", "Com1", *(f"a{sign}b" for sign in ':*?"<>|')]
+BAD += ["\u200b", "\u2060\ufeff", "\u3164", "\u2800", "\ufe0f"]
 
 
 @pytest.mark.parametrize("name", GOOD)

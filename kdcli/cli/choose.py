@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from kdcli.cli.console import info
 from kdcli.errors import InputError
+from kdcli.files import expanded
 from kdcli.manifest import check_manifest, is_sealed
 from kdcli.names import checked
 from kdcli.recipe.schema import EvaluateSection, Recipe, TaskSection, parse_delimiter, parse_encoding
@@ -72,15 +73,18 @@ def _choose(model: str | None, task: str | None = None) -> Choice:
     if model is None:
         run = latest_run()
         return Choice(_classifier_of(run, task), run)
-    path = Path(model)
+    path = expanded(model, "MODEL")
     if (path / "run.json").is_file() and not (path / "config.json").exists():
         run = Run(path.resolve())
         if not run.student.is_dir():
             raise InputError(
                 f"the run {path} has no student yet (status: {run.record.get('status', 'unknown')})",
-                hint="go on with it: kdcli distill RECIPE --resume",
+                hint="make it again: kdcli distill RECIPE --force"
+                if run.record.get("status") == "done"
+                else "go on with it: kdcli distill RECIPE --resume",
             )
         return Choice(_classifier_of(run, task), run)
+    model = str(path) if model.startswith("~") else model
     return Choice(model, run_of_model(path) if path.is_dir() else None)
 
 

@@ -52,6 +52,7 @@ def compare(
     """
     from kdcli.cli.console import emit, err, info
     from kdcli.compare.plan import check_folder, check_reusable, plan_comparison
+    from kdcli.files import expanded
 
     plan = plan_comparison(
         recipes,
@@ -62,6 +63,7 @@ def compare(
         baseline=baseline,
         allow_unequal=allow_unequal,
     )
+    output = expanded(output, "--output")
     check_folder(output)
     if dry_run:
         if not (force or refresh):

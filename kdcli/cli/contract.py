@@ -27,7 +27,7 @@ def contract(
     from kdcli.cli.console import emit, info
     from kdcli.errors import GateError
     from kdcli.export.parity import TOLERANCE
-    from kdcli.files import atomic_folder
+    from kdcli.files import atomic_folder, expanded
     from kdcli.models.counts import count_parameters
     from kdcli.models.load import load_any, load_tokenizer
     from kdcli.models.lowrank import merge_low_rank
@@ -35,6 +35,7 @@ def contract(
     from kdcli.runs import check_out
     from kdcli.tensors.parametrize import contract_model, probe
 
+    out = expanded(out, "--out")
     check_out(out, model, force=force)
     with atomic_folder(out, force=force) as folder:
         loaded = load_any(model)

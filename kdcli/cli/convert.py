@@ -24,10 +24,11 @@ def convert(
     from rich.table import Table
 
     from kdcli.cli.console import emit
-    from kdcli.files import atomic_folder
+    from kdcli.files import atomic_folder, expanded
     from kdcli.models.convert import convert_pickle
     from kdcli.runs import check_out
 
+    out = expanded(out, "--out")
     check_out(out, model, force=force)
     with atomic_folder(out, force=force) as folder:
         document = {"folder": str(out), **convert_pickle(model, folder)}

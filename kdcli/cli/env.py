@@ -19,9 +19,14 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
     from rich.table import Table
 
     from kdcli.cli.console import emit
+    from kdcli.errors import InputError
     from kdcli.files import cache_dir
     from kdcli.machine import gpu_count, resolve_precision, usable_processors, versions
 
+    try:
+        cache = str(cache_dir())
+    except InputError as error:
+        cache = error.message
     document = {
         **versions(),
         "gpus": str(gpu_count()),
@@ -29,7 +34,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
         "precision": resolve_precision("auto", "auto"),
         "onnxruntime_providers": ", ".join(onnxruntime.get_available_providers()),
-        "cache": str(cache_dir()),
+        "cache": cache,
         "KDCLI_DATA_DIR": os.environ.get("KDCLI_DATA_DIR", "not set"),
         "HF_HOME": os.environ.get("HF_HOME", "not set"),
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "not set"),

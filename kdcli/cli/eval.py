@@ -81,6 +81,9 @@ def evaluate(
     from kdcli.errors import InputError
 
     if data is not None:
+        from kdcli.files import expanded
+
+        data = expanded(data, "--data")
         both = {"--task": task, "--protocol": protocol}
         if given := [option for option, value in both.items() if value is not None]:
             raise InputError(f"scores a file, without {' and '.join(given)}", where="--data")

@@ -61,6 +61,7 @@ def export(
     sizes = {"batch_sizes": grid[0], "sequence_lengths": grid[1], "runs": runs, "threads": threads}
     validate_section(ExportSection, sizes)
     from kdcli.export.export import export_model
+    from kdcli.files import expanded
     from kdcli.models.finite import at_fault
     from kdcli.models.shape import check_lengths
     from kdcli.runs import check_out
@@ -80,6 +81,7 @@ def export(
         elif beside is not None:
             warn_of_changes(beside, None)
     if out is not None:
+        out = expanded(out, "--out")
         check_out(out, choice.model, beside, force=force)
     own, tokenizer = load_contestant(choice.model)
     length = readable_length(own.config, length)

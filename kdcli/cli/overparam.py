@@ -72,13 +72,14 @@ def overparam(
     )
     from kdcli.cli.console import emit, info
     from kdcli.export.parity import TOLERANCE
-    from kdcli.files import atomic_folder
+    from kdcli.files import atomic_folder, expanded
     from kdcli.models.load import load_any, load_tokenizer
     from kdcli.models.save import save_model
     from kdcli.runs import check_out
     from kdcli.tensors.parametrize import overparameterise, probe
 
     # The folder first: that it exists already should not be said after minutes of work.
+    out = expanded(out, "--out")
     check_out(out, model, factors, force=force)
     with atomic_folder(out, force=force) as folder:
         loaded = load_any(model)

@@ -63,7 +63,7 @@ class OnnxModel:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             family = raw.pop("model_type")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{path}, which names the classes of {MODEL}, is missing or broken", hint="export the model again"
             ) from error

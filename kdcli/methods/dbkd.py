@@ -73,10 +73,11 @@ def check_sources(options: DBKDOptions, task: "Task", base: Path) -> None:
     if box is None:
         return
     if box.decisions is not None:
+        from kdcli.files import expanded
         from kdcli.training.decisions import recorded
         from kdcli.training.schemes.dbkd import DECISIONS
 
-        recorded(base / Path(box.decisions).expanduser(), task, DECISIONS)
+        recorded(base / expanded(box.decisions, "method.black_box.decisions"), task, DECISIONS)
     elif box.callable is not None:
         from kdcli.training.black_box import find_callable
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdcli.errors import InputError
+from kdcli.files import expanded
 from kdcli.models.anatomy import FAMILIES, Anatomy
 from kdcli.models.sizes import check_room, check_sizes
 
@@ -97,7 +98,7 @@ def _todays(key: str) -> str:
 
 def local_folder(name: str | Path) -> Path | None:
     """Return the folder that `name` means, or None for a hub name. Raises InputError for a broken path."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return path
     text = str(name)

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from kdcli.errors import InputError, cut
+from kdcli.files import expanded
 from kdcli.recipe.locate import Keys, line_of, lines_of_keys
 from kdcli.recipe.problems import Problem, problems_of, show, unknown_field
 from kdcli.recipe.schema import Recipe
@@ -76,12 +77,12 @@ def portable(recipe: Recipe, name: str, base: Path) -> dict[str, Any]:
         if not {key, f"{owner}.{key}"} & _PATHS or not isinstance(value, str):
             return value
         # A hub's name, or a column's, is no path.
-        path = base / Path(value).expanduser()
+        path = base / expanded(value, f"{owner}.{key}" if owner else key)
         return str(path.resolve()) if path.exists() else value
 
     document = whole(recipe.model_dump(exclude_none=True))
     if recipe.output is not None:
-        document["output"] = str((base / Path(recipe.output).expanduser()).resolve())
+        document["output"] = str((base / expanded(recipe.output, "output")).resolve())
     return {**document, "name": name}
 
 

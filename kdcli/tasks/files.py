@@ -227,7 +227,7 @@ def _json_lines(path: Path, file: Iterable[str], where: str) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}:{number} is not valid JSON: {error}", where=where) from error
 
 

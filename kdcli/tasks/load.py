@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from kdcli.errors import InputError
+from kdcli.files import expanded
 from kdcli.models.classes import equal_names
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks import custom, synthetic, text
@@ -342,7 +343,7 @@ def _custom(section: TaskSection, evaluate: EvaluateSection, base: Path, limit: 
 
 def _raw_splits(section: TaskSection, base: Path, notes: list[str]) -> tuple[dict[str, Columns], str]:
     def read(text: str, where: str) -> Columns:
-        given = Path(text).expanduser()
+        given = expanded(text, where)
         path = given if given.is_absolute() else base / given
         return read_file(path, where, delimiter=section.delimiter, encoding=section.encoding, notes=notes)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from kdcli.errors import RunError
+from kdcli.errors import InputError, RunError
 from kdcli.files import cache_dir
 
 if TYPE_CHECKING:
@@ -129,7 +129,9 @@ def _on_disk(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
 
 
 def _folder() -> Path:
-    folder = cache_dir()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, InputError):
+        folder = cache_dir()
         folder.mkdir(parents=True, exist_ok=True)
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
+        if os.access(folder, os.W_OK):
+            return folder
+    return Path(tempfile.gettempdir())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kdcli.errors import InputError
+from kdcli.files import expanded
 from kdcli.objectives.vocabulary import IGNORED
 from kdcli.tasks import custom, files
 from kdcli.tasks.base import Masking
@@ -69,7 +70,7 @@ def read_documents(
 
 
 def _path(text: str, base: Path) -> Path:
-    given = Path(text).expanduser()
+    given = expanded(text, "task")
     return given if given.is_absolute() else base / given
 
 

@@ -53,7 +53,7 @@ class Memory:
                 index, first, found = row["index"], row["first"], row["decisions"]
                 if row["sha256"] != self._hash(index, first, found):
                     raise ValueError("changed")
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 self.damaged += 1
                 continue
             decisions = self.known.setdefault(index, [])

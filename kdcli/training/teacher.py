@@ -15,7 +15,7 @@ from torch import nn
 
 from kdcli import __version__
 from kdcli.errors import InputError
-from kdcli.files import atomic_folder, cache_dir, fingerprint, write_json
+from kdcli.files import atomic_folder, cache_dir, expanded, fingerprint, write_json
 from kdcli.machine import resolve_precision
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.models.classes import check_single_label, name_classes, reorder_classes
@@ -63,7 +63,7 @@ class Teacher:
 
 def resolve_source(model: str, base: Path) -> str:
     """Return a folder's absolute path when `model` names one (relative to the recipe), else the hub name."""
-    path = Path(model).expanduser()
+    path = expanded(model, "teacher.model")
     for candidate in (path if path.is_absolute() else base / path, path):
         if candidate.exists():
             return str(candidate.resolve())

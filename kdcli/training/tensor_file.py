@@ -11,7 +11,7 @@ import safetensors.torch
 from rich.console import Console
 from torch import Tensor
 
-from kdcli.files import write_bytes
+from kdcli.files import remove, write_bytes
 
 KEY = "kdcli"
 
@@ -32,6 +32,8 @@ def keep_tensors(path: Path, tensors: dict[str, Tensor], *, of: str) -> None:
     with contextlib.suppress(OSError):
         # One entry: several are written in no fixed order, and equal content is to be an equal file.
         metadata = {KEY: json.dumps({"of": of, "sha256": _digest(tensors, of)})}
+        if path.is_dir():
+            remove(path)
         write_bytes(path, safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata))
 
 
@@ -42,8 +44,10 @@ def kept_tensors(
 
     shapes: what it must hold. console: is told about a file that is damaged, and so is made again.
     """
-    problem = None
+    problem = "it is a folder"
     try:
+        if path.is_dir():
+            raise IsADirectoryError(problem)
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(KEY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -59,7 +63,7 @@ def kept_tensors(
             return tensors
     except FileNotFoundError:
         return None
-    except (OSError, safetensors.SafetensorError, ValueError, AttributeError) as error:
+    except (OSError, safetensors.SafetensorError, ValueError, AttributeError, RecursionError) as error:
         problem = f"it cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     if console is not None:
         console.print(f"cache: {path} is made again: {problem}", highlight=False, soft_wrap=True)

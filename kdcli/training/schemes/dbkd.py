@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from kdcli.errors import InputError
+from kdcli.files import expanded
 from kdcli.objectives.decisions import logits_from_decisions
 from kdcli.tasks.base import Task
 from kdcli.tasks.neighbours import EmbeddingNeighbours
@@ -76,7 +77,7 @@ class DecisionScheme(Scheme):
     def _decide(self, setting: Setting) -> None:
         task = setting.task
         if self.file is not None:
-            self.counts = recorded(setting.base / Path(self.file).expanduser(), task, DECISIONS)
+            self.counts = recorded(setting.base / expanded(self.file, "method.black_box.decisions"), task, DECISIONS)
             return
         neighbours = EmbeddingNeighbours(setting.student, setting.tokenizer) if self.synonyms else None
         self.counts = ask(
