@@ -418,6 +418,12 @@ def _restored(
 
     try:
         model = _bare(config, head, checkpoint.tensors)
+        widest = max((length for tensor in checkpoint.tensors.values() for length in tensor.shape), default=0)
+        for path, rank in {**structure.get("low_rank", {}), **structure.get("low_rank_embeddings", {})}.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= widest:
+                raise ValueError(
+                    f"config.json says rank {rank!r} for {path}, the file has tensors up to {widest:,} wide"
+                )
         for path, rank in structure.get("low_rank", {}).items():
             linear: Any = model.get_submodule(path)
             factors = LowRankLinear(linear.in_features, linear.out_features, rank, bias=linear.bias is not None)

@@ -236,6 +236,10 @@ def test_a_broken_folder_says_what_is_wrong(folder: Path, spoil: Callable[[Path]
         (change_config(kdcli={"base_model_type": ["bert"]}), "which kdcli does not know"),
         (change_config(kdcli={"base_model_type": "bert", "low_rank": [1]}), "cannot be restored"),
         (change_config(kdcli={"base_model_type": "bert", "low_rank": {"bert.nothing": 3}}), "cannot be restored"),
+        (
+            change_config(kdcli={"base_model_type": "bert", "low_rank": {QUERY.removesuffix(".weight"): 2**31}}),
+            "says rank 2147483648",
+        ),
         (change_config(kdcli={"base_model_type": "bert"}), "is missing 24 weights"),
     ],
 )
