@@ -333,7 +333,7 @@ def _warn_of_chance(scores: dict[str, dict[str, float]], task: Task, console: Co
             console,
             f"the teacher scores {task.primary} {score:.4f}, no better than chance "
             f"({chance:.4f}). A student cannot learn the task from it. Is the model fine-tuned on this task, "
-            "and are its labels in the right order (teacher.labels)?",
+            "and are its classes named in their order (id2label in its config.json)?",
         )
 
 
