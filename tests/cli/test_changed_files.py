@@ -43,7 +43,14 @@ def test_a_finished_run_has_no_checkpoints_unless_they_are_asked_for(world: Worl
     assert list((world.folder / "runs" / "kept" / "checkpoints").glob("*/checkpoint-1/optimizer.pt"))
 
 
-@pytest.mark.parametrize("change", [flip, swap_words, Path.unlink], ids=["one bit", "two words", "a file less"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(flip, id="one bit"),
+        pytest.param(swap_words, id="two words", marks=pytest.mark.slow),
+        pytest.param(Path.unlink, id="a file less", marks=pytest.mark.slow),
+    ],
+)
 def test_eval_export_and_resume_say_that_a_student_was_changed(world: World, finished: Path, change: object):
     name = "tokenizer.json" if change is swap_words else "model.safetensors"
     before = world.call("eval", "runs/recipe", *SCORE)
@@ -73,6 +80,7 @@ def test_a_student_of_another_run_is_not_taken_for_this_ones(world: World, finis
     assert "WARNING" in world.call("eval", "runs/recipe", *SCORE).err
 
 
+@pytest.mark.slow
 def test_a_graph_that_was_changed_is_told_of_until_it_is_made_again(world: World):
     world.model()
     grid = {"runs": 1, "batch_sizes": [1], "sequence_lengths": [8]}

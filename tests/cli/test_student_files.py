@@ -75,6 +75,7 @@ def test_an_unknown_type_is_refused(world: World):
     assert done.code == 2 and "student.dtype" in done.err and "bfloat16" in done.err
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_files_whether_its_teacher_came_from_the_cache(world: World):
     world.model("headless")
     tables = {

@@ -60,9 +60,8 @@ def test_a_roberta_with_the_tokenizer_of_a_bert_is_scored_distilled_and_exported
     agree(folder, pairs.folder / "graph")
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in ("bert", "distilbert") else pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", NAMES)
 def test_without_a_task_the_graph_is_checked_on_pairs_where_there_are_types(family: str, pairs: World):
     folder = keep(pairs, family, **({"type_vocab_size": 2} if family == "deberta-v2" else {}))
     exported = pairs.call("export", "./teacher", "--onnx", "--out", "graph", "--no-latency", "--json")

@@ -26,7 +26,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("cases", "count"), [(fuzz.recipes, len(fuzz.HOSTILE) + 40), (fuzz.overrides, 30), (fuzz.argument_lists, 120)]
+    ("cases", "count"), [(fuzz.recipes, len(fuzz.HOSTILE) + 20), (fuzz.overrides, 30), (fuzz.argument_lists, 120)]
 )
 def test_wrong_words_end_with_a_message_and_soon(
     cases: Callable[[int], Iterator[fuzz.Case]], count: int, place: Path, monkeypatch: pytest.MonkeyPatch
