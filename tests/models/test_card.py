@@ -15,20 +15,22 @@ from kdcli.pipeline import run_distill
 from kdcli.recipe.schema import Recipe
 
 EVIL = "a|b <img src=x onerror=y> [l](http:x) *b* ``c` $d$ &lt; #"
+NAME = "a [l](http) _b_ ``c` $d$ &lt; ![i](x) #"
+"""As EVIL, of what names of runs and tasks may have."""
 HTML = {"html", "h1", "h2", "p", "ul", "li", "code", "pre", "table", "thead", "tbody", "tr", "th", "td"}
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The record of a run whose task, name, teacher and data are called EVIL."""
+    """The record of a run whose teacher and data are called EVIL, and whose name and task NAME."""
     folder = tmp_path_factory.mktemp("card")
     save_model(tiny("bert", id2label={0: EVIL, 1: "good"}, label2id={EVIL: 0, "good": 1}), folder / EVIL, tokenizer())
     rows = [f'a fine film,"{EVIL}"', "a dull film,good"] * 20
     (folder / f"{EVIL}.csv").write_text("\n".join(["text,label", *rows]))
     document = {
-        "name": EVIL,
+        "name": NAME,
         "method": {"name": "kd"},
-        "task": {"name": EVIL, "data": f"{EVIL}.csv", "text": "text"},
+        "task": {"name": NAME, "data": f"{EVIL}.csv", "text": "text"},
         "teacher": {"model": EVIL},
         "student": {"form": "depth", "layers": 1},
         "train": {"max_steps": 1},
@@ -56,8 +58,8 @@ def parts(card: str) -> tuple[Any, xml.etree.ElementTree.Element]:
 def test_names_in_a_card_are_read_as_they_stand(record: dict[str, Any]):
     _, body = parts(model_card(record))
     assert {element.tag for element in body.iter()} <= HTML
-    assert ["".join(heading.itertext()) for heading in body.iter("h1")] == [EVIL]
-    assert EVIL in [span.text for span in body.iter("code")]
+    assert ["".join(heading.itertext()) for heading in body.iter("h1")] == [NAME]
+    assert NAME in [span.text for span in body.iter("code")]
     items = ["".join(item.itertext()).strip() for item in body.iter("li")]
     assert f"teacher: {EVIL}" in items and any(EVIL in item for item in items if item.startswith("data: "))
     assert {len(line) for line in body.iter("tr")} == {3}

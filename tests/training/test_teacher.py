@@ -441,4 +441,4 @@ def test_a_teacher_at_chance_is_told_loudly_and_a_good_one_is_not(folder: Path):
     said, wrong, training = distil("swapped", str(swapped))
     assert training is None
     assert wrong == pytest.approx(1 - score)
-    assert "WARNING" in said and "no better than chance (0.5000)" in said and "teacher.labels" in said
+    assert "WARNING" in said and "no better than chance (0.5000)" in said and "id2label" in said
