@@ -28,5 +28,5 @@ def test_killed_runs_go_on_to_the_same_files():
 
 
 def test_damage_is_noticed_or_made_good():
-    told = check("corruption.py", "--kinds", "augment,export", "--how", "flipped,removed")
+    told = check("corruption.py", "--kinds", "augment,opdf", "--how", "flipped,removed")
     assert "wrong" not in told.splitlines()[-1]
