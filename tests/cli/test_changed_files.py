@@ -107,6 +107,7 @@ def test_a_record_that_was_changed_is_not_believed(world: World, finished: Path)
     assert world.call("distill", "recipe.toml", "--resume").code == 0
 
 
+@pytest.mark.slow
 def test_a_teacher_of_the_cache_that_was_changed_is_told_of(world: World, own_cache: Path):
     teacher = {
         "scratch": {"layers": 1, "hidden_size": 16, "heads": 2, "intermediate_size": 32, "vocab_size": 150},

@@ -312,6 +312,7 @@ def test_what_cannot_be_replaced_stays(after: World):
         assert after.listing() == before
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_exports_goes_on_with_that(world: World):
     world.model()
     recipe = world.recipe(export={"onnx": True, "batch_sizes": [1], "sequence_lengths": [8], "runs": 1})
