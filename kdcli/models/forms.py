@@ -11,6 +11,7 @@ from torch import nn
 from kdcli.errors import InputError
 from kdcli.models.anatomy import anatomy_of, blocks_of
 from kdcli.models.classes import check_single_label, class_names_of, equal_names, reorder_classes
+from kdcli.models.finite import check_numbers
 from kdcli.models.heads import head_of
 from kdcli.models.load import has_head, load_model, without_pooler
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, factorise
@@ -18,7 +19,6 @@ from kdcli.models.save import stored_type
 from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.tasks.labels import listed, matching_order, note_of_order
-from kdcli.tensors.parametrize import check_numbers
 from kdcli.words import counted
 
 if TYPE_CHECKING:

@@ -26,6 +26,7 @@ from kdcli.models.classes import final_classifier_name
 from kdcli.models.heads import HEADS, TITLES, with_new_head
 from kdcli.models.quiet import quiet_transformers
 from kdcli.models.shape import longest_input
+from kdcli.words import counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -250,7 +251,7 @@ def _fit_outputs(model: "PreTrainedModel", checkpoint: Checkpoint) -> bool:
     raw = checkpoint.config
     if any(raw.get(key) is not None for key in ("id2label", "label2id", "num_labels")):
         raise InputError(
-            f"{checkpoint.name}: the weights have {outputs} output{'s' * (outputs != 1)} ({key}), config.json says "
+            f"{checkpoint.name}: the weights have {counted(outputs, 'output')} ({key}), config.json says "
             f"{model.config.num_labels}",
             hint="correct id2label (or label2id, num_labels) in config.json",
         )
@@ -321,7 +322,7 @@ def _check_weights(model: "PreTrainedModel", checkpoint: Checkpoint) -> None:
 
 
 def _weights(keys: list[str]) -> str:
-    return f"{len(keys)} weight{'s' * (len(keys) != 1)} (first: {keys[0]})"
+    return f"{counted(len(keys), 'weight')} (first: {keys[0]})"
 
 
 def _by(shape: tuple[int, ...]) -> str:

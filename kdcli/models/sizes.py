@@ -8,6 +8,7 @@ from typing import Any
 
 from kdcli.errors import InputError, cut
 from kdcli.models.anatomy import Anatomy
+from kdcli.words import counted
 
 MOST = 1_000_000
 """Upper limit of sizes that no tensor of the file need have: the classes of a body, the positions of DeBERTa."""
@@ -54,7 +55,7 @@ def check_room(config: Mapping[str, Any], anatomy: Anatomy, shapes: Mapping[str,
     name, layers = _size(config, anatomy, "layers")
     if layers > len(blocks):
         raise InputError(
-            f"{path} says {layers:,} block{'s' * (layers != 1)} ({name}), the file holds {len(blocks):,}",
+            f"{path} says {counted(layers, 'block')} ({name}), the file holds {len(blocks):,}",
             hint=f"correct {name}, unless it is another model's file",
         )
     widest = max((length for shape in shapes.values() for length in shape), default=0)

@@ -170,8 +170,7 @@ def _task(
     sets = {next(iter(validation)): selection, **report}
     few = {name: rows.num_rows for name, rows in sets.items() if rows.num_rows < FEW}
     remarks = [
-        f"the {name} set has {count} row{'s' if count > 1 else ''} only: a score on it says little"
-        for name, count in few.items()
+        f"the {name} set has {counted(count, 'row')} only: a score on it says little" for name, count in few.items()
     ]
     if trains and labels and (unseen := set(range(len(labels))) - set(train.column("label").unique().to_pylist())):
         absent = [labels[number] for number in sorted(unseen)]

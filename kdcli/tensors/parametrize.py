@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from kdcli.errors import InputError
 from kdcli.models.anatomy import block_matrix, blocks_of, iter_block_matrices
 from kdcli.models.counts import count_parameters
-from kdcli.models.finite import at_fault, check_finite, check_weights
+from kdcli.models.finite import check_finite
 from kdcli.models.lowrank import LowRankLinear, svd_factors
 from kdcli.objectives.base import MatrixKey
 from kdcli.recipe.schema import OverparamSection
@@ -359,17 +359,6 @@ def probe(model: "PreTrainedModel", owner: str = "the model") -> Tensor:
     model.train(training)
     check_finite(output.cpu(), owner)
     return output
-
-
-def check_numbers(model: "PreTrainedModel", where: str) -> None:
-    """Raise InputError when the weights of a model, or what it makes of random tokens, contain NaN or inf.
-
-    where: the recipe's field that names it.
-    """
-    owner = f"the {where.split('.')[0]}"
-    with at_fault(where):
-        check_weights(model, owner)
-        probe(model, owner)
 
 
 def contract_model(model: "PreTrainedModel", *, check: bool = True) -> ContractReport:

@@ -18,24 +18,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def cached_logits(
-    teacher: "PreTrainedModel",
-    dataset: Dataset,
-    collator: Any,
-    *,
-    batch_size: int,
-    use_cache: bool = True,
-    console: Console | None = None,
-) -> Tensor:
+def cached_logits(teacher: "PreTrainedModel", dataset: Dataset, collator: Any, **options: Any) -> Tensor:
     """Return the teacher's logits for an encoded data set, (largest index + 1, classes), fp32.
 
-    Row i belongs to the example with index i.
-    Raises NotFiniteError where `cached_predictions` does.
+    Row i belongs to the example with index i. options: those of `cached_predictions`, which it raises the errors of.
     """
-    return _by_index(
-        cached_predictions(teacher, dataset, collator, batch_size=batch_size, use_cache=use_cache, console=console),
-        dataset,
-    )
+    logits = cached_predictions(teacher, dataset, collator, **options)
+    index = torch.from_numpy(array_of(dataset, "index"))
+    table = torch.zeros(int(index.max()) + 1, logits.shape[1])
+    table[index] = logits
+    return table
 
 
 def cached_predictions(
@@ -67,10 +59,3 @@ def cached_predictions(
         # A process may find what another has just written: all of them wait here, whether they found it or not.
         main_does(lambda: keep_tensors(path, {"logits": logits}, of=name) if kept is None else None)
     return logits
-
-
-def _by_index(logits: Tensor, dataset: Dataset) -> Tensor:
-    index = torch.from_numpy(array_of(dataset, "index"))
-    table = torch.zeros(int(index.max()) + 1, logits.shape[1])
-    table[index] = logits
-    return table

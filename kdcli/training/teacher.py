@@ -19,7 +19,7 @@ from kdcli.files import atomic_folder, cache_dir, expanded, fingerprint, write_j
 from kdcli.machine import resolve_precision
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.models.classes import check_single_label, name_classes, reorder_classes
-from kdcli.models.finite import NotFiniteError, check_weights
+from kdcli.models.finite import NotFiniteError, check_numbers, check_weights
 from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer, refusal_of_head
 from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
@@ -33,7 +33,6 @@ from kdcli.tasks.load import fingerprint_of
 from kdcli.tasks.metrics import compute_metrics
 from kdcli.tasks.prepare import encode_task
 from kdcli.tasks.rows import values_of
-from kdcli.tensors.parametrize import check_numbers
 from kdcli.training.curves import write_curve
 from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, main_does
