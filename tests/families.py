@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from kdcli.models.anatomy import FAMILIES
+from kdcli.data.reviews import reviews
+from kdcli.models.families import FAMILIES
 from kdcli.models.scratch import train_tokenizer
-from kdcli.tasks.synthetic import reviews
 
 NAMES = sorted(FAMILIES)
 

@@ -31,9 +31,10 @@ def contract(
     from kdcli.models.counts import count_parameters
     from kdcli.models.load import load_any, load_tokenizer
     from kdcli.models.lowrank import merge_low_rank
+    from kdcli.models.overparam import contract_model
+    from kdcli.models.probe import probe
     from kdcli.models.save import save_model
     from kdcli.runs import check_out
-    from kdcli.tensors.parametrize import contract_model, probe
 
     out = expanded(out, "--out")
     check_out(out, model, force=force)

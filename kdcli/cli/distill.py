@@ -10,7 +10,7 @@ import typer
 from kdcli.cli.limits import FailUnder, FailUnderRetention
 
 if TYPE_CHECKING:
-    from kdcli.pipeline import RunResult
+    from kdcli.distill.run import RunResult
     from kdcli.recipe.schema import Recipe
 
 
@@ -62,8 +62,8 @@ def distill(
             place = place_of_run(loaded, recipe, output)
             find_run(*place, loaded.model_dump(exclude_none=True), force=force, resume=resume)
             with uncollected():
-                from kdcli.plan import make_plan
-                from kdcli.prepare import prepare
+                from kdcli.distill.plan import make_plan
+                from kdcli.distill.prepare import prepare
 
                 plan = make_plan(prepare(loaded, recipe))
         except InputError as error:
@@ -71,7 +71,7 @@ def distill(
         emit(plan.to_json(), table=plan.table(), as_json=as_json)
         return 0
     with uncollected():
-        from kdcli.pipeline import run_distill
+        from kdcli.distill.run import run_distill
     from kdcli.training.distributed import is_main
 
     try:

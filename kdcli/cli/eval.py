@@ -113,6 +113,7 @@ def evaluate(
     from rich.table import Table
 
     from kdcli.cli.choose import load_contestant, readable_length
+    from kdcli.distill.teacher import align_labels
     from kdcli.evaluation.comparison import described_set
     from kdcli.evaluation.score import evaluate_model, primary_score
     from kdcli.gates import Limits
@@ -121,7 +122,6 @@ def evaluate(
     from kdcli.tasks.load import load_rows, load_task
     from kdcli.tasks.metrics import shown
     from kdcli.tasks.prepare import check_encoding
-    from kdcli.training.teacher import align_labels
 
     contestant, tokenizer = load_contestant(choice.model)
     if data is not None:

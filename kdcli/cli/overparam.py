@@ -74,9 +74,10 @@ def overparam(
     from kdcli.export.parity import TOLERANCE
     from kdcli.files import atomic_folder, expanded
     from kdcli.models.load import load_any, load_tokenizer
+    from kdcli.models.overparam import overparameterise
+    from kdcli.models.probe import probe
     from kdcli.models.save import save_model
     from kdcli.runs import check_out
-    from kdcli.tensors.parametrize import overparameterise, probe
 
     # The folder first: that it exists already should not be said after minutes of work.
     out = expanded(out, "--out")

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kdcli.distill.plan import make_plan
+from kdcli.distill.prepare import prepare
+from kdcli.distill.teacher import resolve_source, seed_of
 from kdcli.errors import InputError, UnfitTaskError
 from kdcli.names import checked, folder_of
-from kdcli.plan import make_plan
-from kdcli.prepare import prepare
 from kdcli.recipe.load import load_recipe, with_place
 from kdcli.recipe.schema import ExportSection, Recipe
 from kdcli.runs import Run
-from kdcli.training.teacher import resolve_source, seed_of
 from kdcli.words import counted
 
 SIZE_TOLERANCE = 0.02

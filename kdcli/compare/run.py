@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.text import Text
 
 from kdcli.compare.plan import Cell, ComparisonPlan, check_reusable, is_done, is_other_run
+from kdcli.distill.run import run_distill
 from kdcli.errors import ExitCode, InputError
 from kdcli.faults import explain
 from kdcli.names import folder_of
-from kdcli.pipeline import run_distill
 from kdcli.runs import Run, remove_run
 from kdcli.training.distributed import state
 

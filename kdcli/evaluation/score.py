@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from kdcli.evaluation.predict import predict
+from kdcli.data.rows import array_of
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.metrics import compute_metrics
-from kdcli.tasks.rows import array_of
+from kdcli.tasks.predict import predict
 
 
 def evaluate_model(

@@ -16,9 +16,9 @@ from kdcli.export.parity import TOLERANCE, parity
 from kdcli.export.session import MODEL, OnnxModel
 from kdcli.files import atomic_folder
 from kdcli.machine import default_threads
+from kdcli.models.probe import probe_batch
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator, encode
-from kdcli.tensors.parametrize import probe_batch
 from kdcli.words import counted
 
 if TYPE_CHECKING:

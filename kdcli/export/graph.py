@@ -16,8 +16,9 @@ from kdcli.errors import RunError
 from kdcli.export.session import MODEL
 from kdcli.faults import writing
 from kdcli.models.inputs import inputs_of
+from kdcli.models.overparam import contract_model
 from kdcli.models.save import save_config, save_tokenizer
-from kdcli.tensors.parametrize import contract_model, is_overparameterised
+from kdcli.tensors.parametrization import is_overparameterised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

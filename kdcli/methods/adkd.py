@@ -38,8 +38,8 @@ def check(options: ADKDOptions, context: Context) -> None:
 def build(options: ADKDOptions, context: Context) -> list[Stage]:
     """Return one stage with the three terms."""
     from kdcli.objectives.attribution import AttributionObjective
+    from kdcli.objectives.gold import TaskObjective
     from kdcli.objectives.output import AnnealedOutputObjective
-    from kdcli.objectives.task import TaskObjective
 
     maps = AttributionObjective(context.kind, context.num_labels, top_k=options.top_k, steps=options.steps)
     return [

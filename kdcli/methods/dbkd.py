@@ -10,8 +10,8 @@ from kdcli.methods.terms import refuse_idle
 from kdcli.recipe.schema import PositiveFloat, PositiveInt, Seed, Times
 
 if TYPE_CHECKING:
+    from kdcli.black_box.ask import BlackBox
     from kdcli.tasks.base import Task
-    from kdcli.training.black_box import BlackBox
 
 
 class BlackBoxOptions(Options):
@@ -38,7 +38,7 @@ class BlackBoxOptions(Options):
 
     def make(self, task: "Task", base: Path) -> "BlackBox":
         """Return the one who is asked. Raises InputError when there is no such function or program."""
-        from kdcli.training.black_box import Command, PythonCallable
+        from kdcli.black_box.ask import Command, PythonCallable
 
         if self.callable is not None:
             return PythonCallable(self.callable, task.label_names, base)
@@ -73,13 +73,13 @@ def check_sources(options: DBKDOptions, task: "Task", base: Path) -> None:
     if box is None:
         return
     if box.decisions is not None:
+        from kdcli.black_box.answers import recorded
         from kdcli.files import expanded
-        from kdcli.training.decisions import recorded
         from kdcli.training.schemes.dbkd import DECISIONS
 
         recorded(base / expanded(box.decisions, "method.black_box.decisions"), task, DECISIONS)
     elif box.callable is not None:
-        from kdcli.training.black_box import find_callable
+        from kdcli.black_box.ask import find_callable
 
         find_callable(box.callable, base)
     else:
@@ -100,8 +100,8 @@ def check(options: DBKDOptions, context: Context) -> None:
 
 def build(options: DBKDOptions, context: Context) -> list[Stage]:
     """Return one stage with the two terms, whose teacher is the table of logits behind decisions."""
+    from kdcli.objectives.gold import TaskObjective
     from kdcli.objectives.output import OutputObjective
-    from kdcli.objectives.task import TaskObjective
     from kdcli.training.schemes.dbkd import DecisionScheme
 
     box = options.black_box

@@ -44,8 +44,8 @@ def check(options: DistilBERTOptions, context: Context) -> None:
 def build(options: DistilBERTOptions, context: Context) -> list[Stage]:
     """Return one stage with the three terms."""
     from kdcli.objectives.cosine import CosineObjective
+    from kdcli.objectives.gold import TaskObjective
     from kdcli.objectives.output import OutputObjective
-    from kdcli.objectives.task import TaskObjective
     from kdcli.objectives.vocabulary import MaskedLMObjective, VocabularyObjective
 
     weights = options.weights

@@ -14,8 +14,8 @@ class KDOptions(Options):
 
 def build(options: KDOptions, context: Context) -> list[Stage]:
     """Return one stage with the two terms."""
+    from kdcli.objectives.gold import TaskObjective
     from kdcli.objectives.output import OutputObjective
-    from kdcli.objectives.task import TaskObjective
 
     return [
         Stage(

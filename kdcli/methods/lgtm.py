@@ -49,8 +49,8 @@ def check(options: LGTMOptions, context: Context) -> None:
 
 def build(options: LGTMOptions, context: Context) -> list[Stage]:
     """Return one stage: the student's two terms, and the scheme that trains the teacher before every step."""
+    from kdcli.objectives.gold import TaskObjective
     from kdcli.objectives.output import OutputObjective
-    from kdcli.objectives.task import TaskObjective
     from kdcli.training.schemes.lgtm import Learning, LGTMScheme
 
     learning = Learning(

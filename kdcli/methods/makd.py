@@ -68,11 +68,11 @@ def check(options: MaKDOptions, context: Context) -> None:
 
 def build(options: MaKDOptions, context: Context) -> list[Stage]:
     """Return one joint stage, or three from fine to coarse."""
+    from kdcli.objectives.gold import TaskObjective
     from kdcli.objectives.hidden import HiddenObjective
     from kdcli.objectives.matrix import MatrixObjective
     from kdcli.objectives.output import OutputObjective
     from kdcli.objectives.relation import RelationObjective
-    from kdcli.objectives.task import TaskObjective
 
     def matrix_level() -> list[Term]:
         weight, terms = options.weights.matrix, options.terms

@@ -29,8 +29,8 @@ def prediction_terms(context: Context, weights: PredictionWeights, alpha: float,
         from kdcli.objectives.vocabulary import MaskedLMObjective
 
         return [Term("mlm", MaskedLMObjective(), weights.mlm)]
+    from kdcli.objectives.gold import TaskObjective
     from kdcli.objectives.output import OutputObjective
-    from kdcli.objectives.task import TaskObjective
 
     return [
         Term("output", OutputObjective(context.kind, temperature), weights.prediction * alpha),

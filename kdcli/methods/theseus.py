@@ -50,7 +50,7 @@ def check(options: TheseusOptions, context: Context) -> None:
 
 def build(options: TheseusOptions, context: Context) -> list[Stage]:
     """Return one stage: the task's loss alone, under the replacement scheme."""
-    from kdcli.objectives.task import TaskObjective
+    from kdcli.objectives.gold import TaskObjective
     from kdcli.training.schemes.theseus import Replacement, TheseusScheme
 
     rate = options.replacing_rate or (0.3 if options.schedule == "linear" else 0.5)

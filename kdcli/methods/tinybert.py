@@ -78,8 +78,8 @@ def _inside(options: TinyBERTOptions, context: Context) -> list[Term]:
 
 def build(options: TinyBERTOptions, context: Context) -> list[Stage]:
     """Return the stages: the inside of the model, then its prediction; on plain text only the first."""
+    from kdcli.objectives.gold import TaskObjective
     from kdcli.objectives.output import OutputObjective
-    from kdcli.objectives.task import TaskObjective
 
     if context.kind == "text":
         return [Stage("general", _inside(options, context))]

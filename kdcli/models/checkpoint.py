@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from kdcli.errors import InputError
 from kdcli.files import expanded
-from kdcli.models.anatomy import FAMILIES, Anatomy
+from kdcli.models.families import FAMILIES, Anatomy
 from kdcli.models.sizes import check_room, check_sizes
 
 KDCLI_MODEL_TYPE = "kdcli (pip install kdcli, then import kdcli)"

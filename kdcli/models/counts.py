@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from kdcli.models.anatomy import iter_block_matrices
+from kdcli.models.blocks import iter_block_matrices
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

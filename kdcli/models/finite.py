@@ -59,7 +59,7 @@ def check_numbers(model: "PreTrainedModel", where: str) -> None:
 
     where: the recipe's field that names it.
     """
-    from kdcli.tensors.parametrize import probe
+    from kdcli.models.probe import probe
 
     owner = f"the {where.split('.')[0]}"
     with at_fault(where):

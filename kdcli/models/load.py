@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import InputError
-from kdcli.models.anatomy import anatomy_of
 from kdcli.models.checkpoint import (
     BESIDE,
     LOCAL,
@@ -23,6 +22,7 @@ from kdcli.models.checkpoint import (
     read_config,
 )
 from kdcli.models.classes import final_classifier_name
+from kdcli.models.families import anatomy_of
 from kdcli.models.heads import HEADS, TITLES, with_new_head
 from kdcli.models.quiet import quiet_transformers
 from kdcli.models.shape import longest_input
@@ -415,7 +415,7 @@ def _restored(
     config: "PretrainedConfig", head: str, structure: dict[str, Any], checkpoint: Checkpoint
 ) -> "PreTrainedModel":
     from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
-    from kdcli.tensors.parametrize import restore_overparam
+    from kdcli.models.overparam import restore_overparam
 
     try:
         model = _bare(config, head, checkpoint.tensors)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.errors import InputError
-from kdcli.models.anatomy import anatomy_of, body_of, iter_block_matrices, set_block_matrix
+from kdcli.models.blocks import body_of, iter_block_matrices, set_block_matrix
 from kdcli.models.counts import count_parameters
-from kdcli.objectives.base import MatrixKey
+from kdcli.models.families import anatomy_of
 from kdcli.recipe.schema import OverparamSection, StudentSection, parse_count
+from kdcli.signals import MatrixKey
 from kdcli.tensors.factors import has_factors, is_target, nearest_ranks
 from kdcli.tensors.mpo import signed_svd
 from kdcli.words import counted

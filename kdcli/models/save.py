@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def structure_of(model: nn.Module) -> dict[str, Any]:
     """Return what of `model` differs from its plain architecture, as JSON-able data; empty when nothing does."""
-    from kdcli.tensors.parametrize import overparam_state
+    from kdcli.models.overparam import overparam_state
 
     structure: dict[str, Any] = {}
     low_rank = {name: m.rank for name, m in model.named_modules() if isinstance(m, LowRankLinear)}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdcli.errors import InputError
-from kdcli.models.anatomy import FAMILIES
+from kdcli.models.families import FAMILIES
 from kdcli.models.heads import HEADS
 from kdcli.recipe.schema import ScratchSection
 

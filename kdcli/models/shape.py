@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kdcli.errors import InputError
-from kdcli.models.anatomy import anatomy_of
+from kdcli.models.families import anatomy_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

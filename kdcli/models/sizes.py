@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdcli.errors import InputError, cut
-from kdcli.models.anatomy import Anatomy
+from kdcli.models.families import Anatomy
 from kdcli.words import counted
 
 MOST = 1_000_000

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kdcli.objectives.base import Objective, Signals, Wants, masked_log_softmax, own_keys, token_mean
+from kdcli.objectives.base import Objective, masked_log_softmax, own_keys, token_mean
+from kdcli.signals import Signals, Wants
 
 
 def attention_kl(

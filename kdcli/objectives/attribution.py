@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kdcli.objectives.base import Objective, Signals, Wants, token_mean
-from kdcli.objectives.task import task_loss
+from kdcli.objectives.base import Objective, token_mean
+from kdcli.objectives.gold import task_loss
+from kdcli.signals import Signals, Wants
 
 Path = Sequence[tuple[Tensor, Tensor]]
 """(scaled embedding output, logits) for alpha = 1/K, ..., 1; each pair connected by an autograd graph."""

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional
 
-from kdcli.objectives.base import Objective, Signals, Wants, token_mean
+from kdcli.objectives.base import Objective, token_mean
+from kdcli.signals import Signals, Wants
 
 
 def cosine_distance(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:

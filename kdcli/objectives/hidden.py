@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kdcli.objectives.base import Objective, Signals, Wants, example_mean, token_mean
+from kdcli.objectives.base import Objective, example_mean, token_mean
+from kdcli.signals import Signals, Wants
 
 CHUNK_ELEMENTS = 2**18
 """Features that are worked on at a time on a CPU: few enough to stay in its cache from one pass to the next."""

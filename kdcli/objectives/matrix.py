@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kdcli.objectives.base import Objective, Signals, Wants
+from kdcli.objectives.base import Objective
 from kdcli.objectives.hidden import token_mse
+from kdcli.signals import Signals, Wants
 
 
 class MatrixObjective(Objective):

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdcli.objectives.base import Objective, Signals, Wants
+from kdcli.objectives.base import Objective
+from kdcli.signals import Signals, Wants
 
 
 def kl_divergence(

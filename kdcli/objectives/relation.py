@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kdcli.objectives.base import Objective, Signals, Wants, key_bias, own_keys
+from kdcli.objectives.base import Objective, key_bias, own_keys
 from kdcli.objectives.hidden import token_mse
+from kdcli.signals import Signals, Wants
 
 Relation = tuple[str, str]
 """(rows, columns): names of two projections; ("value", "value") is MiniLM's value relation."""

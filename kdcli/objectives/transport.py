@@ -8,8 +8,9 @@ from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor, nn
 
 from kdcli.objectives.attention import attention_mse
-from kdcli.objectives.base import Objective, Signals, Wants, own_keys
+from kdcli.objectives.base import Objective, own_keys
 from kdcli.objectives.hidden import token_mse
+from kdcli.signals import Signals, Wants
 
 _MOST_REPEATS = 64
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from kdcli.objectives.base import Objective, Signals, Wants
+from kdcli.objectives.base import Objective
+from kdcli.signals import Signals, Wants
 
 IGNORED = -100
 """The label of a position that was not masked."""

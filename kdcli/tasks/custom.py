@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from kdcli.data.files import Column, Columns, chunked
+from kdcli.data.rows import TEXT
 from kdcli.errors import InputError
 from kdcli.recipe.schema import TaskSection
-from kdcli.tasks.files import Column, Columns, chunked
 from kdcli.tasks.labels import are_numbers_of, clean_name, listed, look_alikes, nearest
-from kdcli.tasks.rows import TEXT
 from kdcli.words import counted
 
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)

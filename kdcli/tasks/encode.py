@@ -7,9 +7,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from kdcli.data.rows import batches_of, stored
 from kdcli.errors import InputError
 from kdcli.models.inputs import INPUTS
-from kdcli.tasks.rows import batches_of, stored
 
 if TYPE_CHECKING:
     from datasets import Dataset

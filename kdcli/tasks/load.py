@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from kdcli.data import documents as plain_text
+from kdcli.data import reviews
+from kdcli.data.files import Column, Columns, chunked, read_file, read_hub
+from kdcli.data.glue import GLUE, HUB, GlueTask
+from kdcli.data.rows import TEXT, chunks_of, stored, stored_table
 from kdcli.errors import InputError
 from kdcli.files import expanded
 from kdcli.models.classes import equal_names
 from kdcli.recipe.schema import EvaluateSection, TaskSection
-from kdcli.tasks import custom, synthetic, text
+from kdcli.tasks import custom
 from kdcli.tasks.base import Masking, Task
-from kdcli.tasks.files import Column, Columns, chunked, read_file, read_hub
-from kdcli.tasks.glue import GLUE, HUB, GlueTask
 from kdcli.tasks.labels import (
     are_numbers_of,
     class_names_of,
@@ -29,7 +32,6 @@ from kdcli.tasks.labels import (
     places_of,
 )
 from kdcli.tasks.metrics import ERRORS, known
-from kdcli.tasks.rows import TEXT, chunks_of, stored, stored_table
 from kdcli.words import counted
 
 if TYPE_CHECKING:
@@ -201,11 +203,11 @@ def _task(
 
 def _text(section: TaskSection, base: Path) -> Task:
     notes: list[str] = []
-    documents, source = text.read_documents(section, base, os.environ.get("KDCLI_DATA_DIR"), notes)
+    documents, source = plain_text.read_documents(section, base, os.environ.get("KDCLI_DATA_DIR"), notes)
     if not documents["train"]:
         raise InputError(f"{source} has no text", where="task")
     if not documents.get("validation"):
-        documents = text.hold_out(documents["train"], section.validation_fraction, section.split_seed)
+        documents = plain_text.hold_out(documents["train"], section.validation_fraction, section.split_seed)
     sizes = {"train": section.train_samples, "validation": section.validation_samples}
     splits = {
         name: _subset(_table({"text": documents[name]}), size, section.split_seed) for name, size in sizes.items()
@@ -234,17 +236,17 @@ def _text(section: TaskSection, base: Path) -> Task:
 
 
 def _built_in(section: TaskSection, evaluate: EvaluateSection, limit: int | None) -> Task:
-    splits = synthetic.reviews(section.split_seed)
+    splits = reviews.reviews(section.split_seed)
     rows = {name: _table({"text": split["text"]}, split["label"]) for name, split in splits.items()}
     return _task(
         section,
         evaluate,
         kind="classification",
-        labels=synthetic.LABELS,
+        labels=reviews.LABELS,
         metrics=("accuracy",),
         train=rows["train"],
         validation={"validation": rows["validation"]},
-        source=f"built-in generator, label noise {synthetic.NOISE}",
+        source=f"built-in generator, label noise {reviews.NOISE}",
         limit=limit,
     )
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kdcli.data.rows import array_of
 from kdcli.errors import InputError
-from kdcli.tasks.rows import array_of
 
 if TYPE_CHECKING:
     from kdcli.tasks.base import Task

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from kdcli.data.rows import values_of
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator, check_room, encode
-from kdcli.tasks.rows import values_of
-from kdcli.tasks.text import Masker, TextCollator, check_packing, hide_once, pack, token_counts
+from kdcli.tasks.packing import Masker, TextCollator, check_packing, hide_once, pack, token_counts
 
 
 @dataclass(frozen=True)

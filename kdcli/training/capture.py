@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kdcli.models.anatomy import block_matrix, blocks_of, body_of, embeddings_of
+from kdcli.models.blocks import block_matrix, blocks_of, body_of, embeddings_of
 from kdcli.models.inputs import model_inputs
+from kdcli.models.overparam import linears_of
 from kdcli.models.shape import shape_of
-from kdcli.objectives.base import MatrixKey, Signals, Wants
-from kdcli.tensors.parametrize import chain_of, linears_of, tensors_of
+from kdcli.signals import MatrixKey, Signals, Wants
+from kdcli.tensors.parametrization import chain_of, tensors_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

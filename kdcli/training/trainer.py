@@ -17,8 +17,6 @@ from transformers import (
     EvalPrediction,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -26,6 +24,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from kdcli.data.rows import array_of
 from kdcli.errors import RunError
 from kdcli.faults import writing
 from kdcli.interrupts import finishing
@@ -33,84 +32,30 @@ from kdcli.machine import resolve_precision
 from kdcli.manifest import MANIFEST, check_manifest, is_sealed, require, write_manifest
 from kdcli.models.counts import count_parameters
 from kdcli.models.finite import first_not_finite
-from kdcli.tasks.rows import array_of
 from kdcli.terminal import warn
-from kdcli.training.distiller import Distiller
+from kdcli.training.callbacks import EvaluateAtEnd, LogAtCheckpoints, Patience, TellEpochs
 from kdcli.training.distributed import agree, main_does, rng_file, wait_for_all
-from kdcli.training.loop import LoopSettings, check_batch, check_device
 from kdcli.training.progress import ProgressDisplay
 from kdcli.training.sampler import EpochSampler
 from kdcli.training.schemes.base import Scheme
+from kdcli.training.settings import LoopSettings, check_batch, check_device
+from kdcli.training.step import Distiller
 
 WEIGHTS = "model.safetensors"
+
+
 SCHEME = "scheme.pt"
+
+
 PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
+
+
 KEPT = 2
 """Checkpoints that stay: the newest, the best so far where it is needed, and else the one before the newest."""
 
 
 def _is_chain(name: str) -> bool:
     return ".parametrizations." in name
-
-
-class EvaluateAtEnd(TrainerCallback):
-    """Judges the last step, too, when it falls between two evaluations."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps and args.eval_strategy != "no":
-            control.should_evaluate = True
-
-
-class LogAtCheckpoints(TrainerCallback):
-    """Logs wherever a checkpoint is written, the last step among them.
-
-    A checkpoint holds nothing of the steps since the last log line: this way a resumed run logs what it would have
-    logged in one go.
-    """
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save:
-            control.should_log = True
-
-
-class Patience(TrainerCallback):
-    """Ends a training when so many evaluations in a row were no better than the best one before them.
-
-    It counts in the history, which checkpoints keep: a resumed run ends where it would have ended in one go.
-    """
-
-    def __init__(self, patience: int) -> None:
-        self.patience = patience
-
-    def is_over(self, args: TrainingArguments, state: TrainerState) -> bool:
-        """Return whether the history of `state` says that there is no point in going on."""
-        metric, sign = f"eval_{args.metric_for_best_model}", 1 if args.greater_is_better else -1
-        # Untrained weights do not count.
-        scores = {e["step"]: sign * e[metric] for e in state.log_history if metric in e and e["step"] > 0}
-        values = list(scores.values())
-        return bool(values) and len(values) - 1 - values.index(max(values)) >= self.patience
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.is_over(args, state):
-            control.should_training_stop = True
-
-
-class TellEpochs(TrainerCallback):
-    """Tells the objectives, and a collator that cares, which epoch begins."""
-
-    def __init__(self, distiller: Distiller, collator: Any) -> None:
-        self.distiller = distiller
-        self.collator = collator
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # A resumed run begins in the middle of an epoch.
-        epoch = int((state.epoch or 0.0) + 1e-6)
-        for objective in self.distiller.objectives.values():
-            objective.begin_epoch(epoch, math.ceil(state.num_train_epochs))  # type: ignore[operator]
-        if hasattr(self.collator, "begin_epoch"):
-            self.collator.begin_epoch(epoch)
 
 
 class DistillationTrainer(Trainer):

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from kdcli.pipeline import RunResult, run_distill
+from kdcli.distill.run import RunResult, run_distill
 from kdcli.recipe.schema import Recipe
 
 

@@ -28,24 +28,24 @@ import torch
 from common import encoder, report
 from rich.console import Console
 
+from kdcli.distill.resolve import context_of, resolve
+from kdcli.distill.student import make_distiller
 from kdcli.machine import resolve_precision
 from kdcli.methods import registry
 from kdcli.methods.base import Stage, Term
-from kdcli.models.forms import build_student
 from kdcli.models.load import load_model, load_tokenizer
-from kdcli.objectives.base import Wants
-from kdcli.objectives.task import TaskObjective
+from kdcli.models.student import build_student
+from kdcli.objectives.gold import TaskObjective
 from kdcli.objectives.vocabulary import MaskedLMObjective
 from kdcli.recipe.schema import EvaluateSection, Recipe, StudentSection, TaskSection
-from kdcli.resolve import context_of, resolve
+from kdcli.signals import Wants
 from kdcli.tasks.base import Masking
 from kdcli.tasks.load import load_task
 from kdcli.tasks.prepare import encode_task
 from kdcli.training.capture import Capture
-from kdcli.training.distiller import Distiller
-from kdcli.training.loop import LoopSettings
-from kdcli.training.road import make_distiller
 from kdcli.training.schemes.base import Scheme, Setting
+from kdcli.training.settings import LoopSettings
+from kdcli.training.step import Distiller
 
 Step = Callable[[int], None]
 OPTIONS: dict[str, dict[str, Any]] = {"theseus": {"schedule": "constant", "replacing_rate": 0.5}}

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdcli.machine import resolve_precision
 from kdcli.models.load import load_model
+from kdcli.models.overparam import overparameterise
 from kdcli.recipe.schema import OverparamSection
-from kdcli.tensors.parametrize import overparameterise
 
 
 def build(over: bool) -> tuple[Any, torch.optim.Optimizer]:

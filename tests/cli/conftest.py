@@ -14,10 +14,10 @@ from families import tiny, tokenizer
 from transformers import AutoModelForTokenClassification
 
 from kdcli.cli.app import run
+from kdcli.models.overparam import overparameterise
 from kdcli.models.save import save_model
 from kdcli.recipe.schema import OverparamSection
 from kdcli.runs import to_toml
-from kdcli.tensors.parametrize import overparameterise
 
 NAMED = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
 ROWS = [("a fine and moving film", "yes"), ("a dull and empty film", "no")] * 20

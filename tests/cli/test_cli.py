@@ -22,11 +22,11 @@ from rich.console import Console
 
 import kdcli
 from kdcli.cli.app import COMMANDS, run
+from kdcli.distill.run import run_distill
 from kdcli.errors import InputError
 from kdcli.files import to_json_text
 from kdcli.methods import registry
 from kdcli.models.counts import count_parameters
-from kdcli.pipeline import run_distill
 from kdcli.recipe.load import load_recipe
 
 

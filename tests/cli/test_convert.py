@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from kdcli.models.load import load_any
+from kdcli.models.probe import probe
 from kdcli.models.save import save_model
-from kdcli.tensors.parametrize import probe
 
 
 @pytest.mark.parametrize("shards", [1, 2])

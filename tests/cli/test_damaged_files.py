@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import World
 
-from kdcli import pipeline
+from kdcli.distill import run as pipeline
 
 Change = Callable[[Path], None]
 

@@ -13,9 +13,10 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from kdcli.cli.app import run
 from kdcli.models.load import load_model
 from kdcli.models.lowrank import factorise
+from kdcli.models.probe import probe
 from kdcli.models.save import save_model
 from kdcli.recipe.schema import StudentSection
-from kdcli.tensors.parametrize import chain_of, is_overparameterised, probe
+from kdcli.tensors.parametrization import chain_of, is_overparameterised
 
 
 def write(folder: Path, encoder: Path, *, rank: int | None = None, width: int = 32) -> Path:

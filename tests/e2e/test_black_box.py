@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from families import tiny, tokenizer
 
+from kdcli.distill.plan import make_plan
+from kdcli.distill.prepare import prepare
+from kdcli.distill.resolve import resolve
+from kdcli.distill.run import run_distill
 from kdcli.errors import InputError
 from kdcli.models.save import save_model
-from kdcli.pipeline import run_distill
-from kdcli.plan import make_plan
-from kdcli.prepare import prepare
 from kdcli.recipe.load import load_recipe
-from kdcli.resolve import resolve
 
 
 def test_a_black_box_needs_no_model_at_all(tmp_path: Path):

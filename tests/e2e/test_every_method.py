@@ -11,18 +11,18 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from kdcli.evaluation.predict import predict
+from kdcli.data.reviews import LABELS, reviews
+from kdcli.distill.resolve import resolve
+from kdcli.distill.run import run_distill
 from kdcli.evaluation.score import evaluate_model
-from kdcli.models.forms import build_student
 from kdcli.models.load import load_model, load_tokenizer
 from kdcli.models.save import save_model
-from kdcli.pipeline import run_distill
+from kdcli.models.student import build_student
 from kdcli.recipe.schema import Recipe, StudentSection
-from kdcli.resolve import resolve
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.load import load_task
-from kdcli.tasks.synthetic import LABELS, reviews
+from kdcli.tasks.predict import predict
 
 METHODS = ["kd", "hs", "minilm", "minilmv2", "tinybert", "distilbert", "theseus", "lgtm", "dbkd", "adkd", "makd"]
 OPTIONS: dict[str, dict[str, Any]] = {"dbkd": {"copies": 2}}

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 import kdcli
+from kdcli.data.reviews import reviews
+from kdcli.distill.plan import make_plan
+from kdcli.distill.prepare import prepare
+from kdcli.distill.run import run_distill
 from kdcli.models.heads import head_of
-from kdcli.pipeline import run_distill
-from kdcli.plan import make_plan
-from kdcli.prepare import prepare
 from kdcli.recipe.load import load_recipe
-from kdcli.tasks.synthetic import reviews
 
 RECIPE = """
 [task]

@@ -10,15 +10,15 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from kdcli.distill.plan import make_plan
+from kdcli.distill.prepare import prepare
+from kdcli.distill.resolve import resolve
+from kdcli.distill.run import run_distill
+from kdcli.distill.student import stage_loop
 from kdcli.errors import InputError
 from kdcli.methods.base import Stage
 from kdcli.models.save import save_model
-from kdcli.pipeline import run_distill
-from kdcli.plan import make_plan
-from kdcli.prepare import prepare
 from kdcli.recipe.load import load_recipe
-from kdcli.resolve import resolve
-from kdcli.training.road import stage_loop
 
 RECIPE = """
 method = {name = "kd"}

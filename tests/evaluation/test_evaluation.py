@@ -4,11 +4,11 @@ import torch
 from families import tiny, tokenizer
 
 from kdcli.evaluation.comparison import Comparison, compare, describe_model
-from kdcli.evaluation.predict import predict
 from kdcli.evaluation.score import evaluate_model, primary_score
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.load import load_task
+from kdcli.tasks.predict import predict
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,12 @@ from kdcli.export.graph import export_onnx, operators
 from kdcli.export.latency import is_steady, measure
 from kdcli.export.parity import parity
 from kdcli.export.session import MODEL, OnnxModel
-from kdcli.models.forms import build_student
 from kdcli.models.lowrank import LowRankLinear
+from kdcli.models.overparam import overparameterise
+from kdcli.models.student import build_student
 from kdcli.recipe.schema import EvaluateSection, OverparamSection, StudentSection, TaskSection
 from kdcli.tasks.load import load_task
-from kdcli.tensors.parametrize import is_overparameterised, overparameterise
+from kdcli.tensors.parametrization import is_overparameterised
 
 
 def batch(size: int, length: int, padded: int = 0) -> dict[str, torch.Tensor]:

@@ -66,7 +66,7 @@ def prepare(folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from families import tiny, tokenizer
 
-    import kdcli.pipeline
+    import kdcli.distill.run
     import kdcli.training.trainer  # noqa: F401
     from kdcli.cli.app import run
     from kdcli.models.save import save_model

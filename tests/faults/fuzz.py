@@ -601,7 +601,7 @@ def main() -> int:
         os.environ.pop("KDCLI_DATA_DIR", None)
         furnish(Path(place), _save_teacher)
         # The libraries' import is no case's own time.
-        import kdcli.prepare  # noqa: F401
+        import kdcli.distill.prepare  # noqa: F401
 
         for case in cases:
             if options.only:

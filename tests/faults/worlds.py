@@ -5,8 +5,8 @@ from pathlib import Path
 
 from families import tiny, tokenizer
 
+from kdcli.data.reviews import reviews
 from kdcli.models.save import save_model
-from kdcli.tasks.synthetic import reviews
 
 TASK = '[task]\nname = "reviews"\ntrain_samples = 48\nvalidation_samples = 24\nmax_length = 24\n'
 TEACHER = '[teacher]\nmodel = "teacher"\n'

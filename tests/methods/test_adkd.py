@@ -14,27 +14,27 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import TrainerControl, TrainerState
 
+from kdcli.distill.student import make_distiller
 from kdcli.errors import InputError
 from kdcli.methods import registry
 from kdcli.methods.adkd import METHOD, ADKDOptions
 from kdcli.methods.base import Context
-from kdcli.models.anatomy import embeddings_of
+from kdcli.models.blocks import embeddings_of
 from kdcli.models.inputs import model_inputs
+from kdcli.models.overparam import overparameterise
 from kdcli.models.shape import shape_of
 from kdcli.objectives.attribution import path_gradient, saliency
-from kdcli.objectives.base import Wants
 from kdcli.objectives.output import AnnealedOutputObjective
 from kdcli.recipe.load import load_recipe
 from kdcli.recipe.schema import OverparamSection
+from kdcli.signals import Wants
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.load import load_task
-from kdcli.tensors.parametrize import overparameterise
+from kdcli.training.callbacks import TellEpochs
 from kdcli.training.capture import Capture
-from kdcli.training.distiller import Distiller
-from kdcli.training.loop import LoopSettings
-from kdcli.training.road import make_distiller
 from kdcli.training.schemes.base import Scheme, Setting
-from kdcli.training.trainer import TellEpochs
+from kdcli.training.settings import LoopSettings
+from kdcli.training.step import Distiller
 
 WORDS = tokenizer()
 
@@ -380,7 +380,7 @@ def _loop() -> LoopSettings:
 
 
 def test_a_recipe_runs_to_its_end(tmp_path: Path):
-    from kdcli.pipeline import run_distill
+    from kdcli.distill.run import run_distill
 
     path = recipe_of(tmp_path, 'name = "adkd"\nanneal = true\ntop_k = 20\nsteps = 2')
     result = run_distill(load_recipe(path), recipe_path=path, output=tmp_path / "runs", console=Console(quiet=True))

@@ -28,7 +28,7 @@ WHEEL = {
 MODULE = """
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.objectives.cosine import CosineObjective
-from kdcli.objectives.task import TaskObjective
+from kdcli.objectives.gold import TaskObjective
 
 
 class CosineOptions(Options):

@@ -19,19 +19,19 @@ from kdcli.methods import registry
 from kdcli.methods.base import Context, Stage
 from kdcli.methods.layer_maps import layer_map, uniform
 from kdcli.methods.minilmv2 import MiniLMv2Options, relation_heads
-from kdcli.models.anatomy import block_matrix, blocks_of
+from kdcli.models.blocks import block_matrix, blocks_of
 from kdcli.models.counts import count_parameters
-from kdcli.models.forms import build_student
 from kdcli.models.load import load_model
 from kdcli.models.save import save_model
 from kdcli.models.shape import ModelShape, shape_of
+from kdcli.models.student import build_student
 from kdcli.objectives.attention import AttentionObjective
-from kdcli.objectives.base import Wants
 from kdcli.objectives.hidden import HiddenObjective, token_mse
 from kdcli.objectives.transport import EMDObjective
 from kdcli.recipe.schema import StudentSection
+from kdcli.signals import Wants
 from kdcli.training.capture import Capture
-from kdcli.training.distiller import Distiller
+from kdcli.training.step import Distiller
 
 NAMES = ("od", "hs", "minilm", "minilmv2", "tinybert", "distilbert")
 LENGTHS = (5, 9, 2, 7)

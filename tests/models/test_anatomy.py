@@ -9,17 +9,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config, PreTrainedModel
 
 from kdcli.errors import InputError
-from kdcli.models.anatomy import (
-    BLOCK_MATRICES,
-    anatomy_of,
-    block_matrix,
-    blocks_of,
-    embeddings_of,
-    iter_block_matrices,
-    set_block_matrix,
-)
+from kdcli.models.blocks import block_matrix, blocks_of, embeddings_of, iter_block_matrices, set_block_matrix
+from kdcli.models.families import BLOCK_MATRICES, anatomy_of
 from kdcli.models.shape import shape_of
-from kdcli.objectives.base import Signals, Wants
+from kdcli.signals import Signals, Wants
 from kdcli.training.capture import Capture
 
 SIDES = {"ffn_in": (64, 32), "ffn_out": (32, 64)}

@@ -9,9 +9,9 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from kdcli.models.card import model_card
+from kdcli.distill.card import model_card
+from kdcli.distill.run import run_distill
 from kdcli.models.save import save_model
-from kdcli.pipeline import run_distill
 from kdcli.recipe.schema import Recipe
 
 EVIL = "a|b <img src=x onerror=y> [l](http:x) *b* ``c` $d$ &lt; #"

@@ -13,7 +13,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from kdcli.models.anatomy import blocks_of
+from kdcli.models.blocks import blocks_of
 from kdcli.models.counts import block_weight_count, count_from_config, count_parameters
 
 TOTALS = [

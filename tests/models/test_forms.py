@@ -12,13 +12,14 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from kdcli.errors import InputError
 from kdcli.methods import registry
 from kdcli.methods.layer_maps import uniform
-from kdcli.models.anatomy import FAMILIES, blocks_of
-from kdcli.models.forms import build_student, chosen_layers
+from kdcli.models.blocks import blocks_of
+from kdcli.models.families import FAMILIES
 from kdcli.models.lowrank import LowRankLinear
+from kdcli.models.probe import probe
 from kdcli.models.save import save_model
 from kdcli.models.shape import shape_of
+from kdcli.models.student import build_student, chosen_layers
 from kdcli.recipe.schema import StudentSection
-from kdcli.tensors.parametrize import probe
 
 
 def depth(**values: Any) -> StudentSection:

@@ -7,9 +7,10 @@ import torch
 from families import NAMES, tiny
 from transformers import AutoModel, AutoModelForMaskedLM
 
-from kdcli.models.forms import build_student
-from kdcli.models.heads import head_of, reinitialise, with_classifier, with_new_head
+from kdcli.models.heads import head_of, with_classifier, with_new_head
 from kdcli.models.lowrank import LowRankLinear
+from kdcli.models.reinit import reinitialise
+from kdcli.models.student import build_student
 from kdcli.recipe.schema import StudentSection
 
 IDS = torch.arange(5, 17)[None]

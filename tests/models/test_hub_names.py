@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from families import tiny, tokenizer
 
+from kdcli.models.probe import probe
 from kdcli.models.save import save_model
-from kdcli.tensors.parametrize import probe
 
 NAME = "some-owner/tiny-bert"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -22,7 +22,7 @@ SCRIPT = """
 import json, sys
 from kdcli.errors import InputError
 from kdcli.models.load import has_head, load_model, load_tokenizer
-from kdcli.tensors.parametrize import probe
+from kdcli.models.overparam import probe
 
 found = {}
 for name in sys.argv[1:]:

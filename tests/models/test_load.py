@@ -17,13 +17,15 @@ from transformers import (
 )
 
 from kdcli.errors import InputError
-from kdcli.models.forms import build_student
 from kdcli.models.load import check_tokenizer, has_head, load_any, load_model, load_tokenizer
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
+from kdcli.models.overparam import overparameterise
+from kdcli.models.probe import probe
 from kdcli.models.save import save_model, structure_of
+from kdcli.models.student import build_student
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.tasks.labels import class_names_of
-from kdcli.tensors.parametrize import is_overparameterised, overparameterise, probe
+from kdcli.tensors.parametrization import is_overparameterised
 
 NAMED = {"id2label": {0: "no", 1: "yes", 2: "maybe"}, "label2id": {"no": 0, "yes": 1, "maybe": 2}}
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModel, BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from kdcli.errors import InputError
-from kdcli.models.anatomy import iter_block_matrices, set_block_matrix
+from kdcli.models.blocks import iter_block_matrices, set_block_matrix
 from kdcli.models.counts import block_weight_count, count_parameters
 from kdcli.models.lowrank import (
     LowRankEmbedding,
@@ -19,9 +19,10 @@ from kdcli.models.lowrank import (
     plan_ranks,
     svd_factors,
 )
+from kdcli.models.overparam import overparameterise
+from kdcli.models.probe import probe
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.tensors.factors import has_factors, nearest_ranks
-from kdcli.tensors.parametrize import overparameterise, probe
 
 
 def section(**sizes: object) -> StudentSection:

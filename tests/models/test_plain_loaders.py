@@ -18,10 +18,11 @@ from transformers import (
     pipeline,
 )
 
-from kdcli.models.forms import build_student
+from kdcli.models.overparam import overparameterise
+from kdcli.models.probe import probe
 from kdcli.models.save import save_model
+from kdcli.models.student import build_student
 from kdcli.recipe.schema import OverparamSection, StudentSection
-from kdcli.tensors.parametrize import overparameterise, probe
 
 IDS = torch.arange(5, 17)[None]
 CLASSES = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}

@@ -6,8 +6,8 @@ import pytest
 from families import tiny
 from transformers.utils import logging
 
-from kdcli.models.forms import build_student
 from kdcli.models.save import save_model
+from kdcli.models.student import build_student
 from kdcli.recipe.schema import StudentSection
 
 

@@ -9,9 +9,9 @@ import sentencepiece
 from families import tiny
 from transformers import AutoTokenizer
 
+from kdcli.data.reviews import reviews
 from kdcli.models.load import load_tokenizer
 from kdcli.models.save import save_model
-from kdcli.tasks.synthetic import reviews
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "deberta-v2": {

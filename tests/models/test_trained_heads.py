@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from kdcli.errors import InputError
 from kdcli.models.load import has_head, load_any, load_model
+from kdcli.models.probe import probe
 from kdcli.models.save import save_model
-from kdcli.tensors.parametrize import probe
 
 HEADS = ("sequence-classification", "masked-lm", "base")
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from kdcli.objectives.decisions import counts_of, decision_probabilities, logits_from_decisions
+from kdcli.black_box.estimate import counts_of, decision_probabilities, logits_from_decisions
 
 VECTORS = [
     ((10, 0), (1.550, -1.550)),

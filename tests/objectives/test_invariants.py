@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from kdcli.objectives.attention import AttentionObjective
 from kdcli.objectives.attribution import AttributionObjective
-from kdcli.objectives.base import Objective, Signals
+from kdcli.objectives.base import Objective
 from kdcli.objectives.cosine import CosineObjective
+from kdcli.objectives.gold import TaskObjective
 from kdcli.objectives.hidden import HiddenObjective
 from kdcli.objectives.matrix import MatrixObjective
 from kdcli.objectives.output import OutputObjective
 from kdcli.objectives.relation import DirectRelationObjective, RelationObjective
-from kdcli.objectives.task import TaskObjective
 from kdcli.objectives.transport import EMDObjective
 from kdcli.objectives.vocabulary import MaskedLMObjective, VocabularyObjective
+from kdcli.signals import Signals
 
 LENGTHS = [5, 9, 2, 7]
 SAME = [(1, 1), (2, 2), (3, 3)]

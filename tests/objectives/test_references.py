@@ -16,16 +16,16 @@ from textbrewer import losses as textbrewer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdcli.models.anatomy import embeddings_of
+from kdcli.models.blocks import embeddings_of
 from kdcli.objectives.attention import AttentionObjective, attention_kl, attention_mse
 from kdcli.objectives.attribution import AttributionObjective, attribution_loss, path_gradient, saliency
-from kdcli.objectives.base import Signals, Wants
 from kdcli.objectives.cosine import CosineObjective, cosine_distance
+from kdcli.objectives.gold import TaskObjective
 from kdcli.objectives.hidden import HiddenObjective, token_mse
 from kdcli.objectives.output import OutputObjective, kl_divergence, soft_cross_entropy
 from kdcli.objectives.relation import relation_kl
-from kdcli.objectives.task import TaskObjective
 from kdcli.objectives.transport import EMDObjective, cheap_weights, layer_costs, transport_plan
+from kdcli.signals import Signals, Wants
 from kdcli.training.capture import Capture
 
 LENGTHS = [5, 9, 2, 7]

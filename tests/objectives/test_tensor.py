@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from kdcli.objectives.base import Signals
-from kdcli.objectives.tensor import TensorObjective, aux_loss
+from kdcli.models.overparam import factors_of, overparameterise, teacher_factors
+from kdcli.objectives.cores import TensorObjective, aux_loss
 from kdcli.recipe.schema import OverparamSection
+from kdcli.signals import Signals
 from kdcli.tensors.mpo import central_index
-from kdcli.tensors.parametrize import factors_of, overparameterise, teacher_factors
 
 
 def tiny(seed: int) -> PreTrainedModel:

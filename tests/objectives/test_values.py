@@ -12,8 +12,9 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
 from kdcli.objectives.attention import AttentionObjective, attention_kl, attention_mse
 from kdcli.objectives.attribution import attribution_loss, saliency
-from kdcli.objectives.base import Signals, Wants, example_mean, token_mean
+from kdcli.objectives.base import example_mean, token_mean
 from kdcli.objectives.cosine import CosineObjective, cosine_distance
+from kdcli.objectives.gold import TaskObjective
 from kdcli.objectives.hidden import HiddenObjective, token_mse
 from kdcli.objectives.matrix import MatrixObjective
 from kdcli.objectives.output import OutputObjective, kl_divergence, soft_cross_entropy
@@ -24,7 +25,6 @@ from kdcli.objectives.relation import (
     _RelationKL,
     relation_kl,
 )
-from kdcli.objectives.task import TaskObjective
 from kdcli.objectives.transport import cheap_weights, transport_plan
 from kdcli.objectives.vocabulary import (
     MaskedLMObjective,
@@ -33,6 +33,7 @@ from kdcli.objectives.vocabulary import (
     position_weights,
     vocabulary_kl,
 )
+from kdcli.signals import Signals, Wants
 from kdcli.training.capture import Capture
 
 LENGTHS = [5, 9, 2, 7]

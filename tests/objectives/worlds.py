@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kdcli.objectives.base import Signals
+from kdcli.signals import Signals
 
 NAMES = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
 

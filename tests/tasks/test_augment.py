@@ -19,18 +19,19 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from kdcli.augment.copies import words_of
+from kdcli.augment.suggest import Suggester
+from kdcli.data.reviews import reviews
+from kdcli.distill.filler import augment_task, start_filler
+from kdcli.distill.plan import make_plan
+from kdcli.distill.prepare import prepare
+from kdcli.distill.run import run_distill
 from kdcli.errors import InputError
 from kdcli.files import cache_dir
 from kdcli.models.save import save_model
-from kdcli.pipeline import run_distill
-from kdcli.plan import make_plan
-from kdcli.prepare import prepare
 from kdcli.recipe.load import load_recipe
 from kdcli.recipe.schema import Recipe
-from kdcli.tasks.augment import words_of
 from kdcli.tasks.base import Task
-from kdcli.tasks.synthetic import reviews
-from kdcli.training.augment import Suggester, augment_task, start_filler
 
 TOP_K = 5
 
@@ -293,7 +294,7 @@ def test_the_model_is_asked_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
 def test_an_interrupted_work_goes_on_where_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch):
     from transformers import BertModel
 
-    monkeypatch.setattr("kdcli.training.augment.CHUNK", 1)
+    monkeypatch.setattr("kdcli.augment.suggest.CHUNK", 1)
     task, calls, forward = make_task(TEXTS, labels=[0, 1, 2]), [], BertModel.forward
 
     def counted(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -551,7 +552,7 @@ def test_two_processes_train_on_the_same_copies_as_one(recipe_path: Path, monkey
 
 
 def test_the_plan_counts_copies_without_asking_the_model(recipe_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("kdcli.training.augment.load_model", None)
+    monkeypatch.setattr("kdcli.distill.filler.load_model", None)
     plan = make_plan(prepare(load_recipe(recipe_path), recipe_path)).to_json()
     assert plan["task"]["sizes"]["train with copies"] == 160
     assert plan["stages"][0]["steps"] == 16

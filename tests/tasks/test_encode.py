@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 from families import tiny, tokenizer
 
+from kdcli.data.reviews import reviews
 from kdcli.tasks.encode import Collator, encode
-from kdcli.tasks.synthetic import reviews
 
 LONG = "the film was not at all dull . the menu felt superb . it rained all day"
 SHORT = "the plot was grim"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from kdcli.data.files import Columns, read_file
 from kdcli.errors import InputError
 from kdcli.recipe.schema import TaskSection
-from kdcli.tasks.files import Columns, read_file
 
 TEXTS = ["good, and fun", "dull; empty", "one | two", "über"]
 LABELS = ["yes", "no", "yes", "no"]

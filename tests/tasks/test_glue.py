@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from kdcli.data.glue import GLUE
 from kdcli.errors import InputError
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.base import Task
-from kdcli.tasks.glue import GLUE
 from kdcli.tasks.load import load_task
 
 COLUMNS = {

@@ -8,10 +8,10 @@ from datasets import Dataset
 from families import tiny
 from transformers import BertConfig
 
+from kdcli.distill.teacher import align_labels
 from kdcli.errors import InputError
 from kdcli.tasks.base import Task
 from kdcli.tasks.labels import class_names_of, label_permutation
-from kdcli.training.teacher import align_labels
 
 
 def config(*names: str) -> BertConfig:

@@ -8,9 +8,9 @@ from families import tiny, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdcli.black_box.neighbours import EmbeddingNeighbours
+from kdcli.black_box.noise import Noise
 from kdcli.models.lowrank import LowRankEmbedding
-from kdcli.tasks.neighbours import EmbeddingNeighbours
-from kdcli.tasks.noise import Noise
 
 TEXT = "the film was dull although the second half seemed really quite gripping to me and my brother"
 WORDS = TEXT.split()

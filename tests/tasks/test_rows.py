@@ -12,9 +12,9 @@ import pytest
 from datasets import Dataset
 from families import tokenizer
 
+from kdcli.data.rows import array_of, stored, values_of
 from kdcli.errors import RunError
 from kdcli.tasks.encode import encode
-from kdcli.tasks.rows import array_of, stored, values_of
 
 
 def batches(count: int, width: int = 1000) -> list[pa.RecordBatch]:
@@ -82,7 +82,7 @@ from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.load import load_task
 from kdcli.tasks.prepare import encode_task
 from kdcli.training.sampler import EpochSampler
-from kdcli.tasks.rows import array_of
+from kdcli.data.rows import array_of
 
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()

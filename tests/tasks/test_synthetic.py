@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from kdcli.tasks import synthetic
-from kdcli.tasks.synthetic import LABELS, NOISE, SIZES, reviews
+from kdcli.data import reviews as synthetic
+from kdcli.data.reviews import LABELS, NOISE, SIZES, reviews
 
 NEGATIONS = ("not at all ", "far from ", "anything but ", "hardly ", "never ", "not ")
 
@@ -81,7 +81,7 @@ def test_no_sentence_is_in_both_sets(seed: int):
 
 def test_the_same_seed_gives_the_same_data_in_another_process(data: dict):
     code = (
-        "import hashlib; from kdcli.tasks.synthetic import reviews; "
+        "import hashlib; from kdcli.data.reviews import reviews; "
         "print(hashlib.sha256(repr(reviews()).encode()).hexdigest())"
     )
     digests = {

@@ -14,8 +14,8 @@ from kdcli.errors import InputError
 from kdcli.recipe.schema import EvaluateSection, Recipe, TaskSection
 from kdcli.tasks.base import Masking, Task
 from kdcli.tasks.load import load_task
+from kdcli.tasks.packing import IGNORED, Masker, TextCollator, hide_once, pack, token_counts
 from kdcli.tasks.prepare import encode_task
-from kdcli.tasks.text import IGNORED, Masker, TextCollator, hide_once, pack, token_counts
 
 
 @pytest.fixture(scope="module")

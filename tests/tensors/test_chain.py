@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdcli.tensors.chain import ChainCache, chain_flops, contract_cached, from_right
 from kdcli.tensors.factors import MPOShape
 from kdcli.tensors.mpo import contract, decompose
-from kdcli.tensors.parametrize import MPOWeight, tensors_of
+from kdcli.tensors.parametrization import MPOWeight, tensors_of
 
 WIDE = MPOShape((6, 1, 1, 2), (4, 1, 1, 2))  # starts from the right: the small end
 TALL = MPOShape((2, 1, 1, 6), (2, 1, 1, 4))  # starts from the left

@@ -10,24 +10,22 @@ from torch import nn
 from transformers import AutoModel, BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from kdcli.errors import InputError
-from kdcli.models.anatomy import block_matrix, set_block_matrix
+from kdcli.models.blocks import block_matrix, set_block_matrix
 from kdcli.models.counts import count_parameters
 from kdcli.models.lowrank import LowRankLinear, factorise
-from kdcli.recipe.schema import OverparamSection, StudentSection
-from kdcli.tensors.mpo import contract, decompose
-from kdcli.tensors.parametrize import (
-    chain_of,
+from kdcli.models.overparam import (
     contract_model,
     factors_of,
-    is_overparameterised,
     linears_of,
     overparam_state,
     overparameterise,
-    probe,
-    probe_batch,
     restore_overparam,
     teacher_factors,
 )
+from kdcli.models.probe import probe, probe_batch
+from kdcli.recipe.schema import OverparamSection, StudentSection
+from kdcli.tensors.mpo import contract, decompose
+from kdcli.tensors.parametrization import chain_of, is_overparameterised
 
 FORMS = [
     OverparamSection(length=0),

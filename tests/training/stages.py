@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kdcli.data.reviews import LABELS, reviews
 from kdcli.methods.base import Term
 from kdcli.models.save import save_model
 from kdcli.models.scratch import train_tokenizer
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator
-from kdcli.tasks.synthetic import LABELS, reviews
-from kdcli.training.distiller import Distiller
-from kdcli.training.loop import LoopSettings
 from kdcli.training.schemes.base import Scheme, Setting
+from kdcli.training.settings import LoopSettings
+from kdcli.training.step import Distiller
 from kdcli.training.trainer import fit
 
 LOOP = LoopSettings(

@@ -18,24 +18,24 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from kdcli.black_box.answers import Memory, ask, recorded
+from kdcli.black_box.ask import Command, LocalModel, PythonCallable
+from kdcli.black_box.estimate import logits_from_decisions
+from kdcli.black_box.noise import Noise
+from kdcli.distill.run import run_distill
+from kdcli.distill.student import make_distiller
 from kdcli.errors import InputError
-from kdcli.evaluation.predict import predict
 from kdcli.methods import registry
 from kdcli.methods.base import Context
 from kdcli.methods.dbkd import METHOD, DBKDOptions
 from kdcli.models.shape import shape_of
-from kdcli.objectives.decisions import logits_from_decisions
-from kdcli.pipeline import run_distill
 from kdcli.recipe.load import load_recipe
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.labels import class_of
-from kdcli.tasks.noise import Noise
-from kdcli.training.black_box import Command, LocalModel, PythonCallable
-from kdcli.training.decisions import Memory, ask, recorded
-from kdcli.training.loop import LoopSettings
-from kdcli.training.road import make_distiller
+from kdcli.tasks.predict import predict
 from kdcli.training.schemes.base import Setting
+from kdcli.training.settings import LoopSettings
 from kdcli.training.trainer import fit
 
 WORDS = tokenizer()

@@ -13,18 +13,18 @@ from training.stages import rows
 from transformers import PreTrainedModel
 
 from kdcli.methods.base import Term
-from kdcli.models.anatomy import blocks_of
+from kdcli.models.blocks import blocks_of
 from kdcli.models.inputs import model_inputs
+from kdcli.models.overparam import overparameterise
 from kdcli.objectives.attention import AttentionObjective
 from kdcli.objectives.attribution import AttributionObjective
+from kdcli.objectives.gold import TaskObjective
 from kdcli.objectives.hidden import HiddenObjective
 from kdcli.objectives.matrix import MatrixObjective
 from kdcli.objectives.output import OutputObjective
-from kdcli.objectives.task import TaskObjective
 from kdcli.recipe.schema import OverparamSection
 from kdcli.tasks.encode import Collator
-from kdcli.tensors.parametrize import overparameterise
-from kdcli.training.distiller import Distiller
+from kdcli.training.step import Distiller
 
 WORDS = tokenizer()
 OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

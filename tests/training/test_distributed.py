@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
+from kdcli.data.reviews import LABELS, reviews
 from kdcli.models.save import save_model
 from kdcli.models.scratch import train_tokenizer
-from kdcli.tasks.synthetic import LABELS, reviews
 
 RECIPE = """
 METHOD

@@ -23,16 +23,16 @@ from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 from kdcli.errors import InputError
 from kdcli.methods import registry
 from kdcli.methods.base import Context, Term
-from kdcli.models.forms import build_student
 from kdcli.models.inputs import model_inputs
+from kdcli.models.overparam import contract_model, overparameterise, teacher_factors
 from kdcli.models.shape import shape_of
+from kdcli.models.student import build_student
+from kdcli.objectives.cores import TensorObjective
 from kdcli.objectives.output import OutputObjective
-from kdcli.objectives.tensor import TensorObjective
 from kdcli.recipe.schema import OverparamSection, StudentSection
-from kdcli.tensors.parametrize import contract_model, overparameterise, teacher_factors
-from kdcli.training.distiller import Distiller
 from kdcli.training.schemes.base import Setting
 from kdcli.training.schemes.lgtm import HeldOut, Learning, LGTMScheme, look_ahead, split
+from kdcli.training.step import Distiller
 
 CPU = torch.device("cpu")
 

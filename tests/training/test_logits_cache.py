@@ -14,14 +14,14 @@ from rich.console import Console
 from safetensors import safe_open
 from training.stages import rows
 
-from kdcli.evaluation.predict import predict
 from kdcli.evaluation.score import evaluate_model
 from kdcli.models.finite import NotFiniteError
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.load import load_task
-from kdcli.training import logits_cache
-from kdcli.training.logits_cache import cached_logits, cached_predictions
+from kdcli.tasks.predict import predict
+from kdcli.training import teacher_cache as logits_cache
+from kdcli.training.teacher_cache import cached_logits, cached_predictions
 
 WORDS = tokenizer()
 COLLATOR = Collator(WORDS)

@@ -15,17 +15,17 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import BertForMaskedLM, BertModel, PreTrainedModel
 
+from kdcli.data.reviews import reviews
+from kdcli.distill.run import run_distill
+from kdcli.distill.teacher import Teacher, make_teacher, start_teacher
 from kdcli.errors import InputError
+from kdcli.models.hashing import hash_of_weights
 from kdcli.models.load import load_model
 from kdcli.models.save import save_model
 from kdcli.models.scratch import train_tokenizer
-from kdcli.pipeline import run_distill
 from kdcli.recipe.schema import EvaluateSection, Recipe, TaskSection
 from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
-from kdcli.tasks.synthetic import reviews
-from kdcli.training.hashing import hash_of_weights
-from kdcli.training.teacher import Teacher, make_teacher, start_teacher
 from kdcli.training.trainer import DistillationTrainer
 
 WORDS = tokenizer()

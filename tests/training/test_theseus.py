@@ -21,14 +21,14 @@ from transformers import PreTrainedModel
 from kdcli.errors import InputError
 from kdcli.methods import registry
 from kdcli.methods.base import Context, Term
-from kdcli.models.anatomy import blocks_of
-from kdcli.models.forms import build_student
+from kdcli.models.blocks import blocks_of
 from kdcli.models.inputs import model_inputs
+from kdcli.models.overparam import contract_model, factors_of, overparameterise
 from kdcli.models.shape import shape_of
-from kdcli.objectives.task import TaskObjective, task_loss
-from kdcli.objectives.tensor import TensorObjective
+from kdcli.models.student import build_student
+from kdcli.objectives.cores import TensorObjective
+from kdcli.objectives.gold import TaskObjective, task_loss
 from kdcli.recipe.schema import OverparamSection, StudentSection
-from kdcli.tensors.parametrize import contract_model, factors_of, overparameterise
 from kdcli.training.schemes.theseus import Replacement, TheseusScheme, draw
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

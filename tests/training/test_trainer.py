@@ -21,20 +21,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training.stages import LOOP, folder_with_recipe, rows
 from transformers import PreTrainedModel
 
-from kdcli import pipeline
+from kdcli.distill import run as pipeline
+from kdcli.distill.run import run_distill
 from kdcli.errors import InputError, RunError
 from kdcli.manifest import MANIFEST, check_manifest
 from kdcli.methods.base import Term
+from kdcli.models.overparam import overparameterise
+from kdcli.objectives.gold import TaskObjective
 from kdcli.objectives.hidden import HiddenObjective
 from kdcli.objectives.output import OutputObjective
-from kdcli.objectives.task import TaskObjective
-from kdcli.pipeline import run_distill
 from kdcli.recipe.load import load_recipe
 from kdcli.recipe.schema import OverparamSection
 from kdcli.tasks.encode import Collator
-from kdcli.tensors.parametrize import overparameterise
-from kdcli.training.distiller import Distiller
 from kdcli.training.schemes.base import Scheme
+from kdcli.training.step import Distiller
 from kdcli.training.trainer import DistillationTrainer, fit, last_usable_checkpoint
 
 OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

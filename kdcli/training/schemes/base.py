@@ -13,10 +13,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kdcli.objectives.base import MatrixKey
     from kdcli.recipe.schema import OverparamSection
+    from kdcli.signals import MatrixKey
     from kdcli.tasks.base import Task
-    from kdcli.training.loop import LoopSettings
+    from kdcli.training.settings import LoopSettings
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from kdcli.black_box.answers import ask, recorded
+from kdcli.black_box.ask import BlackBox, LocalModel
+from kdcli.black_box.estimate import logits_from_decisions
+from kdcli.black_box.neighbours import EmbeddingNeighbours
+from kdcli.black_box.noise import Noise
+from kdcli.data.rows import array_of
 from kdcli.errors import InputError
 from kdcli.files import expanded
-from kdcli.objectives.decisions import logits_from_decisions
 from kdcli.tasks.base import Task
-from kdcli.tasks.neighbours import EmbeddingNeighbours
-from kdcli.tasks.noise import Noise
-from kdcli.tasks.rows import array_of
-from kdcli.training.black_box import BlackBox, LocalModel
-from kdcli.training.decisions import ask, recorded
 from kdcli.training.distributed import agree, is_main, main_does
 from kdcli.training.schemes.base import Scheme, Setting
 

@@ -14,14 +14,15 @@ from torch.func import functional_call
 from torch.nn.functional import mse_loss
 from torch.optim.adamw import adamw
 
+from kdcli.data.rows import array_of
 from kdcli.errors import InputError
 from kdcli.machine import resolve_precision
 from kdcli.models.inputs import model_inputs
-from kdcli.objectives.base import MatrixKey
+from kdcli.models.overparam import linears_of, overparameterise
+from kdcli.objectives.gold import task_loss
 from kdcli.objectives.output import kl_divergence
-from kdcli.objectives.task import task_loss
-from kdcli.tasks.rows import array_of
-from kdcli.tensors.parametrize import chain_of, linears_of, overparameterise, tensors_of
+from kdcli.signals import MatrixKey
+from kdcli.tensors.parametrization import chain_of, tensors_of
 from kdcli.training.distributed import state
 from kdcli.training.sampler import EpochSampler
 from kdcli.training.schemes.base import Scheme, Setting
@@ -30,7 +31,7 @@ from kdcli.words import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kdcli.training.loop import LoopSettings
+    from kdcli.training.settings import LoopSettings
 
 REACH = 0.01
 """How far the student's weights are moved to and fro for a finite difference, as a Euclidean length."""

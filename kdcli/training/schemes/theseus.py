@@ -9,13 +9,13 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from kdcli.errors import InputError
-from kdcli.models.anatomy import blocks_of, body_of
+from kdcli.models.blocks import blocks_of, body_of
 from kdcli.training.schemes.base import Scheme, Setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kdcli.training.loop import LoopSettings
+    from kdcli.training.settings import LoopSettings
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.nn import functional
 
-from kdcli.objectives.base import Objective, Signals, Wants
+from kdcli.objectives.base import Objective
+from kdcli.signals import Signals, Wants
 
 
 def task_loss(logits: Tensor, labels: Tensor, kind: str) -> Tensor:

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kdcli.distill.downstream import tasks_of
+from kdcli.distill.filler import FillerStart, start_filler
+from kdcli.distill.resolve import Resolved, context_of, head_needed, placed, resolve, stages_of
+from kdcli.distill.teacher import TeacherStart, start_teacher
 from kdcli.methods.base import Context, Stage
-from kdcli.models.forms import build_student
 from kdcli.models.load import check_same_tokens, check_tokenizer
+from kdcli.models.overparam import check_chains
 from kdcli.models.shape import check_lengths
+from kdcli.models.student import build_student
 from kdcli.recipe.schema import FinetuneSection, OverparamSection, Recipe, StudentSection
-from kdcli.resolve import Resolved, context_of, head_needed, placed, resolve, stages_of
 from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
 from kdcli.tasks.prepare import check_encoding
-from kdcli.tensors.parametrize import check_chains
-from kdcli.training.augment import FillerStart, start_filler
 from kdcli.training.distributed import processes
-from kdcli.training.downstream import tasks_of
-from kdcli.training.loop import check_batch, check_device
-from kdcli.training.teacher import TeacherStart, start_teacher
+from kdcli.training.settings import check_batch, check_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

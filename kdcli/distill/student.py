@@ -12,28 +12,29 @@ import torch
 from rich.console import Console
 
 from kdcli import runs
+from kdcli.distill.resolve import Resolved, context_of, speaks, stages_of
+from kdcli.distill.teacher import Teacher
 from kdcli.files import atomic_folder, write_json
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.methods.base import Context, Stage, Term
 from kdcli.models.counts import count_parameters
-from kdcli.models.forms import StudentBuild, build_student
+from kdcli.models.hashing import hash_of_model, hash_of_tokenizer, hash_of_weights
+from kdcli.models.overparam import OverparamReport, contract_model, overparameterise, teacher_factors
 from kdcli.models.shape import shape_of
-from kdcli.objectives.base import Wants
-from kdcli.objectives.tensor import TensorObjective
+from kdcli.models.student import StudentBuild, build_student
+from kdcli.objectives.cores import TensorObjective
 from kdcli.recipe.schema import OverparamSection, StudentSection
-from kdcli.resolve import Resolved, context_of, speaks, stages_of
 from kdcli.runs import timed
+from kdcli.signals import Wants
 from kdcli.tasks.base import Task
 from kdcli.tasks.prepare import encode_task
-from kdcli.tensors.parametrize import OverparamReport, contract_model, overparameterise, teacher_factors
 from kdcli.terminal import warn
-from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, main_does
-from kdcli.training.hashing import hash_of_model, hash_of_tokenizer, hash_of_weights
-from kdcli.training.logits_cache import cached_logits
-from kdcli.training.loop import LoopSettings
+from kdcli.training.finetune import metrics_of
 from kdcli.training.schemes.base import Scheme, Setting
-from kdcli.training.teacher import Teacher, metrics_of
+from kdcli.training.settings import LoopSettings
+from kdcli.training.step import Distiller
+from kdcli.training.teacher_cache import cached_logits
 from kdcli.words import counted
 
 if TYPE_CHECKING:

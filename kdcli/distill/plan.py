@@ -5,18 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from kdcli.data.rows import array_of, values_of
+from kdcli.distill.prepare import Prepared
+from kdcli.distill.resolve import Resolved, context_of, placed, stages_of
+from kdcli.distill.student import stage_loop
 from kdcli.machine import resolve_precision
 from kdcli.methods.base import Stage
 from kdcli.models.counts import count_parameters
-from kdcli.models.forms import build_student
+from kdcli.models.overparam import overparameterise, teacher_factors
 from kdcli.models.shape import shape_of
-from kdcli.prepare import Prepared
-from kdcli.resolve import Resolved, context_of, placed, stages_of
+from kdcli.models.student import build_student
 from kdcli.tasks.base import Task
-from kdcli.tasks.rows import array_of, values_of
-from kdcli.tasks.text import pack
-from kdcli.tensors.parametrize import overparameterise, teacher_factors
-from kdcli.training.road import stage_loop
+from kdcli.tasks.packing import pack
 from kdcli.words import counted
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ import torch
 from datasets import Dataset
 
 from kdcli.errors import InputError, cut
-from kdcli.evaluation.predict import predict
 from kdcli.files import sha256_of_file
+from kdcli.models.hashing import hash_of_model, hash_of_tokenizer
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.labels import class_of, listed
-from kdcli.training.hashing import hash_of_model, hash_of_tokenizer
+from kdcli.tasks.predict import predict
 from kdcli.words import counted
 
 if TYPE_CHECKING:

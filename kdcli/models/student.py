@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from kdcli.errors import InputError
-from kdcli.models.anatomy import anatomy_of, blocks_of
+from kdcli.models.blocks import blocks_of
 from kdcli.models.classes import check_single_label, class_names_of, equal_names, reorder_classes
+from kdcli.models.families import anatomy_of
 from kdcli.models.finite import check_numbers
 from kdcli.models.heads import head_of
 from kdcli.models.load import has_head, load_model, without_pooler

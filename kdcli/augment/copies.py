@@ -1,7 +1,7 @@
 """Further training rows: copies in which words gave way to others that fit there (data augmentation of TinyBERT).
 
 A copy replaces each word with some probability by one of its candidates, which a masked language model gave
-(`kdcli.training.augment`). Copies keep their row's label, right or wrong after the change: what a student learns from
+(`kdcli.augment.suggest`). Copies keep their row's label, right or wrong after the change: what a student learns from
 them is what its teacher says about them.
 Source: Jiao et al. 2020 (TinyBERT), algorithm 1.
 """

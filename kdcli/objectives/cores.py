@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdcli.objectives.base import Objective, Signals, Wants
+from kdcli.objectives.base import Objective
+from kdcli.signals import Signals, Wants
 from kdcli.tensors.mpo import auxiliary_indices
 
 

@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from kdcli.distill.resolve import placed
+from kdcli.distill.teacher import label_options
 from kdcli.evaluation.general import TaskScores
 from kdcli.evaluation.score import evaluate_model, primary_score
 from kdcli.files import atomic_folder
-from kdcli.models.heads import reinitialise, with_classifier
+from kdcli.models.heads import with_classifier
+from kdcli.models.reinit import reinitialise
 from kdcli.models.save import round_to_stored, save_model
 from kdcli.recipe.schema import Recipe
-from kdcli.resolve import placed
 from kdcli.runs import Run
 from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
 from kdcli.training.distributed import main_does
-from kdcli.training.teacher import finetune, label_options
+from kdcli.training.finetune import finetune
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

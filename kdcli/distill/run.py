@@ -13,36 +13,36 @@ from rich.console import Console
 from transformers import set_seed
 
 from kdcli import interrupts, runs
+from kdcli.distill.card import model_card
+from kdcli.distill.downstream import score_on_tasks
+from kdcli.distill.filler import augment_task, make_filler
+from kdcli.distill.prepare import prepare
+from kdcli.distill.resolve import Resolved
+from kdcli.distill.student import Road
+from kdcli.distill.teacher import Teacher, make_teacher
 from kdcli.errors import ExitCode, InputError
 from kdcli.evaluation.comparison import Comparison, compare, describe_model
 from kdcli.evaluation.general import General
-from kdcli.evaluation.predict import predict
 from kdcli.evaluation.score import evaluate_model
 from kdcli.faults import writing
 from kdcli.files import atomic_folder
 from kdcli.gates import Gate, Limits, exit_code_of, limits_of, parity_gate
 from kdcli.machine import versions
 from kdcli.manifest import write_manifest
-from kdcli.models.card import model_card
 from kdcli.models.finite import at_fault
-from kdcli.models.forms import StudentBuild
+from kdcli.models.hashing import hash_of_weights
 from kdcli.models.heads import head_of
 from kdcli.models.save import round_to_stored, save_model
-from kdcli.prepare import prepare
+from kdcli.models.student import StudentBuild
 from kdcli.recipe.load import portable
 from kdcli.recipe.schema import Recipe
-from kdcli.resolve import Resolved
 from kdcli.runs import timed
 from kdcli.tasks.base import Task
 from kdcli.tasks.metrics import chance_level
+from kdcli.tasks.predict import predict
 from kdcli.terminal import stderr, warn, wide
-from kdcli.training.augment import augment_task, make_filler
 from kdcli.training.distributed import agree, is_main, main_does
-from kdcli.training.downstream import score_on_tasks
-from kdcli.training.hashing import hash_of_weights
-from kdcli.training.logits_cache import cached_predictions
-from kdcli.training.road import Road
-from kdcli.training.teacher import Teacher, make_teacher
+from kdcli.training.teacher_cache import cached_predictions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

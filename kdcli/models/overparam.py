@@ -11,41 +11,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kdcli.errors import InputError
-from kdcli.models.anatomy import block_matrix, blocks_of, iter_block_matrices
+from kdcli.models.blocks import block_matrix, blocks_of, iter_block_matrices
 from kdcli.models.counts import count_parameters
-from kdcli.models.finite import check_finite
 from kdcli.models.lowrank import LowRankLinear, svd_factors
-from kdcli.objectives.base import MatrixKey
 from kdcli.recipe.schema import OverparamSection
-from kdcli.tensors.chain import ChainCache, contract_cached
+from kdcli.signals import MatrixKey
 from kdcli.tensors.factors import MPOShape, check_factors, is_target, nearest_ranks, shape_for
 from kdcli.tensors.mpo import auxiliary_indices, decompose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class MPOWeight(nn.Module):
-    """A parametrization of `nn.Linear.weight` by a chain of tensors: the layer stays as it is.
-
-    `right_inverse` decomposes a weight (out, in), `forward` contracts the chain.
-    """
-
-    def __init__(self, shape: MPOShape, gauge: str = "symmetric", svd_dtype: str = "float64") -> None:
-        super().__init__()
-        self.shape = shape
-        self.gauge = gauge
-        self.svd_dtype = svd_dtype
-        self.cache = ChainCache()
-        self.blank = False
-
-    def forward(self, *chain: Tensor) -> Tensor:
-        return contract_cached(chain, self.shape, self.cache)
-
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
-        if self.blank:
-            return tuple(weight.new_zeros(shape) for shape in self.shape.shapes())
-        return decompose(weight, self.shape, gauge=self.gauge, dtype=getattr(torch, self.svd_dtype))
+from kdcli.models.probe import probe
+from kdcli.tensors.parametrization import MPOWeight, chain_of, is_overparameterised, tensors_of
 
 
 @dataclass(frozen=True)
@@ -150,25 +127,6 @@ def linears_of(model: "PreTrainedModel") -> Iterator[tuple[MatrixKey, nn.Linear]
             yield (layer, f"{name}.up"), module.up
         elif isinstance(module, nn.Linear):
             yield (layer, name), module
-
-
-def chain_of(linear: nn.Module) -> MPOWeight | None:
-    """Return the chain behind a layer's weight, or None when the weight is plain."""
-    if not parametrize.is_parametrized(linear, "weight"):
-        return None
-    found = linear.parametrizations["weight"][0]  # type: ignore[index, union-attr]
-    return found if isinstance(found, MPOWeight) else None
-
-
-def tensors_of(linear: nn.Module) -> tuple[Tensor, ...]:
-    """Return the trainable tensors of an over-parameterised layer, from left to right."""
-    holder = linear.parametrizations["weight"]  # type: ignore[index, union-attr]
-    return tuple(getattr(holder, f"original{k}") for k in range(holder.ntensors))  # type: ignore[arg-type, union-attr]
-
-
-def is_overparameterised(model: nn.Module) -> bool:
-    """True when some layer's weight is a chain."""
-    return any(chain_of(module) is not None for module in model.modules())
 
 
 def _attach(linear: nn.Linear, weight: MPOWeight, *, blank: bool = False) -> None:
@@ -334,31 +292,6 @@ def overparameterise(model: "PreTrainedModel", section: OverparamSection) -> Ove
             hint=f"left out: {'; '.join(skipped[:3])}" if skipped else None,
         )
     return OverparamReport(rows, before, count_parameters(model), skipped)
-
-
-def probe_batch(model: "PreTrainedModel") -> dict[str, Tensor]:
-    """Return a small random batch (4 x 16 tokens, the last rows padded) that any model of its kind takes."""
-    generator = torch.Generator().manual_seed(0)
-    # RoBERTa's positions start at 2.
-    length = min(16, getattr(model.config, "max_position_embeddings", 18) - 2)
-    ids = torch.randint(5, model.config.vocab_size, (4, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[2:, -(length // 3) :] = 0
-    device = next(model.parameters()).device
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-@torch.no_grad()
-def probe(model: "PreTrainedModel", owner: str = "the model") -> Tensor:
-    """Return the model's first output on the probe batch, in eval mode. owner: what an error calls the model.
-
-    Raises NotFiniteError when it contains NaN or inf: no difference says how far another output is from it.
-    """
-    training = model.training
-    output = model.eval()(**probe_batch(model))[0].float()
-    model.train(training)
-    check_finite(output.cpu(), owner)
-    return output
 
 
 def contract_model(model: "PreTrainedModel", *, check: bool = True) -> ContractReport:

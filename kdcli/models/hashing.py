@@ -4,8 +4,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from kdcli.data.rows import chunks_of
 from kdcli.files import fingerprint
-from kdcli.tasks.rows import chunks_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,14 +11,14 @@ from datasets import Dataset
 from rich.console import Console
 from rich.progress import track
 
+from kdcli.black_box.ask import BlackBox
+from kdcli.black_box.noise import Noise
+from kdcli.data.files import Columns, read_file
 from kdcli.errors import InputError
 from kdcli.files import cache_dir, fingerprint
 from kdcli.tasks.base import Task
-from kdcli.tasks.files import Columns, read_file
 from kdcli.tasks.labels import class_of, listed
 from kdcli.tasks.load import fingerprint_of
-from kdcli.tasks.noise import Noise
-from kdcli.training.black_box import BlackBox
 from kdcli.words import counted
 
 FIELDS = ("text", "text_pair")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdcli.distill.teacher import resolve_source
 from kdcli.errors import InputError, UnfitTaskError
 from kdcli.methods import registry
 from kdcli.methods.base import Context, Method, Stage
@@ -15,8 +16,7 @@ from kdcli.models.load import load_config
 from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import FORM_FIELDS, OverparamSection, Recipe, StudentSection
 from kdcli.tasks.base import Task
-from kdcli.training.loop import LoopSettings
-from kdcli.training.teacher import resolve_source
+from kdcli.training.settings import LoopSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

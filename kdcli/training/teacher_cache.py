@@ -7,12 +7,12 @@ from datasets import Dataset
 from rich.console import Console
 from torch import Tensor
 
-from kdcli.evaluation.predict import predict
+from kdcli.data.rows import array_of
 from kdcli.files import cache_dir, fingerprint
-from kdcli.tasks.rows import array_of
+from kdcli.models.hashing import hash_of_dataset, hash_of_model
+from kdcli.tasks.predict import predict
+from kdcli.tensor_file import keep_tensors, kept_tensors
 from kdcli.training.distributed import main_does
-from kdcli.training.hashing import hash_of_dataset, hash_of_model
-from kdcli.training.tensor_file import keep_tensors, kept_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

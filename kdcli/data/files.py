@@ -13,8 +13,8 @@ from typing import Any, overload
 import pyarrow as pa
 import pyarrow.parquet
 
+from kdcli.data.rows import TEXT, let_go, stored_table
 from kdcli.errors import InputError
-from kdcli.tasks.rows import TEXT, let_go, stored_table
 from kdcli.words import counted
 
 READABLE = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON lines", ".json": "JSON", ".parquet": "Parquet"}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.models.inputs import model_inputs
-from kdcli.objectives.base import MatrixKey, Signals, Wants
 from kdcli.objectives.term import Term
+from kdcli.signals import MatrixKey, Signals, Wants
 from kdcli.training.capture import Capture
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,33 +14,27 @@ from safetensors import SafetensorError
 from torch import nn
 
 from kdcli import __version__
+from kdcli.data.rows import values_of
 from kdcli.errors import InputError
 from kdcli.files import atomic_folder, cache_dir, expanded, fingerprint, write_json
 from kdcli.machine import resolve_precision
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.models.classes import check_single_label, name_classes, reorder_classes
 from kdcli.models.finite import NotFiniteError, check_numbers, check_weights
+from kdcli.models.hashing import hash_of_model, hash_of_tokenizer
 from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer, refusal_of_head
 from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
-from kdcli.objectives.task import TaskObjective
-from kdcli.objectives.term import Term
-from kdcli.objectives.vocabulary import MaskedLMObjective
-from kdcli.recipe.schema import FinetuneSection, Recipe, TrainSection
+from kdcli.recipe.schema import FinetuneSection, Recipe
 from kdcli.tasks.base import Task
 from kdcli.tasks.labels import label_permutation, name_outputs, note_of_order
 from kdcli.tasks.load import fingerprint_of
-from kdcli.tasks.metrics import compute_metrics
-from kdcli.tasks.prepare import encode_task
-from kdcli.tasks.rows import values_of
 from kdcli.training.curves import write_curve
-from kdcli.training.distiller import Distiller
 from kdcli.training.distributed import agree, main_does
-from kdcli.training.hashing import hash_of_model, hash_of_tokenizer
-from kdcli.training.loop import LoopSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+from kdcli.training.finetune import finetune
 
 
 @dataclass
@@ -324,78 +318,6 @@ def _kept(
         return None
     console.print(f"teacher: {origin}, fine-tuned before, from {folder}", highlight=False, soft_wrap=True)
     return found
-
-
-def finetune(
-    model: "PreTrainedModel",
-    tokenizer: Any,
-    task: Task,
-    settings: FinetuneSection,
-    train: TrainSection,
-    *,
-    max_length: int,
-    seed: int,
-    work: Path,
-    console: Console,
-    resume: bool,
-    title: str,
-    identity: Any,
-    log: Path | None = None,
-) -> dict[str, Any]:
-    """Train `model` on the gold labels (or the hidden words) of `task`, in place, and return the loop's record.
-
-    identity: says which training its checkpoints belong to.
-    train: where and how precisely, as for the student; batch size, rate and the like come from `settings`.
-    log: a folder for TensorBoard.
-    """
-
-    loop = LoopSettings(
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        batch_size=settings.batch_size,
-        gradient_accumulation=1,
-        learning_rate=settings.learning_rate,
-        scheduler="linear",
-        warmup=settings.warmup,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=1.0,
-        precision=train.precision,
-        device=train.device,
-        group_by_length=train.group_by_length,
-        eval_every=None,
-        patience=None,
-        # The teacher is not chosen on the data that the student is scored on.
-        select="last",
-        log_every=train.log_every,
-        workers=train.workers,
-        seed=seed,
-        metric=task.primary,
-    )
-    from kdcli.training.trainer import fit
-
-    objective = MaskedLMObjective() if task.kind == "text" else TaskObjective(task.kind)
-    encoded = encode_task(task, tokenizer, max_length, seed=seed)
-    return fit(
-        Distiller(model, [Term("task", objective, 1.0)]),
-        train=encoded.train,
-        selection=None,
-        collator=encoded.collator,
-        metrics=metrics_of(task),
-        settings=loop,
-        folder=work,
-        log_dir=log,
-        title=title,
-        console=console,
-        identity=identity,
-        resume=resume,
-    )
-
-
-def metrics_of(task: Task) -> Callable[[Any, Any], dict[str, float]] | None:
-    """Return the task's metrics as a function of (logits, labels); None for plain text, scored by the loss."""
-    if task.kind == "text":
-        return None
-    return lambda logits, labels: compute_metrics(task.metrics, logits, labels)
 
 
 def _align(model: "PreTrainedModel", task: Task, names: list[str] | None, owner: object = "") -> str | None:

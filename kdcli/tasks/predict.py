@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from kdcli.data.rows import array_of
 from kdcli.models.finite import check_finite
 from kdcli.models.inputs import model_inputs
-from kdcli.tasks.rows import array_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

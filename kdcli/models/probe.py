@@ -1,0 +1,36 @@
+"""A small random batch that any model takes, and what a model gives for it."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kdcli.models.finite import check_finite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def probe_batch(model: "PreTrainedModel") -> dict[str, Tensor]:
+    """Return a small random batch (4 x 16 tokens, the last rows padded) that any model of its kind takes."""
+    generator = torch.Generator().manual_seed(0)
+    # RoBERTa's positions start at 2.
+    length = min(16, getattr(model.config, "max_position_embeddings", 18) - 2)
+    ids = torch.randint(5, model.config.vocab_size, (4, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[2:, -(length // 3) :] = 0
+    device = next(model.parameters()).device
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+@torch.no_grad()
+def probe(model: "PreTrainedModel", owner: str = "the model") -> Tensor:
+    """Return the model's first output on the probe batch, in eval mode. owner: what an error calls the model.
+
+    Raises NotFiniteError when it contains NaN or inf: no difference says how far another output is from it.
+    """
+    training = model.training
+    output = model.eval()(**probe_batch(model))[0].float()
+    model.train(training)
+    check_finite(output.cpu(), owner)
+    return output

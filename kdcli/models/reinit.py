@@ -1,0 +1,43 @@
+"""Models that start again from random weights."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+
+def reinitialise(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Give every weight of `model` a fresh random value, in place: dense weights as its family does it.
+
+    Factors get those of a random dense weight of the same shape, so that their product has its usual size.
+    """
+    for module in model.modules():
+        if not any(True for _ in module.children()):
+            for parameter in module.parameters(recurse=False):
+                if hasattr(parameter, "_is_hf_initialized"):
+                    parameter._is_hf_initialized = False
+            module._is_hf_initialized = False  # type: ignore[assignment]
+            model._init_weights(module)
+    import torch
+
+    from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, svd_factors
+
+    spread = model.config.initializer_range
+    for module in model.modules():
+        if isinstance(module, LowRankLinear):
+            up, down = svd_factors(torch.randn(module.out_features, module.in_features) * spread, module.rank)
+            _fill(module.up, up)
+            _fill(module.down, down)
+        elif isinstance(module, LowRankEmbedding):
+            down, up = svd_factors(torch.randn(module.num_embeddings, module.embedding_dim) * spread, module.rank)
+            _fill(module.down, down)
+            _fill(module.up, up.T)
+    return model
+
+
+def _fill(module: "nn.Module", weight: "Tensor") -> None:
+    import torch
+
+    with torch.no_grad():
+        module.weight.copy_(weight)  # type: ignore[operator, union-attr]

@@ -1,0 +1,91 @@
+"""What is captured of a forward pass, and the request for it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+MatrixKey = tuple[int, str]
+"""(block 1..L, name): the name is one of `kdcli.models.families.BLOCK_MATRICES`."""
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What must be captured from one model's forward pass; everything else is not even looked at.
+
+    Block numbers follow the literature: hidden[0] is the embedding output, hidden[l] the output of block l.
+    `all_positions` matters for language models only: logits at every real token, not just at the masked ones.
+    `gradients` says how often the logits are differentiated by hidden[0]: 1 keeps the graph between them, 2 one whose
+    gradient can be learned from; `path` is the number of points between a zero embedding and hidden[0] at which the
+    model is to be run for it (integrated gradients).
+    """
+
+    logits: bool = False
+    hidden: frozenset[int] = frozenset()
+    matrices: frozenset[MatrixKey] = frozenset()
+    factors: bool = False
+    all_positions: bool = False
+    gradients: int = 0
+    path: int = 1
+
+    def __or__(self, other: "Wants") -> "Wants":
+        return Wants(
+            self.logits or other.logits,
+            self.hidden | other.hidden,
+            self.matrices | other.matrices,
+            self.factors or other.factors,
+            self.all_positions or other.all_positions,
+            max(self.gradients, other.gradients),
+            max(self.path, other.path),
+        )
+
+    @property
+    def inside(self) -> bool:
+        """True when something inside a forward pass is asked for: known logits do not do."""
+        return bool(self.hidden or self.matrices or self.gradients)
+
+
+@dataclass
+class Signals:
+    """What one forward pass said, as far as it was asked for.
+
+    mask: (batch, seq), 1 at real tokens. segments: (batch, seq), the document of a packed block that a token belongs
+    to, or None where a row is one text; models attend over the whole row all the same.
+    logits: (batch, classes); of a language model (positions, vocabulary), at the flat positions `positions` (into
+    batch x seq). hidden[l]: (batch, seq, hidden).
+    matrices[(l, name)]: output of that linear map with its bias, (batch, seq, out).
+    factors[(l, name)]: the tensor chain of that matrix, only for over-parameterised weights.
+    path: (scaled embedding output, logits) for alpha = 1/K, ..., 1, where a gradient's path is asked for.
+    heads: number of attention heads.
+    """
+
+    mask: Tensor
+    heads: int
+    segments: Tensor | None = None
+    logits: Tensor | None = None
+    positions: Tensor | None = None
+    path: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    matrices: dict[MatrixKey, Tensor] = field(default_factory=dict)
+    factors: Mapping[MatrixKey, tuple[Tensor, ...]] = field(default_factory=dict)
+    _scores: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def split_heads(self, layer: int, name: str, heads: int | None = None) -> Tensor:
+        """Return a projection of block `layer` as (batch, heads, seq, head size), in fp32."""
+        x = self.matrices[(layer, name)].float()
+        batch, seq, width = x.shape
+        heads = heads or self.heads
+        return x.view(batch, seq, heads, width // heads).transpose(1, 2)
+
+    def attention_scores(self, layer: int) -> Tensor:
+        """Return q k^T / sqrt(d_k) of block `layer`, (batch, heads, seq, seq), fp32, without any mask.
+
+        Formed from the captured projections and kept, so that objectives share it; the forward pass
+        itself keeps its fused attention.
+        """
+        if layer not in self._scores:
+            query = self.split_heads(layer, "query")
+            key = self.split_heads(layer, "key")
+            self._scores[layer] = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2)
+        return self._scores[layer]
