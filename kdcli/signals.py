@@ -10,6 +10,22 @@ MatrixKey = tuple[int, str]
 """(block 1..L, name): the name is one of `kdcli.models.families.BLOCK_MATRICES`."""
 
 
+@dataclass
+class Prediction:
+    """A table of predicted distributions.
+
+    logits: (n, classes), a row each. weights: (n,), sum 1: the mean over an example's rows, then over the examples;
+    None where all rows weigh the same. target: the gold answers, (n,) or (n, classes); None without any. Where only
+    some rows have one, `answered` (m,) says which, `target` holds those m, and `target_weights` (m,) their weights.
+    """
+
+    logits: Tensor
+    weights: Tensor | None = None
+    target: Tensor | None = None
+    answered: Tensor | None = None
+    target_weights: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Wants:
     """What must be captured from one model's forward pass; everything else is not even looked at.

@@ -1,12 +1,31 @@
 """What stands on a model's body: which heads there are, new ones, and models that start again from random weights."""
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdcli.models.families import anatomy_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands on a model's body. It belongs to the kinds of tasks that it is for.
+
+    name, title: for people. auto: the class of the library that makes body and head. architecture: how the class that
+    a config.json names (`architectures`) ends; never names of weights. pipeline_tag: for the model card. inputs: of
+    the ONNX graph, as far as tokenizer and family have them. outputs: of the graph and of a forward pass.
+    """
+
+    name: str
+    title: str
+    auto: str
+    architecture: tuple[str, ...]
+    pipeline_tag: str
+    inputs: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids")
+    outputs: tuple[str, ...] = ("logits",)
 
 
 HEADS = {

@@ -1,0 +1,192 @@
+"""What a row of logits parametrises, and how far two of the same kind are apart. Pure tensors.
+
+Every loss is a weighted sum over rows: weights (n,) have the sum 1; without them it is the mean.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+CHUNK_ELEMENTS = 2**22
+"""Logits that are worked on at a time: what is held beside them stays in the processor's reach."""
+
+
+class Distribution(ABC):
+    """A family of distributions, of which a row of logits is one."""
+
+    is_point = False
+    """True where a teacher's prediction says no more than a gold answer does: one number."""
+
+    @abstractmethod
+    def nll(self, logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the negative log-likelihood of `target`, a scalar in fp32. logits: (n, classes)."""
+
+    @abstractmethod
+    def divergence(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        weights: Tensor | None = None,
+        temperature: float = 1.0,
+        *,
+        scale: bool = True,
+    ) -> Tensor:
+        """Return how far the student's distributions are from the teacher's at temperature T, a scalar in fp32.
+
+        student, teacher: logits (n, classes); the teacher's get no gradient. scale: with the factor T^2, which keeps
+        the gradient's size (Hinton et al. 2015, section 2).
+        """
+
+    def views(self, classes: int, target: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        """Return the scores whose gradients show what a prediction rests on (Wu et al. 2023, AD-KD, section 3.2).
+
+        Each is a function from logits (n, classes) to a scalar, the sum over rows: here the loss of the gold answer.
+        """
+        return [lambda logits: self.nll(logits, target) * len(target)]
+
+
+class Categorical(Distribution):
+    """One of several classes: softmax of the logits. target: (n,) class numbers, or (n, classes) probabilities."""
+
+    def nll(self, logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        if weights is None:
+            return functional.cross_entropy(logits.float(), target)
+        return (functional.cross_entropy(logits.float(), target, reduction="none") * weights).sum()
+
+    def divergence(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        weights: Tensor | None = None,
+        temperature: float = 1.0,
+        *,
+        scale: bool = True,
+    ) -> Tensor:
+        """Return T^2 KL(teacher || student); large tables are worked on in parts. Source: Hinton et al. 2015, eq. 2-4."""
+        teacher = teacher.detach()
+        if weights is None and student.numel() <= CHUNK_ELEMENTS:
+            value = _kl(student, teacher, temperature)
+        else:
+            if weights is None:
+                weights = torch.full((len(student),), 1.0 / max(len(student), 1), device=student.device)
+            chunk = max(1, CHUNK_ELEMENTS // student.shape[-1])
+            value = _ChunkedKL.apply(student, teacher, weights, temperature, chunk)
+        return value * temperature**2 if scale else value
+
+    def views(self, classes: int, target: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        """Return -log p of every class in turn; of two classes, whose maps are the same, the gold answer's alone."""
+        if classes <= 2:
+            return super().views(classes, target)
+        return [lambda z, c=c: -torch.log_softmax(z.float(), dim=-1)[:, c].sum() for c in range(classes)]  # type: ignore[misc]
+
+
+class Normal(Distribution):
+    """A number of unit variance around the logit: squared errors. logits: (n, 1); target: (n,)."""
+
+    is_point = True
+
+    def nll(self, logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        return _squared(logits.float().view(-1), target.float().view(-1), weights)
+
+    def divergence(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        weights: Tensor | None = None,
+        temperature: float = 1.0,
+        *,
+        scale: bool = True,
+    ) -> Tensor:
+        """Return the squared difference; without `scale` that of the predictions divided by T."""
+        value = _squared(student.float().view(-1), teacher.detach().float().view(-1), weights)
+        return value if scale else value / temperature**2
+
+
+class Bernoulli(Distribution):
+    """Any of several labels, each on its own: sigmoid of each logit. target: (n, labels), 0 to 1; means over labels."""
+
+    def nll(self, logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        rows = functional.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none").mean(-1)
+        return _weighted(rows, weights)
+
+    def divergence(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        weights: Tensor | None = None,
+        temperature: float = 1.0,
+        *,
+        scale: bool = True,
+    ) -> Tensor:
+        """Return T^2 KL(teacher || student) of each label, mean over labels."""
+        own, other = student.float() / temperature, teacher.detach().float() / temperature
+        yes = functional.logsigmoid(other) - functional.logsigmoid(own)
+        no = functional.logsigmoid(-other) - functional.logsigmoid(-own)
+        probability = torch.sigmoid(other)
+        value = _weighted((probability * yes + (1.0 - probability) * no).mean(-1), weights)
+        return value * temperature**2 if scale else value
+
+    def views(self, classes: int, target: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        """Return -log p of every label in turn."""
+        return [lambda z, c=c: -functional.logsigmoid(z.float()[:, c]).sum() for c in range(classes)]  # type: ignore[misc]
+
+
+def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
+    return rows.mean() if weights is None else (rows * weights).sum()
+
+
+def _squared(own: Tensor, other: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return functional.mse_loss(own, other)
+    return (functional.mse_loss(own, other, reduction="none") * weights).sum()
+
+
+def _kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    own = torch.log_softmax(student.float() / temperature, dim=-1)
+    target = torch.log_softmax(teacher.float() / temperature, dim=-1)
+    return functional.kl_div(own, target, reduction="batchmean", log_target=True)
+
+
+class _ChunkedKL(torch.autograd.Function):
+    """sum_i w_i KL(teacher_i || student_i) at a temperature, some rows at a time.
+
+    Its gradient is formed along with the value: of all that lies between, as large as the logits themselves and
+    several times over, nothing is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, temperature: float, chunk: int) -> Tensor:
+        value = torch.zeros((), device=student.device)
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(student), chunk):
+            part = slice(start, start + chunk)
+            weight = weights[part, None]
+            own = torch.log_softmax(student[part].float() / temperature, dim=-1)
+            target = torch.log_softmax(teacher[part].float() / temperature, dim=-1)
+            probabilities = target.exp()
+            value = value + (target.sub_(own).mul_(probabilities).sum(-1, keepdim=True) * weight).sum()
+            if gradient is not None:
+                gradient[part] = own.exp_().sub_(probabilities).mul_(weight / temperature)
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer, None, None, None, None
+
+
+def row_weights(positions: Tensor, batch: int, seq: int) -> Tensor:
+    """Return weights (positions,) that make a sum the mean over each example's positions, then over examples.
+
+    positions: (positions,), into batch x seq laid flat. An example without a position counts as zero.
+    """
+    example = positions // seq
+    counts = torch.zeros(batch, device=positions.device).index_add_(0, example, torch.ones_like(example).float())
+    return 1.0 / (counts[example] * batch)
