@@ -50,6 +50,7 @@ def compare(
       kdcli compare kd.toml makd.toml --seeds 5 --task cola --task rte --set train.epochs=3
       kdcli compare kd.toml mine.toml --baseline mine --output mine-or-kd --json > result.json
     """
+    from kdcli.cli import render
     from kdcli.cli.console import emit, err, info
     from kdcli.compare.plan import check_folder, check_reusable, plan_comparison
     from kdcli.files import expanded
@@ -68,7 +69,7 @@ def compare(
     if dry_run:
         if not (force or refresh):
             check_reusable(plan, output / "runs")
-        emit(plan.to_json(output / "runs"), table=plan.table(output / "runs"), as_json=as_json)
+        emit(plan.to_json(output / "runs"), table=render.comparison_plan(plan, output / "runs"), as_json=as_json)
         for difference in plan.unequal:
             info(f"not on equal terms: {difference}")
         for note in plan.left_out:
@@ -82,7 +83,7 @@ def compare(
 
     report = make_report(plan, results)
     report.write(output, draw(report))
-    emit(report.to_json(), table=report.table(), as_json=as_json)
+    emit(report.to_json(), table=render.comparison(report), as_json=as_json)
     for difference in report.unequal:
         info(f"not on equal terms: {difference}")
     for note in report.notes:

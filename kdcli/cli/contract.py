@@ -24,6 +24,7 @@ def contract(
     """
     import torch
 
+    from kdcli.cli import render
     from kdcli.cli.console import emit, info
     from kdcli.errors import GateError
     from kdcli.export.parity import TOLERANCE
@@ -55,7 +56,7 @@ def contract(
                 f"contraction changes the outputs by {report.max_abs_difference:.2e} (allowed {TOLERANCE:g})"
             )
         save_model(loaded, folder, tokenizer)
-    emit({"folder": str(out), **report.to_json()}, table=report.table(), as_json=as_json)
+    emit({"folder": str(out), **report.to_json()}, table=render.contraction(report), as_json=as_json)
     what = "nothing to contract: " if not report.matrices and not merge_lowrank else ""
     info(f"{out}: {what}outputs within {report.max_abs_difference:.1e} of {model}'s")
     return 0

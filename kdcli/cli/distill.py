@@ -48,6 +48,7 @@ def distill(
     if force and resume:
         raise typer.BadParameter("--force and --resume exclude each other")
     loaded = load_recipe(recipe, set_ or [])
+    from kdcli.cli import render
     from kdcli.cli.console import emit, err, info, settle, shown_path
     from kdcli.cli.imports import uncollected
 
@@ -68,10 +69,11 @@ def distill(
                 plan = make_plan(prepare(loaded, recipe))
         except InputError as error:
             raise with_place(error, recipe, set_) from error
-        emit(plan.to_json(), table=plan.table(), as_json=as_json)
+        emit(plan.to_json(), table=render.plan(plan), as_json=as_json)
         return 0
     with uncollected():
         from kdcli.distill.run import run_distill
+    from kdcli.terminal import warn, wide
     from kdcli.training.distributed import is_main
 
     try:
@@ -91,8 +93,12 @@ def distill(
         raise with_place(error, recipe, set_) from error
     if not is_main():
         return int(result.exit_code)
+    if result.exported is not None:
+        wide(err).print(render.exported(result.exported))
+        if result.exported.latency is not None and (doubt := result.exported.latency.doubt()) is not None:
+            warn(err, doubt)
     scores = shown_path(result.run.path / "run.json")
-    emit(result.to_json(), table=result.table(), as_json=as_json, kept=scores)
+    emit(result.to_json(), table=render.scores(result.result), as_json=as_json, kept=scores)
     info(f"student: {shown_path(result.run.student)}")
     info(f"scores: {scores}")
     if result.onnx is not None:

@@ -43,6 +43,7 @@ def export(
     """
     from contextlib import nullcontext
 
+    from kdcli.cli import render
     from kdcli.cli.choose import choose_model, choose_task, load_contestant, readable_length, warn_of_changes
     from kdcli.cli.console import emit, err, info, settle
     from kdcli.errors import InputError
@@ -127,7 +128,7 @@ def export(
             warn(err, "--max-latency-ms is checked against an unsteady time: measure again before you rely on it")
     document["gates"] = [gate.to_json() for gate in gates]
     kept = str(inside.path / "run.json") if inside is not None else None
-    emit(document, table=result.table(), as_json=as_json, kept=kept)
+    emit(document, table=render.exported(result), as_json=as_json, kept=kept)
     if result.latency is not None and (doubt := result.latency.doubt()) is not None:
         warn(err, doubt)
     return settle(gates)

@@ -70,6 +70,7 @@ def overparam(
             "svd_dtype": svd_dtype,
         },
     )
+    from kdcli.cli import render
     from kdcli.cli.console import emit, info
     from kdcli.export.parity import TOLERANCE
     from kdcli.files import atomic_folder, expanded
@@ -93,7 +94,7 @@ def overparam(
         save_model(loaded, folder, tokenizer)
     emit(
         {"folder": str(out), "max_abs_difference": difference, **report.to_json()},
-        table=report.table(),
+        table=render.chains(report),
         as_json=as_json,
     )
     for name in report.skipped:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from kdcli.distill.plan import make_plan
@@ -160,26 +159,6 @@ class ComparisonPlan:
                 for cell in self.cells
             ],
         }
-
-    def table(self, root: Path) -> Table:
-        """Return the same for people, a row a recipe and task."""
-        rows, runs = counted(len(self.entries), "row"), counted(len(self.cells), "run")
-        table = Table(title=f"plan: {rows} x {said_seeds(self.seeds)}, {runs}")
-        for column in ("task", "name", "method", "student", "parameters", "steps", "done before"):
-            table.add_column(column, justify="right" if column in ("parameters", "steps", "done before") else "left")
-        for task in self.tasks:
-            for entry in self.of(task):
-                done = sum(is_done(cell, Run(root / cell.name)) for cell in self.cells if cell.entry is entry)
-                table.add_row(
-                    task,
-                    f"{entry.label} (baseline)" if entry.label == self.baselines[task] else entry.label,
-                    entry.method + (" + overparam" if entry.recipe.overparam is not None else ""),
-                    entry.form,
-                    f"{entry.terms[PARAMETERS]:,}",
-                    f"{entry.terms[STEPS]:,}",
-                    f"{done} of {len(self.seeds)}",
-                )
-        return table
 
 
 def said_seeds(seeds: list[int]) -> str:

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from kdcli import __version__
 from kdcli.compare.plan import NAME, STEPS, Cell, ComparisonPlan, Entry, Inequality, said_seeds
 from kdcli.compare.run import INTERRUPTED, Failure, Results
@@ -121,18 +118,6 @@ class Report:
     def all_blocks(self) -> list[Block]:
         return [*self.blocks, *([self.average] if self.average else [])]
 
-    def table(self) -> Table:
-        """Return the table for people."""
-        table = Table(title=f"{said_seeds(self.seeds)}: mean and standard deviation; 95 % interval of the difference")
-        for column in COLUMNS:
-            table.add_column(column, justify="right" if column else "left")
-        for block in self.all_blocks:
-            table.add_section()
-            table.add_row(Text(_heading(block), style="bold"))
-            for cells in _cells(block, len(self.seeds)):
-                table.add_row(*map(Text, cells))
-        return table
-
     def markdown(self) -> str:
         """Return the report as Markdown, with the figure that lies beside it."""
         lines = [
@@ -153,9 +138,9 @@ class Report:
             if entries:
                 lines += [f"**{heading}:**", "", *(f"- {escaped(entry)}" for entry in entries), ""]
         for block in self.all_blocks:
-            lines += [f"## {escaped(_heading(block))}", ""]
+            lines += [f"## {escaped(heading_of(block))}", ""]
             lines += [table_row(list(COLUMNS)), table_row(["---", *["---:"] * (len(COLUMNS) - 1)])]
-            lines += [table_row([escaped(cells[0]), *cells[1:]]) for cells in _cells(block, len(self.seeds))]
+            lines += [table_row([escaped(cells[0]), *cells[1:]]) for cells in cells_of(block, len(self.seeds))]
             lines.append("")
         return "\n".join([*lines, f"![score against parameters]({NAME}.svg)", ""])
 
@@ -366,11 +351,11 @@ def _notes(records: dict[str, dict[str, Any]]) -> list[str]:
     return notes
 
 
-def _heading(block: Block) -> str:
+def heading_of(block: Block) -> str:
     return f"{block.title} ({block.metric})" if block.metric else block.title
 
 
-def _cells(block: Block, seeds: int) -> Iterable[list[str]]:
+def cells_of(block: Block, seeds: int) -> Iterable[list[str]]:
     """Yield the cells of each row as people read them, the teacher first."""
     score = f"{100 * block.teacher_score:.2f}" if block.teacher_score is not None else ""
     kept = "100.0%" if block.teacher_score is not None and block.teacher_score > 0 else ""

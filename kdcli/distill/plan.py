@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from kdcli.data.rows import array_of, values_of
 from kdcli.distill.prepare import Prepared
 from kdcli.distill.resolve import Resolved, context_of, placed, stages_of
@@ -17,7 +15,6 @@ from kdcli.models.shape import shape_of
 from kdcli.models.student import build_student
 from kdcli.tasks.base import Task
 from kdcli.tasks.packing import pack
-from kdcli.words import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,59 +28,6 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         return self.document
-
-    def table(self) -> Table:
-        document = self.document
-        table = Table(title=f"plan: {document['name']}", show_header=False)
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
-        teacher, student = document["teacher"], document["student"]
-        sizes = ", ".join(f"{name} {rows:,}" for name, rows in document["task"]["sizes"].items())
-        table.add_row("task", f"{document['task']['name']} ({document['task']['kind']}): {sizes}")
-        if (classes := document["task"]["classes"]) is not None:
-            rare = ", ".join(f"{name} {rows:,}" for name, rows in classes["rarest"].items())
-            table.add_row("classes", f"{classes['number']:,}; fewest training rows: {rare}")
-        for note in document["task"]["notes"]:
-            table.add_row("", f"note: {note}")
-        table.add_row("method", f"{document['method']['name']}: {document['method']['title']}")
-        count, share = teacher["parameters"], ""
-        if count is None:
-            table.add_row("teacher", f"{teacher['origin']}: only its answers are known")
-        else:
-            table.add_row("teacher", f"{teacher['origin']}, {count:,} parameters ({teacher['preparation']})")
-            share = f" ({student['parameters'] / count:.1%} of the teacher)"
-        if (assistant := document["assistant"]) is not None:
-            table.add_row("assistant", f"{assistant['form']}, {assistant['parameters']:,} parameters")
-            for note in assistant["notes"]:
-                table.add_row("", note)
-        table.add_row("student", f"{student['form']}, {student['parameters']:,} parameters{share}")
-        for note in student["notes"]:
-            table.add_row("", note)
-        if document["overparam"] is not None:
-            chain = document["overparam"]
-            table.add_row(
-                "overparam",
-                f"{counted(chain['matrices'], 'matrix', 'matrices')} as chains of {chain['tensors']} tensors: "
-                f"{chain['parameters']:,} parameters while training",
-            )
-            table.add_row("", f"matched with teacher matrices: {chain['matched']}, not matched: {chain['unmatched']}")
-        way = [("assistant's stage", assistant["stages"])] if assistant is not None else []
-        for title, stages in [*way, ("stage", document["stages"])]:
-            for stage in stages:
-                terms = ", ".join(f"{name} x {weight:g}" for name, weight in stage["terms"].items())
-                steps = f"{counted(stage['steps'], 'step')} at {stage['learning_rate']:g}"
-                table.add_row(f"{title} {stage['name']}", f"{steps}: {terms}")
-        table.add_row("matched blocks", ", ".join(f"{s}<-{t}" for s, t in document["pairs"]) + " (student<-teacher)")
-        loop = document["train"]
-        table.add_row(
-            "training", f"{counted(loop['batch_size'], 'example')} a step, {loop['precision']}, seed {document['seed']}"
-        )
-        for tuned in document["finetune"]:
-            sizes = ", ".join(f"{name} {rows:,}" for name, rows in tuned["sizes"].items())
-            beside = f", beside {' and '.join(tuned['against'])}" if tuned["against"] else ""
-            table.add_row("fine-tuning", f"{tuned['task']} ({sizes}) x {tuned['seeds']}{beside}")
-        table.add_row("memory", f"about {document['memory_megabytes']:,} MB while training")
-        return table
 
 
 def make_plan(prepared: Prepared) -> Plan:

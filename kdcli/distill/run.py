@@ -40,12 +40,14 @@ from kdcli.runs import timed
 from kdcli.tasks.base import Task
 from kdcli.tasks.metrics import chance_level
 from kdcli.tasks.predict import predict
-from kdcli.terminal import stderr, warn, wide
+from kdcli.terminal import stderr, warn
 from kdcli.training.distributed import agree, is_main, main_does
 from kdcli.training.teacher_cache import cached_predictions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from kdcli.export.export import ExportResult
 
 
 @dataclass
@@ -55,6 +57,8 @@ class RunResult:
     run: runs.Run
     result: Comparison | General
     gates: list[Gate]
+    exported: "ExportResult | None" = None
+    """What this call wrote as ONNX; `onnx` also knows what an earlier one wrote."""
 
     @property
     def exit_code(self) -> ExitCode:
@@ -77,9 +81,6 @@ class RunResult:
             "paths": {name: str(path.resolve()) if path is not None else None for name, path in places.items()},
             "gates": [gate.to_json() for gate in self.gates],
         }
-
-    def table(self) -> Any:
-        return self.result.table()
 
 
 def run_distill(
@@ -227,14 +228,15 @@ def run_distill(
             },
         }
         main_does(lambda: _keep(run, record, build, teacher, console))
+        exported: list[ExportResult] = []
         if recipe.export.onnx:
             with timed(seconds, "export"):
-                main_does(lambda: _export(run, build, teacher, task, resolved, console))
+                main_does(lambda: exported.append(_export(run, build, teacher, task, resolved)))
         # Only now: a run that is killed while it exports goes on with that.
         main_does(lambda: run.update({"status": "done", "seconds": seconds}))
         if not recipe.train.keep_checkpoints:
             main_does(run.drop_checkpoints)
-    return _finished(run, result, limits)
+    return replace(_finished(run, result, limits), exported=exported[0] if exported else None)
 
 
 def _check_finished(run: runs.Run, recipe: Recipe, document: dict[str, Any]) -> None:
@@ -358,9 +360,7 @@ def _keep(run: runs.Run, record: dict[str, Any], build: StudentBuild, teacher: T
         console.print(note, highlight=False, soft_wrap=True)
 
 
-def _export(
-    run: runs.Run, build: StudentBuild, teacher: Teacher, task: Task, resolved: Resolved, console: Console
-) -> None:
+def _export(run: runs.Run, build: StudentBuild, teacher: Teacher, task: Task, resolved: Resolved) -> "ExportResult":
     from kdcli.export.export import export_model
 
     section = resolved.recipe.export
@@ -381,6 +381,4 @@ def _export(
     )
     run.update({"export": result.to_json()})
     run.note_files(run.onnx)
-    wide(console).print(result.table())
-    if result.latency is not None and (doubt := result.latency.doubt()) is not None:
-        warn(console, doubt)
+    return result

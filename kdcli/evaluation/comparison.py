@@ -1,17 +1,12 @@
 """Teacher beside student: scores, sizes, and how much was kept."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
-
-from rich.table import Table
 
 from kdcli.evaluation.score import primary_score
 from kdcli.models.counts import count_parameters
 from kdcli.models.save import stored_type
 from kdcli.tasks.base import Task
-from kdcli.tasks.metrics import shown
 
 
 @dataclass(frozen=True)
@@ -89,29 +84,6 @@ class Comparison:
             student["score"],
             record.get("rows", {}),
         )
-
-    def table(self) -> Table:
-        sides = {"teacher": self.teacher, "student": self.student}
-        known = {name: side for name, side in sides.items() if side is not None}
-        table = Table()
-        table.add_column("")
-        for name in (*known, *(["student / teacher"] if len(known) == 2 else [])):
-            table.add_column(name, justify="right")
-
-        def row(label: str, style: Callable[[float], str], values: Sequence[float]) -> None:
-            cells = [style(value) for value in values]
-            if len(values) == 2:
-                cells.append(f"{values[1] / values[0]:.1%}" if values[0] > 0 else "")
-            table.add_row(label, *cells)
-
-        sets = {name: described_set(name, self.rows.get(name)) for name in self.student.metrics}
-        for name, metrics in self.student.metrics.items():
-            for metric in metrics:
-                values = [side.metrics[name][metric] for side in known.values()]
-                row(f"{metric} ({sets[name]})", partial(shown, metric), values)
-        row("parameters", "{:,}".format, [side.parameters for side in known.values()])
-        row("megabytes", "{:.1f}".format, [side.megabytes for side in known.values()])
-        return table
 
 
 def compare(task: Task, *, teacher: Described | None, student: Described) -> Comparison:

@@ -1,10 +1,8 @@
 """What a distillation on plain text reached: the held-out loss, the sizes, and scores on tasks afterwards."""
 
 from dataclasses import dataclass, field
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
-
-from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -62,26 +60,3 @@ class General:
             (teacher["megabytes"], student["megabytes"]),
             [TaskScores(s["task"], s["metric"], s["scores"], s["metrics"]) for s in record["finetune"]],
         )
-
-    def table(self) -> Table:
-        table = Table()
-        names = list(dict.fromkeys(["teacher", "student", *(n for s in self.finetune for n in s.scores)]))
-        table.add_column("")
-        for name in names:
-            table.add_column("from scratch" if name == "scratch" else name, justify="right")
-        for result in self.finetune:
-            cells = [_score(result.scores.get(name, [])) for name in names]
-            table.add_row(f"{result.metric} ({result.task})", *cells)
-        empty = [""] * (len(names) - 2)
-        table.add_row("parameters", *(f"{count:,}" for count in self.parameters), *empty)
-        table.add_row("megabytes", *(f"{size:.1f}" for size in self.megabytes), *empty)
-        before, after = self.loss
-        if before is not None and after is not None:
-            table.add_row("held-out loss", "", f"{before:.4f} to {after:.4f}", *empty)
-        return table
-
-
-def _score(values: list[float]) -> str:
-    if not values:
-        return ""
-    return f"{100 * mean(values):.2f}" + (f" +- {100 * stdev(values):.2f}" if len(values) > 1 else "")

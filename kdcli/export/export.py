@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group
-from rich.table import Table
-
 from kdcli.errors import GateError
 from kdcli.export.graph import export_onnx, input_names, operators, plain_copy
 from kdcli.export.latency import LatencyReport, measure
@@ -44,12 +41,6 @@ class ExportResult:
             "operators": self.operators,
             "latency": self.latency.to_json() if self.latency is not None else None,
         }
-
-    def table(self) -> Group:
-        table = Table(show_header=False)
-        table.add_row("graph", f"{self.folder / MODEL} ({self.megabytes:.1f} MB)")
-        table.add_row("parity", f"logits within {self.difference:.1e} of PyTorch's on {self.inputs}")
-        return Group(table, *([self.latency.table()] if self.latency is not None else []))
 
 
 def export_model(

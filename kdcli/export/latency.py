@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich import box
-from rich.table import Table
 
 from kdcli.export.session import OnnxModel
 from kdcli.models.inputs import model_inputs
@@ -77,45 +75,6 @@ class LatencyReport:
             for row in self.rows
             if (row["model"], row["backend"], row["batch"], row["sequence"]) == (model, backend, batch, sequence)
         )
-
-    def table(self) -> Table:
-        counts = sorted({row["runs"] for row in self.rows})
-        runs = (f"{counts[0]} to " if len(counts) > 1 else "") + counted(counts[-1], "run")
-        title = (
-            f"latency in ms, {counted(self.threads, 'thread')}, {runs} each, in turn\n"
-            "size: batch x tokens; speed: against PyTorch eager"
-        )
-        if not all(row["steady"] for row in self.rows):
-            title += f"\n*: unsteady (a quarter of the runs above {WIDE} x the fastest, or fewer than {FEW} runs)"
-        # Eight columns fit into 80 characters without frames and paddings.
-        table = Table(title=title, title_style="", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        for name in (
-            "model",
-            "size",
-            "backend",
-            "p50",
-            "p95",
-            "p99",
-            "examples/s",
-            "speed",
-        ):
-            table.add_column(name, justify="right" if name not in ("model", "backend") else "left", no_wrap=True)
-
-        def mark(*rows: dict[str, Any]) -> str:
-            return "" if all(row["steady"] for row in rows) else "*"
-
-        for row in self.rows:
-            eager = self.of(row["model"], "PyTorch", row["batch"], row["sequence"])
-            table.add_row(
-                row["model"],
-                f"{row['batch']} x {row['sequence']}",
-                row["backend"],
-                f"{row['p50']:.2f}{mark(row)}",
-                *(f"{row[key]:.2f}" for key in ("p95", "p99")),
-                f"{row['throughput']:,.0f}",
-                f"{eager['p50'] / row['p50']:.2f}x{mark(row, eager)}",
-            )
-        return table
 
 
 @torch.inference_mode()

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -56,34 +55,6 @@ class OverparamReport:
             "skipped": self.skipped,
         }
 
-    def table(self) -> Table:
-        table = Table(title=f"{self.before:,} -> {self.after:,} parameters")
-        for name in (
-            "block",
-            "matrix",
-            "shape",
-            "out factors",
-            "in factors",
-            "bonds",
-            "dense",
-            "chain",
-            "scale",
-        ):
-            table.add_column(name, justify="left" if name in ("matrix", "shape") else "right")
-        for row in self.rows:
-            table.add_row(
-                str(row.block),
-                row.matrix,
-                "x".join(map(str, row.shape)),
-                "x".join(map(str, row.out_factors)),
-                "x".join(map(str, row.in_factors)),
-                ",".join(map(str, row.bonds)),
-                f"{row.dense:,}",
-                f"{row.chain:,}",
-                f"{row.chain / row.dense:.4f}",
-            )
-        return table
-
 
 @dataclass
 class ContractReport:
@@ -101,22 +72,6 @@ class ContractReport:
             "max_abs_difference": self.max_abs_difference,
             "matrices": self.matrices,
         }
-
-    def table(self) -> Table:
-        table = Table(title=f"{self.before:,} -> {self.after:,} parameters")
-        for name in ("matrix", "shape", "out factors", "in factors", "bonds", "chain", "dense"):
-            table.add_column(name, justify="left" if name in ("matrix", "shape") else "right")
-        for row in self.matrices:
-            table.add_row(
-                row["name"],
-                "x".join(map(str, row["shape"])),
-                "x".join(map(str, row["out_factors"])),
-                "x".join(map(str, row["in_factors"])),
-                ",".join(map(str, row["bonds"])),
-                f"{row['chain']:,}",
-                f"{row['dense']:,}",
-            )
-        return table
 
 
 def linears_of(model: "PreTrainedModel") -> Iterator[tuple[MatrixKey, nn.Linear]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from common import encoder
 from rich.console import Console
 
+from kdcli.cli.render import latency
 from kdcli.export.graph import export_onnx
 from kdcli.export.latency import measure
 from kdcli.export.session import OnnxModel
@@ -32,7 +33,7 @@ def main() -> None:
             threads=options.threads,
             runs=options.runs,
         )
-    Console().print(result.table())
+    Console().print(latency(result))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from families import tiny, tokenizer
 
+from kdcli.cli import render
 from kdcli.distill.plan import make_plan
 from kdcli.distill.prepare import prepare
 from kdcli.distill.resolve import resolve
@@ -40,7 +41,7 @@ train = {max_steps = 4}
     card = (tmp_path / "runs" / "box" / "student" / "README.md").read_text()
     assert "a black box" in card and "| | student |" in card
     again = run_distill(loaded, recipe_path=recipe, output=tmp_path / "runs", resume=True)
-    assert again.table().columns[-1].header == "student"
+    assert render.scores(again.result).columns[-1].header == "student"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from families import NAMES, tiny, tokenizer
 from rich.console import Console
 from transformers import AutoConfig
 
+from kdcli.cli import render
 from kdcli.errors import GateError, InputError
 from kdcli.export import export as export_module
 from kdcli.export.export import export_model
@@ -153,12 +154,12 @@ def test_a_cell_of_unsteady_times_is_marked_wherever_it_is_shown():
     doubt = report.doubt()
     assert doubt is not None and "1 of 2" in doubt and "jumpy 1 x 4 in PyTorch" in doubt and "even" not in doubt
     output = io.StringIO()
-    Console(file=output, width=80).print(report.table())
+    Console(file=output, width=80).print(render.latency(report))
     lines = {line.split()[0]: line.split() for line in output.getvalue().splitlines() if line.strip()}
     assert lines["jumpy"][5].endswith("*") and lines["jumpy"][-1] == "1.00x*" and "*" not in " ".join(lines["even"])
     only = measure({"even": (even, None)}, batch_sizes=[1], sequence_lengths=[4], threads=1, runs=8)
     output.truncate(0)
-    Console(file=output, width=80).print(only.table())
+    Console(file=output, width=80).print(render.latency(only))
     assert only.doubt() is None and "*" not in output.getvalue()
 
 

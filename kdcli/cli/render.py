@@ -1,0 +1,258 @@
+"""Results as tables for people: one function a kind of result, each a pure function of what it shows."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from kdcli.words import counted
+
+if TYPE_CHECKING:
+    from kdcli.compare.plan import ComparisonPlan
+    from kdcli.compare.report import Report
+    from kdcli.distill.plan import Plan
+    from kdcli.evaluation.comparison import Comparison
+    from kdcli.evaluation.general import General
+    from kdcli.export.export import ExportResult
+    from kdcli.export.latency import LatencyReport
+    from kdcli.models.overparam import ContractReport, OverparamReport
+
+
+def scores(result: "Comparison | General") -> Table:
+    """Return the table of a run's result: teacher beside student, or what was fine-tuned from a general student."""
+    from kdcli.evaluation.general import General
+
+    return _after_finetuning(result) if isinstance(result, General) else _teacher_beside_student(result)
+
+
+def _teacher_beside_student(result: "Comparison") -> Table:
+    from kdcli.evaluation.comparison import described_set
+    from kdcli.tasks.metrics import shown
+
+    sides = {"teacher": result.teacher, "student": result.student}
+    known = {name: side for name, side in sides.items() if side is not None}
+    table = Table()
+    table.add_column("")
+    for name in (*known, *(["student / teacher"] if len(known) == 2 else [])):
+        table.add_column(name, justify="right")
+
+    def row(label: str, style: Callable[[float], str], values: Sequence[float]) -> None:
+        cells = [style(value) for value in values]
+        if len(values) == 2:
+            cells.append(f"{values[1] / values[0]:.1%}" if values[0] > 0 else "")
+        table.add_row(label, *cells)
+
+    sets = {name: described_set(name, result.rows.get(name)) for name in result.student.metrics}
+    for name, metrics in result.student.metrics.items():
+        for metric in metrics:
+            values = [side.metrics[name][metric] for side in known.values()]
+            row(f"{metric} ({sets[name]})", partial(shown, metric), values)
+    row("parameters", "{:,}".format, [side.parameters for side in known.values()])
+    row("megabytes", "{:.1f}".format, [side.megabytes for side in known.values()])
+    return table
+
+
+def _after_finetuning(result: "General") -> Table:
+    table = Table()
+    names = list(dict.fromkeys(["teacher", "student", *(n for s in result.finetune for n in s.scores)]))
+    table.add_column("")
+    for name in names:
+        table.add_column("from scratch" if name == "scratch" else name, justify="right")
+    for tuned in result.finetune:
+        cells = [_mean_score(tuned.scores.get(name, [])) for name in names]
+        table.add_row(f"{tuned.metric} ({tuned.task})", *cells)
+    empty = [""] * (len(names) - 2)
+    table.add_row("parameters", *(f"{count:,}" for count in result.parameters), *empty)
+    table.add_row("megabytes", *(f"{size:.1f}" for size in result.megabytes), *empty)
+    before, after = result.loss
+    if before is not None and after is not None:
+        table.add_row("held-out loss", "", f"{before:.4f} to {after:.4f}", *empty)
+    return table
+
+
+def _mean_score(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{100 * mean(values):.2f}" + (f" +- {100 * stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def plan(plan: "Plan") -> Table:
+    """Return the table of a dry run: what a recipe would do."""
+    document = plan.document
+    table = Table(title=f"plan: {document['name']}", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    teacher, student = document["teacher"], document["student"]
+    sizes = ", ".join(f"{name} {rows:,}" for name, rows in document["task"]["sizes"].items())
+    table.add_row("task", f"{document['task']['name']} ({document['task']['kind']}): {sizes}")
+    if (classes := document["task"]["classes"]) is not None:
+        rare = ", ".join(f"{name} {rows:,}" for name, rows in classes["rarest"].items())
+        table.add_row("classes", f"{classes['number']:,}; fewest training rows: {rare}")
+    for note in document["task"]["notes"]:
+        table.add_row("", f"note: {note}")
+    table.add_row("method", f"{document['method']['name']}: {document['method']['title']}")
+    count, share = teacher["parameters"], ""
+    if count is None:
+        table.add_row("teacher", f"{teacher['origin']}: only its answers are known")
+    else:
+        table.add_row("teacher", f"{teacher['origin']}, {count:,} parameters ({teacher['preparation']})")
+        share = f" ({student['parameters'] / count:.1%} of the teacher)"
+    if (assistant := document["assistant"]) is not None:
+        table.add_row("assistant", f"{assistant['form']}, {assistant['parameters']:,} parameters")
+        for note in assistant["notes"]:
+            table.add_row("", note)
+    table.add_row("student", f"{student['form']}, {student['parameters']:,} parameters{share}")
+    for note in student["notes"]:
+        table.add_row("", note)
+    if document["overparam"] is not None:
+        chain = document["overparam"]
+        table.add_row(
+            "overparam",
+            f"{counted(chain['matrices'], 'matrix', 'matrices')} as chains of {chain['tensors']} tensors: "
+            f"{chain['parameters']:,} parameters while training",
+        )
+        table.add_row("", f"matched with teacher matrices: {chain['matched']}, not matched: {chain['unmatched']}")
+    way = [("assistant's stage", assistant["stages"])] if assistant is not None else []
+    for title, stages in [*way, ("stage", document["stages"])]:
+        for stage in stages:
+            terms = ", ".join(f"{name} x {weight:g}" for name, weight in stage["terms"].items())
+            steps = f"{counted(stage['steps'], 'step')} at {stage['learning_rate']:g}"
+            table.add_row(f"{title} {stage['name']}", f"{steps}: {terms}")
+    table.add_row("matched blocks", ", ".join(f"{s}<-{t}" for s, t in document["pairs"]) + " (student<-teacher)")
+    loop = document["train"]
+    table.add_row(
+        "training", f"{counted(loop['batch_size'], 'example')} a step, {loop['precision']}, seed {document['seed']}"
+    )
+    for tuned in document["finetune"]:
+        sizes = ", ".join(f"{name} {rows:,}" for name, rows in tuned["sizes"].items())
+        beside = f", beside {' and '.join(tuned['against'])}" if tuned["against"] else ""
+        table.add_row("fine-tuning", f"{tuned['task']} ({sizes}) x {tuned['seeds']}{beside}")
+    table.add_row("memory", f"about {document['memory_megabytes']:,} MB while training")
+    return table
+
+
+def exported(result: "ExportResult") -> RenderableType:
+    """Return the tables of an export: the graph, its parity with PyTorch, and its latency if it was measured."""
+    from kdcli.export.session import MODEL
+
+    table = Table(show_header=False)
+    table.add_row("graph", f"{result.folder / MODEL} ({result.megabytes:.1f} MB)")
+    table.add_row("parity", f"logits within {result.difference:.1e} of PyTorch's on {result.inputs}")
+    return Group(table, *([latency(result.latency)] if result.latency is not None else []))
+
+
+def latency(report: "LatencyReport") -> Table:
+    """Return the table of a latency grid, milliseconds, a row a contestant and cell."""
+    from kdcli.export.latency import FEW, WIDE
+
+    counts = sorted({row["runs"] for row in report.rows})
+    runs = (f"{counts[0]} to " if len(counts) > 1 else "") + counted(counts[-1], "run")
+    title = (
+        f"latency in ms, {counted(report.threads, 'thread')}, {runs} each, in turn\n"
+        "size: batch x tokens; speed: against PyTorch eager"
+    )
+    if not all(row["steady"] for row in report.rows):
+        title += f"\n*: unsteady (a quarter of the runs above {WIDE} x the fastest, or fewer than {FEW} runs)"
+    # Eight columns fit into 80 characters without frames and paddings.
+    table = Table(title=title, title_style="", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("model", "size", "backend", "p50", "p95", "p99", "examples/s", "speed"):
+        table.add_column(name, justify="right" if name not in ("model", "backend") else "left", no_wrap=True)
+
+    def mark(*rows: dict[str, Any]) -> str:
+        return "" if all(row["steady"] for row in rows) else "*"
+
+    for row in report.rows:
+        eager = report.of(row["model"], "PyTorch", row["batch"], row["sequence"])
+        table.add_row(
+            row["model"],
+            f"{row['batch']} x {row['sequence']}",
+            row["backend"],
+            f"{row['p50']:.2f}{mark(row)}",
+            *(f"{row[key]:.2f}" for key in ("p95", "p99")),
+            f"{row['throughput']:,.0f}",
+            f"{eager['p50'] / row['p50']:.2f}x{mark(row, eager)}",
+        )
+    return table
+
+
+def chains(report: "OverparamReport") -> Table:
+    """Return the table of an over-parameterised model, a row a matrix."""
+    table = _table_of_matrices(report.before, report.after, "block", "dense", "chain", "scale")
+    for row in report.rows:
+        sizes = (row.shape, row.out_factors, row.in_factors, row.bonds)
+        table.add_row(
+            str(row.block),
+            row.matrix,
+            *_factors(*sizes),
+            f"{row.dense:,}",
+            f"{row.chain:,}",
+            f"{row.chain / row.dense:.4f}",
+        )
+    return table
+
+
+def contraction(report: "ContractReport") -> Table:
+    """Return the table of a contracted model, a row a matrix."""
+    table = _table_of_matrices(report.before, report.after, None, "chain", "dense")
+    for row in report.matrices:
+        sizes = (row["shape"], row["out_factors"], row["in_factors"], row["bonds"])
+        table.add_row(row["name"], *_factors(*sizes), f"{row['chain']:,}", f"{row['dense']:,}")
+    return table
+
+
+def _table_of_matrices(before: int, after: int, first: str | None, *last: str) -> Table:
+    table = Table(title=f"{before:,} -> {after:,} parameters")
+    for name in ([first] if first else []) + ["matrix", "shape", "out factors", "in factors", "bonds", *last]:
+        table.add_column(name, justify="left" if name in ("matrix", "shape") else "right")
+    return table
+
+
+def _factors(*sizes: Sequence[int]) -> list[str]:
+    *shapes, bonds = sizes
+    return ["x".join(map(str, shape)) for shape in shapes] + [",".join(map(str, bonds))]
+
+
+def comparison_plan(plan: "ComparisonPlan", root: Path) -> Table:
+    """Return the table of what `compare` would run under `root`, a row a recipe and task."""
+    from kdcli.compare.plan import PARAMETERS, STEPS, is_done, said_seeds
+    from kdcli.runs import Run
+
+    rows, runs = counted(len(plan.entries), "row"), counted(len(plan.cells), "run")
+    table = Table(title=f"plan: {rows} x {said_seeds(plan.seeds)}, {runs}")
+    for column in ("task", "name", "method", "student", "parameters", "steps", "done before"):
+        table.add_column(column, justify="right" if column in ("parameters", "steps", "done before") else "left")
+    for task in plan.tasks:
+        for entry in plan.of(task):
+            done = sum(is_done(cell, Run(root / cell.name)) for cell in plan.cells if cell.entry is entry)
+            table.add_row(
+                task,
+                f"{entry.label} (baseline)" if entry.label == plan.baselines[task] else entry.label,
+                entry.method + (" + overparam" if entry.recipe.overparam is not None else ""),
+                entry.form,
+                f"{entry.terms[PARAMETERS]:,}",
+                f"{entry.terms[STEPS]:,}",
+                f"{done} of {len(plan.seeds)}",
+            )
+    return table
+
+
+def comparison(report: "Report") -> Table:
+    """Return the table of a finished comparison, a section a task."""
+    from kdcli.compare.plan import said_seeds
+    from kdcli.compare.report import COLUMNS, cells_of, heading_of
+
+    table = Table(title=f"{said_seeds(report.seeds)}: mean and standard deviation; 95 % interval of the difference")
+    for column in COLUMNS:
+        table.add_column(column, justify="right" if column else "left")
+    for block in report.all_blocks:
+        table.add_section()
+        table.add_row(Text(heading_of(block), style="bold"))
+        for cells in cells_of(block, len(report.seeds)):
+            table.add_row(*map(Text, cells))
+    return table
