@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from pydantic import BaseModel
@@ -86,17 +86,12 @@ def short_citation(paper: str) -> str:
 
 
 def explanations(options: type[BaseModel], path: str) -> Iterator[tuple[str, str]]:
-    """Yield (path, text) of what the docstrings of a schema and of the tables inside it say."""
-    from kdcli.methods.base import Options
-
-    base = (BaseModel, Options)
-    own = [kind for kind in reversed(options.__mro__) if issubclass(kind, BaseModel) and kind not in base]
-    words = " ".join(" ".join((kind.__doc__ or "").split()) for kind in own).strip()
-    if words:
-        yield path, words
+    """Yield (path, text) of the descriptions of a schema's fields, and of those of the tables inside it."""
     for name, field in options.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from explanations(field.annotation, f"{path}.{name}")
+        yield f"{path}.{name}", field.description or ""
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from explanations(kind, f"{path}.{name}")
 
 
 def flat(values: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:

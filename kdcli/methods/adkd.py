@@ -1,5 +1,7 @@
 """AD-KD: the student rests its predictions on the same words as the teacher."""
 
+from pydantic import Field
+
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import Temperature, Weight
@@ -7,21 +9,27 @@ from kdcli.recipe.schema import Share, Times, Width
 
 
 class ADKDOptions(Options):
-    """Weights and temperature of the prediction, and how attribution maps are made.
+    """Weights and temperature of the prediction, and how attribution maps are made."""
 
-    alpha: the share of the teacher's prediction, 1 - alpha that of the gold labels. beta: the weight of the maps.
-    anneal: let the temperature fall to 1 by the last epoch. top_k: how many features of the teacher's embedding
-    count, the largest of each token; all without it. steps: points of integrated gradients, each one more pass of
-    both models; 1 is gradient x input. Published weights differ by task, beta from 1 to 100; the defaults are the
-    gentle end, from which beta can be raised.
-    """
-
-    alpha: Share = 0.9
-    beta: Weight = 1.0
-    temperature: Temperature = 2.0
-    anneal: bool = False
-    top_k: Width | None = None
-    steps: Times = 1
+    alpha: Share = Field(default=0.9, description="Share of the teacher's prediction; the gold labels have the rest.")
+    beta: Weight = Field(
+        default=1.0,
+        description="Weight of the attribution maps. Published values go from 1 to 100 by task; the default is the "
+        "gentle end.",
+    )
+    temperature: Temperature = Field(
+        default=2.0, description="Temperature of the teacher's and the student's prediction."
+    )
+    anneal: bool = Field(default=False, description="Let the temperature fall linearly to 1 by the last epoch.")
+    top_k: Width | None = Field(
+        default=None,
+        description="How many features of the teacher's embedding count, the largest ones of each token. Left out, "
+        "all.",
+    )
+    steps: Times = Field(
+        default=1,
+        description="Points of integrated gradients, each one more pass of both models; 1 is gradient x input.",
+    )
 
 
 def check(options: ADKDOptions, context: Context) -> None:

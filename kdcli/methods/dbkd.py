@@ -15,19 +15,25 @@ if TYPE_CHECKING:
 
 
 class BlackBoxOptions(Options):
-    """Who decides: one of the three. Paths and modules are looked for in the recipe's folder.
+    """Who decides: one of callable, command and decisions. Paths and modules are looked for in the recipe's folder."""
 
-    callable: "module:function", called with a list of texts (or of pairs of texts), returns a list of labels.
-    command: program and arguments; reads JSON lines {"text": ..., "text_pair": ...}, writes a label a line.
-    decisions: a file of recorded decisions (JSONL, CSV, Parquet). timeout: seconds that a command may take for
-    one portion of `queries_per_call` questions.
-    """
-
-    callable: str | None = None
-    command: Annotated[list[str], Field(min_length=1)] | None = None
-    decisions: str | None = None
-    timeout: PositiveFloat = 600.0
-    queries_per_call: PositiveInt = 1024
+    callable: str | None = Field(
+        default=None,
+        description='"module:function"; it takes a list of texts (or of pairs of texts) and returns a list '
+        "of labels. Give this, command or decisions.",
+    )
+    command: Annotated[list[str], Field(min_length=1)] | None = Field(
+        default=None,
+        description='Program and arguments; it reads a JSON line {"text": ..., "text_pair": ...} for each question '
+        "and writes one label a line. Give this, callable or decisions.",
+    )
+    decisions: str | None = Field(
+        default=None, description="A file of recorded decisions: JSONL, CSV or Parquet. Give this, callable or command."
+    )
+    timeout: PositiveFloat = Field(
+        default=600.0, description="Seconds that the command may take for one portion of `queries_per_call` questions."
+    )
+    queries_per_call: PositiveInt = Field(default=1024, description="Questions that are asked in one call.")
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -47,24 +53,35 @@ class BlackBoxOptions(Options):
 
 
 class DBKDOptions(Options):
-    """How decisions are gathered and what they weigh.
+    """How decisions are gathered and what they weigh."""
 
-    copies: noised copies of each example (m); ratio: the share of words that noise changes; noise_seed: of the
-    noise, apart from the recipe's seed, so that several runs share their decisions. synonyms: let noise use words
-    with similar embeddings (off, as in the released code, whose dictionary is no part of kdcli). noise_std: s, the
-    noise of a decision; sigma: scale of the logits in the loss; alpha: weight of the KL term; black_box: who is
-    asked; without it the local teacher, of whom only the label is used.
-    """
-
-    copies: Times = 10
-    ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    noise_seed: Seed = 0
-    synonyms: bool = False
-    alpha: PositiveFloat = 0.7
-    temperature: PositiveFloat = 1.0
-    sigma: PositiveFloat = 1.0
-    noise_std: PositiveFloat = 1.0
-    black_box: BlackBoxOptions | None = None
+    copies: Times = Field(
+        default=10, description="Noised copies of each example whose decisions are asked for (m of the paper)."
+    )
+    ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.1, description="Share of the words of a copy that noise changes."
+    )
+    noise_seed: Seed = Field(
+        default=0,
+        description="Seed of the noise, apart from the recipe's seed, so that runs of several seeds share their "
+        "decisions.",
+    )
+    synonyms: bool = Field(default=False, description="Let noise also replace words by words with similar embeddings.")
+    alpha: PositiveFloat = Field(
+        default=0.7,
+        description="Weight of the KL divergence from the estimated teacher logits, beside the gold labels' weight of "
+        "1.",
+    )
+    temperature: PositiveFloat = Field(default=1.0, description="Temperature of that divergence.")
+    sigma: PositiveFloat = Field(default=1.0, description="Factor that scales the estimated logits in the loss.")
+    noise_std: PositiveFloat = Field(
+        default=1.0,
+        description="Standard deviation of the noise in the model of a decision, which logits are estimated under.",
+    )
+    black_box: BlackBoxOptions | None = Field(
+        default=None,
+        description="What is asked for decisions. Left out, the local teacher, of which only the label is used.",
+    )
 
 
 def check_sources(options: DBKDOptions, task: "Task", base: Path) -> None:

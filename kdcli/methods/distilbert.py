@@ -2,28 +2,33 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import ALL_KINDS, Temperature, Weight, need_equal_vocabulary, refuse_unsupported, weighted
 
 
 class Weights(Options):
-    """output: of the teacher's prediction; task: of the hidden words or gold labels; cosine: of the directions."""
+    """What each of the three terms weighs."""
 
-    output: Weight = 5.0
-    task: Weight = 2.0
-    cosine: Weight = 1.0
+    output: Weight = Field(default=5.0, description="Weight of the teacher's prediction.")
+    task: Weight = Field(default=2.0, description="Weight of the masked tokens (plain text) or the gold labels.")
+    cosine: Weight = Field(
+        default=1.0, description="Weight of the cosine between the last hidden states; it needs equal widths."
+    )
 
 
 class DistilBERTOptions(Options):
-    """positions: on plain text, where predictions are compared: at "all" words, or at the "masked" ones.
+    """Weights and temperature; the paper masks rare tokens more often: `task.mask_smoothing = 0.7`."""
 
-    The paper hides rare words more often than frequent ones: `task.mask_smoothing = 0.7`.
-    """
-
-    weights: Weights = Weights()
-    temperature: Temperature = 2.0
-    positions: Literal["all", "masked"] = "all"
+    weights: Weights = Field(default=Weights(), description="How much each part weighs; 0 switches a part off.")
+    temperature: Temperature = Field(
+        default=2.0, description="Temperature that softens teacher and student logits before they are compared."
+    )
+    positions: Literal["all", "masked"] = Field(
+        default="all", description="Plain text: where predictions are compared, at all tokens or at the masked ones."
+    )
 
 
 def check(options: DistilBERTOptions, context: Context) -> None:

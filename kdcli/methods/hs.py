@@ -3,7 +3,7 @@
 import difflib
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
@@ -29,45 +29,55 @@ EMD_PAPER = "Li et al. (2020), arXiv 2010.06133"
 
 
 class Weights(PredictionWeights):
-    """hidden: of the mapped blocks; embedding: of the embedding output."""
+    """What hidden states weigh beside the prediction."""
 
-    hidden: Weight = 1.0
-    embedding: Weight = 0.0
+    hidden: Weight = Field(default=1.0, description="Weight of the hidden states of the mapped blocks.")
+    embedding: Weight = Field(default=0.0, description="Weight of the embedding output.")
 
 
 class EMDOptions(Options):
-    """What `layer_map = "emd"` does beside finding the cheapest transport of hidden states between all blocks.
+    """What `layer_map = "emd"` does beside finding the cheapest transport of hidden states between all blocks."""
 
-    attention: transport attention scores, too. learn_weights: give more weight to layers that are cheap to match.
-    separate: attention and hidden states have layer weights of their own.
-    """
-
-    attention: bool = False
-    learn_weights: bool = True
-    separate: bool = False
+    attention: bool = Field(
+        default=False, description="Transport attention scores, too; it needs equal numbers of heads."
+    )
+    learn_weights: bool = Field(default=True, description="Give more weight to layers that are cheap to match.")
+    separate: bool = Field(default=False, description="Keep the layer weights of attention and of hidden states apart.")
 
 
 class HSOptions(Options):
-    """Which block follows which, and what else is learnt.
+    """Which block follows which, and what else is learnt."""
 
-    layer_map: "last", "uniform" (also called "skip"), "last-k", "all", "uniform-consecutive", "uniform+last", "random"
-    (drawn again every epoch, from `seed`, by default the recipe's), "emd", or a list of pairs [student block, teacher
-    block] counted from 1, 0 for embeddings.
-    consecutive: whether the intervals of "uniform-consecutive" hold both their ends ("closed") or the upper one.
-    bridge: learned linear maps, one a student block, before the comparison; without it only where widths differ.
-    match_norm: errors relative to the size of the teacher's states. alpha: the share of the teacher's prediction on
-    a task with labels, 1 - alpha that of the gold labels.
-    """
-
-    layer_map: str | list[list[NonNegativeInt]] = "uniform"
-    consecutive: Literal["closed", "half-open"] = "closed"
-    seed: Seed | None = None
-    emd: EMDOptions = EMDOptions()
-    bridge: bool | None = None
-    match_norm: bool = False
-    weights: Weights = Weights()
-    alpha: Share = 0.5
-    temperature: Temperature = 1.0
+    layer_map: str | list[list[NonNegativeInt]] = Field(
+        default="uniform",
+        description='Which teacher block a student block follows: "last", "uniform" (also called "skip"), "last-k", '
+        '"all", "uniform-consecutive", "uniform+last", "random", "emd"; or a list of pairs [student '
+        "block, teacher block] from 1, where 0 is the embeddings.",
+    )
+    consecutive: Literal["closed", "half-open"] = Field(
+        default="closed",
+        description='"uniform-consecutive": whether an interval of blocks includes both its ends or the upper one '
+        "only.",
+    )
+    seed: Seed | None = Field(
+        default=None,
+        description='"random": seed of the map, which is drawn again in every epoch. Left out, the recipe\'s seed.',
+    )
+    emd: EMDOptions = Field(default=EMDOptions(), description='"emd": how the transport is made.')
+    bridge: bool | None = Field(
+        default=None,
+        description="Learned linear maps of the student's hidden states, one a block, before the comparison. Left "
+        "out, only where the widths differ.",
+    )
+    match_norm: bool = Field(default=False, description="Measure errors relative to the size of the teacher's states.")
+    weights: Weights = Field(default=Weights(), description="How much each part weighs; 0 switches a part off.")
+    alpha: Share = Field(
+        default=0.5, description="Tasks with labels: share of the teacher's prediction; the gold labels have the rest."
+    )
+    temperature: Temperature = Field(
+        default=1.0,
+        description="Tasks with labels: temperature that softens teacher and student logits before they are compared.",
+    )
 
     @field_validator("layer_map")
     @classmethod

@@ -1,15 +1,19 @@
 """Knowledge distillation from logits and labels."""
 
+from pydantic import Field
+
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import Temperature
 from kdcli.recipe.schema import Share
 
 
 class KDOptions(Options):
-    """`alpha` is the share of the teacher's prediction, 1 - alpha that of the gold labels."""
+    """The share and the temperature of the teacher's prediction."""
 
-    alpha: Share = 0.5
-    temperature: Temperature = 1.0
+    alpha: Share = Field(default=0.5, description="Share of the teacher's prediction; the gold labels have the rest.")
+    temperature: Temperature = Field(
+        default=1.0, description="Temperature that softens teacher and student logits before they are compared."
+    )
 
 
 def build(options: KDOptions, context: Context) -> list[Stage]:

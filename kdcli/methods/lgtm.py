@@ -13,19 +13,35 @@ from kdcli.recipe.schema import PositiveFloat, Share
 class LGTMOptions(Options):
     """What student and teacher learn from each other.
 
-    alpha_student, alpha_teacher: the share of the other's prediction in each one's loss; the gold labels have the
-    rest. teacher_learning_rate: at its highest; it follows a linear schedule with the student's warm-up.
-    held_out: the share of the training rows, never of the validation set, that the influence is measured on.
-    influence: false for a teacher that learns without it (ProKT). The paper starts from an unfinetuned teacher and from
-    zero classifiers; here the teacher is fine-tuned on the task first, and the student's head is a copy of its own.
+    The paper starts from an unfinetuned teacher and from zero classifiers; here the teacher is fine-tuned on the task
+    first, and the student's head is a copy of its own.
     """
 
-    alpha_student: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    alpha_teacher: Share = 0.4
-    temperature: Temperature = 1.0
-    teacher_learning_rate: PositiveFloat = 3e-5
-    held_out: Annotated[float, Field(gt=0.0, le=0.5)] = 0.05
-    influence: bool = True
+    alpha_student: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0,
+        description="Share of the teacher's prediction in the student's loss; the gold labels have the rest.",
+    )
+    alpha_teacher: Share = Field(
+        default=0.4,
+        description="Share of the student's prediction in the teacher's loss; the gold labels have the rest.",
+    )
+    temperature: Temperature = Field(
+        default=1.0, description="Temperature that softens teacher and student logits before they are compared."
+    )
+    teacher_learning_rate: PositiveFloat = Field(
+        default=3e-5,
+        description="The teacher's highest learning rate; it follows a linear schedule with the student's warm-up.",
+    )
+    held_out: Annotated[float, Field(gt=0.0, le=0.5)] = Field(
+        default=0.05,
+        description="Share of the training rows, never of the validation set, that the teacher's influence is "
+        "measured on.",
+    )
+    influence: bool = Field(
+        default=True,
+        description="Guide the teacher by its influence on the student. false gives a teacher that learns without it "
+        "(ProKT).",
+    )
 
 
 def check(options: LGTMOptions, context: Context) -> None:

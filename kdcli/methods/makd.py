@@ -13,35 +13,54 @@ Part = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class Levels(Options):
-    """Weights of the three levels; 0 switches one off, and nothing is captured for it."""
+    """What the three levels weigh; nothing is captured for a level of weight 0."""
 
-    matrix: Weight = 1.0
-    layer: Weight = 1.0
-    model: Weight = 1.0
+    matrix: Weight = Field(default=1.0, description="Weight of the outputs of the block matrices.")
+    layer: Weight = Field(default=1.0, description="Weight of attention, hidden states and embeddings.")
+    model: Weight = Field(default=1.0, description="Weight of the prediction.")
 
 
 class Terms(Options):
-    """Weights of the terms inside their levels."""
+    """What the terms inside the levels weigh."""
 
-    mha: Weight = 1.0
-    ffn: Weight = 1.0
-    attention: Weight = 1.0
-    hidden: Weight = 1.0
-    embedding: Weight = 0.0
+    mha: Weight = Field(
+        default=1.0, description="Matrix level: weight of the query, key, value and attention output matrices."
+    )
+    ffn: Weight = Field(default=1.0, description="Matrix level: weight of the two feed-forward matrices.")
+    attention: Weight = Field(
+        default=1.0, description="Layer level: weight of the attention distributions; it needs equal numbers of heads."
+    )
+    hidden: Weight = Field(default=1.0, description="Layer level: weight of the hidden states.")
+    embedding: Weight = Field(default=0.0, description="Layer level: weight of the embedding output.")
 
 
 class MaKDOptions(Options):
-    """Options of MaKD: weights, temperature, the share alpha of the teacher's prediction, the schedule."""
+    """Weights of levels and terms, the share of the teacher's prediction, and the schedule."""
 
-    weights: Levels = Levels()
-    terms: Terms = Terms()
-    alpha: Share = 0.5
-    temperature: Temperature = 1.0
-    matrix_norm: bool = True
-    hidden_norm: bool = False
-    schedule: Literal["joint", "staged"] = "joint"
-    shares: Annotated[list[Part], Field(min_length=3, max_length=3)] = Field(default=[0.4, 0.3, 0.3])
-    final_learning_rate: PositiveFloat | None = None
+    weights: Levels = Field(default=Levels(), description="What the three levels weigh; 0 switches a level off.")
+    terms: Terms = Field(default=Terms(), description="What the terms inside the levels weigh; 0 switches a term off.")
+    alpha: Share = Field(
+        default=0.5, description="Model level: share of the teacher's prediction; the gold labels have the rest."
+    )
+    temperature: Temperature = Field(
+        default=1.0, description="Temperature that softens teacher and student logits before they are compared."
+    )
+    matrix_norm: bool = Field(
+        default=True, description="Measure errors of matrix outputs relative to the size of the teacher's."
+    )
+    hidden_norm: bool = Field(
+        default=False, description="Measure errors of hidden states relative to the size of the teacher's."
+    )
+    schedule: Literal["joint", "staged"] = Field(
+        default="joint", description="All levels at once, or in three stages: matrices, then layers too, then all."
+    )
+    shares: Annotated[list[Part], Field(min_length=3, max_length=3)] = Field(
+        default=[0.4, 0.3, 0.3], description='"staged": shares of all steps of the three stages; they add up to 1.'
+    )
+    final_learning_rate: PositiveFloat | None = Field(
+        default=None,
+        description='"staged": the highest learning rate of the third stage. Left out, that of the others.',
+    )
 
 
 def check(options: MaKDOptions, context: Context) -> None:

@@ -1,5 +1,7 @@
 """MiniLM: the last block's attention, and how its values relate to each other."""
 
+from pydantic import Field
+
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import (
     ALL_KINDS,
@@ -15,18 +17,23 @@ from kdcli.recipe.schema import Share
 
 
 class Weights(PredictionWeights):
-    """attention: of the attention distributions; value: of the relations between values."""
+    """What the last block's attention weighs beside the prediction."""
 
-    attention: Weight = 1.0
-    value: Weight = 1.0
+    attention: Weight = Field(default=1.0, description="Weight of the attention distributions.")
+    value: Weight = Field(default=1.0, description="Weight of the relations between values.")
 
 
 class MiniLMOptions(Options):
-    """alpha: the share of the teacher's prediction on a task with labels, 1 - alpha that of the gold labels."""
+    """Weights, and the share and temperature of the teacher's prediction."""
 
-    weights: Weights = Weights()
-    alpha: Share = 0.5
-    temperature: Temperature = 1.0
+    weights: Weights = Field(default=Weights(), description="How much each part weighs; 0 switches a part off.")
+    alpha: Share = Field(
+        default=0.5, description="Tasks with labels: share of the teacher's prediction; the gold labels have the rest."
+    )
+    temperature: Temperature = Field(
+        default=1.0,
+        description="Tasks with labels: temperature that softens teacher and student logits before they are compared.",
+    )
 
 
 def check(options: MiniLMOptions, context: Context) -> None:

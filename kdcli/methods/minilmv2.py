@@ -26,41 +26,51 @@ LARGE_WIDTH = 1024
 
 
 class Weights(PredictionWeights):
-    """relation: of the sum over all relations."""
+    """What relations weigh beside the prediction."""
 
-    relation: Weight = 1.0
+    relation: Weight = Field(default=1.0, description="Weight of the sum over all relations.")
 
 
 class Relations(Options):
-    """Weight of each relation of rows to columns: qk relates queries to keys."""
+    """What each relation weighs."""
 
-    qq: Weight = 1.0
-    kk: Weight = 1.0
-    vv: Weight = 1.0
-    qk: Weight = 0.0
-    qv: Weight = 0.0
-    kq: Weight = 0.0
-    kv: Weight = 0.0
-    vq: Weight = 0.0
-    vk: Weight = 0.0
+    qq: Weight = Field(default=1.0, description="Weight of the relation of queries to each other.")
+    kk: Weight = Field(default=1.0, description="Weight of the relation of keys to each other.")
+    vv: Weight = Field(default=1.0, description="Weight of the relation of values to each other.")
+    qk: Weight = Field(default=0.0, description="Weight of the relation of queries to keys.")
+    qv: Weight = Field(default=0.0, description="Weight of the relation of queries to values.")
+    kq: Weight = Field(default=0.0, description="Weight of the relation of keys to queries.")
+    kv: Weight = Field(default=0.0, description="Weight of the relation of keys to values.")
+    vq: Weight = Field(default=0.0, description="Weight of the relation of values to queries.")
+    vk: Weight = Field(default=0.0, description="Weight of the relation of values to keys.")
 
 
 class MiniLMv2Options(Options):
-    """Which block is followed, and how its projections are compared.
+    """Which block is followed, and how its projections are compared."""
 
-    relation_heads: into how many heads projections are split again; without it 48 (64 with a teacher 1024 or more
-    wide), or the next lower number that divides both widths. teacher_layer: from 1, or from the end with -1 as the
-    last. direct: compare queries, keys and values themselves through learned maps, not their relations. alpha: the
-    share of the teacher's prediction on a task with labels, 1 - alpha that of the gold labels.
-    """
-
-    relation_heads: Heads | None = None
-    teacher_layer: Annotated[int, Field(ge=-256, le=256)] = -2
-    relations: Relations = Relations()
-    direct: bool = False
-    weights: Weights = Weights()
-    alpha: Share = 0.5
-    temperature: Temperature = 1.0
+    relation_heads: Heads | None = Field(
+        default=None,
+        description="Heads that the projections are split into again; the number divides both widths. Left out, 48 "
+        "(64 where the teacher is 1024 or more wide), or the next lower number that divides both.",
+    )
+    teacher_layer: Annotated[int, Field(ge=-256, le=256)] = Field(
+        default=-2,
+        description="The teacher's block that is followed: from 1, or from the end with -1 as the last. A teacher of "
+        "one block has that one.",
+    )
+    relations: Relations = Field(default=Relations(), description="What each relation weighs; 0 leaves it out.")
+    direct: bool = Field(
+        default=False,
+        description="Compare queries, keys and values themselves, through learned maps, instead of their relations.",
+    )
+    weights: Weights = Field(default=Weights(), description="How much each part weighs; 0 switches a part off.")
+    alpha: Share = Field(
+        default=0.5, description="Tasks with labels: share of the teacher's prediction; the gold labels have the rest."
+    )
+    temperature: Temperature = Field(
+        default=1.0,
+        description="Tasks with labels: temperature that softens teacher and student logits before they are compared.",
+    )
 
 
 def relation_heads(options: MiniLMv2Options, context: Context) -> int:

@@ -2,23 +2,29 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import Temperature, Weight, need_equal_vocabulary, weighted
 
 
 class Weights(Options):
-    """output: of the teacher's distribution; mlm: of the hidden words themselves."""
+    """What the two terms weigh."""
 
-    output: Weight = 1.0
-    mlm: Weight = 0.0
+    output: Weight = Field(default=1.0, description="Weight of the teacher's distribution over the vocabulary.")
+    mlm: Weight = Field(default=0.0, description="Weight of the masked tokens themselves.")
 
 
 class ODOptions(Options):
-    """positions: where the distributions are compared, at the "masked" words or at "all" words of the text."""
+    """Where and how distributions over the vocabulary are compared."""
 
-    positions: Literal["masked", "all"] = "masked"
-    temperature: Temperature = 1.0
-    weights: Weights = Weights()
+    positions: Literal["masked", "all"] = Field(
+        default="masked", description="Where the distributions are compared: at the masked tokens or at all tokens."
+    )
+    temperature: Temperature = Field(
+        default=1.0, description="Temperature that softens teacher and student logits before they are compared."
+    )
+    weights: Weights = Field(default=Weights(), description="How much each part weighs; 0 switches a part off.")
 
 
 def check(options: ODOptions, context: Context) -> None:

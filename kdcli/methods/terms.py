@@ -17,10 +17,10 @@ ALL_KINDS = frozenset({"classification", "regression", "text"})
 
 
 class PredictionWeights(Options):
-    """prediction: of logits and gold labels, on a task with labels; mlm: of the hidden words, on plain text."""
+    """What the prediction weighs."""
 
-    prediction: Weight = 1.0
-    mlm: Weight = 0.0
+    prediction: Weight = Field(default=1.0, description="Tasks with labels: weight of logits and gold labels.")
+    mlm: Weight = Field(default=0.0, description="Plain text: weight of the masked tokens.")
 
 
 def prediction_terms(context: Context, weights: PredictionWeights, alpha: float, temperature: float) -> list[Term]:

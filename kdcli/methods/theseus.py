@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import need_dividing_depth, refuse_idle
@@ -9,20 +11,27 @@ from kdcli.recipe.schema import Fraction, PositiveFloat, PositiveInt
 
 
 class TheseusOptions(Options):
-    """How the chance p that a student block replaces its teacher blocks goes to 1.
+    """How the chance p that a student block replaces its teacher blocks goes to 1."""
 
-    schedule: "linear" (p = min(1, replacing_rate + k t) at optimizer step t) or "constant" (p = replacing_rate
-    until `steps_for_replacing`, then 1). replacing_rate: 0.3 for linear and 0.5 for constant, unless given. k and
-    steps_for_replacing count steps; without them p reaches 1 at the share `full_at` of all steps, whatever their
-    number. predecessor_eval: run the teacher's blocks without dropout.
-    """
-
-    schedule: Literal["linear", "constant"] = "linear"
-    replacing_rate: Fraction | None = None
-    k: PositiveFloat | None = None
-    steps_for_replacing: PositiveInt | None = None
-    full_at: Fraction = 2 / 3
-    predecessor_eval: bool = False
+    schedule: Literal["linear", "constant"] = Field(
+        default="linear",
+        description="How p grows: linearly, p = min(1, replacing_rate + k t) at optimizer step t; or constant, p = "
+        "replacing_rate until steps_for_replacing and then 1.",
+    )
+    replacing_rate: Fraction | None = Field(
+        default=None, description="p at the start. Left out, 0.3 for linear and 0.5 for constant."
+    )
+    k: PositiveFloat | None = Field(
+        default=None, description='"linear": growth of p in one optimizer step. Left out, p reaches 1 at `full_at`.'
+    )
+    steps_for_replacing: PositiveInt | None = Field(
+        default=None, description='"constant": optimizer steps until p becomes 1. Left out, `full_at` decides.'
+    )
+    full_at: Fraction = Field(
+        default=2 / 3,
+        description="Share of all steps at which p reaches 1, where neither k nor steps_for_replacing is given.",
+    )
+    predecessor_eval: bool = Field(default=False, description="Run the teacher's blocks without dropout.")
 
 
 def check(options: TheseusOptions, context: Context) -> None:

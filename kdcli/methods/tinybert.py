@@ -20,29 +20,40 @@ from kdcli.recipe.schema import PositiveFloat, Share
 
 
 class Weights(Options):
-    """attention, hidden: of the sums over blocks (hidden states include the embeddings), as published."""
+    """What the sums over blocks weigh."""
 
-    attention: Weight = 1.0
-    hidden: Weight = 1.0
+    attention: Weight = Field(
+        default=1.0, description="Weight of the attention scores; it needs equal numbers of heads."
+    )
+    hidden: Weight = Field(default=1.0, description="Weight of the hidden states, embeddings included.")
 
 
 class TinyBERTOptions(Options):
-    """Two stages on a task with labels; on plain text the first one alone (general distillation).
+    """Two stages on a task with labels; on plain text the first one alone (general distillation)."""
 
-    bridge: one learned linear map of the student's hidden states and embeddings, shared by all blocks; without it
-    only where widths differ. shares: of all steps, of the first and the second stage. final_learning_rate: of the
-    second stage. alpha: the second stage's share of the teacher's prediction, 1 - alpha that of the gold labels;
-    without it 1, and 0 for regression.
-    """
-
-    weights: Weights = Weights()
-    bridge: bool | None = None
-    shares: Annotated[list[Annotated[float, Field(gt=0.0, lt=1.0)]], Field(min_length=2, max_length=2)] = Field(
-        default=[0.77, 0.23]
+    weights: Weights = Field(
+        default=Weights(), description="First stage: how much each part weighs; 0 switches a part off."
     )
-    final_learning_rate: PositiveFloat | None = 3e-5
-    alpha: Share | None = None
-    temperature: Temperature = 1.0
+    bridge: bool | None = Field(
+        default=None,
+        description="One learned linear map of the student's hidden states and embeddings, shared by all blocks. Left "
+        "out, only where the widths differ.",
+    )
+    shares: Annotated[list[Annotated[float, Field(gt=0.0, lt=1.0)]], Field(min_length=2, max_length=2)] = Field(
+        default=[0.77, 0.23], description="Shares of all steps of the two stages; they add up to 1."
+    )
+    final_learning_rate: PositiveFloat | None = Field(
+        default=3e-5, description="The highest learning rate of the second stage."
+    )
+    alpha: Share | None = Field(
+        default=None,
+        description="Second stage: share of the teacher's prediction; the gold labels have the rest. Left out, 1, and "
+        "0 for regression.",
+    )
+    temperature: Temperature = Field(
+        default=1.0,
+        description="Second stage: temperature that softens teacher and student logits before they are compared.",
+    )
 
 
 def check(options: TinyBERTOptions, context: Context) -> None:

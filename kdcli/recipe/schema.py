@@ -41,29 +41,39 @@ class Section(BaseModel):
 class FinetuneSection(Section):
     """`[teacher.finetune]`: how a base model becomes the teacher; in `[task.augment]`, a masked language model."""
 
-    epochs: PositiveFloat = 3.0
-    max_steps: PositiveInt | None = None
-    learning_rate: PositiveFloat = 5e-5
-    batch_size: BatchSize = 32
-    warmup: Share = 0.1
-    weight_decay: NonNegativeFloat = 0.01
+    epochs: PositiveFloat = Field(default=3.0, description="Passes over the training rows.")
+    max_steps: PositiveInt | None = Field(
+        default=None, description="Optimizer steps, instead of epochs. Left out, they follow from the epochs."
+    )
+    learning_rate: PositiveFloat = Field(
+        default=5e-5,
+        description="The highest learning rate of AdamW; it rises during the warm-up and then falls linearly to 0.",
+    )
+    batch_size: BatchSize = Field(default=32, description="Examples of one optimizer step.")
+    warmup: Share = Field(default=0.1, description="Share of the steps in which the learning rate rises from 0.")
+    weight_decay: NonNegativeFloat = Field(
+        default=0.01, description="AdamW's weight decay of matrices; biases and layer norms have none."
+    )
 
 
 class AugmentSection(Section):
-    """`[task.augment]`: further training rows, in which a masked language model replaced words.
+    """`[task.augment]`: copies of training rows for the student, in which a masked language model replaced words."""
 
-    copies: of every row. probability: that a word of a copy is replaced. top_k: how many of the model's words a
-    replacement is drawn from. Defaults are TinyBERT's. text, finetune: plain text, a file or a folder, on which a
-    model without a masked-LM head is given one, and how.
-    """
-
-    model: str
-    text: str | None = None
-    finetune: FinetuneSection | None = None
-    copies: Times = 20
-    probability: Fraction = 0.4
-    top_k: Words = 15
-    batch_size: BatchSize = 64
+    model: str = Field(description="The masked language model that proposes words: a hub name or a folder.")
+    text: str | None = Field(
+        default=None,
+        description="Plain text, a file or a folder, on which a model without a masked-LM head is fine-tuned first. "
+        "Left out, the model must have that head.",
+    )
+    finetune: FinetuneSection | None = Field(
+        default=None, description="How that fine-tuning runs. Left out, with the defaults of the table."
+    )
+    copies: Times = Field(default=20, description="Copies of every training row.")
+    probability: Fraction = Field(default=0.4, description="Probability that a word of a copy is replaced.")
+    top_k: Words = Field(
+        default=15, description="A replacement is drawn from this many of the model's most likely words."
+    )
+    batch_size: BatchSize = Field(default=64, description="Masked sentences in one forward pass of the model.")
 
 
 def parse_delimiter(text: str) -> str:
@@ -89,36 +99,88 @@ def parse_encoding(text: str) -> str:
 
 
 class TaskSection(Section):
-    """`[task]`: a GLUE name, the built-in `reviews` task, the user's own data, or plain text.
+    """`[task]`, or `task = "NAME"`: a GLUE task, the built-in `reviews`, the user's own data, or plain text."""
 
-    labels: the classes in order; where the data has integers from 0 instead, they count these. delimiter, encoding:
-    of files of text (CSV, TSV, JSON, .txt), found out and UTF-8 where left out. validation_samples, test_samples: how
-    many rows of either set are used, drawn at random; None uses all.
-    """
-
-    name: Name
-    type: Literal["classification", "regression", "text"] | None = None
-    data: str | None = None
-    train: str | None = None
-    validation: str | None = None
-    test: str | None = None
-    hub: str | None = None
-    hub_config: str | None = None
-    text: str | list[str] | None = None
-    label: str | None = None
-    labels: list[str] | None = None
-    delimiter: str | None = None
-    encoding: str | None = None
-    validation_fraction: Fraction = 0.1
-    split_seed: Seed = 0
-    metrics: list[str] | None = None
-    max_length: Tokens = 128
-    train_samples: PositiveInt | None = None
-    validation_samples: PositiveInt | None = None
-    test_samples: PositiveInt | None = None
-    mask_probability: Fraction = 0.15
-    mask_smoothing: NonNegativeFloat = 0.0
-    augment: AugmentSection | None = None
+    name: Name = Field(
+        description="The task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli or reviews; or any name for own data."
+    )
+    type: Literal["classification", "regression", "text"] | None = Field(
+        default=None,
+        description='The kind of task; "text" is plain text, which makes a general student. Left out, it follows from '
+        "the labels.",
+    )
+    data: str | None = Field(
+        default=None,
+        description="One file with all rows: CSV, TSV, JSON, JSONL or Parquet; for plain text also a .txt file or a "
+        "folder. Give this, train or hub for data of your own.",
+    )
+    train: str | None = Field(default=None, description="The file of the training rows, in place of `data`.")
+    validation: str | None = Field(
+        default=None,
+        description="The file of the validation rows, beside `train`. Left out, a part of the training rows is held "
+        "out.",
+    )
+    test: str | None = Field(
+        default=None,
+        description="The file of the test rows, beside `train`; they are scored at the end and choose nothing.",
+    )
+    hub: str | None = Field(
+        default=None,
+        description="A data set on the Hugging Face hub, in place of `data`; its splits train, validation and test "
+        "are used.",
+    )
+    hub_config: str | None = Field(
+        default=None, description="The configuration of the hub's data set. Left out, its default one."
+    )
+    text: str | list[str] | None = Field(
+        default=None,
+        description="The text column, or a list of two for pairs; own data needs it. Left out with plain text, the "
+        "column named text.",
+    )
+    label: str | None = Field(default=None, description="The label column. Left out, the column named label.")
+    labels: list[str] | None = Field(
+        default=None,
+        description="The classes in order; where the data holds whole numbers from 0, these names belong to them. "
+        "Left out, the values in sorted order.",
+    )
+    delimiter: str | None = Field(
+        default=None,
+        description='The character between two columns of a CSV file, such as ";" or "\\t". Left out, it is found out.',
+    )
+    encoding: str | None = Field(
+        default=None, description='The encoding of text files, such as "latin-1" or "utf-16". Left out, UTF-8.'
+    )
+    validation_fraction: Fraction = Field(
+        default=0.1, description="Share of the training rows that is held out where there is no validation set."
+    )
+    split_seed: Seed = Field(default=0, description="Seed of the held-out part and of the drawn samples.")
+    metrics: list[str] | None = Field(
+        default=None,
+        description="Metrics to report; the first one chooses the checkpoint and is gated. accuracy, f1, mcc and "
+        "balanced_accuracy for classes, pearson, spearman, mse and mae for numbers. Left out, accuracy "
+        "and f1, or pearson and spearman.",
+    )
+    max_length: Tokens = Field(
+        default=128, description="Longest input in tokens, special tokens included; longer texts are cut."
+    )
+    train_samples: PositiveInt | None = Field(
+        default=None, description="Use this many training rows, drawn at random. Left out, all."
+    )
+    validation_samples: PositiveInt | None = Field(
+        default=None, description="Use this many validation rows, drawn at random. Left out, all."
+    )
+    test_samples: PositiveInt | None = Field(
+        default=None, description="Use this many test rows, drawn at random. Left out, all."
+    )
+    mask_probability: Fraction = Field(default=0.15, description="Plain text: share of the tokens that are masked.")
+    mask_smoothing: NonNegativeFloat = Field(
+        default=0.0,
+        description="Plain text: mask tokens in proportion to their frequency to the power of minus this, so that "
+        "rare ones are masked more often. 0 masks all alike; DistilBERT uses 0.7.",
+    )
+    augment: AugmentSection | None = Field(
+        default=None, description="More training rows for the student. Left out, none."
+    )
 
     _delimiter = field_validator("delimiter")(lambda text: text if text is None else parse_delimiter(text))
     _encoding = field_validator("encoding")(lambda text: text if text is None else parse_encoding(text))
@@ -161,12 +223,14 @@ class TaskSection(Section):
 class ScratchSection(Section):
     """`[teacher.scratch]`: a new, randomly initialised teacher with a tokenizer trained on the task's text."""
 
-    family: str = "bert"
-    layers: Blocks = 4
-    hidden_size: Width = 128
-    heads: Heads = 4
-    intermediate_size: Width = 512
-    vocab_size: Words = 4096
+    family: str = Field(default="bert", description="The model family, such as bert or roberta.")
+    layers: Blocks = Field(default=4, description="Number of transformer blocks.")
+    hidden_size: Width = Field(default=128, description="Width of the hidden states.")
+    heads: Heads = Field(default=4, description="Attention heads; their number divides hidden_size.")
+    intermediate_size: Width = Field(default=512, description="Width of the feed-forward layer.")
+    vocab_size: Words = Field(
+        default=4096, description="Most tokens of the tokenizer that is made from the task's text."
+    )
 
     @model_validator(mode="after")
     def _fits_memory(self) -> Self:
@@ -181,15 +245,17 @@ class ScratchSection(Section):
 
 
 class DownstreamSection(FinetuneSection):
-    """`[[finetune]]`: a task that the general student is fine-tuned and scored on, after distilling on plain text.
+    """`[[finetune]]`: a task that the general student is fine-tuned and scored on, after distilling on plain text."""
 
-    seeds: how many runs the score is the mean of. against: what is fine-tuned in the same way, to compare with:
-    the same architecture from random weights ("scratch"), and the teacher ("teacher").
-    """
-
-    task: TaskSection
-    seeds: Times = 1
-    against: list[Literal["scratch", "teacher"]] = []
+    task: TaskSection = Field(description="The task: a name, or a table like [task].")
+    seeds: Times = Field(
+        default=1, description="Runs, with seeds from the recipe's upwards, that the score is the mean of."
+    )
+    against: list[Literal["scratch", "teacher"]] = Field(
+        default=[],
+        description='What is fine-tuned in the same way, for comparison: "scratch" is the student\'s architecture with '
+        'random weights, "teacher" is the teacher.',
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -208,22 +274,45 @@ class DownstreamSection(FinetuneSection):
 
 
 class TeacherSection(Section):
-    """`[teacher]`: the model to copy from: a hub name, a folder, or one made on the spot.
+    """`[teacher]`: the model to distil from: a hub name, a folder, one made on the spot, or a black box."""
 
-    seed: of its making and fine-tuning, where that is another than the recipe's: students of several seeds can
-    then share one teacher.
-    """
-
-    model: str | None = None
-    revision: str | None = None
-    tokenizer: str | None = None
-    labels: list[str] | None = None
-    trust_remote_code: bool = False
-    cache: bool = True
-    seed: Seed | None = None
-    finetune: FinetuneSection | bool | None = None
-    scratch: ScratchSection | None = None
-    black_box: bool = False
+    model: str | None = Field(
+        default=None,
+        description="The teacher: a hub name or a folder. Give this, [teacher.scratch] or black_box = true.",
+    )
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of the hub's model and of its tokenizer. Left out, the newest."
+    )
+    tokenizer: str | None = Field(
+        default=None, description="Another tokenizer: a hub name or a folder. Left out, the model's own."
+    )
+    labels: list[str] | None = Field(
+        default=None,
+        description="Names of the model's classes in its order, where it has no names or other ones than the task. "
+        "Left out, the names in its configuration.",
+    )
+    trust_remote_code: bool = Field(default=False, description="Run model code that comes from the hub.")
+    cache: bool = Field(
+        default=True, description="Compute a fixed teacher's logits on the training rows once, and keep them on disk."
+    )
+    seed: Seed | None = Field(
+        default=None,
+        description="Seed of the teacher's making and fine-tuning, so that students of several seeds share one "
+        "teacher. Left out, the recipe's seed.",
+    )
+    finetune: FinetuneSection | bool | None = Field(
+        default=None,
+        description="Fine-tune the teacher on the task first: true, false, or a table that says how. Left out, only a "
+        "model without a trained head of the task's type is fine-tuned.",
+    )
+    scratch: ScratchSection | None = Field(
+        default=None, description="A new teacher with random weights, in place of a model."
+    )
+    black_box: bool = Field(
+        default=False,
+        description="There is no model, only answers (labels): for the method dbkd and a student with form = "
+        '"checkpoint".',
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -250,27 +339,66 @@ FORM_FIELDS: dict[Form, tuple[str, ...]] = {
 
 
 class StudentSection(Section):
-    """`[student]`: the form of the smaller model."""
+    """`[student]`: the form of the smaller model; `[assistant]`: that of a model between teacher and student."""
 
-    form: Form | None = None
+    form: Form | None = Field(
+        default=None,
+        description="How the student is made: fewer blocks, low-rank factors in place of matrices, narrower layers, "
+        "or another model. Left out, the method's own (an assistant's: \"width\").",
+    )
     # depth
-    layers: Blocks | list[NonNegativeInt] | None = None
-    select: Literal["even", "spread", "first", "last"] = "even"
+    layers: Blocks | list[NonNegativeInt] | None = Field(
+        default=None,
+        description="depth, width: a number of blocks; depth also a list of the teacher's block numbers, from 0. Left "
+        "out, half of the blocks for depth, all for width.",
+    )
+    select: Literal["even", "spread", "first", "last"] = Field(
+        default="even",
+        description="depth: which blocks a number of layers keeps: at even distances up to the last, the first and "
+        'the last and evenly between ("spread"), the first ones, or the last ones. Methods may have '
+        "another default.",
+    )
     # low-rank
-    budget: Fraction | None = None
-    rank: Width | None = None
-    params: Annotated[int, Field(gt=0, le=PARAMETERS)] | str | None = None
-    energy: Fraction | None = None
-    embedding_rank: Width | None = None
+    budget: Fraction | None = Field(
+        default=None,
+        description="low-rank: share of the block weights that is kept. Left out, a half unless another size is given.",
+    )
+    rank: Width | None = Field(
+        default=None, description="low-rank: one rank for all block matrices, in place of a budget."
+    )
+    params: Annotated[int, Field(gt=0, le=PARAMETERS)] | str | None = Field(
+        default=None,
+        description='low-rank: parameters of the whole model, such as 14500000 or "14.5M", in place of a budget.',
+    )
+    energy: Fraction | None = Field(
+        default=None,
+        description="low-rank: share of the sum of squared singular values that every matrix keeps, in place of a "
+        "budget.",
+    )
+    embedding_rank: Width | None = Field(
+        default=None, description="low-rank: rank of the word embeddings' factors. Left out, they stay dense."
+    )
     # width
-    hidden_size: Width | None = None
-    intermediate_size: Width | None = None
-    heads: Heads | None = None
-    init: Literal["teacher", "sliced", "random"] = "teacher"
+    hidden_size: Width | None = Field(
+        default=None, description="width: width of the hidden states. Left out, the teacher's."
+    )
+    intermediate_size: Width | None = Field(
+        default=None, description="width: width of the feed-forward layer. Left out, the teacher's."
+    )
+    heads: Heads | None = Field(default=None, description="width: attention heads. Left out, the teacher's.")
+    init: Literal["teacher", "sliced", "random"] = Field(
+        default="teacher",
+        description="depth, width: start from the teacher's weights (for width, slices of them), or at random: a "
+        'depth student\'s blocks, all of a width student. "sliced" means "teacher".',
+    )
     # checkpoint
-    model: str | None = None
+    model: str | None = Field(
+        default=None, description="checkpoint: the student, a hub name or a folder. Give it for this form."
+    )
     # all forms
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="Number type of the student's file. Left out, that of the teacher's file."
+    )
 
     @field_validator("params")
     @classmethod
@@ -320,7 +448,9 @@ class MethodSection(BaseModel):
     """`method = "makd"` or a `[method]` table: the name, and the method's own options beside it."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-    name: str
+    name: str = Field(
+        description="The method's name; `kdcli methods` lists them. Its own options stand beside the name."
+    )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -329,43 +459,120 @@ class MethodSection(BaseModel):
 
 
 class OverparamSection(Section):
-    """`[overparam]`: chains of tensors in place of the student's block matrices while it trains (OPDF)."""
+    """`[overparam]`: chains of tensors in place of the student's matrices while it trains (OPDF, arXiv 2411.06448)."""
 
-    factorization: Literal["mpo", "svd", "svd-plain"] = "mpo"
-    length: Annotated[int, Field(ge=0, le=32)] = 3
-    scale: Annotated[float, Field(gt=1.0, le=1000.0)] | None = None
-    factors: dict[str, list[PositiveInt]] | None = None
-    targets: list[Literal["attention", "ffn"]] = ["attention", "ffn"]
-    layers: list[NonNegativeInt] | None = None
-    aux_weight: NonNegativeFloat = 1.0
-    aux_reduction: Literal["mean", "sum"] = "mean"
-    aux_mismatch: Literal["skip", "truncate"] = "skip"
-    gauge: Literal["symmetric", "left"] = "symmetric"
-    svd_dtype: Literal["float32", "float64"] = "float64"
-    learning_rate: PositiveFloat | None = None
+    factorization: Literal["mpo", "svd", "svd-plain"] = Field(
+        default="mpo",
+        description='What a matrix becomes: a chain of tensors ("mpo"), such a chain without middle tensors ("svd"), '
+        'or the two factors of a plain SVD ("svd-plain").',
+    )
+    length: Annotated[int, Field(ge=0, le=32)] = Field(
+        default=3, description="Number of middle tensors of a chain (L of the paper)."
+    )
+    scale: Annotated[float, Field(gt=1.0, le=1000.0)] | None = Field(
+        default=None,
+        description="Weights of a chain per weight of its matrix; the length follows from it, matrix by matrix. Left "
+        "out, `length` holds for all.",
+    )
+    factors: dict[str, list[PositiveInt]] | None = Field(
+        default=None,
+        description='Factor lists of dimensions, such as {"768" = [32, 1, 24]}. Left out, they are chosen.',
+    )
+    targets: list[Literal["attention", "ffn"]] = Field(
+        default=["attention", "ffn"], description="Which matrices of a block become chains."
+    )
+    layers: list[NonNegativeInt] | None = Field(
+        default=None, description="Blocks whose matrices become chains, from 0. Left out, all."
+    )
+    aux_weight: NonNegativeFloat = Field(
+        default=1.0,
+        description="Weight of the loss between the student's and the teacher's chains without their central tensors; "
+        "0 switches it off.",
+    )
+    aux_reduction: Literal["mean", "sum"] = Field(
+        default="mean", description="How that loss is taken over the matrices."
+    )
+    aux_mismatch: Literal["skip", "truncate"] = Field(
+        default="skip",
+        description="What happens to matrices that the teacher has in another shape: they are skipped, or compared in "
+        "their leading parts.",
+    )
+    gauge: Literal["symmetric", "left"] = Field(
+        default="symmetric",
+        description="How a bond's singular values are shared: equally between both its sides, or none to the left one.",
+    )
+    svd_dtype: Literal["float32", "float64"] = Field(
+        default="float64", description="Number type that the decompositions are computed in."
+    )
+    learning_rate: PositiveFloat | None = Field(
+        default=None,
+        description="Learning rate of the chains. Left out, the student's / (1.5 + 0.8 length), since a step on all "
+        "tensors moves the matrix that much further.",
+    )
 
 
 class TrainSection(Section):
-    """`[train]`: the loop. What is None takes the method's default."""
+    """`[train]`: the training loop."""
 
-    epochs: PositiveFloat | None = None
-    max_steps: PositiveInt | None = None
-    batch_size: BatchSize = 32
-    gradient_accumulation: BatchSize = 1
-    learning_rate: PositiveFloat | None = None
-    scheduler: Literal["linear", "cosine", "constant"] | None = None
-    warmup: Share | None = None
-    weight_decay: NonNegativeFloat | None = None
-    max_grad_norm: PositiveFloat = 1.0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    group_by_length: bool = True
-    eval_every: PositiveInt | None = None
-    patience: PositiveInt | None = None
-    select: Literal["best", "last"] = "best"
-    log_every: PositiveInt | None = None
-    workers: Annotated[int, Field(ge=0, le=256)] = 0
-    keep_checkpoints: bool = False
+    epochs: PositiveFloat | None = Field(
+        default=None, description="Passes over the training rows. Left out, the method's."
+    )
+    max_steps: PositiveInt | None = Field(
+        default=None, description="Optimizer steps, instead of epochs. Left out, they follow from the epochs."
+    )
+    batch_size: BatchSize = Field(
+        default=32, description="Examples of one optimizer step, over all devices and accumulation steps."
+    )
+    gradient_accumulation: BatchSize = Field(
+        default=1, description="Parts that a step's examples are computed in, to save memory; it divides batch_size."
+    )
+    learning_rate: PositiveFloat | None = Field(
+        default=None, description="The highest learning rate of AdamW. Left out, the method's."
+    )
+    scheduler: Literal["linear", "cosine", "constant"] | None = Field(
+        default=None,
+        description="How the learning rate goes on after the warm-up. Left out, the method's, mostly linear to 0.",
+    )
+    warmup: Share | None = Field(
+        default=None, description="Share of the steps in which the learning rate rises from 0. Left out, the method's."
+    )
+    weight_decay: NonNegativeFloat | None = Field(
+        default=None,
+        description="AdamW's weight decay of matrices; biases and layer norms have none. Left out, the method's.",
+    )
+    max_grad_norm: PositiveFloat = Field(default=1.0, description="Gradients are scaled down to at most this norm.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description='Number type of the forward pass; "auto" is bf16 wherever the hardware multiplies in it, a GPU or '
+        "a CPU.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description='Where to train; "auto" is a GPU where there is one.'
+    )
+    group_by_length: bool = Field(
+        default=True, description="Make batches of texts of like length, which saves padding."
+    )
+    eval_every: PositiveInt | None = Field(
+        default=None, description="Optimizer steps between two evaluations. Left out, an epoch."
+    )
+    patience: PositiveInt | None = Field(
+        default=None,
+        description="Evaluations without a better score after which training stops. Left out, it never stops early.",
+    )
+    select: Literal["best", "last"] = Field(
+        default="best",
+        description="Which checkpoint becomes the student: the one with the best score, or the last one.",
+    )
+    log_every: PositiveInt | None = Field(
+        default=None,
+        description="Optimizer steps between two points of the curves. Left out, it is chosen, for at least 20 points.",
+    )
+    workers: Annotated[int, Field(ge=0, le=256)] = Field(
+        default=0, description="Processes that prepare batches; 0 prepares them in the training process."
+    )
+    keep_checkpoints: bool = Field(
+        default=False, description="Keep the checkpoints, optimizer states and all, when the run is done."
+    )
 
     @model_validator(mode="after")
     def _whole_parts(self) -> Self:
@@ -380,39 +587,74 @@ class TrainSection(Section):
 class EvaluateSection(Section):
     """`[evaluate]`: how the student is scored, and the gates on its score and on its share of the teacher's."""
 
-    protocol: Literal["dev", "half-dev"] = "dev"
-    batch_size: BatchSize = 64
-    fail_under: float | None = None
-    fail_under_retention: float | None = None
+    protocol: Literal["dev", "half-dev"] = Field(
+        default="dev",
+        description='"dev": the whole validation set chooses the checkpoint and is reported. "half-dev": its first '
+        "half chooses, the second one is reported.",
+    )
+    batch_size: BatchSize = Field(default=64, description="Examples of one forward pass.")
+    fail_under: float | None = Field(
+        default=None,
+        description="End with exit code 1 when the student's score is below this one. Left out, there is no such gate.",
+    )
+    fail_under_retention: float | None = Field(
+        default=None,
+        description="End with exit code 1 when student score / teacher score is below this. Left out, there is no "
+        "such gate.",
+    )
 
 
 class ExportSection(Section):
     """`[export]`: the ONNX file and its latency grid; `onnx = true` exports at the end of the run."""
 
-    onnx: bool = False
-    opset: Annotated[int, Field(ge=20, le=23)] = 23
-    batch_sizes: list[BatchSize] = [1, 8]
-    sequence_lengths: list[Tokens] = [16, 128]
-    threads: Times | None = None
-    runs: PositiveInt | None = None
+    onnx: bool = Field(default=False, description="Export the student as ONNX at the end of the run.")
+    opset: Annotated[int, Field(ge=20, le=23)] = Field(default=23, description="ONNX opset of the file.")
+    batch_sizes: list[BatchSize] = Field(default=[1, 8], description="Batch sizes of the latency grid.")
+    sequence_lengths: list[Tokens] = Field(
+        default=[16, 128], description="Sequence lengths of the latency grid, in tokens."
+    )
+    threads: Times | None = Field(
+        default=None,
+        description="Threads that latency is measured with. Left out, OMP_NUM_THREADS, or the cores that the process "
+        "may use.",
+    )
+    runs: PositiveInt | None = Field(
+        default=None,
+        description="Timed runs of each cell of the grid. Left out, 30, or as many as fit into a minute for the whole "
+        "grid.",
+    )
 
 
 class Recipe(Section):
     """A whole recipe. `task`, `method` and `teacher.model` are enough; everything else has a default."""
 
-    task: TaskSection
-    method: MethodSection
-    teacher: TeacherSection
-    name: Name | None = None
-    student: StudentSection = StudentSection()
-    assistant: StudentSection | None = None
-    overparam: OverparamSection | None = None
-    train: TrainSection = TrainSection()
-    evaluate: EvaluateSection = EvaluateSection()
-    export: ExportSection = ExportSection()
-    finetune: list[DownstreamSection] = []
-    seed: Seed = 42
-    output: str | None = None
+    task: TaskSection = Field(description="What the student learns: a task's name, or a table.")
+    method: MethodSection = Field(
+        description="How it learns: a method's name, or a table with the name and the method's own options."
+    )
+    teacher: TeacherSection = Field(description="The model to distil from.")
+    name: Name | None = Field(default=None, description="The run's name. Left out, the recipe's file name.")
+    student: StudentSection = Field(default=StudentSection(), description="The form of the smaller model.")
+    assistant: StudentSection | None = Field(
+        default=None,
+        description="A model between teacher and student, distilled first and then the student's teacher. Left out, "
+        "none.",
+    )
+    overparam: OverparamSection | None = Field(
+        default=None,
+        description="Chains of tensors in place of the student's matrices while it trains. Left out, none.",
+    )
+    train: TrainSection = Field(default=TrainSection(), description="The training loop.")
+    evaluate: EvaluateSection = Field(
+        default=EvaluateSection(), description="How the student is scored, and the gates."
+    )
+    export: ExportSection = Field(default=ExportSection(), description="The ONNX file and its latency grid.")
+    finetune: list[DownstreamSection] = Field(
+        default=[],
+        description="Tasks that a general student is fine-tuned and scored on after distilling on plain text.",
+    )
+    seed: Seed = Field(default=42, description="Seed of everything random.")
+    output: str | None = Field(default=None, description="Folder for runs. Left out, runs/ in the working folder.")
 
     @model_validator(mode="before")
     @classmethod
