@@ -13,6 +13,14 @@ def compare(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every recipe; FIELD= removes it."),
     ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant",
+            metavar="FIELD=VALUE[,...]",
+            help="Run every recipe with these fields changed, too, beside the plain recipe; repeatable.",
+        ),
+    ] = None,
     task: Annotated[
         list[str] | None,
         typer.Option("--task", metavar="NAME", help="Run all recipes on this task instead of their own; repeatable."),
@@ -48,6 +56,7 @@ def compare(
       kdcli compare recipes/rte-*.toml --seeds 3
       kdcli compare recipes/rte-*.toml --dry-run
       kdcli compare kd.toml makd.toml --seeds 5 --task cola --task rte --set train.epochs=3
+      kdcli compare adkd.toml lgtm.toml --variant overparam.length=1 --variant overparam.factorization=svd
       kdcli compare kd.toml mine.toml --baseline mine --output mine-or-kd --json > result.json
     """
     from kdcli.cli import render
@@ -60,6 +69,7 @@ def compare(
         seeds=seeds,
         console=err,
         overrides=set_,
+        variants=variant,
         tasks=task,
         baseline=baseline,
         allow_unequal=allow_unequal,

@@ -245,14 +245,14 @@ def comparison_plan(plan: "ComparisonPlan", root: Path) -> Table:
 def comparison(report: "Report") -> Table:
     """Return the table of a finished comparison, a section a task."""
     from kdcli.compare.plan import said_seeds
-    from kdcli.compare.report import COLUMNS, cells_of, heading_of
+    from kdcli.compare.report import heading_of
 
     table = Table(title=f"{said_seeds(report.seeds)}: mean and standard deviation; 95 % interval of the difference")
-    for column in COLUMNS:
+    for column in report.columns:
         table.add_column(column, justify="right" if column else "left")
     for block in report.all_blocks:
         table.add_section()
         table.add_row(Text(heading_of(block), style="bold"))
-        for cells in cells_of(block, len(report.seeds)):
+        for cells in report.cells_of(block):
             table.add_row(*map(Text, cells))
     return table

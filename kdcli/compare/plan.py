@@ -1,6 +1,7 @@
 """From recipes and a number of seeds to the cells of a comparison, and the check that its terms are equal."""
 
 import contextlib
+import itertools
 import json
 import os
 from dataclasses import dataclass, field
@@ -10,10 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from kdcli.compare.variants import Variant, name_of, parse_variants
 from kdcli.distill.plan import make_plan
 from kdcli.distill.prepare import prepare
 from kdcli.distill.teacher import resolve_source, seed_of
-from kdcli.errors import InputError, UnfitTaskError
+from kdcli.errors import InputError, UnfitTaskError, cut
 from kdcli.names import checked, folder_of
 from kdcli.recipe.load import load_recipe, with_place
 from kdcli.recipe.schema import ExportSection, Recipe
@@ -35,11 +37,14 @@ SUFFIXES = ("json", "csv", "md", "png", "svg")
 class Entry:
     """One recipe on one task: a row of the table.
 
-    label: what the row is called, the same for the same method on every task. terms: what must be equal between
-    the rows of a task. stages: how many parts the steps are cut into.
+    label: what the row is called, the same for the same method on every task. variant: the changes of a --variant,
+    on top of the overrides; plain: the label of the same recipe without them, None where there are none. terms: what
+    must be equal between the rows of a task. stages: how many parts the steps are cut into.
     """
 
     label: str
+    plain: str | None
+    variant: Variant
     file: Path
     recipe: Recipe
     overrides: list[str]
@@ -65,21 +70,25 @@ class Cell:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe that is run: the entry's with this seed, and the teacher that all seeds share.
+        """The recipe that is run."""
+        return _compared(self.entry.recipe, self.name, self.seed)
 
-        Nothing is exported, and no gate is set: a comparison has its own report.
-        """
-        recipe = self.entry.recipe
-        return recipe.model_copy(
-            update={
-                "name": self.name,
-                "output": None,
-                "seed": self.seed,
-                "teacher": recipe.teacher.model_copy(update={"seed": seed_of(recipe)}),
-                "evaluate": recipe.evaluate.model_copy(update={"fail_under": None, "fail_under_retention": None}),
-                "export": ExportSection(),
-            }
-        )
+
+def _compared(recipe: Recipe, name: str, seed: int) -> Recipe:
+    """Return a recipe as a comparison runs it: with this name and seed, and the teacher that all seeds share.
+
+    Nothing is exported, and no gate is set: a comparison has its own report.
+    """
+    return recipe.model_copy(
+        update={
+            "name": name,
+            "output": None,
+            "seed": seed,
+            "teacher": recipe.teacher.model_copy(update={"seed": seed_of(recipe)}),
+            "evaluate": recipe.evaluate.model_copy(update={"fail_under": None, "fail_under_retention": None}),
+            "export": ExportSection(),
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,7 @@ class ComparisonPlan:
                     "name": cell.entry.label,
                     "seed": cell.seed,
                     "recipe": str(cell.entry.file),
+                    "variant_of": cell.entry.plain,
                     "method": cell.entry.method,
                     "overparam": cell.entry.recipe.overparam is not None,
                     "form": cell.entry.form,
@@ -172,28 +182,32 @@ def plan_comparison(
     seeds: int,
     console: Console,
     overrides: list[str] | None = None,
+    variants: list[str] | None = None,
     tasks: list[str] | None = None,
     baseline: str | None = None,
     allow_unequal: bool = False,
 ) -> ComparisonPlan:
     """Read the recipes, plan each, and check that they are on equal terms.
 
-    The seeds are that of the first recipe and those after it. tasks: run every recipe on each of these instead of
+    The seeds are that of the first recipe and those after it. variants: each recipe runs as it is, and once with the
+    changes of each of these, "FIELD=VALUE[,FIELD=VALUE...]". tasks: run every recipe on each of these instead of
     its own. baseline: a row's label; by default the row of method `kd`, or else the first.
-    Raises InputError for a recipe that is wrong, rows of the same name, a baseline that is not there, and unequal
-    terms unless they are allowed.
+    Raises InputError for a recipe that is wrong, rows of the same name, a variant that changes nothing, a baseline
+    that is not there, and unequal terms unless they are allowed.
     """
-    entries, left_out = [], []
+    entries: list[Entry] = []
+    left_out = []
+    changes: list[Variant] = [(), *parse_variants(variants or [])]
     with console.status("planning") as status:
         for chosen in [[task] for task in tasks] if tasks else [[]]:
-            for file in files:
-                status.update(Text(" on ".join(["planning " + str(file), *chosen])))
+            for file, variant in itertools.product(files, changes):
+                status.update(Text(" on ".join(["planning " + str(file) + name_of(variant), *chosen])))
                 try:
-                    entries.append(_entry(file, overrides or [], *chosen))
+                    entries.append(_entry(file, overrides or [], variant, *chosen))
                 except UnfitTaskError as error:
                     if not chosen:
                         raise
-                    left_out.append(f"{file.stem} is left out on {chosen[0]}: {error.message}")
+                    left_out.append(f"{file.stem}{name_of(variant)} is left out on {chosen[0]}: {error.message}")
             if chosen and not any(entry.task == chosen[0] for entry in entries):
                 raise InputError(f"none of the recipes' methods works on {chosen[0]}", where="--task")
     first: dict[tuple[str, str], Entry] = {}
@@ -222,9 +236,12 @@ def plan_comparison(
     return plan
 
 
-def _entry(file: Path, overrides: list[str], chosen: str | None = None) -> Entry:
+def _entry(file: Path, overrides: list[str], variant: Variant, chosen: str | None = None) -> Entry:
     overrides = [*overrides, f"task={chosen}"] if chosen is not None else overrides
-    recipe = load_recipe(file, overrides)
+    plain = recipe = load_recipe(file, overrides)
+    if variant:
+        recipe = load_recipe(file, overrides, variant=variant)
+        _check_variant(file, variant, plain, recipe)
     if chosen is not None and (recipe.task.is_custom or recipe.task.type == "text"):
         raise InputError(f"{file} brings data of its own, which has no place on task {chosen}", where="--task")
     if recipe.task.type == "text" and not recipe.finetune:
@@ -236,10 +253,13 @@ def _entry(file: Path, overrides: list[str], chosen: str | None = None) -> Entry
     try:
         planned = make_plan(prepare(recipe, file)).document
     except InputError as error:
-        raise with_place(error, file, overrides) from error
+        raise with_place(error, file, overrides, variant=variant) from error
     task = recipe.task.name
+    label = label_of(plain.name or file.stem, task)
     return Entry(
-        label=label_of(recipe.name or file.stem, task),
+        label=label + name_of(variant),
+        plain=label if variant else None,
+        variant=variant,
         file=file,
         recipe=recipe,
         overrides=overrides,
@@ -250,6 +270,23 @@ def _entry(file: Path, overrides: list[str], chosen: str | None = None) -> Entry
         stages=len(_every_stage(planned)),
         terms=_terms(recipe, file, planned),
     )
+
+
+def _check_variant(file: Path, variant: Variant, plain: Recipe, changed: Recipe) -> None:
+    """Raise InputError when a variant changes the recipe's task, or nothing that a comparison runs with."""
+    where = f"--variant {cut(','.join(variant))}"
+    if changed.task.name != plain.task.name:
+        raise InputError(
+            f"takes {file} from task {plain.task.name} to {changed.task.name}, where no plain recipe stands beside it",
+            where=where,
+            hint="--task runs all recipes on another task",
+        )
+    if _compared(changed, "", 0) == _compared(plain, "", 0):
+        raise InputError(
+            f"changes nothing in {file} that a comparison runs with",
+            where=where,
+            hint="leave it out, or give another value; names, seeds, exports and gates are the comparison's own",
+        )
 
 
 def label_of(name: str, task: str) -> str:

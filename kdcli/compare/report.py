@@ -18,16 +18,22 @@ from kdcli.words import counted
 
 AVERAGE = "average"
 COLUMNS = ("", "score", "difference", "kept", "parameters in training", "at inference", "seconds")
+TO_PLAIN = "to the plain recipe"
+"""A column beside the difference, where there are variants."""
 FIELDS = (
     *("task", "metric", "name", "method", "overparam", "form", "seeds", "score", "std"),
     *("difference", "difference_low", "difference_high", "retention"),
+    *("variant_of", "to_plain", "to_plain_low", "to_plain_high"),
     *("parameters_training", "parameters_inference", "seconds", "recipe"),
 )
 
 
 @dataclass
 class Row:
-    """A recipe on one task, or its average over tasks. seconds: of training, mean over whole trainings."""
+    """A recipe on one task, or its average over tasks. seconds: of training, mean over whole trainings.
+
+    difference: to the baseline; to_plain: a variant's to its plain recipe.
+    """
 
     label: str
     entry: Entry
@@ -38,6 +44,7 @@ class Row:
     runs: list[str]
     summary: Summary | None = None
     difference: Difference | None = None
+    to_plain: Difference | None = None
     retention: float | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -51,6 +58,13 @@ class Row:
             "mean": self.summary.mean if self.summary else None,
             "std": self.summary.std if self.summary else None,
             "difference": self.difference.to_json() if self.difference else None,
+            "variant": {
+                "of": self.entry.plain,
+                "changes": list(self.entry.variant),
+                "difference": self.to_plain.to_json() if self.to_plain else None,
+            }
+            if self.entry.plain is not None
+            else None,
             "retention": self.retention,
             "parameters": {"training": self.trained, "inference": self.parameters},
             "seconds": self.seconds,
@@ -71,11 +85,13 @@ class Block:
 
     def finish(self) -> "Block":
         """Fill in what follows from the scores."""
-        baseline = next(row for row in self.rows if row.label == self.baseline)
+        by_label = {row.label: row for row in self.rows}
         for row in self.rows:
             row.summary = summarise(row.scores)
-            if row is not baseline:
-                row.difference = paired_difference(row.scores, baseline.scores)
+            if row.label != self.baseline:
+                row.difference = paired_difference(row.scores, by_label[self.baseline].scores)
+            if (plain := by_label.get(row.entry.plain or "")) is not None:
+                row.to_plain = paired_difference(row.scores, plain.scores)
             if row.summary is not None and self.teacher_score is not None and self.teacher_score > 0:
                 row.retention = row.summary.mean / self.teacher_score
         return self
@@ -115,6 +131,17 @@ class Report:
         }
 
     @property
+    def columns(self) -> list[str]:
+        """The headings of the table: with variants, one more difference."""
+        with_variants = any(row.entry.plain is not None for block in self.blocks for row in block.rows)
+        return [*COLUMNS[:3], *([TO_PLAIN] if with_variants else []), *COLUMNS[3:]]
+
+    def cells_of(self, block: Block) -> Iterable[list[str]]:
+        """Yield the cells of each row of a task as people read them, under `columns`, the teacher first."""
+        for cells in _cells(block, len(self.seeds)):
+            yield [cells.get(column, "") for column in self.columns]
+
+    @property
     def all_blocks(self) -> list[Block]:
         return [*self.blocks, *([self.average] if self.average else [])]
 
@@ -139,8 +166,8 @@ class Report:
                 lines += [f"**{heading}:**", "", *(f"- {escaped(entry)}" for entry in entries), ""]
         for block in self.all_blocks:
             lines += [f"## {escaped(heading_of(block))}", ""]
-            lines += [table_row(list(COLUMNS)), table_row(["---", *["---:"] * (len(COLUMNS) - 1)])]
-            lines += [table_row([escaped(cells[0]), *cells[1:]]) for cells in cells_of(block, len(self.seeds))]
+            lines += [table_row(self.columns), table_row(["---", *["---:"] * (len(self.columns) - 1)])]
+            lines += [table_row([escaped(cells[0]), *cells[1:]]) for cells in self.cells_of(block)]
             lines.append("")
         return "\n".join([*lines, f"![score against parameters]({NAME}.svg)", ""])
 
@@ -154,7 +181,6 @@ class Report:
             teacher = {"score": block.teacher_score, "parameters_inference": block.teacher_parameters}
             writer.writerow({**place, "name": "teacher", **teacher})
             for row in block.rows:
-                difference = row.difference
                 writer.writerow(
                     {
                         **place,
@@ -165,9 +191,9 @@ class Report:
                         "seeds": len(row.scores),
                         "score": row.summary.mean if row.summary else None,
                         "std": row.summary.std if row.summary else None,
-                        "difference": difference.mean if difference else None,
-                        "difference_low": difference.low if difference else None,
-                        "difference_high": difference.high if difference else None,
+                        **_fields("difference", row.difference),
+                        "variant_of": row.entry.plain,
+                        **_fields("to_plain", row.to_plain),
                         "retention": row.retention,
                         "parameters_training": row.trained,
                         "parameters_inference": row.parameters,
@@ -355,22 +381,29 @@ def heading_of(block: Block) -> str:
     return f"{block.title} ({block.metric})" if block.metric else block.title
 
 
-def cells_of(block: Block, seeds: int) -> Iterable[list[str]]:
-    """Yield the cells of each row as people read them, the teacher first."""
+def _fields(name: str, difference: Difference | None) -> dict[str, float | None]:
+    """Return a difference as fields of the CSV file."""
+    if difference is None:
+        return {}
+    return {name: difference.mean, f"{name}_low": difference.low, f"{name}_high": difference.high}
+
+
+def _cells(block: Block, seeds: int) -> Iterable[dict[str, str]]:
+    """Yield {column: text} of each row, the teacher first; what is left out is empty."""
     score = f"{100 * block.teacher_score:.2f}" if block.teacher_score is not None else ""
     kept = "100.0%" if block.teacher_score is not None and block.teacher_score > 0 else ""
-    yield ["teacher", score, "", kept, "", _count(block.teacher_parameters), ""]
+    yield {"": "teacher", "score": score, "kept": kept, "at inference": _count(block.teacher_parameters)}
     for row in block.rows:
-        difference = _difference(row.difference) if row.label != block.baseline else "baseline"
-        yield [
-            row.label,
-            _score(row.summary, seeds),
-            difference,
-            f"{row.retention:.1%}" if row.retention is not None else "",
-            _count(row.trained),
-            _count(row.parameters),
-            f"{row.seconds:,.1f}" if row.seconds is not None else "",
-        ]
+        yield {
+            "": row.label,
+            "score": _score(row.summary, seeds),
+            "difference": _difference(row.difference) if row.label != block.baseline else "baseline",
+            TO_PLAIN: _difference(row.to_plain),
+            "kept": f"{row.retention:.1%}" if row.retention is not None else "",
+            "parameters in training": _count(row.trained),
+            "at inference": _count(row.parameters),
+            "seconds": f"{row.seconds:,.1f}" if row.seconds is not None else "",
+        }
 
 
 def _score(summary: Summary | None, seeds: int) -> str:

@@ -108,7 +108,7 @@ def _run(cell: Cell, run: Run, console: Console, *, refresh: bool) -> None:
         force=other,
         resume=resume,
         refresh=refresh,
-        overrides=cell.entry.overrides,
+        overrides=[*cell.entry.overrides, *cell.entry.variant],
         console=console,
     )
 

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +26,8 @@ _NEEDED = {
 }
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Return the recipe in `path` with `--set FIELD=VALUE` overrides on top.
+def load_recipe(path: Path, overrides: list[str] | None = None, *, variant: Sequence[str] = ()) -> Recipe:
+    """Return the recipe in `path` with `--set FIELD=VALUE` overrides on top, and then those of a `--variant`.
 
     A value is read as TOML, or as a plain string where it is none; tables that are not there yet are made. Without a
     value (`student.rank=`) the field is removed.
@@ -39,8 +40,8 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     except BrokenTOML as error:
         raise InputError(f"not valid TOML: {error.reason}", where=f"{path}:{error.line}:{error.column}") from error
     source = _Source(path, text)
-    for override in overrides or []:
-        source.options[_apply(document, override)] = override
+    for option, override in _options(overrides, variant):
+        source.options[_apply(document, override, option)] = f"{option} {cut(override)}"
     problems: list[Problem] = []
     recipe = None
     try:
@@ -51,6 +52,11 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     if recipe is None or problems:
         raise source.error(problems)
     return recipe
+
+
+def _options(overrides: list[str] | None, variant: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (option, FIELD=VALUE) of every change to a recipe, in the order in which they apply."""
+    return [*(("--set", words) for words in overrides or []), *(("--variant", words) for words in variant)]
 
 
 MOST_TOLD = 20
@@ -98,31 +104,32 @@ def validate_section(schema: type[BaseModel], values: dict[str, Any]) -> Any:
         raise InputError("\n  ".join(lines)) from error
 
 
-def _apply(document: dict[str, Any], override: str) -> Keys:
-    """Put one `--set FIELD=VALUE` into the document, in place, and return the field's path."""
+def _apply(document: dict[str, Any], override: str, option: str) -> Keys:
+    """Put one FIELD=VALUE of an option into the document, in place, and return the field's path."""
     name, equals, value = override.partition("=")
     path = _path(name)
     if not equals or not path:
-        raise InputError(f"takes FIELD=VALUE, such as student.budget=0.25, not {cut(override)!r}", where="--set")
+        raise InputError(f"takes FIELD=VALUE, such as student.budget=0.25, not {cut(override)!r}", where=option)
+    where = f"{option} {cut(override)}"
     last = path[-1]
     if not value.strip():
         # Tables on the way to a field that is not there are not made.
         changed = copy.deepcopy(document)
-        if _table_of(changed, path, override).pop(last, None) is not None:
+        if _table_of(changed, path, where).pop(last, None) is not None:
             document.update(changed)
             if len(path) == 1:
                 del document[last]
         elif (problem := _unknown(changed, path)) is not None:
-            raise InputError(problem.message, where=f"--set {cut(override)}: {problem.name}", hint=problem.hint)
+            raise InputError(problem.message, where=f"{where}: {problem.name}", hint=problem.hint)
         return path
-    table, parsed = _table_of(document, path, override), _value(value.strip())
+    table, parsed = _table_of(document, path, where), _value(value.strip())
     if path in (("task",), ("method",)) and isinstance(table.get(last), dict) and isinstance(parsed, str):
         parsed = {**table[last], "name": parsed}
     table[last] = parsed
     return path
 
 
-def _table_of(document: dict[str, Any], path: Keys, override: str) -> dict[str, Any]:
+def _table_of(document: dict[str, Any], path: Keys, where: str) -> dict[str, Any]:
     """Return the table of the document that a field belongs to, made where it is not there yet."""
     table = document
     for depth, part in enumerate(path[:-1], 1):
@@ -134,7 +141,7 @@ def _table_of(document: dict[str, Any], path: Keys, override: str) -> dict[str, 
         elif inner is not None and not isinstance(inner, dict):
             raise InputError(
                 f"{cut('.'.join(path[:depth]))} is {show(inner)}, not a table that has fields",
-                where=f"--set {cut(override)}",
+                where=where,
             )
         table[part] = dict(inner or {})
         table = table[part]
@@ -197,7 +204,9 @@ def _problems_of_method(document: dict[str, Any]) -> list[Problem]:
     return []
 
 
-def with_place(error: InputError, path: Path, overrides: list[str] | None = None) -> InputError:
+def with_place(
+    error: InputError, path: Path, overrides: list[str] | None = None, *, variant: Sequence[str] = ()
+) -> InputError:
     """Return an error whose `where` is a recipe's field (`student.rank`) with file and line, or the option, before it.
 
     Any other error is returned as it is.
@@ -205,13 +214,15 @@ def with_place(error: InputError, path: Path, overrides: list[str] | None = None
     field_ = _path(error.where or "")
     if not field_ or field_[0] not in Recipe.model_fields:
         return error
-    source = _Source(path, read_text(path), {_path(words.partition("=")[0]): words for words in overrides or []})
+    changes = _options(overrides, variant)
+    options = {_path(words.partition("=")[0]): f"{option} {cut(words)}" for option, words in changes}
+    source = _Source(path, read_text(path), options)
     return type(error)(error.message, where=f"{source.where(field_)}: {error.where}", hint=error.hint)
 
 
 @dataclass
 class _Source:
-    """Where a recipe's fields come from: lines of a file, and options."""
+    """Where a recipe's fields come from: lines of a file, and options, such as {("seed",): "--set seed=7"}."""
 
     path: Path
     text: str
@@ -236,15 +247,15 @@ class _Source:
         return InputError("\n  ".join([f"{self.path}: {len(problems)} problems{told}", *lines]))
 
     def _order(self, problem: Problem) -> tuple[bool, int]:
-        return self.where(problem.path).startswith("--set"), line_of(self.lines, problem.path) or 0
+        return self.where(problem.path).startswith("--"), line_of(self.lines, problem.path) or 0
 
     def where(self, path: Keys) -> str:
         """Return `FILE:LINE`, or the option that set the field; both when a table's parts come from both."""
         exact = [words for option, words in self.options.items() if path[: len(option)] == option]
         if exact:
-            return f"--set {cut(exact[-1])}"
+            return exact[-1]
         below = [words for option, words in self.options.items() if path and option[: len(path)] == path]
-        options = ", ".join(f"--set {cut(words)}" for words in below)
+        options = ", ".join(below)
         if below and path not in self.lines:
             return options
         line = line_of(self.lines, path)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import xml.etree.ElementTree
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import BertForMaskedLM
 
 from kdcli.cli.app import run
 from kdcli.compare.figure import MARKERS, draw, draw_panel, drawn
-from kdcli.compare.plan import plan_comparison
+from kdcli.compare.plan import Entry, plan_comparison
 from kdcli.compare.report import Block, Report, Row, make_report
 from kdcli.compare.run import run_cells
 from kdcli.compare.statistics import paired_difference, summarise
@@ -134,6 +135,81 @@ def test_methods_and_their_options_may_differ(tmp_path: Path):
     assert len({cell.name for cell in plan.cells}) == 9
     # One teacher serves all seeds.
     assert {cell.recipe.teacher.seed for cell in plan.cells} == {42}
+
+
+CHAINS, SVD = "overparam.length=1", "overparam.factorization=svd"
+
+
+def test_each_recipe_runs_plain_and_once_with_each_variant(tmp_path: Path):
+    files = [recipe(tmp_path, "hs"), recipe(tmp_path, "kd")]
+    plan = plan_comparison(files, seeds=1, console=QUIET, variants=[CHAINS, SVD])
+    labels = [entry.label for entry in plan.entries]
+    assert labels == [name + end for name in ("hs", "kd") for end in ("", f"+{CHAINS}", f"+{SVD}")]
+    assert [entry.plain for entry in plan.entries] == [None, "hs", "hs", None, "kd", "kd"]
+    forms = [(section.factorization, section.length) if section else None for section in map(overparam, plan.entries)]
+    assert forms == [None, ("mpo", 1), ("svd", 3)] * 2
+    assert plan.baselines == {"reviews": "kd"} and plan.unequal == []
+    assert plan.cells[1].name == f"reviews-hs+{CHAINS}-seed42"
+    both = plan_comparison(files[1:], seeds=1, console=QUIET, variants=["train.learning_rate=1e-4,student.layers=[1]"])
+    assert both.entries[1].recipe.train.learning_rate == 1e-4 and both.entries[1].recipe.student.layers == [1]
+    assert both.entries[1].label == "kd+train.learning_rate=1e-4,student.layers=[1]"
+
+
+def overparam(entry: Entry) -> Any:
+    return entry.recipe.overparam
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [
+        ("train.max_steps=4", r"training steps is 3 \(kd\) but 4 \(kd\+train.max_steps=4\)"),
+        ("student.layers=2", "student.parameters"),
+        ("train.colour=red", r"--variant train.colour=red: train.colour: unknown field"),
+        ("train.max_steps=many", r"--variant train.max_steps=many: train.max_steps"),
+        ("student.layers=[9]", r"--variant student.layers=\[9\]: student.layers"),
+        ("seed.more=1", r"--variant seed.more=1"),
+        ("method", r"--variant method: takes FIELD=VALUE\[,FIELD=VALUE...\]"),
+        ("student.layers=0,1", r"takes FIELD=VALUE.*not '1'"),
+        ("train.learning_rate=1e-3", r"--variant train.learning_rate=1e-3: changes nothing in .*kd.toml"),
+        ("name=x,export.onnx=true", "changes nothing"),
+        ("task=rte", "--variant task=rte: takes .*kd.toml from task reviews to rte"),
+        ("task.train_samples=90", "fingerprint of its data"),
+    ],
+)
+def test_a_variant_that_is_wrong_unequal_or_nothing_new_is_refused_by_its_name(
+    tmp_path: Path, variant: str, words: str
+):
+    with pytest.raises(InputError) as refused:
+        plan_comparison([recipe(tmp_path, "kd")], seeds=1, console=QUIET, variants=[variant])
+    assert re.search(words, f"{refused.value.where}: {refused.value.message}")
+
+
+def test_a_variant_is_a_row_with_a_difference_to_its_plain_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["compare", str(recipe(tmp_path, "kd")), str(recipe(tmp_path, "hs")), "--seeds", "2"]
+    variant = "student.init=random"
+    assert run([*words, "--variant", variant, "--json"]) == 0
+    [block] = json.loads(capsys.readouterr().out)["tasks"]
+    rows = {row["name"]: row for row in block["rows"]}
+    assert list(rows) == ["kd", f"kd+{variant}", "hs", f"hs+{variant}"]
+    for name in ("kd", "hs"):
+        plain, changed = rows[name], rows[f"{name}+{variant}"]
+        expected = np.mean([changed["scores"][seed] - plain["scores"][seed] for seed in ("42", "43")])
+        assert plain["variant"] is None
+        assert changed["variant"]["of"] == name and changed["variant"]["changes"] == [variant]
+        assert changed["variant"]["difference"]["mean"] == pytest.approx(expected)
+    text = (tmp_path / "comparison" / "comparison.md").read_text()
+    table = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| ")]
+    place = table[0].index("to the plain recipe")
+    assert [bool(line[place]) for line in table[2:]] == [False, False, True, False, True]
+    lines = {row["name"]: row for row in csv.DictReader((tmp_path / "comparison" / "comparison.csv").open())}
+    assert [line["variant_of"] for line in lines.values()] == ["", "", "kd", "", "hs"]
+    to_plain = rows[f"hs+{variant}"]["variant"]["difference"]
+    assert float(lines[f"hs+{variant}"]["to_plain_low"]) == pytest.approx(to_plain["low"])
+    record = json.loads((tmp_path / "comparison" / "runs" / f"reviews-hs+{variant}-seed43" / "run.json").read_text())
+    assert record["recipe"]["student"]["init"] == "random" and record["overrides"] == [variant]
 
 
 def test_two_rows_of_one_name_and_a_strange_baseline_are_refused(tmp_path: Path):
