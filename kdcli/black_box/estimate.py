@@ -1,9 +1,7 @@
 """Logits behind decisions: what a black-box teacher must have thought to decide as it did (DBKD)."""
 
 import numpy as np
-import torch
 from scipy.special import ndtr
-from torch import Tensor
 
 _NODES, _WEIGHTS = np.polynomial.hermite.hermgauss(80)
 
@@ -49,8 +47,3 @@ def _solve(target: np.ndarray, sigma: float, rounds: int, tolerance: float) -> n
         if np.abs(step).sum() <= tolerance:
             break
     return logits - logits.mean()
-
-
-def counts_of(decisions: Tensor, classes: int) -> np.ndarray:
-    """Return (n, classes) counts of decisions (n, copies), each a class number."""
-    return torch.nn.functional.one_hot(decisions.long(), classes).sum(1).numpy()

@@ -298,11 +298,6 @@ def _detach(linear: nn.Module, weight: nn.Parameter | None) -> nn.Parameter:
     return weight
 
 
-def factors_of(model: "PreTrainedModel") -> dict[MatrixKey, tuple[Tensor, ...]]:
-    """Return the live tensors of every chain in the blocks."""
-    return {key: tensors_of(linear) for key, linear in linears_of(model) if chain_of(linear) is not None}
-
-
 def overparam_state(model: nn.Module) -> dict[str, Any]:
     """Return the factor lists of every chain by the layer's path, as JSON-able data.
 

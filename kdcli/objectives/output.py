@@ -22,13 +22,6 @@ def kl_divergence(
     return value * temperature**2 if scale else value
 
 
-def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return -sum p_T log p_S, mean over the batch: KL plus the teacher's entropy, with KL's gradient."""
-    student = torch.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = torch.softmax(teacher_logits.float() / temperature, dim=-1)
-    return -(teacher * student).sum(-1).mean()
-
-
 class OutputObjective(Objective):
     """T^2 KL of the logits; for regression the squared difference of the predictions."""
 

@@ -386,10 +386,10 @@ class StudentSection(Section):
         default=None, description="width: width of the feed-forward layer. Left out, the teacher's."
     )
     heads: Heads | None = Field(default=None, description="width: attention heads. Left out, the teacher's.")
-    init: Literal["teacher", "sliced", "random"] = Field(
+    init: Literal["teacher", "random"] = Field(
         default="teacher",
         description="depth, width: start from the teacher's weights (for width, slices of them), or at random: a "
-        'depth student\'s blocks, all of a width student. "sliced" means "teacher".',
+        "depth student's blocks, all of a width student.",
     )
     # checkpoint
     model: str | None = Field(

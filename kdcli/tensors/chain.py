@@ -32,12 +32,6 @@ def from_right(shape: MPOShape) -> bool:
     return _cost(shape, from_right=True) <= _cost(shape, from_right=False)
 
 
-def chain_flops(shape: MPOShape, *, backward: bool = True) -> int:
-    """Return the floating-point operations of one contraction, with its backward pass (twice as many again)."""
-    forward = 2 * min(_cost(shape, from_right=True), _cost(shape, from_right=False))
-    return forward * 3 if backward else forward
-
-
 _steps = 0
 
 

@@ -302,7 +302,6 @@ def test_a_student_without_a_form_is_refused():
     [
         StudentSection(form="depth", layers=1),
         StudentSection(form="width", hidden_size=16),
-        StudentSection(form="width", hidden_size=16, init="sliced"),
         StudentSection(form="low-rank", rank=2),
         StudentSection(form="low-rank", energy=0.5),
     ],

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from kdcli.black_box.estimate import counts_of, decision_probabilities, logits_from_decisions
+from kdcli.black_box.estimate import decision_probabilities, logits_from_decisions
 
 VECTORS = [
     ((10, 0), (1.550, -1.550)),
@@ -116,7 +116,3 @@ def test_a_class_that_was_never_decided_goes_down_with_every_round():
     few, many = (logits_from_decisions(np.array([[10, 0]]), rounds=rounds)[0, 1] for rounds in (20, 200))
     assert few == pytest.approx(-1.550, abs=1e-3)
     assert many < few - 0.3
-
-
-def test_decisions_are_counted_by_class():
-    assert counts_of(torch.tensor([[0, 2, 2], [1, 1, 1]]), 3).tolist() == [[1, 0, 2], [0, 3, 0]]

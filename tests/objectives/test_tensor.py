@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from chains import factors_of
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from kdcli.models.overparam import factors_of, overparameterise, teacher_factors
+from kdcli.models.overparam import overparameterise, teacher_factors
 from kdcli.objectives.cores import TensorObjective, aux_loss
 from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import Signals

@@ -535,8 +535,7 @@ def test_the_readme_has_every_choice(header: str):
         for kind in _kinds(SECTIONS[header].model_fields[name].annotation):
             if get_origin(kind) is Literal:
                 missing = [choice for choice in get_args(kind) if choice not in default + meaning]
-                # Two words for one thing: the README has the first.
-                assert missing in ([], ["sliced"] if name == "init" else []), (header, name)
+                assert not missing, (header, name)
 
 
 def test_a_portable_recipe_names_whole_paths_and_nothing_else(tmp_path: Path):

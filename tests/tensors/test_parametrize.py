@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from chains import factors_of
 from torch import nn
 from transformers import AutoModel, BertConfig, BertForSequenceClassification, PreTrainedModel
 
@@ -15,7 +16,6 @@ from kdcli.models.counts import count_parameters
 from kdcli.models.lowrank import LowRankLinear, factorise
 from kdcli.models.overparam import (
     contract_model,
-    factors_of,
     linears_of,
     overparam_state,
     overparameterise,

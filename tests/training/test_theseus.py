@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from chains import factors_of
 from families import NAMES, tiny
 from rich.console import Console
 from safetensors.torch import load_file
@@ -23,7 +24,7 @@ from kdcli.methods import registry
 from kdcli.methods.base import Context, Term
 from kdcli.models.blocks import blocks_of
 from kdcli.models.inputs import model_inputs
-from kdcli.models.overparam import contract_model, factors_of, overparameterise
+from kdcli.models.overparam import contract_model, overparameterise
 from kdcli.models.shape import shape_of
 from kdcli.models.student import build_student
 from kdcli.objectives.cores import TensorObjective
