@@ -1,10 +1,11 @@
 """What a run.json holds: read in one place, where a missing field or a wrong type is told with the file's name."""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from kdcli.errors import InputError
 from kdcli.files import fingerprint
@@ -14,104 +15,69 @@ HINT = "start the run again with --force"
 CHECKSUM = "checksum"
 """The field with a hash over all others."""
 
+Typed = TypeVar("Typed")
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Of the data, and of the teacher's weights; None for a black box."""
+
+    data: str
+    teacher: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What every run.json says, however far its run came.
+
+    recipe, recipe_folder: None where the run ended before they were written. interrupted: its training was stopped
+    once, so its seconds are not those of a whole training. files: what each finished folder of the run holds.
+    """
+
+    status: str = "unknown"
+    recipe: dict[str, Any] | None = None
+    recipe_folder: str | None = None
+    interrupted: bool = False
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    hashes: Hashes | None = None
+
 
 def checksum(values: dict[str, Any]) -> str:
     """Return the hash over a record, but for the field that holds it."""
     return fingerprint({key: value for key, value in values.items() if key != CHECKSUM})
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-class _Side(_Part):
-    score: float | None = None
-    metrics: dict[str, dict[str, float | None]] = {}
-    parameters: int = 0
-    megabytes: float = 0.0
-
-
-class _Task(_Part):
-    name: str = ""
-    kind: str = ""
-    primary: str = ""
-    sizes: dict[str, int] = {}
-
-
-class _Loss(_Part):
-    before: float | None = None
-    after: float | None = None
-
-
-class _Scores(_Part):
-    task: str = ""
-    metric: str = ""
-    scores: dict[str, list[float]] = {}
-    metrics: dict[str, list[dict[str, dict[str, float]]]] = {}
-
-
-class _Run(_Part):
-    """The types of the fields, where they are there: a run fills them in one after the other."""
-
-    name: str = ""
-    status: str = ""
-    recipe: dict[str, Any] = {}
-    recipe_folder: str = ""
-    seed: int = 0
-    versions: dict[str, str | None] = {}
-    task: _Task = _Task()
-    primary: str = ""
-    teacher: _Side | None = None
-    student: _Side = _Side()
-    teacher_path: str | None = None
-    loss: _Loss = _Loss()
-    finetune: list[_Scores] = []
-    training: list[dict[str, Any]] = []
-    seconds: dict[str, float] = {}
-    hashes: dict[str, str | None] = {}
-    overparam: dict[str, Any] | None = None
-    export: dict[str, Any] | None = None
-
-
-class Record(dict[str, Any]):
-    """A part of a record. Raises InputError, naming the file and the field, for a field that is not there."""
-
-    def __init__(self, values: dict[str, Any], file: Path, place: str = "") -> None:
-        super().__init__({key: _part(value, file, f"{place}{key}") for key, value in values.items()})
-        self.file = file
-        self.place = place
-
-    def __missing__(self, key: str) -> Any:
-        raise InputError(f"{self.file} has no field {self.place}{key}", hint=HINT)
-
-
-def _part(value: Any, file: Path, place: str) -> Any:
-    if isinstance(value, dict):
-        return Record(value, file, f"{place}.")
-    if isinstance(value, list):
-        return [_part(inner, file, f"{place}[{number}]") for number, inner in enumerate(value)]
-    return value
-
-
-def read_record(file: Path) -> Record:
+def read_document(file: Path) -> dict[str, Any]:
     """Return what a run.json says; empty when there is none. Raises InputError when it cannot be read or believed."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        return Record({}, file)
+        return {}
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid JSON: {error}", hint=HINT) from error
     if not isinstance(values, dict):
         raise InputError(f"{file} is no record of a run", hint=HINT)
-    try:
-        _Run.model_validate(values)
-    except ValidationError as error:
-        from kdcli.recipe.problems import problems_of
-
-        problem = problems_of(_Run, error)[0]
-        raise InputError(f"{file}: {problem.name}: {problem.message}", hint=HINT) from error
     if values.get(CHECKSUM, checksum(values)) != checksum(values):
         raise InputError(f"{file} was changed after kdcli wrote it (its checksum differs)", hint=HINT)
-    return Record(values, file)
+    return values
+
+
+def typed(kind: type[Typed], document: dict[str, Any], file: Path, *, flat: str | None = None) -> Typed:
+    """Return a document as the dataclass `kind`; fields that it does not name are left out.
+
+    flat: a field of `kind` whose own fields stand among the others in the document.
+    Raises InputError, naming the file and the field, for a field that is not there or of another type.
+    """
+    try:
+        whole = {**document, flat: document} if flat is not None else document
+        # As JSON, where a dictionary may stand for a dataclass; strictly, where a word is no number.
+        return TypeAdapter(kind).validate_json(json.dumps(whole), strict=True)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])[1:]
+        place = place.removeprefix(f"{flat}.")
+        if problem["type"] == "missing":
+            raise InputError(f"{file} has no field {place}", hint=HINT) from error
+        raise InputError(f"{file}: {place}: {problem['msg']}", hint=HINT) from error

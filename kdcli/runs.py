@@ -31,7 +31,7 @@ from kdcli.interrupts import finishing, tidying
 from kdcli.locks import BusyError, lock_file
 from kdcli.manifest import difference, files_of
 from kdcli.names import LATEST, checked, folder_of, problem_of
-from kdcli.records import CHECKSUM, Record, checksum, read_record
+from kdcli.records import CHECKSUM, RunRecord, checksum, read_document, typed
 
 if TYPE_CHECKING:
     from kdcli.recipe.schema import Recipe
@@ -76,27 +76,37 @@ class Run:
         return has_marker(self.path) or (self.path / RECORD).is_file()
 
     @property
-    def record(self) -> Record:
-        """What run.json says; empty when there is none yet.
+    def document(self) -> dict[str, Any]:
+        """What run.json says, as JSON; empty when there is none yet.
 
         Raises InputError when it is broken, or was changed by something else than kdcli.
         """
-        return read_record(self.path / RECORD)
+        return read_document(self.path / RECORD)
+
+    @property
+    def record(self) -> RunRecord | None:
+        """What run.json says; None when there is none yet. Raises InputError as `document` does."""
+        document = self.document
+        return typed(RunRecord, document, self.path / RECORD) if document else None
 
     def update(self, changes: dict[str, Any]) -> None:
         """Merge `changes` into run.json, atomically."""
-        record = json.loads(to_json_text({**self.record, **changes}))
+        record = json.loads(to_json_text({**self.document, **changes}))
         write_json(self.path / RECORD, {**record, CHECKSUM: checksum(record)})
+
+    @property
+    def _files(self) -> dict[str, dict[str, Any]]:
+        return record.files if (record := self.record) is not None else {}
 
     def note_files(self, folder: Path) -> None:
         """Write into run.json what a finished folder of this run holds, for `changed`."""
         name = folder.relative_to(self.path).as_posix()
         files = {file: held for file, held in files_of(folder).items() if file != CARD}
-        self.update({"files": {**self.record.get("files", {}), name: files}})
+        self.update({"files": {**self._files, name: files}})
 
     def forget_files(self, folder: Path) -> None:
         """Take out of run.json what a folder holds: it is about to be replaced."""
-        files = dict(self.record.get("files", {}))
+        files = dict(self._files)
         if files.pop(folder.relative_to(self.path).as_posix(), None) is not None:
             self.update({"files": files})
 
@@ -105,7 +115,7 @@ class Run:
 
         The model card does not count: it is there to be edited.
         """
-        files = self.record.get("files", {})
+        files = self._files
         root = self.path.resolve()
         for place in _places(folder):
             name = place.relative_to(root).as_posix() if place.is_relative_to(root) else None
@@ -265,7 +275,7 @@ def _is_run(folder: Path) -> bool:
     if has_marker(folder):
         return True
     with contextlib.suppress(InputError):
-        return {"status", "recipe", "versions"} <= Run(folder).record.keys()
+        return {"status", "recipe", "versions"} <= Run(folder).document.keys()
     return False
 
 
@@ -339,7 +349,8 @@ def check_same_recipe(run: Run, recipe: dict[str, Any]) -> None:
     """Raise InputError when the run was begun with another recipe. recipe: as `run.json` holds it."""
     record = run.record
     # A run of ours may have been stopped before it wrote its recipe down.
-    if record and record.get("recipe", recipe if has_marker(run.path) else None) != recipe:
+    written = recipe if record is None or (record.recipe is None and has_marker(run.path)) else record.recipe
+    if written != recipe:
         raise InputError(
             f"{run.path} was started with another recipe",
             hint="go back to that recipe, or start again with --force",
@@ -421,7 +432,7 @@ def run_of_model(folder: Path) -> Run | None:
             run = Run(place.parent)
         else:
             continue
-        if "recipe" in run.record:
+        if (record := run.record) is not None and record.recipe is not None:
             return run
     return None
 

@@ -35,27 +35,27 @@ def test_a_run_is_not_opened_twice_without_force_or_resume(tmp_path: Path):
     with pytest.raises(InputError, match="exists already"), open_run(tmp_path, "one", force=False, resume=False):
         pass
     with open_run(tmp_path, "one", force=False, resume=True) as run:
-        assert (run.record["status"], run.record["recipe"]) == ("done", {})
+        assert run.record is not None and (run.record.status, run.record.recipe) == ("done", {})
     with open_run(tmp_path, "one", force=True, resume=False) as run:
-        assert run.record == {}
+        assert run.record is None
 
 
 def test_what_force_replaces_comes_back_unless_something_took_its_place(tmp_path: Path):
     old = finished(tmp_path, "one")
     for killed in (False, True):
         with open_run(tmp_path, "one", force=True, resume=False) as new:
-            assert new.record == {}
+            assert new.record is None
             if not killed:
                 new.discard()
         if killed:
             # Its place is empty: the next attempt must not take that for the run to keep.
             with open_run(tmp_path, "one", force=True, resume=False) as new:
                 new.discard()
-        assert old.record["status"] == "done" and latest_run(tmp_path).path == old.path.resolve()
+        assert old.document["status"] == "done" and latest_run(tmp_path).path == old.path.resolve()
     with open_run(tmp_path, "one", force=True, resume=False) as new:
         new.settle()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "one"]
-    assert old.record == {}
+    assert old.record is None
 
 
 def test_a_run_that_was_to_be_replaced_goes_on_where_nothing_took_its_place(tmp_path: Path):
@@ -64,7 +64,7 @@ def test_a_run_that_was_to_be_replaced_goes_on_where_nothing_took_its_place(tmp_
         # What a kill between the two moves leaves.
         shutil.rmtree(new.path)
     with open_run(tmp_path, "one", force=False, resume=True) as again:
-        assert again.record["status"] == "done"
+        assert again.document["status"] == "done"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "one"] and run.student.is_dir()
 
 
@@ -199,7 +199,7 @@ def test_a_run_of_an_older_version_is_replaced(tmp_path: Path):
     (run.path / "kdcli.json").unlink()
     run.update({"status": "done", "recipe": {}, "versions": {}})
     with open_run(tmp_path, "one", force=True, resume=False) as run:
-        assert run.record == {}
+        assert run.record is None
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path, own_cache: Path):

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from kdcli.cli.console import info
+from kdcli.distill.record import finished
 from kdcli.errors import InputError
 from kdcli.files import expanded
 from kdcli.manifest import check_manifest, is_sealed
@@ -31,7 +32,7 @@ class Choice:
         if self.run is None:
             return None
         try:
-            return Recipe.model_validate(self.run.record["recipe"])
+            return Recipe.model_validate(finished(self.run).recipe)
         except ValidationError as error:
             raise InputError(
                 f"{self.run.path / 'run.json'} does not hold the recipe of a run of this version of kdcli",
@@ -77,10 +78,11 @@ def _choose(model: str | None, task: str | None = None) -> Choice:
     if (path / "run.json").is_file() and not (path / "config.json").exists():
         run = Run(path.resolve())
         if not run.student.is_dir():
+            status = record.status if (record := run.record) is not None else "unknown"
             raise InputError(
-                f"the run {path} has no student yet (status: {run.record.get('status', 'unknown')})",
+                f"the run {path} has no student yet (status: {status})",
                 hint="make it again: kdcli distill RECIPE --force"
-                if run.record.get("status") == "done"
+                if status == "done"
                 else "go on with it: kdcli distill RECIPE --resume",
             )
         return Choice(_classifier_of(run, task), run)
@@ -90,9 +92,10 @@ def _choose(model: str | None, task: str | None = None) -> Choice:
 
 def _classifier_of(run: Run, task: str | None) -> str:
     """Return the folder of a run's classifier: its student, or one of the students that were fine-tuned from it."""
-    if run.record.get("task", {}).get("kind") != "text":
+    result = finished(run).result
+    if result.loss is None:
         return str(run.student)
-    tasks = [section["task"]["name"] for section in run.record["recipe"].get("finetune", [])]
+    tasks = [scores.task for scores in result.finetune]
     if not tasks or (task is not None and task not in tasks):
         raise InputError(
             f"the student of {run.path} is a general one, without a head for {task or 'any task'}",
@@ -109,12 +112,12 @@ def teacher_of_run(choice: Choice) -> str:
     where, hint = "--fail-under-retention", "name a model to compare with: --teacher MODEL"
     if choice.run is None:
         raise InputError(f"{choice.model} belongs to no run, so its teacher is not known", where=where, hint=hint)
-    record = choice.run.record
-    if record.get("task", {}).get("kind") == "text" or record.get("teacher_path") is None:
+    record = finished(choice.run)
+    if record.result.loss is not None or record.teacher_path is None:
         raise InputError(f"the teacher of {choice.run.path} has no score on a task", where=where, hint=hint)
-    if not Path(record["teacher_path"]).is_dir():
-        raise InputError(f"the run's teacher is gone: {record['teacher_path']}", where=where, hint=hint)
-    return str(record["teacher_path"])
+    if not Path(record.teacher_path).is_dir():
+        raise InputError(f"the run's teacher is gone: {record.teacher_path}", where=where, hint=hint)
+    return record.teacher_path
 
 
 def choose_task(
@@ -130,11 +133,11 @@ def choose_task(
     if recipe is not None and tuned and (name in tuned or name is None):
         assert choice.run is not None
         section, evaluate = tuned[name or Path(choice.model).name], recipe.evaluate
-        base = Path(choice.run.record["recipe_folder"])
+        base = Path(finished(choice.run).recipe_folder)
     elif recipe is not None and name in (None, recipe.task.name):
         assert choice.run is not None
         section, evaluate = recipe.task, recipe.evaluate
-        base = Path(choice.run.record["recipe_folder"])
+        base = Path(finished(choice.run).recipe_folder)
     elif name is not None:
         length = recipe.task.max_length if recipe is not None else 128
         section, evaluate = TaskSection(name=checked(name, "--task"), max_length=length), EvaluateSection()

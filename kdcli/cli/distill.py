@@ -113,10 +113,10 @@ def _next_commands(result: "RunResult") -> list[str]:
     from kdcli.cli.console import shown_path
 
     run, tuned = shlex.quote(shown_path(result.run.path)), ""
-    if result.record["task"]["kind"] == "text":
-        if not result.record["finetune"]:
+    if result.result.loss is not None:
+        if not result.result.finetune:
             return []
-        tuned = f" --task {shlex.quote(result.record['finetune'][0]['task'])}"
+        tuned = f" --task {shlex.quote(result.result.finetune[0].task)}"
     commands = [f"kdcli eval {run}{tuned}"]
     return commands if result.onnx is not None else [*commands, f"kdcli export {run}{tuned}"]
 

@@ -114,7 +114,7 @@ def evaluate(
 
     from kdcli.cli.choose import load_contestant, readable_length
     from kdcli.distill.teacher import align_labels
-    from kdcli.evaluation.comparison import described_set
+    from kdcli.evaluation.result import described_set
     from kdcli.evaluation.score import evaluate_model, primary_score
     from kdcli.gates import Limits
     from kdcli.models.finite import at_fault

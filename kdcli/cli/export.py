@@ -46,6 +46,7 @@ def export(
     from kdcli.cli import render
     from kdcli.cli.choose import choose_model, choose_task, load_contestant, readable_length, warn_of_changes
     from kdcli.cli.console import emit, err, info, settle
+    from kdcli.distill.record import finished
     from kdcli.errors import InputError
     from kdcli.gates import Gate, parity_gate
     from kdcli.terminal import warn
@@ -62,6 +63,7 @@ def export(
     sizes = {"batch_sizes": grid[0], "sequence_lengths": grid[1], "runs": runs, "threads": threads}
     validate_section(ExportSection, sizes)
     from kdcli.export.export import export_model
+    from kdcli.export.parity import TOLERANCE
     from kdcli.files import expanded
     from kdcli.models.finite import at_fault
     from kdcli.models.shape import check_lengths
@@ -73,9 +75,9 @@ def export(
         section, evaluate_section, base = choose_task(choice, task)
         loaded, length = load_task(section, evaluate_section, base=base), section.max_length
     beside = choose_model(teacher).model if teacher is not None else None
-    general = choice.run is not None and choice.run.record.get("task", {}).get("kind") == "text"
-    if beside is None and choice.run is not None and latency and not general:
-        beside = choice.run.record.get("teacher_path")
+    record = finished(choice.run) if choice.run is not None else None
+    if beside is None and record is not None and latency and record.result.loss is None:
+        beside = record.teacher_path
         if beside is not None and not Path(beside).is_dir():
             info(f"the run's teacher is gone ({beside}): timing the student alone")
             beside = None
@@ -120,7 +122,7 @@ def export(
             inside.update({"export": result.to_json()})
             inside.note_files(inside.onnx)
     document = result.to_json()
-    gates = [parity_gate(document["parity"])]
+    gates = [parity_gate(result.difference, TOLERANCE)]
     if max_latency_ms is not None and result.latency is not None:
         cell = result.latency.of("student", "ONNX Runtime", grid[0][0], grid[1][0])
         gates.append(Gate("latency_ms", cell["p50"], max_latency_ms, at_most=True, label="p50 in ms"))

@@ -17,22 +17,19 @@ if TYPE_CHECKING:
     from kdcli.compare.plan import ComparisonPlan
     from kdcli.compare.report import Report
     from kdcli.distill.plan import Plan
-    from kdcli.evaluation.comparison import Comparison
-    from kdcli.evaluation.general import General
+    from kdcli.evaluation.result import Loss, Result
     from kdcli.export.export import ExportResult
     from kdcli.export.latency import LatencyReport
     from kdcli.models.overparam import ContractReport, OverparamReport
 
 
-def scores(result: "Comparison | General") -> Table:
+def scores(result: "Result") -> Table:
     """Return the table of a run's result: teacher beside student, or what was fine-tuned from a general student."""
-    from kdcli.evaluation.general import General
-
-    return _after_finetuning(result) if isinstance(result, General) else _teacher_beside_student(result)
+    return _teacher_beside_student(result) if result.loss is None else _after_finetuning(result, result.loss)
 
 
-def _teacher_beside_student(result: "Comparison") -> Table:
-    from kdcli.evaluation.comparison import described_set
+def _teacher_beside_student(result: "Result") -> Table:
+    from kdcli.evaluation.result import described_set
     from kdcli.tasks.metrics import shown
 
     sides = {"teacher": result.teacher, "student": result.student}
@@ -58,7 +55,7 @@ def _teacher_beside_student(result: "Comparison") -> Table:
     return table
 
 
-def _after_finetuning(result: "General") -> Table:
+def _after_finetuning(result: "Result", loss: "Loss") -> Table:
     table = Table()
     names = list(dict.fromkeys(["teacher", "student", *(n for s in result.finetune for n in s.scores)]))
     table.add_column("")
@@ -68,11 +65,11 @@ def _after_finetuning(result: "General") -> Table:
         cells = [_mean_score(tuned.scores.get(name, [])) for name in names]
         table.add_row(f"{tuned.metric} ({tuned.task})", *cells)
     empty = [""] * (len(names) - 2)
-    table.add_row("parameters", *(f"{count:,}" for count in result.parameters), *empty)
-    table.add_row("megabytes", *(f"{size:.1f}" for size in result.megabytes), *empty)
-    before, after = result.loss
-    if before is not None and after is not None:
-        table.add_row("held-out loss", "", f"{before:.4f} to {after:.4f}", *empty)
+    sides = [side for side in (result.teacher, result.student) if side is not None]
+    table.add_row("parameters", *(f"{side.parameters:,}" for side in sides), *empty)
+    table.add_row("megabytes", *(f"{side.megabytes:.1f}" for side in sides), *empty)
+    if loss.before is not None and loss.after is not None:
+        table.add_row("held-out loss", "", f"{loss.before:.4f} to {loss.after:.4f}", *empty)
     return table
 
 

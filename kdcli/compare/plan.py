@@ -390,7 +390,7 @@ def check_reusable(plan: ComparisonPlan, root: Path) -> None:
 
 def is_done(cell: Cell, run: Run) -> bool:
     """True when `run` is this cell's and finished."""
-    return not is_other_run(cell, run) and run.record.get("status") == "done"
+    return not is_other_run(cell, run) and (record := run.record) is not None and record.status == "done"
 
 
 def is_other_run(cell: Cell, run: Run) -> bool:
@@ -399,7 +399,7 @@ def is_other_run(cell: Cell, run: Run) -> bool:
         record = run.record
     except InputError:
         return True
-    if "recipe" not in record:
-        return bool(record)
-    data = record.get("hashes", {}).get("data", cell.entry.fingerprint)
-    return record.get("recipe") != cell.recipe.model_dump(exclude_none=True) or data != cell.entry.fingerprint
+    if record is None:
+        return False
+    data = record.hashes.data if record.hashes is not None else cell.entry.fingerprint
+    return record.recipe != cell.recipe.model_dump(exclude_none=True) or data != cell.entry.fingerprint

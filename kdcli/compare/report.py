@@ -10,8 +10,9 @@ from typing import Any
 
 from kdcli import __version__
 from kdcli.compare.plan import NAME, STEPS, Cell, ComparisonPlan, Entry, Inequality, said_seeds
-from kdcli.compare.run import INTERRUPTED, Failure, Results
+from kdcli.compare.run import Failure, Results
 from kdcli.compare.statistics import Difference, Summary, paired_difference, summarise
+from kdcli.distill.record import FinishedRun
 from kdcli.files import remove_leftovers, write_bytes, write_json, write_text
 from kdcli.markdown import escaped, table_row
 from kdcli.words import counted
@@ -233,26 +234,25 @@ def make_report(plan: ComparisonPlan, results: Results) -> Report:
     )
 
 
-def _records(plan: ComparisonPlan, results: Results, entry: Entry) -> dict[int, dict[str, Any]]:
+def _records(plan: ComparisonPlan, results: Results, entry: Entry) -> dict[int, FinishedRun]:
     names = {seed: Cell(entry, seed).name for seed in plan.seeds}
     return {seed: results.records[name] for seed, name in names.items() if name in results.records}
 
 
-def _teachers(plan: ComparisonPlan, results: Results, task: str) -> dict[str, str]:
+def _teachers(plan: ComparisonPlan, results: Results, task: str) -> dict[str, str | None]:
     cells = [cell for cell in plan.cells if cell.entry.task == task and cell.name in results.records]
-    return {cell.name: results.records[cell.name]["hashes"]["teacher"] for cell in cells}
+    return {cell.name: results.records[cell.name].hashes.teacher for cell in cells}
 
 
-def _scores(record: dict[str, Any]) -> dict[str, tuple[str, float, float | None]]:
+def _scores(record: FinishedRun) -> dict[str, tuple[str, float, float | None]]:
     """Return {task: (metric, student's score, teacher's)} of a run; of one on plain text what was fine-tuned."""
-    name = record["task"]["name"]
-    if record["task"]["kind"] != "text":
-        # Of a black box nothing is known.
-        teacher = record["teacher"]["score"] if record["teacher"] is not None else None
-        return {name: (record["primary"], record["student"]["score"], teacher)}
+    name, result = record.task.name, record.result
+    if result.student.score is not None:
+        teacher = result.teacher.score if result.teacher is not None else None
+        return {name: (result.primary, result.student.score, teacher)}
     return {
-        f"{name}, then {tuned['task']}": (tuned["metric"], tuned["mean"]["student"], tuned["mean"].get("teacher"))
-        for tuned in record["finetune"]
+        f"{name}, then {tuned.task}": (tuned.metric, tuned.mean["student"], tuned.mean.get("teacher"))
+        for tuned in result.finetune
     }
 
 
@@ -260,7 +260,7 @@ def _blocks(plan: ComparisonPlan, results: Results, task: str) -> list[Block]:
     entries = plan.of(task)
     runs = {entry.label: _records(plan, results, entry) for entry in entries}
     scores = {label: {seed: _scores(record) for seed, record in mine.items()} for label, mine in runs.items()}
-    every = [record for mine in runs.values() for record in mine.values()]
+    teachers = [record.result.teacher for mine in runs.values() for record in mine.values()]
     titles = list(dict.fromkeys(title for mine in scores.values() for one in mine.values() for title in one))
     blocks = []
     for title in titles or [task]:
@@ -276,35 +276,33 @@ def _blocks(plan: ComparisonPlan, results: Results, task: str) -> list[Block]:
                 metric=found[0][0] if found else "",
                 baseline=plan.baselines[task],
                 teacher_score=statistics.fmean(scored) if scored else None,
-                teacher_parameters=every[0]["teacher"]["parameters"] if every and every[0]["teacher"] else None,
+                teacher_parameters=teachers[0].parameters if teachers and teachers[0] else None,
                 rows=rows,
             ).finish()
         )
     return blocks
 
 
-def _row(entry: Entry, scores: dict[int, float], records: dict[int, dict[str, Any]], root: Path) -> Row:
+def _row(entry: Entry, scores: dict[int, float], records: dict[int, FinishedRun], root: Path) -> Row:
     seconds = [
-        record["seconds"]["train"] + record["seconds"].get("assistant train", 0.0)
-        for record in records.values()
-        if not record.get(INTERRUPTED)
+        record.seconds.train + record.seconds.assistant_train for record in records.values() if not record.interrupted
     ]
     return Row(
         label=entry.label,
         entry=entry,
         scores=scores,
         trained=max(map(_trained, records.values()), default=None),
-        parameters=max((record["student"]["parameters"] for record in records.values()), default=None),
+        parameters=max((record.result.student.parameters for record in records.values()), default=None),
         seconds=statistics.fmean(seconds) if seconds else None,
         runs=[str(root / Cell(entry, seed).name) for seed in records],
     )
 
 
-def _trained(record: dict[str, Any]) -> int:
+def _trained(record: FinishedRun) -> int:
     """Return how many parameters the optimizer moved: chains instead of matrices, and a method's own bridges."""
-    counts = [stage["parameters"] for stage in record["training"] if "parameters" in stage]
-    chain = record["overparam"]
-    return max(counts, default=chain["parameters_after"] if chain else record["student"]["parameters"])
+    counts = [stage.parameters for stage in record.training if stage.parameters is not None]
+    chain = record.overparam
+    return max(counts, default=chain.parameters_after if chain else record.result.student.parameters)
 
 
 def _average(blocks: list[Block], seeds: list[int]) -> Block | None:
@@ -351,7 +349,7 @@ def _terms(entries: list[Entry], results: Results, seed: int) -> str:
     record = next((results.records[name] for name in names if name in results.records), None)
     parts = [f"teacher {terms['teacher.model'] or 'from scratch'}"]
     if record is not None:
-        parts.append(f"{record['task']['sizes']['train']:,} training examples")
+        parts.append(f"{record.task.sizes['train']:,} training examples")
     parts += [
         f"{counted(terms['train.batch_size'], 'example')} a step",
         f"{counted(terms[STEPS], 'step')}",
@@ -360,18 +358,18 @@ def _terms(entries: list[Entry], results: Results, seed: int) -> str:
         f"data {entries[0].fingerprint}",
     ]
     if record is not None:
-        parts.append(f"on {record['versions']['device']} with torch {record['versions']['torch']}")
+        parts.append(f"on {record.versions['device']} with torch {record.versions['torch']}")
     return ", ".join(parts)
 
 
-def _notes(records: dict[str, dict[str, Any]]) -> list[str]:
+def _notes(records: dict[str, FinishedRun]) -> list[str]:
     """Say what differs between the machines that the runs were made on."""
     notes = []
-    for key in dict.fromkeys(key for record in records.values() for key in record["versions"]):
-        found = sorted({str(record["versions"].get(key)) for record in records.values()})
+    for key in dict.fromkeys(key for record in records.values() for key in record.versions):
+        found = sorted({str(record.versions.get(key)) for record in records.values()})
         if len(found) > 1:
             notes.append(f"the runs were made with different {key}: {', '.join(found)}")
-    stopped = [name for name, record in records.items() if record.get(INTERRUPTED)]
+    stopped = [name for name, record in records.items() if record.interrupted]
     if stopped:
         notes.append(f"stopped once and resumed, so not in the seconds: {', '.join(stopped)}")
     return notes

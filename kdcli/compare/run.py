@@ -11,15 +11,13 @@ from rich.console import Console
 from rich.text import Text
 
 from kdcli.compare.plan import Cell, ComparisonPlan, check_reusable, is_done, is_other_run
+from kdcli.distill.record import FinishedRun, finished
 from kdcli.distill.run import run_distill
 from kdcli.errors import ExitCode, InputError
 from kdcli.faults import explain
 from kdcli.names import folder_of
 from kdcli.runs import Run, remove_run
 from kdcli.training.distributed import state
-
-INTERRUPTED = "interrupted"
-"""A key of run.json: its training was stopped once, so its seconds are not those of a whole training."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Results:
     """What the cells gave: the record of each finished run under its name, and the failures."""
 
     root: Path
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    records: dict[str, FinishedRun] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
 
     @property
@@ -88,7 +86,7 @@ def run_cells(
                 console.print(head, highlight=False)
                 _run(cell, run, console, refresh=refresh and _teacher_of(cell) not in fresh_teachers)
                 fresh_teachers.add(_teacher_of(cell))
-            results.records[cell.name] = run.record
+            results.records[cell.name] = finished(run)
         except Exception as error:
             results.failures.append(_failure(cell, error))
             console.print(Text("failed", style="bold red"), f"{cell.name}: {type(error).__name__}", highlight=False)
@@ -100,7 +98,7 @@ def _run(cell: Cell, run: Run, console: Console, *, refresh: bool) -> None:
     other = is_other_run(cell, run)
     resume = run.begun and not other
     if resume and any(run.checkpoints.rglob("checkpoint-*")):
-        run.update({INTERRUPTED: True})
+        run.update({"interrupted": True})
     run_distill(
         cell.recipe,
         recipe_path=cell.entry.file,

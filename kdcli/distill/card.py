@@ -1,54 +1,52 @@
 """The model card that a run writes beside its student."""
 
-from typing import Any
-
 import yaml
 
-from kdcli.evaluation.comparison import described_set
+from kdcli.distill.record import FinishedRun
+from kdcli.evaluation.result import Loss, described_set
 from kdcli.markdown import code, escaped, table_row
 from kdcli.tasks.metrics import shown
 from kdcli.words import counted
 
 
-def model_card(record: dict[str, Any]) -> str:
+def model_card(record: FinishedRun) -> str:
     """Return README.md of a student: where it comes from, what it scores, how to load it."""
-    if record["task"]["kind"] == "text":
-        return _general_card(record)
-    method, task, student, teacher = record["method"], record["task"], record["student"], record["teacher"]
-    plain = record["student_form"] in ("depth", "width", "checkpoint")
-    sides = {"teacher": teacher, "student": student} if teacher is not None else {"student": student}
-    sets = {name: described_set(name, record.get("rows", {}).get(name)) for name in student["metrics"]}
-    cells = [(f"{m} ({sets[name]})", name, m) for name, metrics in student["metrics"].items() for m in metrics]
+    return _scored_card(record) if record.result.loss is None else _general_card(record, record.result.loss)
+
+
+def _scored_card(record: FinishedRun) -> str:
+    method, task, result = record.method, record.task, record.result
+    known = {"teacher": result.teacher, "student": result.student}
+    sides = {name: side for name, side in known.items() if side is not None}
+    sets = {name: described_set(name, result.rows.get(name)) for name in result.student.metrics}
+    cells = [(f"{m} ({sets[name]})", name, m) for name, metrics in result.student.metrics.items() for m in metrics]
     rows = "\n".join(
         [
             table_row(["", *sides]),
             table_row(["---", *["---:"] * len(sides)]),
             *(
-                table_row([escaped(label), *(shown(m, side["metrics"][n][m]) for side in sides.values())])
+                table_row([escaped(label), *(shown(m, side.metrics[n][m]) for side in sides.values())])
                 for label, n, m in cells
             ),
-            table_row(["parameters", *(f"{side['parameters']:,}" for side in sides.values())]),
-            table_row(["megabytes", *(f"{side['megabytes']:.1f}" for side in sides.values())]),
+            table_row(["parameters", *(f"{side.parameters:,}" for side in sides.values())]),
+            table_row(["megabytes", *(f"{side.megabytes:.1f}" for side in sides.values())]),
         ]
     )
-    over = "\n- over-parameterised while training (OPDF), contracted afterwards" if record["overparam"] else ""
-    augment = task.get("augment")
-    copies = f" and {counted(augment['added'], 'copy', 'copies')} with other words" if augment else ""
-    protocol = code(task["protocol"])
-    loading = _loading("AutoModelForSequenceClassification", plain=plain)
-    retention = record["retention"]
-    kept = (
-        f"\nThe student keeps {retention:.1%} of the teacher's {record['primary']}.\n" if retention is not None else ""
-    )
-    return f"""{_front_matter(method["name"], "text-classification", plain=plain)}
-# {escaped(record.get("name", "student"))}
+    over = "\n- over-parameterised while training (OPDF), contracted afterwards" if record.overparam else ""
+    copies = f" and {counted(task.augment.added, 'copy', 'copies')} with other words" if task.augment else ""
+    protocol = code(task.protocol)
+    loading = _loading("AutoModelForSequenceClassification", plain=record.is_plain)
+    retention = result.retention
+    kept = f"\nThe student keeps {retention:.1%} of the teacher's {result.primary}.\n" if retention is not None else ""
+    return f"""{_front_matter(method.name, "text-classification", plain=record.is_plain)}
+# {escaped(record.name)}
 
-A smaller transformer for the task {code(task["name"])}, distilled with kdcli {record["versions"]["kdcli"]}.
+A smaller transformer for the task {code(task.name)}, distilled with kdcli {record.versions["kdcli"]}.
 
-- teacher: {escaped(record["teacher_origin"])}
-- method: {escaped(method["name"])}, {escaped(method["title"])}
-- student form: {record["student_form"]}{over}
-- data: {escaped(task["source"])}, {task["sizes"]["train"]:,} training examples{copies}, protocol {protocol}
+- teacher: {escaped(record.teacher_origin)}
+- method: {escaped(method.name)}, {escaped(method.title)}
+- student form: {record.student_form}{over}
+- data: {escaped(task.source)}, {task.sizes["train"]:,} training examples{copies}, protocol {protocol}
 
 {rows}
 {kept}
@@ -61,12 +59,12 @@ A smaller transformer for the task {code(task["name"])}, distilled with kdcli {r
 
 ## Limits
 
-Scores hold for data like the task's own. The student inherits the teacher's biases, and seed {record["seed"]}
+Scores hold for data like the task's own. The student inherits the teacher's biases, and seed {record.seed}
 is one sample of the training's randomness.
 
 ## Source
 
-{escaped(method["paper"])}
+{escaped(method.paper)}
 """
 
 
@@ -89,49 +87,52 @@ def _loading(auto: str, *, plain: bool) -> str:
     )
 
 
-def _general_card(record: dict[str, Any]) -> str:
-    method, task, student, teacher = record["method"], record["task"], record["student"], record["teacher"]
-    plain = record["student_form"] in ("depth", "width", "checkpoint")
-    before, after = record["loss"]["before"], record["loss"]["after"]
-    fell = f"\n- held-out loss of the distillation: {before:.4f} before, {after:.4f} after" if before else ""
+def _general_card(record: FinishedRun, loss: Loss) -> str:
+    method, task, result = record.method, record.task, record.result
+    fell = (
+        f"\n- held-out loss of the distillation: {loss.before:.4f} before, {loss.after:.4f} after"
+        if loss.before is not None and loss.after is not None
+        else ""
+    )
     tuned = "".join(
         table_row(
             [
-                f"{scores['metric']} ({escaped(scores['task'])})",
+                f"{scores.metric} ({escaped(scores.task)})",
                 name,
                 f"{100 * value:.2f}",
-                str(len(scores["scores"][name])),
+                str(len(scores.scores[name])),
             ]
         )
         + "\n"
-        for scores in record["finetune"]
-        for name, value in scores["mean"].items()
+        for scores in result.finetune
+        for name, value in scores.mean.items()
     )
     table = f"\n| fine-tuned on | model | mean | seeds |\n| --- | --- | ---: | ---: |\n{tuned}" if tuned else ""
-    masked = record["student_head"] == "masked-lm"
+    taught = f", {result.teacher.parameters:,} parameters" if result.teacher is not None else ""
+    masked = record.student_head == "masked-lm"
     auto = "AutoModelForMaskedLM" if masked else "AutoModel"
-    return f"""{_front_matter(method["name"], "fill-mask" if masked else "feature-extraction", plain=plain)}
-# {escaped(record.get("name", "student"))}
+    return f"""{_front_matter(method.name, "fill-mask" if masked else "feature-extraction", plain=record.is_plain)}
+# {escaped(record.name)}
 
-A smaller general transformer, distilled on plain text with kdcli {record["versions"]["kdcli"]}, to be fine-tuned.
+A smaller general transformer, distilled on plain text with kdcli {record.versions["kdcli"]}, to be fine-tuned.
 
-- teacher: {escaped(record["teacher_origin"])}, {teacher["parameters"]:,} parameters
-- student: {record["student_form"]}, {student["parameters"]:,} parameters
-- method: {escaped(method["name"])}, {escaped(method["title"])}
-- text: {escaped(task["source"])}, {task["sizes"]["train"]:,} documents{fell}
+- teacher: {escaped(record.teacher_origin)}{taught}
+- student: {record.student_form}, {result.student.parameters:,} parameters
+- method: {escaped(method.name)}, {escaped(method.title)}
+- text: {escaped(task.source)}, {task.sizes["train"]:,} documents{fell}
 {table}
 ## Loading
 
 ```python
-{_loading(auto, plain=plain)}
+{_loading(auto, plain=record.is_plain)}
 ```
 
 ## Limits
 
-The student inherits the teacher's biases and those of the text. Seed {record["seed"]} is one sample of the training's
+The student inherits the teacher's biases and those of the text. Seed {record.seed} is one sample of the training's
 randomness.
 
 ## Source
 
-{escaped(method["paper"])}
+{escaped(method.paper)}
 """

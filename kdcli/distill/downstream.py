@@ -9,7 +9,7 @@ from rich.console import Console
 
 from kdcli.distill.resolve import placed
 from kdcli.distill.teacher import label_options
-from kdcli.evaluation.general import TaskScores
+from kdcli.evaluation.result import TaskScores
 from kdcli.evaluation.score import evaluate_model, primary_score
 from kdcli.files import atomic_folder
 from kdcli.models.heads import with_classifier

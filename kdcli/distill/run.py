@@ -17,13 +17,13 @@ from kdcli.distill.card import model_card
 from kdcli.distill.downstream import score_on_tasks
 from kdcli.distill.filler import augment_task, make_filler
 from kdcli.distill.prepare import prepare
+from kdcli.distill.record import FinishedRun, finished, finished_of
 from kdcli.distill.resolve import Resolved
 from kdcli.distill.student import Road
 from kdcli.distill.teacher import Teacher, make_teacher
 from kdcli.errors import ExitCode, InputError
-from kdcli.evaluation.comparison import Comparison, compare, describe_model
-from kdcli.evaluation.general import General
-from kdcli.evaluation.score import evaluate_model
+from kdcli.evaluation.result import Loss, Result
+from kdcli.evaluation.score import describe_model, evaluate_model
 from kdcli.faults import writing
 from kdcli.files import atomic_folder
 from kdcli.gates import Gate, Limits, exit_code_of, limits_of, parity_gate
@@ -52,10 +52,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunResult:
-    """A finished run, the result that a user sees, and the gates that were set for it."""
+    """A finished run, its record, and the gates that were set for it."""
 
     run: runs.Run
-    result: Comparison | General
+    record: FinishedRun
     gates: list[Gate]
     exported: "ExportResult | None" = None
     """What this call wrote as ONNX; `onnx` also knows what an earlier one wrote."""
@@ -65,19 +65,19 @@ class RunResult:
         return exit_code_of(self.gates)
 
     @property
-    def record(self) -> dict[str, Any]:
-        return self.run.record
+    def result(self) -> Result:
+        return self.record.result
 
     @property
     def onnx(self) -> Path | None:
         """The folder of the exported graph, if there is one."""
-        return self.run.onnx if self.record.get("export") is not None and self.run.onnx.is_dir() else None
+        return self.run.onnx if self.record.export is not None and self.run.onnx.is_dir() else None
 
     def to_json(self) -> dict[str, Any]:
         """Return the run's record, with the places of what was written and the gates."""
         places = {"run": self.run.path, "student": self.run.student, "onnx": self.onnx}
         return {
-            **self.record,
+            **self.run.document,
             "paths": {name: str(path.resolve()) if path is not None else None for name, path in places.items()},
             "gates": [gate.to_json() for gate in self.gates],
         }
@@ -111,11 +111,10 @@ def run_distill(
     # Others would meet the folder that the main process has just made.
     before = agree(runs.find_run(root, name, document, force=force, resume=resume) if is_main() else None)
     assert before is not None
-    if resume and before.record.get("status") == "done":
+    if resume and (begun_before := before.record) is not None and begun_before.status == "done":
         main_does(partial(_check_finished, before, recipe, portable(recipe, name, recipe_path.resolve().parent)))
         console.print(f"{before.path} is finished already", highlight=False)
-        kind: type[Comparison | General] = General if recipe.task.type == "text" else Comparison
-        return _finished(before, kind.from_record(before.record), limits)
+        return _finished(before, limits)
     prepared = prepare(recipe, recipe_path)
     resolved, task, head = prepared.resolved, prepared.task, prepared.head
     resolved.method.load_sources(resolved.options, task, resolved.base)
@@ -174,15 +173,14 @@ def run_distill(
             # Nothing taught its head to speak: what is handed over is the body.
             build = replace(build, model=build.model.base_model)  # type: ignore[arg-type]
         round_to_stored(build.model)
-        result: Comparison | General
         with timed(seconds, "evaluate"):
             if task.kind == "text":
-                described = [describe_model(model, {}) for model in (teacher.model, build.model)]
-                result = General(
-                    held_out_loss(training),
-                    (described[0].parameters, described[1].parameters),
-                    (described[0].megabytes, described[1].megabytes),
-                    score_on_tasks(
+                result = Result(
+                    "loss",
+                    describe_model(teacher.model),
+                    describe_model(build.model),
+                    loss=held_out_loss(training),
+                    finetune=score_on_tasks(
                         build.model,
                         teacher.model,
                         teacher.tokenizer,
@@ -194,10 +192,12 @@ def run_distill(
                     ),
                 )
             else:
-                result = compare(
-                    task,
-                    teacher=describe_model(teacher.model, teacher_scores) if teacher.known else None,
-                    student=describe_model(build.model, _scores(build.model, teacher.tokenizer, task, resolved)),
+                scores = _scores(build.model, teacher.tokenizer, task, resolved)
+                result = Result(
+                    task.primary,
+                    describe_model(teacher.model, task, teacher_scores) if teacher.known else None,
+                    describe_model(build.model, task, scores),
+                    {name: len(rows) for name, rows in task.report.items()},
                 )
         seconds["total"] = round(time.perf_counter() - begun, 3)
         record = {
@@ -236,7 +236,7 @@ def run_distill(
         main_does(lambda: run.update({"status": "done", "seconds": seconds}))
         if not recipe.train.keep_checkpoints:
             main_does(run.drop_checkpoints)
-    return replace(_finished(run, result, limits), exported=exported[0] if exported else None)
+    return replace(_finished(run, limits), exported=exported[0] if exported else None)
 
 
 def _check_finished(run: runs.Run, recipe: Recipe, document: dict[str, Any]) -> None:
@@ -245,7 +245,7 @@ def _check_finished(run: runs.Run, recipe: Recipe, document: dict[str, Any]) -> 
     document: what its recipe.toml holds, and holds again after this.
     """
     run.tidy(document, keep_checkpoints=recipe.train.keep_checkpoints)
-    for name in run.record.get("files", {}):
+    for name in run.document.get("files", {}):
         if (problem := run.changed(run.path / name)) is not None:
             raise InputError(
                 f"{run.path} is finished, but {run.path / name} is not what it wrote: {problem}",
@@ -253,14 +253,15 @@ def _check_finished(run: runs.Run, recipe: Recipe, document: dict[str, Any]) -> 
             )
 
 
-def _finished(run: runs.Run, result: Comparison | General, limits: Limits) -> RunResult:
+def _finished(run: runs.Run, limits: Limits) -> RunResult:
     """Return the run's result with its gates."""
+    record = finished(run)
     gates = []
-    if isinstance(result, Comparison):
-        gates = limits.gates(result.primary, result.student_score, result.retention)
-    if (export := run.record.get("export")) is not None:
-        gates.append(parity_gate(export["parity"]))
-    return RunResult(run, result, gates)
+    if (score := record.result.student.score) is not None:
+        gates = limits.gates(record.result.primary, score, record.result.retention)
+    if record.export is not None:
+        gates.append(parity_gate(record.export.parity.max_abs_difference, record.export.parity.tolerance))
+    return RunResult(run, record, gates)
 
 
 @dataclass
@@ -339,22 +340,23 @@ def _warn_of_chance(scores: dict[str, dict[str, float]], task: Task, console: Co
         )
 
 
-def held_out_loss(training: list[dict[str, Any]]) -> tuple[float | None, float | None]:
+def held_out_loss(training: list[dict[str, Any]]) -> Loss:
     """Return the first and the last held-out loss of the last stage; None where it was not measured."""
     losses = [entry["eval_loss"] for entry in training[-1].get("history", []) if "eval_loss" in entry]
-    return (losses[0], losses[-1]) if losses else (None, None)
+    return Loss(losses[0], losses[-1]) if losses else Loss(None, None)
 
 
 def _keep(run: runs.Run, record: dict[str, Any], build: StudentBuild, teacher: Teacher, console: Console) -> None:
-    with atomic_folder(run.student, ours=True) as folder:
-        save_model(build.model, folder, teacher.tokenizer)
-        (folder / "README.md").write_text(model_card({**run.record, **record}), encoding="utf-8")
-    run.note_files(run.student)
     if teacher.path is None and teacher.known:
         with atomic_folder(run.path / "teacher", ours=True) as folder:
             save_model(teacher.model, folder, teacher.tokenizer)
             write_manifest(folder, record["hashes"])
         record["teacher_path"] = str(run.path / "teacher")
+    card = model_card(finished_of({**run.document, **record}, run))
+    with atomic_folder(run.student, ours=True) as folder:
+        save_model(build.model, folder, teacher.tokenizer)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    run.note_files(run.student)
     run.update(record)
     if (note := run.mark_latest()) is not None:
         console.print(note, highlight=False, soft_wrap=True)

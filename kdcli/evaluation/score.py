@@ -1,4 +1,4 @@
-"""Scores of a model on a task's report sets."""
+"""Scores and sizes of a model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 
 from kdcli.data.rows import array_of
+from kdcli.evaluation.result import Side
+from kdcli.models.counts import count_parameters
+from kdcli.models.save import stored_type
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.metrics import compute_metrics
@@ -41,3 +44,12 @@ def evaluate_model(
 def primary_score(scores: dict[str, dict[str, float]], primary: str) -> float:
     """Return the first metric, mean over report sets (MNLI: matched and mismatched)."""
     return float(np.mean([values[primary] for values in scores.values()]))
+
+
+def describe_model(model: Any, task: Task | None = None, metrics: dict[str, dict[str, float]] | None = None) -> Side:
+    """Return a model's sizes and, where it was scored on a task, its scores."""
+    parameters = count_parameters(model)
+    megabytes = round(parameters * stored_type(model).itemsize / 1e6, 3)
+    if task is None or metrics is None:
+        return Side(parameters, megabytes, {}, None)
+    return Side(parameters, megabytes, metrics, primary_score(metrics, task.primary))

@@ -5,7 +5,7 @@ package as an entry point `kdcli.tasks`. No other module asks which kind a task 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,13 +13,11 @@ from kdcli.models.heads import Head
 from kdcli.recipe.schema import Section
 
 if TYPE_CHECKING:
-    import numpy as np
     from datasets import Dataset
     from torch import Tensor
 
     from kdcli.objectives.distribution import Distribution
     from kdcli.signals import Prediction
-    from kdcli.tasks.base import Task
 
 CAPABILITIES = {
     "labels": "gold labels",

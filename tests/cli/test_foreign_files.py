@@ -71,7 +71,7 @@ def test_what_is_no_run_is_neither_removed_nor_put_in_a_runs_place(tmp_path: Pat
         open_run(tmp_path, "one", force=True, resume=False),
     ):
         pass
-    assert precious.exists() and run.record["status"] == "done"
+    assert precious.exists() and run.document["status"] == "done"
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"kdcli": 1}', '{"mine": "1.0"}', "[" * 100_000, "\xff"])

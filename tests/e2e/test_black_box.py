@@ -35,8 +35,8 @@ train = {max_steps = 4}
     plan = make_plan(prepare(loaded, recipe))
     assert plan.to_json()["teacher"]["parameters"] is None
     result = run_distill(loaded, recipe_path=recipe, output=tmp_path / "runs")
-    assert result.record["teacher"] is None and result.record["hashes"]["teacher"] is None
-    assert result.record["retention"] is None and 0 <= result.record["student"]["score"] <= 1
+    assert result.to_json()["teacher"] is None and result.to_json()["hashes"]["teacher"] is None
+    assert result.to_json()["retention"] is None and 0 <= result.to_json()["student"]["score"] <= 1
     assert not (tmp_path / "runs" / "box" / "teacher").exists()
     card = (tmp_path / "runs" / "box" / "student" / "README.md").read_text()
     assert "a black box" in card and "| | student |" in card

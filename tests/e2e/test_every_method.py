@@ -48,7 +48,7 @@ QUIET = Console(quiet=True)
 def distil(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the record of a run in `folder`/run."""
     parsed = Recipe.model_validate({"name": "run", **recipe})
-    return run_distill(parsed, recipe_path=folder / "recipe.toml", output=folder, console=QUIET).record
+    return run_distill(parsed, recipe_path=folder / "recipe.toml", output=folder, console=QUIET).to_json()
 
 
 def make_teacher(folder: Path, task: dict[str, Any], teacher: dict[str, Any]) -> Path:

@@ -61,7 +61,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def distil(path: Path, *overrides: str, **options: Any) -> dict[str, Any]:
     loaded = load_recipe(path, list(overrides))
-    return run_distill(loaded, recipe_path=path, output=path.parent / "runs", **options).record
+    return run_distill(loaded, recipe_path=path, output=path.parent / "runs", **options).to_json()
 
 
 def test_a_student_that_speaks_keeps_its_head_and_is_scored_on_tasks(recipe: Path):
@@ -159,7 +159,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(recipe: Path):
         patch.setattr(trainer.DistillationTrainer, "_save_checkpoint", stop)
         run_distill(loaded, **options)
     assert json.loads((recipe.parent / "runs" / "parts" / "run.json").read_text())["status"] == "failed"
-    resumed = run_distill(loaded, **options, resume=True).record
+    resumed = run_distill(loaded, **options, resume=True).to_json()
     assert resumed["hashes"]["student"] == whole["hashes"]["student"]
     # The weights that it goes on from are scored once.
     assert resumed["training"][0]["history"] == whole["training"][0]["history"]

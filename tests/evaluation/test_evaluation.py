@@ -1,11 +1,18 @@
+import json
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from families import tiny, tokenizer
 
-from kdcli.evaluation.comparison import Comparison, compare, describe_model
-from kdcli.evaluation.score import evaluate_model, primary_score
+from kdcli.errors import InputError
+from kdcli.evaluation.result import Loss, Result, Side, TaskScores
+from kdcli.evaluation.score import describe_model, evaluate_model, primary_score
+from kdcli.files import to_json_text
 from kdcli.recipe.schema import EvaluateSection, TaskSection
+from kdcli.records import typed
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.load import load_task
 from kdcli.tasks.predict import predict
@@ -50,23 +57,50 @@ def test_the_score_of_several_sets_is_their_mean():
     )
 
 
-def test_a_comparison_survives_its_record(task):
-    teacher, student = tiny("bert", layers=2), tiny("bert", layers=1)
-    result = compare(
-        task,
-        teacher=describe_model(teacher, {"validation": {"accuracy": 0.9}}),
-        student=describe_model(student, {"validation": {"accuracy": 0.81}}),
-    )
-    assert result.retention == pytest.approx(0.9)
-    assert result.student.parameters == sum(p.numel() for p in student.parameters())
-    assert result.student.megabytes == pytest.approx(4e-6 * result.student.parameters, abs=1e-3)
-    assert Comparison.from_record(result.to_json()) == result
+def test_a_model_is_described_by_its_sizes_and_its_mean_score(task):
+    model = tiny("bert", layers=1)
+    side = describe_model(model, task, {"matched": {"accuracy": 0.9}, "mismatched": {"accuracy": 0.81}})
+    assert side.score == pytest.approx(0.855)
+    assert side.parameters == sum(p.numel() for p in model.parameters())
+    assert side.megabytes == pytest.approx(4e-6 * side.parameters, abs=1e-3)
+    assert describe_model(model) == Side(side.parameters, side.megabytes, {}, None)
 
 
-def test_a_teacher_at_zero_has_no_retention(task):
-    model = tiny("bert")
-    zero = describe_model(model, {"validation": {"accuracy": 0.0}})
-    assert compare(task, teacher=zero, student=zero).retention is None
+SCORED = Side(80, 0.3, {"validation": {"accuracy": 0.9}}, 0.9)
+RESULTS = {
+    "scored": Result("accuracy", SCORED, Side(40, 0.2, {"validation": {"accuracy": 0.81}}, 0.81), {"validation": 50}),
+    "black box": Result("accuracy", None, SCORED, {"validation": 50}),
+    "by loss": Result(
+        "loss",
+        Side(80, 0.3, {}, None),
+        Side(40, 0.2, {}, None),
+        loss=Loss(2.5, None),
+        finetune=[TaskScores("rte", "accuracy", {"student": [0.5, 0.7]}, {"student": [{"validation": {"f1": 1.0}}]})],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RESULTS)
+def test_a_result_survives_its_record(kind: str, tmp_path: Path):
+    result = RESULTS[kind]
+    document = {"name": "of the run", **json.loads(to_json_text(result.to_json()))}
+    assert typed(Result, document, tmp_path) == result
+    assert result.compression == (None if kind == "black box" else 2.0)
+    assert result.retention == (pytest.approx(0.9) if kind == "scored" else None)
+    del document["student"]["parameters"]
+    with pytest.raises(InputError, match=r"has no field student\.parameters"):
+        typed(Result, document, tmp_path)
+
+
+def test_a_score_that_is_no_number_comes_back_as_none(tmp_path: Path):
+    side = Side(80, 0.3, {"validation": {"pearson": math.nan}}, 0.0)
+    read = typed(Side, json.loads(to_json_text(side.to_json())), tmp_path)
+    assert math.isnan(read.metrics["validation"]["pearson"])
+
+
+def test_a_teacher_at_zero_has_no_retention():
+    zero = Side(80, 0.3, {"validation": {"accuracy": 0.0}}, 0.0)
+    assert Result("accuracy", zero, zero).retention is None
 
 
 def test_a_full_row_of_padding_does_not_change_a_logit(task):

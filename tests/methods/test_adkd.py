@@ -384,9 +384,9 @@ def test_a_recipe_runs_to_its_end(tmp_path: Path):
 
     path = recipe_of(tmp_path, 'name = "adkd"\nanneal = true\ntop_k = 20\nsteps = 2')
     result = run_distill(load_recipe(path), recipe_path=path, output=tmp_path / "runs", console=Console(quiet=True))
-    assert result.record["status"] == "done"
-    assert result.record["method"]["options"]["top_k"] == 20
-    history = result.record["training"][0]["history"]
+    assert result.to_json()["status"] == "done"
+    assert result.to_json()["method"]["options"]["top_k"] == 20
+    history = result.to_json()["training"][0]["history"]
     logged = [entry for entry in history if "attribution" in entry]
     assert logged and all(0 < entry["attribution"] < 10 for entry in logged)
-    json.dumps(result.record)
+    json.dumps(result.to_json())

@@ -1,6 +1,7 @@
 """The model card: what the hub and a reader get of names that other people chose."""
 
 import xml.etree.ElementTree
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from kdcli.distill.card import model_card
+from kdcli.distill.record import FinishedRun, MethodRecord
 from kdcli.distill.run import run_distill
 from kdcli.models.save import save_model
 from kdcli.recipe.schema import Recipe
@@ -21,7 +23,7 @@ HTML = {"html", "h1", "h2", "p", "ul", "li", "code", "pre", "table", "thead", "t
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def record(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """The record of a run whose teacher and data are called EVIL, and whose name and task NAME."""
     folder = tmp_path_factory.mktemp("card")
     save_model(tiny("bert", id2label={0: EVIL, 1: "good"}, label2id={EVIL: 0, "good": 1}), folder / EVIL, tokenizer())
@@ -55,7 +57,7 @@ def parts(card: str) -> tuple[Any, xml.etree.ElementTree.Element]:
     return read.data.to_dict(), xml.etree.ElementTree.fromstring(f"<html>{html}</html>")
 
 
-def test_names_in_a_card_are_read_as_they_stand(record: dict[str, Any]):
+def test_names_in_a_card_are_read_as_they_stand(record: FinishedRun):
     _, body = parts(model_card(record))
     assert {element.tag for element in body.iter()} <= HTML
     assert ["".join(heading.itertext()) for heading in body.iter("h1")] == [NAME]
@@ -65,14 +67,14 @@ def test_names_in_a_card_are_read_as_they_stand(record: dict[str, Any]):
     assert {len(line) for line in body.iter("tr")} == {3}
 
 
-def test_the_front_matter_of_a_card_is_data(record: dict[str, Any]):
+def test_the_front_matter_of_a_card_is_data(record: FinishedRun):
     front, _ = parts(model_card(record))
     assert front == {
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
         "tags": ["knowledge-distillation", "kd"],
     }
-    method = {**record["method"], "name": "x]\n---\nlicense: {mine: [", "title": "<b>", "paper": "A_b_c, <i>"}
-    front, body = parts(model_card({**record, "method": method}))
-    assert front["tags"] == ["knowledge-distillation", method["name"]]
+    method = MethodRecord(name="x]\n---\nlicense: {mine: [", title="<b>", paper="A_b_c, <i>")
+    front, body = parts(model_card(replace(record, method=method)))
+    assert front["tags"] == ["knowledge-distillation", method.name]
     assert {element.tag for element in body.iter()} <= HTML

@@ -506,12 +506,12 @@ def test_the_student_learns_from_copies_and_the_teacher_does_not(recipe_path: Pa
     recipe = load_recipe(recipe_path)
     console = Console(file=io.StringIO(), width=200)
     result = run_distill(recipe, recipe_path=recipe_path, output=recipe_path.parent / "runs", console=console)
-    report = result.record["task"]["augment"]
+    report = result.to_json()["task"]["augment"]
     assert report["rows"] == 40
     assert report["added"] + report["left_out"] == 120
     rows = 40 + report["added"]
-    assert result.record["training"][0]["steps"] == 2 * -(-rows // 20)
-    assert result.record["task"]["sizes"]["train"] == 40
+    assert result.to_json()["training"][0]["steps"] == 2 * -(-rows // 20)
+    assert result.to_json()["task"]["sizes"]["train"] == 40
     [kept] = (own_cache / "teachers").glob("*/kdcli.json")
     assert json.loads(kept.read_text())["training"]["steps"] == 2
     assert f"40 rows and {report['added']} copies" in console.file.getvalue()
@@ -577,7 +577,7 @@ def test_a_model_without_a_head_is_given_one_on_plain_text(recipe_path: Path, ow
     recipe = load_recipe(recipe_path, ["task.augment.text=text.txt", "task.augment.finetune.max_steps=2"])
     heard = io.StringIO()
     console = Console(file=heard, width=200)
-    record = run_distill(recipe, recipe_path=recipe_path, output=tmp_path / "runs", console=console).record
+    record = run_distill(recipe, recipe_path=recipe_path, output=tmp_path / "runs", console=console).to_json()
     assert record["task"]["augment"]["added"] > 0
     kinds = [json.loads(f.read_text())["architectures"][0] for f in (own_cache / "teachers").glob("*/config.json")]
     assert sorted(kinds) == ["BertForMaskedLM", "BertForSequenceClassification"]

@@ -656,8 +656,8 @@ def test_a_recipe_runs_to_its_end(tmp_path: Path, own_cache: Path, who: str):
     jsonl(tmp_path / "asked.jsonl", [{"index": i, "counts": [i % 4, 3 - i % 4]} for i in range(96)])
     path = recipe_of(tmp_path, black_box)
     result = run_distill(load_recipe(path), recipe_path=path, output=tmp_path / "runs", console=Console(quiet=True))
-    assert result.record["status"] == "done"
-    history = [entry for entry in result.record["training"][0]["history"] if "output" in entry]
+    assert result.to_json()["status"] == "done"
+    history = [entry for entry in result.to_json()["training"][0]["history"] if "output" in entry]
     assert history and all(entry["output"] > 0 for entry in history)
     assert len(list(own_cache.glob("decisions/*"))) == (0 if who == "decisions" else 1)
     # The teacher is scored, and what it said for that is kept; what it would say of training rows is not even asked.

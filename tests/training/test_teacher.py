@@ -425,7 +425,8 @@ def test_a_teacher_at_chance_is_told_loudly_and_a_good_one_is_not(folder: Path):
         run = run_distill(
             load_recipe(path, [f"name={name}"]), recipe_path=path, output=folder / "runs", console=console
         )
-        return said.getvalue(), run.record["teacher"]["score"], run.record["teacher_training"]
+        record = run.to_json()
+        return said.getvalue(), record["teacher"]["score"], record["teacher_training"]
 
     tuned = ", finetune = {epochs = 20.0, batch_size = 8, learning_rate = 3e-3}"
     said, score, training = distil("good", "base", tuned)

@@ -627,7 +627,7 @@ def test_a_stage_without_a_prediction_runs_to_its_end_and_keeps_its_last_weights
     folder = folder_with_recipe(tmp_path, STAGES)
     loaded = load_recipe(folder / "recipe.toml", [])
     run = run_distill(loaded, recipe_path=folder / "recipe.toml", output=folder / "runs", console=Console(quiet=True))
-    inside, prediction = run.record["training"]
+    inside, prediction = run.to_json()["training"]
     # The head's answers do not change while only the inside is compared: patience of 1 would have ended at step 2.
     assert inside["stage"] == "intermediate" and inside["steps"] == 6
     kept = folder / "runs" / "recipe" / "checkpoints" / "1-intermediate"
@@ -642,17 +642,17 @@ def test_a_run_stopped_after_its_training_does_not_train_again_and_tells_all_of_
     folder = folder_with_recipe(tmp_path, STAGES)
     loaded = load_recipe(folder / "recipe.toml", [])
     options: dict[str, Any] = {"recipe_path": folder / "recipe.toml", "console": Console(quiet=True)}
-    whole = run_distill(loaded, output=folder / "whole", **options).record
+    whole = run_distill(loaded, output=folder / "whole", **options).to_json()
 
     def fail(*arguments: Any, **more: Any) -> None:
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pipeline, "compare", fail)
+        patch.setattr(pipeline, "describe_model", fail)
         run_distill(loaded, output=folder / "parts", **options)
     with monkeypatch.context() as patch:
         patch.setattr(DistillationTrainer, "train", fail)
-        parts = run_distill(loaded, output=folder / "parts", resume=True, **options).record
+        parts = run_distill(loaded, output=folder / "parts", resume=True, **options).to_json()
     assert parts["hashes"] == whole["hashes"]
     for record in (whole, parts):
         for stage in record["training"]:

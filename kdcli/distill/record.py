@@ -1,0 +1,105 @@
+"""What the run.json of a finished run says, with types: for the card, `eval`, `export` and a comparison."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from kdcli.evaluation.result import Result
+from kdcli.records import Hashes, typed
+from kdcli.runs import RECORD, Run
+
+
+@dataclass(frozen=True)
+class MethodRecord:
+    name: str
+    title: str
+    paper: str
+
+
+@dataclass(frozen=True)
+class AugmentRecord:
+    """How many copies `[task.augment]` added to the training rows."""
+
+    added: int
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """sizes: rows of each part."""
+
+    name: str
+    source: str
+    sizes: dict[str, int]
+    protocol: str
+    augment: AugmentRecord | None = None
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """parameters: how many the optimizer moved."""
+
+    parameters: int | None = None
+
+
+@dataclass(frozen=True)
+class ChainRecord:
+    """parameters_after: of the model as chains."""
+
+    parameters_after: int
+
+
+@dataclass(frozen=True)
+class SecondsRecord:
+    train: float
+    assistant_train: Annotated[float, Field(alias="assistant train")] = 0.0
+
+
+@dataclass(frozen=True)
+class ParityRecord:
+    max_abs_difference: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    parity: ParityRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """The record of a run whose student is trained, scored and written. interrupted: as in `RunRecord`."""
+
+    name: str
+    seed: int
+    versions: dict[str, str | None]
+    recipe: dict[str, Any]
+    recipe_folder: str
+    method: MethodRecord
+    task: TaskRecord
+    result: Result
+    teacher_origin: str
+    teacher_path: str | None
+    student_form: str
+    student_head: str
+    training: list[StageRecord]
+    seconds: SecondsRecord
+    hashes: Hashes
+    overparam: ChainRecord | None
+    export: ExportRecord | None = None
+    interrupted: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """True when the student's files are those of a plain transformers model."""
+        return self.student_form in ("depth", "width", "checkpoint")
+
+
+def finished(run: Run) -> FinishedRun:
+    """Return the record of a finished run. Raises InputError, naming the field, where something is missing."""
+    return finished_of(run.document, run)
+
+
+def finished_of(document: dict[str, Any], run: Run) -> FinishedRun:
+    """Return the record that a document is: a run's own, or what is to be written."""
+    return typed(FinishedRun, document, run.path / RECORD, flat="result")

@@ -1,0 +1,104 @@
+"""The result of a run: what its models score, how large they are, how much was kept. Read by attribute everywhere."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from statistics import mean
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+Score = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A score; JSON has no NaN, and so null stands for it."""
+
+Metrics = dict[str, dict[str, Score]]
+"""{report set: {metric: score}}"""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model of a result: its parameters, megabytes (10^6 bytes, as its file stores them), and its scores.
+
+    score: the first metric, mean over the report sets; None where the model was not scored, and has no metrics.
+    """
+
+    parameters: int
+    megabytes: float
+    metrics: Metrics
+    score: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Scores on one task of models that were fine-tuned in the same way, one score a seed."""
+
+    task: str
+    metric: str
+    scores: dict[str, list[float]]
+    metrics: dict[str, list[Metrics]] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> dict[str, float]:
+        return {name: mean(values) for name, values in self.scores.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "mean": self.mean}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The distillation loss on held-out data before and after the training; None where it was not measured."""
+
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run reached.
+
+    teacher: None for a black box, of which nothing is known. rows: how many rows of each report set a score stands
+    on. loss: of a task that has no score of its own; finetune: the scores of what was fine-tuned from its student.
+    """
+
+    primary: str
+    teacher: Side | None
+    student: Side
+    rows: dict[str, int] = field(default_factory=dict)
+    loss: Loss | None = None
+    finetune: list[TaskScores] = field(default_factory=list)
+
+    @property
+    def retention(self) -> float | None:
+        """Student's score as a share of the teacher's; None when the teacher's is not above 0."""
+        teacher, student = self.teacher.score if self.teacher is not None else None, self.student.score
+        return student / teacher if student is not None and teacher and teacher > 0 else None
+
+    @property
+    def compression(self) -> float | None:
+        """Teacher's parameters over the student's."""
+        return self.teacher.parameters / self.student.parameters if self.teacher is not None else None
+
+    def to_json(self) -> dict[str, Any]:
+        loss = self.loss
+        return {
+            "primary": self.primary,
+            "teacher": self.teacher.to_json() if self.teacher is not None else None,
+            "student": self.student.to_json(),
+            "compression": self.compression,
+            **(
+                {"rows": self.rows, "retention": self.retention}
+                if loss is None
+                else {
+                    "loss": asdict(loss),
+                    "finetune": [scores.to_json() for scores in self.finetune],
+                }
+            ),
+        }
+
+
+def described_set(name: str, rows: int | None) -> str:
+    """Return a report set's name with its rows, where they are known."""
+    return name if rows is None else f"{name}, {rows:,} example{'' if rows == 1 else 's'}"
