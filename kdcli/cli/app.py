@@ -1,18 +1,16 @@
 """The program: its commands, and how its errors reach the shell."""
 
-import difflib
-import importlib
 import os
 import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from kdcli import __version__, interrupts
-from kdcli.errors import ExitCode, InputError, KdcliError
+from kdcli.cli.commands import Table, group
+from kdcli.errors import ExitCode, KdcliError
 
-COMMANDS = {
+COMMANDS: Table = {
     "distill": ("kdcli.cli.distill:distill", "Make a student from a recipe: train, compress, score, report."),
     "compare": ("kdcli.cli.compare:compare", "Run recipes on equal terms with several seeds, and compare them."),
     "overparam": ("kdcli.cli.overparam:overparam", "Put tensor chains in place of a model's block matrices."),
@@ -21,47 +19,16 @@ COMMANDS = {
     "eval": ("kdcli.cli.eval:evaluate", "Score a model on a task."),
     "export": ("kdcli.cli.export:export", "Write a model as ONNX, check it, time it."),
     "methods": ("kdcli.cli.methods:methods", "List the methods, or explain one."),
+    "recipes": ("kdcli.cli.recipes:app", "List, show and copy recipes; explain their fields."),
     "env": ("kdcli.cli.env:env", "Show versions, devices and folders, for bug reports."),
 }
-"""name -> (module:function, one line for --help). A command is imported when it is called."""
 
 
-class _Commands(TyperGroup):
-    """Imports a command's module only when the command is run or its own help is shown."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: Any, name: str) -> Any:
-        if name not in COMMANDS:
-            return None
-        place, summary = COMMANDS[name]
-        module, function = place.split(":")
-        sub = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-        sub.command(name, short_help=summary)(getattr(importlib.import_module(module), function))
-        return typer.main.get_command(sub)
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f"did you mean kdcli {near[0]}?" if near else "kdcli --help shows what there is"
-            raise InputError(f"No such command {args[0]!r}", hint=hint)
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
-
-
-app = typer.Typer(
+app = group(
+    COMMANDS,
     name="kdcli",
-    cls=_Commands,
     epilog="Exit codes: 0 done; 1 a gate was not met; 2 the input is wrong; 3 the run failed; "
     "130 interrupted (Ctrl-C); 143 terminated (SIGTERM). Under --json an error is a JSON document on stdout, too.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 

@@ -22,7 +22,7 @@ err = stderr()
 
 
 def emit(document: Any, *, table: Any, as_json: bool, kept: str | None = None) -> None:
-    """Print the result: one JSON document, or a table for people.
+    """Print the result: one JSON document, or a table for people; a string is printed as it is.
 
     kept: where the result is written down, too. Where the reader has gone (`kdcli ... | head`), there is no one to
     tell; the command still ends with its own code. Raises RunError when stdout is closed or full.
@@ -32,6 +32,8 @@ def emit(document: Any, *, table: Any, as_json: bool, kept: str | None = None) -
             raise OSError("it is closed")
         if as_json:
             print(_json(document))
+        elif isinstance(table, str):
+            print(table.removesuffix("\n"))
         else:
             wide(Terminal()).print(table)
         sys.stdout.flush()

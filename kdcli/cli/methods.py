@@ -1,12 +1,12 @@
 """kdcli methods"""
 
-import json
 import re
-from collections.abc import Iterator
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from kdcli.methods.base import Method
 
 
 def methods(
@@ -23,22 +23,17 @@ def methods(
     from rich.table import Table
     from rich.text import Text
 
+    from kdcli.cli import render
     from kdcli.cli.console import emit, info
     from kdcli.methods import registry
+    from kdcli.recipe.fields import fields_of, show
 
     if name is None:
         found, problems = registry.usable()
-        table = Table(show_lines=True)
-        for column in ("name", "tasks", "signals", "constraints", "cost", "paper"):
-            table.add_column(column, overflow="fold")
-        for method in found:
-            tasks = ", ".join(sorted(method.kinds))
-            cells = (method.name, tasks, method.signals, method.constraints, method.cost, short_citation(method.paper))
-            # As plain text: a formula's square brackets are no markup.
-            table.add_row(*map(Text, cells))
+        lines = [(m.name, _tasks(m), m.title, short_citation(m.paper)) for m in found]
         keys = ("name", "title", "signals", "constraints", "cost", "paper")
         rows = [{**{key: getattr(m, key) for key in keys}, "tasks": sorted(m.kinds)} for m in found]
-        emit(rows, table=table, as_json=as_json)
+        emit(rows, table=render.columns(lines, ("name", "tasks", "what the student follows", "paper")), as_json=as_json)
         for problem in problems:
             info(f"left out: {problem}")
         return 0
@@ -65,50 +60,31 @@ def methods(
     for key in ("formula", "signals", "constraints", "cost", "paper"):
         table.add_row(key, Text(document[key]))
     table.add_section()
-    for path, explanation in explanations(method.options, "method"):
-        table.add_row(path, Text(explanation))
+    for entry in fields_of(method.options, ("method",)):
+        default = f" Default: {entry.shown_default}." if entry.default is not None else ""
+        table.add_row(entry.name, Text(f"{entry.field.description}{default}"))
     table.add_section()
-    for section, values in (("method", options), ("student", method.student), ("train", method.train)):
-        for key, value in flat(values, section):
-            table.add_row(key, Text(as_toml(value)))
-    for key, value in flat(method.text_train, "train"):
-        table.add_row(key, Text(f"{as_toml(value)} on plain text"))
+    defaults = [
+        ("student", method.student, ""),
+        ("train", method.train, ""),
+        ("train", method.text_train, " on plain text"),
+    ]
+    for section, values, where in defaults:
+        for key, value in values.items():
+            table.add_row(f"{section}.{key}", Text(f"{show(value)}{where}"))
     emit(document, table=table, as_json=as_json)
     return 0
 
 
 def short_citation(paper: str) -> str:
-    """Return `Hinton et al. 2015, arXiv 1503.02531` for a full citation of that form, else the citation itself."""
-    found = re.match(r"(?P<first>[^,(]+)(?P<others>,[^(]*)? \((?P<year>\d{4})\).*?(?P<id>arXiv [\d.]+\d)", paper)
-    if found is None:
-        return paper
-    return f"{found['first'].strip()}{' et al.' if found['others'] else ''} {found['year']}, {found['id']}"
+    """Return `Hinton et al. 2015` for a full citation that begins with authors and a year, else the citation itself."""
+    found = re.match(r"(?P<first>[^,(]+)(?P<others>,[^(]*)? \((?P<year>\d{4})\)", paper)
+    return f"{found['first'].strip()}{' et al.' if found['others'] else ''} {found['year']}" if found else paper
 
 
-def explanations(options: type[BaseModel], path: str) -> Iterator[tuple[str, str]]:
-    """Yield (path, text) of the descriptions of a schema's fields, and of those of the tables inside it."""
-    for name, field in options.model_fields.items():
-        yield f"{path}.{name}", field.description or ""
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from explanations(kind, f"{path}.{name}")
-
-
-def flat(values: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
-    """Yield (path, value) of every value in nested tables, as `--set` takes them."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{path}.{key}")
-        else:
-            yield f"{path}.{key}", value
-
-
-def as_toml(value: Any) -> str:
-    """Return a value as a recipe writes it; what is not set has no such form."""
-    if value is None:
-        return "(not set)"
-    if isinstance(value, bool | str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, list):
-        return f"[{', '.join(map(as_toml, value))}]"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _tasks(method: "Method") -> str:
+    """Return what tasks a method works on, in few words."""
+    labels = method.kinds - {"text"}
+    if "text" in method.kinds:
+        return "all" if labels else "plain text"
+    return "labels" if len(labels) > 1 else ", ".join(labels)

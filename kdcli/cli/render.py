@@ -1,6 +1,8 @@
 """Results as tables for people: one function a kind of result, each a pure function of what it shows."""
 
-from collections.abc import Callable, Sequence
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -11,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kdcli.recipe.fields import show
 from kdcli.words import counted
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from kdcli.export.export import ExportResult
     from kdcli.export.latency import LatencyReport
     from kdcli.models.overparam import ContractReport, OverparamReport
+    from kdcli.recipe.fields import Entry
 
 
 def scores(result: "Result") -> Table:
@@ -252,4 +256,53 @@ def comparison(report: "Report") -> Table:
         table.add_row(Text(heading_of(block), style="bold"))
         for cells in report.cells_of(block):
             table.add_row(*map(Text, cells))
+    return table
+
+
+def columns(rows: Iterable[Sequence[str]], head: Sequence[str] | None = None) -> Table:
+    """Return rows of cells in columns without lines; the last column is folded where the width ends."""
+    table = Table(box=None, show_header=head is not None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in head or ():
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        # As plain text: a formula's square brackets are no markup.
+        table.add_row(*map(Text, row))
+    for column in table.columns[:-1]:
+        column.no_wrap = True
+    return table
+
+
+def reference(entries: "Sequence[Entry]") -> Group:
+    """Return every table of a recipe with its fields, their defaults and meanings, each table once."""
+    places: dict[type, list[Entry]] = {}
+    for entry in entries:
+        if entry.table is not None:
+            places.setdefault(entry.table, []).append(entry)
+    parts: list[RenderableType] = [_fields([entry for entry in entries if len(entry.path) == 1], entries)]
+    for kind, owners in places.items():
+        heads = ", ".join(f"[[{owner.name}]]" if owner.many else f"[{owner.name}]" for owner in owners)
+        inside = [entry for entry in entries if entry.path[:-1] == owners[0].path]
+        # The header stands above already.
+        about = re.sub(r"^`\[.*?: ", "", inspect.cleandoc(kind.__doc__ or ""))
+        parts += ["", Text(heads, style="bold"), Text(about), _fields(inside, entries)]
+    return Group(*parts)
+
+
+def field(row: Mapping[str, Any], inside: "Sequence[Entry]") -> Group:
+    """Return what there is to know of a field; of a table also its fields."""
+    default = "required" if row["required"] else "" if row["default"] is None else show(row["default"])
+    lines = {"field": row["field"], "type": row["allowed"], "default": default, "meaning": row["description"]}
+    if "default_of_method" in row:
+        lines["of the method"] = show(row["default_of_method"])
+    about = columns((key, value) for key, value in lines.items() if value)
+    return Group(about, "", _fields(inside, inside)) if inside else Group(about)
+
+
+def _fields(some: "Sequence[Entry]", aligned: "Sequence[Entry]") -> Table:
+    """Return fields of one table with default and meaning, in columns as wide as `aligned` needs them."""
+    table = columns([(entry.path[-1], entry.shown_default, entry.field.description or "") for entry in some])
+    for column, cells in zip(
+        table.columns, ([e.path[-1] for e in aligned], [e.shown_default for e in aligned]), strict=False
+    ):
+        column.min_width = max(map(len, cells))
     return table

@@ -142,7 +142,7 @@ def build(options: DBKDOptions, context: Context) -> list[Stage]:
 
 METHOD = Method(
     name="dbkd",
-    title="Decision-based distillation from a teacher that returns labels only",
+    title="Decisions (labels) of a black box",
     paper="Zhou, Yang, Li, Liu (2023): Bridging the Gap between Decision and Logits in Decision-based Knowledge "
     "Distillation for Pre-trained Language Models. arXiv 2306.08909",
     formula="CE(z_S, y) + alpha T^2 KL(softmax(sigma z / T) || softmax(z_S / T)), with z such that "

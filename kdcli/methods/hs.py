@@ -174,7 +174,7 @@ def build(options: HSOptions, context: Context) -> list[Stage]:
 
 METHOD = Method(
     name="hs",
-    title="Hidden state transfer with a choice of layer maps",
+    title="Hidden states, by a choice of layer maps",
     paper="Udagawa, Trivedi, Merler, Bhattacharjee (2023): A Comparative Analysis of Task-Agnostic Distillation "
     f"Methods for Compressing Transformer Language Models. arXiv 2310.08797; emd: {EMD_PAPER}",
     formula="mean_(i, j) MSE(W_i h_S[i], h_T[j]) (+ w_p (alpha T^2 KL + (1 - alpha) CE) with labels)",

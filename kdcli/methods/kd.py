@@ -34,7 +34,7 @@ def build(options: KDOptions, context: Context) -> list[Stage]:
 
 METHOD = Method(
     name="kd",
-    title="Knowledge distillation from logits and labels",
+    title="Logits and labels",
     paper="Hinton, Vinyals, Dean (2015): Distilling the Knowledge in a Neural Network. arXiv 1503.02531",
     formula="alpha T^2 KL(softmax(z_T / T) || softmax(z_S / T)) + (1 - alpha) CE(z_S, y)",
     signals="logits, gold labels",

@@ -92,7 +92,7 @@ def build(options: LGTMOptions, context: Context) -> list[Stage]:
 
 METHOD = Method(
     name="lgtm",
-    title="A teacher that learns to teach by its influence on the student",
+    title="A teacher that learns to teach",
     paper="Ren, Zhong, Shi, Zhu, Yuan, Li (2023): Tailoring Instructions to Student's Learning Levels Boosts "
     "Knowledge Distillation. arXiv 2305.09651",
     formula="student: a_S KL(p_T || p_S) + (1 - a_S) CE(z_S, y); teacher: gradient of a_T KL(p_S || p_T) + "

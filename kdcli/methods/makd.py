@@ -155,7 +155,7 @@ def build(options: MaKDOptions, context: Context) -> list[Stage]:
 
 METHOD = Method(
     name="makd",
-    title="Multi-aspect distillation of matrices, layers and predictions into a low-rank student",
+    title="Matrices, layers and the prediction",
     paper="Liu, Mao, Xu, Peng, Huang (2026): Multi-Aspect Knowledge Distillation for Language Model with "
     "Low-rank Factorization. arXiv 2604.03110",
     formula="w_M mean_l(L_mha + L_ffn) + w_L mean_l(KL_att + MSE_hid) + w_P (alpha T^2 KL + (1 - alpha) CE)",

@@ -60,7 +60,7 @@ def build(options: MiniLMOptions, context: Context) -> list[Stage]:
 
 METHOD = Method(
     name="minilm",
-    title="Deep self-attention distillation: last-block attention and value relations",
+    title="Last-block attention and value relations",
     paper="Wang, Wei, Dong, Bao, Yang, Zhou (2020): MiniLM: Deep Self-Attention Distillation for Task-Agnostic "
     "Compression of Pre-Trained Transformers. arXiv 2002.10957",
     formula="KL(A_T || A_S) + KL(R_T || R_S) of the last blocks, A = softmax(Q K^T / sqrt(d_k)), "

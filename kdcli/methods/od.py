@@ -46,7 +46,7 @@ def build(options: ODOptions, context: Context) -> list[Stage]:
 
 METHOD = Method(
     name="od",
-    title="Output distribution transfer over the vocabulary, on plain text",
+    title="The distribution over the vocabulary",
     paper="Udagawa, Trivedi, Merler, Bhattacharjee (2023): A Comparative Analysis of Task-Agnostic Distillation "
     "Methods for Compressing Transformer Language Models. arXiv 2310.08797",
     formula="T^2 KL(softmax(z_T / T) || softmax(z_S / T)) at masked words (+ w_mlm CE of the hidden words)",

@@ -75,7 +75,7 @@ def build(options: TheseusOptions, context: Context) -> list[Stage]:
 
 METHOD = Method(
     name="theseus",
-    title="Progressive replacement of teacher blocks by student blocks",
+    title="Labels, among the teacher's own blocks",
     paper="Xu, Zhou, Ge, Wei, Zhou (2020): BERT-of-Theseus: Compressing BERT by Progressive Module Replacing. "
     "arXiv 2002.02925",
     formula="CE(z, y), block i = student's with chance p_t, else its N / n teacher blocks; p_t = min(1, b + k t)",

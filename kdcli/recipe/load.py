@@ -12,8 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from kdcli.errors import InputError, cut
 from kdcli.files import expanded
+from kdcli.recipe.fields import show
 from kdcli.recipe.locate import Keys, line_of, lines_of_keys
-from kdcli.recipe.problems import Problem, problems_of, show, unknown_field
+from kdcli.recipe.problems import Problem, problems_of, unknown_field
 from kdcli.recipe.schema import Recipe
 from kdcli.recipe.toml import BrokenTOML, parse, read_text
 

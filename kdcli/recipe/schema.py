@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from kdcli.errors import cut
 from kdcli.names import Name, same_folder
+from kdcli.recipe.fields import Named
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -98,7 +99,7 @@ def parse_encoding(text: str) -> str:
     return text
 
 
-class TaskSection(Section):
+class TaskSection(Named, Section):
     """`[task]`, or `task = "NAME"`: a GLUE task, the built-in `reviews`, the user's own data, or plain text."""
 
     name: Name = Field(
@@ -256,13 +257,6 @@ class DownstreamSection(FinetuneSection):
         description='What is fine-tuned in the same way, for comparison: "scratch" is the student\'s architecture with '
         'random weights, "teacher" is the teacher.',
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("task"), str):
-            data = {**data, "task": {"name": data["task"]}}
-        return data
 
     @model_validator(mode="after")
     def _labelled(self) -> Self:
@@ -444,7 +438,7 @@ def parse_count(text: int | str) -> int:
     return value
 
 
-class MethodSection(BaseModel):
+class MethodSection(Named):
     """`method = "makd"` or a `[method]` table: the name, and the method's own options beside it."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
@@ -655,16 +649,6 @@ class Recipe(Section):
     )
     seed: Seed = Field(default=42, description="Seed of everything random.")
     output: str | None = Field(default=None, description="Folder for runs. Left out, runs/ in the working folder.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            data = dict(data)
-            for key in ("task", "method"):
-                if isinstance(data.get(key), str):
-                    data[key] = {"name": data[key]}
-        return data
 
     @field_validator("finetune")
     @classmethod

@@ -25,7 +25,8 @@ def read_text(path: Path, what: str = "recipe") -> str:
         # Without blocking: a pipe that nothing is written to is no file, either.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
-        raise InputError(f"no {what} at {cut(str(path), 300)}", hint=_nearest_file(path)) from None
+        hint = _nearest_file(path) or (_shipped(path) if what == "recipe" else None)
+        raise InputError(f"no {what} at {cut(str(path), 300)}", hint=hint) from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {cut(str(path))}: {getattr(error, 'strerror', None) or error}") from error
     try:
@@ -54,6 +55,15 @@ def _nearest_file(path: Path) -> str | None:
         return None
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"did you mean {path.parent / near[0]}?" if near else None
+
+
+def _shipped(path: Path) -> str | None:
+    """Return how to get the recipe of that name from those that come with the package; None where there is none."""
+    from kdcli.recipe.shipped import shipped
+
+    wanted = path.with_suffix("").as_posix().removeprefix("recipes/")
+    names = [recipe.name for recipe in shipped() if recipe.name == wanted]
+    return f"copy it first: kdcli recipes copy {names[0]}" if names else None
 
 
 class BrokenTOML(ValueError):

@@ -22,6 +22,7 @@ from rich.console import Console
 
 import kdcli
 from kdcli.cli.app import COMMANDS, run
+from kdcli.cli.recipes import COMMANDS as RECIPES
 from kdcli.distill.run import run_distill
 from kdcli.errors import InputError
 from kdcli.files import to_json_text
@@ -59,22 +60,17 @@ def test_no_arguments_give_the_help_and_exit_code_2(world: World):
     assert outcome.code == 2 and outcome.out == world.call("--help").out
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"recipes {name}" for name in RECIPES)])
 def test_the_help_of_every_command_has_examples_with_options_that_exist(command: str, world: World):
-    outcome = world.call(command, "--help")
-    assert outcome.code == 0 and outcome.err == ""
-    assert world.call(command, "-h").out == outcome.out
+    outcome = world.call(*command.split(), "--help")
+    assert outcome.code == 0 and outcome.err == "" and "--json" in outcome.out
+    assert world.call(*command.split(), "-h").out == outcome.out
     examples = [line.strip() for line in outcome.out.splitlines() if f"kdcli {command}" in line and "Usage" not in line]
     assert len(examples) >= 2, outcome.out
     known = set(re.findall(r"--[a-z][a-z-]+", outcome.out.replace("\n".join(examples), "")))
     for example in examples:
         own = example.split(f"kdcli {command}", 1)[1]
         assert set(re.findall(r"(?<= )--[a-z][a-z-]+", own)) <= known, example
-
-
-def test_every_command_that_has_a_result_gives_it_as_json(world: World):
-    for command in COMMANDS:
-        assert "--json" in world.call(command, "--help").out, command
 
 
 def test_help_does_not_wait_for_torch():
@@ -259,6 +255,11 @@ def test_gates_of_eval(gate: list[str], code: int, as_json: bool, after: World):
         ["eval", "teacher", "--data", "rows.csv", "--text", "text", "--json"],
         ["methods", "--json"],
         ["methods", "makd", "--json"],
+        ["recipes", "list", "--json"],
+        ["recipes", "show", "quickstart", "--json"],
+        ["recipes", "explain", "--json"],
+        ["recipes", "explain", "student", "--json"],
+        ["recipes", "schema", "--json"],
         ["env", "--json"],
     ],
     ids=" ".join,
@@ -476,12 +477,14 @@ def test_paths_in_a_recipe_start_at_the_recipe(world: World):
 # The methods
 
 
-def test_methods_lists_every_method_with_its_paper(world: World):
+def test_methods_lists_every_method_in_a_line_of_at_most_100_columns(world: World):
     rows = world.call("methods", "--json").json
     assert [row["name"] for row in rows] == registry.names()
     assert all(row["paper"] for row in rows)
-    table = world.call("methods").out
-    assert all(name in table for name in registry.names())
+    lines = [line.rstrip() for line in world.call("methods").out.splitlines()]
+    assert max(map(len, lines)) <= 100
+    for line, row in zip(lines[1:], rows, strict=True):
+        assert line.startswith(row["name"]) and row["title"] in line and re.search(r"[A-Z]\w+ et al\. 20\d\d$", line)
 
 
 @pytest.mark.parametrize("name", registry.names())
@@ -493,8 +496,8 @@ def test_methods_explains_each_with_the_defaults_that_it_has(name: str, world: W
     if "text" in method.kinds:
         assert outcome.json["train_on_text"] == {**method.train, **method.text_train}
         assert words.count("on plain text") >= len(method.text_train)
-    for option in method.options.model_fields:
-        assert f"method.{option}" in words
+    for option, field in method.options.model_fields.items():
+        assert f"method.{option}" in words and " ".join(field.description.split()[:4]) in words
     assert method.title in " ".join(words.split())
 
 
