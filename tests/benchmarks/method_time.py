@@ -1,7 +1,7 @@
 """Seconds of a training step of every method, as a ratio to plain fine-tuning of the same student.
 
     python tests/benchmarks/method_time.py [--batch 32] [--sequence 64] [--rounds 8] [--only kd minilmv2]
-        [--max-ratio 1.6] [--max-overhead 1.3]
+        [--max-ratio 1.6] [--max-overhead 1.3] [--device cuda]
 
 A method with stages has a row for each. Real modules, made-up text; all steps alternate in one process. "needs" is
 the sum of the forward and backward passes that the algorithm cannot do without, each measured by itself in the same
@@ -55,13 +55,15 @@ OPTIONS: dict[str, dict[str, Any]] = {"theseus": {"schedule": "constant", "repla
 class World:
     """A teacher, a batch, and what passes cost; for tasks with labels or for plain text."""
 
-    def __init__(self, kind: str, batch: int, sequence: int, *, bf16: bool) -> None:
+    def __init__(self, kind: str, batch: int, sequence: int, *, bf16: bool, device: torch.device) -> None:
         head = "masked-lm" if kind == "text" else "sequence-classification"
         torch.manual_seed(0)
         self.bf16 = bf16
+        self.device = device
+        self.moves: list[Callable[[], Any]] = []
         self.tokenizer = load_tokenizer(encoder())
-        labels = {} if kind == "text" else {"num_labels": 2, "new_head": True}
-        self.teacher = load_model(encoder(), task=head, **labels)
+        labels = {} if kind == "text" else {"num_labels": 2}
+        self.teacher = load_model(encoder(), task=head, new_head=True, **labels)
         self.task = load_task(TaskSection(name="reviews", train_samples=4 * batch), EvaluateSection(), base=Path())
         # Sentences joined until they fill the sequence: no padding, so that FLOPs are what they seem.
         text = " ".join(list(self.task.train["text"]) * 40)
@@ -74,8 +76,15 @@ class World:
         self.encoded = encode_task(self.task, self.tokenizer, sequence)
         self.batch = self.encoded.collator([self.encoded.train[i] for i in range(batch)])
 
+    def place(self) -> None:
+        """Move all that was built to the device, as the Trainer does once a stage has begun."""
+        self.batch = {name: values.to(self.device) for name, values in self.batch.items()}
+        self.teacher.to(self.device)
+        for move in self.moves:
+            move()
+
     def autocast(self) -> Any:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     def plain(self, student: Any) -> Step:
         """Return a step of fine-tuning."""
@@ -86,6 +95,13 @@ class World:
     def step_of(self, distiller: Distiller, scheme: Scheme) -> Step:
         trained = [p for p in distiller.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+
+        def move() -> None:
+            distiller.to(self.device)
+            distiller.place(self.device)
+            scheme.place(self.device)
+
+        self.moves.append(move)
 
         def step(number: int) -> None:
             scheme.before_step(number, self.batch, optimizer)
@@ -147,7 +163,6 @@ class World:
         )
         distiller = make_distiller(student, list(stage.terms), scheme, rows)
         distiller.student.train()
-        scheme.place(torch.device("cpu"))
         return distiller, scheme
 
     def heard(self, student: Any, terms: list[Term]) -> list[Step]:
@@ -156,6 +171,7 @@ class World:
         for term in terms:
             wants |= term.objective.student_wants()
             teacher_wants |= term.objective.teacher_wants()
+        self.moves.append(lambda: student.to(self.device))
         capture, trained = Capture(student.train(), wants), list(student.parameters())
         optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
 
@@ -184,7 +200,8 @@ class World:
 
     def passes(self, student: Any) -> dict[str, Step]:
         """Return single passes: of the teacher (T) and the student (S); f forward, b backward, x to the input only."""
-        inputs = {k: v for k, v in self.batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
+        self.moves.append(lambda: student.to(self.device))
+        names = ("input_ids", "attention_mask", "token_type_ids")
 
         def run(model: Any, *, backward: bool, inward: bool = False, twice: bool = False) -> Step:
             model.train()
@@ -193,7 +210,7 @@ class World:
                 for p in model.parameters():
                     p.requires_grad_(backward and not inward)
                 table = model.get_input_embeddings()
-                fed = dict(inputs)
+                fed = {name: self.batch[name] for name in names if name in self.batch}
                 if inward or twice:
                     fed["inputs_embeds"] = table(fed.pop("input_ids")).detach().requires_grad_()
                 math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
@@ -273,11 +290,13 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--max-ratio", type=float, default=1.6, help="of minilmv2, in ratios of kd")
     parser.add_argument("--max-overhead", type=float, default=1.3, help="of every method")
     parser.add_argument("--only", nargs="*", default=None, help="names of methods")
     options = parser.parse_args()
-    bf16 = resolve_precision(options.precision, "cpu") == "bf16"
+    bf16 = resolve_precision(options.precision, options.device) == "bf16"
+    device = torch.device(options.device)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["KDCLI_CACHE"] = cache
@@ -285,7 +304,7 @@ def main() -> None:
             names = [n for n in registry.names() if kind in registry.get(n).kinds]
             names = [n for n in names if options.only is None or n in options.only]
             if names:
-                make = partial(World, kind, options.batch, options.sequence, bf16=bf16)
+                make = partial(World, kind, options.batch, options.sequence, bf16=bf16, device=device)
                 rows += measure(make, names, options.rounds)
     print(f"precision {'bf16' if bf16 else 'fp32'}, {options.batch} x {options.sequence} tokens")
     report(rows, Path(tempfile.gettempdir()) / "method_time.json")
@@ -309,12 +328,18 @@ def measure(make: Callable[[], World], names: list[str], rounds: int) -> list[di
             stages[stage] = "low-rank" if name == "makd" else "depth"
             steps |= dict(zip((stage, f"{stage} T", f"{stage} S"), found, strict=False))
     # Schemes freeze the teacher and passes thaw it: each has a copy.
-    steps |= make().passes(build_student(world.teacher, depth, seed=0).model)
+    others = make()
+    steps |= others.passes(build_student(world.teacher, depth, seed=0).model)
+    world.place()
+    others.place()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 2):
         for name, step in steps.items():
             begun = time.perf_counter()
             step(number)
+            if world.device.type == "cuda":
+                # What the step does may still be in the GPU's queue.
+                torch.cuda.synchronize()
             if number > 1:
                 seconds[name].append(time.perf_counter() - begun)
     rows = []

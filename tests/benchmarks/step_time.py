@@ -1,6 +1,6 @@
 """Seconds of a training step with OPDF (L = 3) against the plain step, and the limit that its FLOPs allow.
 
-    python tests/benchmarks/step_time.py [--batch 32] [--sequence 128] [--rounds 8]
+    python tests/benchmarks/step_time.py [--batch 32] [--sequence 128] [--rounds 8] [--device cuda]
 
 Plain and over-parameterised steps alternate in one process; medians are compared. The limit is
 1.3 x (FLOPs of the step + FLOPs of the chain) / FLOPs of the step.
@@ -21,19 +21,23 @@ from kdcli.models.overparam import overparameterise
 from kdcli.recipe.schema import OverparamSection
 
 
-def build(over: bool) -> tuple[Any, torch.optim.Optimizer]:
+def build(over: bool, device: str) -> tuple[Any, torch.optim.Optimizer]:
     model = load_model(encoder(), new_head=True, num_labels=2)
     if over:
         overparameterise(model, OverparamSection(length=3, svd_dtype="float32"))
+    model.to(device)
     return model.train(), torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
 
 def step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], bf16: bool) -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+    with torch.autocast(batch["labels"].device.type, dtype=torch.bfloat16, enabled=bf16):
         loss = model(**batch).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
+    if batch["labels"].is_cuda:
+        # What the step does may still be in the GPU's queue.
+        torch.cuda.synchronize()
 
 
 def flops(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> int:
@@ -49,8 +53,9 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
-    bf16 = resolve_precision(options.precision, "cpu") == "bf16"
+    bf16 = resolve_precision(options.precision, options.device) == "bf16"
     generator = torch.Generator().manual_seed(0)
     shape = (options.batch, options.sequence)
     batch = {
@@ -58,7 +63,8 @@ def main() -> None:
         "attention_mask": torch.ones(shape, dtype=torch.long),
         "labels": torch.randint(0, 2, (options.batch,), generator=generator),
     }
-    pairs = [build(False), build(True)]
+    batch = {name: values.to(options.device) for name, values in batch.items()}
+    pairs = [build(over, options.device) for over in (False, True)]
     counted = [flops(model, optimizer, batch) for model, optimizer in pairs]
     seconds: list[list[float]] = [[], []]
     for round_ in range(options.rounds + 1):
