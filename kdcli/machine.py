@@ -51,6 +51,15 @@ def gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def computing_device(wanted: str) -> str:
+    """Return where this process computes: "cuda:N", its own GPU, where there is one, else or if so `wanted` "cpu".
+
+    wanted: "auto", "cuda" or "cpu" (`train.device`). Processes of one machine get one GPU each, by their LOCAL_RANK.
+    """
+    count = 0 if wanted == "cpu" else gpu_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}" if count else "cpu"
+
+
 def device_name() -> str:
     """Return the name of the first GPU, or else of the processor."""
     if gpu_count():

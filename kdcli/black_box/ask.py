@@ -14,7 +14,6 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from datasets import Dataset
 
 from kdcli.errors import InputError, cut
@@ -82,7 +81,7 @@ class LocalModel:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.batch_size = batch_size
-        self.device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+        self.device = device
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -97,10 +96,14 @@ class LocalModel:
         if pairs is not None:
             columns["text_pair"] = pairs
         rows = encode(Dataset.from_dict(columns), self.tokenizer, self.max_length)
-        home = next(self.model.parameters()).device
-        self.model.to(self.device)  # type: ignore[arg-type]
-        logits = predict(self.model, rows, Collator(self.tokenizer), batch_size=self.batch_size, owner="the teacher")
-        self.model.to(home)  # type: ignore[arg-type]
+        logits = predict(
+            self.model,
+            rows,
+            Collator(self.tokenizer),
+            batch_size=self.batch_size,
+            owner="the teacher",
+            device=self.device,
+        )
         return logits.argmax(-1).tolist()
 
 

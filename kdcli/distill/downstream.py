@@ -89,6 +89,7 @@ def score_on_tasks(
                     batch_size=recipe.evaluate.batch_size,
                     max_length=section.task.max_length,
                     owner=f"the {name} fine-tuned on {task.name}",
+                    device=recipe.train.device,
                 )
                 metrics[name].append(found)
                 scores[name].append(primary_score(found, task.primary))

@@ -14,14 +14,14 @@ from torch import Tensor
 from kdcli.augment.copies import FIELDS, MODEL, Vocabulary, add_copies, words_of
 from kdcli.distill.teacher import TeacherStart, make_teacher, resolve_source, seed_of, start_teacher
 from kdcli.errors import InputError, RunError
-from kdcli.machine import resolve_precision
+from kdcli.machine import computing_device, resolve_precision
 from kdcli.models.load import check_vocabulary, has_head, load_config, load_model, load_tokenizer
 from kdcli.recipe.schema import FinetuneSection, Recipe, TaskSection, TeacherSection
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import check_room
 from kdcli.tasks.load import load_task
 from kdcli.tasks.prepare import check_encoding
-from kdcli.training.distributed import agree, main_does, processes, state
+from kdcli.training.distributed import agree, main_does, processes
 from kdcli.training.settings import check_batch
 from kdcli.words import counted
 
@@ -124,7 +124,6 @@ def augment_task(task: Task, recipe: Recipe, source: str, *, console: Console) -
     section = recipe.task.augment
     assert section is not None
     model, tokenizer = load_model(source, task="masked-lm"), load_tokenizer(source)
-    on_cpu = recipe.train.device == "cpu" or not torch.cuda.is_available()
     suggester = Suggester(
         model,
         tokenizer,
@@ -132,7 +131,7 @@ def augment_task(task: Task, recipe: Recipe, source: str, *, console: Console) -
         batch_size=section.batch_size,
         max_length=recipe.task.max_length,
         precision=resolve_precision(recipe.train.precision, recipe.train.device),
-        device=torch.device("cpu") if on_cpu else state().device,
+        device=torch.device(computing_device(recipe.train.device)),
         console=console,
     )
     fields = [name for name in FIELDS if name in task.train.column_names]

@@ -318,6 +318,7 @@ def _scores(
         max_length=resolved.recipe.task.max_length,
         ask=ask,
         owner=owner,
+        device=resolved.recipe.train.device,
     )
 
 

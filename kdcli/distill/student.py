@@ -301,7 +301,12 @@ def make_distiller(
     asked_again = setting.cache and setting.task.kind != "text" and wants.logits and not wants.gradients
     if logits is None and teacher is not None and asked_again and scheme.teacher_is_fixed and _saves(wants, teacher):
         logits = cached_logits(
-            teacher, rows, setting.collator, batch_size=setting.loop.eval_batch_size, console=setting.console
+            teacher,
+            rows,
+            setting.collator,
+            batch_size=setting.loop.eval_batch_size,
+            console=setting.console,
+            device=setting.loop.device,
         )
     return Distiller(student, terms, teacher=teacher, teacher_logits=logits, teacher_factors=factors)
 

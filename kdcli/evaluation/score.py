@@ -24,19 +24,19 @@ def evaluate_model(
     max_length: int = 128,
     ask: Callable[..., Any] = predict,
     owner: str = "the model",
+    device: str = "auto",
 ) -> dict[str, dict[str, float]]:
     """Return {report set: {metric: value}} of a PyTorch model or an `OnnxModel`; its classes in the task's order.
 
-    ask: called as `predict` is, and returns what it does; the way to answers that are there already. owner: what an
-    error calls the model.
+    ask: called as `predict` is, and returns what it does; the way to answers that are there already. owner, device: as
+    in `predict`.
     Raises NotFiniteError when its logits contain NaN or inf.
     """
     collator = Collator(tokenizer)
     scores = {}
     for name, rows in task.report.items():
-        logits = np.asarray(
-            ask(model, encode(rows, tokenizer, max_length), collator, batch_size=batch_size, owner=owner)
-        )
+        encoded = encode(rows, tokenizer, max_length)
+        logits = np.asarray(ask(model, encoded, collator, batch_size=batch_size, owner=owner, device=device))
         scores[name] = compute_metrics(task.metrics, logits, array_of(rows, "label"))
     return scores
 

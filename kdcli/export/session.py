@@ -25,7 +25,7 @@ class OnnxOutput:
 
 
 class OnnxModel:
-    """An ONNX folder in an ONNX Runtime session: `model(input_ids=..., attention_mask=...)` gives logits."""
+    """An ONNX folder in an ONNX Runtime session on the CPU: `model(input_ids=..., attention_mask=...)` gives logits."""
 
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
         """threads: of the session's operators; None takes `default_threads`.
@@ -44,9 +44,8 @@ class OnnxModel:
         # ONNX Runtime itself knows neither OMP_NUM_THREADS nor a container's share.
         options.intra_op_num_threads = threads or default_threads()
         options.inter_op_num_threads = 1
+        # Where PyTorch's latency is measured, too; and a GPU's TF32 would be no check of the graph's numbers.
         providers = ["CPUExecutionProvider"]
-        if torch.cuda.is_available() and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            providers.insert(0, "CUDAExecutionProvider")
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:

@@ -101,6 +101,10 @@ def at_positions(signals: Signals, batch: Mapping[str, Tensor], *, masked: bool)
     known = batch.get("masked_positions")
     if not masked or (known is not None and known.shape == signals.positions.shape):
         return signals.logits, signals.positions
+    if known is not None:
+        # Both are in order; to ask which labels are masked would hold up the host of a GPU.
+        keep = torch.searchsorted(signals.positions, known)
+        return signals.logits[keep], known
     keep = labels[signals.positions] != IGNORED
     return signals.logits[keep], signals.positions[keep]
 

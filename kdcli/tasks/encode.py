@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -85,10 +86,11 @@ class Collator:
         batch = {}
         for name, value in self.pad.items():
             if name in rows[0]:
-                table = torch.full((len(rows), width), value, dtype=torch.long)
+                # NumPy takes a list in a tenth of the time: on a GPU's host this is a good part of a step.
+                table = np.full((len(rows), width), value, np.int64)
                 for i, row in enumerate(rows):
-                    table[i, : len(row[name])] = torch.as_tensor(row[name])
-                batch[name] = table
+                    table[i, : len(row[name])] = row[name]
+                batch[name] = torch.from_numpy(table)
         labels = [row["labels"] for row in rows]
         kind = torch.float32 if isinstance(labels[0], float) else torch.long
         batch["labels"] = torch.tensor(labels, dtype=kind)

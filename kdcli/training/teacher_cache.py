@@ -39,12 +39,13 @@ def cached_predictions(
     use_cache: bool = True,
     console: Console | None = None,
     owner: str = "the teacher",
+    device: str = "auto",
 ) -> Tensor:
     """Return the teacher's logits for an encoded data set in its order, (n, classes), fp32; all of them finite.
 
     The file is named by the teacher's weights and configuration and the encoded inputs, holds fp32 as computed, and
     appears whole or not at all: another teacher, text, tokenizer or maximum length is another file. A file that
-    is damaged is made again, and the console told.
+    is damaged is made again, and the console told. owner, device: as in `predict`.
     Raises NotFiniteError when the teacher's logits contain NaN or inf; they are never kept.
     """
     name = fingerprint({"model": hash_of_model(teacher), "inputs": hash_of_dataset(dataset), "format": 2})
@@ -54,7 +55,8 @@ def cached_predictions(
     if kept is not None:
         logits = kept["logits"]
     else:
-        logits = torch.from_numpy(predict(teacher, dataset, collator, batch_size=batch_size, owner=owner))
+        found = predict(teacher, dataset, collator, batch_size=batch_size, owner=owner, device=device)
+        logits = torch.from_numpy(found)
     if use_cache:
         # A process may find what another has just written: all of them wait here, whether they found it or not.
         main_does(lambda: keep_tensors(path, {"logits": logits}, of=name) if kept is None else None)

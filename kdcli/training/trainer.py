@@ -28,7 +28,7 @@ from kdcli.data.rows import array_of
 from kdcli.errors import RunError
 from kdcli.faults import writing
 from kdcli.interrupts import finishing
-from kdcli.machine import resolve_precision
+from kdcli.machine import computing_device, resolve_precision
 from kdcli.manifest import MANIFEST, check_manifest, is_sealed, require, write_manifest
 from kdcli.models.counts import count_parameters
 from kdcli.models.finite import first_not_finite
@@ -387,15 +387,15 @@ def fit(
 def _arguments(
     settings: LoopSettings, folder: Path, examples: int, *, evaluates: bool, by_loss: bool
 ) -> TrainingArguments:
-    use_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     check_device(settings.device)
+    use_cpu = computing_device(settings.device) == "cpu"
     steps = settings.steps(examples)
     every = settings.eval_every or max(1, math.ceil(examples / settings.batch_size))
     every = min(every, steps)
     strategy = "steps" if evaluates else "no"
     world = TrainingArguments(output_dir=str(folder), use_cpu=use_cpu).world_size
     share = check_batch(settings.batch_size, settings.gradient_accumulation, world, "train.batch_size")
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         use_cpu=use_cpu,
         max_steps=steps,
@@ -425,8 +425,13 @@ def _arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=settings.workers,
-        dataloader_pin_memory=torch.cuda.is_available() and not use_cpu,
+        dataloader_pin_memory=not use_cpu,
+        # From pinned memory, so that a batch's copy to a GPU does not hold up the host.
+        accelerator_config={"non_blocking": not use_cpu},
         seed=settings.seed,
         log_level="error",
         label_names=["labels"],
     )
+    # One process trains on one GPU: with more of them in sight the library would split (and multiply) the batch.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
