@@ -28,7 +28,10 @@ class Named(BaseModel):
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
         """Return what JSON Schema says of the table, or of its name alone."""
-        return {"anyOf": [{"type": "string"}, handler(core_schema)]}
+        schema = handler(core_schema)
+        # What is said of a table's fields holds for tables only: no choice of two schemas hides which field is wrong.
+        handler.resolve_ref_schema(schema)["type"] = ["string", "object"]
+        return schema
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ class TaskSection(Named, Section):
     """`[task]`, or `task = "NAME"`: a GLUE task, the built-in `reviews`, the user's own data, or plain text."""
 
     name: Name = Field(
-        description="The task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli or reviews; or any name for own data."
+        description="The task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli or reviews; or any name for own data. "
+        "GLUE is read from $KDCLI_DATA_DIR/glue/NAME/*.parquet where that exists, else from nyu-mll/glue on the hub."
     )
     type: Literal["classification", "regression", "text"] | None = Field(
         default=None,
@@ -620,7 +621,7 @@ class ExportSection(Section):
 
 
 class Recipe(Section):
-    """A whole recipe. `task`, `method` and `teacher.model` are enough; everything else has a default."""
+    """A whole recipe. `task`, `method` and `teacher` are enough; relative paths start at the recipe's folder."""
 
     task: TaskSection = Field(description="What the student learns: a task's name, or a table.")
     method: MethodSection = Field(
