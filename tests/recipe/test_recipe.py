@@ -1,15 +1,13 @@
-"""Recipes: what is valid, what a mistake is told as and where, and that the README says what the schema allows."""
+"""Recipes: what is valid, what a mistake is told as and where."""
 
 import re
 import tomllib
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
 
 from kdcli.errors import InputError
 from kdcli.methods import registry
@@ -438,104 +436,6 @@ def test_what_is_no_parameter_count_is_refused(text: str):
 def test_a_commands_options_are_named_as_options():
     with pytest.raises(InputError, match=r"--svd-dtype: must be one of .*float64"):
         validate_section(OverparamSection, {"svd_dtype": "float16"})
-
-
-# The README's reference
-
-
-def _sections() -> dict[str, type[BaseModel]]:
-    """Return every table of a recipe by its header, such as `[teacher.finetune]`; "" is the top."""
-    found: dict[str, type[BaseModel]] = {"": Recipe}
-
-    def walk(schema: type[BaseModel], path: str) -> None:
-        for name, field in schema.model_fields.items():
-            for kind in _kinds(field.annotation):
-                many = get_origin(kind) is list
-                inner = get_args(kind)[0] if many else kind
-                if isinstance(inner, type) and issubclass(inner, BaseModel):
-                    here = f"{path}.{name}".lstrip(".")
-                    # A method's options are its own; tasks to fine-tune on are tasks.
-                    if here in ("method", "finetune.task"):
-                        continue
-                    found[f"[[{here}]]" if many else f"[{here}]"] = inner
-                    walk(inner, here)
-
-    walk(Recipe, "")
-    return found
-
-
-def _kinds(annotation: Any) -> list[Any]:
-    if get_origin(annotation) is Annotated:
-        return _kinds(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [kind for part in get_args(annotation) for kind in _kinds(part)]
-    return [annotation]
-
-
-def _documented() -> dict[str, dict[str, tuple[str, str]]]:
-    """Return header -> field -> (default, meaning), as the README's reference has them."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    reference = re.split(r"^## ", text.split("## Recipe reference\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
-    found: dict[str, dict[str, tuple[str, str]]] = {}
-    headers = [""]
-    for line in reference.splitlines():
-        if line.startswith("**"):
-            headers = re.findall(r"\*\*`(.+?)`\*\*", line)
-        if not line.startswith("|") or re.fullmatch(r"[|\- ]+", line) or line.startswith("| field "):
-            continue
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        assert len(cells) == 3, f"not a row of three cells: {line}"
-        fields = re.findall(r"`(\w+)`", cells[0])
-        assert cells[0] == ", ".join(f"`{field}`" for field in fields), f"not a list of fields: {line}"
-        for header in headers:
-            for field in fields:
-                assert field not in found.setdefault(header, {}), f"{header} has {field} twice"
-                found[header][field] = (cells[1], cells[2])
-    return found
-
-
-SECTIONS = _sections()
-
-
-def test_the_readme_has_every_table():
-    assert set(_documented()) == set(SECTIONS)
-
-
-@pytest.mark.parametrize("header", SECTIONS)
-def test_the_readme_has_every_field_and_no_other(header: str):
-    fields = set(SECTIONS[header].model_fields)
-    if not header:
-        fields -= {re.sub(r"[\[\]]", "", name) for name in SECTIONS} | {"method"}
-    assert set(_documented()[header]) == fields
-
-
-def test_the_readme_explains_the_method_table():
-    assert '**`[method]`**, or `method = "NAME"`' in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("header", SECTIONS)
-def test_the_readme_has_every_default_as_it_is(header: str):
-    for name, (default, _) in _documented()[header].items():
-        field = SECTIONS[header].model_fields[name]
-        literal = re.fullmatch(r"`([^`]*)`", default)
-        if field.is_required():
-            assert default.startswith("required"), (header, name)
-        elif field.default is None:
-            # What stands for "not set" is described in words.
-            assert (default and literal is None) or name == "label", (header, name)
-        else:
-            assert literal is not None, (header, name)
-            word = field.default if isinstance(field.default, str) else None
-            assert (literal[1] if word else tomllib.loads(f"x = {literal[1]}")["x"]) == field.default, (header, name)
-
-
-@pytest.mark.parametrize("header", SECTIONS)
-def test_the_readme_has_every_choice(header: str):
-    for name, (default, meaning) in _documented()[header].items():
-        for kind in _kinds(SECTIONS[header].model_fields[name].annotation):
-            if get_origin(kind) is Literal:
-                missing = [choice for choice in get_args(kind) if choice not in default + meaning]
-                assert not missing, (header, name)
 
 
 def test_a_portable_recipe_names_whole_paths_and_nothing_else(tmp_path: Path):
