@@ -103,7 +103,7 @@ class TaskSection(Named, Section):
     """`[task]`, or `task = "NAME"`: a GLUE task, the built-in `reviews`, the user's own data, or plain text."""
 
     name: Name = Field(
-        description="The task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli or reviews; or any name for own data. "
+        description="The task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, reviews, or a name of your own. "
         "GLUE is read from $KDCLI_DATA_DIR/glue/NAME/*.parquet where that exists, else from nyu-mll/glue on the hub."
     )
     type: Literal["classification", "regression", "text"] | None = Field(
