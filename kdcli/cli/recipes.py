@@ -195,7 +195,7 @@ def _find(field: str, entries: "list[Entry]", method: "Method | None") -> "Entry
         schema, prefix, path = method.options, ("method",), path[1:]
     wrong = unknown_part(schema, path)
     if wrong is not None:
-        raise InputError("unknown field", where=".".join((*prefix, *wrong)), hint=nearest(schema, wrong, prefix))
+        raise InputError("unknown field", where=cut(".".join((*prefix, *wrong))), hint=nearest(schema, wrong, prefix))
     path = (*prefix, *path)
     # A key of one's own, such as overparam.factors.768, is explained by the field that has such keys.
     return max((e for e in entries if path[: len(e.path)] == e.path), key=lambda entry: len(entry.path))

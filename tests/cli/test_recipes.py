@@ -151,6 +151,16 @@ def test_a_field_that_is_not_there_is_met_with_the_nearest(field: list[str], tol
     assert outcome.code == 2 and told in outcome.err
 
 
+@pytest.mark.parametrize(
+    "odd", ["\x00", "[]", "a..b", ".", "task.", "method.", "student.layers.x", "\ud800", "x" * 5000]
+)
+def test_odd_names_end_with_a_message(odd: str, world: World):
+    for arguments in (["explain", odd], ["show", odd], ["copy", odd]):
+        outcome = world.call("recipes", *arguments)
+        assert (outcome.code == 2 and len(outcome.err) < 1000) or outcome.code == 0, (arguments, outcome.err)
+    assert not any(path.suffix == ".toml" for path in world.folder.iterdir())
+
+
 # The package
 
 
