@@ -31,7 +31,7 @@ class Wants:
     """What must be captured from one model's forward pass; everything else is not even looked at.
 
     Block numbers follow the literature: hidden[0] is the embedding output, hidden[l] the output of block l.
-    `all_positions` matters for language models only: logits at every real token, not just at the masked ones.
+    `all_positions`: predictions at every real token, not just at those with a gold answer.
     `gradients` says how often the logits are differentiated by hidden[0]: 1 keeps the graph between them, 2 one whose
     gradient can be learned from; `path` is the number of points between a zero embedding and hidden[0] at which the
     model is to be run for it (integrated gradients).
@@ -64,24 +64,22 @@ class Wants:
 
 @dataclass
 class Signals:
-    """What one forward pass said, as far as it was asked for.
+    """What was captured of one forward pass, as far as it was asked for.
 
     mask: (batch, seq), 1 at real tokens. segments: (batch, seq), the document of a packed block that a token belongs
     to, or None where a row is one text; models attend over the whole row all the same.
-    logits: (batch, classes); of a language model (positions, vocabulary), at the flat positions `positions` (into
-    batch x seq). hidden[l]: (batch, seq, hidden).
+    predictions: one table or several, as the kind of task has. hidden[l]: (batch, seq, hidden).
     matrices[(l, name)]: output of that linear map with its bias, (batch, seq, out).
     factors[(l, name)]: the tensor chain of that matrix, only for over-parameterised weights.
-    path: (scaled embedding output, logits) for alpha = 1/K, ..., 1, where a gradient's path is asked for.
+    path: (scaled embedding output, predictions) for alpha = 1/K, ..., 1, where a gradient's path is asked for.
     heads: number of attention heads.
     """
 
     mask: Tensor
     heads: int
     segments: Tensor | None = None
-    logits: Tensor | None = None
-    positions: Tensor | None = None
-    path: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
+    path: list[tuple[Tensor, list[Prediction]]] = field(default_factory=list)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     matrices: dict[MatrixKey, Tensor] = field(default_factory=dict)
     factors: Mapping[MatrixKey, tuple[Tensor, ...]] = field(default_factory=dict)

@@ -25,6 +25,7 @@ from kdcli.models.hashing import hash_of_model, hash_of_tokenizer
 from kdcli.models.shape import longest_input
 from kdcli.signals import Wants
 from kdcli.tasks.encode import Collator
+from kdcli.tasks.masked_lm import KIND
 from kdcli.tensor_file import keep_tensors, kept_tensors
 from kdcli.training.capture import Capture
 from kdcli.words import counted
@@ -128,7 +129,7 @@ class Suggester:
                 rows.append({**row, "index": number, "labels": 0, "mask": masks[before]})
         rows.sort(key=lambda row: -len(row["input_ids"]))
         self.model.to(self.device)  # type: ignore[arg-type]
-        collator, capture = Collator(self.tokenizer), Capture(self.model, Wants(logits=True))
+        collator, capture = Collator(self.tokenizer), Capture(self.model, Wants(logits=True), KIND)
         try:
             for start in range(0, len(rows), self.batch_size):
                 part = rows[start : start + self.batch_size]
@@ -144,10 +145,11 @@ class Suggester:
     ) -> Tensor:
         width = batch["input_ids"].shape[1]
         batch["masked_positions"] = torch.tensor([i * width + row["mask"] for i, row in enumerate(rows)])
+        batch["labels"] = batch["input_ids"]
         batch = {name: values.to(self.device) for name, values in batch.items()}
         with capture, torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = capture.run(batch).logits
-        assert logits is not None
+            (table,) = capture.run(batch).predictions
+        logits = table.logits
         check_finite(logits.float().cpu(), MODEL)
         words = self.vocabulary
         # A model's table may have more rows than the tokenizer has tokens.

@@ -32,7 +32,7 @@ def methods(
         found, problems = registry.usable()
         lines = [(m.name, _tasks(m), m.title, short_citation(m.paper)) for m in found]
         keys = ("name", "title", "signals", "constraints", "cost", "paper")
-        rows = [{**{key: getattr(m, key) for key in keys}, "tasks": sorted(m.kinds)} for m in found]
+        rows = [{**{key: getattr(m, key) for key in keys}, "tasks": tasks_of(m)} for m in found]
         emit(rows, table=render.columns(lines, ("name", "tasks", "what the student follows", "paper")), as_json=as_json)
         for problem in problems:
             info(f"left out: {problem}")
@@ -42,7 +42,7 @@ def methods(
     document: dict[str, Any] = {
         "name": method.name,
         "title": method.title,
-        "tasks": sorted(method.kinds),
+        "tasks": tasks_of(method),
         "formula": method.formula,
         "signals": method.signals,
         "constraints": method.constraints,
@@ -51,7 +51,7 @@ def methods(
         "options": options,
         "student": method.student,
         "train": method.train,
-        "train_on_text": method.train | method.text_train if "text" in method.kinds else None,
+        "train_on_text": method.train | method.text_train if method.text_train else None,
     }
     table = Table(title=f"{method.name}: {method.title}", show_header=False)
     table.add_column(style="bold", no_wrap=True)
@@ -76,6 +76,13 @@ def methods(
     return 0
 
 
+def tasks_of(method: "Method") -> list[str]:
+    """Return the names of the kinds of tasks that provide what a method needs."""
+    from kdcli.tasks import registry
+
+    return sorted(name for name in registry.names() if method.needs <= registry.get(name).provides)
+
+
 def short_citation(paper: str) -> str:
     """Return `Hinton et al. 2015` for a full citation that begins with authors and a year, else the citation itself."""
     found = re.match(r"(?P<first>[^,(]+)(?P<others>,[^(]*)? \((?P<year>\d{4})\)", paper)
@@ -83,8 +90,7 @@ def short_citation(paper: str) -> str:
 
 
 def _tasks(method: "Method") -> str:
-    """Return what tasks a method works on, in few words."""
-    labels = method.kinds - {"text"}
-    if "text" in method.kinds:
-        return "all" if labels else "plain text"
-    return "labels" if len(labels) > 1 else ", ".join(labels)
+    """Return what tasks a method works on, in few words: what they must have, where it is one thing."""
+    if len(method.needs) < 2:
+        return next(iter(method.needs), "all")
+    return ", ".join(tasks_of(method))

@@ -85,54 +85,57 @@ def _mean_score(values: list[float]) -> str:
 
 def plan(plan: "Plan") -> Table:
     """Return the table of a dry run: what a recipe would do."""
-    table = Table(title=f"plan: {plan.name}", show_header=False)
+    document = plan.document
+    table = Table(title=f"plan: {document['name']}", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    task, teacher, assistant, student = plan.task, plan.teacher, plan.assistant, plan.student
-    table.add_row("task", f"{task.name} ({task.kind}): {_sizes(task.sizes)}")
-    if task.classes is not None:
-        table.add_row("classes", f"{task.classes.number:,}; fewest training rows: {_sizes(task.classes.rarest)}")
-    for note in task.notes:
+    teacher, student = document["teacher"], document["student"]
+    sizes = ", ".join(f"{name} {rows:,}" for name, rows in document["task"]["sizes"].items())
+    table.add_row("task", f"{document['task']['name']} ({document['task']['kind']}): {sizes}")
+    if (classes := document["task"]["classes"]) is not None:
+        rare = ", ".join(f"{name} {rows:,}" for name, rows in classes["rarest"].items())
+        table.add_row("classes", f"{classes['number']:,}; fewest training rows: {rare}")
+    for note in document["task"]["notes"]:
         table.add_row("", f"note: {note}")
-    table.add_row("method", f"{plan.method.name}: {plan.method.title}")
-    share = ""
-    if teacher.parameters is None:
-        table.add_row("teacher", f"{teacher.origin}: only its answers are known")
+    table.add_row("method", f"{document['method']['name']}: {document['method']['title']}")
+    count, share = teacher["parameters"], ""
+    if count is None:
+        table.add_row("teacher", f"{teacher['origin']}: only its answers are known")
     else:
-        table.add_row("teacher", f"{teacher.origin}, {teacher.parameters:,} parameters ({teacher.preparation})")
-        share = f" ({student.parameters / teacher.parameters:.1%} of the teacher)"
-    if assistant is not None:
-        table.add_row("assistant", f"{assistant.form}, {assistant.parameters:,} parameters")
-        for note in assistant.notes:
+        table.add_row("teacher", f"{teacher['origin']}, {count:,} parameters ({teacher['preparation']})")
+        share = f" ({student['parameters'] / count:.1%} of the teacher)"
+    if (assistant := document["assistant"]) is not None:
+        table.add_row("assistant", f"{assistant['form']}, {assistant['parameters']:,} parameters")
+        for note in assistant["notes"]:
             table.add_row("", note)
-    table.add_row("student", f"{student.form}, {student.parameters:,} parameters{share}")
-    for note in student.notes:
+    table.add_row("student", f"{student['form']}, {student['parameters']:,} parameters{share}")
+    for note in student["notes"]:
         table.add_row("", note)
-    if (chains := plan.overparam) is not None:
+    if document["overparam"] is not None:
+        chain = document["overparam"]
         table.add_row(
             "overparam",
-            f"{counted(chains.matrices, 'matrix', 'matrices')} as chains of {chains.tensors} tensors: "
-            f"{chains.parameters:,} parameters while training",
+            f"{counted(chain['matrices'], 'matrix', 'matrices')} as chains of {chain['tensors']} tensors: "
+            f"{chain['parameters']:,} parameters while training",
         )
-        table.add_row("", f"matched with teacher matrices: {chains.matched}, not matched: {chains.unmatched}")
-    trained = [("assistant's stage", assistant.stages)] if assistant is not None else []
-    for title, stages in [*trained, ("stage", plan.stages)]:
+        table.add_row("", f"matched with teacher matrices: {chain['matched']}, not matched: {chain['unmatched']}")
+    way = [("assistant's stage", assistant["stages"])] if assistant is not None else []
+    for title, stages in [*way, ("stage", document["stages"])]:
         for stage in stages:
-            terms = ", ".join(f"{name} x {weight:g}" for name, weight in stage.terms.items())
-            steps = f"{counted(stage.steps, 'step')} at {stage.learning_rate:g}"
-            table.add_row(f"{title} {stage.name}", f"{steps}: {terms}")
-    table.add_row("matched blocks", ", ".join(f"{s}<-{t}" for s, t in plan.pairs) + " (student<-teacher)")
-    batch = counted(plan.train.batch_size, "example")
-    table.add_row("training", f"{batch} a step, {plan.train.precision}, seed {plan.seed}")
-    for tuned in plan.finetune:
-        beside = f", beside {' and '.join(tuned.against)}" if tuned.against else ""
-        table.add_row("fine-tuning", f"{tuned.task} ({_sizes(tuned.sizes)}) x {tuned.seeds}{beside}")
-    table.add_row("memory", f"about {plan.memory_megabytes:,} MB while training")
+            terms = ", ".join(f"{name} x {weight:g}" for name, weight in stage["terms"].items())
+            steps = f"{counted(stage['steps'], 'step')} at {stage['learning_rate']:g}"
+            table.add_row(f"{title} {stage['name']}", f"{steps}: {terms}")
+    table.add_row("matched blocks", ", ".join(f"{s}<-{t}" for s, t in document["pairs"]) + " (student<-teacher)")
+    loop = document["train"]
+    table.add_row(
+        "training", f"{counted(loop['batch_size'], 'example')} a step, {loop['precision']}, seed {document['seed']}"
+    )
+    for tuned in document["finetune"]:
+        sizes = ", ".join(f"{name} {rows:,}" for name, rows in tuned["sizes"].items())
+        beside = f", beside {' and '.join(tuned['against'])}" if tuned["against"] else ""
+        table.add_row("fine-tuning", f"{tuned['task']} ({sizes}) x {tuned['seeds']}{beside}")
+    table.add_row("memory", f"about {document['memory_megabytes']:,} MB while training")
     return table
-
-
-def _sizes(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name} {rows:,}" for name, rows in sizes.items())
 
 
 def exported(result: "ExportResult") -> RenderableType:
@@ -285,36 +288,21 @@ def reference(entries: "Sequence[Entry]") -> Group:
     return Group(*parts)
 
 
-def fields(rows: Sequence[Mapping[str, Any]], inside: "Sequence[Entry]") -> Group:
-    """Return what there is to know of a field, a row for each of its meanings; of a table also its fields."""
-    parts: list[RenderableType] = []
-    for row in rows:
-        default = "required" if row["required"] else "" if row["default"] is None else show(row["default"])
-        lines = {
-            "field": row["field"],
-            "only with": _of_kinds(row["kinds"]),
-            "type": row["allowed"],
-            "default": default,
-            "of the method": show(row["default_of_method"]) if "default_of_method" in row else "",
-            "meaning": row["description"],
-        }
-        parts += [columns((key, value) for key, value in lines.items() if value), ""]
-    return Group(*parts, _fields(inside, inside)) if inside else Group(*parts[:-1])
-
-
-def _of_kinds(kinds: Sequence[str]) -> str:
-    return f"type = {' or '.join(map(show, kinds))}" if kinds else ""
+def field(row: Mapping[str, Any], inside: "Sequence[Entry]") -> Group:
+    """Return what there is to know of a field; of a table also its fields."""
+    default = "required" if row["required"] else "" if row["default"] is None else show(row["default"])
+    lines = {"field": row["field"], "type": row["allowed"], "default": default, "meaning": row["description"]}
+    if "default_of_method" in row:
+        lines["of the method"] = show(row["default_of_method"])
+    about = columns((key, value) for key, value in lines.items() if value)
+    return Group(about, "", _fields(inside, inside)) if inside else Group(about)
 
 
 def _fields(some: "Sequence[Entry]", aligned: "Sequence[Entry]") -> Table:
     """Return fields of one table with default and meaning, in columns as wide as `aligned` needs them."""
-
-    def meaning(entry: "Entry") -> str:
-        only = f" (With {_of_kinds(entry.kinds)}.)" if entry.kinds else ""
-        return f"{entry.field.description}{only}"
-
-    table = columns((entry.path[-1], entry.shown_default, meaning(entry)) for entry in some)
-    sides = ([entry.path[-1] for entry in aligned], [entry.shown_default for entry in aligned])
-    for column, cells in zip(table.columns, sides, strict=False):
+    table = columns([(entry.path[-1], entry.shown_default, entry.field.description or "") for entry in some])
+    for column, cells in zip(
+        table.columns, ([e.path[-1] for e in aligned], [e.shown_default for e in aligned]), strict=False
+    ):
         column.min_width = max(map(len, cells))
     return table

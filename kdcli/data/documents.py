@@ -61,7 +61,8 @@ def read_documents(
 
 
 def _path(text: str, base: Path) -> Path:
-    return base / expanded(text, "task")
+    given = expanded(text, "task")
+    return given if given.is_absolute() else base / given
 
 
 def _read_folder(folder: Path, section: "TaskSection", where: str, notes: list[str]) -> dict[str, list[str]]:

@@ -145,7 +145,7 @@ def run_distill(
                 work=run.checkpoints / "teacher",
                 log=run.log / "teacher",
             )
-            silent = task.kind == "text" or not teacher.known
+            silent = task.kind.scored_by_loss or not teacher.known
             teacher_scores = {} if silent else _teacher_scores(teacher, task, resolved, console)
         if teacher_scores:
             _warn_of_chance(teacher_scores, task, console)
@@ -169,12 +169,12 @@ def run_distill(
         student = road.distil(nearest, resolved.student, recipe.overparam)
         attempt.keep()
         build, training = student.build, student.training
-        if task.kind == "text" and not student.speaks:
+        if task.kind.scored_by_loss and not student.speaks:
             # Nothing taught its head to speak: what is handed over is the body.
             build = replace(build, model=build.model.base_model)  # type: ignore[arg-type]
         round_to_stored(build.model)
         with timed(seconds, "evaluate"):
-            if task.kind == "text":
+            if task.kind.scored_by_loss:
                 result = Result(
                     "loss",
                     describe_model(teacher.model),
@@ -207,7 +207,7 @@ def run_distill(
                 "paper": resolved.method.paper,
                 "options": resolved.options.model_dump(),
             },
-            "task": {**task.description, "name": task.name, "kind": task.kind, "primary": task.primary},
+            "task": {**task.description, "name": task.name, "kind": task.kind.name, "primary": task.primary},
             **result.to_json(),
             "teacher_origin": teacher.origin,
             "teacher_path": str(teacher.path) if teacher.path else None,

@@ -34,7 +34,7 @@ from kdcli.training.finetune import metrics_of
 from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.settings import LoopSettings
 from kdcli.training.step import Distiller
-from kdcli.training.teacher_cache import cached_logits
+from kdcli.training.teacher_cache import known_outputs
 from kdcli.words import counted
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def _train(
         if chain is not None and chain.teacher:
             terms.append(Term("tensor", TensorObjective(chain.section.aux_reduction), chain.section.aux_weight))
         loop = stage_loop(resolved, stage, total, len(train))
-        if task.kind != "text" and not speaks([stage]):
+        if not task.kind.scored_by_loss and not speaks([stage]):
             # The score of a head that nothing trains says nothing about which checkpoint is best.
             loop = replace(loop, select="last", patience=None)
         scheme = stage.scheme or Scheme()
@@ -291,16 +291,16 @@ def make_distiller(
     *,
     factors: dict[Any, tuple[torch.Tensor, ...]] | None = None,
 ) -> Distiller:
-    """Return the step of a stage; a fixed teacher gives its logits once, before training, where that saves work."""
-    setting, teacher, logits = scheme.setting, scheme.teacher(), scheme.teacher_logits()
+    """Return the step of a stage; a fixed teacher gives its outputs once, before training, where that saves work."""
+    setting, teacher, known = scheme.setting, scheme.teacher(), scheme.teacher_outputs()
+    kind = setting.task.kind
     wants = Wants()
     for term in terms:
         if term.weight > 0:
             wants |= term.objective.teacher_wants()
-    # Plain text is masked differently in every epoch: no prediction about it is ever asked for twice.
-    asked_again = setting.cache and setting.task.kind != "text" and wants.logits and not wants.gradients
-    if logits is None and teacher is not None and asked_again and scheme.teacher_is_fixed and _saves(wants, teacher):
-        logits = cached_logits(
+    asked_again = setting.cache and not kind.inputs_change and wants.logits and not wants.gradients
+    if known is None and teacher is not None and asked_again and scheme.teacher_is_fixed and _saves(wants, teacher):
+        known = known_outputs(
             teacher,
             rows,
             setting.collator,
@@ -308,7 +308,7 @@ def make_distiller(
             console=setting.console,
             device=setting.loop.device,
         )
-    return Distiller(student, terms, teacher=teacher, teacher_logits=logits, teacher_factors=factors)
+    return Distiller(student, terms, kind=kind, teacher=teacher, teacher_outputs=known, teacher_factors=factors)
 
 
 def _saves(wants: Wants, teacher: "PreTrainedModel") -> bool:

@@ -46,20 +46,15 @@ def check(options: ADKDOptions, context: Context) -> None:
 def build(options: ADKDOptions, context: Context) -> list[Stage]:
     """Return one stage with the three terms."""
     from kdcli.objectives.attribution import AttributionObjective
-    from kdcli.objectives.gold import TaskObjective
-    from kdcli.objectives.output import AnnealedOutputObjective
 
-    maps = AttributionObjective(context.kind, context.num_labels, top_k=options.top_k, steps=options.steps)
+    maps = AttributionObjective(context.kind.distribution, top_k=options.top_k, steps=options.steps)
     return [
         Stage(
             "distil",
             [
-                Term(
-                    "output",
-                    AnnealedOutputObjective(context.kind, options.temperature, anneal=options.anneal),
-                    options.alpha,
-                ),
-                Term("task", TaskObjective(context.kind), 1.0 - options.alpha),
+                # Without T^2, as published.
+                context.output_term(options.alpha, options.temperature, scale=False, anneal=options.anneal),
+                context.gold_term(1.0 - options.alpha),
                 Term("attribution", maps, options.beta),
             ],
         )
@@ -80,6 +75,7 @@ METHOD = Method(
     options=ADKDOptions,
     build=build,
     check=check,
+    needs=frozenset({"labels", "one-per-example"}),
     student={"form": "depth"},
     train={"epochs": 6.0, "learning_rate": 4e-5, "warmup": 0.0, "weight_decay": 0.0},
 )

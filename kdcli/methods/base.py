@@ -12,6 +12,7 @@ from kdcli.objectives.term import Term
 
 if TYPE_CHECKING:
     from kdcli.tasks.base import Task
+    from kdcli.tasks.kind import TaskKind
     from kdcli.training.schemes.base import Scheme
 
 
@@ -25,17 +26,34 @@ class Options(BaseModel):
 class Context:
     """What a method may know: shapes, never weights. `pairs` are (student block, teacher block) from 1.
 
-    seed: the recipe's, for what a method draws itself. augmented: whether noised copies of rows are trained on.
+    kind: of the task; a method asks what it provides, never which it is. seed: the recipe's, for what a method draws
+    itself. augmented: whether copies of rows with other words are trained on.
     """
 
     teacher: ModelShape
     student: ModelShape
     student_form: str
-    kind: str
-    num_labels: int
+    kind: "TaskKind"
     pairs: list[tuple[int, int]]
     seed: int = 0
     augmented: bool = False
+
+    @property
+    def has_labels(self) -> bool:
+        """True where rows have gold labels; plain text has masked tokens at most."""
+        return "labels" in self.kind.provides
+
+    def output_term(self, weight: float = 1.0, temperature: float = 1.0, **options: Any) -> Term:
+        """Return the divergence from the teacher's predictions. options: those of `OutputObjective`."""
+        from kdcli.objectives.output import OutputObjective
+
+        return Term("output", OutputObjective(self.kind.distribution, temperature, **options), weight)
+
+    def gold_term(self, weight: float = 1.0, name: str = "task") -> Term:
+        """Return the loss of the gold answers: labels, or masked tokens."""
+        from kdcli.objectives.gold import GoldObjective
+
+        return Term(name, GoldObjective(self.kind.distribution), weight)
 
 
 @dataclass
@@ -81,8 +99,8 @@ class Method:
     not there, and runs none of them; base is the folder that relative paths start from. load_sources(options, task,
     base) imports such code before a run's first work, and never for a dry run.
     build(options, context) returns the stages. notes(options, context): what was chosen for the user and is worth a
-    line. kinds: of tasks that it can be used on ("classification", "regression", "text"). teacherless(options):
-    whether answers are enough, without the teacher's model.
+    line. needs: what a kind of task must provide (`kdcli.tasks.kind.CAPABILITIES`) for it to be used there.
+    teacherless(options): whether answers are enough, without the teacher's model.
     """
 
     name: str
@@ -97,7 +115,7 @@ class Method:
     check: Callable[[Any, Context], None] = _no_check
     check_sources: Callable[[Any, "Task", Path], None] = _no_sources
     load_sources: Callable[[Any, "Task", Path], None] = _no_sources
-    kinds: frozenset[str] = frozenset({"classification", "regression"})
+    needs: frozenset[str] = frozenset({"labels"})
     student: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     text_train: dict[str, Any] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, model_validator
 
-from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.base import Context, Method, Options, Stage
 from kdcli.methods.terms import refuse_idle
 from kdcli.recipe.schema import PositiveFloat, PositiveInt, Seed, Times
 
@@ -117,8 +117,6 @@ def check(options: DBKDOptions, context: Context) -> None:
 
 def build(options: DBKDOptions, context: Context) -> list[Stage]:
     """Return one stage with the two terms, whose teacher is the table of logits behind decisions."""
-    from kdcli.objectives.gold import TaskObjective
-    from kdcli.objectives.output import OutputObjective
     from kdcli.training.schemes.dbkd import DecisionScheme
 
     box = options.black_box
@@ -133,10 +131,7 @@ def build(options: DBKDOptions, context: Context) -> list[Stage]:
         file=box.decisions if box is not None else None,
         **({"queries_per_call": box.queries_per_call} if box is not None else {}),
     )
-    terms = [
-        Term("output", OutputObjective(context.kind, options.temperature), options.alpha),
-        Term("task", TaskObjective(context.kind)),
-    ]
+    terms = [context.output_term(options.alpha, options.temperature), context.gold_term()]
     return [Stage("distil", terms, scheme=scheme)]
 
 
@@ -155,7 +150,7 @@ METHOD = Method(
     check=check,
     check_sources=check_sources,
     load_sources=load_sources,
-    kinds=frozenset({"classification"}),
+    needs=frozenset({"labels", "classes", "one-per-example", "text"}),
     teacherless=lambda options: options.black_box is not None,
     student={"form": "depth", "select": "first"},
     train={"epochs": 10.0, "learning_rate": 2e-5, "warmup": 0.1},

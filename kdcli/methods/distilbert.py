@@ -6,7 +6,7 @@ from pydantic import Field
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
-from kdcli.methods.terms import ALL_KINDS, Temperature, Weight, need_equal_vocabulary, refuse_unsupported, weighted
+from kdcli.methods.terms import Temperature, Weight, need_equal_vocabulary, refuse_unsupported, weighted
 
 
 class Weights(Options):
@@ -34,7 +34,7 @@ class DistilBERTOptions(Options):
 def check(options: DistilBERTOptions, context: Context) -> None:
     """Raise InputError when vocabularies or widths differ."""
     refuse_unsupported(options, context, labels=(), text=("positions",))
-    if context.kind == "text":
+    if "vocabulary" in context.kind.provides:
         need_equal_vocabulary(context)
     teacher, student = context.teacher.hidden, context.student.hidden
     if options.weights.cosine > 0 and teacher != student:
@@ -49,20 +49,15 @@ def check(options: DistilBERTOptions, context: Context) -> None:
 def build(options: DistilBERTOptions, context: Context) -> list[Stage]:
     """Return one stage with the three terms."""
     from kdcli.objectives.cosine import CosineObjective
-    from kdcli.objectives.gold import TaskObjective
-    from kdcli.objectives.output import OutputObjective
-    from kdcli.objectives.vocabulary import MaskedLMObjective, VocabularyObjective
 
     weights = options.weights
-    output: OutputObjective | VocabularyObjective
-    if context.kind == "text":
-        output = VocabularyObjective(options.temperature, all_positions=options.positions == "all")
-        task = Term("mlm", MaskedLMObjective(), weights.task)
-    else:
-        output = OutputObjective(context.kind, options.temperature)
-        task = Term("task", TaskObjective(context.kind), weights.task)
+    everywhere = not context.has_labels and options.positions == "all"
     last = CosineObjective([(context.student.layers, context.teacher.layers)])
-    terms = [Term("output", output, weights.output), task, Term("cosine", last, weights.cosine)]
+    terms = [
+        context.output_term(weights.output, options.temperature, all_positions=everywhere),
+        context.gold_term(weights.task, "task" if context.has_labels else "mlm"),
+        Term("cosine", last, weights.cosine),
+    ]
     return [Stage("distil", weighted(terms))]
 
 
@@ -79,7 +74,7 @@ METHOD = Method(
     options=DistilBERTOptions,
     build=build,
     check=check,
-    kinds=ALL_KINDS,
+    needs=frozenset(),
     student={"form": "depth", "select": "spread"},
     train={"epochs": 3.0, "learning_rate": 5e-5, "warmup": 0.05, "weight_decay": 0.0},
     text_train={"learning_rate": 5e-4},

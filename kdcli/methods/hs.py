@@ -9,7 +9,6 @@ from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.layer_maps import MAPS, Pairs, layer_map
 from kdcli.methods.terms import (
-    ALL_KINDS,
     PredictionWeights,
     Temperature,
     Weight,
@@ -120,7 +119,7 @@ def check(options: HSOptions, context: Context) -> None:
             )
         return
     top = max((s for s, _ in _pairs(options, context)), default=0)
-    if context.kind == "text" and options.weights.mlm == 0 and top < context.student.layers:
+    if not context.has_labels and options.weights.mlm == 0 and top < context.student.layers:
         raise InputError(
             f"nothing trains the student's blocks above {top}: no teacher block is mapped to them",
             where="method.layer_map",
@@ -184,7 +183,7 @@ METHOD = Method(
     options=HSOptions,
     build=build,
     check=check,
-    kinds=ALL_KINDS,
+    needs=frozenset(),
     student={"form": "depth"},
     train={"epochs": 3.0, "learning_rate": 5e-5},
     text_train={"learning_rate": 5e-4},

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.base import Context, Method, Options, Stage
 from kdcli.methods.terms import Temperature
 from kdcli.recipe.schema import Share
 
@@ -18,15 +18,13 @@ class KDOptions(Options):
 
 def build(options: KDOptions, context: Context) -> list[Stage]:
     """Return one stage with the two terms."""
-    from kdcli.objectives.gold import TaskObjective
-    from kdcli.objectives.output import OutputObjective
 
     return [
         Stage(
             "distil",
             [
-                Term("output", OutputObjective(context.kind, options.temperature), options.alpha),
-                Term("task", TaskObjective(context.kind), 1.0 - options.alpha),
+                context.output_term(options.alpha, options.temperature),
+                context.gold_term(1.0 - options.alpha),
             ],
         )
     ]

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from kdcli.errors import InputError
-from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.base import Context, Method, Options, Stage
 from kdcli.methods.terms import Temperature, refuse_idle
 from kdcli.recipe.schema import PositiveFloat, Share
 
@@ -65,8 +65,6 @@ def check(options: LGTMOptions, context: Context) -> None:
 
 def build(options: LGTMOptions, context: Context) -> list[Stage]:
     """Return one stage: the student's two terms, and the scheme that trains the teacher before every step."""
-    from kdcli.objectives.gold import TaskObjective
-    from kdcli.objectives.output import OutputObjective
     from kdcli.training.schemes.lgtm import Learning, LGTMScheme
 
     learning = Learning(
@@ -82,8 +80,8 @@ def build(options: LGTMOptions, context: Context) -> list[Stage]:
         Stage(
             "distil",
             [
-                Term("output", OutputObjective(context.kind, options.temperature, scale=False), options.alpha_student),
-                Term("task", TaskObjective(context.kind), 1.0 - options.alpha_student),
+                context.output_term(options.alpha_student, options.temperature, scale=False),
+                context.gold_term(1.0 - options.alpha_student),
             ],
             scheme=LGTMScheme(learning),
         )

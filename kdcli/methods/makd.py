@@ -87,10 +87,8 @@ def check(options: MaKDOptions, context: Context) -> None:
 
 def build(options: MaKDOptions, context: Context) -> list[Stage]:
     """Return one joint stage, or three from fine to coarse."""
-    from kdcli.objectives.gold import TaskObjective
     from kdcli.objectives.hidden import HiddenObjective
     from kdcli.objectives.matrix import MatrixObjective
-    from kdcli.objectives.output import OutputObjective
     from kdcli.objectives.relation import RelationObjective
 
     def matrix_level() -> list[Term]:
@@ -133,8 +131,8 @@ def build(options: MaKDOptions, context: Context) -> list[Stage]:
     def model_level() -> list[Term]:
         weight = options.weights.model
         return [
-            Term("output", OutputObjective(context.kind, options.temperature), weight * options.alpha),
-            Term("task", TaskObjective(context.kind), weight * (1.0 - options.alpha)),
+            context.output_term(weight * options.alpha, options.temperature),
+            context.gold_term(weight * (1.0 - options.alpha)),
         ]
 
     if options.schedule == "joint":

@@ -4,7 +4,6 @@ from pydantic import Field
 
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import (
-    ALL_KINDS,
     PredictionWeights,
     Temperature,
     Weight,
@@ -72,7 +71,7 @@ METHOD = Method(
     options=MiniLMOptions,
     build=build,
     check=check,
-    kinds=ALL_KINDS,
+    needs=frozenset(),
     student={"form": "depth"},
     train={"epochs": 3.0, "learning_rate": 5e-5},
     text_train={"learning_rate": 5e-4},

@@ -8,7 +8,6 @@ from pydantic import Field
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import (
-    ALL_KINDS,
     PredictionWeights,
     Temperature,
     Weight,
@@ -172,7 +171,7 @@ METHOD = Method(
     options=MiniLMv2Options,
     build=build,
     check=check,
-    kinds=ALL_KINDS,
+    needs=frozenset(),
     student={"form": "depth"},
     train={"epochs": 3.0, "learning_rate": 5e-5},
     text_train={"learning_rate": 6e-4},

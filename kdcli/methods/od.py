@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.base import Context, Method, Options, Stage
 from kdcli.methods.terms import Temperature, Weight, need_equal_vocabulary, weighted
 
 
@@ -34,12 +34,10 @@ def check(options: ODOptions, context: Context) -> None:
 
 def build(options: ODOptions, context: Context) -> list[Stage]:
     """Return one stage with the distribution, and the hidden words where they weigh something."""
-    from kdcli.objectives.vocabulary import MaskedLMObjective, VocabularyObjective
-
-    output = VocabularyObjective(options.temperature, all_positions=options.positions == "all")
+    everywhere = options.positions == "all"
     terms = [
-        Term("output", output, options.weights.output),
-        Term("mlm", MaskedLMObjective(), options.weights.mlm),
+        context.output_term(options.weights.output, options.temperature, all_positions=everywhere),
+        context.gold_term(options.weights.mlm, "mlm"),
     ]
     return [Stage("distil", weighted(terms))]
 
@@ -56,7 +54,7 @@ METHOD = Method(
     options=ODOptions,
     build=build,
     check=check,
-    kinds=frozenset({"text"}),
+    needs=frozenset({"vocabulary"}),
     student={"form": "depth"},
     train={"epochs": 3.0, "learning_rate": 5e-4},
 )

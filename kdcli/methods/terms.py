@@ -13,8 +13,6 @@ from kdcli.words import counted
 Weight = NonNegativeFloat
 Temperature = Annotated[float, Field(gt=0.0, le=1000.0)]
 
-ALL_KINDS = frozenset({"classification", "regression", "text"})
-
 
 class PredictionWeights(Options):
     """What the prediction weighs."""
@@ -24,17 +22,12 @@ class PredictionWeights(Options):
 
 
 def prediction_terms(context: Context, weights: PredictionWeights, alpha: float, temperature: float) -> list[Term]:
-    """Return the teacher's prediction and the gold labels, alpha to 1 - alpha; on plain text the hidden words."""
-    if context.kind == "text":
-        from kdcli.objectives.vocabulary import MaskedLMObjective
-
-        return [Term("mlm", MaskedLMObjective(), weights.mlm)]
-    from kdcli.objectives.gold import TaskObjective
-    from kdcli.objectives.output import OutputObjective
-
+    """Return the teacher's prediction and the gold labels, alpha to 1 - alpha; on plain text the masked tokens."""
+    if not context.has_labels:
+        return [context.gold_term(weights.mlm, "mlm")]
     return [
-        Term("output", OutputObjective(context.kind, temperature), weights.prediction * alpha),
-        Term("task", TaskObjective(context.kind), weights.prediction * (1.0 - alpha)),
+        context.output_term(weights.prediction * alpha, temperature),
+        context.gold_term(weights.prediction * (1.0 - alpha)),
     ]
 
 
@@ -57,14 +50,14 @@ def refuse_unsupported(
 
     labels, text: options (`alpha`, `weights.mlm`) that only tasks with labels, or only plain text, have.
     """
-    unsupported = labels if context.kind == "text" else text
+    unsupported = text if context.has_labels else labels
     for name in unsupported:
         inner: BaseModel = options
         *path, last = name.split(".")
         for part in path:
             inner = getattr(inner, part)
         if last in inner.model_fields_set:
-            kind = "plain text" if context.kind == "text" else "a task with labels"
+            kind = "a task with labels" if context.has_labels else "plain text"
             raise InputError(f"{name} means nothing on {kind}", where=f"method.{name}", hint="leave it out")
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from kdcli.errors import InputError
-from kdcli.methods.base import Context, Method, Options, Stage, Term
+from kdcli.methods.base import Context, Method, Options, Stage
 from kdcli.methods.terms import need_dividing_depth, refuse_idle
 from kdcli.recipe.schema import Fraction, PositiveFloat, PositiveInt
 
@@ -59,7 +59,6 @@ def check(options: TheseusOptions, context: Context) -> None:
 
 def build(options: TheseusOptions, context: Context) -> list[Stage]:
     """Return one stage: the task's loss alone, under the replacement scheme."""
-    from kdcli.objectives.gold import TaskObjective
     from kdcli.training.schemes.theseus import Replacement, TheseusScheme
 
     rate = options.replacing_rate or (0.3 if options.schedule == "linear" else 0.5)
@@ -67,7 +66,7 @@ def build(options: TheseusOptions, context: Context) -> list[Stage]:
     return [
         Stage(
             "replace",
-            [Term("task", TaskObjective(context.kind))],
+            [context.gold_term()],
             scheme=TheseusScheme(replacement, predecessor_eval=options.predecessor_eval),
         )
     ]

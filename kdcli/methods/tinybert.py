@@ -6,7 +6,6 @@ from pydantic import Field
 
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import (
-    ALL_KINDS,
     Temperature,
     Weight,
     need_dividing_depth,
@@ -89,18 +88,13 @@ def _inside(options: TinyBERTOptions, context: Context) -> list[Term]:
 
 def build(options: TinyBERTOptions, context: Context) -> list[Stage]:
     """Return the stages: the inside of the model, then its prediction; on plain text only the first."""
-    from kdcli.objectives.gold import TaskObjective
-    from kdcli.objectives.output import OutputObjective
 
-    if context.kind == "text":
+    if not context.has_labels:
         return [Stage("general", _inside(options, context))]
     alpha = options.alpha
     if alpha is None:
-        alpha = 0.0 if context.kind == "regression" else 1.0
-    prediction = [
-        Term("output", OutputObjective(context.kind, options.temperature), alpha),
-        Term("task", TaskObjective(context.kind), 1.0 - alpha),
-    ]
+        alpha = 0.0 if context.kind.distribution.is_point else 1.0
+    prediction = [context.output_term(alpha, options.temperature), context.gold_term(1.0 - alpha)]
     first, second = options.shares
     return [
         Stage("intermediate", _inside(options, context), first, scheduler="constant"),
@@ -121,7 +115,7 @@ METHOD = Method(
     options=TinyBERTOptions,
     build=build,
     check=check,
-    kinds=ALL_KINDS,
+    needs=frozenset(),
     student={"form": "depth"},
     # About 10 epochs for the first and 3 for the second stage.
     train={"epochs": 13.0, "learning_rate": 5e-5},

@@ -1,12 +1,12 @@
 """The attribution objective: which tokens a prediction rests on (AD-KD)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kdcli.objectives.base import Objective, token_mean
-from kdcli.objectives.gold import task_loss
+from kdcli.objectives.distribution import Distribution
 from kdcli.signals import Signals, Wants
 
 Path = Sequence[tuple[Tensor, Tensor]]
@@ -51,17 +51,13 @@ def attribution_loss(student_maps: Tensor, teacher_maps: Tensor, mask: Tensor) -
 class AttributionObjective(Objective):
     """Squared difference of attribution maps, summed over views.
 
-    A view is a score whose gradient gives the map: the task loss with the gold label for two classes (whose maps
-    are the same) and for regression, else -log p of every class in turn. steps: points of integrated gradients;
-    1 is gradient x input. top_k: features of the teacher's that count; all of the student's do.
+    A view is a score of the predictions whose gradient gives the map, as the distribution has it. steps: points of
+    integrated gradients; 1 is gradient x input. top_k: features of the teacher's that count; all of the student's do.
     """
 
-    def __init__(
-        self, kind: str = "classification", num_labels: int = 2, *, top_k: int | None = None, steps: int = 1
-    ) -> None:
+    def __init__(self, distribution: Distribution, *, top_k: int | None = None, steps: int = 1) -> None:
         super().__init__()
-        self.kind = kind
-        self.classes = range(num_labels) if kind == "classification" and num_labels > 2 else None
+        self.distribution = distribution
         self.top_k = top_k
         self.steps = steps
 
@@ -71,16 +67,12 @@ class AttributionObjective(Objective):
     def teacher_wants(self) -> Wants:
         return Wants(logits=True, hidden=frozenset({0}), gradients=1, path=self.steps)
 
-    def views(self, labels: Tensor) -> list[Callable[[Tensor], Tensor]]:
-        """Return the scores, each from logits to a scalar: the sum over examples."""
-        if self.classes is None:
-            return [lambda logits: task_loss(logits, labels, self.kind) * len(labels)]
-        return [lambda z, c=c: -torch.log_softmax(z.float(), dim=-1)[:, c].sum() for c in self.classes]  # type: ignore[misc]
-
-    def forward(self, student: Signals, teacher: Signals, batch: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         own, others = _path_of(student), _path_of(teacher)
+        (table,) = student.predictions
+        assert table.target is not None
         terms = []
-        for score in self.views(batch["labels"]):
+        for score in self.distribution.views(table.logits.shape[-1], table.target):
             target = saliency(path_gradient(others, score).detach(), others[-1][0].detach(), self.top_k)
             gradient = path_gradient(own, score, create_graph=True)
             terms.append(attribution_loss(saliency(gradient, own[-1][0]), target, student.mask))
@@ -88,7 +80,5 @@ class AttributionObjective(Objective):
 
 
 def _path_of(signals: Signals) -> Path:
-    if signals.path:
-        return signals.path
-    assert signals.logits is not None
-    return [(signals.hidden[0], signals.logits)]
+    points = signals.path or [(signals.hidden[0], signals.predictions)]
+    return [(embedding, table.logits) for embedding, (table,) in points]

@@ -67,7 +67,7 @@ class Categorical(Distribution):
         *,
         scale: bool = True,
     ) -> Tensor:
-        """Return T^2 KL(teacher || student); large tables are worked on in parts. Source: Hinton et al. 2015, eq. 2-4."""
+        """Return T^2 KL(teacher || student); large tables in parts. Source: Hinton et al. 2015, equations 2-4."""
         teacher = teacher.detach()
         if weights is None and student.numel() <= CHUNK_ELEMENTS:
             value = _kl(student, teacher, temperature)

@@ -1,27 +1,31 @@
-"""The task objective: the student's prediction against the gold label."""
+"""The gold objective: the student's predictions against the gold answers."""
 
 from collections.abc import Mapping
 
 from torch import Tensor
-from torch.nn import functional
 
 from kdcli.objectives.base import Objective
-from kdcli.signals import Signals, Wants
+from kdcli.objectives.distribution import Distribution
+from kdcli.signals import Prediction, Signals, Wants
 
 
-def task_loss(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
-    """Return cross-entropy of logits (batch, classes), or for regression the squared error of (batch, 1)."""
-    if kind == "regression":
-        return functional.mse_loss(logits.float().view(-1), labels.float().view(-1))
-    return functional.cross_entropy(logits.float(), labels)
+def gold_loss(predictions: list[Prediction], distribution: Distribution) -> Tensor:
+    """Return the negative log-likelihood of the gold answers, mean over the tables of predictions."""
+    terms = []
+    for table in predictions:
+        assert table.target is not None
+        logits = table.logits if table.answered is None else table.logits[table.answered]
+        weights = table.weights if table.answered is None else table.target_weights
+        terms.append(distribution.nll(logits, table.target, weights))
+    return sum(terms[1:], terms[0]) / len(terms)
 
 
-class TaskObjective(Objective):
-    """Cross-entropy or squared error with the gold labels."""
+class GoldObjective(Objective):
+    """Negative log-likelihood of the gold answers: cross-entropy, squared error, ... as the distribution has it."""
 
-    def __init__(self, kind: str = "classification") -> None:
+    def __init__(self, distribution: Distribution) -> None:
         super().__init__()
-        self.kind = kind
+        self.distribution = distribution
 
     def student_wants(self) -> Wants:
         return Wants(logits=True)
@@ -30,5 +34,4 @@ class TaskObjective(Objective):
         return Wants()
 
     def forward(self, student: Signals, teacher: Signals, batch: Mapping[str, Tensor]) -> Tensor:
-        assert student.logits is not None
-        return task_loss(student.logits, batch["labels"], self.kind)
+        return gold_loss(student.predictions, self.distribution)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from kdcli.tasks.kind import TaskKind
+
 
 @dataclass(frozen=True)
 class Masking:
@@ -17,7 +19,7 @@ class Masking:
 
 @dataclass(frozen=True)
 class Task:
-    """A data set ready to be encoded. kind: "classification", "regression" or "text".
+    """A data set ready to be encoded.
 
     Every split has the columns index (unique in the split), text, text_pair (when `is_pair`) and label (an
     int, or a float for regression); plain text has index and text alone, and `masking`.
@@ -26,7 +28,7 @@ class Task:
     """
 
     name: str
-    kind: str
+    kind: "TaskKind"
     label_names: tuple[str, ...]
     metrics: tuple[str, ...]
     primary: str

@@ -148,7 +148,7 @@ def label_permutation(config: "PretrainedConfig", task: "Task") -> list[int] | N
     Names match as they are, else without case and punctuation; a model with the library's own names
     (LABEL_0, ...) is taken to have the task's order. Raises InputError when the number or the names differ.
     """
-    if task.kind == "regression":
+    if task.kind.distribution.is_point:
         if config.num_labels != 1:
             raise InputError(
                 f"task {task.name} is a regression, but the model has {config.num_labels} outputs",

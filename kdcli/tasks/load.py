@@ -20,7 +20,7 @@ from kdcli.errors import InputError
 from kdcli.files import expanded
 from kdcli.models.classes import equal_names
 from kdcli.recipe.schema import EvaluateSection, TaskSection
-from kdcli.tasks import custom
+from kdcli.tasks import custom, registry
 from kdcli.tasks.base import Masking, Task
 from kdcli.tasks.labels import (
     are_numbers_of,
@@ -181,7 +181,7 @@ def _task(
     splits = {"train": train, "selection": selection, **{f"report-{k}": v for k, v in report.items()}}
     return Task(
         name=section.name,
-        kind=kind,
+        kind=registry.get(kind),
         label_names=labels,
         metrics=metrics,
         primary=metrics[0],
@@ -215,7 +215,7 @@ def _text(section: TaskSection, base: Path) -> Task:
     held = _dataset(splits["validation"])
     return Task(
         name=section.name,
-        kind="text",
+        kind=registry.get("text"),
         label_names=(),
         metrics=("loss",),
         primary="loss",

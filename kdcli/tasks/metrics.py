@@ -102,7 +102,7 @@ def chance_level(task: "Task") -> float:
 
     That is 0 for a regression, else the best that one answer for everything reaches.
     """
-    if task.kind == "regression":
+    if task.kind.distribution.is_point:
         return 0.0
     classes = len(task.label_names)
     sets = [array_of(rows, "label").astype(np.int64) for rows in task.report.values()]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kdcli.data.rows import BATCH, chunks_of, stored
 from kdcli.errors import InputError
-from kdcli.objectives.vocabulary import IGNORED
 from kdcli.tasks.base import Masking
 from kdcli.tasks.encode import IDS, Collator
 
@@ -120,6 +119,10 @@ def _blocks(documents: Iterable[list[int]], room: int) -> Iterator[tuple[list[in
         yield waiting[:-1], owners[:-1]
 
 
+IGNORED = -100
+"""The label of a token that was not masked."""
+
+
 class Masker:
     """Hides tokens: of those chosen 80% become the mask, 10% a random token, 10% stay.
 
@@ -165,7 +168,8 @@ class TextCollator:
     """Pads blocks and hides words in them; rows that bring labels with them are hidden already.
 
     Beside ids, mask, segments and labels a batch has flat positions into (batch x seq): `masked_positions`, where
-    something is asked, and `real_positions`, all that is not padding.
+    something is asked, and `real_positions`, all that is not padding; `masked_among_real` are the places of the former
+    among the latter.
     """
 
     def __init__(self, tokenizer: Any, masker: Masker, *, multiple: int = 8) -> None:
@@ -194,6 +198,7 @@ class TextCollator:
         batch["labels"] = table
         batch["masked_positions"] = (table.flatten() != IGNORED).nonzero().squeeze(-1)
         batch["real_positions"] = batch["attention_mask"].flatten().nonzero().squeeze(-1)
+        batch["masked_among_real"] = torch.searchsorted(batch["real_positions"], batch["masked_positions"])
         return batch
 
 

@@ -12,11 +12,13 @@ from kdcli.models.blocks import block_matrix, blocks_of, body_of, embeddings_of
 from kdcli.models.inputs import model_inputs
 from kdcli.models.overparam import linears_of
 from kdcli.models.shape import shape_of
-from kdcli.signals import MatrixKey, Signals, Wants
+from kdcli.signals import MatrixKey, Prediction, Signals, Wants
 from kdcli.tensors.parametrization import chain_of, tensors_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from kdcli.tasks.kind import TaskKind
 
 
 class _HeardEnough(Exception):
@@ -30,14 +32,16 @@ def _tensor(output: Any) -> Tensor:
 class Capture:
     """Runs a model and gives what is asked for of it as `Signals`, and nothing more.
 
-    Tensors are kept as they are: no copy, no detach. Where no logits are wanted the head does not run, and the
-    pass ends as soon as the last wanted module has spoken. A language model's head sees only the wanted positions.
+    Tensors are kept as they are: no copy, no detach. Where no predictions are wanted the head does not run, and the
+    pass ends as soon as the last wanted module has run. A head that predicts tokens runs at the wanted positions alone.
     Hooks stay installed until `close()`, and do nothing outside a run.
     """
 
-    def __init__(self, model: "PreTrainedModel", wants: Wants) -> None:
+    def __init__(self, model: "PreTrainedModel", wants: Wants, kind: "TaskKind") -> None:
+        """kind: of the task, which reads predictions from the model's output."""
         self.model = model
         self.wants = wants
+        self.kind = kind
         self.heads = shape_of(model.config).heads
         self.chains: dict[MatrixKey, nn.Module] = {}
         if wants.factors:
@@ -100,50 +104,44 @@ class Capture:
         """Run the model on `batch` and return what it said; call it inside the `with` block."""
         inputs = model_inputs(self.model, batch)
         logits = self.wants.logits or self.wants.gradients > 0
-        self._positions = self._wanted_positions(batch) if logits else None
+        self._positions = self.kind.positions(batch, everywhere=self.wants.all_positions) if logits else None
         self._may_stop = not logits
         with self._kernels():
-            output = self._forward(inputs, logits)
-            path = list(self._path(inputs, output)) if self.wants.path > 1 and output is not None else []
+            output = self._forward(inputs, batch, logits)
+            path = list(self._path(inputs, batch, output)) if self.wants.path > 1 and output is not None else []
         return Signals(
             mask=batch["attention_mask"],
             heads=self.heads,
             segments=batch.get("segments"),
-            logits=output,
-            positions=self._positions,
+            predictions=output or [],
             hidden=dict(self._hidden),
             matrices=dict(self._matrices),
             factors={key: tensors_of(linear) for key, linear in self.chains.items()},
             path=path,
         )
 
-    def _forward(self, inputs: dict[str, Tensor], logits: bool) -> Tensor | None:
+    def _forward(self, inputs: dict[str, Tensor], batch: Mapping[str, Tensor], logits: bool) -> list[Prediction] | None:
         if not logits:
             with contextlib.suppress(_HeardEnough):
                 body_of(self.model)(**inputs)
             return None
-        output = self.model(**inputs).logits
-        return output if self._positions is None else output[0]
+        return self.kind.predictions(self.model(**inputs), batch, everywhere=self.wants.all_positions)
 
-    def _path(self, inputs: dict[str, Tensor], plain: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield scaled embeddings and their logits; the last point is the plain pass, whose logits are `plain`."""
+    def _path(
+        self, inputs: dict[str, Tensor], batch: Mapping[str, Tensor], plain: list[Prediction]
+    ) -> Iterator[tuple[Tensor, list[Prediction]]]:
+        """Yield scaled embeddings and their predictions; the last point is the plain pass, which gave `plain`."""
         kept, heard = dict(self._hidden), dict(self._matrices)
         steps = self.wants.path
         for number in range(1, steps):
             self._scale = number / steps
-            logits = self._forward(inputs, True)
-            assert logits is not None
-            yield self._hidden[0], logits
+            predictions = self._forward(inputs, batch, True)
+            assert predictions is not None
+            yield self._hidden[0], predictions
         self._scale = None
         self._hidden.update(kept)
         self._matrices.update(heard)
         yield self._hidden[0], plain
-
-    def _wanted_positions(self, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """Return the flat positions whose logits a language model is asked for; None for a classifier."""
-        if "masked_positions" not in batch:
-            return None
-        return batch["real_positions" if self.wants.all_positions else "masked_positions"]
 
     def _kernels(self) -> contextlib.AbstractContextManager[None]:
         # Fused attention cannot be differentiated twice.

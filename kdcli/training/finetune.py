@@ -1,15 +1,13 @@
 """Fine-tuning a model on a task's gold labels, or on masked tokens."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from kdcli.objectives.gold import TaskObjective
+from kdcli.objectives.gold import GoldObjective
 from kdcli.objectives.term import Term
-from kdcli.objectives.vocabulary import MaskedLMObjective
 from kdcli.recipe.schema import FinetuneSection, TrainSection
 from kdcli.tasks.base import Task
 from kdcli.tasks.metrics import compute_metrics
@@ -43,17 +41,39 @@ def finetune(
     train: where and how precisely, as for the student; batch size, rate and the like come from `settings`.
     log: a folder for TensorBoard.
     """
+
+    loop = LoopSettings(
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        batch_size=settings.batch_size,
+        gradient_accumulation=1,
+        learning_rate=settings.learning_rate,
+        scheduler="linear",
+        warmup=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=1.0,
+        precision=train.precision,
+        device=train.device,
+        group_by_length=train.group_by_length,
+        eval_every=None,
+        patience=None,
+        # The teacher is not chosen on the data that the student is scored on.
+        select="last",
+        log_every=train.log_every,
+        workers=train.workers,
+        seed=seed,
+        metric=task.primary,
+    )
     from kdcli.training.trainer import fit
 
-    objective = MaskedLMObjective() if task.kind == "text" else TaskObjective(task.kind)
     encoded = encode_task(task, tokenizer, max_length, seed=seed)
     return fit(
-        Distiller(model, [Term("task", objective, 1.0)]),
+        Distiller(model, [Term("task", GoldObjective(task.kind.distribution))], kind=task.kind),
         train=encoded.train,
         selection=None,
         collator=encoded.collator,
         metrics=metrics_of(task),
-        settings=replace(LoopSettings.from_finetune(settings, train, seed=seed), metric=task.primary),
+        settings=loop,
         folder=work,
         log_dir=log,
         title=title,
@@ -65,6 +85,6 @@ def finetune(
 
 def metrics_of(task: Task) -> Callable[[Any, Any], dict[str, float]] | None:
     """Return the task's metrics as a function of (logits, labels); None for plain text, scored by the loss."""
-    if task.kind == "text":
+    if task.kind.scored_by_loss:
         return None
     return lambda logits, labels: compute_metrics(task.metrics, logits, labels)

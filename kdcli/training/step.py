@@ -15,14 +15,17 @@ from kdcli.training.capture import Capture
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kdcli.tasks.kind import TaskKind
+    from kdcli.training.teacher_cache import KnownOutputs
+
 
 class Distiller(nn.Module):
     """Computes the loss of one batch: one forward pass of each model, whatever the number of terms.
 
     The student and the terms' own parameters (bridges) are registered; the teacher is not, so that it is
     neither trained, saved, counted nor wrapped. Only what some term asks for is captured. When all that is
-    asked of the teacher are logits that are already known (`teacher_logits`), the teacher does not run, and with
-    known logits it runs only as far as something inside is asked for.
+    asked of the teacher are outputs that are already known (`teacher_outputs`), the teacher does not run, and with
+    known outputs it runs only as far as something inside is asked for.
     """
 
     def __init__(
@@ -30,16 +33,18 @@ class Distiller(nn.Module):
         student: "PreTrainedModel",
         terms: Sequence[Term],
         *,
+        kind: "TaskKind",
         teacher: "PreTrainedModel | None" = None,
-        teacher_logits: Tensor | None = None,
+        teacher_outputs: "KnownOutputs | None" = None,
         teacher_factors: Mapping[MatrixKey, tuple[Tensor, ...]] | None = None,
     ) -> None:
-        """`teacher_logits`: (number of examples, classes), row i for the example with index i.
+        """kind: of the task. teacher_outputs: what a fixed teacher gives for each example.
 
         Raises ValueError when two terms have one name: their values could not be told apart.
         """
         super().__init__()
         self.student = student
+        self.kind = kind
         active = [term for term in terms if term.weight > 0]
         names = ["loss", *(term.name for term in active)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -50,29 +55,29 @@ class Distiller(nn.Module):
         for term in active:
             student_wants |= term.objective.student_wants()
             self.teacher_wants |= term.objective.teacher_wants()
-        self.student_capture = Capture(student, student_wants)
+        self.student_capture = Capture(student, student_wants, kind)
         self.teacher_capture: Capture | None = None
         # A plain dict hides the teacher from nn.Module's registration.
         self._fixed: dict[str, PreTrainedModel] = {}
-        self.teacher_logits = None if self.teacher_wants.gradients else teacher_logits
+        self.teacher_outputs = None if self.teacher_wants.gradients else teacher_outputs
         self.teacher_factors = dict(teacher_factors or {})
         if teacher is not None and self._teacher_must_run():
             teacher.eval()
             self._fixed["teacher"] = teacher
-            known = self.teacher_logits is not None
+            known = self.teacher_outputs is not None
             wants = replace(self.teacher_wants, logits=False) if known else self.teacher_wants
-            self.teacher_capture = Capture(teacher, wants)
+            self.teacher_capture = Capture(teacher, wants, kind)
 
     def _teacher_must_run(self) -> bool:
         wants = self.teacher_wants
-        return wants.inside or (wants.logits and self.teacher_logits is None)
+        return wants.inside or (wants.logits and self.teacher_outputs is None)
 
     def place(self, device: torch.device) -> None:
         """Move what is not registered (the teacher and what it said) to `device`."""
         for model in self._fixed.values():
             model.to(device)  # type: ignore[arg-type]
-        if self.teacher_logits is not None:
-            self.teacher_logits = self.teacher_logits.to(device)
+        if self.teacher_outputs is not None:
+            self.teacher_outputs.to(device)
         self.teacher_factors = {
             key: tuple(factor.to(device) for factor in chain) for key, chain in self.teacher_factors.items()
         }
@@ -90,8 +95,8 @@ class Distiller(nn.Module):
         else:
             with torch.set_grad_enabled(self.teacher_wants.gradients > 0), self.teacher_capture as capture:
                 signals = capture.run(batch)
-        if self.teacher_logits is not None:
-            signals.logits = self.teacher_logits[batch["index"]]
+        if self.teacher_outputs is not None:
+            signals.predictions = self.kind.predictions(self.teacher_outputs.of(batch), batch)
         signals.factors = self.teacher_factors
         return signals
 
@@ -113,9 +118,10 @@ class Distiller(nn.Module):
         return [name for name, gradient in zip(named, found, strict=True) if gradient is None]
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return "loss" and each unweighted term under its name; of a classifier in eval mode, only "logits"."""
-        if not self.training and "masked_positions" not in batch:
-            return {"logits": self.student(**model_inputs(self.student, batch)).logits}
+        """Return "loss" and each unweighted term by name; in eval mode the head's outputs, where these are scored."""
+        if not self.training and not self.kind.scored_by_loss:
+            output = self.student(**model_inputs(self.student, batch))
+            return {name: output[name] for name in self.kind.head.outputs}
         teacher = self.teacher_signals(batch)
         with self.student_capture as capture:
             student = capture.run(batch)

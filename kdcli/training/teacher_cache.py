@@ -1,5 +1,8 @@
-"""What a fixed teacher says about fixed inputs, computed once and kept on disk (`teacher.cache`)."""
+"""What a fixed teacher gives for fixed inputs, computed once and kept on disk (`teacher.cache`)."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,16 +21,45 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def cached_logits(teacher: "PreTrainedModel", dataset: Dataset, collator: Any, **options: Any) -> Tensor:
-    """Return the teacher's logits for an encoded data set, (largest index + 1, classes), fp32.
+@dataclass
+class KnownOutputs:
+    """What a fixed teacher gives for each example, by its index, on the device that trains.
 
-    Row i belongs to the example with index i. options: those of `cached_predictions`, which it raises the errors of.
+    tables: the head's outputs by name; (largest index + 1, ...), or where each token has a row of its own the rows of
+    all examples one after the other, those of example i from `starts[i]` on.
+    """
+
+    tables: dict[str, Tensor]
+    starts: Tensor | None = None
+
+    def to(self, device: torch.device) -> None:
+        """Move everything to `device`."""
+        self.tables = {name: table.to(device) for name, table in self.tables.items()}
+        self.starts = self.starts.to(device) if self.starts is not None else None
+
+    def of(self, batch: Mapping[str, Tensor]) -> SimpleNamespace:
+        """Return the outputs for a batch, as a forward pass gives them; without a synchronisation.
+
+        Where tokens have rows, those behind an example's last token mean nothing.
+        """
+        index = batch["index"]
+        if self.starts is not None:
+            width = batch["input_ids"].shape[1]
+            index = self.starts[index][:, None] + torch.arange(width, device=index.device)
+        tables = self.tables.items()
+        return SimpleNamespace(**{name: table[index.clamp(max=len(table) - 1)] for name, table in tables})
+
+
+def known_outputs(teacher: "PreTrainedModel", dataset: Dataset, collator: Any, **options: Any) -> KnownOutputs:
+    """Return the teacher's outputs for an encoded data set, fp32.
+
+    options: those of `cached_predictions`, which it raises the errors of.
     """
     logits = cached_predictions(teacher, dataset, collator, **options)
     index = torch.from_numpy(array_of(dataset, "index"))
     table = torch.zeros(int(index.max()) + 1, logits.shape[1])
     table[index] = logits
-    return table
+    return KnownOutputs({"logits": table})
 
 
 def cached_predictions(

@@ -35,10 +35,10 @@ from kdcli.methods import registry
 from kdcli.methods.base import Stage, Term
 from kdcli.models.load import load_model, load_tokenizer
 from kdcli.models.student import build_student
-from kdcli.objectives.gold import TaskObjective
-from kdcli.objectives.vocabulary import MaskedLMObjective
+from kdcli.objectives.gold import GoldObjective
 from kdcli.recipe.schema import EvaluateSection, Recipe, StudentSection, TaskSection
 from kdcli.signals import Wants
+from kdcli.tasks import registry as kinds
 from kdcli.tasks.base import Masking
 from kdcli.tasks.load import load_task
 from kdcli.tasks.prepare import encode_task
@@ -72,7 +72,7 @@ class World:
         train = self.task.train.remove_columns("text").add_column("text", rows)  # type: ignore[call-arg]
         self.task = replace(self.task, train=train)
         if kind == "text":
-            self.task = replace(self.task, kind="text", masking=Masking())
+            self.task = replace(self.task, kind=kinds.get("text"), masking=Masking())
         self.encoded = encode_task(self.task, self.tokenizer, sequence)
         self.batch = self.encoded.collator([self.encoded.train[i] for i in range(batch)])
 
@@ -88,8 +88,8 @@ class World:
 
     def plain(self, student: Any) -> Step:
         """Return a step of fine-tuning."""
-        objective = MaskedLMObjective() if self.task.kind == "text" else TaskObjective(self.task.kind)
-        distiller = Distiller(student.train(), [Term("task", objective)])
+        gold = GoldObjective(self.task.kind.distribution)
+        distiller = Distiller(student.train(), [Term("task", gold)], kind=self.task.kind)
         return self.step_of(distiller, Scheme())
 
     def step_of(self, distiller: Distiller, scheme: Scheme) -> Step:
@@ -121,7 +121,7 @@ class World:
         """
         recipe = Recipe.model_validate(
             {
-                "task": {"name": "made-up", "type": "text"} if self.task.kind == "text" else "reviews",
+                "task": {"name": "made-up", "type": "text"} if self.task.kind.scored_by_loss else "reviews",
                 "method": {"name": name, **OPTIONS.get(name, {})},
                 "teacher": {"model": encoder()},
                 "student": section.model_dump(exclude_unset=True),
@@ -139,7 +139,7 @@ class World:
             # Later stages do the same work on any student.
             student = build_student(self.teacher, resolved.student, seed=0).model
             steps = [self.step_of(*self.begun(student, stage, resolved.loop))]
-            if self.task.kind == "text":
+            if self.task.kind.scored_by_loss:
                 steps += self.heard(build_student(self.teacher, resolved.student, seed=0).model, stage.terms)
             found[name if len(stages) == 1 else f"{name} {number}"] = steps
         return found
@@ -172,14 +172,14 @@ class World:
             wants |= term.objective.student_wants()
             teacher_wants |= term.objective.teacher_wants()
         self.moves.append(lambda: student.to(self.device))
-        capture, trained = Capture(student.train(), wants), list(student.parameters())
+        capture, trained = Capture(student.train(), wants, self.task.kind), list(student.parameters())
         optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
 
         def step(_: int) -> None:
             with self.autocast(), capture as listening:
                 signals = listening.run(self.batch)
                 said = [*signals.hidden.values(), *signals.matrices.values()]
-                said += [signals.logits] if signals.logits is not None else []
+                said += [table.logits for table in signals.predictions]
                 total = torch.stack([values.float().square().mean() for values in said]).sum()
             total.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -190,7 +190,7 @@ class World:
 
     def listen(self, wants: Wants) -> Step:
         """Return a pass of the teacher that ends where nothing more is wanted."""
-        capture = Capture(self.teacher, wants)
+        capture = Capture(self.teacher, wants, self.task.kind)
 
         def go(_: int) -> None:
             with torch.no_grad(), self.autocast(), capture as listening:
@@ -301,7 +301,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["KDCLI_CACHE"] = cache
         for kind in ("classification", "text"):
-            names = [n for n in registry.names() if kind in registry.get(n).kinds]
+            names = [n for n in registry.names() if registry.get(n).needs <= kinds.get(kind).provides]
             names = [n for n in names if options.only is None or n in options.only]
             if names:
                 make = partial(World, kind, options.batch, options.sequence, bf16=bf16, device=device)
@@ -345,12 +345,12 @@ def measure(make: Callable[[], World], names: list[str], rounds: int) -> list[di
     rows = []
     for name, form in stages.items():
         plain = seconds[f"plain {form}"]
-        text = world.task.kind == "text"
+        text = world.task.kind.scored_by_loss
         rounded = [{key: values[i] for key, values in seconds.items()} for i in range(rounds)]
         limits = [needs(name, found, plain[i], text=text) for i, found in enumerate(rounded)]
         rows.append(
             {
-                "method": name + (" (text)" if world.task.kind == "text" else ""),
+                "method": name + (" (text)" if world.task.kind.scored_by_loss else ""),
                 "step ms": 1000 * statistics.median(seconds[name]),
                 "fine-tuning ms": 1000 * statistics.median(plain),
                 "ratio": statistics.median(a / b for a, b in zip(seconds[name], plain, strict=True)),

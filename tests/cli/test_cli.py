@@ -493,7 +493,7 @@ def test_methods_explains_each_with_the_defaults_that_it_has(name: str, world: W
     method = registry.get(name)
     assert outcome.code == 0 and outcome.json["options"] == json.loads(method.options().model_dump_json())
     words = world.call("methods", name).out
-    if "text" in method.kinds:
+    if method.text_train:
         assert outcome.json["train_on_text"] == {**method.train, **method.text_train}
         assert words.count("on plain text") >= len(method.text_train)
     for option, field in method.options.model_fields.items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import TrainerControl, TrainerState
 
+from kdcli.cli.methods import tasks_of
 from kdcli.distill.student import make_distiller
 from kdcli.errors import InputError
 from kdcli.methods import registry
@@ -24,10 +25,13 @@ from kdcli.models.inputs import model_inputs
 from kdcli.models.overparam import overparameterise
 from kdcli.models.shape import shape_of
 from kdcli.objectives.attribution import path_gradient, saliency
-from kdcli.objectives.output import AnnealedOutputObjective
+from kdcli.objectives.distribution import Categorical
+from kdcli.objectives.output import OutputObjective
 from kdcli.recipe.load import load_recipe
 from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import Wants
+from kdcli.tasks import registry as kinds
+from kdcli.tasks.classification import KIND as CLASSIFICATION
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.load import load_task
 from kdcli.training.callbacks import TellEpochs
@@ -41,7 +45,7 @@ WORDS = tokenizer()
 
 def context(kind: str = "classification", labels: int = 2) -> Context:
     shape = shape_of(tiny("bert").config)
-    return Context(shape, dataclasses.replace(shape, layers=1), "depth", kind, labels, [(1, 2)])
+    return Context(shape, dataclasses.replace(shape, layers=1), "depth", kinds.get(kind), [(1, 2)])
 
 
 def batch_of(labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -57,7 +61,9 @@ def terms(options: ADKDOptions, **extra: Any) -> dict[str, Any]:
 
 
 def distiller(student: Any, teacher: Any, options: ADKDOptions, **extra: Any) -> Distiller:
-    return Distiller(student, list(terms(options, **extra).values()), teacher=teacher.requires_grad_(False))
+    return Distiller(
+        student, list(terms(options, **extra).values()), teacher=teacher.requires_grad_(False), kind=CLASSIFICATION
+    )
 
 
 def logits_from_embeddings(model: nn.Module, batch: dict[str, Tensor], embeddings: Tensor) -> Tensor:
@@ -152,7 +158,7 @@ def test_a_student_like_its_teacher_has_nothing_left_to_learn_from_it():
     ("start", "epochs", "expected"), [(3.0, 5, [3.0, 2.5, 2.0, 1.5, 1.0]), (4.0, 2, [4.0, 1.0]), (2.0, 1, [2.0])]
 )
 def test_the_temperature_falls_to_one_by_the_last_epoch(start: float, epochs: int, expected: list[float]):
-    falling, fixed = (AnnealedOutputObjective(temperature=start, anneal=anneal) for anneal in (True, False))
+    falling, fixed = (OutputObjective(Categorical(), start, scale=False, anneal=anneal) for anneal in (True, False))
     seen = []
     for epoch in range(epochs):
         falling.begin_epoch(epoch, epochs)
@@ -191,14 +197,14 @@ def test_all_features_and_no_limit_are_the_same():
 
 def test_it_is_known_by_name():
     assert registry.get("adkd") is METHOD
-    assert "text" not in METHOD.kinds
+    assert "text" not in tasks_of(METHOD)
 
 
 @pytest.mark.parametrize("family", NAMES)
 def test_every_family_can_be_differentiated_twice(family: str):
     student = tiny(family, layers=1, seed=1).train()
     step = distiller(student, tiny(family, seed=2), ADKDOptions(alpha=1.0, beta=1.0)).train()
-    step.objectives["output"].forward = lambda student, *_: student.logits.sum() * 0.0
+    step.objectives["output"].forward = lambda student, *_: student.predictions[0].logits.sum() * 0.0
     step(batch_of())["loss"].backward()
     reached = [p for p in student.parameters() if p.grad is not None and p.grad.abs().max() > 0]
     assert len(reached) > 10
@@ -267,10 +273,10 @@ def test_only_the_model_that_is_differentiated_twice_gives_up_fused_attention():
 
 def path_of(model: Any, batch: dict[str, Tensor], steps: int) -> list[tuple[Tensor, Tensor]]:
     model.requires_grad_(False)
-    with Capture(model, Wants(logits=True, hidden=frozenset({0}), gradients=2, path=steps)) as capture:
+    with Capture(model, Wants(logits=True, hidden=frozenset({0}), gradients=2, path=steps), CLASSIFICATION) as capture:
         signals = capture.run(batch)
     capture.close()
-    return signals.path
+    return [(embedding, table.logits) for embedding, (table,) in signals.path]
 
 
 def test_attributions_add_up_to_what_the_words_changed():
@@ -350,7 +356,7 @@ def test_the_teacher_speaks_anew_in_every_step_instead_of_from_the_cache(tmp_pat
         )
         scheme.begin(setting)
         step = make_distiller(student, list(terms(options).values()), scheme, rows)
-        assert (step.teacher_logits is not None) == cached
+        assert (step.teacher_outputs is not None) == cached
         assert bool(list(own_cache.glob("logits/*"))) == cached
         assert (step.teacher_capture is None) == cached
 

@@ -28,7 +28,7 @@ WHEEL = {
 MODULE = """
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.objectives.cosine import CosineObjective
-from kdcli.objectives.gold import TaskObjective
+from kdcli.objectives.gold import GoldObjective
 
 
 class CosineOptions(Options):
@@ -37,7 +37,7 @@ class CosineOptions(Options):
 
 def build(options: CosineOptions, context: Context) -> list[Stage]:
     direction = Term("direction", CosineObjective(context.pairs), options.weight)
-    return [Stage("distil", [direction, Term("task", TaskObjective(context.kind))])]
+    return [Stage("distil", [direction, Term("task", GoldObjective(context.kind.distribution))])]
 
 
 METHOD = Method(

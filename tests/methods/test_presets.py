@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from families import tiny
+from objectives.worlds import asked
 from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from kdcli.cli.methods import methods as methods_command
-from kdcli.cli.methods import short_citation
+from kdcli.cli.methods import short_citation, tasks_of
 from kdcli.errors import InputError
 from kdcli.methods import registry
 from kdcli.methods.base import Context, Stage
@@ -30,6 +31,9 @@ from kdcli.objectives.hidden import HiddenObjective, token_mse
 from kdcli.objectives.transport import EMDObjective
 from kdcli.recipe.schema import StudentSection
 from kdcli.signals import Wants
+from kdcli.tasks import registry as kinds
+from kdcli.tasks.classification import KIND as CLASSIFICATION
+from kdcli.tasks.masked_lm import KIND as MASKED_LM
 from kdcli.training.capture import Capture
 from kdcli.training.step import Distiller
 
@@ -45,7 +49,7 @@ def context(
     kind: str = "text", student: ModelShape | None = None, teacher: ModelShape | None = None, form: str = "width"
 ) -> Context:
     student, teacher = student or shape(6), teacher or shape()
-    return Context(teacher, student, form, kind, 3, uniform(student.layers, teacher.layers))
+    return Context(teacher, student, form, kinds.get(kind), uniform(student.layers, teacher.layers))
 
 
 def between(kind: str, student: PreTrainedModel, teacher: PreTrainedModel) -> Context:
@@ -98,9 +102,7 @@ def batch_of(kind: str, width: int = 12) -> dict[str, Tensor]:
     batch = {"input_ids": ids * mask, "attention_mask": mask, "index": torch.arange(len(LENGTHS))}
     if kind == "text":
         masked = (mask == 1) & (torch.arange(width) % 3 == 1)
-        batch["labels"] = torch.where(masked, ids, -100)
-        batch["masked_positions"] = masked.flatten().nonzero().squeeze(-1)
-        batch["real_positions"] = mask.flatten().nonzero().squeeze(-1)
+        batch |= asked(mask, torch.where(masked, ids, -100))
     elif kind == "regression":
         batch["labels"] = torch.arange(len(LENGTHS)) / 3
     else:
@@ -109,7 +111,8 @@ def batch_of(kind: str, width: int = 12) -> dict[str, Tensor]:
 
 
 def terms_of(stage: Stage, student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor]) -> dict:
-    distiller = Distiller(student, stage.terms, teacher=teacher)
+    kind = MASKED_LM if "masked_positions" in batch else CLASSIFICATION
+    distiller = Distiller(student, stage.terms, teacher=teacher, kind=kind)
     distiller.train()
     student.eval()  # Dropout would make equal models differ.
     try:
@@ -185,9 +188,7 @@ def test_padding_changes_no_term(family: str, name: str, kind: str, options: dic
             torch.testing.assert_close(values[1][key], value, rtol=2e-4, atol=1e-5, msg=key)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [(name, kind) for name in NAMES for kind in sorted(registry.get(name).kinds)]
-)
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in NAMES for kind in tasks_of(registry.get(name))])
 def test_the_gradient_reaches_the_student_and_every_bridge_but_never_the_teacher(name: str, kind: str):
     width = 32 if name == "distilbert" else 24
     teacher, student = model(kind, "bert", layers=4), model(kind, "bert", layers=2, hidden=width, seed=1)
@@ -281,7 +282,7 @@ def test_the_teachers_pass_ends_at_the_block_that_minilmv2_follows(family: str):
             "head": head[0],
         }
     )
-    with Capture(teacher, wants(stage)[1]) as capture, torch.no_grad():
+    with Capture(teacher, wants(stage)[1], CLASSIFICATION) as capture, torch.no_grad():
         signals = capture.run(batch_of("text"))
     assert runs == {"before": 1, "wanted": 1, "rest of the block": 0, "after": 0, "head": 0}
     assert set(signals.matrices) == projections(3)
@@ -362,7 +363,10 @@ def test_queries_against_keys_are_the_attention_of_the_last_block():
     (stage,) = stages("minilm", between("text", student, teacher))
     found = terms_of(stage, student, teacher, batch)
     attention = AttentionObjective([(2, 3)])
-    with Capture(student, attention.student_wants()) as a, Capture(teacher, attention.teacher_wants()) as b:
+    with (
+        Capture(student, attention.student_wants(), CLASSIFICATION) as a,
+        Capture(teacher, attention.teacher_wants(), CLASSIFICATION) as b,
+    ):
         expected = attention(a.run(batch), b.run(batch), batch)
     torch.testing.assert_close(found["attention"], expected.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found["loss"].detach(), found["attention"] + found["value"])
@@ -466,7 +470,7 @@ def test_tinyberts_hidden_term_is_the_published_sum_through_one_bridge():
     bridge = stage.terms[0].objective.bridges["shared"]
     found = terms_of(stage, student, teacher, batch)["loss"]
     both = Wants(hidden=frozenset({0, 1, 2})), Wants(hidden=frozenset({0, 2, 4}))
-    with Capture(student, both[0]) as a, Capture(teacher, both[1]) as b:
+    with Capture(student, both[0], CLASSIFICATION) as a, Capture(teacher, both[1], CLASSIFICATION) as b:
         own, other = a.run(batch).hidden, b.run(batch).hidden
     mask = batch["attention_mask"]
     expected = sum(token_mse(bridge(own[m]), other[2 * m], mask) for m in range(3))
@@ -692,7 +696,7 @@ def test_bridges_learn_with_the_student_and_stay_behind(name: str, options: dict
     student = build_student(teacher, section, seed=0).model
     keys, count = set(student.state_dict()), count_parameters(student)
     stage = stages(name, between("classification", student, teacher), **options)[0]
-    distiller = Distiller(student, stage.terms, teacher=teacher)
+    distiller = Distiller(student, stage.terms, teacher=teacher, kind=CLASSIFICATION)
     distiller.train()
     bridges = {n: p for n, p in distiller.named_parameters() if n.startswith("objectives.")}
     before = {n: p.detach().clone() for n, p in bridges.items()}

@@ -13,6 +13,7 @@ from kdcli.models.blocks import block_matrix, blocks_of, embeddings_of, iter_blo
 from kdcli.models.families import BLOCK_MATRICES, anatomy_of
 from kdcli.models.shape import shape_of
 from kdcli.signals import Signals, Wants
+from kdcli.tasks.classification import KIND as CLASSIFICATION
 from kdcli.training.capture import Capture
 
 SIDES = {"ffn_in": (64, 32), "ffn_out": (32, 64)}
@@ -35,7 +36,7 @@ def batch(rows: int = 3, width: int = 11) -> dict[str, Tensor]:
 
 
 def heard(model: PreTrainedModel, wants: Wants) -> Signals:
-    capture = Capture(model, wants)
+    capture = Capture(model, wants, CLASSIFICATION)
     try:
         with capture:
             return capture.run(batch())
@@ -91,7 +92,7 @@ def test_captured_hidden_states_are_the_librarys(model: PreTrainedModel):
     assert len(expected.hidden_states) == 4
     for layer, states in enumerate(expected.hidden_states):
         assert torch.equal(signals.hidden[layer], states)
-    assert signals.logits is not None and torch.equal(signals.logits, expected.logits)
+    assert signals.predictions[0].logits is not None and torch.equal(signals.predictions[0].logits, expected.logits)
 
 
 def test_hidden_states_alone_are_the_same_as_beside_the_logits(model: PreTrainedModel):
@@ -99,7 +100,7 @@ def test_hidden_states_alone_are_the_same_as_beside_the_logits(model: PreTrained
     with torch.no_grad():
         whole = heard(model, Wants(logits=True, hidden=frozenset({0, 1, 2})))
         part = heard(model, Wants(hidden=frozenset({0, 1, 2})))
-    assert part.logits is None
+    assert not part.predictions
     assert all(torch.equal(part.hidden[layer], whole.hidden[layer]) for layer in (0, 1, 2))
 
 
@@ -115,7 +116,7 @@ def test_attention_formed_from_captured_queries_and_keys_is_the_librarys(family:
     with torch.no_grad():
         signals = heard(model, wants)
         expected = eager(**batch(), output_attentions=True)
-    torch.testing.assert_close(signals.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(signals.predictions[0].logits, expected.logits, atol=1e-5, rtol=1e-5)
     bias = (1 - signals.mask[:, None, None, :]) * torch.finfo(torch.float32).min
     for layer in (1, 2):
         probabilities = torch.softmax(signals.attention_scores(layer) + bias, -1)
@@ -144,7 +145,7 @@ def test_listening_leaves_the_logits_as_they_are(model: PreTrainedModel, trainin
         signals = heard(model, everything)
     finally:
         model.eval()
-    assert signals.logits is not None and torch.equal(signals.logits, expected)
+    assert signals.predictions[0].logits is not None and torch.equal(signals.predictions[0].logits, expected)
     assert len(signals.hidden) == 4 and len(signals.matrices) == 18
 
 
@@ -158,7 +159,8 @@ def test_a_closed_capture_leaves_no_hook(model: PreTrainedModel):
         return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
     before = hooks()
-    capture = Capture(model, Wants(logits=True, hidden=frozenset({0, 1}), matrices=frozenset({(2, "key")})))
+    wants = Wants(logits=True, hidden=frozenset({0, 1}), matrices=frozenset({(2, "key")}))
+    capture = Capture(model, wants, CLASSIFICATION)
     assert hooks() > before
     logits = model(**batch()).logits
     capture.close()

@@ -6,21 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from objectives.worlds import leaves, mask_of, packed, speak
+from objectives.worlds import answered, asked, leaves, mask_of, packed, speak
 from torch import Tensor, nn
 
 from kdcli.objectives.attention import AttentionObjective
 from kdcli.objectives.attribution import AttributionObjective
 from kdcli.objectives.base import Objective
 from kdcli.objectives.cosine import CosineObjective
-from kdcli.objectives.gold import TaskObjective
+from kdcli.objectives.distribution import Categorical, Normal
+from kdcli.objectives.gold import GoldObjective
 from kdcli.objectives.hidden import HiddenObjective
 from kdcli.objectives.matrix import MatrixObjective
 from kdcli.objectives.output import OutputObjective
 from kdcli.objectives.relation import DirectRelationObjective, RelationObjective
 from kdcli.objectives.transport import EMDObjective
-from kdcli.objectives.vocabulary import MaskedLMObjective, VocabularyObjective
-from kdcli.signals import Signals
+from kdcli.signals import Prediction, Signals
 
 LENGTHS = [5, 9, 2, 7]
 SAME = [(1, 1), (2, 2), (3, 3)]
@@ -49,9 +49,9 @@ def bridged() -> Objective:
 
 
 CASES = [
-    Case("output", lambda: OutputObjective(temperature=2.0)),
-    Case("output-regression", lambda: OutputObjective("regression"), {"classes": 1}),
-    Case("task", lambda: TaskObjective(), zero=False),
+    Case("output", lambda: OutputObjective(Categorical(), temperature=2.0)),
+    Case("output-regression", lambda: OutputObjective(Normal()), {"classes": 1}),
+    Case("task", lambda: GoldObjective(Categorical()), zero=False),
     Case("hidden", lambda: HiddenObjective([(0, 0), (1, 1), (3, 3)])),
     Case("hidden-relative", lambda: HiddenObjective(SAME, match_norm=True)),
     Case("hidden-shared-bridge", bridged),
@@ -63,15 +63,15 @@ CASES = [
     Case("relation-cross", lambda: RelationObjective([(3, 3)], relations={("query", "value"): 0.5}, heads=2)),
     Case("relation-direct", lambda: DirectRelationObjective([(3, 3)], widths=(16, 16), heads=8)),
     Case("cosine", lambda: CosineObjective([(3, 3)])),
-    Case("vocabulary", lambda: VocabularyObjective(2.0), {"vocabulary": 11}, text=True),
-    Case("vocabulary-all", lambda: VocabularyObjective(all_positions=True), {"vocabulary": 11}, text=True),
-    Case("masked-lm", MaskedLMObjective, {"vocabulary": 11}, text=True, zero=False),
+    Case("vocabulary", lambda: OutputObjective(Categorical(), 2.0), {"vocabulary": 11}, text=True),
+    Case("vocabulary-all", lambda: OutputObjective(Categorical(), all_positions=True), {"vocabulary": 11}, text=True),
+    Case("masked-lm", lambda: GoldObjective(Categorical()), {"vocabulary": 11}, text=True, zero=False),
     Case("transport", lambda: EMDObjective((3, 3), attention=True), shares=False),
     Case("transport-uniform", lambda: EMDObjective((3, 3), learn_weights=False), shares=False),
-    Case("attribution", lambda: AttributionObjective(num_labels=3)),
-    Case("attribution-two", lambda: AttributionObjective(num_labels=2), {"classes": 2}),
-    Case("attribution-regression", lambda: AttributionObjective("regression", 1), {"classes": 1}),
-    Case("attribution-path", lambda: AttributionObjective(num_labels=3, steps=4), {"steps": 4}),
+    Case("attribution", lambda: AttributionObjective(Categorical())),
+    Case("attribution-two", lambda: AttributionObjective(Categorical()), {"classes": 2}),
+    Case("attribution-regression", lambda: AttributionObjective(Normal()), {"classes": 1}),
+    Case("attribution-path", lambda: AttributionObjective(Categorical(), steps=4), {"steps": 4}),
 ]
 
 
@@ -84,12 +84,16 @@ def batch_of(case: Case, mask: Tensor, first: int = 0) -> dict[str, Tensor]:
     if case.text:
         tokens = torch.arange(mask.shape[1])[None]
         masked = (mask != 0) & ((tokens + rows[:, None]) % 3 == 1)
-        return {"labels": torch.where(masked, (tokens + rows[:, None]) % 11, -100)}
+        return asked(mask, torch.where(masked, (tokens + rows[:, None]) % 11, -100))
     return {"labels": rows.float() / 3 if case.world.get("classes") == 1 else rows % case.world.get("classes", 3)}
 
 
-def value(case: Case, student: Signals, teacher: Signals, objective: Objective | None = None) -> Tensor:
-    return (objective or case.make())(student, teacher, batch_of(case, student.mask))
+def value(case: Case, student: Signals, teacher: Signals, objective: Objective | None = None, first: int = 0) -> Tensor:
+    objective, batch = objective or case.make(), batch_of(case, student.mask, first)
+    everywhere = objective.student_wants().all_positions
+    if student.predictions:
+        student, teacher = (answered(signals, batch, everywhere=everywhere) for signals in (student, teacher))
+    return objective(student, teacher, batch)
 
 
 def pair(case: Case, mask: Tensor, **extra: Any) -> tuple[Signals, Signals]:
@@ -146,7 +150,7 @@ def test_equal_shares_of_a_batch_average_to_the_whole(case: Case):
     halves = []
     for first, rows in ((0, mask[:2]), (2, mask[2:])):
         student, teacher = pair(case, rows, first=first)
-        halves.append(objective(student, teacher, batch_of(case, rows, first)))
+        halves.append(value(case, student, teacher, objective, first))
     torch.testing.assert_close(
         torch.stack(halves).mean(), value(case, *pair(case, mask), objective), rtol=1e-5, atol=1e-6
     )
@@ -220,7 +224,7 @@ def test_half_precision_signals_give_nearly_the_same_value(case: Case):
         signals._scores.clear()
         signals.hidden = {key: x.detach().bfloat16() for key, x in signals.hidden.items()}
         signals.matrices = {key: x.detach().bfloat16() for key, x in signals.matrices.items()}
-        signals.logits = signals.logits.detach().bfloat16()
+        signals.predictions = [Prediction(signals.predictions[0].logits.detach().bfloat16())]
     rough = value(case, student, teacher)
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=0.03, atol=0.01)

@@ -1,6 +1,7 @@
 """Objectives against libraries that others wrote: textbrewer, torchdistill, captum and POT."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,14 @@ from kdcli.models.blocks import embeddings_of
 from kdcli.objectives.attention import AttentionObjective, attention_kl, attention_mse
 from kdcli.objectives.attribution import AttributionObjective, attribution_loss, path_gradient, saliency
 from kdcli.objectives.cosine import CosineObjective, cosine_distance
-from kdcli.objectives.gold import TaskObjective
+from kdcli.objectives.distribution import Categorical, Normal
+from kdcli.objectives.gold import GoldObjective
 from kdcli.objectives.hidden import HiddenObjective, token_mse
-from kdcli.objectives.output import OutputObjective, kl_divergence
+from kdcli.objectives.output import OutputObjective
 from kdcli.objectives.relation import relation_kl
 from kdcli.objectives.transport import EMDObjective, cheap_weights, layer_costs, transport_plan
-from kdcli.signals import Signals, Wants
+from kdcli.signals import Prediction, Signals, Wants
+from kdcli.tasks.classification import KIND as CLASSIFICATION
 from kdcli.training.capture import Capture
 
 LENGTHS = [5, 9, 2, 7]
@@ -153,19 +156,20 @@ def test_hidden_objectives_agree_with_textbrewer_on_pairs_of_layers():
 def test_output_losses_are_textbrewers(temperature, classes):
     student, teacher = 3 * draw(1, 6, classes), 3 * draw(2, 6, classes)
     cross_entropy = textbrewer.kd_ce_loss(student, teacher, temperature)
+    close(Categorical().nll(student / temperature, (teacher / temperature).softmax(-1)), cross_entropy)
     # There is no factor T^2 there; the divergence is the cross-entropy less the teacher's own entropy.
     divergence = cross_entropy - textbrewer.kd_ce_loss(teacher, teacher, temperature)
-    close(kl_divergence(student, teacher, temperature, scale=False), divergence)
-    close(kl_divergence(student, teacher, temperature), divergence * temperature**2)
+    close(Categorical().divergence(student, teacher, temperature=temperature, scale=False), divergence)
+    close(Categorical().divergence(student, teacher, temperature=temperature), divergence * temperature**2)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_predicted_numbers_are_compared_as_textbrewers_logits(temperature):
     student, teacher = draw(1, 6, 1), draw(2, 6, 1)
-    signals = [Signals(torch.ones(6, 1), 1, logits=logits) for logits in (student, teacher)]
+    signals = [Signals(torch.ones(6, 1), 1, predictions=[Prediction(logits)]) for logits in (student, teacher)]
     # It divides both logits by T; ours has no temperature.
     expected = textbrewer.kd_mse_loss(student, teacher, temperature) * temperature**2
-    close(OutputObjective("regression")(*signals, {}), expected)
+    close(OutputObjective(Normal())(*signals, {}), expected)
 
 
 # --- torchdistill ----------------------------------------------------------------------------------------------------
@@ -185,15 +189,16 @@ def test_knowledge_distillation_is_torchdistills(kd_loss, temperature, alpha):
     labels = torch.tensor([0, 3, 1, 2, 2, 0])
     outputs = [{"logits": {"output": logits}} for logits in (student, teacher)]
     places = ("logits", "output", "logits", "output")
-    signals = [Signals(torch.ones(6, 1), 1, logits=logits) for logits in (student, teacher)]
+    signals = [Signals(torch.ones(6, 1), 1, predictions=[Prediction(logits)]) for logits in (student, teacher)]
     # Its alpha is the share of the gold labels, 1 - alpha that of the teacher.
-    own = alpha * TaskObjective()(*signals, {"labels": labels})
-    own = own + (1 - alpha) * OutputObjective(temperature=temperature)(*signals, {})
+    signals[0].predictions[0].target = labels
+    own = alpha * GoldObjective(Categorical())(*signals, {})
+    own = own + (1 - alpha) * OutputObjective(Categorical(), temperature=temperature)(*signals, {})
     close(own, kd_loss(*places, temperature, alpha=alpha)(*outputs, labels))
     # Without labels it leaves out the factor T^2.
     plain = kd_loss(*places, temperature, alpha=0.0)(*outputs)
-    close(kl_divergence(student, teacher, temperature, scale=False), plain)
-    close(OutputObjective(temperature=temperature)(*signals, {}), plain * temperature**2)
+    close(Categorical().divergence(student, teacher, temperature=temperature, scale=False), plain)
+    close(OutputObjective(Categorical(), temperature=temperature)(*signals, {}), plain * temperature**2)
 
 
 # --- captum and attribution ------------------------------------------------------------------------------------------
@@ -217,10 +222,19 @@ def text_batch(labels: int) -> dict[str, Tensor]:
 
 
 def listen(model: PreTrainedModel, batch: Mapping[str, Tensor], steps: int) -> Signals:
-    with Capture(model, Wants(gradients=2, path=steps)) as capture:
+    with Capture(model, Wants(gradients=2, path=steps), CLASSIFICATION) as capture:
         signals = capture.run(batch)
     capture.close()
     return signals
+
+
+def points_of(signals: Signals) -> list[tuple[Tensor, Tensor]]:
+    points = signals.path or [(signals.hidden[0], signals.predictions)]
+    return [(embedding, table.logits) for embedding, (table,) in points]
+
+
+def with_labels(signals: Signals, labels: list[int]) -> Signals:
+    return replace(signals, predictions=[replace(signals.predictions[0], target=torch.tensor(labels))])
 
 
 def logits_at(model: PreTrainedModel, embedding: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -246,7 +260,7 @@ def of_class(label: int) -> Callable[[Tensor], Tensor]:
 def test_integrated_gradients_are_captums(steps, label):
     model, batch = bert(3), text_batch(3)
     signals = listen(model, batch, steps)
-    path = signals.path or [(signals.hidden[0], signals.logits)]
+    path = points_of(signals)
     assert len(path) == steps
     own = path_gradient(path, of_class(label)) * signals.hidden[0]
 
@@ -281,7 +295,7 @@ def test_attributions_add_up_to_the_change_of_the_score_as_steps_grow(label):
     errors = []
     for steps in (8, 64, 256):
         signals = listen(model, batch, steps)
-        own = path_gradient(signals.path, of_class(label)) * embedding
+        own = path_gradient(points_of(signals), of_class(label)) * embedding
         errors.append((own.sum((1, 2)) - change).abs().max().item())
     assert errors[0] > errors[1] > errors[2]
     # The right-hand rule's error falls as 1 / K.
@@ -316,7 +330,7 @@ def test_the_second_derivative_of_a_path_gradient_agrees_with_differences(steps)
 
     def loss() -> Tensor:
         signals = listen(model, batch, steps)
-        path = signals.path or [(signals.hidden[0], signals.logits)]
+        path = points_of(signals)
         gradient = path_gradient(path, of_class(1), create_graph=True)
         return (gradient * path[-1][0]).square().sum()
 
@@ -330,7 +344,7 @@ def test_the_second_derivative_of_a_path_gradient_agrees_with_differences(steps)
 @pytest.mark.parametrize(("labels", "steps"), [(2, 1), (3, 1), (3, 4)])
 def test_the_attribution_gradient_agrees_with_differences(labels, steps):
     student, teacher, batch = bert(labels).double(), bert(labels, seed=1), text_batch(labels)
-    objective = AttributionObjective(num_labels=labels, steps=steps, top_k=20)
+    objective = AttributionObjective(Categorical(), steps=steps, top_k=20)
     target = listen(teacher, batch, steps)
 
     def loss() -> Tensor:
@@ -347,14 +361,14 @@ def test_both_views_of_two_classes_are_the_same():
     model, batch = bert(2), text_batch(2)
     mask = batch["attention_mask"]
     signals = listen(model, batch, 1)
-    path = [(signals.hidden[0], signals.logits)]
+    path = points_of(signals)
     maps = [saliency(path_gradient(path, of_class(label)), signals.hidden[0]).detach() for label in (0, 1)]
     assert (maps[0] / maps[1]).nanmean() != pytest.approx(1.0, rel=0.01)
     assert attribution_loss(maps[0], maps[1], mask).item() < 1e-12
 
     teacher = listen(bert(2, seed=1), batch, 1)
     values = [
-        AttributionObjective(num_labels=2)(signals, teacher, {"labels": torch.tensor(labels)}).item()
+        AttributionObjective(Categorical())(with_labels(signals, labels), teacher, batch).item()
         for labels in ([0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0])
     ]
     assert values == pytest.approx([values[0]] * 3, rel=1e-4)
@@ -369,7 +383,7 @@ def test_scaling_the_score_does_not_change_the_attribution_loss(steps):
     def value(own_scale: float, other_scale: float) -> Tensor:
         maps = []
         for signals, scale in ((student, own_scale), (teacher, other_scale)):
-            path = signals.path or [(signals.hidden[0], signals.logits)]
+            path = points_of(signals)
             score = of_class(1)
             gradient = path_gradient(path, lambda z, scale=scale, score=score: scale * score(z))
             maps.append(saliency(gradient, signals.hidden[0]).detach())
@@ -384,14 +398,13 @@ def test_the_views_of_many_classes_are_added_up():
     terms = []
     for label in range(3):
         maps = [
-            saliency(path_gradient([(s.hidden[0], s.logits)], of_class(label)), s.hidden[0]).detach()
-            for s in (student, teacher)
+            saliency(path_gradient(points_of(s), of_class(label)), s.hidden[0]).detach() for s in (student, teacher)
         ]
         terms.append(attribution_loss(*maps, batch["attention_mask"]))
-    found = AttributionObjective(num_labels=3)(student, teacher, batch)
+    found = AttributionObjective(Categorical())(student, teacher, batch)
     close(found, torch.stack(terms).sum())
     # Gold labels play no part.
-    other = AttributionObjective(num_labels=3)(student, teacher, {"labels": torch.tensor([2, 2, 2, 2])})
+    other = AttributionObjective(Categorical())(with_labels(student, [2, 2, 2, 2]), teacher, batch)
     assert other.item() == found.item()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from objectives.worlds import mask_of, speak
+from objectives.worlds import answered, asked, mask_of, speak
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
@@ -14,10 +14,11 @@ from kdcli.objectives.attention import AttentionObjective, attention_kl, attenti
 from kdcli.objectives.attribution import attribution_loss, saliency
 from kdcli.objectives.base import example_mean, token_mean
 from kdcli.objectives.cosine import CosineObjective, cosine_distance
-from kdcli.objectives.gold import TaskObjective
+from kdcli.objectives.distribution import Categorical, Normal, row_weights
+from kdcli.objectives.gold import GoldObjective
 from kdcli.objectives.hidden import HiddenObjective, token_mse
 from kdcli.objectives.matrix import MatrixObjective
-from kdcli.objectives.output import OutputObjective, kl_divergence
+from kdcli.objectives.output import OutputObjective
 from kdcli.objectives.relation import (
     SELF_RELATIONS,
     DirectRelationObjective,
@@ -26,14 +27,8 @@ from kdcli.objectives.relation import (
     relation_kl,
 )
 from kdcli.objectives.transport import cheap_weights, transport_plan
-from kdcli.objectives.vocabulary import (
-    MaskedLMObjective,
-    VocabularyObjective,
-    masked_lm_loss,
-    position_weights,
-    vocabulary_kl,
-)
-from kdcli.signals import Signals, Wants
+from kdcli.signals import Prediction, Signals, Wants
+from kdcli.tasks.masked_lm import KIND as MASKED_LM
 from kdcli.training.capture import Capture
 
 LENGTHS = [5, 9, 2, 7]
@@ -47,9 +42,9 @@ def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def logit_signals(logits: list[list[float]]) -> Signals:
+def logit_signals(logits: list[list[float]], target: Tensor | None = None) -> Signals:
     found = torch.tensor(logits)
-    return Signals(torch.ones(len(found), 1), 1, logits=found)
+    return Signals(torch.ones(len(found), 1), 1, predictions=[Prediction(found, target=target)])
 
 
 # --- output and task -------------------------------------------------------------------------------------------------
@@ -59,23 +54,26 @@ def test_kl_of_a_quarter_against_a_half():
     # At T = 2 the teacher's logits (2 ln 3, 0) are the probabilities 3/4 and 1/4, and equal logits are halves.
     teacher, student = torch.tensor([[2 * math.log(3), 0.0]]), torch.zeros(1, 2)
     divergence = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert kl_divergence(student, teacher, 2.0).item() == approx(4 * divergence)
-    assert kl_divergence(student, teacher, 2.0, scale=False).item() == approx(divergence)
+    assert Categorical().divergence(student, teacher, temperature=2.0).item() == approx(4 * divergence)
+    assert Categorical().divergence(student, teacher, temperature=2.0, scale=False).item() == approx(divergence)
+    assert Categorical().nll(student / 2.0, (teacher / 2.0).softmax(-1)).item() == approx(math.log(2))
     # The other way round it is another number: the teacher's probabilities weigh.
     backward = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
-    assert kl_divergence(teacher, student, 2.0, scale=False).item() == approx(backward)
+    assert Categorical().divergence(teacher, student, temperature=2.0, scale=False).item() == approx(backward)
 
 
 def test_kl_is_a_mean_over_examples_and_a_sum_over_classes():
     teacher, student = torch.tensor([[math.log(3), 0.0], [1.0, 1.0]]), torch.zeros(2, 2)
     first = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert kl_divergence(student, teacher).item() == approx(first / 2)
+    assert Categorical().divergence(student, teacher).item() == approx(first / 2)
 
 
 def test_a_constant_added_to_logits_changes_nothing():
     student, teacher = draw(1, 4, 5), draw(2, 4, 5)
-    shifted = kl_divergence(student + 3.0, teacher - 40.0, 2.0)
-    torch.testing.assert_close(shifted, kl_divergence(student, teacher, 2.0), rtol=1e-4, atol=1e-6)
+    shifted = Categorical().divergence(student + 3.0, teacher - 40.0, temperature=2.0)
+    torch.testing.assert_close(
+        shifted, Categorical().divergence(student, teacher, temperature=2.0), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -84,19 +82,19 @@ def test_a_high_temperature_compares_centred_logits(classes):
     difference = student - teacher
     difference = difference - difference.mean(-1, keepdim=True)
     limit = difference.square().sum(-1).mean() / (2 * classes)
-    assert kl_divergence(student, teacher, 100.0).item() == pytest.approx(limit.item(), rel=0.05)
+    assert Categorical().divergence(student, teacher, temperature=100.0).item() == pytest.approx(limit.item(), rel=0.05)
 
 
 def test_regression_compares_predictions_by_their_squared_difference():
-    student, teacher = logit_signals([[1.0], [2.0], [0.0]]), logit_signals([[3.0], [2.0], [1.0]])
-    assert OutputObjective("regression")(student, teacher, {}).item() == approx(5 / 3)
-    labels = {"labels": torch.tensor([3.0, 2.0, 1.0])}
-    assert TaskObjective("regression")(student, teacher, labels).item() == approx(5 / 3)
+    student = logit_signals([[1.0], [2.0], [0.0]], torch.tensor([3.0, 2.0, 1.0]))
+    teacher = logit_signals([[3.0], [2.0], [1.0]])
+    assert OutputObjective(Normal())(student, teacher, {}).item() == approx(5 / 3)
+    assert GoldObjective(Normal())(student, teacher, {}).item() == approx(5 / 3)
 
 
 def test_the_task_loss_is_the_mean_negative_log_probability():
-    student = logit_signals([[math.log(3), 0.0], [0.0, 0.0]])
-    found = TaskObjective()(student, student, {"labels": torch.tensor([1, 0])})
+    student = logit_signals([[math.log(3), 0.0], [0.0, 0.0]], torch.tensor([1, 0]))
+    found = GoldObjective(Categorical())(student, student, {})
     assert found.item() == approx((math.log(4) + math.log(2)) / 2)
 
 
@@ -104,8 +102,9 @@ def test_tinyberts_prediction_loss_is_the_soft_cross_entropy_over_classes():
     student, teacher = draw(1, 4, 3).requires_grad_(), draw(2, 4, 3)
     # There the mean runs over classes, too.
     theirs = -(teacher.softmax(-1) * student.log_softmax(-1)).mean()
+    torch.testing.assert_close(Categorical().nll(student, teacher.softmax(-1)) / 3, theirs)
     entropy = -(teacher.softmax(-1) * teacher.log_softmax(-1)).sum(-1).mean()
-    divergence = kl_divergence(student, teacher)
+    divergence = Categorical().divergence(student, teacher)
     torch.testing.assert_close((divergence + entropy) / 3, theirs)
     (own,) = torch.autograd.grad(divergence / 3, student)
     (other,) = torch.autograd.grad(theirs, student)
@@ -486,9 +485,9 @@ def test_cosine_distance_does_not_notice_lengths():
 
 def test_position_weights_by_hand():
     # Examples of 4 tokens: positions 1 and 3 of the first, none of the second, 0 of the third.
-    weights = position_weights(torch.tensor([1, 3, 8]), 3, 4)
+    weights = row_weights(torch.tensor([1, 3, 8]), 3, 4)
     torch.testing.assert_close(weights, torch.tensor([1 / 6, 1 / 6, 1 / 3]))
-    full = position_weights(torch.tensor([1, 3, 4, 8]), 3, 4)
+    full = row_weights(torch.tensor([1, 3, 4, 8]), 3, 4)
     assert full.sum().item() == approx(1.0)
 
 
@@ -497,14 +496,15 @@ def words() -> tuple[Signals, Signals, dict[str, Tensor]]:
     mask = mask_of([2, 3])
     labels = torch.full((2, 3), -100)
     labels[0, 1], labels[1, 0], labels[1, 2] = 4, 0, 2
-    return speak(1, mask, vocabulary=5), speak(2, mask, vocabulary=5), {"labels": labels}
+    return speak(1, mask, vocabulary=5), speak(2, mask, vocabulary=5), asked(mask, labels)
 
 
 def divergence_at(student: Signals, teacher: Signals, places: list[tuple[int, int]], t: float) -> Tensor:
     rows = []
+    own, other = (signals.predictions[0].logits for signals in (student, teacher))
     for b, s in places:
-        wanted = (teacher.logits[b, s] / t).softmax(-1)
-        rows.append((wanted * (wanted.log() - (student.logits[b, s] / t).log_softmax(-1))).sum() * t**2)
+        wanted = (other[b, s] / t).softmax(-1)
+        rows.append((wanted * (wanted.log() - (own[b, s] / t).log_softmax(-1))).sum() * t**2)
     return torch.stack(rows)
 
 
@@ -512,49 +512,59 @@ def divergence_at(student: Signals, teacher: Signals, places: list[tuple[int, in
 def test_the_vocabulary_term_at_masked_and_at_all_real_positions(temperature):
     student, teacher, batch = words()
     a, b, c = divergence_at(student, teacher, [(0, 1), (1, 0), (1, 2)], temperature)
-    found = VocabularyObjective(temperature)(student, teacher, batch)
-    torch.testing.assert_close(found, (a + (b + c) / 2) / 2)
+    pair = (answered(signals, batch) for signals in (student, teacher))
+    torch.testing.assert_close(OutputObjective(Categorical(), temperature)(*pair, batch), (a + (b + c) / 2) / 2)
     first = divergence_at(student, teacher, [(0, 0), (0, 1)], temperature).mean()
     second = divergence_at(student, teacher, [(1, 0), (1, 1), (1, 2)], temperature).mean()
-    found = VocabularyObjective(temperature, all_positions=True)(student, teacher, batch)
+    pair = (answered(signals, batch, everywhere=True) for signals in (student, teacher))
+    found = OutputObjective(Categorical(), temperature, all_positions=True)(*pair, batch)
     torch.testing.assert_close(found, (first + second) / 2)
 
 
 def test_the_plain_vocabulary_divergence_is_the_mean_over_positions():
     student, teacher, _ = words()
     rows = divergence_at(student, teacher, [(0, 1), (1, 0), (1, 2)], 2.0)
-    picked = [torch.stack([s.logits[0, 1], s.logits[1, 0], s.logits[1, 2]]) for s in (student, teacher)]
-    torch.testing.assert_close(vocabulary_kl(*picked, 2.0), rows.mean())
+    picked = [signals.predictions[0].logits[[0, 1, 1], [1, 0, 2]] for signals in (student, teacher)]
+    plain = Categorical().divergence(*picked, temperature=2.0)
+    torch.testing.assert_close(plain, rows.mean())
     weights = torch.tensor([0.5, 0.3, 0.1])
-    torch.testing.assert_close(vocabulary_kl(*picked, 2.0, weights), (rows * weights).sum())
-    torch.testing.assert_close(vocabulary_kl(*picked, 2.0), kl_divergence(*picked, 2.0))
-
-
-def flat(signals: Signals, positions: Tensor) -> Signals:
-    """The same signals as a capture gives them: logits of some positions only."""
-    return Signals(signals.mask, 1, logits=signals.logits.flatten(0, 1)[positions], positions=positions)
+    torch.testing.assert_close(Categorical().divergence(*picked, weights, 2.0), (rows * weights).sum())
+    # With equal weights the large table's way gives what the plain one does, and the same gradient.
+    own, other = (picked[0].detach().requires_grad_() for _ in range(2))
+    Categorical().divergence(own, picked[1], torch.full((3,), 1 / 3), 2.0).backward()
+    Categorical().divergence(other, picked[1], temperature=2.0).backward()
+    torch.testing.assert_close(own.grad, other.grad)
 
 
 def test_logits_of_single_positions_give_what_all_logits_give():
     student, teacher, batch = words()
-    masked = torch.tensor([1, 3, 5])
-    real = torch.tensor([0, 1, 3, 4, 5])
-    batch |= {"masked_positions": masked, "real_positions": real}
-    for objective in (VocabularyObjective(2.0), MaskedLMObjective()):
-        expected = objective(student, teacher, batch)
-        torch.testing.assert_close(objective(flat(student, masked), flat(teacher, masked), batch), expected)
-        # When another term asks for all real positions, the masked ones are picked out of them.
-        torch.testing.assert_close(objective(flat(student, real), flat(teacher, real), batch), expected)
-    objective = VocabularyObjective(2.0, all_positions=True)
-    expected = objective(student, teacher, batch)
-    torch.testing.assert_close(objective(flat(student, real), flat(teacher, real), batch), expected)
+    for everywhere, name in ((False, "masked_positions"), (True, "real_positions")):
+        objective = OutputObjective(Categorical(), 2.0)
+        found = []
+        for flat in (False, True):
+            pair = []
+            for signals in (student, teacher):
+                logits = signals.predictions[0].logits
+                # As a head that runs at these positions alone gives them.
+                chosen = logits.flatten(0, 1)[batch[name]][None] if flat else logits
+                given = Signals(signals.mask, 1, predictions=[Prediction(chosen)])
+                pair.append(answered(given, batch, everywhere=everywhere))
+            found.append(torch.stack([objective(*pair, batch), GoldObjective(Categorical())(*pair, batch)]))
+        torch.testing.assert_close(*found)
+
+
+def test_the_gold_loss_is_of_the_masked_tokens_wherever_else_is_predicted():
+    student, _, batch = words()
+    gold = GoldObjective(Categorical())
+    alone, among = (answered(student, batch, everywhere=everywhere) for everywhere in (False, True))
+    torch.testing.assert_close(gold(among, among, batch), gold(alone, alone, batch))
 
 
 def test_a_batch_in_which_nothing_is_masked_costs_nothing():
     student, teacher, batch = words()
-    batch = {"labels": torch.full_like(batch["labels"], -100)}
-    for objective in (VocabularyObjective(), MaskedLMObjective()):
-        found = objective(student, teacher, batch)
+    batch = asked(student.mask, torch.full_like(batch["labels"], -100))
+    for objective in (OutputObjective(Categorical()), GoldObjective(Categorical())):
+        found = objective(answered(student, batch), answered(teacher, batch), batch)
         found.backward()
         assert found.item() == 0.0
 
@@ -574,54 +584,48 @@ def masked_batch() -> dict[str, Tensor]:
     labels = torch.full_like(ids, -100)
     for b, s, word in ((0, 0, 7), (0, 3, 9), (1, 8, 59), (1, 2, 0), (1, 4, 30), (2, 1, 5), (3, 6, 11)):
         labels[b, s] = word
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": labels,
-        "masked_positions": (labels.flatten() != -100).nonzero().squeeze(-1),
-        "real_positions": mask.flatten().nonzero().squeeze(-1),
-    }
+    return {"input_ids": ids, "attention_mask": mask, **asked(mask, labels)}
 
 
 def test_the_masked_word_loss_is_the_librarys_own(language_model):
     batch = masked_batch()
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    with Capture(language_model, Wants(logits=True)) as capture:
+    with Capture(language_model, Wants(logits=True), MASKED_LM) as capture:
         signals = capture.run(batch)
     capture.close()
-    positions = batch["masked_positions"]
-    assert signals.logits.shape == (7, 60) and torch.equal(signals.positions, positions)
+    (table,) = signals.predictions
+    assert table.logits.shape == (7, 60)
     # The library takes the mean over all masked words of the batch.
     theirs = language_model(**inputs, labels=batch["labels"]).loss
-    torch.testing.assert_close(masked_lm_loss(signals.logits, batch["labels"].flatten()[positions]), theirs)
+    torch.testing.assert_close(Categorical().nll(table.logits, table.target), theirs)
     # The objective takes it of each example first.
     alone = [
         language_model(**{k: v[b : b + 1] for k, v in inputs.items()}, labels=batch["labels"][b : b + 1]).loss
         for b in range(4)
     ]
-    torch.testing.assert_close(MaskedLMObjective()(signals, signals, batch), torch.stack(alone).mean())
+    torch.testing.assert_close(GoldObjective(Categorical())(signals, signals, batch), torch.stack(alone).mean())
 
 
 def test_only_wanted_positions_are_captured_and_they_are_the_librarys(language_model):
     batch = masked_batch()
     everything = language_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     for every, name in ((False, "masked_positions"), (True, "real_positions")):
-        with Capture(language_model, Wants(logits=True, all_positions=every)) as capture:
+        with Capture(language_model, Wants(logits=True, all_positions=every), MASKED_LM) as capture:
             signals = capture.run(batch)
         capture.close()
-        torch.testing.assert_close(signals.logits, everything.flatten(0, 1)[batch[name]])
+        torch.testing.assert_close(signals.predictions[0].logits, everything.flatten(0, 1)[batch[name]])
 
 
 def test_segments_reach_objectives_and_never_the_model(language_model):
     batch = masked_batch()
     segments = (torch.arange(9) > 3).long().expand(4, 9)
     wants = Wants(logits=True, matrices=frozenset({(2, "value")}))
-    with Capture(language_model, wants) as capture:
+    with Capture(language_model, wants, MASKED_LM) as capture:
         plain, packed = capture.run(batch), capture.run({**batch, "segments": segments})
     capture.close()
     assert plain.segments is None and torch.equal(packed.segments, segments)
     # The model attends over the whole block, and would not know a further input.
-    assert torch.equal(packed.logits, plain.logits)
+    assert torch.equal(packed.predictions[0].logits, plain.predictions[0].logits)
     objective = RelationObjective([(2, 2)], relations={("value", "value"): 1.0}, heads=8)
     teacher = speak(1, batch["attention_mask"], width=32)
     assert abs(objective(packed, teacher, batch) - objective(plain, teacher, batch)) > 1e-3

@@ -1,9 +1,14 @@
 """Random signals of a small made-up model, so that objectives can be tested without one."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
-from kdcli.signals import Signals
+from kdcli.signals import Prediction, Signals
+from kdcli.tasks.classification import KIND as CLASSIFICATION
+from kdcli.tasks.masked_lm import KIND as MASKED_LM
 
 NAMES = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
 
@@ -30,7 +35,8 @@ def speak(
 
     The draw at a real token depends on the seed, the example's number (from `first`) and the token,
     never on the amount of padding, which holds random numbers of size `garbage`.
-    Logits follow from hidden[0] by a small network. With a vocabulary they are (batch, seq, vocabulary) instead.
+    Logits follow from hidden[0] by a small network. With a vocabulary they are (batch, seq, vocabulary) instead, which
+    `answered` turns into a table.
     """
     batch, seq = mask.shape
 
@@ -57,9 +63,29 @@ def speak(
         return ((torch.tanh(x @ inner / width**0.5) * real).sum(1) / real.sum(1)) @ outer
 
     points = [(signals.hidden[0] * (k / steps), k) for k in range(1, steps + 1)]
-    signals.path = [(x, head(x)) for x, _ in points] if steps > 1 else []
-    signals.logits = draw(40, vocabulary).requires_grad_() if vocabulary else head(signals.hidden[0])
+    signals.path = [(x, [Prediction(head(x))]) for x, _ in points] if steps > 1 else []
+    logits = draw(40, vocabulary).requires_grad_() if vocabulary else head(signals.hidden[0])
+    signals.predictions = [Prediction(logits)]
     return signals
+
+
+def asked(mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return the batch of a text: labels (batch, seq), -100 where no token is masked, and the flat positions."""
+    masked, real = ((x.flatten()).nonzero().squeeze(-1) for x in (labels != -100, mask))
+    return {
+        "labels": labels,
+        "masked_positions": masked,
+        "real_positions": real,
+        "masked_among_real": torch.searchsorted(real, masked),
+    }
+
+
+def answered(signals: Signals, batch: dict[str, Tensor], *, everywhere: bool = False) -> Signals:
+    """Return the same signals with their predictions as the kind of task reads them from a model's output."""
+    (table,) = signals.predictions
+    kind = MASKED_LM if "masked_positions" in batch else CLASSIFICATION
+    output = SimpleNamespace(logits=table.logits)
+    return replace(signals, predictions=kind.predictions(output, batch, everywhere=everywhere))
 
 
 def packed(*parts: Signals) -> Signals:
@@ -77,6 +103,6 @@ def leaves(signals: Signals) -> dict[str, Tensor]:
     """Return every tensor of shape (batch, seq, ...) that may receive a gradient."""
     found = {f"hidden {key}": x for key, x in signals.hidden.items()}
     found |= {f"matrix {key}": x for key, x in signals.matrices.items()}
-    if signals.logits is not None and signals.logits.is_leaf:
-        found["logits"] = signals.logits
+    if signals.predictions and signals.predictions[0].logits.is_leaf:
+        found["logits"] = signals.predictions[0].logits
     return found

@@ -31,6 +31,7 @@ from kdcli.files import cache_dir
 from kdcli.models.save import save_model
 from kdcli.recipe.load import load_recipe
 from kdcli.recipe.schema import Recipe
+from kdcli.tasks import registry
 from kdcli.tasks.base import Task
 
 TOP_K = 5
@@ -94,7 +95,17 @@ def make_task(texts: list[str], pairs: list[str] | None = None, labels: list[Any
     if pairs is not None:
         columns["text_pair"] = pairs
     train = Dataset.from_dict({**columns, "label": labels or [i % 2 for i in range(len(texts))]})
-    return Task("own", "classification", ("a", "b"), ("accuracy",), "accuracy", pairs is not None, train, train, {})
+    return Task(
+        "own",
+        registry.get("classification"),
+        ("a", "b"),
+        ("accuracy",),
+        "accuracy",
+        pairs is not None,
+        train,
+        train,
+        {},
+    )
 
 
 def make_recipe(model: Path | str, **augment: Any) -> Recipe:

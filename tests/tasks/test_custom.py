@@ -68,7 +68,7 @@ def test_every_kind_of_file_gives_the_same_rows(suffix: str, tmp_path: Path):
     assert task.train["text"][:] == ROWS["message"] and task.train["text_pair"][:] == ROWS["answer"]
     assert task.label_names == ("help", "sales") and task.train["label"][:] == [1, 0, 1, 0, 1, 0]
     assert task.train["index"][:] == list(range(6)) and task.is_pair
-    assert task.kind == "classification" and task.metrics == ("accuracy", "f1") and task.primary == "accuracy"
+    assert task.kind.name == "classification" and task.metrics == ("accuracy", "f1") and task.primary == "accuracy"
     assert task.selection["text"][:] == task.report["validation"]["text"][:] == ROWS["message"]
 
 
@@ -152,7 +152,7 @@ def test_texts_of_a_csv_file_stay_as_they_are_written(texts: list[str], tmp_path
 )
 def test_classes_are_sorted_and_numbers_as_numbers(labels: list, names: tuple[str, ...], tmp_path: Path):
     task = whole(tmp_path, {"message": list("wxyz"), "team": labels})
-    assert task.label_names == names and task.kind == "classification"
+    assert task.label_names == names and task.kind.name == "classification"
     assert all(0 <= label < len(names) for label in task.train["label"])
 
 
@@ -169,21 +169,21 @@ def test_labels_gives_the_order_and_may_have_classes_that_do_not_occur(tmp_path:
 
 def test_labels_makes_numbers_with_fractions_into_classes(tmp_path: Path):
     task = whole(tmp_path, {"message": list("wxyz"), "team": ["1.0", "1.5"] * 2}, labels=["1.5", "1.0"])
-    assert task.kind == "classification" and task.label_names == ("1.5", "1.0")
+    assert task.kind.name == "classification" and task.label_names == ("1.5", "1.0")
     assert task.train["label"][:] == [1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("suffix", KINDS)
 def test_labels_with_fractions_are_a_regression(suffix: str, tmp_path: Path):
     task = whole(tmp_path, {"message": list("wxyz"), "team": [1.0, 2.5, 0.0, 4.75]}, suffix)
-    assert task.kind == "regression" and task.label_names == () and task.metrics == ("pearson", "spearman")
+    assert task.kind.name == "regression" and task.label_names == () and task.metrics == ("pearson", "spearman")
     assert task.train["label"][:] == [1.0, 2.5, 0.0, 4.75]
     assert task.train.features["label"].dtype == "float64"
 
 
 def test_whole_numbers_are_a_regression_when_the_recipe_says_so(tmp_path: Path):
     task = whole(tmp_path, {"message": list("wxyz"), "team": [1, 5, 2, 2]}, type="regression")
-    assert task.kind == "regression" and task.train["label"][:] == [1.0, 5.0, 2.0, 2.0]
+    assert task.kind.name == "regression" and task.train["label"][:] == [1.0, 5.0, 2.0, 2.0]
 
 
 def test_numbers_with_fractions_are_classes_when_the_recipe_says_so(tmp_path: Path):
@@ -627,7 +627,7 @@ def test_held_out_rows_of_a_single_class_can_be_scored(tmp_path: Path):
 
 def test_a_model_with_one_output_takes_numbers(tmp_path: Path):
     task = rows_for(tmp_path, {"message": list("wxy"), "team": [1, 0, 3]}, model())
-    assert task.kind == "regression" and task.report["rows"]["label"][:] == [1.0, 0.0, 3.0]
+    assert task.kind.name == "regression" and task.report["rows"]["label"][:] == [1.0, 0.0, 3.0]
 
 
 def test_a_label_that_the_model_does_not_have_is_named(tmp_path: Path):
@@ -692,7 +692,7 @@ def test_scores_with_decimal_commas_are_no_classes(suffix: str, tmp_path: Path):
     error = refused(tmp_path, columns, "look like numbers with decimal commas, such as '-3,0'", suffix)
     assert error.where == "task.label" and "decimal points" in str(error.hint)
     assert "decimal points" in str(refused(tmp_path, columns, "is no number", suffix, type="regression").hint)
-    assert whole(tmp_path, columns, suffix, type="classification").kind == "classification"
+    assert whole(tmp_path, columns, suffix, type="classification").kind.name == "classification"
 
 
 @pytest.mark.parametrize("scores", [["3,5"], ["3.5"], ["1.234,5", "12"], ["3,5 %"], ["1,234.5", "7"]])

@@ -77,10 +77,10 @@ def test_every_task_loads_by_name(name: str, write: Write):
     assert task.metrics == METRICS.get(name, ("accuracy",)) and task.primary == task.metrics[0]
     assert task.train["index"][:] == list(range(7))
     if name == "stsb":
-        assert task.kind == "regression" and task.label_names == ()
+        assert task.kind.name == "regression" and task.label_names == ()
         assert task.train["label"][:3] == [0.0, 0.5, 1.0]
     else:
-        assert task.kind == "classification" and len(task.label_names) == 2
+        assert task.kind.name == "classification" and len(task.label_names) == 2
         assert task.train["label"][:3] == [0, 1, 0]
 
 
@@ -233,7 +233,7 @@ def test_real_sets_have_their_official_sizes(name: str, train: int, validation: 
     task = load(name)
     assert (len(task.train), len(task.report["validation"])) == (train, validation)
     labels = set(task.train["label"])
-    assert labels == {0, 1} if task.kind == "classification" else (min(labels), max(labels)) == (0.0, 5.0)
+    assert labels == {0, 1} if task.kind.name == "classification" else (min(labels), max(labels)) == (0.0, 5.0)
 
 
 @pytest.mark.data

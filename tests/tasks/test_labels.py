@@ -10,6 +10,7 @@ from transformers import BertConfig
 
 from kdcli.distill.teacher import align_labels
 from kdcli.errors import InputError
+from kdcli.tasks import registry as kinds
 from kdcli.tasks.base import Task
 from kdcli.tasks.labels import class_names_of, label_permutation
 
@@ -21,7 +22,7 @@ def config(*names: str) -> BertConfig:
 def task_of(*names: str) -> Task:
     rows = Dataset.from_dict({"index": [0], "text": ["x"], "label": [0] if names else [0.5]})
     kind = "classification" if names else "regression"
-    return Task("own", kind, names, ("accuracy",), "accuracy", False, rows, rows, {"validation": rows})
+    return Task("own", kinds.get(kind), names, ("accuracy",), "accuracy", False, rows, rows, {"validation": rows})
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(("entailment", "neutral", "contradiction"))))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kdcli.errors import InputError
 from kdcli.evaluation.score import primary_score
+from kdcli.tasks import registry as kinds
 from kdcli.tasks.base import Task
 from kdcli.tasks.metrics import CLASSIFICATION, ERRORS, REGRESSION, chance_level, compute_metrics, known
 
@@ -33,7 +34,7 @@ def task_of(primary: str, sets: dict[str, list], classes: int = 2) -> Task:
     first = next(iter(rows.values()))
     kind = "classification" if primary in CLASSIFICATION else "regression"
     names = tuple(map(str, range(classes))) if kind == "classification" else ()
-    return Task("own", kind, names, (primary,), primary, False, first, first, rows)
+    return Task("own", kinds.get(kind), names, (primary,), primary, False, first, first, rows)
 
 
 LABELS = [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]

@@ -36,7 +36,7 @@ def test_a_folder_of_text_files_is_read_and_a_part_held_out(tmp_path: Path):
         (tmp_path / "in" / f"{i % 3}").mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / f"{i % 3}" / f"{i}.txt").write_text(text, encoding="utf-8")
     task = load(tmp_path, data="in")
-    assert (len(task.train), len(task.selection)) == (27, 3) and task.kind == "text"
+    assert (len(task.train), len(task.selection)) == (27, 3) and task.kind.name == "text"
     assert sorted([*task.train["text"], *task.selection["text"]]) == sorted(documents(30))
     again = load(tmp_path, data="in")
     assert again.selection["text"][:] == task.selection["text"][:]

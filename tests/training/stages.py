@@ -20,7 +20,9 @@ from kdcli.data.reviews import LABELS, reviews
 from kdcli.methods.base import Term
 from kdcli.models.save import save_model
 from kdcli.models.scratch import train_tokenizer
+from kdcli.tasks import registry
 from kdcli.tasks.base import Task
+from kdcli.tasks.classification import KIND as CLASSIFICATION
 from kdcli.tasks.encode import Collator
 from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.settings import LoopSettings
@@ -70,7 +72,9 @@ def setting(student: PreTrainedModel, teacher: PreTrainedModel | None, train: Da
     """Return the setting of a stage. Its task has no rows: a scheme that looked at the validation set would fail."""
     words = tokenizer()
     nothing: Any = None
-    task = Task("rows", "classification", ("a", "b"), ("accuracy",), "accuracy", False, nothing, nothing, nothing)
+    task = Task(
+        "rows", registry.get("classification"), ("a", "b"), ("accuracy",), "accuracy", False, nothing, nothing, nothing
+    )
     return Setting(
         student=student,
         teacher=teacher,
@@ -102,7 +106,7 @@ def train(
     """Begin the scheme and train its stage to the end, checkpoints and all; `scheme.end` is for the caller."""
     kept = scheme.begin(setting)
     return fit(
-        Distiller(setting.student, terms, teacher=scheme.teacher(), teacher_factors=factors),
+        Distiller(setting.student, terms, teacher=scheme.teacher(), teacher_factors=factors, kind=CLASSIFICATION),
         train=kept,
         selection=setting.train if setting.loop.eval_every else None,
         collator=setting.collator,

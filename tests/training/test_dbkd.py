@@ -22,6 +22,7 @@ from kdcli.black_box.answers import Memory, ask, recorded
 from kdcli.black_box.ask import Command, LocalModel, PythonCallable
 from kdcli.black_box.estimate import logits_from_decisions
 from kdcli.black_box.noise import Noise
+from kdcli.cli.methods import tasks_of
 from kdcli.distill.run import run_distill
 from kdcli.distill.student import make_distiller
 from kdcli.errors import InputError
@@ -30,6 +31,7 @@ from kdcli.methods.base import Context
 from kdcli.methods.dbkd import METHOD, DBKDOptions
 from kdcli.models.shape import shape_of
 from kdcli.recipe.load import load_recipe
+from kdcli.tasks import registry as kinds
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.labels import class_of
@@ -63,7 +65,9 @@ def task_of(*, pair: bool = False, names: tuple[str, ...] = NAMES, texts: list[s
         columns["text_pair"] = PAIRS
     columns["label"] = [i % len(names) for i in range(len(texts))]
     rows = Dataset.from_dict(columns)
-    return Task("opinions", "classification", names, ("accuracy",), "accuracy", pair, rows, rows, {"dev": rows})
+    return Task(
+        "opinions", kinds.get("classification"), names, ("accuracy",), "accuracy", pair, rows, rows, {"dev": rows}
+    )
 
 
 def loop(**changes: Any) -> LoopSettings:
@@ -99,7 +103,7 @@ def setting_of(task: Task, base: Path, *, teacher: Any = None, cache: bool = Tru
 
 def context(labels: int = 3) -> Context:
     shape = shape_of(tiny("bert").config)
-    return Context(shape, dataclasses.replace(shape, layers=1), "depth", "classification", labels, [(1, 1)])
+    return Context(shape, dataclasses.replace(shape, layers=1), "depth", kinds.get("classification"), [(1, 1)])
 
 
 class Oracle:
@@ -475,7 +479,7 @@ def test_the_table_holds_the_centred_scaled_logits_behind_the_decisions(tmp_path
     for sigma, noise_std in ((1.0, 1.0), (4.0, 1.0), (1.0, 0.5)):
         scheme = stage(black_box={"decisions": "r.jsonl"}, sigma=sigma, noise_std=noise_std).scheme
         scheme.begin(setting)
-        found[sigma, noise_std] = scheme.teacher_logits()
+        found[sigma, noise_std] = scheme.teacher_outputs().tables["logits"]
         expected = sigma * logits_from_decisions(np.array(TABLE), sigma=noise_std)
         torch.testing.assert_close(found[sigma, noise_std], torch.from_numpy(expected).float())
     assert found[1.0, 1.0].mean(1).abs().max() < 1e-6
@@ -543,7 +547,7 @@ def test_a_local_teacher_is_counted_through_its_decisions_alone(tmp_path: Path):
             teacher.classifier.bias.mul_(factor)
         scheme = stage(copies=5).scheme
         scheme.begin(setting_of(task_of(), tmp_path, teacher=teacher))
-        tables.append(scheme.teacher_logits())
+        tables.append(scheme.teacher_outputs().tables["logits"])
     assert torch.equal(*tables)
     assert not teacher.training
 
@@ -554,7 +558,7 @@ def test_without_a_teacher_model_somebody_must_be_named(tmp_path: Path):
     module(tmp_path, "beside_no_teacher", SCRIPT)
     scheme = stage(black_box={"callable": "beside_no_teacher:by_length"}, copies=3).scheme
     scheme.begin(setting_of(task_of(), tmp_path))
-    assert scheme.teacher_logits().shape == (5, 3)
+    assert scheme.teacher_outputs().tables["logits"].shape == (5, 3)
 
 
 @pytest.mark.parametrize("synonyms", [False, True])
@@ -588,7 +592,7 @@ def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any]):
 
 def test_it_is_known_by_name_and_classifies_only():
     assert registry.get("dbkd") is METHOD
-    assert METHOD.kinds == {"classification"}
+    assert tasks_of(METHOD) == ["classification"]
 
 
 def test_many_classes_are_solved_by_the_pattern_of_their_counts():

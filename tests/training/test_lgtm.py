@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from training.stages import TWO_PROCESSES, batch_of, distill, folder_with_recipe, rows, setting, train
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
+from kdcli.cli.methods import tasks_of
 from kdcli.errors import InputError
 from kdcli.methods import registry
 from kdcli.methods.base import Context, Term
@@ -28,8 +29,11 @@ from kdcli.models.overparam import contract_model, overparameterise, teacher_fac
 from kdcli.models.shape import shape_of
 from kdcli.models.student import build_student
 from kdcli.objectives.cores import TensorObjective
+from kdcli.objectives.distribution import Categorical, Normal
 from kdcli.objectives.output import OutputObjective
 from kdcli.recipe.schema import OverparamSection, StudentSection
+from kdcli.tasks import registry as kinds
+from kdcli.tasks.classification import KIND as CLASSIFICATION
 from kdcli.training.schemes.base import Setting
 from kdcli.training.schemes.lgtm import HeldOut, Learning, LGTMScheme, look_ahead, split
 from kdcli.training.step import Distiller
@@ -109,7 +113,7 @@ def test_influence_is_exact_at_a_temperature_and_for_regression(labels: int):
 
 def check_influence(family: str, kind: str, *, temperature: float = 1.0, labels: int = 2) -> None:
     teacher, student = pair(family, labels=labels)
-    learning = Learning(kind=kind, alpha_teacher=0.4, temperature=temperature)
+    learning = Learning(kinds.get(kind), alpha_teacher=0.4, temperature=temperature)
     scheme, place = begun(teacher, student, learning, regression=kind == "regression")
     inputs = model_inputs(student, batch_of(place))
     trained = scheme.trained(adamw(student))
@@ -135,7 +139,7 @@ def test_the_finite_difference_converges_to_the_exact_derivative(monkeypatch: py
     for reach in (4.0, 1.0, 0.25):
         monkeypatch.setattr("kdcli.training.schemes.lgtm.REACH", reach)
         teacher, student = (model.double() for model in pair())
-        scheme, place = begun(teacher, student, Learning(alpha_teacher=1.0))
+        scheme, place = begun(teacher, student, Learning(CLASSIFICATION, alpha_teacher=1.0))
         inputs = model_inputs(student, batch_of(place))
         trained = scheme.trained(adamw(student))
         generator = torch.Generator().manual_seed(3)
@@ -157,7 +161,7 @@ def test_the_finite_difference_converges_to_the_exact_derivative(monkeypatch: py
 
 def test_a_teacher_that_ignores_the_student_has_no_influence():
     teacher, student = pair()
-    scheme, place = begun(teacher, student, Learning(alpha_teacher=0.0))
+    scheme, place = begun(teacher, student, Learning(CLASSIFICATION, alpha_teacher=0.0))
     trained = scheme.trained(adamw(student))
     scheme.add_influence(
         model_inputs(student, batch_of(place)), trained, [torch.randn_like(p) for p in trained.values()], -1.0
@@ -167,7 +171,7 @@ def test_a_teacher_that_ignores_the_student_has_no_influence():
 
 def test_a_direction_of_zeros_has_no_influence_and_is_no_division_by_zero():
     teacher, student = pair()
-    scheme, place = begun(teacher, student, Learning())
+    scheme, place = begun(teacher, student, Learning(CLASSIFICATION))
     trained = scheme.trained(adamw(student))
     scheme.add_influence(
         model_inputs(student, batch_of(place)), trained, [torch.zeros_like(p) for p in trained.values()], -1.0
@@ -177,7 +181,7 @@ def test_a_direction_of_zeros_has_no_influence_and_is_no_division_by_zero():
 
 def test_a_teacher_that_follows_its_influence_pulls_the_student_towards_the_direction():
     teacher, student = pair()
-    scheme, place = begun(teacher, student, Learning(alpha_teacher=1.0))
+    scheme, place = begun(teacher, student, Learning(CLASSIFICATION, alpha_teacher=1.0))
     batch = batch_of(place)
     inputs = model_inputs(student, batch)
     trained = scheme.trained(adamw(student))
@@ -299,7 +303,7 @@ def reference(
 def test_a_whole_step_of_the_teacher_follows_the_paper(alpha: float):
     teacher, student = pair()
     # A rate far too high, so that the influence counts for as much as the teacher's own gradient.
-    learning = Learning(alpha_student=alpha, alpha_teacher=0.6, temperature=1.5, learning_rate=30.0)
+    learning = Learning(CLASSIFICATION, alpha_student=alpha, alpha_teacher=0.6, temperature=1.5, learning_rate=30.0)
     scheme, place = begun(teacher, student, learning, max_grad_norm=1.0, warmup=0.0)
     optimizer = adamw(student)
     step_once(student, optimizer, batch_of(place))
@@ -331,7 +335,7 @@ def test_a_whole_step_of_the_teacher_follows_the_paper(alpha: float):
 
 def test_without_influence_the_teacher_follows_labels_and_student_alone_and_sees_all_rows():
     teacher, student = pair()
-    learning = Learning(alpha_teacher=0.6, influence=False, learning_rate=30.0)
+    learning = Learning(CLASSIFICATION, alpha_teacher=0.6, influence=False, learning_rate=30.0)
     scheme = LGTMScheme(learning)
     place = setting(student, teacher, rows(32))
     assert len(scheme.begin(place)) == 32
@@ -370,7 +374,7 @@ def test_the_teachers_step_leaves_the_student_and_its_optimizer_bit_by_bit_as_th
     teacher = tiny(family, layers=2)
     student = forms()[form](teacher)
     given = copy.deepcopy(teacher.state_dict())
-    scheme, place = begun(teacher, student, Learning(learning_rate=1e-2))
+    scheme, place = begun(teacher, student, Learning(CLASSIFICATION, learning_rate=1e-2))
     optimizer, batch = adamw(student), batch_of(place)
     step_once(student, optimizer, batch)
     before, memory = copy.deepcopy(student.state_dict()), copy.deepcopy(optimizer.state_dict())
@@ -396,7 +400,7 @@ def test_the_teachers_step_leaves_the_student_and_its_optimizer_bit_by_bit_as_th
 def test_what_is_moved_for_a_chained_student_are_its_tensors():
     teacher = tiny("bert", layers=2)
     student = forms()["chained"](teacher)
-    scheme, place = begun(teacher, student, Learning())
+    scheme, place = begun(teacher, student, Learning(CLASSIFICATION))
     trained = scheme.trained(adamw(student))
     assert sum(".parametrizations." in name for name in trained) == 6 * 3
     assert not any(name.endswith("query.weight") for name in trained)
@@ -421,13 +425,13 @@ def test_held_out_rows_are_training_rows_that_nobody_trains_on():
     assert [len(part) for part in split(rows(2), 0.5, seed=0)] == [1, 1]
     teacher, student = pair()
     with pytest.raises(InputError, match="none can be held out"):
-        LGTMScheme(Learning(held_out=0.05)).begin(setting(student, teacher, rows(1)))
+        LGTMScheme(Learning(CLASSIFICATION, held_out=0.05)).begin(setting(student, teacher, rows(1)))
 
 
 def test_the_validation_rows_are_never_touched(tmp_path: Path):
     # The task has no rows of its own, so the only ones there are are those of the training set.
     teacher, student = pair()
-    scheme = LGTMScheme(Learning(held_out=0.2))
+    scheme = LGTMScheme(Learning(CLASSIFICATION, held_out=0.2))
     place = setting(student, teacher, rows(40))
     assert place.task.selection is None
     seen: set[int] = set()
@@ -437,7 +441,7 @@ def test_the_validation_rows_are_never_touched(tmp_path: Path):
             seen.update(batch["index"].tolist())
             return super().forward(student, teacher, batch)
 
-    train(scheme, place, [Term("output", Listening())], tmp_path)
+    train(scheme, place, [Term("output", Listening(Categorical()))], tmp_path)
     held = {row["index"] for row in scheme._held.rows}
     assert len(held) == 8 and seen and not held & seen
     assert held | seen <= set(range(40))
@@ -461,7 +465,7 @@ def test_held_out_batches_follow_from_the_step_alone_and_visit_every_row():
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.25])
 def test_the_teachers_learning_rate_follows_a_linear_schedule(warmup: float):
     teacher, student = pair()
-    scheme, _ = begun(teacher, student, Learning(learning_rate=2e-4), warmup=warmup, max_steps=40)
+    scheme, _ = begun(teacher, student, Learning(CLASSIFICATION, learning_rate=2e-4), warmup=warmup, max_steps=40)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2e-4)
     schedule = get_linear_schedule_with_warmup(optimizer, int(warmup * 40), 40)
     for step in range(40):
@@ -479,9 +483,9 @@ def test_a_resumed_training_ends_with_the_same_teacher_and_student(tmp_path: Pat
 
     def run(folder: Path, *, interrupted: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         teacher, student = tiny("bert"), tiny("bert", layers=1, seed=1)
-        learning = Learning(learning_rate=1e-3, held_out=0.2)
+        learning = Learning(CLASSIFICATION, learning_rate=1e-3, held_out=0.2)
         place = setting(student, teacher, rows(), eval_every=2, max_steps=8)
-        terms = [Term("output", OutputObjective(scale=False))]
+        terms = [Term("output", OutputObjective(Categorical(), scale=False))]
         torch.manual_seed(7)
         if interrupted:
             with pytest.raises(KeyboardInterrupt):
@@ -504,9 +508,9 @@ def test_the_teacher_of_a_chained_student_trains_as_chains_which_the_auxiliary_l
     student = build_student(teacher, StudentSection(form="depth", layers=1), seed=0).model
     overparameterise(student, section)
     given = {name: value.clone() for name, value in teacher.state_dict().items()}
-    scheme = LGTMScheme(Learning(learning_rate=1e-2))
+    scheme = LGTMScheme(Learning(CLASSIFICATION, learning_rate=1e-2))
     place = replace(setting(student, teacher, rows(), max_steps=2), overparam=section, pairs=((1, 2),))
-    terms = [Term("output", OutputObjective("classification")), Term("tensor", TensorObjective())]
+    terms = [Term("output", OutputObjective(Categorical())), Term("tensor", TensorObjective())]
     scheme.begin(place)
     before = {key: [t.detach().clone() for t in chain] for key, chain in scheme.teacher_tensors().items()}
     assert len(before) == 6 and all(key[0] == 1 for key in before)
@@ -518,7 +522,7 @@ def test_the_teacher_of_a_chained_student_trains_as_chains_which_the_auxiliary_l
         for a, b in zip(chain, static[key], strict=True)
     )
     live = scheme.teacher_tensors()
-    distiller = Distiller(student, terms, teacher=scheme.teacher(), teacher_factors=live)
+    distiller = Distiller(student, terms, teacher=scheme.teacher(), teacher_factors=live, kind=CLASSIFICATION)
     scheme.place(torch.device("cpu"))
     distiller.place(torch.device("cpu"))
     scheme.before_step(0, batch_of(place), adamw(student))
@@ -530,9 +534,9 @@ def test_the_teacher_of_a_chained_student_trains_as_chains_which_the_auxiliary_l
 def test_a_chained_student_trains_on_regression_and_contracts(tmp_path: Path):
     teacher = tiny("bert", labels=1)
     student = forms()["chained"](teacher)
-    scheme = LGTMScheme(Learning(kind="regression", learning_rate=1e-3))
+    scheme = LGTMScheme(Learning(kinds.get("regression"), learning_rate=1e-3))
     place = setting(student, teacher, rows(regression=True), precision="bf16")
-    train(scheme, place, [Term("output", OutputObjective("regression"))], tmp_path)
+    train(scheme, place, [Term("output", OutputObjective(Normal()))], tmp_path)
     learned = scheme.teacher().state_dict()
     assert all(bool(value.isfinite().all()) for value in [*learned.values(), *student.state_dict().values()])
     assert any(not torch.equal(value, learned[name]) for name, value in teacher.state_dict().items())
@@ -543,23 +547,23 @@ def test_a_chained_student_trains_on_regression_and_contracts(tmp_path: Path):
 def test_accumulated_steps_and_black_boxes_are_refused():
     teacher, student = pair()
     with pytest.raises(InputError, match="whole optimizer step") as error:
-        LGTMScheme(Learning()).begin(setting(student, teacher, rows(8), gradient_accumulation=2))
+        LGTMScheme(Learning(CLASSIFICATION)).begin(setting(student, teacher, rows(8), gradient_accumulation=2))
     assert error.value.where == "train.gradient_accumulation" and "1" in str(error.value.hint)
     with pytest.raises(InputError, match="needs the model"):
-        LGTMScheme(Learning()).begin(setting(student, None, rows(8)))
+        LGTMScheme(Learning(CLASSIFICATION)).begin(setting(student, None, rows(8)))
 
 
 def test_the_user_is_told_how_many_rows_are_held_out():
     teacher, student = pair()
     heard = io.StringIO()
-    scheme = LGTMScheme(Learning())
+    scheme = LGTMScheme(Learning(CLASSIFICATION))
     scheme.begin(replace(setting(student, teacher, rows(40)), console=Console(file=heard, width=200)))
     assert "2 of 40 training rows are held out" in heard.getvalue()
 
 
 def context(kind: str = "classification") -> Context:
     teacher, student = tiny("bert"), tiny("bert", layers=1)
-    return Context(shape_of(teacher.config), shape_of(student.config), "depth", kind, 2, [])
+    return Context(shape_of(teacher.config), shape_of(student.config), "depth", kinds.get(kind), [])
 
 
 def test_the_preset_follows_the_paper():
@@ -569,10 +573,10 @@ def test_the_preset_follows_the_paper():
     (stage,) = method.build(options, context())
     assert {term.name: term.weight for term in stage.terms} == {"output": 1.0, "task": 0.0}
     assert stage.terms[0].objective.scale is False
-    assert stage.scheme.learning == Learning("classification", 1.0, 0.4, 1.0, 3e-5, True, 0.05)
+    assert stage.scheme.learning == Learning(CLASSIFICATION, 1.0, 0.4, 1.0, 3e-5, True, 0.05)
     assert not stage.scheme.teacher_is_fixed
     assert method.train["weight_decay"] == 0.0
-    assert method.kinds == {"classification", "regression"}
+    assert tasks_of(method) == ["classification", "regression"]
 
 
 def test_copies_of_held_out_rows_are_refused():

@@ -21,7 +21,7 @@ from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.load import load_task
 from kdcli.tasks.predict import predict
 from kdcli.training import teacher_cache as logits_cache
-from kdcli.training.teacher_cache import cached_logits, cached_predictions
+from kdcli.training.teacher_cache import cached_predictions, known_outputs
 
 WORDS = tokenizer()
 COLLATOR = Collator(WORDS)
@@ -32,7 +32,7 @@ class Asked(AssertionError):
 
 
 def ask(teacher: Any, data: Dataset, **options: Any) -> torch.Tensor:
-    return cached_logits(teacher, data, COLLATOR, batch_size=8, **options)
+    return known_outputs(teacher, data, COLLATOR, batch_size=8, **options).tables["logits"]
 
 
 def kept(cache: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from families import NAMES, tiny
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from training.stages import TWO_PROCESSES, batch_of, distill, folder_with_recipe, rows, setting, train
 from transformers import PreTrainedModel
 
@@ -28,8 +29,10 @@ from kdcli.models.overparam import contract_model, overparameterise
 from kdcli.models.shape import shape_of
 from kdcli.models.student import build_student
 from kdcli.objectives.cores import TensorObjective
-from kdcli.objectives.gold import TaskObjective, task_loss
+from kdcli.objectives.distribution import Categorical
+from kdcli.objectives.gold import GoldObjective
 from kdcli.recipe.schema import OverparamSection, StudentSection
+from kdcli.tasks import registry as kinds
 from kdcli.training.schemes.theseus import Replacement, TheseusScheme, draw
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -62,7 +65,7 @@ def begun(
 
 
 def context(teacher: PreTrainedModel, student: PreTrainedModel, form: str = "depth") -> Context:
-    return Context(shape_of(teacher.config), shape_of(student.config), form, "classification", 2, [])
+    return Context(shape_of(teacher.config), shape_of(student.config), form, kinds.get("classification"), [])
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -107,7 +110,7 @@ def test_evaluation_runs_the_student_alone_whatever_was_drawn():
 def test_only_replaced_blocks_learn_also_below_frozen_teacher_blocks(family: str, drawn: tuple[bool, bool]):
     teacher, student = pair(family)
     begun_scheme, inputs = begun(teacher, student, *drawn)
-    task_loss(student(**inputs).logits, torch.arange(8) % 2, "classification").backward()
+    cross_entropy(student(**inputs).logits, torch.arange(8) % 2).backward()
     learning = {name.split(".layer.")[1].split(".")[0] for name, p in student.named_parameters() if p.grad is not None}
     assert learning == {str(number) for number, replaced in enumerate(drawn) if replaced}
     # Several processes are told, and look for the blocks that are left out in every step.
@@ -129,11 +132,11 @@ def test_gradients_of_replaced_blocks_are_those_of_the_mixed_model():
     below = copy.deepcopy(blocks_of(student)[0])
     _, inputs = begun(teacher, student, True, False)
     labels = torch.arange(8) % 2
-    task_loss(student(**inputs).logits, labels, "classification").backward()
+    cross_entropy(student(**inputs).logits, labels).backward()
     mixed = copy.deepcopy(teacher)
     mixed.bert.encoder.layer = torch.nn.ModuleList([below, *copy.deepcopy(blocks_of(teacher)[2:])])
     mixed.requires_grad_(True)
-    task_loss(mixed(**inputs).logits, labels, "classification").backward()
+    cross_entropy(mixed(**inputs).logits, labels).backward()
     for ours, theirs in zip(blocks_of(student)[0].parameters(), below.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
@@ -225,7 +228,7 @@ def test_training_moves_the_blocks_and_nothing_else(tmp_path: Path):
     before, given = copy.deepcopy(student.state_dict()), copy.deepcopy(teacher.state_dict())
     scheme = TheseusScheme(Replacement("linear", 0.5))
     place = setting(student, teacher, rows(), eval_every=3)
-    record = train(scheme, place, [Term("task", TaskObjective())], tmp_path)
+    record = train(scheme, place, [Term("task", GoldObjective(Categorical()))], tmp_path)
     scheme.end()
     assert record["steps"] == 6
     moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
@@ -237,7 +240,7 @@ def test_a_vanishing_chance_trains_nothing_and_breaks_nothing(tmp_path: Path):
     teacher, student = pair()
     before = copy.deepcopy(student.state_dict())
     scheme = TheseusScheme(Replacement("constant", 1e-9, until=100))
-    train(scheme, setting(student, teacher, rows()), [Term("task", TaskObjective())], tmp_path)
+    train(scheme, setting(student, teacher, rows()), [Term("task", GoldObjective(Categorical()))], tmp_path)
     scheme.end()
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
@@ -254,7 +257,7 @@ def test_a_resumed_training_ends_at_the_same_weights(tmp_path: Path):
         place = setting(student, teacher, rows(), eval_every=2)
         if stop is not None:
             with pytest.raises(KeyboardInterrupt):
-                train(Stopping(stop), place, [Term("task", TaskObjective())], folder)
+                train(Stopping(stop), place, [Term("task", GoldObjective(Categorical()))], folder)
             # What is not taken from the checkpoint is lost.
             torch.manual_seed(8)
             for block in blocks_of(student):
@@ -262,7 +265,7 @@ def test_a_resumed_training_ends_at_the_same_weights(tmp_path: Path):
                 for parameter in block.parameters():
                     parameter.detach().zero_()
         scheme = TheseusScheme(Replacement("linear", 0.3))
-        train(scheme, place, [Term("task", TaskObjective())], folder, resume=stop is not None)
+        train(scheme, place, [Term("task", GoldObjective(Categorical()))], folder, resume=stop is not None)
         scheme.end()
         return student.state_dict()
 
@@ -291,7 +294,7 @@ def test_over_parameterised_blocks_learn_and_contract(tmp_path: Path, factorizat
     }
     assert len(report.rows) == 12
     scheme = TheseusScheme(Replacement("linear", 0.5))
-    terms = [Term("task", TaskObjective()), Term("tensor", TensorObjective())]
+    terms = [Term("task", GoldObjective(Categorical())), Term("tensor", TensorObjective())]
     train(scheme, setting(student, teacher, rows()), terms, tmp_path, factors=factors)
     scheme.end()
     now = dict(student.named_parameters())

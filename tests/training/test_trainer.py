@@ -27,11 +27,13 @@ from kdcli.errors import InputError, RunError
 from kdcli.manifest import MANIFEST, check_manifest
 from kdcli.methods.base import Term
 from kdcli.models.overparam import overparameterise
-from kdcli.objectives.gold import TaskObjective
+from kdcli.objectives.distribution import Categorical
+from kdcli.objectives.gold import GoldObjective
 from kdcli.objectives.hidden import HiddenObjective
 from kdcli.objectives.output import OutputObjective
 from kdcli.recipe.load import load_recipe
 from kdcli.recipe.schema import OverparamSection
+from kdcli.tasks.classification import KIND as CLASSIFICATION
 from kdcli.tasks.encode import Collator
 from kdcli.training.schemes.base import Scheme
 from kdcli.training.step import Distiller
@@ -50,10 +52,10 @@ def student(**extra: Any) -> PreTrainedModel:
 
 
 def distiller(model: PreTrainedModel | None = None, teacher: PreTrainedModel | None = None) -> Distiller:
-    terms = [Term("task", TaskObjective(), 1.0)]
+    terms = [Term("task", GoldObjective(Categorical()), 1.0)]
     if teacher is not None:
-        terms += [Term("output", OutputObjective(), 0.5), Term("hidden", HiddenObjective([(1, 2)]), 0.25)]
-    return Distiller(model if model is not None else student(**OFF), terms, teacher=teacher)
+        terms += [Term("output", OutputObjective(Categorical()), 0.5), Term("hidden", HiddenObjective([(1, 2)]), 0.25)]
+    return Distiller(model if model is not None else student(**OFF), terms, teacher=teacher, kind=CLASSIFICATION)
 
 
 class Scores:
@@ -186,7 +188,7 @@ def test_chains_without_a_rate_have_the_others_and_still_no_decay(tmp_path: Path
 
 def test_bridges_are_trained_beside_the_student(tmp_path: Path):
     bridge = HiddenObjective([(1, 2)], widths=(32, 16), bridge=True)
-    step = Distiller(student(), [Term("hidden", bridge)], teacher=tiny("bert", hidden=16))
+    step = Distiller(student(), [Term("hidden", bridge)], teacher=tiny("bert", hidden=16), kind=CLASSIFICATION)
     before, watch = state_of(step), Watch()
     train(tmp_path, step, scheme=watch, max_steps=2)
     after = state_of(step)
@@ -351,7 +353,7 @@ def test_an_evaluation_is_due_once_an_epoch_when_nothing_else_is_said(tmp_path: 
 
 def test_a_checkpoint_holds_the_student_and_its_bridges_and_nothing_of_the_teacher(tmp_path: Path):
     bridge = HiddenObjective([(1, 2)], widths=(32, 16), bridge=True)
-    step = Distiller(student(), [Term("hidden", bridge)], teacher=tiny("bert", hidden=16))
+    step = Distiller(student(), [Term("hidden", bridge)], teacher=tiny("bert", hidden=16), kind=CLASSIFICATION)
     train(tmp_path, step, max_steps=2)
     [folder] = tmp_path.iterdir()
     kept = load_file(folder / "model.safetensors")
@@ -545,9 +547,9 @@ def test_patience_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_objectives_and_collator_are_told_which_epoch_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    class Listening(TaskObjective):
+    class Listening(GoldObjective):
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__(Categorical())
             self.told: list[tuple[int, int]] = []
 
         def begin_epoch(self, epoch: int, epochs: int) -> None:
@@ -562,14 +564,14 @@ def test_objectives_and_collator_are_told_which_epoch_begins(tmp_path: Path, mon
         kill_after(patch, 6)
         train(
             tmp_path,
-            Distiller(student(), [Term("task", objectives[0])]),
+            Distiller(student(), [Term("task", objectives[0])], kind=CLASSIFICATION),
             collator=collators[0],
             max_steps=12,
             eval_every=6,
         )
     train(
         tmp_path,
-        Distiller(student(), [Term("task", objectives[1])]),
+        Distiller(student(), [Term("task", objectives[1])], kind=CLASSIFICATION),
         collator=collators[1],
         max_steps=12,
         eval_every=6,
@@ -663,11 +665,11 @@ def test_a_run_stopped_after_its_training_does_not_train_again_and_tells_all_of_
 # What it tells.
 
 
-class Noted(TaskObjective):
+class Noted(GoldObjective):
     """The task objective, noting its values."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(Categorical())
         self.values: list[float] = []
 
     def forward(self, *arguments: Any) -> Tensor:
@@ -679,8 +681,8 @@ class Noted(TaskObjective):
 @pytest.mark.parametrize("parts", [1, 2])
 def test_logged_terms_are_means_since_the_last_line(tmp_path: Path, parts: int):
     noted = Noted()
-    terms = [Term("task", noted, 0.5), Term("output", OutputObjective(), 2.0)]
-    step = Distiller(student(), terms, teacher=tiny("bert"))
+    terms = [Term("task", noted, 0.5), Term("output", OutputObjective(Categorical()), 2.0)]
+    step = Distiller(student(), terms, teacher=tiny("bert"), kind=CLASSIFICATION)
     record = train(tmp_path, step, log_every=2, eval_every=3, gradient_accumulation=parts)
     lines = [entry for entry in record["history"] if "loss" in entry]
     # The first step, every second, and those of the checkpoints.

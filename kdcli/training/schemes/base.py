@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kdcli.signals import MatrixKey
     from kdcli.tasks.base import Task
     from kdcli.training.settings import LoopSettings
+    from kdcli.training.teacher_cache import KnownOutputs
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Scheme:
         """Return the model that the objectives listen to."""
         return self.setting.teacher
 
-    def teacher_logits(self) -> Tensor | None:
-        """Return a table of the teacher's logits, row i for index i, when they do not come from its forward pass."""
+    def teacher_outputs(self) -> "KnownOutputs | None":
+        """Return the teacher's outputs for all rows, when they do not come from its forward pass."""
         return None
 
     def teacher_tensors(self) -> "dict[MatrixKey, tuple[Tensor, ...]]":

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor
 
 from kdcli.black_box.answers import ask, recorded
 from kdcli.black_box.ask import BlackBox, LocalModel
@@ -19,6 +18,7 @@ from kdcli.files import expanded
 from kdcli.tasks.base import Task
 from kdcli.training.distributed import agree, is_main, main_does
 from kdcli.training.schemes.base import Scheme, Setting
+from kdcli.training.teacher_cache import KnownOutputs
 
 DECISIONS = "method.black_box.decisions"
 """The field that names a file of recorded decisions."""
@@ -62,8 +62,6 @@ class DecisionScheme(Scheme):
     def begin(self, setting: Setting) -> Dataset:
         """Ask all questions, or read the recorded answers. Raises InputError for answers that are no labels."""
         rows = super().begin(setting)
-        if setting.task.kind != "classification":
-            raise InputError("a decision is one of several classes; this task has none", where="method.name")
         main_does(lambda: self._decide(setting))
         counts = agree(self.counts if is_main() else None)
         assert counts is not None
@@ -112,6 +110,6 @@ class DecisionScheme(Scheme):
     def teacher(self) -> None:
         """Return None: after the questions no model is listened to."""
 
-    def teacher_logits(self) -> Tensor:
-        """Return the logits behind the decisions, centred and scaled, row i for index i."""
-        return self.table
+    def teacher_outputs(self) -> KnownOutputs:
+        """Return the logits behind the decisions, centred and scaled."""
+        return KnownOutputs({"logits": self.table})

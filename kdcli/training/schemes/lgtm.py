@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import mse_loss
 from torch.optim.adamw import adamw
 
 from kdcli.data.rows import array_of
@@ -19,9 +18,9 @@ from kdcli.errors import InputError
 from kdcli.machine import resolve_precision
 from kdcli.models.inputs import model_inputs
 from kdcli.models.overparam import linears_of, overparameterise
-from kdcli.objectives.gold import task_loss
-from kdcli.objectives.output import kl_divergence
-from kdcli.signals import MatrixKey
+from kdcli.objectives.gold import gold_loss
+from kdcli.objectives.output import output_loss
+from kdcli.signals import MatrixKey, Prediction
 from kdcli.tensors.parametrization import chain_of, tensors_of
 from kdcli.training.distributed import state
 from kdcli.training.sampler import EpochSampler
@@ -31,6 +30,7 @@ from kdcli.words import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kdcli.tasks.kind import TaskKind
     from kdcli.training.settings import LoopSettings
 
 REACH = 0.01
@@ -43,10 +43,10 @@ class Learning:
 
     kind: of the task. alpha_student, alpha_teacher: the share of the other model's prediction in each one's loss,
     the rest is the gold label's. learning_rate: the teacher's, at its highest. influence: False for a teacher
-    that listens to labels and student only (ProKT). held_out: the share of the training rows to measure it on.
+    that follows labels and student only (ProKT). held_out: the share of the training rows to measure it on.
     """
 
-    kind: str = "classification"
+    kind: "TaskKind"
     alpha_student: float = 1.0
     alpha_teacher: float = 0.4
     temperature: float = 1.0
@@ -54,16 +54,17 @@ class Learning:
     influence: bool = True
     held_out: float = 0.05
 
-    def agreement(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return KL(target || logits) at the temperature, without T^2; for regression the squared difference."""
-        if self.kind == "regression":
-            return mse_loss(logits.float(), target.float())
-        return kl_divergence(logits, target, self.temperature, scale=False)
+    def agreement(self, own: list[Prediction], other: list[Prediction]) -> Tensor:
+        """Return the divergence from the other's predictions at the temperature, without T^2."""
+        return output_loss(own, other, self.kind.distribution, self.temperature, scale=False)
 
-    def loss(self, logits: Tensor, other: Tensor, labels: Tensor, alpha: float) -> Tensor:
-        """Return alpha times the agreement with the other's logits, and 1 - alpha times the task's loss."""
-        gold = task_loss(logits, labels, self.kind)
-        return alpha * self.agreement(logits, other.detach()) + (1.0 - alpha) * gold
+    def gold(self, own: list[Prediction]) -> Tensor:
+        """Return the loss of the gold labels."""
+        return gold_loss(own, self.kind.distribution)
+
+    def loss(self, own: list[Prediction], other: list[Prediction], alpha: float) -> Tensor:
+        """Return alpha times the agreement with the other's predictions, and 1 - alpha times the gold labels' loss."""
+        return alpha * self.agreement(own, other) + (1.0 - alpha) * self.gold(own)
 
 
 class LGTMScheme(Scheme):
@@ -182,17 +183,16 @@ class LGTMScheme(Scheme):
         """Make the teacher's step on `batch`; the student and its optimizer stay as they are, bit by bit."""
         assert self._optimizer is not None
         student, teacher, learning = self.setting.student, self.teacher(), self.learning
-        labels = batch["labels"]
         rate = self.teacher_rate(step)
         student.train()
         teacher.train()
         with self._autocast():
-            teacher_logits = teacher(**model_inputs(teacher, batch)).logits
+            taught = learning.kind.predictions(teacher(**model_inputs(teacher, batch)), batch)
             with torch.set_grad_enabled(learning.influence):
-                student_logits = student(**model_inputs(student, batch)).logits
-        learning.loss(teacher_logits, student_logits, labels, learning.alpha_teacher).backward()
+                learned = learning.kind.predictions(student(**model_inputs(student, batch)), batch)
+        learning.loss(taught, learned, learning.alpha_teacher).backward()
         if learning.influence:
-            loss = learning.loss(student_logits, teacher_logits, labels, learning.alpha_student)
+            loss = learning.loss(learned, taught, learning.alpha_student)
             direction = self.direction(loss, step, optimizer)
             self.add_influence(batch, self.trained(optimizer), direction, -rate)
         parameters = [parameter for parameter in teacher.parameters() if parameter.grad is not None]
@@ -229,8 +229,8 @@ class LGTMScheme(Scheme):
         held = self._held.batch(step, self._device)
         student.eval()
         with self._autocast():
-            logits = functional_call(student, ahead, kwargs=model_inputs(student, held)).logits
-        held_loss = task_loss(logits, held["labels"], self.learning.kind)
+            output = functional_call(student, ahead, kwargs=model_inputs(student, held))
+        held_loss = self.learning.gold(self.learning.kind.predictions(output, held))
         found = list(torch.autograd.grad(held_loss, list(ahead.values()), allow_unused=True, materialize_grads=True))
         average(found)
         return found
@@ -263,13 +263,17 @@ class LGTMScheme(Scheme):
                     name: parameter + sign * move
                     for (name, parameter), move in zip(trained.items(), moves, strict=True)
                 }
-                answers.append(functional_call(student, moved, kwargs=model_inputs(student, batch)).logits)
+                output = functional_call(student, moved, kwargs=model_inputs(student, batch))
+                answers.append(learning.kind.predictions(output, batch))
         with self._autocast():
-            logits = teacher(**model_inputs(teacher, batch)).logits
-        leaf = logits.detach().float().requires_grad_()
-        above, below = (torch.autograd.grad(learning.agreement(leaf, answer), leaf)[0] for answer in answers)
-        slope = (above - below) * (learning.alpha_teacher * norm / (2 * REACH))
-        (logits.float() * slope * weight).sum().backward()
+            own = learning.kind.predictions(teacher(**model_inputs(teacher, batch)), batch)
+        leaves = [replace(table, logits=table.logits.detach().float().requires_grad_()) for table in own]
+        logits = [table.logits for table in leaves]
+        above, below = (torch.autograd.grad(learning.agreement(leaves, answer), logits) for answer in answers)
+        scale = learning.alpha_teacher * norm / (2 * REACH)
+        slopes = [(up - down) * scale for up, down in zip(above, below, strict=True)]
+        terms = [(table.logits.float() * slope * weight).sum() for table, slope in zip(own, slopes, strict=True)]
+        sum(terms[1:], terms[0]).backward()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if not self._half:
