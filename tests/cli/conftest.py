@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from families import tiny, tokenizer
+from tiny_recipes import changed, write_recipe
 from transformers import AutoModelForTokenClassification
 
 from kdcli.cli.app import run
 from kdcli.models.overparam import overparameterise
 from kdcli.models.save import save_model
 from kdcli.recipe.schema import OverparamSection
-from kdcli.runs import to_toml
 
 NAMED = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
 ROWS = [("a fine and moving film", "yes"), ("a dull and empty film", "no")] * 20
@@ -114,15 +114,8 @@ class World:
         return self.folder / name
 
     def recipe(self, *without: str, **changes: Any) -> str:
-        """Write `recipe.toml`, and return its name: RECIPE without some tables, others changed or replaced.
-
-        A dictionary is merged into the table; anything else takes its place.
-        """
-        document = {key: value for key, value in RECIPE.items() if key not in without}
-        for key, value in changes.items():
-            merges = isinstance(value, dict) and isinstance(document.get(key), dict)
-            document[key] = {**document[key], **value} if merges else value
-        return self.write("recipe.toml", to_toml(document))
+        """Write `recipe.toml`, and return its name: RECIPE, changed."""
+        return write_recipe(self.folder / "recipe.toml", changed(RECIPE, *without, **changes)).name
 
     def call(self, *arguments: object) -> Outcome:
         """Run the program in this process."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from families import tiny, tokenizer
+from tiny_recipes import changed, tiny_recipe, write_recipe
 
 from kdcli.models.save import save_model
 
@@ -23,15 +24,7 @@ HEAVY = {
     "matplotlib",
     "tensorboard",
 }
-RECIPE = """
-task = "reviews"
-method = "makd"
-[teacher.scratch]
-layers = 2
-hidden_size = 32
-heads = 2
-intermediate_size = 64
-"""
+RECIPE = tiny_recipe("student", method="makd")
 
 
 @dataclass
@@ -81,8 +74,8 @@ def start(folder: Path, *arguments: str) -> Started:
     ],
 )
 def test_without_a_model_no_big_library_is_imported(tmp_path: Path, arguments: list[str], code: int) -> None:
-    (tmp_path / "recipe.toml").write_text(RECIPE)
-    (tmp_path / "wrong.toml").write_text(RECIPE + "\n[student]\nbudjet = 0.5\n")
+    write_recipe(tmp_path / "recipe.toml", RECIPE)
+    write_recipe(tmp_path / "wrong.toml", changed(RECIPE, student={"budjet": 0.5}))
     started = start(tmp_path, *arguments)
     assert started.code == code, started.said
     assert not started.modules & (HEAVY | {"numpy", "onnxruntime"})
@@ -98,7 +91,7 @@ def test_env_imports_one_library_to_ask_for_its_devices(tmp_path: Path, monkeypa
 
 
 def test_a_run_says_what_it_is_before_torch_is_imported_and_plans_without_the_loop(tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text(RECIPE)
+    write_recipe(tmp_path / "recipe.toml", RECIPE)
     started = start(tmp_path, "distill", "recipe.toml", "--dry-run", "--json")
     assert started.code == 0, started.said
     first = started.lines.index("recipe.toml: makd on reviews, low-rank student")

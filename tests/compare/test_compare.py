@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from rich.console import Console
 from scipy import stats
+from tiny_recipes import changed, tiny_recipe, write_recipe
 from transformers import BertForMaskedLM
 
 from kdcli.cli.app import run
@@ -28,26 +29,20 @@ from kdcli.errors import InputError
 from kdcli.models.save import save_model
 
 QUIET = Console(quiet=True)
-RECIPE = """
-method = "METHOD"
-task = {name = "reviews", train_samples = 96, validation_samples = 60}
-student = {form = "depth", layers = 1}
-train = {max_steps = 3, learning_rate = 1e-3}
+RECIPE = tiny_recipe(
+    task={"train_samples": 96, "validation_samples": 60},
+    teacher={
+        "scratch": {"layers": 2, "hidden_size": 16, "heads": 2, "intermediate_size": 32, "vocab_size": 200},
+        "finetune": {"max_steps": 3},
+    },
+    train={"max_steps": 3},
+)
+SCRATCH = RECIPE["teacher"]["scratch"]
 
-[teacher]
-scratch = {layers = 2, hidden_size = 16, heads = 2, intermediate_size = 32, vocab_size = 200}
-finetune = {max_steps = 3}
-"""
 
-
-def recipe(folder: Path, method: str, name: str | None = None, **changes: str) -> Path:
-    text = RECIPE.replace("METHOD", method)
-    for old, new in changes.items():
-        assert old in text
-        text = text.replace(old, new)
-    path = folder / f"{name or method}.toml"
-    path.write_text(text)
-    return path
+def recipe(folder: Path, method: str | dict[str, Any], name: str | None = None, *without: str, **changes: Any) -> Path:
+    """Write a recipe of a method, called after it or `name`."""
+    return write_recipe(folder / f"{name or method}.toml", changed(RECIPE, *without, method=method, **changes))
 
 
 def words_of(svg: bytes) -> set[str]:
@@ -85,16 +80,16 @@ def test_only_seeds_that_both_have_are_paired():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"max_steps = 3, learning": "max_steps = 4, learning"}, r"training steps is 3 \(kd\) but 4 \(other\)"),
-        ({"layers = 1": "layers = 2"}, "student.parameters"),
-        ({"train_samples = 96": "train_samples = 95"}, "fingerprint of its data"),
-        ({"hidden_size = 16": "hidden_size = 32"}, "teacher.scratch.hidden_size"),
-        ({"learning_rate = 1e-3": "batch_size = 16"}, "train.batch_size"),
-        ({"finetune = {max_steps = 3}": "finetune = {max_steps = 5}"}, "teacher.finetune.max_steps"),
-        ({"[teacher]": "assistant = {hidden_size = 16, layers = 2}\n[teacher]"}, "training steps is 3 .kd. but 6"),
+        ({"train": {"max_steps": 4}}, r"training steps is 3 \(kd\) but 4 \(other\)"),
+        ({"student": {"layers": 2}}, "student.parameters"),
+        ({"task": {"train_samples": 95}}, "fingerprint of its data"),
+        ({"teacher": {"scratch": {**SCRATCH, "hidden_size": 32}}}, "teacher.scratch.hidden_size"),
+        ({"train": {"batch_size": 16}}, "train.batch_size"),
+        ({"teacher": {"finetune": {"max_steps": 5}}}, "teacher.finetune.max_steps"),
+        ({"assistant": {"hidden_size": 16, "layers": 2}}, "training steps is 3 .kd. but 6"),
     ],
 )
-def test_unequal_terms_are_refused_with_both_values(tmp_path: Path, changes: dict[str, str], words: str):
+def test_unequal_terms_are_refused_with_both_values(tmp_path: Path, changes: dict[str, Any], words: str):
     files = [recipe(tmp_path, "kd"), recipe(tmp_path, "kd", "other", **changes)]
     with pytest.raises(InputError, match=words):
         plan_comparison(files, seeds=2, console=QUIET)
@@ -104,14 +99,11 @@ def test_unequal_terms_are_refused_with_both_values(tmp_path: Path, changes: dic
 
 def test_hiding_more_words_is_no_equal_term(tmp_path: Path):
     (tmp_path / "my.txt").write_text("\n\n".join(f"a sentence about number {n}" for n in range(40)))
-    text = (
-        'task = {name = "mine", type = "text", data = "my.txt", max_length = 16, mask_probability = 0.15}\n'
-        'finetune = [{task = {name = "reviews", train_samples = 20, validation_samples = 20}}]'
-    )
-    old = 'task = {name = "reviews", train_samples = 96, validation_samples = 60}'
+    task = {"name": "mine", "type": "text", "data": "my.txt", "max_length": 16}
+    finetune = [{"task": {"name": "reviews", "train_samples": 20, "validation_samples": 20}}]
     files = [
-        recipe(tmp_path, "od", **{old: text}),
-        recipe(tmp_path, "minilmv2", **{old: text.replace("0.15", "0.5")}),
+        recipe(tmp_path, method, None, "task", task={**task, "mask_probability": share}, finetune=finetune)
+        for method, share in (("od", 0.15), ("minilmv2", 0.5))
     ]
     plan = plan_comparison(files, seeds=1, console=QUIET, allow_unequal=True)
     assert [difference.field for difference in plan.unequal] == ["task.mask_probability"]
@@ -119,16 +111,19 @@ def test_hiding_more_words_is_no_equal_term(tmp_path: Path):
 
 def test_copies_of_training_rows_are_no_equal_terms(tmp_path: Path):
     save_model(BertForMaskedLM(tiny("bert").config), tmp_path / "masked-lm", tokenizer())
-    more = {"train_samples = 96": 'train_samples = 96, augment = {model = "masked-lm"}'}
     with pytest.raises(InputError, match=r"task\.augment"):
-        plan_comparison([recipe(tmp_path, "kd"), recipe(tmp_path, "kd", "more", **more)], seeds=1, console=QUIET)
+        plan_comparison(
+            [recipe(tmp_path, "kd"), recipe(tmp_path, "kd", "more", task={"augment": {"model": "masked-lm"}})],
+            seeds=1,
+            console=QUIET,
+        )
 
 
 def test_methods_and_their_options_may_differ(tmp_path: Path):
     files = [
         recipe(tmp_path, "hs"),
         recipe(tmp_path, "kd"),
-        recipe(tmp_path, "kd", "warm", **{'"kd"': '{name = "kd", temperature = 4.0}'}),
+        recipe(tmp_path, {"name": "kd", "temperature": 4.0}, "warm"),
     ]
     plan = plan_comparison(files, seeds=3, console=QUIET)
     assert plan.seeds == [42, 43, 44] and plan.baselines == {"reviews": "kd"}
@@ -421,7 +416,7 @@ def test_a_dry_run_tells_every_cell_and_writes_nothing(
     table = capsys.readouterr().out
     assert "kd (baseline)" in table and "0 of 2" in table and "plan: 2 rows x 2 seeds (42, 43), 4 runs" in table
     # What the comparison refuses, its dry run refuses in the same words.
-    other = str(recipe(tmp_path, "kd", "other", **{"max_steps = 3, learning": "max_steps = 4, learning"}))
+    other = str(recipe(tmp_path, "kd", "other", train={"max_steps": 4}))
     assert run(["compare", files[0], other, "--dry-run"]) == 2
     refused = capsys.readouterr().err
     assert run(["compare", files[0], other]) == 2

@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from tiny_recipes import changed, tiny_recipe, write_recipe
 from transformers import AutoModelForSequenceClassification
 
 
@@ -18,40 +20,23 @@ def kdcli(*arguments: str, cwd: Path, check: bool = True) -> subprocess.Complete
     return result
 
 
-def write_recipe(folder: Path, **extra: str) -> Path:
-    text = """
-method = "METHOD"
+RECIPE = tiny_recipe(
+    "student",
+    method="makd",
+    task={"train_samples": 320, "validation_samples": 100},
+    teacher={"finetune": {"max_steps": 12, "learning_rate": 1e-3}},
+    train={"max_steps": 12, "eval_every": 6, "log_every": 6},
+)
+HALF = changed(RECIPE, student={"budget": 0.5})
+OVER = changed(HALF, overparam={"length": 1})
 
-[task]
-name = "reviews"
-train_samples = 320
-validation_samples = 100
 
-[teacher.scratch]
-layers = 2
-hidden_size = 32
-heads = 2
-intermediate_size = 64
-vocab_size = 500
-
-[teacher.finetune]
-max_steps = 12
-learning_rate = 1e-3
-
-[train]
-max_steps = 12
-learning_rate = 1e-3
-eval_every = 6
-log_every = 6
-"""
-    text = text.replace("METHOD", extra.pop("method", "makd"))
-    path = folder / "tiny.toml"
-    path.write_text(text + "\n".join(extra.values()))
-    return path
+def written(folder: Path, recipe: dict[str, Any]) -> Path:
+    return write_recipe(folder / "tiny.toml", recipe)
 
 
 def test_distill_eval_export_in_a_row(tmp_path: Path):
-    recipe = write_recipe(tmp_path, student="[student]\nbudget = 0.5\n", over="[overparam]\nlength = 1\n")
+    recipe = written(tmp_path, OVER)
     document = json.loads(kdcli("distill", str(recipe), "--json", cwd=tmp_path).stdout)
     assert document["status"] == "done"
     assert document["student"]["parameters"] < document["teacher"]["parameters"]
@@ -77,12 +62,7 @@ def test_distill_eval_export_in_a_row(tmp_path: Path):
 
 
 def test_a_contracted_depth_student_is_a_plain_model(tmp_path: Path):
-    recipe = write_recipe(
-        tmp_path,
-        method="kd",
-        student='[student]\nform = "depth"\nlayers = 1\n',
-        over="[overparam]\nlength = 2\n",
-    )
+    recipe = written(tmp_path, changed(RECIPE, method="kd", student={"layers": 1}, overparam={"length": 2}))
     document = json.loads(kdcli("distill", str(recipe), "--json", cwd=tmp_path).stdout)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs" / "tiny" / "student")
     assert sum(p.numel() for p in model.parameters()) == document["student"]["parameters"]
@@ -91,7 +71,7 @@ def test_a_contracted_depth_student_is_a_plain_model(tmp_path: Path):
 
 
 def test_dry_run_trains_and_writes_nothing(tmp_path: Path):
-    recipe = write_recipe(tmp_path, student="[student]\nbudget = 0.5\n", over="[overparam]\nlength = 1\n")
+    recipe = written(tmp_path, OVER)
     plan = json.loads(kdcli("distill", str(recipe), "--dry-run", "--json", cwd=tmp_path).stdout)
     assert plan["overparam"]["matched"] == plan["overparam"]["matrices"] > 0
     assert plan["student"]["parameters"] < plan["teacher"]["parameters"]
@@ -99,7 +79,7 @@ def test_dry_run_trains_and_writes_nothing(tmp_path: Path):
 
 
 def test_an_existing_run_is_not_overwritten_without_force(tmp_path: Path):
-    recipe = write_recipe(tmp_path)
+    recipe = written(tmp_path, RECIPE)
     kdcli("distill", str(recipe), cwd=tmp_path)
     before = (tmp_path / "runs" / "tiny" / "run.json").read_bytes()
     refused = kdcli("distill", str(recipe), cwd=tmp_path, check=False)
@@ -111,7 +91,7 @@ def test_an_existing_run_is_not_overwritten_without_force(tmp_path: Path):
 def test_the_same_seed_gives_the_same_student(tmp_path: Path, own_cache: Path):
     from safetensors.torch import load_file
 
-    recipe = write_recipe(tmp_path, student="[student]\nbudget = 0.5\n")
+    recipe = written(tmp_path, HALF)
     weights = []
     for name in ("one", "two"):
         kdcli("distill", str(recipe), "--refresh", "--set", f"name={name}", cwd=tmp_path)
@@ -122,7 +102,7 @@ def test_the_same_seed_gives_the_same_student(tmp_path: Path, own_cache: Path):
 
 
 def test_the_teacher_is_trained_once_and_reused(tmp_path: Path):
-    recipe = write_recipe(tmp_path)
+    recipe = written(tmp_path, RECIPE)
     first = kdcli("distill", str(recipe), "--json", cwd=tmp_path)
     second = kdcli("distill", str(recipe), "--force", "--json", cwd=tmp_path)
     assert "fine-tuned before" not in first.stderr

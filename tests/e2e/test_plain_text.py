@@ -7,66 +7,40 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_recipes import changed, run_recipe, tiny_recipe, write_recipe
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 import kdcli
 from kdcli.data.reviews import reviews
 from kdcli.distill.plan import make_plan
 from kdcli.distill.prepare import prepare
-from kdcli.distill.run import run_distill
 from kdcli.models.heads import head_of
 from kdcli.recipe.load import load_recipe
 
-RECIPE = """
-[task]
-name = "reviews-text"
-type = "text"
-data = "reviews.txt"
-max_length = 32
-
-[method]
-name = "METHOD"
-
-[teacher.scratch]
-layers = 2
-hidden_size = 32
-heads = 2
-intermediate_size = 64
-vocab_size = 500
-
-[teacher.finetune]
-max_steps = 20
-learning_rate = 2e-3
-
-[train]
-max_steps = 20
-learning_rate = 2e-3
-"""
-FINETUNE = """
-[[finetune]]
-task = {name = "reviews", train_samples = 64, validation_samples = 50}
-max_steps = 4
-seeds = 2
-against = ["scratch", "teacher"]
-"""
+RECIPE = tiny_recipe(
+    *("task", "student"),
+    task={"name": "reviews-text", "type": "text", "data": "reviews.txt", "max_length": 32},
+    method="METHOD",
+    teacher={"finetune": {"max_steps": 20, "learning_rate": 2e-3}},
+    train={"max_steps": 20, "learning_rate": 2e-3},
+)
+LATER = {
+    "task": {"name": "reviews", "train_samples": 64, "validation_samples": 50},
+    "max_steps": 4,
+    "seeds": 2,
+    "against": ["scratch", "teacher"],
+}
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     (tmp_path / "reviews.txt").write_text("\n\n".join(reviews()["train"]["text"][:600]), encoding="utf-8")
-    path = tmp_path / "text.toml"
-    path.write_text(RECIPE, encoding="utf-8")
-    return path
-
-
-def distil(path: Path, *overrides: str, **options: Any) -> dict[str, Any]:
-    loaded = load_recipe(path, list(overrides))
-    return run_distill(loaded, recipe_path=path, output=path.parent / "runs", **options).to_json()
+    return write_recipe(tmp_path / "text.toml", RECIPE)
 
 
 def test_a_student_that_speaks_keeps_its_head_and_is_scored_on_tasks(recipe: Path):
-    recipe.write_text(RECIPE + '[student]\nform = "depth"\nlayers = 1\n' + FINETUNE)
-    record = distil(recipe, "method=distilbert")
+    write_recipe(recipe, changed(RECIPE, student={"form": "depth", "layers": 1}, finetune=[LATER]))
+    record = run_recipe(recipe, "method=distilbert")
     assert record["loss"]["after"] < record["loss"]["before"]
     run = recipe.parent / "runs" / "text"
     model = AutoModelForMaskedLM.from_pretrained(run / "student")
@@ -83,7 +57,8 @@ def test_a_student_that_speaks_keeps_its_head_and_is_scored_on_tasks(recipe: Pat
 
 @pytest.mark.parametrize("method", ["minilmv2", "hs"])
 def test_a_student_that_never_speaks_is_a_body(recipe: Path, method: str):
-    record = distil(recipe, f"method={method}", "student.form=width", "student.hidden_size=16", "student.layers=1")
+    size = ("student.form=width", "student.hidden_size=16", "student.layers=1")
+    record = run_recipe(recipe, f"method={method}", *size)
     assert record["loss"]["after"] < record["loss"]["before"]
     student = recipe.parent / "runs" / "text" / "student"
     assert not any(key.startswith(("cls.", "bert.")) for key in load_file(student / "model.safetensors"))
@@ -92,9 +67,8 @@ def test_a_student_that_never_speaks_is_a_body(recipe: Path, method: str):
 
 
 def test_a_low_rank_over_parameterised_student_is_contracted_and_restored(recipe: Path):
-    record = distil(
-        recipe, "method=od", "student.form=low-rank", "student.budget=0.5", "overparam.length=1", "train.max_steps=4"
-    )
+    half = ("student.form=low-rank", "student.budget=0.5", "overparam.length=1")
+    record = run_recipe(recipe, "method=od", *half, "train.max_steps=4")
     assert record["contraction"] is not None
     student = recipe.parent / "runs" / "text" / "student"
     model = kdcli.load_model(student, task="masked-lm")
@@ -108,18 +82,10 @@ def test_a_low_rank_over_parameterised_student_is_contracted_and_restored(recipe
 
 
 def test_an_assistant_comes_between_teacher_and_student(recipe: Path):
-    record = distil(
-        recipe,
-        "method=minilm",
-        "student.form=width",
-        "student.hidden_size=16",
-        "student.heads=2",
-        "student.layers=1",
-        "assistant.hidden_size=16",
-        "assistant.heads=2",
-        "assistant.layers=2",
-        "train.max_steps=4",
-    )
+    width = {"hidden_size": 16, "heads": 2}
+    sizes = {"student": {"form": "width", "layers": 1, **width}, "assistant": {"layers": 2, **width}}
+    write_recipe(recipe, changed(RECIPE, **sizes, train={"max_steps": 4}))
+    record = run_recipe(recipe, "method=minilm")
     assert record["assistant"]["form"] == "width"
     assert record["student"]["parameters"] < record["assistant"]["parameters"] < record["teacher"]["parameters"]
     # The student's blocks start as copies of the assistant's, which are of its own width.
@@ -139,8 +105,8 @@ def test_a_plan_counts_blocks_and_trains_nothing(recipe: Path):
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_and_ends_the_same(recipe: Path):
     extra = ("method=od", "train.eval_every=5")
-    whole = distil(recipe, *extra, "name=whole")
-    loaded = load_recipe(recipe, [*extra, "name=parts"])
+    whole = run_recipe(recipe, *extra, "name=whole")
+    parts = (*extra, "name=parts")
 
     class Stop(Exception):
         pass
@@ -154,12 +120,11 @@ def test_a_stopped_run_goes_on_and_ends_the_same(recipe: Path):
         if self.state.global_step == 10 and "teacher" not in str(self.args.output_dir):
             raise Stop
 
-    options = {"recipe_path": recipe, "output": recipe.parent / "runs"}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(trainer.DistillationTrainer, "_save_checkpoint", stop)
-        run_distill(loaded, **options)
+        run_recipe(recipe, *parts)
     assert json.loads((recipe.parent / "runs" / "parts" / "run.json").read_text())["status"] == "failed"
-    resumed = run_distill(loaded, **options, resume=True).to_json()
+    resumed = run_recipe(recipe, *parts, resume=True)
     assert resumed["hashes"]["student"] == whole["hashes"]["student"]
     # The weights that it goes on from are scored once.
     assert resumed["training"][0]["history"] == whole["training"][0]["history"]

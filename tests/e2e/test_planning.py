@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from families import tiny, tokenizer
 from rich.console import Console
+from tiny_recipes import tiny_recipe, write_recipe
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -20,15 +21,7 @@ from kdcli.methods.base import Stage
 from kdcli.models.save import save_model
 from kdcli.recipe.load import load_recipe
 
-RECIPE = """
-method = {name = "kd"}
-task = {name = "reviews", train_samples = 40, validation_samples = 20}
-train = {max_steps = 2}
-
-[teacher]
-model = "teacher"
-finetune = {max_steps = 2}
-"""
+RECIPE = tiny_recipe("teacher", "student", teacher={"model": "teacher", "finetune": {"max_steps": 2}})
 
 WRONG = {
     "an assistant whose depth the student does not divide": (
@@ -101,9 +94,7 @@ WRONG = {
 
 def written(folder: Path) -> Path:
     save_model(tiny("bert", layers=6), folder / "teacher", tokenizer())
-    path = folder / "recipe.toml"
-    path.write_text(RECIPE)
-    return path
+    return write_recipe(folder / "recipe.toml", RECIPE)
 
 
 def renamed_tokens() -> Any:
@@ -121,7 +112,7 @@ def test_it_is_refused_before_the_teacher_is_trained(case: str, tmp_path: Path, 
     path = written(tmp_path)
     save_model(tiny("bert", num_attention_heads=2), tmp_path / "other", tokenizer())
     save_model(tiny("bert", layers=6), tmp_path / "stranger", renamed_tokens())
-    decisions = [f"{index},negative" for index in range(40)]
+    decisions = [f"{index},negative" for index in range(48)]
     (tmp_path / "decisions.csv").write_text("\n".join(["index,label", *decisions]))
     recipe = load_recipe(path, changes)
     with pytest.raises(InputError) as planned:

@@ -10,6 +10,7 @@ import torch
 from families import NAMES, tiny, tokenizer
 from pydantic import ValidationError
 from rich.console import Console
+from tiny_recipes import run_recipe, tiny_recipe, write_recipe
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import TrainerControl, TrainerState
@@ -309,42 +310,13 @@ def test_captum_finds_the_same_integrated_gradients():
     torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-4, atol=1e-6)
 
 
-def recipe_of(folder: Path, method: str) -> Path:
-    path = folder / "tiny.toml"
-    path.write_text(f"""
-[method]
-{method}
-
-[task]
-name = "reviews"
-train_samples = 128
-validation_samples = 40
-
-[teacher.scratch]
-layers = 2
-hidden_size = 32
-heads = 2
-intermediate_size = 64
-vocab_size = 300
-
-[teacher.finetune]
-max_steps = 4
-learning_rate = 1e-3
-
-[student]
-layers = 1
-
-[train]
-max_steps = 8
-precision = "fp32"
-learning_rate = 1e-3
-log_every = 2
-""")
-    return path
+def recipe_of(folder: Path, **options: Any) -> Path:
+    document = tiny_recipe(method={"name": "adkd", **options}, train={"max_steps": 4, "log_every": 2})
+    return write_recipe(folder / "tiny.toml", document)
 
 
 def test_the_teacher_speaks_anew_in_every_step_instead_of_from_the_cache(tmp_path: Path, own_cache: Path):
-    recipe = load_recipe(recipe_of(tmp_path, 'name = "adkd"'))
+    recipe = load_recipe(recipe_of(tmp_path))
     task = load_task(recipe.task, recipe.evaluate, base=tmp_path)
     rows = encode(task.train.select(range(16)), WORDS, 32)
     for options, cached in ((ADKDOptions(), False), (ADKDOptions(beta=0.0), True)):
@@ -386,13 +358,10 @@ def _loop() -> LoopSettings:
 
 
 def test_a_recipe_runs_to_its_end(tmp_path: Path):
-    from kdcli.distill.run import run_distill
-
-    path = recipe_of(tmp_path, 'name = "adkd"\nanneal = true\ntop_k = 20\nsteps = 2')
-    result = run_distill(load_recipe(path), recipe_path=path, output=tmp_path / "runs", console=Console(quiet=True))
-    assert result.to_json()["status"] == "done"
-    assert result.to_json()["method"]["options"]["top_k"] == 20
-    history = result.to_json()["training"][0]["history"]
+    result = run_recipe(recipe_of(tmp_path, anneal=True, top_k=20, steps=2))
+    assert result["status"] == "done"
+    assert result["method"]["options"]["top_k"] == 20
+    history = result["training"][0]["history"]
     logged = [entry for entry in history if "attribution" in entry]
     assert logged and all(0 < entry["attribution"] < 10 for entry in logged)
-    json.dumps(result.to_json())
+    json.dumps(result)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tiny_recipes import tiny_recipe, write_recipe
 
 import kdcli
 from kdcli.cli.app import run
@@ -54,17 +55,7 @@ METHOD = Method(
     train={"learning_rate": 1e-3},
 )
 """
-RECIPE = """
-task = {name = "reviews", train_samples = 64, validation_samples = 20}
-method = {name = "by-cosine", weight = 0.25}
-
-[teacher]
-scratch = {layers = 2, hidden_size = 16, heads = 2, intermediate_size = 32, vocab_size = 200}
-finetune = {max_steps = 2}
-
-[train]
-max_steps = 2
-"""
+RECIPE = tiny_recipe("student", method={"name": "by-cosine", "weight": 0.25})
 
 
 @pytest.fixture
@@ -130,7 +121,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_recipe_names_a_method_of_another_package(python: Path, tmp_path: Path):
-    (tmp_path / "recipe.toml").write_text(RECIPE)
+    write_recipe(tmp_path / "recipe.toml", RECIPE)
     command = [python, "-m", "kdcli", "distill", "recipe.toml", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0, done.stderr
@@ -143,15 +134,15 @@ def test_a_recipe_names_a_method_of_another_package(python: Path, tmp_path: Path
 
 
 def test_its_options_and_its_place_in_the_list_are_like_any_others(python: Path, tmp_path: Path):
+    write_recipe(tmp_path / "r.toml", RECIPE)
     code = (
-        "from kdcli.cli.app import run; import sys\n"
+        "from kdcli.cli.app import run\n"
         "codes = [run(['methods']), run(['methods', 'by-cosine'])]\n"
-        "open('r.toml', 'w').write(sys.argv[1])\n"
         "codes.append(run(['distill', 'r.toml', '--set', 'method.wait=1']))\n"
         "print(codes)"
     )
     done = subprocess.run(
-        [python, "-c", code, RECIPE], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}
+        [python, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}
     )
     assert done.stdout.splitlines()[-1] == "[0, 0, 2]", done.stderr
     assert "by-cosine" in done.stdout and "Nobody 2026, arXiv 2600.00000" in done.stdout

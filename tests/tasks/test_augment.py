@@ -17,6 +17,7 @@ from families import tiny, tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from tiny_recipes import FOLDER, tiny_recipe, write_recipe
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from kdcli.augment.copies import words_of
@@ -110,14 +111,7 @@ def make_task(texts: list[str], pairs: list[str] | None = None, labels: list[Any
 
 def make_recipe(model: Path | str, **augment: Any) -> Recipe:
     section = {"model": str(model), "copies": 4, "top_k": TOP_K, **augment}
-    return Recipe.model_validate(
-        {
-            "task": {"name": "reviews", "augment": section},
-            "method": "kd",
-            "teacher": {"model": "none"},
-            "train": {"precision": "fp32", "device": "cpu"},
-        }
-    )
+    return Recipe.model_validate(tiny_recipe("teacher", task={"augment": section}, teacher=FOLDER))
 
 
 TASK_OF_ONE_ROW = make_task(["a fine film"])
@@ -470,47 +464,18 @@ def test_plain_text_and_later_fine_tuning_take_no_copies():
         )
 
 
-RECIPE = """
-method = "kd"
-
-[task]
-name = "reviews"
-train_samples = 40
-validation_samples = 20
-
-[task.augment]
-model = "masked-lm"
-copies = 3
-
-[teacher.scratch]
-layers = 2
-hidden_size = 32
-heads = 2
-intermediate_size = 64
-vocab_size = 300
-
-[teacher.finetune]
-epochs = 1
-batch_size = 20
-
-[student]
-form = "depth"
-layers = 1
-
-[train]
-epochs = 2
-batch_size = 20
-precision = "fp32"
-device = "cpu"
-"""
+RECIPE = tiny_recipe(
+    task={"train_samples": 40, "augment": {"model": "masked-lm", "copies": 3}},
+    teacher={"finetune": {"epochs": 1.0, "batch_size": 20}},
+    train={"max_steps": None, "epochs": 2.0, "batch_size": 20},
+)
 
 
 @pytest.fixture
 def recipe_path(tmp_path: Path, folder: Path) -> Path:
     (tmp_path / "masked-lm").symlink_to(folder)
     path = tmp_path / "tiny.toml"
-    path.write_text(RECIPE)
-    return path
+    return write_recipe(path, RECIPE)
 
 
 def test_the_student_learns_from_copies_and_the_teacher_does_not(recipe_path: Path, own_cache: Path):

@@ -16,6 +16,7 @@ from families import tiny, tokenizer
 from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny_recipes import run_recipe, tiny_recipe, write_recipe
 from torch.nn import functional
 
 from kdcli.black_box.answers import Memory, ask, recorded
@@ -23,14 +24,12 @@ from kdcli.black_box.ask import Command, LocalModel, PythonCallable
 from kdcli.black_box.estimate import logits_from_decisions
 from kdcli.black_box.noise import Noise
 from kdcli.cli.methods import tasks_of
-from kdcli.distill.run import run_distill
 from kdcli.distill.student import make_distiller
 from kdcli.errors import InputError
 from kdcli.methods import registry
 from kdcli.methods.base import Context
 from kdcli.methods.dbkd import METHOD, DBKDOptions
 from kdcli.models.shape import shape_of
-from kdcli.recipe.load import load_recipe
 from kdcli.tasks import registry as kinds
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator, encode
@@ -605,75 +604,41 @@ def test_many_classes_are_solved_by_the_pattern_of_their_counts():
     assert len(np.unique(logits[0])) == 3
 
 
-def recipe_of(folder: Path, black_box: str) -> Path:
-    path = folder / "tiny.toml"
-    path.write_text(f"""
-[method]
-name = "dbkd"
-copies = 3
-{black_box}
-
-[task]
-name = "reviews"
-train_samples = 96
-validation_samples = 40
-
-[teacher.scratch]
-layers = 2
-hidden_size = 32
-heads = 2
-intermediate_size = 64
-vocab_size = 300
-
-[teacher.finetune]
-max_steps = 4
-learning_rate = 1e-3
-
-[student]
-layers = 1
-
-[train]
-max_steps = 6
-precision = "fp32"
-learning_rate = 1e-3
-log_every = 2
-""")
-    return path
+def recipe_of(folder: Path, **black_box: Any) -> Path:
+    method = {"name": "dbkd", "copies": 3, **({"black_box": black_box} if black_box else {})}
+    return write_recipe(folder / "tiny.toml", tiny_recipe(method=method, train={"max_steps": 4, "log_every": 2}))
 
 
 @pytest.mark.parametrize(
     "who", ["teacher", "command", *(pytest.param(who, marks=pytest.mark.slow) for who in ("callable", "decisions"))]
 )
 def test_a_recipe_runs_to_its_end(tmp_path: Path, own_cache: Path, who: str):
-    black_box = {
-        "teacher": "",
-        "callable": 'black_box = {callable = "knows_reviews:decide"}',
-        "command": f"black_box = {{command = [{json.dumps(sys.executable)}, 'ask.py']}}",
-        "decisions": 'black_box = {decisions = "asked.jsonl"}',
-    }[who]
+    black_box: dict[str, Any] = {
+        "callable": {"callable": "knows_reviews:decide"},
+        "command": {"command": [sys.executable, "ask.py"]},
+        "decisions": {"decisions": "asked.jsonl"},
+    }.get(who, {})
     module(
         tmp_path,
         "knows_reviews",
         "def decide(texts):\n    return ['negative' if 'dull' in t else 'positive' for t in texts]\n",
     )
     program(tmp_path, 'for row in rows:\n    print(int("dull" not in row["text"]))')
-    jsonl(tmp_path / "asked.jsonl", [{"index": i, "counts": [i % 4, 3 - i % 4]} for i in range(96)])
-    path = recipe_of(tmp_path, black_box)
-    result = run_distill(load_recipe(path), recipe_path=path, output=tmp_path / "runs", console=Console(quiet=True))
-    assert result.to_json()["status"] == "done"
-    history = [entry for entry in result.to_json()["training"][0]["history"] if "output" in entry]
+    jsonl(tmp_path / "asked.jsonl", [{"index": i, "counts": [i % 4, 3 - i % 4]} for i in range(48)])
+    path = recipe_of(tmp_path, **black_box)
+    result = run_recipe(path)
+    assert result["status"] == "done"
+    history = [entry for entry in result["training"][0]["history"] if "output" in entry]
     assert history and all(entry["output"] > 0 for entry in history)
     assert len(list(own_cache.glob("decisions/*"))) == (0 if who == "decisions" else 1)
     # The teacher is scored, and what it said for that is kept; what it would say of training rows is not even asked.
     tables = [load_file(path)["logits"] for path in own_cache.glob("logits/*")]
-    assert [len(table) for table in tables] == [40]
+    assert [len(table) for table in tables] == [24]
 
 
 def test_regression_is_refused(tmp_path: Path):
-    path = recipe_of(tmp_path, "")
-    path.write_text(
-        path.read_text().replace('name = "reviews"', 'name = "mine"\ndata = "d.csv"\ntext = "t"\nlabel = "y"')
-    )
+    task = {"name": "mine", "data": "d.csv", "text": "t", "label": "y"}
+    path = write_recipe(tmp_path / "tiny.toml", tiny_recipe("task", method="dbkd", task=task))
     (tmp_path / "d.csv").write_text("t,y\n" + "".join(f"word {i},{i / 7}\n" for i in range(100)))
     with pytest.raises(InputError, match="dbkd works on classification tasks"):
-        run_distill(load_recipe(path), recipe_path=path, output=tmp_path / "runs", console=Console(quiet=True))
+        run_recipe(path)

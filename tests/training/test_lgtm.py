@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import NAMES, tiny
 from rich.console import Console
+from tiny_recipes import FOLDER, tiny_recipe
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -599,30 +600,12 @@ def test_options_without_an_effect_are_refused():
             method.options(**values)
 
 
-RECIPE = """
-[method]
-name = "lgtm"
-teacher_learning_rate = 1e-3
-
-[task]
-name = "reviews"
-train_samples = 96
-validation_samples = 32
-
-[teacher]
-model = "teacher"
-finetune = false
-
-[student]
-layers = 1
-
-[train]
-max_steps = 6
-batch_size = 16
-learning_rate = 1e-3
-precision = "fp32"
-eval_every = 3
-"""
+RECIPE = tiny_recipe(
+    "teacher",
+    method={"name": "lgtm", "teacher_learning_rate": 1e-3},
+    teacher=FOLDER,
+    train={"max_steps": 6, "batch_size": 16, "eval_every": 3},
+)
 
 
 @pytest.mark.slow

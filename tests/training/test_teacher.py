@@ -13,10 +13,10 @@ import torch
 from families import tiny, tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny_recipes import changed, run_recipe, tiny_recipe, write_recipe
 from transformers import BertForMaskedLM, BertModel, PreTrainedModel
 
 from kdcli.data.reviews import reviews
-from kdcli.distill.run import run_distill
 from kdcli.distill.teacher import Teacher, make_teacher, start_teacher
 from kdcli.errors import InputError
 from kdcli.models.hashing import hash_of_weights
@@ -47,19 +47,13 @@ def keep(folder: Path, model: PreTrainedModel, words: Any = WORDS) -> Path:
 
 def recipe_of(**tables: Any) -> Recipe:
     """Return a recipe with a base model in `base`, one training step and 24 rows; tables are merged into it."""
-    document: dict[str, Any] = {
-        "task": {"name": "reviews", "train_samples": 24, "validation_samples": 20, "max_length": 24},
-        "method": {"name": "kd"},
-        "teacher": {"model": "base", "finetune": {"max_steps": 1, "batch_size": 8, "learning_rate": 1e-3}},
-        "train": {"precision": "fp32", "device": "cpu"},
-    }
-    for name, value in tables.items():
-        if isinstance(value, dict):
-            mine = {**document.get(name, {}), **value}
-            document[name] = {key: entry for key, entry in mine.items() if entry is not None}
-        else:
-            document[name] = value
-    return Recipe.model_validate(document)
+    document = tiny_recipe(
+        *("teacher", "student", "train"),
+        task={"train_samples": 24, "validation_samples": 20, "max_length": 24},
+        teacher={"model": "base", "finetune": {"max_steps": 1, "batch_size": 8, "learning_rate": 1e-3}},
+        train={"precision": "fp32", "device": "cpu"},
+    )
+    return Recipe.model_validate(changed(document, **tables))
 
 
 @cache
@@ -401,35 +395,23 @@ def test_a_body_is_taken_as_it_is_where_nobody_listens_to_predictions(folder: Pa
     assert made.said == "" and not teachers(own_cache)
 
 
-CHANCE = """
-method = "kd"
-task = {{name = "own", data = "rows.csv", text = "text", validation_fraction = 0.4}}
-teacher = {{model = "{model}"{extra}}}
-student = {{layers = 1}}
-train = {{max_steps = 1, precision = "fp32", device = "cpu"}}
-"""
-
-
 def test_a_teacher_at_chance_is_told_loudly_and_a_good_one_is_not(folder: Path):
-    from kdcli.recipe.load import load_recipe
-
     texts = [f"{word} {filler}" for filler in reviews()["train"]["text"][:20] for word in ("gripping", "dull")]
     rows = "\n".join(f'"{text}",{label}' for text, label in zip(texts, ["good", "bad"] * 20, strict=True))
     (folder / "rows.csv").write_text(f"text,label\n{rows}\n")
     path = folder / "own.toml"
 
-    def distil(name: str, model: str, extra: str = "") -> tuple[str, float, Any]:
-        path.write_text(CHANCE.format(model=model, extra=extra))
+    own = {"name": "own", "data": "rows.csv", "text": "text", "validation_fraction": 0.4}
+    chance = tiny_recipe("task", "teacher", task=own, train={"max_steps": 1})
+
+    def distil(name: str, model: str, **tuned: Any) -> tuple[str, float, Any]:
+        write_recipe(path, changed(chance, teacher={"model": model, **tuned}))
         said = io.StringIO()
         console = Console(file=said, width=300)
-        run = run_distill(
-            load_recipe(path, [f"name={name}"]), recipe_path=path, output=folder / "runs", console=console
-        )
-        record = run.to_json()
-        return said.getvalue(), record["teacher"]["score"], record["teacher_training"]
+        run = run_recipe(path, f"name={name}", console=console)
+        return said.getvalue(), run["teacher"]["score"], run["teacher_training"]
 
-    tuned = ", finetune = {epochs = 20.0, batch_size = 8, learning_rate = 3e-3}"
-    said, score, training = distil("good", "base", tuned)
+    said, score, training = distil("good", "base", finetune={"epochs": 20.0, "batch_size": 8, "learning_rate": 3e-3})
     assert len([entry for entry in training["history"] if "task" in entry]) >= 20
     assert curve(folder / "runs" / "good" / "log" / "teacher")["train/task"]
     assert score > 0.9 and "WARNING" not in said

@@ -15,6 +15,7 @@ from chains import factors_of
 from families import NAMES, tiny
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny_recipes import FOLDER, TINY, tiny_recipe, write_recipe
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from training.stages import TWO_PROCESSES, batch_of, distill, folder_with_recipe, rows, setting, train
@@ -369,38 +370,17 @@ def test_the_preset_follows_the_paper():
     assert (method.train["weight_decay"], method.train["warmup"]) == (0.0, 0.0)
 
 
-RECIPE = """
-method = "theseus"
-
-[task]
-name = "reviews"
-train_samples = 64
-validation_samples = 32
-
-[teacher.scratch]
-layers = 4
-hidden_size = 32
-heads = 2
-intermediate_size = 64
-vocab_size = 300
-
-[teacher.finetune]
-max_steps = 4
-
-[student]
-layers = 2
-
-[overparam]
-length = 1
-
-[train]
-max_steps = 6
-"""
+RECIPE = tiny_recipe(
+    method="theseus",
+    teacher={"scratch": {**TINY["teacher"]["scratch"], "layers": 4}},
+    student={"layers": 2},
+    overparam={"length": 1},
+)
 
 
 @pytest.mark.slow
 def test_a_recipe_with_theseus_gives_a_plain_shallow_student(tmp_path: Path):
-    (tmp_path / "tiny.toml").write_text(RECIPE)
+    write_recipe(tmp_path / "tiny.toml", RECIPE)
     command = [sys.executable, "-m", "kdcli", "distill", "tiny.toml", "--json"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
@@ -418,32 +398,13 @@ def test_a_recipe_with_theseus_gives_a_plain_shallow_student(tmp_path: Path):
     assert "use 2 blocks" in refused.stderr
 
 
-SHARED = """
-[method]
-name = "theseus"
-schedule = "constant"
-steps_for_replacing = 4
-replacing_rate = 0.5
-
-[task]
-name = "reviews"
-train_samples = 96
-validation_samples = 32
-
-[teacher]
-model = "teacher"
-finetune = false
-
-[student]
-layers = 2
-
-[train]
-max_steps = 8
-batch_size = 16
-learning_rate = 1e-3
-precision = "fp32"
-eval_every = 4
-"""
+SHARED = tiny_recipe(
+    "teacher",
+    method={"name": "theseus", "schedule": "constant", "steps_for_replacing": 4, "replacing_rate": 0.5},
+    teacher=FOLDER,
+    student={"layers": 2},
+    train={"max_steps": 8, "batch_size": 16, "eval_every": 4},
+)
 
 
 @pytest.mark.slow

@@ -16,13 +16,13 @@ import torch
 from families import tiny, tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny_recipes import run_recipe, tiny_recipe
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from training.stages import LOOP, folder_with_recipe, rows
 from transformers import PreTrainedModel
 
 from kdcli.distill import run as pipeline
-from kdcli.distill.run import run_distill
 from kdcli.errors import InputError, RunError
 from kdcli.manifest import MANIFEST, check_manifest
 from kdcli.methods.base import Term
@@ -31,7 +31,6 @@ from kdcli.objectives.distribution import Categorical
 from kdcli.objectives.gold import GoldObjective
 from kdcli.objectives.hidden import HiddenObjective
 from kdcli.objectives.output import OutputObjective
-from kdcli.recipe.load import load_recipe
 from kdcli.recipe.schema import OverparamSection
 from kdcli.tasks.classification import KIND as CLASSIFICATION
 from kdcli.tasks.encode import Collator
@@ -597,39 +596,28 @@ def test_hooks_are_gone_after_training_and_after_a_failure(tmp_path: Path, monke
     assert hooks(step, teacher) == 0
 
 
-STAGES = """
-method = {name = "tinybert", shares = [0.5, 0.5]}
-seed = 3
-
-[task]
-name = "reviews"
-train_samples = 40
-validation_samples = 40
-
-[teacher]
-model = "teacher"
-
-[student]
-layers = 1
-
-[train]
-max_steps = 12
-batch_size = 8
-learning_rate = 1e-2
-precision = "fp32"
-device = "cpu"
-eval_every = 1
-patience = 1
-select = "best"
-keep_checkpoints = true
-"""
+STAGES = tiny_recipe(
+    "teacher",
+    method={"name": "tinybert", "shares": [0.5, 0.5]},
+    seed=3,
+    task={"train_samples": 40, "validation_samples": 40},
+    teacher={"model": "teacher"},
+    train={
+        "max_steps": 12,
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "eval_every": 1,
+        "patience": 1,
+        "select": "best",
+        "keep_checkpoints": True,
+    },
+)
 
 
 def test_a_stage_without_a_prediction_runs_to_its_end_and_keeps_its_last_weights(tmp_path: Path):
     folder = folder_with_recipe(tmp_path, STAGES)
-    loaded = load_recipe(folder / "recipe.toml", [])
-    run = run_distill(loaded, recipe_path=folder / "recipe.toml", output=folder / "runs", console=Console(quiet=True))
-    inside, prediction = run.to_json()["training"]
+    run = run_recipe(folder / "recipe.toml")
+    inside, prediction = run["training"]
     # The head's answers do not change while only the inside is compared: patience of 1 would have ended at step 2.
     assert inside["stage"] == "intermediate" and inside["steps"] == 6
     kept = folder / "runs" / "recipe" / "checkpoints" / "1-intermediate"
@@ -642,19 +630,18 @@ def test_a_run_stopped_after_its_training_does_not_train_again_and_tells_all_of_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = folder_with_recipe(tmp_path, STAGES)
-    loaded = load_recipe(folder / "recipe.toml", [])
-    options: dict[str, Any] = {"recipe_path": folder / "recipe.toml", "console": Console(quiet=True)}
-    whole = run_distill(loaded, output=folder / "whole", **options).to_json()
+    path = folder / "recipe.toml"
+    whole = run_recipe(path, output=folder / "whole")
 
     def fail(*arguments: Any, **more: Any) -> None:
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(pipeline, "describe_model", fail)
-        run_distill(loaded, output=folder / "parts", **options)
+        run_recipe(path, output=folder / "parts")
     with monkeypatch.context() as patch:
         patch.setattr(DistillationTrainer, "train", fail)
-        parts = run_distill(loaded, output=folder / "parts", resume=True, **options).to_json()
+        parts = run_recipe(path, output=folder / "parts", resume=True)
     assert parts["hashes"] == whole["hashes"]
     for record in (whole, parts):
         for stage in record["training"]:
