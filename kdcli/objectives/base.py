@@ -35,13 +35,13 @@ class Objective(nn.Module):
 
 
 def example_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of `values` (batch, seq) over each example's real tokens, (batch,)."""
+    """Return the mean of `values` (..., batch, seq) over each example's real tokens, (..., batch)."""
     mask = mask.to(values.dtype)
     return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)
 
 
 def token_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of `values` (batch, seq) over each example's real tokens, then over examples: a scalar."""
+    """Return the mean of `values` (..., batch, seq) over each example's real tokens, then over all others: a scalar."""
     return example_mean(values, mask).mean()
 
 

@@ -56,9 +56,17 @@ def token_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, match_norm: boo
     by the teacher's mean square over that example: a relative error that no activation's size can make heavy,
     and that still averages over examples, so that shares of a batch on several devices agree with the whole.
     """
-    error, size = _SquaredError.apply(student, teacher.detach(), match_norm)
+    return mean_token_mse([(student, teacher)], mask, match_norm=match_norm)
+
+
+def mean_token_mse(pairs: Sequence[tuple[Tensor, Tensor]], mask: Tensor, *, match_norm: bool = False) -> Tensor:
+    """Return the mean of `token_mse` over pairs of (student, teacher), whose widths may differ from pair to pair."""
+    found = [_SquaredError.apply(student, teacher.detach(), match_norm) for student, teacher in pairs]
+    # Means of all pairs in one operation each: on a GPU every operation costs a launch.
+    error = torch.stack([one for one, _ in found])
     if match_norm:
-        error = error / example_mean(size, mask).clamp(min=1e-12)[:, None]
+        size = torch.stack([size for _, size in found])
+        error = error / example_mean(size, mask).clamp(min=1e-12)[..., None]
     return token_mean(error, mask)
 
 
@@ -106,10 +114,10 @@ class HiddenObjective(Objective):
             self.pairs = tuple(self.redraw(epoch))
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
-        terms = []
+        compared = []
         for s, t in self.pairs:
             state = student.hidden[s].float()
             if self.bridges is not None:
                 state = self.bridges["shared" if self.shared else str(s)](state)
-            terms.append(token_mse(state, teacher.hidden[t], student.mask, match_norm=self.match_norm))
-        return sum(terms[1:], terms[0]) / len(terms)
+            compared.append((state, teacher.hidden[t]))
+        return mean_token_mse(compared, student.mask, match_norm=self.match_norm)

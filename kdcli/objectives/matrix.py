@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kdcli.objectives.base import Objective
-from kdcli.objectives.hidden import token_mse
+from kdcli.objectives.hidden import mean_token_mse
 from kdcli.signals import Signals, Wants
 
 
@@ -29,9 +29,5 @@ class MatrixObjective(Objective):
         return Wants(matrices=frozenset((t, n) for _, t in self.pairs for n in self.names))
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
-        terms = [
-            token_mse(student.matrices[(s, n)], teacher.matrices[(t, n)], student.mask, match_norm=self.match_norm)
-            for s, t in self.pairs
-            for n in self.names
-        ]
-        return sum(terms[1:], terms[0]) / len(terms)
+        compared = [(student.matrices[(s, n)], teacher.matrices[(t, n)]) for s, t in self.pairs for n in self.names]
+        return mean_token_mse(compared, student.mask, match_norm=self.match_norm)

@@ -90,6 +90,12 @@ def test_wider_bonds_are_compared_on_leading_blocks():
     last = torch.randn(4, 2, 2, 1), torch.randn(6, 3, 2, 1)  # other factors: left out
     loss = aux_loss([student, central[0], last[0]], [teacher, central[1], last[1]])
     torch.testing.assert_close(loss, (student - teacher[..., :4]).square().mean())
+    # And the other way round: the rest of the student's block is free.
+    teacher, student = student, teacher.requires_grad_()
+    chains = [student, central[1], last[1]], [teacher, central[0], last[0]]
+    (found,) = torch.autograd.grad(3.0 * aux_loss(*chains), student)
+    (expected,) = torch.autograd.grad(3.0 * (student[..., :4] - teacher).square().mean(), student)
+    torch.testing.assert_close(found, expected)
 
 
 def test_chains_with_nothing_in_common_cannot_be_compared():
