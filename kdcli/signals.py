@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 MatrixKey = tuple[int, str]
-"""(block 1..L, name): the name is one of `kdcli.models.families.BLOCK_MATRICES`."""
+"""(block 1..L, name): the name is one of `kdcli.models.families.MATRICES`."""
 
 
 @dataclass
@@ -30,7 +30,9 @@ class Prediction:
 class Wants:
     """What must be captured from one model's forward pass; everything else is not even looked at.
 
-    Block numbers follow the literature: hidden[0] is the embedding output, hidden[l] the output of block l.
+    Block numbers follow the literature: hidden[0] is the embedding output, hidden[l] the output of block l; that of
+    the last one after the norm that follows it in some families. `attention`: blocks whose queries and keys are
+    compared as an attention map.
     `all_positions`: predictions at every real token, not just at those with a gold answer.
     `gradients` says how often the logits are differentiated by hidden[0]: 1 keeps the graph between them, 2 one whose
     gradient can be learned from; `path` is the number of points between a zero embedding and hidden[0] at which the
@@ -40,6 +42,7 @@ class Wants:
     logits: bool = False
     hidden: frozenset[int] = frozenset()
     matrices: frozenset[MatrixKey] = frozenset()
+    attention: frozenset[int] = frozenset()
     factors: bool = False
     all_positions: bool = False
     gradients: int = 0
@@ -50,6 +53,7 @@ class Wants:
             self.logits or other.logits,
             self.hidden | other.hidden,
             self.matrices | other.matrices,
+            self.attention | other.attention,
             self.factors or other.factors,
             self.all_positions or other.all_positions,
             max(self.gradients, other.gradients),
@@ -69,7 +73,9 @@ class Signals:
     mask: (batch, seq), 1 at real tokens. segments: (batch, seq), the document of a packed block that a token belongs
     to, or None where a row is one text; models attend over the whole row all the same.
     predictions: one table or several, as the kind of task has. hidden[l]: (batch, seq, hidden).
-    matrices[(l, name)]: output of that linear map with its bias, (batch, seq, out).
+    matrices[(l, name)]: output of that linear map with its bias, (batch, seq, out); queries, keys and values as the
+    attention function gets them, after rotation and norms of their own.
+    windows[l]: (batch, 1, seq, seq), the keys that each query of block l attends to, where it is not all real tokens.
     factors[(l, name)]: the tensor chain of that matrix, only for over-parameterised weights.
     path: (scaled embedding output, predictions) for alpha = 1/K, ..., 1, where a gradient's path is asked for.
     heads: number of attention heads.
@@ -82,6 +88,7 @@ class Signals:
     path: list[tuple[Tensor, list[Prediction]]] = field(default_factory=list)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     matrices: dict[MatrixKey, Tensor] = field(default_factory=dict)
+    windows: dict[int, Tensor] = field(default_factory=dict)
     factors: Mapping[MatrixKey, tuple[Tensor, ...]] = field(default_factory=dict)
     _scores: dict[int, Tensor] = field(default_factory=dict, repr=False)
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from kdcli.errors import RunError
 from kdcli.export.session import MODEL
 from kdcli.faults import writing
+from kdcli.models.families import family_of
 from kdcli.models.inputs import inputs_of
 from kdcli.models.overparam import contract_model
 from kdcli.models.save import save_config, save_tokenizer
+from kdcli.models.shape import longest_input, shape_of
 from kdcli.tensors.parametrization import is_overparameterised
 
 if TYPE_CHECKING:
@@ -33,7 +35,12 @@ class _Logits(nn.Module):
         self.names = names
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
+        given = dict(zip(self.names, inputs, strict=True))
+        if family_of(self.model.config).rotary:
+            # ONNX rotates by the angles of each row, where the library has one row of them for all.
+            batch, sequence = given["input_ids"].shape
+            given["position_ids"] = torch.arange(sequence).expand(batch, sequence)
+        return self.model(**given).logits
 
 
 def input_names(model: "PreTrainedModel", tokenizer: Any) -> list[str]:
@@ -86,7 +93,7 @@ def export_onnx(model: "PreTrainedModel", tokenizer: Any, folder: Path, *, opset
     values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     batch, sequence = (
         torch.export.Dim("batch", min=1),
-        torch.export.Dim("sequence", min=1, max=_positions(model)),
+        torch.export.Dim("sequence", min=1, max=longest_input(model.config) or shape_of(model.config).max_positions),
     )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MODEL
@@ -111,11 +118,6 @@ def export_onnx(model: "PreTrainedModel", tokenizer: Any, folder: Path, *, opset
     save_config(model.config, folder)
     save_tokenizer(tokenizer, folder, model.config)
     return path
-
-
-def _positions(model: "PreTrainedModel") -> int:
-    offset = 2 if model.config.model_type in ("roberta", "xlm-roberta") else 0
-    return model.config.max_position_embeddings - offset
 
 
 def operators(path: Path) -> dict[str, int]:

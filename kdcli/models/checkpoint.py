@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from kdcli.errors import InputError
 from kdcli.files import expanded
-from kdcli.models.families import FAMILIES, Anatomy
+from kdcli.models import families
+from kdcli.models.families import Family
 from kdcli.models.sizes import check_room, check_sizes
 
 KDCLI_MODEL_TYPE = "kdcli (pip install kdcli, then import kdcli)"
@@ -172,16 +173,11 @@ def _family_of(config: Mapping[str, Any]) -> Any:
     return (own.get("base_model_type") if isinstance(own, dict) else None) or OLD_MODEL_TYPE
 
 
-def check_config(config: Mapping[str, Any], name: str | Path) -> Anatomy:
-    """Return the anatomy of a configuration's family. Raises InputError when it is unknown, or a size is none."""
-    family = _family_of(config)
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise InputError(
-            f"{name} is of the family {family!r}, which kdcli does not know; known are {', '.join(sorted(FAMILIES))}",
-            hint="a family is one row of the table in kdcli/models/anatomy.py",
-        )
-    check_sizes(config, FAMILIES[family], f"{name}: config.json")
-    return FAMILIES[family]
+def check_config(config: Mapping[str, Any], name: str | Path) -> Family:
+    """Return the family of a configuration. Raises InputError when it is unknown, or a size is none."""
+    family = families.get(_family_of(config), owner=name)
+    check_sizes(config, family, f"{name}: config.json")
+    return family
 
 
 def open_checkpoint(name: str | Path, revision: str | None = None, *, any_family: bool = False) -> Checkpoint:
@@ -192,12 +188,12 @@ def open_checkpoint(name: str | Path, revision: str | None = None, *, any_family
     that are none, or more than the file can hold.
     """
     config = read_config(name, revision)
-    foreign = any_family and ("auto_map" in config or _family_of(config) not in FAMILIES)
-    anatomy = None if foreign else check_config(config, name)
+    foreign = any_family and ("auto_map" in config or not families.is_known(_family_of(config)))
+    family = None if foreign else check_config(config, name)
     files = _weight_files(name, revision)
     tensors = _tensors(files)
-    if anatomy is not None:
-        check_room(config, anatomy, {key: one.shape for key, one in tensors.items()}, f"{name}: config.json")
+    if family is not None:
+        check_room(config, family, {key: one.shape for key, one in tensors.items()}, f"{name}: config.json")
     return Checkpoint(str(name), config, tuple(files), tensors, revision)
 
 

@@ -1,101 +1,269 @@
-"""Where each model family keeps its embeddings, its blocks and the six matrices of a block.
+"""The table of model families: where each keeps its blocks and their matrices, and what its configuration calls them.
 
-To add a family, add one row to `FAMILIES` and a tiny configuration to `tests/families.py`.
+To add a family, add one row to `FAMILIES`, or offer a `Family` from another package as an entry point `kdcli.families`.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 from kdcli.errors import InputError
+from kdcli.offers import Offers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+Attention = Literal["dot-product", "disentangled", "relative-bias"]
 
-BLOCK_MATRICES = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
-"""The six linear maps of a block, by their names in the literature."""
+MATRICES = ("query", "key", "value", "attention_output", "ffn_in", "ffn_gate", "ffn_out")
+"""The linear maps of a block, by their names in the literature; few families have an `ffn_gate`."""
 
 
 @dataclass(frozen=True)
-class Anatomy:
-    """Paths inside a model's body (`model.bert`, ...), and the names of its sizes in the configuration.
+class Matrix:
+    """A linear map inside a block: a module, or share `part` of `parts` equal shares of a fused module's output."""
 
-    `embeddings` names the module whose output is hidden[0]; `projection` a module after it, present only
-    when the embeddings are narrower than the blocks, whose output takes that place.
+    path: str
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class SizeNames:
+    """What a family's configuration calls its sizes.
+
+    types: how many token types there are; None where the model takes none. embedding: the width of the embeddings,
+    where it may differ from the blocks'. as_hidden: further fields that are as wide as the blocks. by_block: lists
+    with one entry a block.
     """
 
-    family: str
-    title: str
-    blocks: str
-    matrices: dict[str, str]
-    embeddings: str = "embeddings"
-    word_embeddings: str = "embeddings.word_embeddings"
-    projection: str | None = None
     layers: str = "num_hidden_layers"
     hidden: str = "hidden_size"
     heads: str = "num_attention_heads"
     intermediate: str = "intermediate_size"
+    vocabulary: str = "vocab_size"
+    positions: str = "max_position_embeddings"
+    types: str | None = "type_vocab_size"
+    embedding: str | None = None
+    as_hidden: tuple[str, ...] = ()
+    by_block: tuple[str, ...] = ()
 
 
-_BERT = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "attention_output": "attention.output.dense",
-    "ffn_in": "intermediate.dense",
-    "ffn_out": "output.dense",
+@dataclass(frozen=True)
+class Family:
+    """One family: paths inside a model's body (`model.bert`, ...), inside a block, and inside its configuration.
+
+    name: the library's `model_type`. embeddings: the module whose output is hidden[0]; projection: one after it,
+    present only when the embeddings are narrower than the blocks, whose output takes that place.
+    final_norm: a norm after the last block; the library's last hidden states are after it, and so are kdcli's.
+    repeated: True where one block's weights are run `layers` times; one_of: fields that must then be 1.
+    after_first: a module that some models have between their first and second block.
+    first_only: weights that every block but the first has.
+    attention: "disentangled" and "relative-bias" add terms of positions to q k^T; at_function: whether queries, keys
+    and values pass through the library's attention interface, as they are compared there (after rotation, for example).
+    rotary: heads have an even width. first_position: "after-padding" where positions are counted from the padding
+    token's id on. positions_if: a field that says whether the model has positions of its own. padding: the id that
+    its code takes for the padding token's, whatever its configuration says. scratch: what a configuration from
+    scratch needs beside its sizes.
+    """
+
+    name: str
+    title: str
+    blocks: str
+    query: Matrix
+    key: Matrix
+    value: Matrix
+    attention_output: Matrix
+    ffn_in: Matrix
+    ffn_out: Matrix
+    ffn_gate: Matrix | None = None
+    embeddings: str = "embeddings"
+    word_embeddings: str = "embeddings.word_embeddings"
+    projection: str | None = None
+    final_norm: str | None = None
+    repeated: bool = False
+    one_of: tuple[str, ...] = ()
+    after_first: str | None = None
+    first_only: tuple[str, ...] = ()
+    attention: Attention = "dot-product"
+    at_function: bool = True
+    rotary: bool = False
+    sizes: SizeNames = SizeNames()
+    first_position: Literal["zero", "after-padding"] = "zero"
+    positions_if: str | None = None
+    padding: int | None = None
+    scratch: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def matrices(self) -> dict[str, Matrix]:
+        """The linear maps of a block by name, in the order of `MATRICES`."""
+        return {name: matrix for name in MATRICES if (matrix := getattr(self, name)) is not None}
+
+    @property
+    def attention_module(self) -> str:
+        """The path inside a block of the module that calls the attention function."""
+        return self.query.path.rpartition(".")[0]
+
+    def parts_of(self, path: str) -> list[str]:
+        """Return the names of the matrices that share the module at `path` of a block, in the order of its output."""
+        own = [(matrix.part, name) for name, matrix in self.matrices.items() if matrix.path == path]
+        return [name for _, name in sorted(own)]
+
+
+_BERT: dict[str, Any] = {
+    "blocks": "encoder.layer",
+    "query": Matrix("attention.self.query"),
+    "key": Matrix("attention.self.key"),
+    "value": Matrix("attention.self.value"),
+    "attention_output": Matrix("attention.output.dense"),
+    "ffn_in": Matrix("intermediate.dense"),
+    "ffn_out": Matrix("output.dense"),
+}
+
+_ROBERTA: dict[str, Any] = {
+    **_BERT,
+    "first_position": "after-padding",
+    "scratch": MappingProxyType({"type_vocab_size": 2}),
 }
 
 
-FAMILIES: dict[str, Anatomy] = {
-    anatomy.family: anatomy
-    for anatomy in (
-        Anatomy("bert", "BERT", "encoder.layer", _BERT),
-        Anatomy("roberta", "RoBERTa", "encoder.layer", _BERT),
-        Anatomy("xlm-roberta", "XLM-RoBERTa", "encoder.layer", _BERT),
-        Anatomy("electra", "ELECTRA", "encoder.layer", _BERT, projection="embeddings_project"),
-        Anatomy(
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("bert", "BERT", **_BERT),
+        Family("roberta", "RoBERTa", **_ROBERTA),
+        Family("xlm-roberta", "XLM-RoBERTa", **_ROBERTA),
+        Family("camembert", "CamemBERT", **_ROBERTA),
+        Family(
+            "electra",
+            "ELECTRA",
+            **_BERT,
+            projection="embeddings_project",
+            sizes=SizeNames(embedding="embedding_size"),
+        ),
+        Family(
             "distilbert",
             "DistilBERT",
             "transformer.layer",
-            {
-                "query": "attention.q_lin",
-                "key": "attention.k_lin",
-                "value": "attention.v_lin",
-                "attention_output": "attention.out_lin",
-                "ffn_in": "ffn.lin1",
-                "ffn_out": "ffn.lin2",
-            },
-            layers="n_layers",
-            hidden="dim",
-            heads="n_heads",
-            intermediate="hidden_dim",
+            query=Matrix("attention.q_lin"),
+            key=Matrix("attention.k_lin"),
+            value=Matrix("attention.v_lin"),
+            attention_output=Matrix("attention.out_lin"),
+            ffn_in=Matrix("ffn.lin1"),
+            ffn_out=Matrix("ffn.lin2"),
+            sizes=SizeNames(layers="n_layers", hidden="dim", heads="n_heads", intermediate="hidden_dim", types=None),
         ),
-        Anatomy(
+        Family(
             "deberta-v2",
             "DeBERTa-v2/v3",
-            "encoder.layer",
-            {
+            **{
                 **_BERT,
-                "query": "attention.self.query_proj",
-                "key": "attention.self.key_proj",
-                "value": "attention.self.value_proj",
+                "query": Matrix("attention.self.query_proj"),
+                "key": Matrix("attention.self.key_proj"),
+                "value": Matrix("attention.self.value_proj"),
             },
+            after_first="encoder.conv",
+            attention="disentangled",
+            at_function=False,
+            sizes=SizeNames(as_hidden=("pooler_hidden_size",)),
+            positions_if="position_biased_input",
+            scratch=MappingProxyType(
+                {"type_vocab_size": 2, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+            ),
+        ),
+        Family(
+            "mpnet",
+            "MPNet",
+            **{
+                **_BERT,
+                "query": Matrix("attention.attn.q"),
+                "key": Matrix("attention.attn.k"),
+                "value": Matrix("attention.attn.v"),
+                "attention_output": Matrix("attention.attn.o"),
+            },
+            attention="relative-bias",
+            at_function=False,
+            sizes=SizeNames(types=None),
+            first_position="after-padding",
+            padding=1,
+        ),
+        Family(
+            "albert",
+            "ALBERT",
+            "encoder.albert_layer_groups",
+            query=Matrix("albert_layers.0.attention.query"),
+            key=Matrix("albert_layers.0.attention.key"),
+            value=Matrix("albert_layers.0.attention.value"),
+            attention_output=Matrix("albert_layers.0.attention.dense"),
+            ffn_in=Matrix("albert_layers.0.ffn"),
+            ffn_out=Matrix("albert_layers.0.ffn_output"),
+            projection="encoder.embedding_hidden_mapping_in",
+            repeated=True,
+            one_of=("num_hidden_groups", "inner_group_num"),
+            sizes=SizeNames(embedding="embedding_size"),
+        ),
+        Family(
+            "modernbert",
+            "ModernBERT",
+            "layers",
+            query=Matrix("attn.Wqkv", 0, 3),
+            key=Matrix("attn.Wqkv", 1, 3),
+            value=Matrix("attn.Wqkv", 2, 3),
+            attention_output=Matrix("attn.Wo"),
+            # The gate is the half that goes through the activation (Shazeer 2020, arXiv 2002.05202, equation 2).
+            ffn_gate=Matrix("mlp.Wi", 0, 2),
+            ffn_in=Matrix("mlp.Wi", 1, 2),
+            ffn_out=Matrix("mlp.Wo"),
+            word_embeddings="embeddings.tok_embeddings",
+            final_norm="final_norm",
+            first_only=("attn_norm",),
+            rotary=True,
+            sizes=SizeNames(types=None, by_block=("layer_types",)),
+            scratch=MappingProxyType(dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))),
         ),
     )
 }
+"""The package's own families by name."""
+
+OFFERS = Offers("kdcli.families", "family", Family, FAMILIES, where=None)
+"""Those of other packages."""
+
+ADVICE = (
+    "a family is one row: add it to FAMILIES in kdcli/models/families.py (where its blocks and their matrices are), or "
+    "install a package that offers it as an entry point kdcli.families"
+)
 
 
-def anatomy_of(config: "PretrainedConfig") -> Anatomy:
-    """Return the anatomy of a model's family.
+def names() -> list[str]:
+    """Return the names of all families, in the order of the alphabet."""
+    return sorted(OFFERS.names())
 
-    Raises InputError for an unknown family.
+
+def is_known(name: object) -> bool:
+    """True for the name of a family."""
+    return name in FAMILIES or name in OFFERS
+
+
+def get(name: object, *, owner: object = None, where: str | None = None) -> Family:
+    """Return a family. owner: the model that is of it, for messages; where: the recipe's field that names it.
+
+    Raises InputError, which says what to add, where it is unknown, or the row of another package cannot be used.
     """
-    family = config.model_type
-    if family not in FAMILIES:
-        raise InputError(
-            f"models of the family {family!r} are not known; known are {', '.join(sorted(FAMILIES))}",
-            hint="a family is one row of the table in kdcli/models/anatomy.py: where its blocks and their six "
-            "matrices are",
-        )
-    return FAMILIES[family]
+    if isinstance(name, str) and name in FAMILIES:
+        return FAMILIES[name]
+    if isinstance(name, str) and name in OFFERS:
+        return OFFERS.load(name)
+    what = f"unknown family {name!r}" if owner is None else f"{owner} is of the unknown family {name!r}"
+    raise InputError(f"{what}; known are {', '.join(names())}", where=where, hint=ADVICE)
+
+
+def family_of(config: "PretrainedConfig") -> Family:
+    """Return the family of a model. Raises InputError where it is unknown."""
+    return get(config.model_type)
+
+
+def usable() -> tuple[list[Family], list[str]]:
+    """Return all families that can be used, and a line for each that another package offers and that cannot."""
+    found, problems = OFFERS.usable()
+    return sorted([*FAMILIES.values(), *found], key=lambda family: family.name), problems

@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kdcli.models.families import anatomy_of
+from kdcli.models.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +87,7 @@ def with_classifier(
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
     config.problem_type = problem_type
-    anatomy_of(config)
+    family_of(config)
     return _on_body(
         getattr(transformers, HEADS["sequence-classification"]).from_config(config, dtype=torch.float32), model
     )

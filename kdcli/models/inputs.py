@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from kdcli.models.families import family_of
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
@@ -30,4 +32,5 @@ def model_inputs(model: Any, batch: Mapping[str, "Tensor"]) -> dict[str, "Tensor
 
 
 def _types(config: "PretrainedConfig") -> int:
-    return getattr(config, "type_vocab_size", 0) or 0
+    name = family_of(config).sizes.types
+    return getattr(config, name) if name is not None else 0

@@ -22,7 +22,7 @@ from kdcli.models.checkpoint import (
     read_config,
 )
 from kdcli.models.classes import final_classifier_name
-from kdcli.models.families import anatomy_of
+from kdcli.models.families import family_of
 from kdcli.models.heads import HEADS, TITLES, with_new_head
 from kdcli.models.quiet import quiet_transformers
 from kdcli.models.shape import longest_input
@@ -53,6 +53,8 @@ PRETRAINED = (
     "lm_head.",
     "lm_predictions.",
     "mask_predictions.",
+    "predictions.",
+    "sop_classifier.",
     "discriminator_predictions.",
     "generator_predictions.",
     "generator_lm_head.",
@@ -163,7 +165,7 @@ def load_model(
     head = "base" if new_head else task
     load = _load_plain if checkpoint.structure is None else _load_structured
     model = load(checkpoint, head).eval()
-    anatomy_of(model.config)
+    family_of(model.config)
     return with_new_head(model, task, **labels) if new_head else model
 
 
@@ -414,6 +416,7 @@ def _load_structured(checkpoint: Checkpoint, head: str) -> "PreTrainedModel":
 def _restored(
     config: "PretrainedConfig", head: str, structure: dict[str, Any], checkpoint: Checkpoint
 ) -> "PreTrainedModel":
+    from kdcli.models.fused import SplitLinear
     from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
     from kdcli.models.overparam import restore_overparam
 
@@ -425,6 +428,11 @@ def _restored(
                 raise ValueError(
                     f"config.json says rank {rank!r} for {path}, the file has tensors up to {widest:,} wide"
                 )
+        for path, names in structure.get("split", {}).items():
+            fused: Any = model.get_submodule(path)
+            if fused.out_features % len(names):
+                raise ValueError(f"{path} cannot be split into {len(names)} equal parts")
+            _replace(model, path, SplitLinear.from_linear(fused, names))
         for path, rank in structure.get("low_rank", {}).items():
             linear: Any = model.get_submodule(path)
             factors = LowRankLinear(linear.in_features, linear.out_features, rank, bias=linear.bias is not None)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.errors import InputError
-from kdcli.models.blocks import body_of, iter_block_matrices, set_block_matrix
+from kdcli.models.blocks import body_of, iter_block_matrices
 from kdcli.models.counts import count_parameters
-from kdcli.models.families import anatomy_of
+from kdcli.models.families import family_of
+from kdcli.models.fused import merge_split
 from kdcli.recipe.schema import OverparamSection, StudentSection, parse_count
 from kdcli.signals import MatrixKey
 from kdcli.tensors.factors import has_factors, is_target, nearest_ranks
@@ -38,6 +39,11 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in). Returns (..., out)."""
         return self.up(self.down(x))
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix A B, (out, in), formed on demand."""
+        return self.up.weight @ self.down.weight
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank: int) -> "LowRankLinear":
@@ -223,8 +229,8 @@ def factorise(
     notes = []
     if section.embedding_rank is not None:
         notes.append(_factorise_embeddings(model, section.embedding_rank))
-    matrices = {key: m for key, m in iter_block_matrices(model) if isinstance(m, nn.Linear)}
-    shapes = {key: (m.out_features, m.in_features) for key, m in matrices.items()}
+    matrices = dict(iter_block_matrices(model))
+    shapes: dict[MatrixKey, Shape] = {key: tuple(m.weight.shape) for key, m in matrices.items()}  # type: ignore[misc]
     fixed = count_parameters(model) - sum(m.weight.numel() for m in matrices.values())
     ranks = plan_ranks(
         shapes,
@@ -235,7 +241,7 @@ def factorise(
     )
     for key, rank in ranks.items():
         if rank is not None:
-            set_block_matrix(model, *key, LowRankLinear.from_linear(matrices[key], rank))
+            matrices[key].replace(LowRankLinear.from_linear(matrices[key].linear(), rank))  # type: ignore[arg-type]
     used = sorted({rank for rank in ranks.values() if rank is not None})
     dense = [key for key, rank in ranks.items() if rank is None]
     kept = sum(factored_count(shapes[key], ranks[key]) for key in shapes)
@@ -248,7 +254,7 @@ def factorise(
 
 
 def _factorise_embeddings(model: "PreTrainedModel", rank: int) -> str:
-    path = anatomy_of(model.config).word_embeddings
+    path = family_of(model.config).word_embeddings
     parent, _, attribute = path.rpartition(".")
     holder = body_of(model).get_submodule(parent)
     table = getattr(holder, attribute)
@@ -269,4 +275,5 @@ def merge_low_rank(model: nn.Module) -> nn.Module:
         for name, child in list(module.named_children()):
             if isinstance(child, LowRankLinear | LowRankEmbedding):
                 setattr(module, name, child.merged())
+    merge_split(model)
     return model

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kdcli.errors import InputError
-from kdcli.models.blocks import block_matrix, blocks_of, iter_block_matrices
+from kdcli.models.blocks import BlockMatrix, block_matrix, blocks_of, iter_block_matrices
 from kdcli.models.counts import count_parameters
+from kdcli.models.families import family_of
+from kdcli.models.fused import merge_split
 from kdcli.models.lowrank import LowRankLinear, svd_factors
 from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import MatrixKey
@@ -74,14 +76,50 @@ class ContractReport:
         }
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a chain can stand: behind a block matrix, or behind the "down" or "up" factor of a low-rank one."""
+
+    key: MatrixKey
+    matrix: BlockMatrix
+    factor: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.key[0]}.{self.key[1]}"
+
+    @property
+    def layer(self) -> nn.Linear:
+        """The layer with the weight; a fused one while the matrix is a share of it."""
+        module = self.matrix.module
+        return getattr(module, self.factor) if self.factor else module  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight if self.factor else self.matrix.weight
+
+    def alone(self) -> nn.Linear:
+        """Return a layer for this weight alone, which takes its share of a fused module where there is one."""
+        if self.matrix.is_fused:
+            self.matrix.replace(self.matrix.linear())
+        return self.layer
+
+
+def _places(model: "PreTrainedModel") -> Iterator[_Place]:
+    for (layer, name), matrix in iter_block_matrices(model):
+        if isinstance(matrix.module, LowRankLinear):
+            for factor in ("down", "up"):
+                yield _Place((layer, f"{name}.{factor}"), matrix, factor)
+        elif isinstance(matrix.module, nn.Linear):
+            yield _Place((layer, name), matrix)
+
+
 def linears_of(model: "PreTrainedModel") -> Iterator[tuple[MatrixKey, nn.Linear]]:
-    """Yield every linear layer in the place of a block matrix; a factored one gives "name.down", "name.up"."""
-    for (layer, name), module in iter_block_matrices(model):
-        if isinstance(module, LowRankLinear):
-            yield (layer, f"{name}.down"), module.down
-            yield (layer, f"{name}.up"), module.up
-        elif isinstance(module, nn.Linear):
-            yield (layer, name), module
+    """Yield every linear layer in the place of a block matrix; a factored one gives "name.down", "name.up".
+
+    A share of a fused module is no layer of its own, and has no chain: it is left out.
+    """
+    return ((place.key, place.layer) for place in _places(model) if not place.matrix.is_fused)
 
 
 def _attach(linear: nn.Linear, weight: MPOWeight, *, blank: bool = False) -> None:
@@ -108,43 +146,37 @@ def _holders(model: nn.Module) -> dict[int, set[int]]:
     return holders
 
 
-@dataclass
-class _Wanted:
-    key: MatrixKey
-    linear: nn.Linear
-    weight: Tensor
-    shape: MPOShape
-
-    @property
-    def name(self) -> str:
-        return f"{self.key[0]}.{self.key[1]}"
-
-
-def _wanted(model: "PreTrainedModel", section: OverparamSection) -> tuple[list[_Wanted], list[str]]:
-    """Return the layers that `section` names with their factor lists, and those that it cannot have.
+def _wanted(model: "PreTrainedModel", section: OverparamSection) -> tuple[list[tuple[_Place, MPOShape]], list[str]]:
+    """Return the places that `section` names with their factor lists, and those that it cannot have.
 
     Raises InputError when it cannot have any.
     """
     check_factors(section)
+    if section.layers is not None and (family := family_of(model.config)).repeated:
+        raise InputError(
+            f"the blocks of {family.title} are one, run again and again, so none can be left out",
+            where="overparam.layers",
+            hint="leave it out",
+        )
     depth = len(blocks_of(model))
     if wrong := sorted(layer for layer in section.layers or [] if layer >= depth):
         raise InputError(f"the student has blocks 0 to {depth - 1}, not {wrong[0]}", where="overparam.layers")
     wanted, skipped = [], []
     unfit: set[int] = set()
-    for key, linear in linears_of(model):
-        matrix, _, part = key[1].partition(".")
-        if not is_target(key[0], matrix, section):
+    for place in _places(model):
+        if not is_target(place.key[0], place.matrix.name, section):
             continue
+        out_features, in_features = place.weight.shape
         try:
-            shape = shape_for(linear.out_features, linear.in_features, section)
+            shape = shape_for(out_features, in_features, section)
         except InputError as error:
             # A checkpoint's ranks were chosen without a thought of chains, and may be prime.
-            if not part:
+            if not place.factor:
                 raise
-            unfit.add(linear.out_features if part == "down" else linear.in_features)
-            skipped.append(f"{key[0]}.{key[1]} ({error.message})")
+            unfit.add(out_features if place.factor == "down" else in_features)
+            skipped.append(f"{place.name} ({error.message})")
             continue
-        wanted.append(_Wanted(key, linear, linear.weight, shape))
+        wanted.append((place, shape))
     if not wanted:
         hint = None
         if unfit:
@@ -154,7 +186,7 @@ def _wanted(model: "PreTrainedModel", section: OverparamSection) -> tuple[list[_
                 f"rank {rank} cannot be split into two factors of similar size; the nearest ranks that can are {near}"
             )
         raise InputError("no matrix is left to over-parameterise", where="overparam", hint=hint)
-    sizes = {str(size) for item in wanted for size in item.shape.matrix}
+    sizes = {str(size) for _, shape in wanted for size in shape.matrix}
     unused = sorted(set(section.factors or {}) - sizes)
     if unused and section.aux_mismatch == "skip":
         raise InputError(
@@ -184,18 +216,17 @@ def check_chains(
 
 
 def _comparable(
-    wanted: list["_Wanted"], section: OverparamSection, teacher: "PreTrainedModel", blocks: dict[int, int]
+    wanted: list[tuple[_Place, MPOShape]], section: OverparamSection, teacher: "PreTrainedModel", blocks: dict[int, int]
 ) -> bool:
     """True when some chain has teacher tensors beside it, as `teacher_factors` finds them."""
-    for item in wanted:
-        matrix, _, part = item.key[1].partition(".")
-        if item.key[0] not in blocks:
+    for place, shape in wanted:
+        if place.key[0] not in blocks:
             continue
-        if part:
+        if place.factor:
             # A teacher's matrix is split at the student's rank, so that its factors have the same shapes.
             return True
-        weight = _teacher_weight(teacher, blocks[item.key[0]], matrix, part, item.linear, {})
-        if weight is not None and _teacher_shape(weight, item.shape, section) is not None:
+        weight = _teacher_weight(teacher, blocks[place.key[0]], place.matrix.name, "", 0, {})
+        if weight is not None and _teacher_shape(weight, shape, section) is not None:
             return True
     return False
 
@@ -213,30 +244,34 @@ def overparameterise(model: "PreTrainedModel", section: OverparamSection) -> Ove
     before = count_parameters(model)
     wanted, skipped = _wanted(model, section)
     holders = _holders(model)
-    ours = {id(item.linear) for item in wanted}
+    # As they are before any fused module is split.
+    layers = [place.layer for place, _ in wanted]
+    weights = [layer.weight for layer in layers]
+    ours = {id(layer) for layer, (place, _) in zip(layers, wanted, strict=True) if not place.matrix.is_fused}
     rows: list[MatrixReport] = []
-    first: dict[int, _Wanted] = {}
-    for item in wanted:
-        if holders[id(item.weight)] - ours:
-            skipped.append(f"{item.name} (shared with another part of the model)")
-        elif id(item.weight) in first:
-            source = first[id(item.weight)]
-            if item.linear is not source.linear:
-                _share(item.linear, source.linear)
-            skipped.append(f"{item.name} (shares the chain of {source.name})")
+    first: dict[int, _Place] = {}
+    for (place, shape), layer, weight in zip(wanted, layers, weights, strict=True):
+        if holders[id(weight)] - ours - {id(layer)}:
+            skipped.append(f"{place.name} (shared with another part of the model)")
+        elif id(weight) in first:
+            source = first[id(weight)]
+            if layer is not source.layer:
+                _share(layer, source.layer)
+            skipped.append(f"{place.name} (shares the chain of {source.name})")
         else:
-            first[id(item.weight)] = item
-            shape = item.shape
-            _attach(item.linear, MPOWeight(shape, section.gauge, section.svd_dtype))
+            alone = place.alone()
+            if alone is layer:
+                first[id(weight)] = place
+            _attach(alone, MPOWeight(shape, section.gauge, section.svd_dtype))
             rows.append(
                 MatrixReport(
-                    block=item.key[0],
-                    matrix=item.key[1],
+                    block=place.key[0],
+                    matrix=place.key[1],
                     shape=shape.matrix,
                     out_factors=shape.out_factors,
                     in_factors=shape.in_factors,
                     bonds=shape.bond_dims(),
-                    dense=item.weight.numel(),
+                    dense=math.prod(shape.matrix),
                     chain=shape.parameter_count(),
                 )
             )
@@ -278,6 +313,7 @@ def contract_model(model: "PreTrainedModel", *, check: bool = True) -> ContractR
         )
         # Layers that shared a chain share the plain weight again.
         plain[id(chain)] = _detach(module, plain.get(id(chain)))
+    merge_split(model)
     difference = None
     if reference is not None:
         difference = float((probe(model) - reference).abs().max())
@@ -361,8 +397,9 @@ def teacher_factors(
         chain = chain_of(linear)
         if chain is None:
             continue
-        matrix, _, part = name.partition(".")
-        weight = _teacher_weight(teacher, blocks.get(layer), matrix, part, linear, splits)
+        matrix, _, factor = name.partition(".")
+        rank = linear.out_features if factor == "down" else linear.in_features
+        weight = _teacher_weight(teacher, blocks.get(layer), matrix, factor, rank, splits)
         shape = _teacher_shape(weight, chain.shape, section) if weight is not None else None
         if weight is None or shape is None:
             skipped.append(f"{layer}.{name}")
@@ -396,23 +433,23 @@ def _teacher_weight(
     teacher: "PreTrainedModel",
     layer: int | None,
     matrix: str,
-    part: str,
-    linear: nn.Linear,
+    factor: str,
+    rank: int,
     splits: dict[tuple[int, str, int], tuple[Tensor, Tensor]],
 ) -> Tensor | None:
-    if layer is None:
+    """Return the teacher's matrix, or the factor of it that has the student's rank; None where there is none."""
+    if layer is None or matrix not in family_of(teacher.config).matrices:
         return None
-    module = block_matrix(teacher, layer, matrix)
-    if not part:
-        return module.merged().weight if isinstance(module, LowRankLinear) else module.weight  # type: ignore[return-value]
+    found = block_matrix(teacher, layer, matrix)
+    module = found.module
+    if not factor:
+        return module.merged().weight if isinstance(module, LowRankLinear) else found.weight
     if isinstance(module, LowRankLinear):
-        return getattr(module, part).weight
-    assert isinstance(module, nn.Linear)
-    rank = linear.out_features if part == "down" else linear.in_features
-    if rank > min(module.weight.shape):
+        return getattr(module, factor).weight
+    if rank > min(found.weight.shape):
         return None
     key = (layer, matrix, rank)
     if key not in splits:
-        splits[key] = svd_factors(module.weight.detach(), rank)
+        splits[key] = svd_factors(found.weight.detach(), rank)
     up, down = splits[key]
-    return down if part == "down" else up
+    return down if factor == "down" else up

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kdcli.models.finite import check_finite
+from kdcli.models.shape import longest_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -14,8 +15,7 @@ if TYPE_CHECKING:
 def probe_batch(model: "PreTrainedModel") -> dict[str, Tensor]:
     """Return a small random batch (4 x 16 tokens, the last rows padded) that any model of its kind takes."""
     generator = torch.Generator().manual_seed(0)
-    # RoBERTa's positions start at 2.
-    length = min(16, getattr(model.config, "max_position_embeddings", 18) - 2)
+    length = min(16, longest_input(model.config) or 16)
     ids = torch.randint(5, model.config.vocab_size, (4, length), generator=generator)
     mask = torch.ones_like(ids)
     mask[2:, -(length // 3) :] = 0

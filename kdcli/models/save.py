@@ -10,6 +10,7 @@ from torch import nn
 
 from kdcli.errors import RunError
 from kdcli.models.checkpoint import KDCLI_MODEL_TYPE, LOCAL
+from kdcli.models.fused import SplitLinear
 from kdcli.models.inputs import INPUTS, inputs_of
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
 from kdcli.models.quiet import quiet_transformers
@@ -26,6 +27,13 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
     structure: dict[str, Any] = {}
     low_rank = {name: m.rank for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
     embeddings = {name: m.rank for name, m in model.named_modules() if isinstance(m, LowRankEmbedding)}
+    split = {
+        name: [part for part, _ in m.named_children()]
+        for name, m in model.named_modules()
+        if isinstance(m, SplitLinear)
+    }
+    if split:
+        structure["split"] = split
     if low_rank:
         structure["low_rank"] = low_rank
     if embeddings:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdcli.errors import InputError
-from kdcli.models.families import FAMILIES
+from kdcli.models import families
 from kdcli.models.heads import HEADS
+from kdcli.models.sizes import check_heads
 from kdcli.recipe.schema import ScratchSection
 
 if TYPE_CHECKING:
@@ -23,9 +24,10 @@ SPECIAL = {
 }
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, padding: int = 0) -> Any:
     """Return a lower-casing WordPiece tokenizer of at most `vocab_size` tokens, made from `texts`.
 
+    padding: the id of the padding token, 0 to 4.
     The vocabulary is every character, alone and as a continuation, and the most frequent words; ties are
     broken by the alphabet. (The library's own trainer breaks them by chance: no two runs would agree.)
     """
@@ -35,7 +37,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
     characters = sorted({character for word in words for character in word})
-    pieces = [*SPECIAL.values(), *characters, *(f"##{character}" for character in characters)]
+    special = [token for token in SPECIAL.values() if token != SPECIAL["pad_token"]]
+    special.insert(padding, SPECIAL["pad_token"])
+    pieces = [*special, *characters, *(f"##{character}" for character in characters)]
     frequent = sorted(words, key=lambda word: (-words[word], word))
     room = max(0, vocab_size - len(pieces))
     pieces = list(dict.fromkeys([*pieces, *[w for w in frequent if len(w) > 1][:room]]))
@@ -74,39 +78,33 @@ def build_scratch(
     import transformers
     from transformers import AutoConfig
 
-    if section.family not in FAMILIES:
-        raise InputError(
-            f"unknown family {section.family!r}; known are {', '.join(sorted(FAMILIES))}",
-            where="teacher.scratch.family",
-        )
+    family = families.get(section.family, where="teacher.scratch.family")
     if section.hidden_size % section.heads:
         raise InputError(
             f"hidden_size {section.hidden_size} is not divisible by {section.heads} heads",
             where="teacher.scratch.heads",
         )
-    anatomy = FAMILIES[section.family]
-    tokenizer = train_tokenizer(texts, section.vocab_size)
-    sizes = {
-        anatomy.layers: section.layers,
-        anatomy.hidden: section.hidden_size,
-        anatomy.heads: section.heads,
-        anatomy.intermediate: section.intermediate_size,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 512 if section.family not in ("roberta", "xlm-roberta") else 514,
+    check_heads(family, section.hidden_size, section.heads, "teacher.scratch.heads")
+    tokenizer = train_tokenizer(texts, section.vocab_size, padding=family.padding or 0)
+    names = family.sizes
+    sizes: dict[str, Any] = {
+        **family.scratch,
+        names.layers: section.layers,
+        names.hidden: section.hidden_size,
+        names.heads: section.heads,
+        names.intermediate: section.intermediate_size,
+        names.vocabulary: len(tokenizer),
+        names.positions: 512 if family.first_position == "zero" else 514,
         "pad_token_id": tokenizer.pad_token_id,
         "num_labels": num_labels,
     }
-    if section.family == "deberta-v2":
-        sizes |= {"type_vocab_size": 2, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    if names.embedding is not None:
+        sizes[names.embedding] = section.hidden_size
     if label_names is not None:
         sizes["id2label"] = dict(enumerate(label_names))
         sizes["label2id"] = {name: i for i, name in enumerate(label_names)}
     if problem_type is not None:
         sizes["problem_type"] = problem_type
-    if section.family in ("roberta", "xlm-roberta"):
-        sizes["type_vocab_size"] = 2
-    if section.family == "electra":
-        sizes["embedding_size"] = section.hidden_size
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(section.family, **sizes)
+    config = AutoConfig.for_model(family.name, **sizes)
     return getattr(transformers, HEADS[head]).from_config(config).eval(), tokenizer

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kdcli.errors import InputError
-from kdcli.models.families import anatomy_of
+from kdcli.models.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -26,24 +26,27 @@ class ModelShape:
 
 def longest_input(config: "PretrainedConfig") -> int | None:
     """Return how many tokens a model has positions for; None where it needs none of its own."""
-    if not getattr(config, "position_biased_input", True):
+    family = family_of(config)
+    if family.positions_if is not None and not getattr(config, family.positions_if):
         return None
-    # RoBERTa counts positions from the padding token's id on.
-    skipped = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
-    return config.max_position_embeddings - skipped
+    positions = getattr(config, family.sizes.positions)
+    if family.first_position == "zero":
+        return positions
+    return positions - 1 - (config.pad_token_id if family.padding is None else family.padding)
 
 
 def shape_of(config: "PretrainedConfig") -> ModelShape:
     """Return the sizes that a configuration says. Raises InputError for an unknown family."""
-    anatomy = anatomy_of(config)
+    family = family_of(config)
+    names = family.sizes
     return ModelShape(
-        family=anatomy.family,
-        layers=getattr(config, anatomy.layers),
-        hidden=getattr(config, anatomy.hidden),
-        heads=getattr(config, anatomy.heads),
-        intermediate=getattr(config, anatomy.intermediate),
-        vocab=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        family=family.name,
+        layers=getattr(config, names.layers),
+        hidden=getattr(config, names.hidden),
+        heads=getattr(config, names.heads),
+        intermediate=getattr(config, names.intermediate),
+        vocab=getattr(config, names.vocabulary),
+        max_positions=getattr(config, names.positions),
     )
 
 

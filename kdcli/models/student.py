@@ -11,13 +11,15 @@ from torch import nn
 from kdcli.errors import InputError
 from kdcli.models.blocks import blocks_of
 from kdcli.models.classes import check_single_label, class_names_of, equal_names, reorder_classes
-from kdcli.models.families import anatomy_of
+from kdcli.models.families import Family, family_of
 from kdcli.models.finite import check_numbers
+from kdcli.models.fused import SplitLinear
 from kdcli.models.heads import head_of
 from kdcli.models.load import has_head, load_model, without_pooler
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, factorise
 from kdcli.models.save import stored_type
 from kdcli.models.shape import shape_of
+from kdcli.models.sizes import check_heads
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.tasks.labels import listed, matching_order, note_of_order
 from kdcli.words import counted
@@ -57,7 +59,9 @@ def _build(
 ) -> StudentBuild:
     torch.manual_seed(seed)
     reads = section.form in ("depth", "low-rank") or (section.form == "width" and section.init != "random")
-    if reads and any(isinstance(module, LowRankLinear | LowRankEmbedding) for module in teacher.modules()):
+    if reads and any(
+        isinstance(module, LowRankLinear | LowRankEmbedding | SplitLinear) for module in teacher.modules()
+    ):
         raise InputError(
             f"a {section.form} student takes its weights from whole matrices, and the teacher's are low-rank factors",
             where="student.form",
@@ -107,32 +111,45 @@ def chosen_layers(section: StudentSection, depth: int) -> list[int]:
 
 
 def _depth(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
-    depth = shape_of(teacher.config).layers
+    depth, family = shape_of(teacher.config).layers, family_of(teacher.config)
     layers = chosen_layers(section, depth)
     config = copy.deepcopy(teacher.config)
-    setattr(config, anatomy_of(config).layers, len(layers))
+    _set_blocks(config, family, layers)
     student = _empty_like(teacher, config)
-    kept = {layer: number for number, layer in enumerate(layers)}
-    prefix = _blocks_prefix(teacher)
-    state = {}
-    for key, value in teacher.state_dict().items():
-        if key.startswith(prefix):
-            layer, rest = key[len(prefix) :].split(".", 1)
-            if int(layer) in kept:
-                state[f"{prefix}{kept[int(layer)]}.{rest}"] = value
-        else:
-            state[key] = value
-    student.load_state_dict(state, strict=True)
+    if family.repeated:
+        student.load_state_dict(teacher.state_dict())
+        notes = [f"the teacher's one block, run {counted(len(layers), 'time')} instead of {depth}"]
+    else:
+        prefix, source = _blocks_prefix(teacher), teacher.state_dict()
+        student.load_state_dict({key: source[_origin(key, prefix, layers)] for key in student.state_dict()})
+        notes = [f"blocks {', '.join(map(str, layers))} of the teacher's {depth} (from 0)"]
+        if family.first_only and layers[0] != 0:
+            notes.append(f"without the {', '.join(family.first_only)} of block {layers[0]}: no first block has one")
     if section.init == "random":
         for module in blocks_of(student).modules():
             _reset(student, module)
-    names = ", ".join(map(str, layers))
-    return StudentBuild(student.eval(), "depth", layers, [f"blocks {names} of the teacher's {depth} (from 0)"])
+    return StudentBuild(student.eval(), "depth", layers, notes)
+
+
+def _set_blocks(config: "PretrainedConfig", family: Family, layers: list[int]) -> None:
+    """Give a configuration as many blocks as `layers` names (from 0), each with that block's own settings."""
+    for name in family.sizes.by_block:
+        settings = getattr(config, name)
+        setattr(config, name, [settings[layer] for layer in layers])
+    setattr(config, family.sizes.layers, len(layers))
+
+
+def _origin(key: str, prefix: str, layers: list[int]) -> str:
+    """Return the teacher's name for a student's tensor, whose block m is the teacher's block `layers[m]`."""
+    if not key.startswith(prefix):
+        return key
+    layer, rest = key[len(prefix) :].split(".", 1)
+    return f"{prefix}{layers[int(layer)]}.{rest}"
 
 
 def _blocks_prefix(model: "PreTrainedModel") -> str:
     body = "" if model.base_model is model else model.base_model_prefix + "."
-    return f"{body}{anatomy_of(model.config).blocks}."
+    return f"{body}{family_of(model.config).blocks}."
 
 
 def _empty_like(model: "PreTrainedModel", config: Any) -> "PreTrainedModel":
@@ -150,7 +167,7 @@ def _reset(model: "PreTrainedModel", module: nn.Module) -> None:
 
 
 def _width(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
-    shape, anatomy = shape_of(teacher.config), anatomy_of(teacher.config)
+    shape, family = shape_of(teacher.config), family_of(teacher.config)
     hidden = section.hidden_size or shape.hidden
     head_size = shape.hidden // shape.heads
     heads = section.heads or (hidden // head_size if hidden % head_size == 0 else shape.heads)
@@ -161,49 +178,48 @@ def _width(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
             where="student.heads",
             hint=f"use {counted(min(fitting, key=lambda h: abs(h - heads)), 'head')}",
         )
+    check_heads(family, hidden, heads, "student.heads")
     layers = section.layers if section.layers is not None else shape.layers
     if isinstance(layers, list):
         raise InputError("a width student takes a number of layers, not a list", where="student.layers")
     intermediate = section.intermediate_size or round(shape.intermediate * hidden / shape.hidden)
-    config = copy.deepcopy(teacher.config)
-    for name, value in (
-        (anatomy.hidden, hidden),
-        (anatomy.heads, heads),
-        (anatomy.intermediate, intermediate),
-        (anatomy.layers, layers),
-    ):
+    kept = chosen_layers(StudentSection(form="depth", layers=min(layers, shape.layers)), shape.layers)
+    config, names = copy.deepcopy(teacher.config), family.sizes
+    _set_blocks(config, family, [*kept, *(layer % shape.layers for layer in range(shape.layers, layers))])
+    for name, value in ((names.hidden, hidden), (names.heads, heads), (names.intermediate, intermediate)):
         setattr(config, name, value)
-    if getattr(config, "pooler_hidden_size", None) is not None:
-        config.pooler_hidden_size = hidden
     # Where embeddings are as wide as the blocks, no random projection may come between them in the student.
-    if getattr(config, "embedding_size", None) == shape.hidden:
-        config.embedding_size = hidden
+    if names.embedding is not None and getattr(config, names.embedding) == shape.hidden:
+        setattr(config, names.embedding, hidden)
+    for name in names.as_hidden:
+        setattr(config, name, hidden)
     student = _empty_like(teacher, config)
     notes = [f"{counted(layers, 'block')}, width {hidden}, {counted(heads, 'head')}, feed-forward width {intermediate}"]
-    kept = None
-    if section.init != "random":
-        kept = chosen_layers(StudentSection(form="depth", layers=min(layers, shape.layers)), shape.layers)
-        _slice_into(teacher, student, kept)
-        notes.append("initialised with leading slices of the teacher's weights")
+    if section.init == "random":
+        return StudentBuild(student.eval(), "width", None, notes)
+    _slice_into(teacher, student, kept)
+    notes.append("initialised with leading slices of the teacher's weights")
     return StudentBuild(student.eval(), "width", kept, notes)
 
 
 def _slice_into(teacher: "PreTrainedModel", student: "PreTrainedModel", kept: list[int]) -> None:
-    prefix = _blocks_prefix(teacher)
+    prefix, family = _blocks_prefix(teacher), family_of(teacher.config)
     source = teacher.state_dict()
+    parts = {matrix.path: matrix.parts for matrix in family.matrices.values()}
+    copied = range(1 if family.repeated else len(kept))
     with torch.no_grad():
         for key, target in student.state_dict().items():
-            name = key
-            if key.startswith(prefix):
-                layer, rest = key[len(prefix) :].split(".", 1)
-                if int(layer) >= len(kept):
-                    continue
-                name = f"{prefix}{kept[int(layer)]}.{rest}"
-            value = source.get(name)
+            inside = key.startswith(prefix)
+            if inside and int(key[len(prefix) :].split(".", 1)[0]) not in copied:
+                continue
+            value = source.get(key if family.repeated else _origin(key, prefix, kept))
             if value is None or not target.is_floating_point() or value.ndim != target.ndim:
                 continue
-            window = tuple(slice(0, min(a, b)) for a, b in zip(target.shape, value.shape, strict=True))
-            target[window].copy_(value[window])
+            path = key[len(prefix) :].partition(".")[2].rpartition(".")[0] if inside else ""
+            shares = (tensor.chunk(parts.get(path, 1)) for tensor in (target, value))
+            for own, given in zip(*shares, strict=True):
+                window = tuple(slice(0, min(a, b)) for a, b in zip(own.shape, given.shape, strict=True))
+                own[window].copy_(given[window])
 
 
 def _checkpoint(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:

@@ -1,23 +1,28 @@
 """The attention objective: where heads look."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from kdcli.objectives.base import Objective, masked_log_softmax, own_keys, token_mean
+from kdcli.objectives.base import Objective, common_window, masked_log_softmax, own_keys, token_mean
 from kdcli.signals import Signals, Wants
 
 
 def attention_kl(
-    student_scores: Tensor, teacher_scores: Tensor, mask: Tensor, segments: Tensor | None = None
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    mask: Tensor,
+    segments: Tensor | None = None,
+    window: Tensor | None = None,
 ) -> Tensor:
     """Return KL(teacher || student) of attention rows, mean over heads, real queries and examples.
 
     student_scores, teacher_scores: (batch, heads, seq, seq), before softmax and mask; mask: (batch, seq). With
     `segments`, (batch, seq), a row is a distribution over the tokens of its own segment, although the models
-    themselves attend over all. Source: MiniLM (Wang et al. 2020), eq. 5.
+    themselves attend over all; with `window`, (batch, 1, seq, seq), over those that both attend to.
+    Source: MiniLM (Wang et al. 2020), eq. 5.
     """
-    own = own_keys(mask, segments)
+    own = own_keys(mask, segments, window)
     student = masked_log_softmax(student_scores, own)
     teacher = masked_log_softmax(teacher_scores.detach(), own)
     keys = own.to(student.dtype)
@@ -26,16 +31,27 @@ def attention_kl(
 
 
 def attention_mse(
-    student_scores: Tensor, teacher_scores: Tensor, mask: Tensor, segments: Tensor | None = None
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    mask: Tensor,
+    segments: Tensor | None = None,
+    window: Tensor | None = None,
 ) -> Tensor:
     """Return the squared difference of attention scores over heads, each real query's keys, and queries.
 
     Padded entries count as equal and are not in the mean, unlike in the released code; with `segments`, (batch, seq),
-    neither are pairs of tokens of different segments. Source: TinyBERT (Jiao et al. 2020), eq. 7.
+    neither are pairs of tokens of different segments; with `window`, (batch, 1, seq, seq), nor those outside it.
+    Source: TinyBERT (Jiao et al. 2020), eq. 7.
     """
-    keys = own_keys(mask, segments).to(student_scores.dtype)
+    keys = own_keys(mask, segments, window).to(student_scores.dtype)
     difference = ((student_scores - teacher_scores.detach()) * keys).square().sum(-1) / keys.sum(-1).clamp(min=1)
     return token_mean(difference.mean(1), mask)
+
+
+def attention_wants(layers: Iterable[int]) -> Wants:
+    """Return the request for what the attention maps of these blocks are made of."""
+    layers = frozenset(layers)
+    return Wants(matrices=frozenset((layer, name) for layer in layers for name in ("query", "key")), attention=layers)
 
 
 class AttentionObjective(Objective):
@@ -50,14 +66,20 @@ class AttentionObjective(Objective):
         self.measure = attention_kl if measure == "kl" else attention_mse
 
     def student_wants(self) -> Wants:
-        return Wants(matrices=frozenset((s, n) for s, _ in self.pairs for n in ("query", "key")))
+        return attention_wants(s for s, _ in self.pairs)
 
     def teacher_wants(self) -> Wants:
-        return Wants(matrices=frozenset((t, n) for _, t in self.pairs for n in ("query", "key")))
+        return attention_wants(t for _, t in self.pairs)
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         terms = [
-            self.measure(student.attention_scores(s), teacher.attention_scores(t), student.mask, student.segments)
+            self.measure(
+                student.attention_scores(s),
+                teacher.attention_scores(t),
+                student.mask,
+                student.segments,
+                common_window((student, [s]), (teacher, [t])),
+            )
             for s, t in self.pairs
         ]
         return sum(terms[1:], terms[0]) / len(terms)

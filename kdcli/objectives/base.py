@@ -1,6 +1,6 @@
 """What an objective sees: the signals of a forward pass, and what it asks a forward pass to capture."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +45,25 @@ def token_mean(values: Tensor, mask: Tensor) -> Tensor:
     return example_mean(values, mask).mean()
 
 
-def own_keys(mask: Tensor, segments: Tensor | None = None) -> Tensor:
-    """Return the keys that a row of scores is about: real ones, of the row's own segment. Boolean.
+def own_keys(mask: Tensor, segments: Tensor | None = None, window: Tensor | None = None) -> Tensor:
+    """Return the keys that a row of scores is about: real ones, of the row's own segment and window. Boolean.
 
-    mask, segments: (batch, seq); the result is (batch, 1, seq, seq), or (batch, 1, 1, seq) without segments.
+    mask, segments: (batch, seq); window: (batch, 1, seq, seq), see `common_window`. The result is
+    (batch, 1, seq, seq), or (batch, 1, 1, seq) without segments and window.
     """
     keys = (mask != 0)[:, None, None, :]
-    if segments is None:
-        return keys
-    return keys & (segments[:, None, :, None] == segments[:, None, None, :])
+    if segments is not None:
+        keys = keys & (segments[:, None, :, None] == segments[:, None, None, :])
+    return keys if window is None else keys & window
+
+
+def common_window(*sides: tuple[Signals, Iterable[int]]) -> Tensor | None:
+    """Return the keys that all of these blocks attend to, (batch, 1, seq, seq); None where these are all real tokens.
+
+    sides: the signals of a model, and its blocks.
+    """
+    windows = [signals.windows[layer] for signals, layers in sides for layer in layers if layer in signals.windows]
+    return torch.stack(windows).all(0) if windows else None
 
 
 def key_bias(keys: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,18 +1,21 @@
 """The relation objective: how tokens relate to each other within queries, keys and values (MiniLM, MiniLMv2)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kdcli.objectives.base import Objective, key_bias, own_keys
+from kdcli.objectives.base import Objective, common_window, key_bias, own_keys
 from kdcli.objectives.hidden import token_mse
 from kdcli.signals import Signals, Wants
 
 Relation = tuple[str, str]
 """(rows, columns): names of two projections; ("value", "value") is MiniLM's value relation."""
+
+ATTENTION: Relation = ("query", "key")
+"""The relation that attention is made of."""
 
 SELF_RELATIONS: dict[Relation, float] = {(name, name): 1.0 for name in ("query", "key", "value")}
 """MiniLMv2's choice: Q-Q, K-K and V-V, all of weight 1."""
@@ -53,10 +56,11 @@ class _RelationKL(torch.autograd.Function):
         mask: Tensor,
         chunk: int,
         segments: Tensor | None = None,
+        window: Tensor | None = None,
     ) -> Tensor:
         batch, heads, _, size = queries.shape
         scale, teacher_scale = size**-0.5, teacher_queries.shape[-1] ** -0.5
-        bias = key_bias(own_keys(mask, segments), torch.float32)
+        bias = key_bias(own_keys(mask, segments, window), torch.float32)
         real = mask.float()
         weight = (real / real.sum(-1, keepdim=True).clamp(min=1.0) / (batch * heads))[:, None, :, None]
         differentiate = any(ctx.needs_input_grad[:2])
@@ -86,7 +90,7 @@ class _RelationKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query_gradient, key_gradient = ctx.saved_tensors
-        return gradient * query_gradient, gradient * key_gradient, None, None, None, None, None
+        return gradient * query_gradient, gradient * key_gradient, None, None, None, None, None, None
 
 
 def relation_kl(
@@ -98,6 +102,7 @@ def relation_kl(
     student_columns: Tensor | None = None,
     teacher_columns: Tensor | None = None,
     segments: Tensor | None = None,
+    window: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """Return KL(teacher || student) of relation matrices, mean over relation heads, real rows and examples.
@@ -105,6 +110,7 @@ def relation_kl(
     A relation matrix is softmax(X Y^T / sqrt(d_r)) over real keys: X are `student` or `teacher`, (batch, seq, width)
     with all heads side by side, split again into `heads` pieces of width d_r; Y are the `..._columns`, by default X.
     Widths may differ, but `heads` must divide both: else ValueError. `chunk` heads are worked on at a time.
+    `window`, (batch, 1, seq, seq): the keys of each row, where the relation is attention within a window.
     With `segments`, (batch, seq), a row runs over the keys of its own segment: how a token relates to one that
     happens to be packed beside it is nothing to learn. The models themselves attend over all tokens of a block, as
     they were pre-trained to.
@@ -116,7 +122,7 @@ def relation_kl(
     batch, seq = mask.shape
     most = CACHED_ELEMENTS if mask.device.type == "cpu" else CHUNK_ELEMENTS
     chunk = chunk or max(1, most // (batch * seq * seq))
-    return _RelationKL.apply(rows, columns, teacher_rows, targets, mask, chunk, segments)
+    return _RelationKL.apply(rows, columns, teacher_rows, targets, mask, chunk, segments, window)
 
 
 class RelationObjective(Objective):
@@ -140,11 +146,18 @@ class RelationObjective(Objective):
         self.names = sorted({name for relation in self.relations for name in relation})
         self.heads = heads
 
+    def _wants(self, layers: Iterable[int]) -> Wants:
+        layers = frozenset(layers)
+        return Wants(
+            matrices=frozenset((layer, name) for layer in layers for name in self.names),
+            attention=layers if ATTENTION in self.relations else frozenset(),
+        )
+
     def student_wants(self) -> Wants:
-        return Wants(matrices=frozenset((s, n) for s, _ in self.pairs for n in self.names))
+        return self._wants(s for s, _ in self.pairs)
 
     def teacher_wants(self) -> Wants:
-        return Wants(matrices=frozenset((t, n) for _, t in self.pairs for n in self.names))
+        return self._wants(t for _, t in self.pairs)
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         if self.heads is None and student.heads != teacher.heads:
@@ -155,6 +168,7 @@ class RelationObjective(Objective):
         for s, t in self.pairs:
             for (rows, columns), weight in self.relations.items():
                 same = rows == columns
+                window = common_window((student, [s]), (teacher, [t])) if (rows, columns) == ATTENTION else None
                 total = total + weight * relation_kl(
                     student.matrices[(s, rows)],
                     teacher.matrices[(t, rows)],
@@ -163,6 +177,7 @@ class RelationObjective(Objective):
                     student_columns=None if same else student.matrices[(s, columns)],
                     teacher_columns=None if same else teacher.matrices[(t, columns)],
                     segments=student.segments,
+                    window=window,
                 )
         return total / len(self.pairs)
 

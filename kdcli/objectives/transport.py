@@ -7,8 +7,8 @@ import torch
 from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor, nn
 
-from kdcli.objectives.attention import attention_mse
-from kdcli.objectives.base import Objective, own_keys
+from kdcli.objectives.attention import attention_mse, attention_wants
+from kdcli.objectives.base import Objective, common_window, own_keys
 from kdcli.objectives.hidden import token_mse
 from kdcli.signals import Signals, Wants
 
@@ -60,20 +60,27 @@ def cheap_weights(paid: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return inverse / inverse.sum()
 
 
-def layer_costs(student: list[Tensor], teacher: list[Tensor], mask: Tensor, segments: Tensor | None = None) -> Tensor:
+def layer_costs(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    mask: Tensor,
+    segments: Tensor | None = None,
+    window: Tensor | None = None,
+) -> Tensor:
     """Return the mean squared difference (n, N) of each student and each teacher layer, without gradient.
 
-    student, teacher: one tensor a layer, (batch, seq, width) or (batch, heads, seq, seq); mask, segments: (batch, seq).
+    student, teacher: one tensor a layer, (batch, seq, width) or (batch, heads, seq, seq); mask, segments: (batch, seq);
+    window: (batch, 1, seq, seq), the pairs of tokens that scores are compared at.
     Means run over real tokens (pairs of them in scores), then over examples, as in `token_mse` and `attention_mse`.
     """
     real = mask.to(torch.float32)
     count = real.sum(-1).clamp(min=1.0)
     scale: Tensor | None = None
     if student[0].ndim == 4:
-        keys = own_keys(mask, segments)
+        keys = own_keys(mask, segments, window)
         padded = ~keys | (mask == 0)[:, None, :, None]
         size = count.square() * student[0].shape[1]
-        if segments is not None:
+        if segments is not None or window is not None:
             # Rows weigh the same, however many keys each of them has.
             scale = (count[:, None, None, None] / keys.sum(-1, keepdim=True).clamp(min=1)).sqrt()[:, None]
     else:
@@ -128,10 +135,8 @@ class EMDObjective(Objective):
 
     def _wants(self, depth: int) -> Wants:
         layers = range(1, depth + 1)
-        return Wants(
-            hidden=frozenset(layers if "hidden" in self.kinds else ()),
-            matrices=frozenset((x, n) for x in layers for n in ("query", "key") if "attention" in self.kinds),
-        )
+        hidden = Wants(hidden=frozenset(layers if "hidden" in self.kinds else ()))
+        return hidden | attention_wants(layers if "attention" in self.kinds else ())
 
     def student_wants(self) -> Wants:
         return self._wants(self.depths[0])
@@ -156,7 +161,10 @@ class EMDObjective(Objective):
             others = [x.detach() for x in self._layers(teacher, self.depths[1], kind)]
             if kind == "hidden" and self.bridge is not None:
                 own = [self.bridge(x) for x in own]
-            extra = (student.segments,) if kind == "attention" else ()
+            extra: tuple[Tensor | None, ...] = ()
+            if kind == "attention":
+                sides = ((student, range(1, self.depths[0] + 1)), (teacher, range(1, self.depths[1] + 1)))
+                extra = (student.segments, common_window(*sides))
             cost = layer_costs(own, others, student.mask, *extra).double().cpu().numpy()
             flow = transport_plan(cost, supply, demand)
             measure = attention_mse if kind == "attention" else token_mse

@@ -13,7 +13,7 @@ TABLE = {
 }  # fmt: skip
 """Published factor pairs (OPDF, appendix) and the ones that continue their pattern."""
 
-TARGETS = {"attention": ("query", "key", "value", "attention_output"), "ffn": ("ffn_in", "ffn_out")}
+TARGETS = {"attention": ("query", "key", "value", "attention_output"), "ffn": ("ffn_in", "ffn_gate", "ffn_out")}
 """The matrices of a block that each of `overparam.targets` means."""
 
 

@@ -1,6 +1,7 @@
 """Capturing signals from a forward pass: hooks on the modules that some objective asks for, and on no others."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -8,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kdcli.models.blocks import block_matrix, blocks_of, body_of, embeddings_of
+from kdcli.models.blocks import block_matrix, block_of, body_of, embeddings_of, hidden_module
+from kdcli.models.families import family_of
 from kdcli.models.inputs import model_inputs
 from kdcli.models.overparam import linears_of
 from kdcli.models.shape import shape_of
 from kdcli.signals import MatrixKey, Prediction, Signals, Wants
 from kdcli.tensors.parametrization import chain_of, tensors_of
+from kdcli.training.attention import noting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +30,10 @@ class _HeardEnough(Exception):
 
 def _tensor(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _as_it_is(output: Tensor) -> Tensor:
+    return output
 
 
 class Capture:
@@ -52,27 +59,56 @@ class Capture:
         self._may_stop = False
         self._hidden: dict[int, Tensor] = {}
         self._matrices: dict[MatrixKey, Tensor] = {}
+        self._windows: dict[int, Tensor] = {}
+        self._calls: Counter[nn.Module] = Counter()
+        self._outputs: dict[nn.Module, dict[int, list[Any]]] = {}
+        self._projections: dict[nn.Module, dict[int, list[Any]]] = {}
         self._hooks: list[Any] = []
-        blocks = blocks_of(model)
         if wants.gradients:
             self._hooks.append(embeddings_of(model).register_forward_hook(self._make_leaf))
         layers = wants.hidden | ({0} if wants.gradients else frozenset())
-        for layer in sorted(layers):
-            module = embeddings_of(model) if layer == 0 else blocks[layer - 1]
-            self._listen_to(module, self._hidden, layer)
-        for key in sorted(wants.matrices):
-            self._listen_to(block_matrix(model, *key), self._matrices, key)
+        self._capture(layers)
         self._expected = len(layers) + len(wants.matrices)
         self._hooks.append(body_of(model).register_forward_hook(self._select_positions))
 
-    def _listen_to(self, module: nn.Module, store: dict[Any, Tensor], key: Any) -> None:
-        def listen(module: nn.Module, inputs: Any, output: Any) -> None:
-            if self._listening:
-                store[key] = _tensor(output)
-                if self._may_stop and len(self._hidden) + len(self._matrices) == self._expected:
-                    raise _HeardEnough
+    def _capture(self, layers: frozenset[int]) -> None:
+        """Prepare what is kept of which module: hidden states of these layers, and the matrices."""
+        model, family = self.model, family_of(self.model.config)
 
-        self._hooks.append(module.register_forward_hook(listen))
+        def of_call(taps: dict[nn.Module, dict[int, list[Any]]], module: nn.Module, layer: int) -> list[Any]:
+            # A block that is run L times is block l in its l-th call.
+            return taps.setdefault(module, {}).setdefault(max(layer, 1) if family.repeated else 1, [])
+
+        for layer in sorted(layers):
+            of_call(self._outputs, hidden_module(model, layer), layer).append((self._hidden, layer, _as_it_is))
+        for layer, name in sorted(self.wants.matrices):
+            if family.at_function and name in ("query", "key", "value"):
+                module = block_of(model, layer).get_submodule(family.attention_module)
+                of_call(self._projections, module, layer).append((layer, name))
+            else:
+                matrix = block_matrix(model, layer, name)
+                of_call(self._outputs, matrix.module, layer).append((self._matrices, (layer, name), matrix.of))
+        self._hooks.append(body_of(model).register_forward_pre_hook(lambda module, inputs: self._calls.clear()))
+        self._hooks += [module.register_forward_hook(self._keep_output) for module in self._outputs]
+
+    def _keep_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._listening:
+            self._calls[module] += 1
+            for store, key, part in self._outputs[module].get(self._calls[module], ()):
+                store[key] = part(_tensor(output))
+            self._end_when_complete()
+
+    def _keep_projections(self, module: nn.Module, vectors: dict[str, Tensor], window: Tensor | None) -> None:
+        self._calls[module] += 1
+        for layer, name in self._projections[module].get(self._calls[module], ()):
+            self._matrices[(layer, name)] = vectors[name]
+            if window is not None:
+                self._windows[layer] = window
+        self._end_when_complete()
+
+    def _end_when_complete(self) -> None:
+        if self._may_stop and len(self._hidden) + len(self._matrices) == self._expected:
+            raise _HeardEnough
 
     def _make_leaf(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         if not self._listening:
@@ -99,6 +135,7 @@ class Capture:
         self._positions = None
         self._hidden.clear()
         self._matrices.clear()
+        self._windows.clear()
 
     def run(self, batch: Mapping[str, Tensor]) -> Signals:
         """Run the model on `batch` and return what it said; call it inside the `with` block."""
@@ -116,6 +153,7 @@ class Capture:
             predictions=output or [],
             hidden=dict(self._hidden),
             matrices=dict(self._matrices),
+            windows=dict(self._windows),
             factors={key: tensors_of(linear) for key, linear in self.chains.items()},
             path=path,
         )
@@ -143,9 +181,12 @@ class Capture:
         self._matrices.update(heard)
         yield self._hidden[0], plain
 
-    def _kernels(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _kernels(self) -> Iterator[None]:
         # Fused attention cannot be differentiated twice.
-        return sdpa_kernel(SDPBackend.MATH) if self.wants.gradients > 1 else contextlib.nullcontext()
+        twice = sdpa_kernel(SDPBackend.MATH) if self.wants.gradients > 1 else contextlib.nullcontext()
+        with twice, noting(self.model.config, dict.fromkeys(self._projections, self._keep_projections)):
+            yield
 
     def close(self) -> None:
         """Remove all hooks."""

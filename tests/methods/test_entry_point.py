@@ -62,7 +62,7 @@ RECIPE = tiny_recipe("student", method={"name": "by-cosine", "weight": 0.25})
 def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str, str], None]]:
     """Give a function that puts a package with an entry point on the path: its name, the point, the module's text."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    registry._offered.cache_clear()
+    registry.OFFERS.forget()
 
     def put(package: str, point: str, module: str) -> None:
         (tmp_path / f"{package}.py").write_text(module)
@@ -72,7 +72,7 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         (info / "entry_points.txt").write_text(f"[kdcli.methods]\n{point} = {package}:METHOD\n")
 
     yield put
-    registry._offered.cache_clear()
+    registry.OFFERS.forget()
 
 
 Offer = Callable[[str, str, str], None]

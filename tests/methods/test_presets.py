@@ -224,11 +224,14 @@ def test_minilmv2_asks_for_three_projections_of_one_block_and_for_no_predictions
 
 def test_minilm_asks_for_the_projections_of_the_last_blocks():
     (stage,) = stages("minilm", context())
-    assert wants(stage) == (Wants(matrices=projections(6)), Wants(matrices=projections(12)))
+    assert wants(stage) == (
+        Wants(matrices=projections(6), attention=frozenset({6})),
+        Wants(matrices=projections(12), attention=frozenset({12})),
+    )
     (stage,) = stages("minilm", context(), weights={"attention": 0.0})
     assert wants(stage) == (Wants(matrices=projections(6, "v")), Wants(matrices=projections(12, "v")))
     (stage,) = stages("minilm", context(), weights={"value": 0.0})
-    assert wants(stage)[1] == Wants(matrices=projections(12, "qk"))
+    assert wants(stage)[1] == Wants(matrices=projections(12, "qk"), attention=frozenset({12}))
 
 
 def test_weights_of_zero_ask_for_nothing():
@@ -275,9 +278,9 @@ def test_the_teachers_pass_ends_at_the_block_that_minilmv2_follows(family: str):
     assert head
     runs = count_runs(
         {
-            "before": block_matrix(teacher, 2, "ffn_out"),
-            "wanted": block_matrix(teacher, 3, "query"),
-            "rest of the block": block_matrix(teacher, 3, "ffn_in"),
+            "before": block_matrix(teacher, 2, "ffn_out").module,
+            "wanted": block_matrix(teacher, 3, "query").module,
+            "rest of the block": block_matrix(teacher, 3, "ffn_in").module,
             "after": blocks_of(teacher)[3],
             "head": head[0],
         }

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import NAMES, tiny, tokenizer
+from families import NAMES, matrices, tiny, tokenizer
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
 
@@ -41,6 +41,11 @@ def block_states(model: PreTrainedModel) -> list[dict[str, Tensor]]:
 def outside(model: PreTrainedModel) -> dict[str, Tensor]:
     prefix = f"{model.base_model_prefix}.{FAMILIES[model.config.model_type].blocks}."
     return {key: value for key, value in model.state_dict().items() if not key.startswith(prefix)}
+
+
+def origins(family: str, *layers: int) -> tuple[int, ...]:
+    """The blocks in memory of the teacher's `layers` (from 0)."""
+    return (0,) if FAMILIES[family].repeated else layers
 
 
 def loads_plainly(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -125,7 +130,7 @@ def test_a_depth_student_is_a_plain_model_of_the_teachers_blocks(family: str, tm
     assert [(k, v.shape) for k, v in student.state_dict().items()] == [
         (k, v.shape) for k, v in plain.state_dict().items()
     ]
-    for block, origin in zip(block_states(student), (0, 2, 3), strict=True):
+    for block, origin in zip(block_states(student), origins(family, 0, 2, 3), strict=True):
         assert same(block, block_states(teacher)[origin])
     assert same(outside(student), outside(teacher))
     assert same(teacher.state_dict(), before) and shape_of(teacher.config).layers == 5
@@ -149,7 +154,7 @@ def test_random_blocks_of_a_depth_student_are_new_and_follow_the_seed(family: st
     other = build_student(teacher, depth(layers=2, init="random"), seed=4).model
     assert same(outside(student), outside(teacher))
     assert same(student.state_dict(), again.state_dict())
-    for block, origin, third in zip(block_states(student), (1, 3), block_states(other), strict=True):
+    for block, origin, third in zip(block_states(student), origins(family, 1, 3), block_states(other), strict=True):
         for key, value in block.items():
             if value.ndim > 1:
                 assert not torch.equal(value, block_states(teacher)[origin][key])
@@ -167,12 +172,15 @@ def test_a_width_student_starts_from_leading_slices_of_the_teacher(family: str, 
     assert (shape.layers, shape.hidden, shape.heads, shape.intermediate) == (2, 16, 2, 32)
     assert build.teacher_layers == [1, 3]
     source, prefix = teacher.state_dict(), f"{teacher.base_model_prefix}.{FAMILIES[family].blocks}."
-    compared = 0
+    fused = {matrix.path: matrix.parts for matrix in FAMILIES[family].matrices.values()}
     for key, value in student.state_dict().items():
-        name = key.replace(f"{prefix}1.", f"{prefix}3.").replace(f"{prefix}0.", f"{prefix}1.")
-        assert torch.equal(value, source[name][tuple(slice(0, size) for size in value.shape)])
-        compared += 1
-    assert compared == len(student.state_dict()) > 30
+        name = key
+        if not FAMILIES[family].repeated:
+            name = key.replace(f"{prefix}1.", f"{prefix}3.").replace(f"{prefix}0.", f"{prefix}1.")
+        parts = next((count for path, count in fused.items() if f".{path}." in key), 1)
+        for own, given in zip(value.chunk(parts), source[name].chunk(parts), strict=True):
+            assert torch.equal(own, given[tuple(slice(0, size) for size in own.shape)])
+    assert len(student.state_dict()) > 10
     assert torch.equal(probe(loads_plainly(student, tmp_path)), probe(student))
 
 
@@ -226,7 +234,7 @@ def test_a_low_rank_student_leaves_the_teacher_alone(family: str):
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     build = build_student(teacher, StudentSection(form="low-rank", rank=8), seed=0)
     assert build.teacher_layers == [0, 1]
-    assert sum(isinstance(m, LowRankLinear) for m in build.model.modules()) == 12
+    assert sum(isinstance(m, LowRankLinear) for m in build.model.modules()) == matrices(family)
     assert same(teacher.state_dict(), before)
 
 
@@ -313,3 +321,31 @@ def test_no_student_is_cut_from_low_rank_factors(section: StudentSection):
     assert caught.value.where == "student.form"
     # Sizes alone can be taken from it.
     build_student(teacher, StudentSection(form="width", hidden_size=16, init="random"), seed=0)
+
+
+def test_a_modernbert_student_takes_the_local_and_global_blocks_of_its_teacher_along():
+    teacher = tiny("modernbert", layers=7)
+    kinds = teacher.config.layer_types
+    build = build_student(teacher, depth(layers=[1, 3, 6]), seed=0)
+    assert build.model.config.layer_types == [kinds[1], kinds[3], kinds[6]]
+    assert kinds[1] == "sliding_attention" and kinds[3] == kinds[6] == "full_attention"
+    # The library's first block has no norm before its attention: the embeddings' norm is right below it.
+    assert "without the attn_norm of block 1" in build.notes[-1]
+    assert build_student(teacher, depth(layers=[0, 3]), seed=0).notes == ["blocks 0, 3 of the teacher's 7 (from 0)"]
+    deeper = build_student(teacher, width(hidden_size=16, layers=9), seed=0).model
+    assert deeper.config.layer_types == [*kinds, kinds[0], kinds[1]] and probe(deeper).isfinite().all()
+
+
+def test_an_albert_student_runs_the_same_weights_less_often():
+    teacher = tiny("albert", layers=6)
+    build = build_student(teacher, depth(layers=2), seed=0)
+    assert list(build.model.state_dict()) == list(teacher.state_dict())
+    assert same(build.model.state_dict(), teacher.state_dict())
+    assert build.notes == ["the teacher's one block, run 2 times instead of 6"]
+    assert build.teacher_layers == [2, 5] and not torch.allclose(probe(build.model), probe(teacher))
+
+
+def test_heads_that_cannot_be_rotated_are_refused():
+    with pytest.raises(InputError, match="12 heads of 3 features: ModernBERT rotates pairs") as caught:
+        build_student(tiny("modernbert"), width(hidden_size=36, heads=12), seed=0)
+    assert caught.value.where == "student.heads"

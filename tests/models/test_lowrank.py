@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModel, BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from kdcli.errors import InputError
-from kdcli.models.blocks import iter_block_matrices, set_block_matrix
+from kdcli.models.blocks import iter_block_matrices
 from kdcli.models.counts import count_parameters
 from kdcli.models.lowrank import (
     LowRankEmbedding,
@@ -22,7 +22,12 @@ from kdcli.models.lowrank import (
 from kdcli.models.overparam import overparameterise
 from kdcli.models.probe import probe
 from kdcli.recipe.schema import OverparamSection, StudentSection
+from kdcli.signals import MatrixKey
 from kdcli.tensors.factors import has_factors, nearest_ranks
+
+
+def modules_of(model: PreTrainedModel) -> dict[MatrixKey, nn.Module]:
+    return {key: matrix.module for key, matrix in iter_block_matrices(model)}
 
 
 def section(**sizes: object) -> StudentSection:
@@ -88,9 +93,10 @@ def test_a_factored_map_of_full_rank_is_the_map(bias: bool):
 def test_a_student_of_full_rank_is_the_teacher():
     teacher = tiny()
     student = copy.deepcopy(teacher)
-    for key, linear in list(iter_block_matrices(student)):
+    for _, matrix in list(iter_block_matrices(student)):
+        linear = matrix.linear()
         assert isinstance(linear, nn.Linear)
-        set_block_matrix(student, *key, LowRankLinear.from_linear(linear, min(linear.weight.shape)))
+        matrix.replace(LowRankLinear.from_linear(linear, min(linear.weight.shape)))
     assert (probe(student) - probe(teacher)).square().mean() < 1e-8
 
 
@@ -105,7 +111,7 @@ def test_totals_of_bert_base_by_rank(rank: int, total: int):
     assert count_parameters(model) == 109_482_240
     factorise(model, section(rank=rank))
     assert count_parameters(model) == total == 165_888 * rank + 119_808 + 23_837_184 + 590_592
-    for _, matrix in iter_block_matrices(model):
+    for matrix in modules_of(model).values():
         assert isinstance(matrix, LowRankLinear)
         assert matrix.up.weight.numel() + matrix.down.weight.numel() == rank * (
             matrix.in_features + matrix.out_features
@@ -120,7 +126,7 @@ def test_totals_of_bert_base_with_factored_embeddings(rank: int, embedding: int,
 
 
 def block_weights(model: PreTrainedModel) -> int:
-    return sum(p.numel() for _, matrix in iter_block_matrices(model) for p in matrix.parameters() if p.ndim > 1)
+    return sum(p.numel() for matrix in modules_of(model).values() for p in matrix.parameters() if p.ndim > 1)
 
 
 @pytest.mark.parametrize(("budget", "rank"), [(0.5, 256), (None, 256), (0.25, 128), (0.125, 64), (0.0625, 32)])
@@ -128,7 +134,7 @@ def test_a_budget_of_block_weights_gives_one_rank(budget: float | None, rank: in
     model = bert_base()
     dense = block_weights(model)
     notes = factorise(model, section(budget=budget))
-    assert {m.rank for _, m in iter_block_matrices(model) if isinstance(m, LowRankLinear)} == {rank}
+    assert {m.rank for m in modules_of(model).values() if isinstance(m, LowRankLinear)} == {rank}
     assert block_weights(model) == (budget or 0.5) * dense
     assert f"rank {rank}" in notes[-1]
 
@@ -137,7 +143,7 @@ def test_a_budget_of_block_weights_gives_one_rank(budget: float | None, rank: in
 def test_the_rank_is_the_largest_within_the_budget(budget: float):
     model = bert_base()
     dense = block_weights(model)
-    shapes = {key: (m.out_features, m.in_features) for key, m in iter_block_matrices(model)}  # type: ignore[misc]
+    shapes = {key: tuple(m.weight.shape) for key, m in iter_block_matrices(model)}
     ranks = plan_ranks(shapes, section(budget=budget), fixed_params=0)  # type: ignore[arg-type]
 
     def cost(ranks: dict) -> int:
@@ -175,7 +181,7 @@ def six_blocks() -> PreTrainedModel:
 @pytest.mark.parametrize("chains", CHAINS)
 def test_every_budget_gives_a_student_that_chains_fit_and_that_uses_the_budget_up(chains: str):
     overparam = CHAINS[chains]
-    shapes = {key: (m.out_features, m.in_features) for key, m in iter_block_matrices(six_blocks())}  # type: ignore[misc]
+    shapes = {key: tuple(m.weight.shape) for key, m in iter_block_matrices(six_blocks())}
     dense = sum(o * i for o, i in shapes.values())
     seen = set()
     for hundredth in [*range(2, 100, 5), 30, 35, 45]:
@@ -199,10 +205,10 @@ def test_every_budget_gives_a_student_that_chains_fit_and_that_uses_the_budget_u
 def test_energy_with_chains_keeps_that_share_with_the_smallest_rank_that_fits():
     overparam = OverparamSection(length=1)
     student = tiny()
-    weights = {key: m.weight.detach().clone() for key, m in iter_block_matrices(student)}  # type: ignore[union-attr]
+    weights = {key: m.weight.detach().clone() for key, m in iter_block_matrices(student)}
     factorise(student, section(energy=0.6), overparam)
     ranks = set()
-    for key, matrix in iter_block_matrices(student):
+    for key, matrix in modules_of(student).items():
         squares = torch.linalg.svdvals(weights[key].double()).square()
         least = int((squares.cumsum(0) / squares.sum() < 0.6).sum()) + 1
         if isinstance(matrix, LowRankLinear):
@@ -239,16 +245,16 @@ def test_a_total_is_kept_and_used_up(wanted: str | int):
 def test_matrices_stay_dense_where_factors_save_nothing():
     model = bert_base()
     notes = factorise(model, section(rank=400))
-    kinds = {key[1]: type(m) for key, m in iter_block_matrices(model)}
+    kinds = {key[1]: type(m) for key, m in modules_of(model).items()}
     assert kinds["query"] is nn.Linear and kinds["ffn_in"] is LowRankLinear
     assert "save nothing there: 48 matrices" in notes[-1]
 
 
 def test_energy_keeps_that_share_with_the_smallest_rank():
     model = tiny()
-    weights = {key: m.weight.detach().clone() for key, m in iter_block_matrices(model)}  # type: ignore[union-attr]
+    weights = {key: m.weight.detach().clone() for key, m in iter_block_matrices(model)}
     factorise(model, section(energy=0.6))
-    for key, matrix in iter_block_matrices(model):
+    for key, matrix in modules_of(model).items():
         squares = torch.linalg.svdvals(weights[key].double()).square()
         kept = squares.cumsum(0) / squares.sum()
         if isinstance(matrix, LowRankLinear):

@@ -39,6 +39,8 @@ def unnamed(folder: Path) -> None:
 @pytest.mark.parametrize("architectures", [True, False])
 @pytest.mark.parametrize("family", NAMES)
 def test_a_token_classifier_is_no_classifier_of_texts(family: str, architectures: bool, tmp_path: Path):
+    if family == "modernbert" and not architectures:
+        pytest.skip("its classifiers of tokens and of texts have the same weights")
     save_model(headed(family, "ForTokenClassification"), tmp_path)
     if not architectures:
         unnamed(tmp_path)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel, BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from kdcli.errors import InputError
-from kdcli.models.blocks import block_matrix, set_block_matrix
+from kdcli.models.blocks import block_matrix
 from kdcli.models.counts import count_parameters
 from kdcli.models.lowrank import LowRankLinear, factorise
 from kdcli.models.overparam import (
@@ -125,7 +125,7 @@ def test_totals_of_the_published_student(section: OverparamSection, total: int):
 def test_a_training_step_changes_the_weight_and_contraction_keeps_it(model: PreTrainedModel):
     overparameterise(model, OverparamSection(length=2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, fused=True)
-    linear = block_matrix(model, 1, "query")
+    linear = block_matrix(model, 1, "query").module
     before = linear.weight.detach().clone()  # type: ignore[union-attr, operator]
     for _ in range(3):
         model(**probe_batch(model), labels=torch.tensor([0, 1, 0, 1])).loss.backward()
@@ -135,7 +135,7 @@ def test_a_training_step_changes_the_weight_and_contraction_keeps_it(model: PreT
     assert not torch.equal(last, before)
     torch.testing.assert_close(contract(factors_of(model)[(1, "query")]), last, atol=1e-6, rtol=1e-5)
     contract_model(model)
-    assert torch.equal(block_matrix(model, 1, "query").weight, last)  # type: ignore[arg-type]
+    assert torch.equal(block_matrix(model, 1, "query").module.weight, last)  # type: ignore[arg-type]
     assert torch.equal(probe(model), logits)
 
 
@@ -172,31 +172,31 @@ def test_the_contracted_weight_has_memory_of_its_own(model: PreTrainedModel):
 
 
 def test_a_frozen_weight_stays_frozen(model: PreTrainedModel):
-    linear = block_matrix(model, 1, "key")
+    linear = block_matrix(model, 1, "key").module
     linear.weight.requires_grad_(False)  # type: ignore[union-attr, operator]
     overparameterise(model, OverparamSection())
     assert not any(t.requires_grad for t in factors_of(model)[(1, "key")])
     contract_model(model)
     assert not linear.weight.requires_grad  # type: ignore[union-attr]
-    assert block_matrix(model, 1, "query").weight.requires_grad  # type: ignore[union-attr]
+    assert block_matrix(model, 1, "query").module.weight.requires_grad  # type: ignore[union-attr]
 
 
 def test_a_shared_layer_gets_one_chain(model: PreTrainedModel):
-    shared = block_matrix(model, 1, "ffn_in")
-    set_block_matrix(model, 2, "ffn_in", shared)
+    shared = block_matrix(model, 1, "ffn_in").module
+    block_matrix(model, 2, "ffn_in").replace(shared)
     logits, count = probe(model), count_parameters(model)
     report = overparameterise(model, OverparamSection())
     assert len(report.rows) == 11 and report.skipped == ["2.ffn_in (shares the chain of 1.ffn_in)"]
     assert report.after - count == sum(row.chain - row.dense for row in report.rows)
     torch.testing.assert_close(probe(model), logits, atol=1e-4, rtol=0)
     contract_model(model)
-    assert block_matrix(model, 1, "ffn_in") is block_matrix(model, 2, "ffn_in")
+    assert block_matrix(model, 1, "ffn_in").module is block_matrix(model, 2, "ffn_in").module
     assert count_parameters(model) == count
     torch.testing.assert_close(probe(model), logits, atol=1e-4, rtol=0)
 
 
 def test_a_weight_that_two_layers_share_stays_shared(model: PreTrainedModel):
-    first, second = block_matrix(model, 1, "query"), block_matrix(model, 2, "key")
+    first, second = block_matrix(model, 1, "query").module, block_matrix(model, 2, "key").module
     assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
     second.weight = first.weight
     keys, count, logits = list(model.state_dict()), count_parameters(model), probe(model)
@@ -206,7 +206,7 @@ def test_a_weight_that_two_layers_share_stays_shared(model: PreTrainedModel):
     assert report.after - count == sum(row.chain - row.dense for row in report.rows)
 
     twin = tiny()
-    a, b = block_matrix(twin, 1, "query"), block_matrix(twin, 2, "key")
+    a, b = block_matrix(twin, 1, "query").module, block_matrix(twin, 2, "key").module
     b.weight = a.weight  # type: ignore[assignment, union-attr]
     restore_overparam(twin, json.loads(json.dumps(overparam_state(model))))
     twin.load_state_dict(model.state_dict())
@@ -220,7 +220,7 @@ def test_a_weight_that_two_layers_share_stays_shared(model: PreTrainedModel):
 
 
 def test_a_weight_that_another_part_shares_stays_dense(model: PreTrainedModel):
-    value = block_matrix(model, 1, "value")
+    value = block_matrix(model, 1, "value").module
     model.bert.pooler.dense.weight = value.weight  # type: ignore[union-attr, assignment]
     report = overparameterise(model, OverparamSection())
     assert len(report.rows) == 11 and report.skipped == ["1.value (shared with another part of the model)"]
@@ -294,9 +294,9 @@ def test_both_factors_of_a_low_rank_student_become_chains(model: PreTrainedModel
 
 def test_low_rank_factors_of_a_prime_rank_stay_dense(model: PreTrainedModel):
     student = low_rank(model, 12)
-    linear = block_matrix(model, 1, "query")
+    linear = block_matrix(model, 1, "query").module
     assert isinstance(linear, nn.Linear)
-    set_block_matrix(student, 1, "query", LowRankLinear.from_linear(linear, 13))
+    block_matrix(student, 1, "query").replace(LowRankLinear.from_linear(linear, 13))
     report = overparameterise(student, OverparamSection())
     assert len(report.rows) == 22 and len(report.skipped) == 2
     assert report.skipped[0].startswith("1.query.down (13 cannot be split")
@@ -317,7 +317,7 @@ def test_teacher_tensors_are_those_of_the_paired_block():
     assert not skipped and set(found) == set(factors_of(student))
     linears = dict(linears_of(student))
     for (layer, name), chain in found.items():
-        weight = block_matrix(teacher, 2 * layer, name).weight
+        weight = block_matrix(teacher, 2 * layer, name).module.weight
         torch.testing.assert_close(contract(chain), weight, atol=1e-5, rtol=1e-4)
         assert not any(t.requires_grad for t in chain)
         own = chain_of(linears[layer, name])

@@ -25,6 +25,7 @@ from kdcli.errors import InputError
 from kdcli.methods import registry
 from kdcli.methods.base import Context, Term
 from kdcli.models.blocks import blocks_of
+from kdcli.models.families import FAMILIES
 from kdcli.models.inputs import model_inputs
 from kdcli.models.overparam import contract_model, overparameterise
 from kdcli.models.shape import shape_of
@@ -37,14 +38,18 @@ from kdcli.tasks import registry as kinds
 from kdcli.training.schemes.theseus import Replacement, TheseusScheme, draw
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+OFF: dict[str, dict[str, Any]] = {
+    "distilbert": {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
+    "modernbert": {"attention_dropout": 0.0, "layer_types": ["full_attention"] * 4},
+}
+REPLACEABLE = [name for name in NAMES if not FAMILIES[name].repeated]
 
 
 def pair(
     family: str = "bert", depth: int = 4, layers: int = 2, **extra: Any
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Return a teacher without dropout, and a student whose blocks have moved away from its first ones."""
-    off = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0} if family == "distilbert" else STILL
-    teacher = tiny(family, layers=depth, **off, **extra)
+    teacher = tiny(family, layers=depth, **OFF.get(family, STILL), **extra)
     student = build_student(teacher, StudentSection(form="depth", layers=layers, select="first"), seed=0).model
     with torch.no_grad():
         for parameter in blocks_of(student).parameters():
@@ -69,7 +74,7 @@ def context(teacher: PreTrainedModel, student: PreTrainedModel, form: str = "dep
     return Context(shape_of(teacher.config), shape_of(student.config), form, kinds.get("classification"), [])
 
 
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", REPLACEABLE)
 def test_with_all_blocks_replaced_it_is_the_student_and_with_none_the_teacher(family: str):
     teacher, student = pair(family)
     alone = copy.deepcopy(student)
@@ -106,13 +111,14 @@ def test_evaluation_runs_the_student_alone_whatever_was_drawn():
     assert torch.equal(student(**inputs).logits, alone(**inputs).logits)
 
 
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", REPLACEABLE)
 @pytest.mark.parametrize("drawn", [(True, True), (True, False), (False, True), (False, False)])
 def test_only_replaced_blocks_learn_also_below_frozen_teacher_blocks(family: str, drawn: tuple[bool, bool]):
     teacher, student = pair(family)
     begun_scheme, inputs = begun(teacher, student, *drawn)
     cross_entropy(student(**inputs).logits, torch.arange(8) % 2).backward()
-    learning = {name.split(".layer.")[1].split(".")[0] for name, p in student.named_parameters() if p.grad is not None}
+    blocks = f".{FAMILIES[family].blocks}."
+    learning = {name.split(blocks)[1].split(".")[0] for name, p in student.named_parameters() if p.grad is not None}
     assert learning == {str(number) for number, replaced in enumerate(drawn) if replaced}
     # Several processes are told, and look for the blocks that are left out in every step.
     assert not begun_scheme.steps_are_alike
@@ -125,7 +131,7 @@ def test_only_replaced_blocks_learn_also_below_frozen_teacher_blocks(family: str
 
 def weighs(name: str) -> bool:
     # A bias of the keys moves all scores of a row alike: softmax does not see it.
-    return "key" not in name and "k_lin" not in name
+    return not (name.endswith("bias") and any(key in name for key in ("key", "k_lin", "attn.k.")))
 
 
 def test_gradients_of_replaced_blocks_are_those_of_the_mixed_model():
@@ -342,9 +348,18 @@ def test_a_convolution_between_blocks_is_refused_unless_units_are_single_blocks(
         tiny("deberta-v2", layers=4, conv_kernel_size=3),
         tiny("deberta-v2", layers=2, conv_kernel_size=3),
     )
-    with pytest.raises(InputError, match="convolution"):
+    with pytest.raises(InputError, match=r"module after its first block \(encoder.conv\)"):
         TheseusScheme(Replacement()).begin(setting(student, teacher, rows(8)))
     TheseusScheme(Replacement()).begin(setting(copy.deepcopy(teacher), teacher, rows(8)))
+
+
+def test_blocks_that_are_one_and_blocks_of_different_attention_are_refused():
+    for family, words in (("albert", "one block's weights again and again"), ("modernbert", "of different kinds")):
+        teacher = tiny(family, layers=4)
+        student = build_student(teacher, StudentSection(form="depth", layers=2), seed=0).model
+        with pytest.raises(InputError, match=words) as caught:
+            TheseusScheme(Replacement()).begin(setting(student, teacher, rows(8)))
+        assert caught.value.where == "method.name" and caught.value.hint
 
 
 def test_a_chance_that_never_reaches_one_is_told():

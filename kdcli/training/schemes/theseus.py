@@ -9,7 +9,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from kdcli.errors import InputError
-from kdcli.models.blocks import blocks_of, body_of
+from kdcli.models.blocks import blocks_of, module_at
+from kdcli.models.families import family_of
 from kdcli.training.schemes.base import Scheme, Setting
 
 if TYPE_CHECKING:
@@ -108,6 +109,13 @@ class TheseusScheme(Scheme):
         """
         if teacher is None:
             raise InputError("theseus runs the teacher's own blocks, so it needs the model", where="teacher.model")
+        for model in (student, teacher):
+            if (family := family_of(model.config)).repeated:
+                raise InputError(
+                    f"theseus replaces blocks one by one, and {family.title} runs one block's weights again and again",
+                    where="method.name",
+                    hint="use another method",
+                )
         successors, blocks = len(blocks_of(student)), len(blocks_of(teacher))
         share, rest = divmod(blocks, successors)
         if rest or not share:
@@ -116,11 +124,21 @@ class TheseusScheme(Scheme):
                 where="student.layers",
                 hint=f"use a number that divides {blocks}",
             )
-        if share > 1 and _has_convolution(teacher):
+        family = family_of(teacher.config)
+        for name in family.sizes.by_block:
+            ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
+            if any(kind != ours[number // share] for number, kind in enumerate(theirs)):
+                raise InputError(
+                    f"the blocks of a unit take the same mask, and the teacher's are of different kinds ({name})",
+                    where="method.name",
+                    hint=f"use another method: {family.title} has blocks with local and with global attention",
+                )
+        path = family.after_first
+        if share > 1 and module_at(teacher, path) is not None:
             raise InputError(
-                "this model has a convolution after its first block, so that block has no place inside a unit",
+                f"this model has a module after its first block ({path}), so that block has no place inside a unit",
                 where="method.name",
-                hint="use another method, or a DeBERTa model without a convolution (v3)",
+                hint="use another method, or a model without it",
             )
 
     def begin(self, setting: Setting) -> Dataset:
@@ -174,7 +192,3 @@ class TheseusScheme(Scheme):
         if self.setting.teacher is not None:
             self.setting.teacher.eval()
         self.units, self._frozen = [], []
-
-
-def _has_convolution(model: "PreTrainedModel") -> bool:
-    return getattr(getattr(body_of(model), "encoder", None), "conv", None) is not None

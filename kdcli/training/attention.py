@@ -1,0 +1,71 @@
+"""Queries, keys and values as the attention function gets them: after rotation, after norms of their own."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Note = Callable[[nn.Module, dict[str, Tensor], Tensor | None], None]
+"""Called with the module, its "query", "key" and "value" (batch, seq, width), and its window.
+
+The window is (batch, 1, seq, seq), the keys that each query attends to; None where these are all real tokens.
+"""
+
+_NOTES: dict[nn.Module, Note] = {}
+
+
+@contextlib.contextmanager
+def noting(config: "PretrainedConfig", notes: Mapping[nn.Module, Note]) -> Iterator[None]:
+    """Call notes[module] before the attention function of each of these modules; `config` is their model's.
+
+    The model's own function then computes, with its own mask: nothing that the model gives changes.
+    """
+    if not notes:
+        yield
+        return
+    plain: str = config._attn_implementation  # type: ignore[assignment]
+    config._attn_implementation = _registered(plain)
+    _NOTES.update(notes)
+    try:
+        yield
+    finally:
+        config._attn_implementation = plain
+        for module in notes:
+            _NOTES.pop(module, None)
+
+
+@cache
+def _registered(plain: str) -> str:
+    """Register the attention implementation `plain` with notes before it, and return the name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        if (note := _NOTES.get(module)) is not None:
+            vectors = {"query": query, "key": key, "value": value}
+            side_by_side = {name: heads.transpose(1, 2).flatten(2) for name, heads in vectors.items()}
+            note(module, side_by_side, _window(attention_mask, kwargs.get("sliding_window")))
+        # Each family has an eager function of its own, beside its modules.
+        function = ALL_ATTENTION_FUNCTIONS.get(plain) or sys.modules[type(module).__module__].eager_attention_forward
+        return function(module, query, key, value, attention_mask, **kwargs)
+
+    name = f"kdcli_{plain}"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain])
+    return name
+
+
+def _window(mask: Tensor | None, size: int | None) -> Tensor | None:
+    if size is None or mask is None or mask.ndim != 4:
+        return None
+    # Eager functions add their mask to the scores.
+    return mask if not mask.is_floating_point() else mask == 0
