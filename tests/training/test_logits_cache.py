@@ -21,7 +21,7 @@ from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.load import load_task
 from kdcli.tasks.predict import predict
 from kdcli.training import teacher_cache as logits_cache
-from kdcli.training.teacher_cache import cached_predictions, known_outputs
+from kdcli.training.teacher_cache import KnownOutputs, cached_predictions, known_outputs
 
 WORDS = tokenizer()
 COLLATOR = Collator(WORDS)
@@ -252,3 +252,13 @@ def test_logits_that_are_no_numbers_are_an_error_and_never_kept(own_cache: Path)
     with pytest.raises(NotFiniteError, match="the logits of the teacher contain NaN or inf"):
         ask(teacher, data)
     assert kept(own_cache) == []
+
+
+def test_outputs_of_tokens_come_back_in_the_order_of_a_batch():
+    lengths = [3, 5, 2]
+    rows_of = [torch.randn(n, 4) for n in lengths]
+    known = KnownOutputs({"logits": torch.cat(rows_of)}, starts=torch.tensor([0, 3, 8]))
+    batch = {"index": torch.tensor([2, 0]), "input_ids": torch.zeros(2, 8)}
+    found = known.of(batch).logits
+    assert found.shape == (2, 8, 4)
+    assert torch.equal(found[0, :2], rows_of[2]) and torch.equal(found[1, :3], rows_of[0])
