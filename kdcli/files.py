@@ -246,6 +246,15 @@ def expanded(path: str | Path, where: str | None = None) -> Path:
         raise InputError(message, where=where, hint="write the whole path") from None
 
 
+def source_of(model: str, base: Path, where: str = "teacher.model") -> str:
+    """Return a model's folder as an absolute path when `model` names one, seen from `base` or from here; else its name.
+
+    Raises InputError as `expanded` does.
+    """
+    path = expanded(model, where)
+    return next((str(place.resolve()) for place in (base / path, path) if place.exists()), model)
+
+
 def cache_dir() -> Path:
     """Return the folder for things that can be made again: `KDCLI_CACHE`, or `~/.cache/kdcli`.
 

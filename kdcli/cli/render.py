@@ -85,57 +85,54 @@ def _mean_score(values: list[float]) -> str:
 
 def plan(plan: "Plan") -> Table:
     """Return the table of a dry run: what a recipe would do."""
-    document = plan.document
-    table = Table(title=f"plan: {document['name']}", show_header=False)
+    table = Table(title=f"plan: {plan.name}", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    teacher, student = document["teacher"], document["student"]
-    sizes = ", ".join(f"{name} {rows:,}" for name, rows in document["task"]["sizes"].items())
-    table.add_row("task", f"{document['task']['name']} ({document['task']['kind']}): {sizes}")
-    if (classes := document["task"]["classes"]) is not None:
-        rare = ", ".join(f"{name} {rows:,}" for name, rows in classes["rarest"].items())
-        table.add_row("classes", f"{classes['number']:,}; fewest training rows: {rare}")
-    for note in document["task"]["notes"]:
+    task, teacher, assistant, student = plan.task, plan.teacher, plan.assistant, plan.student
+    table.add_row("task", f"{task.name} ({task.kind}): {_sizes(task.sizes)}")
+    if task.classes is not None:
+        table.add_row("classes", f"{task.classes.number:,}; fewest training rows: {_sizes(task.classes.rarest)}")
+    for note in task.notes:
         table.add_row("", f"note: {note}")
-    table.add_row("method", f"{document['method']['name']}: {document['method']['title']}")
-    count, share = teacher["parameters"], ""
-    if count is None:
-        table.add_row("teacher", f"{teacher['origin']}: only its answers are known")
+    table.add_row("method", f"{plan.method.name}: {plan.method.title}")
+    share = ""
+    if teacher.parameters is None:
+        table.add_row("teacher", f"{teacher.origin}: only its answers are known")
     else:
-        table.add_row("teacher", f"{teacher['origin']}, {count:,} parameters ({teacher['preparation']})")
-        share = f" ({student['parameters'] / count:.1%} of the teacher)"
-    if (assistant := document["assistant"]) is not None:
-        table.add_row("assistant", f"{assistant['form']}, {assistant['parameters']:,} parameters")
-        for note in assistant["notes"]:
+        table.add_row("teacher", f"{teacher.origin}, {teacher.parameters:,} parameters ({teacher.preparation})")
+        share = f" ({student.parameters / teacher.parameters:.1%} of the teacher)"
+    if assistant is not None:
+        table.add_row("assistant", f"{assistant.form}, {assistant.parameters:,} parameters")
+        for note in assistant.notes:
             table.add_row("", note)
-    table.add_row("student", f"{student['form']}, {student['parameters']:,} parameters{share}")
-    for note in student["notes"]:
+    table.add_row("student", f"{student.form}, {student.parameters:,} parameters{share}")
+    for note in student.notes:
         table.add_row("", note)
-    if document["overparam"] is not None:
-        chain = document["overparam"]
+    if (chains := plan.overparam) is not None:
         table.add_row(
             "overparam",
-            f"{counted(chain['matrices'], 'matrix', 'matrices')} as chains of {chain['tensors']} tensors: "
-            f"{chain['parameters']:,} parameters while training",
+            f"{counted(chains.matrices, 'matrix', 'matrices')} as chains of {chains.tensors} tensors: "
+            f"{chains.parameters:,} parameters while training",
         )
-        table.add_row("", f"matched with teacher matrices: {chain['matched']}, not matched: {chain['unmatched']}")
-    way = [("assistant's stage", assistant["stages"])] if assistant is not None else []
-    for title, stages in [*way, ("stage", document["stages"])]:
+        table.add_row("", f"matched with teacher matrices: {chains.matched}, not matched: {chains.unmatched}")
+    trained = [("assistant's stage", assistant.stages)] if assistant is not None else []
+    for title, stages in [*trained, ("stage", plan.stages)]:
         for stage in stages:
-            terms = ", ".join(f"{name} x {weight:g}" for name, weight in stage["terms"].items())
-            steps = f"{counted(stage['steps'], 'step')} at {stage['learning_rate']:g}"
-            table.add_row(f"{title} {stage['name']}", f"{steps}: {terms}")
-    table.add_row("matched blocks", ", ".join(f"{s}<-{t}" for s, t in document["pairs"]) + " (student<-teacher)")
-    loop = document["train"]
-    table.add_row(
-        "training", f"{counted(loop['batch_size'], 'example')} a step, {loop['precision']}, seed {document['seed']}"
-    )
-    for tuned in document["finetune"]:
-        sizes = ", ".join(f"{name} {rows:,}" for name, rows in tuned["sizes"].items())
-        beside = f", beside {' and '.join(tuned['against'])}" if tuned["against"] else ""
-        table.add_row("fine-tuning", f"{tuned['task']} ({sizes}) x {tuned['seeds']}{beside}")
-    table.add_row("memory", f"about {document['memory_megabytes']:,} MB while training")
+            terms = ", ".join(f"{name} x {weight:g}" for name, weight in stage.terms.items())
+            steps = f"{counted(stage.steps, 'step')} at {stage.learning_rate:g}"
+            table.add_row(f"{title} {stage.name}", f"{steps}: {terms}")
+    table.add_row("matched blocks", ", ".join(f"{s}<-{t}" for s, t in plan.pairs) + " (student<-teacher)")
+    batch = counted(plan.train.batch_size, "example")
+    table.add_row("training", f"{batch} a step, {plan.train.precision}, seed {plan.seed}")
+    for tuned in plan.finetune:
+        beside = f", beside {' and '.join(tuned.against)}" if tuned.against else ""
+        table.add_row("fine-tuning", f"{tuned.task} ({_sizes(tuned.sizes)}) x {tuned.seeds}{beside}")
+    table.add_row("memory", f"about {plan.memory_megabytes:,} MB while training")
     return table
+
+
+def _sizes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {rows:,}" for name, rows in sizes.items())
 
 
 def exported(result: "ExportResult") -> RenderableType:

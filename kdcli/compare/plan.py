@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.text import Text
 
 from kdcli.compare.variants import Variant, name_of, parse_variants
-from kdcli.distill.plan import make_plan
+from kdcli.distill.plan import Plan, make_plan
 from kdcli.distill.prepare import prepare
-from kdcli.distill.teacher import resolve_source, seed_of
+from kdcli.distill.teacher import seed_of
 from kdcli.errors import InputError, UnfitTaskError, cut
+from kdcli.files import source_of
 from kdcli.names import checked, folder_of
 from kdcli.recipe.load import load_recipe, with_place
 from kdcli.recipe.schema import ExportSection, Recipe
@@ -251,7 +252,7 @@ def _entry(file: Path, overrides: list[str], variant: Variant, chosen: str | Non
             hint="add [[finetune]] tables with the tasks to score it on",
         )
     try:
-        planned = make_plan(prepare(recipe, file)).document
+        planned = make_plan(prepare(recipe, file))
     except InputError as error:
         raise with_place(error, file, overrides, variant=variant) from error
     task = recipe.task.name
@@ -265,9 +266,9 @@ def _entry(file: Path, overrides: list[str], variant: Variant, chosen: str | Non
         overrides=overrides,
         task=task,
         method=recipe.method.name,
-        form=planned["student"]["form"],
-        fingerprint=planned["task"]["fingerprint"],
-        stages=len(_every_stage(planned)),
+        form=planned.student.form,
+        fingerprint=planned.task.fingerprint,
+        stages=len(planned.every_stage),
         terms=_terms(recipe, file, planned),
     )
 
@@ -294,30 +295,24 @@ def label_of(name: str, task: str) -> str:
     return name.removeprefix(f"{task}-").removesuffix(f"-{task}") or name
 
 
-def _every_stage(planned: dict[str, Any]) -> list[dict[str, Any]]:
-    # An assistant's training is part of what a student costs.
-    before = planned["assistant"]["stages"] if planned["assistant"] is not None else []
-    return [*before, *planned["stages"]]
-
-
-def _terms(recipe: Recipe, file: Path, planned: dict[str, Any]) -> dict[str, Any]:
+def _terms(recipe: Recipe, file: Path, planned: Plan) -> dict[str, Any]:
     teacher = recipe.teacher.model_dump(exclude={"cache"})
     if teacher["model"] is not None:
-        teacher["model"] = resolve_source(teacher["model"], file.resolve().parent)
+        teacher["model"] = source_of(teacher["model"], file.resolve().parent)
     teacher["seed"] = seed_of(recipe)
     masking = {"mask_probability", "mask_smoothing"} if recipe.task.type == "text" else set()
     return {
-        "task (fingerprint of its data)": planned["task"]["fingerprint"],
+        "task (fingerprint of its data)": planned.task.fingerprint,
         **_flat("task", recipe.task.model_dump(include={"max_length", "metrics", *masking})),
         **_flat("teacher", teacher),
         "task.augment": recipe.task.augment.model_dump() if recipe.task.augment is not None else None,
         "evaluate.protocol": recipe.evaluate.protocol,
         "finetune": [section.model_dump() for section in recipe.finetune] or None,
         "train.batch_size": recipe.train.batch_size,
-        STEPS: sum(stage["steps"] for stage in _every_stage(planned)),
-        "train.precision": planned["train"]["precision"],
+        STEPS: sum(stage.steps for stage in planned.every_stage),
+        "train.precision": planned.train.precision,
         **_flat("train", recipe.train.model_dump(include={"select", "eval_every", "patience", "group_by_length"})),
-        PARAMETERS: planned["student"]["parameters"],
+        PARAMETERS: planned.student.parameters,
     }
 
 

@@ -61,8 +61,7 @@ def read_documents(
 
 
 def _path(text: str, base: Path) -> Path:
-    given = expanded(text, "task")
-    return given if given.is_absolute() else base / given
+    return base / expanded(text, "task")
 
 
 def _read_folder(folder: Path, section: "TaskSection", where: str, notes: list[str]) -> dict[str, list[str]]:

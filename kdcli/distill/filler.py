@@ -5,15 +5,16 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from kdcli.augment.copies import FIELDS, MODEL, Vocabulary, add_copies, words_of
-from kdcli.distill.teacher import TeacherStart, make_teacher, resolve_source, seed_of, start_teacher
+from kdcli.augment.suggest import Suggester, _by_sentence, _chunks, _fill_cache
+from kdcli.distill.teacher import TeacherStart, make_teacher, seed_of, start_teacher
 from kdcli.errors import InputError, RunError
+from kdcli.files import source_of
 from kdcli.machine import computing_device, resolve_precision
 from kdcli.models.load import check_vocabulary, has_head, load_config, load_model, load_tokenizer
 from kdcli.recipe.schema import FinetuneSection, Recipe, TaskSection, TeacherSection
@@ -24,10 +25,6 @@ from kdcli.tasks.prepare import check_encoding
 from kdcli.training.distributed import agree, main_does, processes
 from kdcli.training.settings import check_batch
 from kdcli.words import counted
-
-if TYPE_CHECKING:
-    pass
-from kdcli.augment.suggest import Suggester, _by_sentence, _chunks, _fill_cache
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ def start_filler(recipe: Recipe, task: Task, base: Path) -> FillerStart:
     """
     section = recipe.task.augment
     assert section is not None
-    source = resolve_source(section.model, base)
+    source = source_of(section.model, base)
     with _at(MODEL):
         headed, tokenizer = has_head(source, "masked-lm"), load_tokenizer(source)
     if not headed and section.text is None:

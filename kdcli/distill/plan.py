@@ -1,139 +1,235 @@
-"""What a recipe would do, told without doing it (`kdcli distill --dry-run`)."""
+"""What a recipe would do, told from what was prepared for it, without doing it (`kdcli distill --dry-run`)."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdcli.data.rows import array_of, values_of
-from kdcli.distill.prepare import Prepared
-from kdcli.distill.resolve import Resolved, context_of, placed, stages_of
+from kdcli.distill.prepare import Follower, Prepared, shape_only
+from kdcli.distill.resolve import Resolved, placed
 from kdcli.distill.student import stage_loop
 from kdcli.machine import resolve_precision
-from kdcli.methods.base import Stage
 from kdcli.models.counts import count_parameters
 from kdcli.models.overparam import overparameterise, teacher_factors
 from kdcli.models.shape import shape_of
-from kdcli.models.student import build_student
+from kdcli.models.student import StudentBuild, build_student
 from kdcli.tasks.base import Task
 from kdcli.tasks.packing import pack
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
 
-@dataclass
+@dataclass(frozen=True)
+class Classes:
+    """How many classes a task has, and those with the fewest training rows."""
+
+    number: int
+    rarest: dict[str, int]
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """sizes: examples (of plain text: blocks) of each part. notes: what a user should know about data and teacher."""
+
+    name: str
+    kind: str
+    fingerprint: str
+    sizes: dict[str, int]
+    classes: Classes | None
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class PlannedMethod:
+    name: str
+    title: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PlannedTeacher:
+    """parameters: None for a black box."""
+
+    origin: str
+    preparation: str
+    parameters: int | None
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """terms: {name: weight}."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    terms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PlannedAssistant:
+    form: str
+    parameters: int
+    notes: list[str]
+    stages: list[PlannedStage]
+
+
+@dataclass(frozen=True)
+class PlannedStudent:
+    """teacher_layers: the blocks of the teacher, from 0, that its own are copies of."""
+
+    form: str
+    parameters: int
+    notes: list[str]
+    teacher_layers: list[int] | None
+
+
+@dataclass(frozen=True)
+class PlannedTuning:
+    task: str
+    sizes: dict[str, int]
+    seeds: int
+    against: list[str]
+
+
+@dataclass(frozen=True)
+class PlannedChains:
+    """parameters: of the student while it is trained. matched, unmatched: matrices with and without teacher tensors."""
+
+    matrices: int
+    tensors: int
+    parameters: int
+    matched: int
+    unmatched: int
+
+
+@dataclass(frozen=True)
+class PlannedLoop:
+    batch_size: int
+    precision: str
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The resolved plan: models, counts, steps, matched matrices and memory."""
+    """The models, counts, steps, matched matrices and memory of a run.
 
-    document: dict[str, Any]
+    stages: of the student. pairs: (student block, teacher block), counted from 1.
+    """
+
+    name: str
+    seed: int
+    task: PlannedTask
+    method: PlannedMethod
+    teacher: PlannedTeacher
+    assistant: PlannedAssistant | None
+    student: PlannedStudent
+    finetune: list[PlannedTuning]
+    overparam: PlannedChains | None
+    pairs: list[tuple[int, int]]
+    stages: list[PlannedStage]
+    train: PlannedLoop
+    memory_megabytes: int
+
+    @property
+    def every_stage(self) -> list[PlannedStage]:
+        """The stages of the assistant, whose training is part of what a student costs, and of the student."""
+        return [*(self.assistant.stages if self.assistant is not None else []), *self.stages]
 
     def to_json(self) -> dict[str, Any]:
-        return self.document
+        return asdict(self)
 
 
 def make_plan(prepared: Prepared) -> Plan:
     """Return the plan of a recipe that has been checked. Trains nothing, writes nothing."""
-    resolved, task, start = prepared.resolved, prepared.task, prepared.teacher
-    recipe, section, teacher = resolved.recipe, resolved.recipe.teacher, start.model
-    nearest, way = teacher, []
-    for name, student in resolved.sections.items():
-        with placed(name):
-            build = build_student(nearest, student, seed=recipe.seed, overparam=resolved.overparam_of(name))
-            assert student.form is not None
-            context = context_of(nearest, build.model, student.form, task, recipe)
-            known = nearest if start.known else None
-            way.append((build, stages_of(resolved, context, build.model, known, len(task.train))))
-        followed, nearest = nearest, build.model
-    parameters = count_parameters(build.model)
-    chain = None
-    if recipe.overparam is not None:
-        report = overparameterise(build.model, recipe.overparam)
-        matched: Any = {}
-        skipped: Any = []
-        if recipe.overparam.aux_weight > 0:
-            matched, skipped = teacher_factors(followed, build.model, context.pairs, recipe.overparam)
-        chain = {
-            "matrices": len(report.rows),
-            "tensors": recipe.overparam.length + 2 if recipe.overparam.factorization == "mpo" else 2,
-            "parameters": count_parameters(build.model),
-            "matched": len(matched),
-            "unmatched": len(skipped),
-        }
-    packed = task.masking is not None
-    examples = _blocks(task.train, prepared) if packed else len(task.train)
-    if (augment := recipe.task.augment) is not None:
-        # At most: a row of few words may not give so many different copies.
-        examples *= 1 + augment.copies
+    resolved, task, start, recipe = prepared.resolved, prepared.task, prepared.teacher, prepared.resolved.recipe
+    student, build = prepared.followers[-1], _builds(prepared)[-1]
+    sizes, examples = _sizes(prepared)
     total = resolved.loop.steps(examples)
-    rows = [[_stage_row(stage, resolved, total, examples) for stage in stages] for _, stages in way]
+    stages = [_stages(follower, resolved, total, examples) for follower in prepared.followers]
     assistant = None
     if resolved.assistant is not None:
-        assistant = {
-            "form": resolved.assistant.form,
-            "parameters": count_parameters(way[0][0].model),
-            "notes": way[0][0].notes,
-            "stages": rows[0],
-        }
+        first = prepared.followers[0].build
+        assistant = PlannedAssistant(first.form, count_parameters(first.model), first.notes, stages[0])
+    parameters = count_parameters(build.model)
+    chains = _chains(student, build.model) if student.overparam is not None else None
     return Plan(
-        {
-            "name": resolved.name,
-            "seed": recipe.seed,
-            "task": {
-                "name": task.name,
-                "kind": task.kind.name,
-                "fingerprint": task.description["fingerprint"],
-                "sizes": (
-                    {"train blocks": examples, "selection blocks": _blocks(task.selection, prepared)}
-                    if packed
-                    else {
-                        "train" if augment is None else "train with copies": examples,
-                        "selection": len(task.selection),
-                        **{name: len(rows_) for name, rows_ in task.report.items()},
-                    }
-                ),
-                "classes": classes_of(task),
-                "notes": prepared.notes,
-            },
-            "method": {
-                "name": resolved.method.name,
-                "title": resolved.method.title,
-                "options": resolved.options.model_dump(),
-            },
-            "teacher": {
-                "origin": start.origin,
-                "preparation": "fine-tuned first, or taken from the cache" if start.trains else "used as it is",
-                "parameters": None if section.black_box else count_parameters(teacher),
-            },
-            "assistant": assistant,
-            "student": {
-                "form": resolved.student.form,
-                "parameters": parameters,
-                "notes": build.notes,
-                "teacher_layers": build.teacher_layers,
-            },
-            "finetune": [
-                {
-                    "task": tuned.name,
-                    "sizes": {"train": len(tuned.train), **{name: len(rows_) for name, rows_ in tuned.report.items()}},
-                    "seeds": table.seeds,
-                    "against": list(dict.fromkeys(table.against)),
-                }
-                for tuned, table in zip(prepared.downstream, recipe.finetune, strict=True)
-            ],
-            "overparam": chain,
-            "pairs": [list(pair) for pair in context.pairs],
-            "stages": rows[-1],
-            "train": {
-                "batch_size": resolved.loop.batch_size,
-                "precision": resolve_precision(resolved.loop.precision, resolved.loop.device),
-            },
-            "memory_megabytes": estimate_memory(
-                resolved, count_parameters(teacher), count_parameters(build.model), shape_of(teacher.config)
-            ),
-        }
+        name=resolved.name,
+        seed=recipe.seed,
+        task=PlannedTask(
+            task.name, task.kind.name, task.description["fingerprint"], sizes, classes_of(task), prepared.notes
+        ),
+        method=PlannedMethod(resolved.method.name, resolved.method.title, resolved.options.model_dump()),
+        teacher=PlannedTeacher(
+            start.origin,
+            "fine-tuned first, or taken from the cache" if start.trains else "used as it is",
+            count_parameters(start.model) if start.known else None,
+        ),
+        assistant=assistant,
+        student=PlannedStudent(build.form, parameters, build.notes, build.teacher_layers),
+        finetune=[
+            PlannedTuning(
+                tuned.name,
+                {"train": len(tuned.train), **{name: len(rows) for name, rows in tuned.report.items()}},
+                table.seeds,
+                list(dict.fromkeys(table.against)),
+            )
+            for tuned, table in zip(prepared.downstream, recipe.finetune, strict=True)
+        ],
+        overparam=chains,
+        pairs=student.context.pairs,
+        stages=stages[-1],
+        train=PlannedLoop(resolved.loop.batch_size, resolve_precision(resolved.loop.precision, resolved.loop.device)),
+        memory_megabytes=estimate_memory(
+            resolved, count_parameters(start.model), chains.parameters if chains else parameters, start.model.config
+        ),
     )
 
 
-def classes_of(task: Task, most: int = 5) -> dict[str, Any] | None:
+def _builds(prepared: Prepared) -> list[StudentBuild]:
+    """Return the models that follow the teacher: as they were prepared, unless their ranks depend on weights."""
+    followers, model = prepared.followers, prepared.teacher.model
+    if all(follower.section.energy is None for follower in followers):
+        return [follower.build for follower in followers]
+    builds = []
+    for follower in followers:
+        with placed(follower.name):
+            seed = prepared.resolved.recipe.seed
+            builds.append(build_student(model, follower.section, seed=seed, overparam=follower.overparam))
+        model = builds[-1].model
+    return builds
+
+
+def _chains(student: Follower, model: "PreTrainedModel") -> PlannedChains:
+    """Return the chains that a model will be trained as. model: the student with its true ranks."""
+    assert student.overparam is not None
+    # Of shapes alone: nothing is decomposed.
+    wide, section, matched, unmatched = shape_only(model), student.overparam, 0, 0
+    report = overparameterise(wide, section)
+    if section.aux_weight > 0:
+        found, skipped = teacher_factors(student.follows, wide, student.context.pairs, section)
+        matched, unmatched = len(found), len(skipped)
+    tensors = section.length + 2 if section.factorization == "mpo" else 2
+    return PlannedChains(len(report.rows), tensors, count_parameters(wide), matched, unmatched)
+
+
+def _sizes(prepared: Prepared) -> tuple[dict[str, int], int]:
+    """Return the sizes of a task's parts, and how many training examples there are."""
+    task, augment = prepared.task, prepared.resolved.recipe.task.augment
+    if task.masking is not None:
+        blocks = {f"{name} blocks": _blocks(part, prepared) for name, part in _parts(task).items()}
+        return blocks, blocks["train blocks"]
+    # At most: a row of few words may not give so many different copies.
+    examples = len(task.train) * (1 + augment.copies if augment is not None else 1)
+    report = {name: len(rows) for name, rows in task.report.items()}
+    name = "train" if augment is None else "train with copies"
+    return {name: examples, "selection": len(task.selection), **report}, examples
+
+
+def _parts(task: Task) -> dict[str, "Dataset"]:
+    return {"train": task.train, "selection": task.selection}
+
+
+def classes_of(task: Task, most: int = 5) -> Classes | None:
     """Return the number of a task's classes, and those with the fewest training rows; None where it has none."""
     if not task.label_names:
         return None
@@ -141,10 +237,7 @@ def classes_of(task: Task, most: int = 5) -> dict[str, Any] | None:
 
     counts = np.bincount(array_of(task.train, "label"), minlength=len(task.label_names))
     rarest = np.argsort(counts, kind="stable")[:most]
-    return {
-        "number": len(task.label_names),
-        "rarest": {task.label_names[i]: int(counts[i]) for i in rarest},
-    }
+    return Classes(len(task.label_names), {task.label_names[i]: int(counts[i]) for i in rarest})
 
 
 def _blocks(rows: "Dataset", prepared: Prepared) -> int:
@@ -152,22 +245,23 @@ def _blocks(rows: "Dataset", prepared: Prepared) -> int:
     return len(pack(values_of(rows, "text"), prepared.teacher.tokenizer, prepared.resolved.recipe.task.max_length))
 
 
-def _stage_row(stage: Stage, resolved: Resolved, total: int, examples: int) -> dict[str, Any]:
-    loop = stage_loop(resolved, stage, total, examples)
-    return {
-        "name": stage.name,
-        "steps": loop.max_steps,
-        "learning_rate": loop.learning_rate,
-        "terms": {term.name: term.weight for term in stage.terms},
-    }
+def _stages(follower: Follower, resolved: Resolved, total: int, examples: int) -> list[PlannedStage]:
+    planned = []
+    for stage in follower.stages:
+        loop = stage_loop(resolved, stage, total, examples)
+        assert loop.max_steps is not None
+        terms = {term.name: term.weight for term in stage.terms}
+        planned.append(PlannedStage(stage.name, loop.max_steps, loop.learning_rate, terms))
+    return planned
 
 
-def estimate_memory(resolved: Resolved, teacher: int, student: int, shape: Any) -> int:
-    """Return the megabytes that training needs, roughly.
+def estimate_memory(resolved: Resolved, teacher: int, student: int, config: Any) -> int:
+    """Return the megabytes that training needs, roughly. config: the teacher's.
 
     Teacher weights once; student weights, gradients and two Adam moments, all fp32; and what the backward pass
     keeps of each block: about 10 vectors of the hidden and 3 of the feed-forward width a token.
     """
+    shape = shape_of(config)
     tokens = resolved.loop.batch_size // resolved.loop.gradient_accumulation * resolved.recipe.task.max_length
     width = 10 * shape.hidden + 3 * shape.intermediate
     element = 2 if resolve_precision(resolved.loop.precision, resolved.loop.device) == "bf16" else 4

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from kdcli.distill.downstream import tasks_of
 from kdcli.distill.filler import FillerStart, start_filler
-from kdcli.distill.resolve import Resolved, context_of, head_needed, placed, resolve, stages_of
+from kdcli.distill.resolve import Resolved, context_of, for_task, head_needed, placed, resolve, stages_of
 from kdcli.distill.teacher import TeacherStart, start_teacher
 from kdcli.methods.base import Context, Stage
 from kdcli.models.load import check_same_tokens, check_tokenizer
 from kdcli.models.overparam import check_chains
 from kdcli.models.shape import check_lengths
-from kdcli.models.student import build_student
+from kdcli.models.student import StudentBuild, build_student
 from kdcli.recipe.schema import FinetuneSection, OverparamSection, Recipe, StudentSection
 from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
@@ -35,15 +36,21 @@ if TYPE_CHECKING:
 class Follower:
     """The assistant or the student as it will be built: its shape and its stages; its weights mean nothing.
 
-    model: on the meta device, unless it is a checkpoint. follows: the same of the model that teaches it.
+    build: on the meta device, unless it is a checkpoint. follows: the same of the model that teaches it.
+    overparam: the chains that it is trained as.
     """
 
     name: str
     section: StudentSection
-    model: "PreTrainedModel"
+    overparam: OverparamSection | None
+    build: StudentBuild
     follows: "PreTrainedModel"
     context: Context
     stages: list[Stage]
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        return self.build.model
 
 
 @dataclass(frozen=True)
@@ -74,11 +81,10 @@ def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:
 
     Raises InputError for whatever is wrong, with the field that would have to change.
     """
-    # First what needs no data.
-    resolve(recipe, recipe_path)
-    base = recipe_path.resolve().parent
+    resolved = resolve(recipe, recipe_path)
+    base = resolved.base
     task = load_task(recipe.task, recipe.evaluate, base=base)
-    resolved = resolve(recipe, recipe_path, task)
+    resolved = for_task(resolved, task)
     downstream = tasks_of(recipe, base)
     head = head_needed(resolved, task)
     teacher = start_teacher(recipe, task, head, base=base)
@@ -114,30 +120,39 @@ def _check_loops(resolved: Resolved, teacher: TeacherStart) -> None:
 
 def _followers(teacher: TeacherStart, resolved: Resolved, task: Task) -> list[Follower]:
     """Return the assistant, if any, and the student, each beside the model that it follows."""
-    nearest = copy.deepcopy(teacher.model).to("meta")  # type: ignore[arg-type]
+    nearest = shape_only(teacher.model)
     followers = []
     for name, section in resolved.sections.items():
         with placed(name):
             if section.model is not None:
                 check_same_tokens(teacher.tokenizer, section.model, "student.model")
-            student = _shadow(nearest, section, resolved.overparam_of(name))
-            assert section.form is not None
-            context = context_of(nearest, student, section.form, task, resolved.recipe)
-            stages = stages_of(resolved, context, student, nearest if teacher.known else None, len(task.train))
-        followers.append(Follower(name, section, student, nearest, context, stages))
-        nearest = student
+            overparam = resolved.recipe.overparam if name == "student" else None
+            build = _shadow(nearest, section, overparam)
+            context = context_of(nearest, build.model, build.form, task, resolved.recipe)
+            stages = stages_of(resolved, context, build.model, nearest if teacher.known else None, len(task.train))
+        followers.append(Follower(name, section, overparam, build, nearest, context, stages))
+        nearest = build.model
     return followers
 
 
-def _shadow(
-    teacher: "PreTrainedModel", section: StudentSection, overparam: OverparamSection | None
-) -> "PreTrainedModel":
+def shape_only(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Return a copy on the meta device; weights that are shared stay shared, which `.to("meta")` would undo."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in tensors})
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    empty = tensor.detach().to("meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _shadow(teacher: "PreTrainedModel", section: StudentSection, overparam: OverparamSection | None) -> StudentBuild:
     """Return a student of the right shape. Its weights mean nothing, unless it is a checkpoint."""
     if section.form == "checkpoint":
-        return build_student(teacher, section, seed=0).model
+        return build_student(teacher, section, seed=0)
     if section.energy is not None:
         # The ranks depend on weights that are not there yet; what a method asks of a shape does not depend on them.
         written = section.model_dump(exclude={"energy"}, exclude_unset=True)
         section = StudentSection.model_validate({**written, "rank": 1})
     with torch.device("meta"):
-        return build_student(teacher, section, seed=0, overparam=overparam).model
+        return build_student(teacher, section, seed=0, overparam=overparam)

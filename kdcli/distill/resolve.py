@@ -3,21 +3,21 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcli.distill.teacher import resolve_source
 from kdcli.errors import InputError, UnfitTaskError
+from kdcli.files import source_of
 from kdcli.methods import registry
 from kdcli.methods.base import Context, Method, Stage
 from kdcli.methods.layer_maps import uniform
 from kdcli.models.load import load_config
 from kdcli.models.shape import shape_of
-from kdcli.recipe.schema import FORM_FIELDS, OverparamSection, Recipe, StudentSection
+from kdcli.recipe.schema import FORM_FIELDS, Recipe, StudentSection
 from kdcli.tasks import registry as kinds
 from kdcli.tasks.base import Task
-from kdcli.tasks.kind import CAPABILITIES
+from kdcli.tasks.kind import CAPABILITIES, TaskKind
 from kdcli.training.settings import LoopSettings
 
 if TYPE_CHECKING:
@@ -43,65 +43,21 @@ class Resolved:
         student = {"student": self.student}
         return {"assistant": self.assistant, **student} if self.assistant is not None else student
 
-    def overparam_of(self, name: str) -> OverparamSection | None:
-        """Return the chains that the model of that name is trained as: an assistant has none."""
-        return self.recipe.overparam if name == "student" else None
 
-
-def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Resolved:
-    """Fill in what the recipe left to the method."""
+def resolve(recipe: Recipe, recipe_path: Path) -> Resolved:
+    """Fill in what the recipe left to the method. Reads no data. Raises InputError for what does not go together."""
     method = registry.get(recipe.method.name)
-    kind = task.kind if task is not None else None if recipe.task.type is None else kinds.get(recipe.task.type)
-    if kind is not None and (lacking := sorted(method.needs - kind.provides)):
-        fitting = [name for name in kinds.names() if method.needs <= kinds.get(name).provides]
-        raise UnfitTaskError(
-            f"{method.name} works on {' and '.join(sorted(fitting))} tasks: it needs "
-            f"{' and '.join(CAPABILITIES[name] for name in lacking)}; {recipe.task.name} is a {kind.name} task",
-            where="method.name",
-            hint="`kdcli methods` lists what each one needs",
-        )
+    kind = kinds.get(recipe.task.type) if recipe.task.type is not None else None
+    if kind is not None:
+        _check_kind(method, kind, recipe.task.name)
     options = method.options.model_validate(recipe.method.options)
     student = _filled(recipe.student, {"form": "depth", **method.student}, "student", method)
     assistant = recipe.assistant
     if assistant is not None:
         assistant = _filled(assistant, {"form": "width"}, "assistant", method)
     if recipe.teacher.black_box:
-        _judge_black_box(recipe, method, options, student)
+        _check_black_box(recipe, method, options, student)
     base = recipe_path.resolve().parent
-    if task is not None:
-        method.check_sources(options, task, base)
-    train = recipe.train
-    unlabelled = kind is not None and "labels" not in kind.provides
-    defaults_of_loop = {**method.train, **(method.text_train if unlabelled else {})}
-
-    def pick(key: str, fallback: Any) -> Any:
-        value = getattr(train, key)
-        return value if value is not None else defaults_of_loop.get(key, fallback)
-
-    rate = float(pick("learning_rate", 5e-5))
-    loop = LoopSettings(
-        epochs=float(pick("epochs", 3.0)),
-        max_steps=train.max_steps,
-        batch_size=train.batch_size,
-        gradient_accumulation=train.gradient_accumulation,
-        learning_rate=rate,
-        scheduler=pick("scheduler", "linear"),
-        warmup=float(pick("warmup", 0.1)),
-        weight_decay=float(pick("weight_decay", 0.01)),
-        max_grad_norm=train.max_grad_norm,
-        precision=train.precision,
-        device=train.device,
-        group_by_length=train.group_by_length,
-        eval_every=train.eval_every,
-        patience=train.patience,
-        select=train.select,
-        log_every=train.log_every,
-        workers=train.workers,
-        seed=recipe.seed,
-        metric=task.primary if task is not None else "",
-        eval_batch_size=recipe.evaluate.batch_size,
-        chain_learning_rate=_chain_rate(recipe, rate),
-    )
     return Resolved(
         recipe=recipe,
         name=recipe.name or recipe_path.stem,
@@ -110,11 +66,35 @@ def resolve(recipe: Recipe, recipe_path: Path, task: Task | None = None) -> Reso
         options=options,
         student=_found(student, base),
         assistant=_found(assistant, base) if assistant is not None else None,
-        loop=loop,
+        loop=_loop(recipe, method, kind),
     )
 
 
-def _judge_black_box(recipe: Recipe, method: Method, options: Any, student: StudentSection) -> None:
+def for_task(resolved: Resolved, task: Task) -> Resolved:
+    """Return a resolved recipe with what its task settles. Raises InputError when the method cannot work on it."""
+    _check_kind(resolved.method, task.kind, resolved.recipe.task.name)
+    resolved.method.check_sources(resolved.options, task, resolved.base)
+    loop = _loop(resolved.recipe, resolved.method, task.kind)
+    return replace(resolved, loop=replace(loop, metric=task.primary))
+
+
+def _loop(recipe: Recipe, method: Method, kind: TaskKind | None) -> LoopSettings:
+    unlabelled = kind is not None and "labels" not in kind.provides
+    return LoopSettings.from_train(recipe, {**method.train, **(method.text_train if unlabelled else {})})
+
+
+def _check_kind(method: Method, kind: TaskKind, name: str) -> None:
+    if lacking := sorted(method.needs - kind.provides):
+        fitting = [name for name in kinds.names() if method.needs <= kinds.get(name).provides]
+        raise UnfitTaskError(
+            f"{method.name} works on {' and '.join(sorted(fitting))} tasks: it needs "
+            f"{' and '.join(CAPABILITIES[name] for name in lacking)}; {name} is a {kind.name} task",
+            where="method.name",
+            hint="`kdcli methods` lists what each one needs",
+        )
+
+
+def _check_black_box(recipe: Recipe, method: Method, options: Any, student: StudentSection) -> None:
     """Raise InputError for a recipe that asks more of a black box than answers."""
     if not method.teacherless(options):
         raise InputError(
@@ -161,18 +141,7 @@ def _found(student: StudentSection, base: Path) -> StudentSection:
     """Return a section whose model, where it is a folder, is named as seen from anywhere."""
     if student.model is None:
         return student
-    return student.model_copy(update={"model": resolve_source(student.model, base)})
-
-
-def _chain_rate(recipe: Recipe, rate: float) -> float | None:
-    """Return the factors' learning rate: one step moves a weight 1.5 + 0.8 L times as far."""
-    section = recipe.overparam
-    if section is None:
-        return None
-    if section.learning_rate is not None:
-        return section.learning_rate
-    length = section.length if section.factorization == "mpo" else 0
-    return rate / (1.5 + 0.8 * length)
+    return student.model_copy(update={"model": source_of(student.model, base)})
 
 
 def context_of(
@@ -231,7 +200,7 @@ def head_needed(resolved: Resolved, task: Task) -> str:
     teacher = resolved.recipe.teacher
     if teacher.model is None or teacher.finetune not in (None, False):
         return "masked-lm"
-    shape = shape_of(load_config(resolve_source(teacher.model, resolved.base)))
+    shape = shape_of(load_config(source_of(teacher.model, resolved.base)))
     blocks = [(layer, layer) for layer in range(1, shape.layers + 1)]
     stages = resolved.method.build(resolved.options, Context(shape, shape, "checkpoint", task.kind, blocks))
     return "masked-lm" if speaks(stages) else "base"

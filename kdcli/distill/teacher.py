@@ -16,7 +16,7 @@ from torch import nn
 from kdcli import __version__
 from kdcli.data.rows import values_of
 from kdcli.errors import InputError
-from kdcli.files import atomic_folder, cache_dir, expanded, fingerprint, write_json
+from kdcli.files import atomic_folder, cache_dir, fingerprint, source_of, write_json
 from kdcli.machine import resolve_precision
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.models.classes import check_single_label, name_classes, reorder_classes
@@ -52,15 +52,6 @@ class Teacher:
     known: bool = True
     training: dict[str, Any] = field(default_factory=dict)
     """The record of its fine-tuning, now or when it was cached; empty for one that is used as it is."""
-
-
-def resolve_source(model: str, base: Path) -> str:
-    """Return a folder's absolute path when `model` names one (relative to the recipe), else the hub name."""
-    path = expanded(model, "teacher.model")
-    for candidate in (path if path.is_absolute() else base / path, path):
-        if candidate.exists():
-            return str(candidate.resolve())
-    return model
 
 
 def seed_of(recipe: Recipe) -> int:
@@ -111,7 +102,7 @@ def start_teacher(recipe: Recipe, task: Task, head: str, *, base: Path) -> Teach
     classes.
     """
     section = recipe.teacher
-    source = resolve_source(section.model, base) if section.model is not None else None
+    source = source_of(section.model, base) if section.model is not None else None
     trains = needs_training(recipe, source, head)
     if trains and section.labels is not None:
         raise InputError(
@@ -126,12 +117,12 @@ def start_teacher(recipe: Recipe, task: Task, head: str, *, base: Path) -> Teach
         return TeacherStart(model, tokenizer, "from scratch", trains=True)
     if section.black_box:
         assert recipe.student.model is not None
-        source = resolve_source(recipe.student.model, base)
+        source = source_of(recipe.student.model, base)
     assert source is not None
     torch.manual_seed(seed_of(recipe))
     model, notes = _with_head(recipe, task, source, head)
     # A model's own tokenizer is that of its revision.
-    words = (resolve_source(section.tokenizer, base), None) if section.tokenizer else (source, section.revision)
+    words = (source_of(section.tokenizer, base), None) if section.tokenizer else (source, section.revision)
     tokenizer = load_tokenizer(*words)
     check_tokenizer(model, tokenizer, recipe.task.max_length)
     check_numbers(model, "student.model" if section.black_box else "teacher.model")

@@ -1,6 +1,7 @@
 """Fine-tuning a model on a task's gold labels, or on masked tokens."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,29 +42,6 @@ def finetune(
     train: where and how precisely, as for the student; batch size, rate and the like come from `settings`.
     log: a folder for TensorBoard.
     """
-
-    loop = LoopSettings(
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        batch_size=settings.batch_size,
-        gradient_accumulation=1,
-        learning_rate=settings.learning_rate,
-        scheduler="linear",
-        warmup=settings.warmup,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=1.0,
-        precision=train.precision,
-        device=train.device,
-        group_by_length=train.group_by_length,
-        eval_every=None,
-        patience=None,
-        # The teacher is not chosen on the data that the student is scored on.
-        select="last",
-        log_every=train.log_every,
-        workers=train.workers,
-        seed=seed,
-        metric=task.primary,
-    )
     from kdcli.training.trainer import fit
 
     encoded = encode_task(task, tokenizer, max_length, seed=seed)
@@ -73,7 +51,7 @@ def finetune(
         selection=None,
         collator=encoded.collator,
         metrics=metrics_of(task),
-        settings=loop,
+        settings=replace(LoopSettings.from_finetune(settings, train, seed=seed), metric=task.primary),
         folder=work,
         log_dir=log,
         title=title,

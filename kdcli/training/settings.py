@@ -1,10 +1,13 @@
 """What the training loop needs to know."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from kdcli.errors import InputError
 from kdcli.machine import gpu_count
+from kdcli.recipe.schema import FinetuneSection, OverparamSection, Recipe, TrainSection
 from kdcli.words import counted
 
 
@@ -16,27 +19,44 @@ class LoopSettings:
     a recipe gives the same result on any number of devices.
     """
 
-    epochs: float
-    max_steps: int | None
     batch_size: int
-    gradient_accumulation: int
-    learning_rate: float
-    scheduler: str
-    warmup: float
-    weight_decay: float
-    max_grad_norm: float
     precision: str
     device: str
     group_by_length: bool
-    eval_every: int | None
-    patience: int | None
-    select: str
-    log_every: int | None
     workers: int
+    select: str
     seed: int
-    metric: str
+    epochs: float = 3.0
+    max_steps: int | None = None
+    learning_rate: float = 5e-5
+    scheduler: str = "linear"
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    gradient_accumulation: int = 1
+    eval_every: int | None = None
+    patience: int | None = None
+    log_every: int | None = None
+    metric: str = ""
     eval_batch_size: int = 64
     chain_learning_rate: float | None = None
+
+    @classmethod
+    def from_train(cls, recipe: Recipe, defaults: Mapping[str, Any]) -> "LoopSettings":
+        """Return the loop of a recipe's `[train]`. defaults: the method's, for what the recipe leaves out."""
+        given = {**defaults, **recipe.train.model_dump(exclude_none=True, exclude={"keep_checkpoints"})}
+        loop = cls(**given, seed=recipe.seed, eval_batch_size=recipe.evaluate.batch_size)
+        return replace(loop, chain_learning_rate=_chain_rate(recipe.overparam, loop.learning_rate))
+
+    @classmethod
+    def from_finetune(cls, section: FinetuneSection, train: TrainSection, *, seed: int) -> "LoopSettings":
+        """Return the loop of a fine-tuning: where and how precisely as for the student, all else as `section` says.
+
+        Its last weights are kept: a teacher is not chosen on the data that the student is scored on.
+        """
+        place = train.model_dump(include={"precision", "device", "group_by_length", "log_every", "workers"})
+        own = section.model_dump(include=set(FinetuneSection.model_fields))
+        return cls(**place, **own, select="last", seed=seed)
 
     def steps(self, examples: int) -> int:
         """Return the number of optimizer steps over `examples` training examples."""
@@ -47,6 +67,16 @@ class LoopSettings:
     def log_interval(self, steps: int) -> int:
         """Return every how many steps of `steps` the loss terms are logged: 20 to 200 times, at best every 50."""
         return self.log_every or max(1, steps // 200, min(50, steps // 20))
+
+
+def _chain_rate(section: OverparamSection | None, rate: float) -> float | None:
+    """Return the learning rate of a chain's tensors: one step of theirs moves a weight 1.5 + 0.8 L times as far."""
+    if section is None:
+        return None
+    if section.learning_rate is not None:
+        return section.learning_rate
+    length = section.length if section.factorization == "mpo" else 0
+    return rate / (1.5 + 0.8 * length)
 
 
 def check_device(device: str) -> None:
