@@ -89,6 +89,11 @@ class Run:
         document = self.document
         return typed(RunRecord, document, self.path / RECORD) if document else None
 
+    @property
+    def is_done(self) -> bool:
+        """True when the run is finished."""
+        return (record := self.record) is not None and record.status == "done"
+
     def update(self, changes: dict[str, Any]) -> None:
         """Merge `changes` into run.json, atomically."""
         record = json.loads(to_json_text({**self.document, **changes}))
@@ -122,6 +127,15 @@ class Run:
             if name in files:
                 return difference(place, files[name], ignore=(CARD,))
         return None
+
+    def check_files(self) -> None:
+        """Raise InputError when a folder of the run is not what the run wrote there."""
+        for name in self._files:
+            if (problem := self.changed(self.path / name)) is not None:
+                raise InputError(
+                    f"{self.path} is finished, but {self.path / name} is not what it wrote: {problem}",
+                    hint="--force makes it again",
+                )
 
     def drop_checkpoints(self) -> None:
         """Remove the checkpoints: the student is safe."""

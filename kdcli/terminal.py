@@ -57,6 +57,11 @@ def json_for(text: str, encoding: str) -> str:
     return text if _can(encoding, text) else "".join(c if _can(encoding, c) else escape(c) for c in text)
 
 
+def tell(console: Console, message: str) -> None:
+    """Print a line of progress, or a note, for the user: as it stands, however long."""
+    console.print(message, highlight=False, soft_wrap=True)
+
+
 def warn(console: Console, message: str) -> None:
     """Tell the user of something that needs attention."""
     console.print(Text("WARNING:", style="bold red"), message, highlight=False, soft_wrap=True)

@@ -385,7 +385,7 @@ def check_reusable(plan: ComparisonPlan, root: Path) -> None:
 
 def is_done(cell: Cell, run: Run) -> bool:
     """True when `run` is this cell's and finished."""
-    return not is_other_run(cell, run) and (record := run.record) is not None and record.status == "done"
+    return not is_other_run(cell, run) and run.is_done
 
 
 def is_other_run(cell: Cell, run: Run) -> bool:

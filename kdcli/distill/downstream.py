@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 
 from kdcli.distill.resolve import placed
 from kdcli.distill.teacher import label_options
@@ -25,6 +24,8 @@ from kdcli.training.finetune import finetune
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kdcli.distill.job import Job
+
 
 def tasks_of(recipe: Recipe, base: Path) -> list[Task]:
     """Return the tasks of `[[finetune]]` in their order. Raises InputError, naming the table, for an unusable one."""
@@ -36,22 +37,14 @@ def tasks_of(recipe: Recipe, base: Path) -> list[Task]:
 
 
 def score_on_tasks(
-    student: "PreTrainedModel",
-    teacher: "PreTrainedModel",
-    tokenizer: Any,
-    recipe: Recipe,
-    tasks: list[Task],
-    *,
-    run: Run,
-    console: Console,
-    resume: bool,
+    job: "Job", student: "PreTrainedModel", teacher: "PreTrainedModel", tokenizer: Any
 ) -> list[TaskScores]:
-    """Fine-tune and score the student, and what it is compared with, on every task of `[[finetune]]` (`tasks`).
+    """Fine-tune and score the student, and what it is compared with, on every task of `[[finetune]]`.
 
     The student of the first seed is kept in the run. Neither model is changed.
     """
-    results = []
-    for number, (section, task) in enumerate(zip(recipe.finetune, tasks, strict=True), 1):
+    recipe, results = job.recipe, []
+    for number, (section, task) in enumerate(zip(recipe.finetune, job.prepared.downstream, strict=True), 1):
         names = ["student", *dict.fromkeys(section.against)]
         scores: dict[str, list[float]] = {name: [] for name in names}
         metrics: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in names}
@@ -69,11 +62,11 @@ def score_on_tasks(
                     recipe.train,
                     max_length=section.task.max_length,
                     seed=seed,
-                    work=run.checkpoints / "finetune" / f"{number}-{name}-{seed}",
-                    console=console,
-                    resume=resume,
+                    work=job.run.checkpoints / "finetune" / f"{number}-{name}-{seed}",
+                    console=job.console,
+                    resume=job.resume,
                     title=f"{task.name} {name}",
-                    log=run.log / "finetune" / f"{number}-{name}-{seed}",
+                    log=job.run.log / "finetune" / f"{number}-{name}-{seed}",
                     identity={
                         "recipe": recipe.model_dump(),
                         "data": task.description["fingerprint"],
@@ -94,7 +87,7 @@ def score_on_tasks(
                 metrics[name].append(found)
                 scores[name].append(primary_score(found, task.primary))
                 if name == "student" and seed == recipe.seed:
-                    main_does(partial(_keep, model, tokenizer, run, run.tuned(task.name)))
+                    main_does(partial(_keep, model, tokenizer, job.run, job.run.tuned(task.name)))
         results.append(TaskScores(task.name, task.primary, scores, metrics))
     return results
 

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -22,9 +23,13 @@ from kdcli.tasks.base import Task
 from kdcli.tasks.encode import check_room
 from kdcli.tasks.load import load_task
 from kdcli.tasks.prepare import check_encoding
+from kdcli.terminal import tell
 from kdcli.training.distributed import agree, main_does, processes
 from kdcli.training.settings import check_batch
 from kdcli.words import counted
+
+if TYPE_CHECKING:
+    from kdcli.distill.job import Job
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,14 @@ def make_filler(
     return str(found.path)
 
 
+def add_copies_to(task: Task, job: "Job") -> Task:
+    """Return a job's task with the copies of `[task.augment]`; as it is where the recipe has no such table."""
+    if (start := job.prepared.filler) is None:
+        return task
+    with job.timed("augment"):
+        return augment_task(task, job.recipe, make_filler(start, **job.settings_of("augment")), console=job.console)
+
+
 def augment_task(task: Task, recipe: Recipe, source: str, *, console: Console) -> Task:
     """Return `task` with copies behind its training rows, and what was made in its description.
 
@@ -151,16 +164,9 @@ def augment_task(task: Task, recipe: Recipe, source: str, *, console: Console) -
     made, wanted = len(train) - len(task.train), len(task.train) * section.copies
     if not made:
         raise InputError("no training row has a word that can be replaced", where="task.augment")
-    console.print(
-        f"augment: {counted(len(task.train), 'row')} and {counted(made, 'copy', 'copies')}"
-        + (
-            f"; {counted(wanted - made, 'copy', 'copies')} left out, as too few words can change"
-            if made < wanted
-            else ""
-        ),
-        highlight=False,
-        soft_wrap=True,
-    )
+    left_out = wanted - made
+    few = f"; {counted(left_out, 'copy', 'copies')} left out, as too few words can change" if left_out > 0 else ""
+    tell(console, f"augment: {counted(len(task.train), 'row')} and {counted(made, 'copy', 'copies')}{few}")
     told = section.model_dump(exclude_none=True)
-    description = {**told, "rows": len(task.train), "added": made, "left_out": wanted - made}
+    description = {**told, "rows": len(task.train), "added": made, "left_out": left_out}
     return replace(task, train=train, description={**task.description, "augment": description})

@@ -69,6 +69,10 @@ class Prepared:
     followers: list[Follower]
     filler: FillerStart | None
 
+    def load_sources(self) -> None:
+        """Load the user's code and files that the method works with, such as a black box."""
+        self.resolved.method.load_sources(self.resolved.options, self.task, self.resolved.base)
+
     @property
     def notes(self) -> list[str]:
         """What a user should know about the data, of the tasks of `[[finetune]]` with their names, and the teacher."""

@@ -1,4 +1,4 @@
-"""A student's way: built, over-parameterised, trained stage by stage, contracted."""
+"""A student: built, over-parameterised, trained stage by stage, contracted."""
 
 import json
 import math
@@ -10,21 +10,23 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 from rich.console import Console
+from transformers import set_seed
 
-from kdcli import runs
-from kdcli.distill.resolve import Resolved, context_of, speaks, stages_of
+from kdcli.distill.job import Job
+from kdcli.distill.prepare import Follower
+from kdcli.distill.resolve import Resolved, speaks
 from kdcli.distill.teacher import Teacher
 from kdcli.files import atomic_folder, write_json
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
-from kdcli.methods.base import Context, Stage, Term
+from kdcli.methods.base import Stage, Term
 from kdcli.models.counts import count_parameters
 from kdcli.models.hashing import hash_of_model, hash_of_tokenizer, hash_of_weights
 from kdcli.models.overparam import OverparamReport, contract_model, overparameterise, teacher_factors
+from kdcli.models.save import round_to_stored
 from kdcli.models.shape import shape_of
 from kdcli.models.student import StudentBuild, build_student
 from kdcli.objectives.cores import TensorObjective
-from kdcli.recipe.schema import OverparamSection, StudentSection
-from kdcli.runs import timed
+from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import Wants
 from kdcli.tasks.base import Task
 from kdcli.tasks.prepare import encode_task
@@ -53,41 +55,26 @@ class Chain:
     section: OverparamSection
 
 
-def over_parameterise(
-    build: StudentBuild,
-    teacher: "PreTrainedModel",
-    context: Context,
-    section: OverparamSection | None,
-    console: Console,
-) -> Chain | None:
-    if section is None:
+def over_parameterise(job: Job, build: StudentBuild, teacher: "PreTrainedModel", follower: Follower) -> Chain | None:
+    """Put chains in place of a student's matrices; None where the recipe has no `[overparam]` for it."""
+    if (section := follower.overparam) is None:
         return None
     factors: dict[Any, tuple[torch.Tensor, ...]] = {}
     report = overparameterise(build.model, section)
     if report.skipped:
-        console.print(
-            f"overparam: {counted(len(report.skipped), 'matrix', 'matrices')} without chains: "
-            + "; ".join(report.skipped[:3])
-            + ("; ..." if len(report.skipped) > 3 else ""),
-            highlight=False,
-            soft_wrap=True,
-        )
+        few = "; ".join(report.skipped[:3]) + ("; ..." if len(report.skipped) > 3 else "")
+        job.tell(f"overparam: {counted(len(report.skipped), 'matrix', 'matrices')} without chains: {few}")
     if section.aux_weight > 0:
-        factors, skipped = teacher_factors(teacher, build.model, context.pairs, section)
+        factors, skipped = teacher_factors(teacher, build.model, follower.context.pairs, section)
         if skipped:
-            console.print(
-                f"overparam: no teacher tensors for {counted(len(skipped), 'matrix', 'matrices')}: "
-                + ", ".join(map(str, skipped[:6]))
-                + (" ..." if len(skipped) > 6 else ""),
-                highlight=False,
-                soft_wrap=True,
-            )
+            few = ", ".join(map(str, skipped[:6])) + (" ..." if len(skipped) > 6 else "")
+            job.tell(f"overparam: no teacher tensors for {counted(len(skipped), 'matrix', 'matrices')}: {few}")
     return Chain(report, factors, section)
 
 
 @dataclass
 class Distilled:
-    """A student at the end of its training, contracted."""
+    """A student at the end of its training, contracted. speaks: its head was trained to predict."""
 
     build: StudentBuild
     speaks: bool
@@ -95,6 +82,17 @@ class Distilled:
     overparam: dict[str, Any] | None
     contraction: dict[str, Any] | None
     training: list[dict[str, Any]]
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        return self.build.model
+
+    def handed_over(self, task: Task) -> "Distilled":
+        """Return what the run hands over: on plain text the body, where nothing trained the head; rounded as stored."""
+        body_only = task.kind.scored_by_loss and not self.speaks
+        model = self.model.base_model if body_only else self.model
+        round_to_stored(model)  # type: ignore[arg-type]
+        return replace(self, build=replace(self.build, model=model))  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, Any]:
         """Return what run.json says of an assistant."""
@@ -106,100 +104,64 @@ class Distilled:
         }
 
 
-@dataclass
-class Road:
-    """What a student's way from a teacher needs, whichever student it is."""
-
-    task: Task
-    resolved: Resolved
-    run: runs.Run
-    console: Console
-    seconds: dict[str, float]
-    resume: bool
-
-    def distil(
-        self,
-        teacher: Teacher,
-        section: StudentSection,
-        overparam: OverparamSection | None,
-        *,
-        folder: str = "",
-        title: str = "",
-    ) -> Distilled:
-        """Build a student of `teacher`, train it, and contract it. folder, title: of its checkpoints and progress."""
-        from transformers import set_seed
-
-        resolved, task, seed = self.resolved, self.task, self.resolved.recipe.seed
-        set_seed(seed)
-        with timed(self.seconds, f"{folder or 'student'}"):
-            build = build_student(teacher.model, section, seed=seed, overparam=overparam)
-        for note in build.notes:
-            self.console.print(f"{folder or 'student'}: {note}", highlight=False, soft_wrap=True)
-        plain_hash = hash_of_weights(build.model)
-        context = context_of(teacher.model, build.model, build.form, task, resolved.recipe)
-        stages = stages_of(resolved, context, build.model, teacher.model if teacher.known else None, len(task.train))
-        for note in resolved.method.notes(resolved.options, context):
-            self.console.print(f"{resolved.method.name}: {note}", highlight=False, soft_wrap=True)
-        # Checkpoints of another recipe, other data or another teacher belong to another training.
-        identity = {
-            "recipe": resolved.recipe.model_dump(),
-            "data": task.description["fingerprint"],
-            "teacher": hash_of_model(teacher.model),
-            "tokenizer": hash_of_tokenizer(teacher.tokenizer),
-            # What is computed from the teacher may be rounded otherwise on another machine.
-            "start": plain_hash if build.form == "checkpoint" else None,
-            "student": folder,
-        }
-        with timed(self.seconds, "overparam"):
-            chain = over_parameterise(build, teacher.model, context, overparam, self.console)
-        with timed(self.seconds, "train" if not folder else f"{folder} train"):
-            training = _train(
-                stages,
-                build,
-                teacher,
-                chain,
-                context,
-                task,
-                resolved,
-                self.run.checkpoints / folder,
-                self.run.log / folder,
-                self.console,
-                title=title,
-                identity=identity,
-                resume=self.resume,
-            )
-        contraction = None
-        if chain is not None:
-            with timed(self.seconds, "contract"):
-                contraction = contract_model(build.model).to_json()
-        return Distilled(
-            build,
-            speaks(stages),
-            plain_hash,
-            chain.report.to_json() if chain is not None else None,
-            contraction,
-            training,
-        )
+def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distilled:
+    """Build the follower of `teacher`, train it on the rows of `task`, and contract it."""
+    resolved, name, seed = job.resolved, follower.name, job.recipe.seed
+    set_seed(seed)
+    with job.timed(name):
+        build = build_student(teacher.model, follower.section, seed=seed, overparam=follower.overparam)
+    for note in build.notes:
+        job.tell(f"{name}: {note}")
+    plain_hash = hash_of_weights(build.model)
+    # Once more, with the weights of its own that a method brings: they are drawn after the student's.
+    stages = resolved.method.build(resolved.options, follower.context)
+    for note in resolved.method.notes(resolved.options, follower.context):
+        job.tell(f"{resolved.method.name}: {note}")
+    folder = "" if name == "student" else name
+    # Checkpoints of another recipe, other data or another teacher belong to another training.
+    identity = {
+        "recipe": job.recipe.model_dump(),
+        "data": task.description["fingerprint"],
+        "teacher": hash_of_model(teacher.model),
+        "tokenizer": hash_of_tokenizer(teacher.tokenizer),
+        # What is computed from the teacher may be rounded otherwise on another machine.
+        "start": plain_hash if build.form == "checkpoint" else None,
+        "student": folder,
+    }
+    with job.timed("overparam"):
+        chain = over_parameterise(job, build, teacher.model, follower)
+    with job.timed(f"{folder} train".strip()):
+        training = _train(job, task, teacher, follower, build, stages, chain, folder=folder, identity=identity)
+    contraction = None
+    if chain is not None:
+        with job.timed("contract"):
+            contraction = contract_model(build.model).to_json()
+    return Distilled(
+        build,
+        speaks(stages),
+        plain_hash,
+        chain.report.to_json() if chain is not None else None,
+        contraction,
+        training,
+    )
 
 
 def _train(
-    stages: list[Stage],
-    build: StudentBuild,
-    teacher: Teacher,
-    chain: Chain | None,
-    context: Context,
+    job: Job,
     task: Task,
-    resolved: Resolved,
-    checkpoints: Path,
-    log: Path,
-    console: Console,
+    teacher: Teacher,
+    follower: Follower,
+    build: StudentBuild,
+    stages: list[Stage],
+    chain: Chain | None,
     *,
-    title: str,
+    folder: str,
     identity: dict[str, Any],
-    resume: bool,
 ) -> list[dict[str, Any]]:
+    """Train a student stage by stage, and return a record of each. folder: of its checkpoints and curves."""
     from kdcli.training.trainer import fit, load_weights
 
+    resolved, title = job.resolved, f"{folder}: " if folder else ""
     encoded = encode_task(task, teacher.tokenizer, resolved.recipe.task.max_length, seed=resolved.loop.seed)
     train, collator = encoded.train, encoded.collator
     total = resolved.loop.steps(len(train))
@@ -224,17 +186,17 @@ def _train(
                 loop=loop,
                 base=resolved.base,
                 cache=resolved.recipe.teacher.cache,
-                console=console,
+                console=job.console,
                 overparam=chain.section if chain is not None else None,
-                pairs=tuple(context.pairs),
+                pairs=tuple(follower.context.pairs),
             )
         )
         factors = {**chain.teacher, **scheme.teacher_tensors()} if chain is not None and chain.teacher else None
         distiller = make_distiller(build.model, terms, scheme, rows, factors=factors)
-        folder = checkpoints / f"{number}-{stage.name}"
-        final = folder / "final"
-        of = {**identity, "stage": folder.name}
-        if resume and agree(_is_usable(final, of, console)):
+        work = job.run.checkpoints / folder / f"{number}-{stage.name}"
+        final = work / "final"
+        of = {**identity, "stage": work.name}
+        if job.resume and agree(_is_usable(final, of, job.console)):
             load_weights(distiller, final)
             distiller.close()
             records.append(json.loads((final / RECORD).read_text(encoding="utf-8")))
@@ -246,13 +208,13 @@ def _train(
                 collator=collator,
                 metrics=metrics_of(task),
                 settings=loop,
-                folder=folder,
-                log_dir=log / stage.name,
+                folder=work,
+                log_dir=job.run.log / folder / stage.name,
                 title=title + (stage.name if len(stages) == 1 else f"{number}/{len(stages)} {stage.name}"),
-                console=console,
+                console=job.console,
                 identity=of,
                 scheme=scheme,
-                resume=resume,
+                resume=job.resume,
             )
             records.append({"stage": stage.name, **record})
             main_does(partial(_keep_stage, final, of, distiller, records[-1]))

@@ -637,7 +637,7 @@ def test_a_run_stopped_after_its_training_does_not_train_again_and_tells_all_of_
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pipeline, "describe_model", fail)
+        patch.setattr(pipeline, "score_student", fail)
         run_recipe(path, output=folder / "parts")
     with monkeypatch.context() as patch:
         patch.setattr(DistillationTrainer, "train", fail)

@@ -1,0 +1,87 @@
+"""The scores of a run: its teacher's before anything is distilled, and its student's beside them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from kdcli.distill.downstream import score_on_tasks
+from kdcli.distill.job import Job
+from kdcli.distill.student import Distilled
+from kdcli.distill.teacher import Teacher
+from kdcli.evaluation.result import Loss, Metrics, Result
+from kdcli.evaluation.score import describe_model, evaluate_model, primary_score
+from kdcli.models.finite import at_fault
+from kdcli.tasks.base import Task
+from kdcli.tasks.metrics import chance_level
+from kdcli.tasks.predict import predict
+from kdcli.terminal import warn
+from kdcli.training.teacher_cache import cached_predictions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def score_teacher(job: Job, task: Task, teacher: Teacher) -> Metrics:
+    """Return the teacher's scores; none on plain text, nor of a black box. Warns of one that has learnt nothing."""
+    if task.kind.scored_by_loss or not teacher.known:
+        return {}
+    # Many students have the same teacher: what it predicts for the report sets is cached like all its predictions.
+    ask = partial(cached_predictions, use_cache=job.recipe.teacher.cache, console=job.console)
+    with at_fault("teacher.model"):
+        scores = _scores(job, teacher.model, teacher.tokenizer, task, ask, "the teacher")
+    score, chance = primary_score(scores, task.primary), chance_level(task)
+    if score <= chance + 0.02:
+        warn(
+            job.console,
+            f"the teacher scores {task.primary} {score:.4f}, no better than chance "
+            f"({chance:.4f}). A student cannot learn the task from it. Is the model fine-tuned on this task, "
+            "and are its classes named in their order (id2label in its config.json)?",
+        )
+    return scores
+
+
+def score_student(job: Job, task: Task, teacher: Teacher, metrics: Metrics, student: Distilled) -> Result:
+    """Return the result of a run: the student beside its teacher. metrics: the teacher's.
+
+    On plain text the student has a held-out loss, and the scores of what is fine-tuned from it.
+    """
+    if task.kind.scored_by_loss:
+        return Result(
+            "loss",
+            describe_model(teacher.model),
+            describe_model(student.model),
+            loss=held_out_loss(student.training),
+            finetune=score_on_tasks(job, student.model, teacher.model, teacher.tokenizer),
+        )
+    return Result(
+        task.primary,
+        describe_model(teacher.model, task, metrics) if teacher.known else None,
+        describe_model(student.model, task, _scores(job, student.model, teacher.tokenizer, task)),
+        {name: len(rows) for name, rows in task.report.items()},
+    )
+
+
+def _scores(
+    job: Job,
+    model: "PreTrainedModel",
+    tokenizer: Any,
+    task: Task,
+    ask: Callable[..., Any] = predict,
+    owner: str = "the student",
+) -> Metrics:
+    return evaluate_model(
+        model,
+        tokenizer,
+        task,
+        batch_size=job.recipe.evaluate.batch_size,
+        max_length=job.recipe.task.max_length,
+        ask=ask,
+        owner=owner,
+        device=job.recipe.train.device,
+    )
+
+
+def held_out_loss(training: list[dict[str, Any]]) -> Loss:
+    """Return the first and the last held-out loss of the last stage; None where it was not measured."""
+    losses = [entry["eval_loss"] for entry in training[-1].get("history", []) if "eval_loss" in entry]
+    return Loss(losses[0], losses[-1]) if losses else Loss(None, None)
