@@ -9,6 +9,8 @@ import typer
 from kdcli.cli.commands import Table, group
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from kdcli.methods.base import Method
     from kdcli.recipe.fields import Entry
 
@@ -152,53 +154,58 @@ def explain(
     from kdcli.cli import render
     from kdcli.cli.console import emit
     from kdcli.methods import registry
-    from kdcli.recipe.fields import fields_of
-    from kdcli.recipe.schema import Recipe
 
     chosen = registry.get(method) if method is not None else None
-    entries = list(fields_of(Recipe))
-    if chosen is not None:
-        place = next(number for number, entry in enumerate(entries, 1) if entry.name == "method.name")
-        entries[place:place] = fields_of(chosen.options, ("method",))
+    entries = _entries(chosen)
     if field is None:
-        rows = [_row(entry, chosen) for entry in entries]
-        emit({"fields": rows}, table=render.reference(entries), as_json=as_json)
+        emit({"fields": [_row(e, chosen) for e in entries]}, table=render.reference(entries), as_json=as_json)
         return 0
-    found = _find(field, entries, chosen)
-    inside = [entry for entry in entries if entry.path[:-1] == found.path]
-    document = {**_row(found, chosen), **({"fields": [_row(entry, chosen) for entry in inside]} if inside else {})}
-    emit(document, table=render.field(_row(found, chosen), inside), as_json=as_json)
+    path = _find(field, entries, chosen)
+    # A field of several kinds of tasks, each of which means something else by it, is told for each.
+    found = [_row(entry, chosen) for entry in entries if entry.path == path]
+    inside = [entry for entry in entries if entry.path[:-1] == path]
+    document = {"fields": [*found, *(_row(entry, chosen) for entry in inside)]}
+    emit(document, table=render.fields(found, inside), as_json=as_json)
     return 0
 
 
-def _find(field: str, entries: "list[Entry]", method: "Method | None") -> "Entry":
-    """Return the entry of a field. Raises InputError with the nearest one where there is none."""
-    import re
+def _entries(method: "Method | None") -> "list[Entry]":
+    """Return all fields of a recipe, with those of every kind of task, and with a method's options."""
+    from kdcli.recipe.fields import fields_of, fields_of_kinds
+    from kdcli.recipe.schema import Recipe
 
-    from pydantic import BaseModel
+    kinds = _kinds()
+    found: list[Entry] = []
+    for entry in fields_of(Recipe):
+        found.append(entry)
+        if entry.name == "method.name" and method is not None:
+            found += fields_of(method.options, ("method",))
+        if entry.name in ("task.type", "finetune.task.type"):
+            found += fields_of_kinds(kinds, entry.path[:-1])
+    return found
+
+
+def _find(field: str, entries: "list[Entry]", method: "Method | None") -> tuple[str, ...]:
+    """Return the path of a field. Raises InputError with the nearest one where there is none."""
+    import re
 
     from kdcli.errors import InputError, cut
     from kdcli.recipe.fields import nearest, unknown_part
-    from kdcli.recipe.schema import Recipe
 
     # Brackets of tables and places say nothing here: `[student]`, `finetune[0].task`.
     path = tuple(part.strip() for part in re.sub(r"\[\d*\]|[\[\]]", "", field).split("."))
-    schema: type[BaseModel] = Recipe
-    prefix: tuple[str, ...] = ()
-    if path[0] == "method" and len(path) > 1 and path[1] != "name":
-        if method is None:
-            owners = _methods_with(path[1])
-            raise InputError(
-                f"{cut(field)} would be an option of a method, and which one is not said",
-                hint=f"give --method, one of {', '.join(owners)}" if owners else "kdcli methods NAME lists its options",
-            )
-        schema, prefix, path = method.options, ("method",), path[1:]
-    wrong = unknown_part(schema, path)
+    known = [entry.path for entry in entries]
+    wrong = unknown_part(known, path)
+    if wrong is not None and method is None and wrong[0] == "method":
+        owners = _methods_with(wrong[1])
+        raise InputError(
+            f"{cut(field)} would be an option of a method, and which one is not said",
+            hint=f"give --method, one of {', '.join(owners)}" if owners else "kdcli methods NAME lists its options",
+        )
     if wrong is not None:
-        raise InputError("unknown field", where=cut(".".join((*prefix, *wrong))), hint=nearest(schema, wrong, prefix))
-    path = (*prefix, *path)
+        raise InputError("unknown field", where=cut(".".join(wrong)), hint=nearest(known, wrong))
     # A key of one's own, such as overparam.factors.768, is explained by the field that has such keys.
-    return max((e for e in entries if path[: len(e.path)] == e.path), key=lambda entry: len(entry.path))
+    return max((own for own in known if path[: len(own)] == own), key=len)
 
 
 def _methods_with(option: str) -> list[str]:
@@ -207,11 +214,18 @@ def _methods_with(option: str) -> list[str]:
     return [method.name for method in registry.usable()[0] if option in method.options.model_fields]
 
 
+def _kinds() -> "dict[str, type[BaseModel]]":
+    from kdcli.tasks import registry
+
+    return {name: registry.get(name).fields for name in registry.names()}
+
+
 def _row(entry: "Entry", method: "Method | None") -> dict[str, Any]:
     table, *inner = entry.path
     own = {"student": method.student, "train": method.train}.get(table, {}) if method is not None else {}
     row = {
         "field": entry.name,
+        "kinds": list(entry.kinds),
         "allowed": entry.allowed,
         "required": entry.field.is_required(),
         "default": entry.default,
@@ -242,4 +256,4 @@ def _schema() -> dict[str, Any]:
     from kdcli.methods import registry
     from kdcli.recipe.json_schema import recipe_schema
 
-    return recipe_schema({method.name: method.options for method in registry.usable()[0]})
+    return recipe_schema({method.name: method.options for method in registry.usable()[0]}, _kinds())

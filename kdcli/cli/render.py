@@ -285,21 +285,36 @@ def reference(entries: "Sequence[Entry]") -> Group:
     return Group(*parts)
 
 
-def field(row: Mapping[str, Any], inside: "Sequence[Entry]") -> Group:
-    """Return what there is to know of a field; of a table also its fields."""
-    default = "required" if row["required"] else "" if row["default"] is None else show(row["default"])
-    lines = {"field": row["field"], "type": row["allowed"], "default": default, "meaning": row["description"]}
-    if "default_of_method" in row:
-        lines["of the method"] = show(row["default_of_method"])
-    about = columns((key, value) for key, value in lines.items() if value)
-    return Group(about, "", _fields(inside, inside)) if inside else Group(about)
+def fields(rows: Sequence[Mapping[str, Any]], inside: "Sequence[Entry]") -> Group:
+    """Return what there is to know of a field, a row for each of its meanings; of a table also its fields."""
+    parts: list[RenderableType] = []
+    for row in rows:
+        default = "required" if row["required"] else "" if row["default"] is None else show(row["default"])
+        lines = {
+            "field": row["field"],
+            "only with": _of_kinds(row["kinds"]),
+            "type": row["allowed"],
+            "default": default,
+            "of the method": show(row["default_of_method"]) if "default_of_method" in row else "",
+            "meaning": row["description"],
+        }
+        parts += [columns((key, value) for key, value in lines.items() if value), ""]
+    return Group(*parts, _fields(inside, inside)) if inside else Group(*parts[:-1])
+
+
+def _of_kinds(kinds: Sequence[str]) -> str:
+    return f"type = {' or '.join(map(show, kinds))}" if kinds else ""
 
 
 def _fields(some: "Sequence[Entry]", aligned: "Sequence[Entry]") -> Table:
     """Return fields of one table with default and meaning, in columns as wide as `aligned` needs them."""
-    table = columns([(entry.path[-1], entry.shown_default, entry.field.description or "") for entry in some])
-    for column, cells in zip(
-        table.columns, ([e.path[-1] for e in aligned], [e.shown_default for e in aligned]), strict=False
-    ):
+
+    def meaning(entry: "Entry") -> str:
+        only = f" (With {_of_kinds(entry.kinds)}.)" if entry.kinds else ""
+        return f"{entry.field.description}{only}"
+
+    table = columns((entry.path[-1], entry.shown_default, meaning(entry)) for entry in some)
+    sides = ([entry.path[-1] for entry in aligned], [entry.shown_default for entry in aligned])
+    for column, cells in zip(table.columns, sides, strict=False):
         column.min_width = max(map(len, cells))
     return table

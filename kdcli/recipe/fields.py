@@ -2,8 +2,8 @@
 
 import difflib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -36,12 +36,16 @@ class Named(BaseModel):
 
 @dataclass(frozen=True)
 class Entry:
-    """A field of a schema: `table` is the schema of what it holds where that is a table, or several in an array."""
+    """A field of a schema: `table` is the schema of what it holds where that is a table, or several in an array.
+
+    kinds: of tasks that have the field, where not all have it.
+    """
 
     path: Path
     field: FieldInfo
     table: type[BaseModel] | None
     many: bool = False
+    kinds: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -81,36 +85,52 @@ def fields_of(schema: type[BaseModel], path: Path = ()) -> Iterator[Entry]:
             yield from fields_of(inner.table, here)
 
 
+def fields_of_kinds(kinds: Mapping[str, type[BaseModel]], path: Path) -> list[Entry]:
+    """Return the fields that kinds of tasks have of their own, once for all kinds that mean the same by it.
+
+    kinds: name -> schema of its fields. path: of the table.
+    """
+    found: dict[tuple[Path, str | None], Entry] = {}
+    for kind, schema in kinds.items():
+        for entry in fields_of(schema, path):
+            key = entry.path, entry.field.description
+            found[key] = replace(entry, kinds=(*(found[key].kinds if key in found else ()), kind))
+    return list(found.values())
+
+
 def is_place(part: str) -> bool:
     """True for a part of a path that is a place in a list."""
     return part.startswith("[")
 
 
-def unknown_part(schema: type[BaseModel], path: Path) -> Path | None:
-    """Return the beginning of a path that names no field of a schema; None when all of it names one."""
-    known = {(), *(entry.path for entry in fields_of(schema))}
+def unknown_part(known: Collection[Path], path: Path) -> Path | None:
+    """Return the beginning of a path that names none of the known fields; None when all of it names one."""
     plain = tuple(part for part in path if not is_place(part))
     for length in range(1, len(plain) + 1):
         # Keys of one's own, such as those of overparam.factors, are no fields.
-        if plain[:length] not in known and any(field[:-1] == plain[: length - 1] for field in known if field):
+        if plain[:length] not in known and any(field[:-1] == plain[: length - 1] for field in known):
             return plain[:length]
     return None
 
 
-def nearest(schema: type[BaseModel], path: Path, prefix: Path = ()) -> str:
+def nearest(known: Collection[Path], path: Path, prefix: Path = ()) -> str:
     """Return the known field that an unknown one may have meant, or all that there are beside it, as a hint."""
-    everything = [entry.path for entry in fields_of(schema)]
     # The last part is a key, even one that looks like a place.
     path = (*(part for part in path[:-1] if not is_place(part)), path[-1])
-    beside = [field[-1] for field in everything if field[:-1] == path[:-1]]
+    beside = [field[-1] for field in known if field[:-1] == path[:-1]]
     plain = path[-1].lower().replace("-", "_")
     # The very word in another table says more than a word of some likeness in this one.
-    elsewhere = [".".join((*prefix, *field)) for field in everything if field[-1] == plain]
+    elsewhere = [".".join((*prefix, *field)) for field in known if field[-1] == plain]
     if near := difflib.get_close_matches(plain, beside, n=1, cutoff=0.8 if elsewhere else 0.6):
         return f"did you mean {near[0]!r}?"
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
     return f"known here: {', '.join(sorted(beside))}"
+
+
+def paths_of(schema: type[BaseModel]) -> list[Path]:
+    """Return the paths of all fields of a schema."""
+    return [entry.path for entry in fields_of(schema)]
 
 
 def annotation_of(field: FieldInfo | None) -> Any:

@@ -6,18 +6,19 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from kdcli.recipe.schema import Recipe
+from kdcli.recipe.schema import Recipe, TaskSection
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def recipe_schema(methods: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
+def recipe_schema(methods: Mapping[str, type[BaseModel]], kinds: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
     """Return the JSON Schema of a recipe, in which a method's name chooses its options.
 
-    methods: name -> schema of its options. The schema refuses unknown fields, wrong types and values out of range; what
-    fields must be to each other is checked by kdcli alone.
+    methods: name -> schema of its options. kinds: name of a kind of task -> schema of its own fields; a `[task]` may
+    have those of every kind, since its type may be left to the data. The schema refuses unknown fields, wrong types and
+    values out of range; what fields must be to each other is checked by kdcli alone.
     """
-    roots = [(schema, "validation") for schema in (Recipe, *methods.values())]
+    roots = [(schema, "validation") for schema in (Recipe, TaskSection, *methods.values(), *kinds.values())]
     references, document = models_json_schema(roots, ref_template="#/$defs/{model}")  # type: ignore[arg-type]
     tables = {key: _tidy(table) for key, table in document["$defs"].items()}
     recipe = tables.pop(_key(references[(Recipe, "validation")]))
@@ -28,6 +29,12 @@ def recipe_schema(methods: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
             "properties": {"name": {"const": name}, **table.get("properties", {})},
             "required": ["name", *table.get("required", [])],
         }
+    task = tables[_key(references[(TaskSection, "validation")])]
+    task["properties"]["type"] = {"description": task["properties"]["type"]["description"], "enum": list(kinds)}
+    task["additionalProperties"] = False
+    for fields in kinds.values():
+        for name, field in tables[_key(references[(fields, "validation")])].get("properties", {}).items():
+            task["properties"][name] = _either(task["properties"].get(name, field), field)
     method = recipe["properties"]["method"]
     recipe["properties"]["method"] = {
         "description": method["description"],
@@ -44,6 +51,11 @@ def recipe_schema(methods: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
 
 def _key(reference: Mapping[str, Any]) -> str:
     return reference["$ref"].removeprefix("#/$defs/")
+
+
+def _either(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a field that kinds of tasks give two meanings; the first one describes it."""
+    return first if first == second else {"description": first["description"], "anyOf": [first, second]}
 
 
 def _tidy(part: Any) -> Any:

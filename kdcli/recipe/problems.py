@@ -16,6 +16,7 @@ from kdcli.recipe.fields import (
     describe,
     is_place,
     nearest,
+    paths_of,
     show,
     unknown_part,
 )
@@ -140,7 +141,7 @@ def _branch(kinds: list[Any], label: str) -> Any:
 def _problem(schema: type[BaseModel], spot: _Spot, entry: Any, prefix: tuple[str, ...]) -> Problem:
     path, kind, found = (*prefix, *spot.path), entry["type"], entry["input"]
     if kind == "extra_forbidden":
-        return Problem(path, "unknown field", nearest(schema, spot.path, prefix))
+        return Problem(path, "unknown field", nearest(paths_of(schema), spot.path, prefix))
     if kind == "missing":
         return Problem(path, "is missing", missing=True)
     if kind == "value_error":
@@ -155,5 +156,6 @@ def _problem(schema: type[BaseModel], spot: _Spot, entry: Any, prefix: tuple[str
 
 def unknown_field(schema: type[BaseModel], path: tuple[str, ...], prefix: tuple[str, ...] = ()) -> Problem | None:
     """Return the problem of a path that names no field of a schema; None when it names one."""
-    part = unknown_part(schema, path)
-    return None if part is None else Problem((*prefix, *part), "unknown field", nearest(schema, part, prefix))
+    known = paths_of(schema)
+    part = unknown_part(known, path)
+    return None if part is None else Problem((*prefix, *part), "unknown field", nearest(known, part, prefix))

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from kdcli.methods import registry
 from kdcli.recipe.schema import Recipe
+from kdcli.tasks import registry as kinds
 
 
 def tables(kind: Any) -> Iterator[type[BaseModel]]:
@@ -21,9 +22,12 @@ def tables(kind: Any) -> Iterator[type[BaseModel]]:
         yield from tables(inner)
 
 
-SCHEMAS = {
-    schema: None for root in (Recipe, *(registry.get(n).options for n in registry.names())) for schema in tables(root)
-}
+ROOTS = (
+    Recipe,
+    *(registry.get(name).options for name in registry.names()),
+    *(kinds.get(name).fields for name in kinds.names()),
+)
+SCHEMAS = {schema: None for root in ROOTS for schema in tables(root)}
 
 
 def test_the_walk_reaches_tables_of_methods_and_tables_inside_tables():

@@ -8,15 +8,19 @@ from typing import Any
 
 import jsonschema
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from kdcli.methods import registry
-from kdcli.recipe.fields import Entry, fields_of
+from kdcli.recipe.fields import Entry, fields_of, fields_of_kinds
 from kdcli.recipe.json_schema import recipe_schema
 from kdcli.recipe.schema import Recipe
+from kdcli.tasks import registry as kinds
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = recipe_schema({name: registry.get(name).options for name in registry.names()})
+SCHEMA = recipe_schema(
+    {name: registry.get(name).options for name in registry.names()},
+    {name: kinds.get(name).fields for name in kinds.names()},
+)
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 LEAST: dict[str, Any] = {"task": {"name": "sst2"}, "method": {"name": "kd"}, "teacher": {"model": "model"}}
 # "value_error" is what fields must be to each other, and the inside of strings: a schema does not tell.
@@ -118,13 +122,33 @@ def test_it_refuses_what_the_program_refuses_of_a_methods_option(name: str):
             check({**LEAST, "method": {"name": name, entry.name: value}}, f"{name}.{entry.name}", errors)
 
 
-def test_the_descriptions_name_every_choice_that_the_type_does_not(tmp_path: Path):
+def test_the_descriptions_name_every_choice_that_the_type_does_not():
     from kdcli.data.glue import GLUE
     from kdcli.methods.hs import NAMES
-    from kdcli.tasks.metrics import CLASSIFICATION, REGRESSION
 
     words = {entry.name: re.findall(r"[\w+-]+", entry.field.description or "") for entry in ENTRIES}
     assert set(GLUE) <= set(words["task.name"])
-    assert {*CLASSIFICATION, *REGRESSION} <= set(words["task.metrics"])
     described = re.findall(r'"([\w+-]+)"', registry.get("hs").options.model_fields["layer_map"].description or "")
     assert set(described) == set(NAMES)
+
+
+def test_a_field_of_a_kind_of_task_is_one_of_its_table():
+    class First(BaseModel):
+        own: int = Field(default=1, description="A number.")
+        both: str = Field(default="", description="A column.")
+
+    class Second(BaseModel):
+        both: list[str] = Field(default=[], description="Columns.")
+
+    schema = recipe_schema({"kd": registry.get("kd").options}, {"first": First, "second": Second})
+    validator = jsonschema.Draft202012Validator(schema)
+    for fields in ({"own": 2}, {"both": "x"}, {"both": ["x", "y"]}, {"type": "second"}):
+        assert validator.is_valid({**LEAST, "task": {"name": "mine", **fields}})
+    for fields in ({"own": "x"}, {"both": 1}, {"type": "third"}, {"other": 1}):
+        assert not validator.is_valid({**LEAST, "task": {"name": "mine", **fields}})
+    rows = fields_of_kinds({"first": First, "second": Second, "third": First}, ("task",))
+    assert [(row.name, row.kinds) for row in rows] == [
+        ("task.own", ("first", "third")),
+        ("task.both", ("first", "third")),
+        ("task.both", ("second",)),
+    ]
