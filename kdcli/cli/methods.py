@@ -61,8 +61,8 @@ def methods(
         table.add_row(key, Text(document[key]))
     table.add_section()
     for entry in fields_of(method.options, ("method",)):
-        default = f" Default: {entry.shown_default}." if entry.default is not None else ""
-        table.add_row(entry.name, Text(f"{entry.field.description}{default}"))
+        default = f"Default: {entry.shown_default}." if entry.default is not None else ""
+        table.add_row(entry.name, Text(f"{entry.description} {default}".strip()))
     table.add_section()
     defaults = [
         ("student", method.student, ""),

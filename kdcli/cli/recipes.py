@@ -229,7 +229,7 @@ def _row(entry: "Entry", method: "Method | None") -> dict[str, Any]:
         "allowed": entry.allowed,
         "required": entry.field.is_required(),
         "default": entry.default,
-        "description": entry.field.description,
+        "description": entry.description,
     }
     return {**row, "default_of_method": own[inner[0]]} if inner and inner[0] in own else row
 

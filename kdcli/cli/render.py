@@ -310,8 +310,8 @@ def _fields(some: "Sequence[Entry]", aligned: "Sequence[Entry]") -> Table:
     """Return fields of one table with default and meaning, in columns as wide as `aligned` needs them."""
 
     def meaning(entry: "Entry") -> str:
-        only = f" (With {_of_kinds(entry.kinds)}.)" if entry.kinds else ""
-        return f"{entry.field.description}{only}"
+        only = f"(With {_of_kinds(entry.kinds)}.)" if entry.kinds else ""
+        return f"{entry.description} {only}".strip()
 
     table = columns((entry.path[-1], entry.shown_default, meaning(entry)) for entry in some)
     sides = ([entry.path[-1] for entry in aligned], [entry.shown_default for entry in aligned])

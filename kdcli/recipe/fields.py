@@ -58,6 +58,11 @@ class Entry:
         return describe(annotation_of(self.field))
 
     @property
+    def description(self) -> str:
+        """What it is; empty where another package's schema does not say it."""
+        return self.field.description or ""
+
+    @property
     def default(self) -> Any:
         """Its default; None where it has none."""
         return None if self.field.is_required() or self.table is not None else self.field.get_default()
@@ -90,10 +95,10 @@ def fields_of_kinds(kinds: Mapping[str, type[BaseModel]], path: Path) -> list[En
 
     kinds: name -> schema of its fields. path: of the table.
     """
-    found: dict[tuple[Path, str | None], Entry] = {}
+    found: dict[tuple[Path, str], Entry] = {}
     for kind, schema in kinds.items():
         for entry in fields_of(schema, path):
-            key = entry.path, entry.field.description
+            key = entry.path, entry.description
             found[key] = replace(entry, kinds=(*(found[key].kinds if key in found else ()), kind))
     return list(found.values())
 

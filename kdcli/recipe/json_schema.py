@@ -55,7 +55,7 @@ def _key(reference: Mapping[str, Any]) -> str:
 
 def _either(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a field that kinds of tasks give two meanings; the first one describes it."""
-    return first if first == second else {"description": first["description"], "anyOf": [first, second]}
+    return first if first == second else {"description": first.get("description", ""), "anyOf": [first, second]}
 
 
 def _tidy(part: Any) -> Any:
