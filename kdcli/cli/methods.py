@@ -90,7 +90,6 @@ def short_citation(paper: str) -> str:
 
 
 def _tasks(method: "Method") -> str:
-    """Return what tasks a method works on, in few words: what they must have, where it is one thing."""
-    if len(method.needs) < 2:
-        return next(iter(method.needs), "all")
-    return ", ".join(tasks_of(method))
+    """Return what tasks a method works on, in few words: what they must provide, else their names."""
+    needs = ", ".join(sorted(method.needs)) or "all"
+    return needs if len(needs) <= 23 else ", ".join(tasks_of(method))

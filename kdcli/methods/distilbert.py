@@ -63,7 +63,7 @@ def build(options: DistilBERTOptions, context: Context) -> list[Stage]:
 
 METHOD = Method(
     name="distilbert",
-    title="Prediction, masked tokens, last hidden states",
+    title="Prediction, masked tokens, hidden states",
     paper="Sanh, Debut, Chaumond, Wolf (2019): DistilBERT, a distilled version of BERT: smaller, faster, cheaper and "
     "lighter. arXiv 1910.01108",
     formula="5 T^2 KL(softmax(z_T / T) || softmax(z_S / T)) + 2 CE of the hidden words (or labels) + "

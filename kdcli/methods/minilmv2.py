@@ -160,7 +160,7 @@ def notes(options: MiniLMv2Options, context: Context) -> list[str]:
 
 METHOD = Method(
     name="minilmv2",
-    title="Query, key and value relations of one block",
+    title="Query, key, value relations of one block",
     paper="Wang, Bao, Huang, Dong, Wei (2021): MiniLMv2: Multi-Head Self-Attention Relation Distillation for "
     "Compressing Pretrained Transformers. arXiv 2012.15828",
     formula="sum_(X = Q, K, V) KL(R_T || R_S), R = softmax(X X^T / sqrt(d_r)) over d / d_r relation heads "

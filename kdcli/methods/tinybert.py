@@ -104,7 +104,7 @@ def build(options: TinyBERTOptions, context: Context) -> list[Stage]:
 
 METHOD = Method(
     name="tinybert",
-    title="Attention and hidden states, then prediction",
+    title="Attention, hidden states, then prediction",
     paper="Jiao, Yin, Shang, Jiang, Chen, Li, Wang, Liu (2020): TinyBERT: Distilling BERT for Natural Language "
     "Understanding. arXiv 1909.10351",
     formula="1: sum_m MSE(Q K^T / sqrt(d_k)) + sum_(m >= 0) MSE(h_S[m] W, h_T[m N / n]); 2: KL(p_T || p_S) at T = 1, "
