@@ -90,7 +90,7 @@ class Signals:
     matrices: dict[MatrixKey, Tensor] = field(default_factory=dict)
     windows: dict[int, Tensor] = field(default_factory=dict)
     factors: Mapping[MatrixKey, tuple[Tensor, ...]] = field(default_factory=dict)
-    _scores: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _scores: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def split_heads(self, layer: int, name: str, heads: int | None = None) -> Tensor:
         """Return a projection of block `layer` as (batch, heads, seq, head size), in fp32."""

@@ -14,7 +14,7 @@ NOISE = 0.06
 LABELS = ("negative", "positive")
 SIZES = {"train": 8000, "validation": 1000}
 
-_POSITIVE = [
+POSITIVE = [
     "gripping",
     "brilliant",
     "moving",
@@ -36,7 +36,7 @@ _POSITIVE = [
     "memorable",
     "inspired",
 ]
-_NEGATIVE = [
+NEGATIVE = [
     "dull",
     "awful",
     "clumsy",
@@ -58,7 +58,7 @@ _NEGATIVE = [
     "forgettable",
     "weak",
 ]
-_SUBJECTS = [
+SUBJECTS = [
     "the film",
     "the plot",
     "the acting",
@@ -76,9 +76,9 @@ _SUBJECTS = [
     "the dialogue",
     "the exhibition",
 ]
-_STRONG = ("really", "truly", "utterly", "quite", "rather", "so", "very", "simply")
+STRONG = ("really", "truly", "utterly", "quite", "rather", "so", "very", "simply")
 _NOT = ("not {}", "never {}", "not at all {}", "hardly {}", "far from {}", "anything but {}")
-_FILLERS = [
+FILLERS = [
     "we went on a tuesday",
     "it runs for two hours",
     "my brother came along",
@@ -99,12 +99,12 @@ _FILLERS = [
 def _opinion(generator: random.Random, positive: bool) -> str:
     """Return a clause with an opinion of the given sign, negated in about a third of the cases."""
     negated = generator.random() < 0.35
-    word = generator.choice(_POSITIVE if positive != negated else _NEGATIVE)
+    word = generator.choice(POSITIVE if positive != negated else NEGATIVE)
     if not negated and generator.random() < 0.4:
-        word = f"{generator.choice(_STRONG)} {word}"
+        word = f"{generator.choice(STRONG)} {word}"
     phrase = generator.choice(_NOT).format(word) if negated else word
     verb = generator.choice(("was", "seemed", "felt", "is"))
-    return f"{generator.choice(_SUBJECTS)} {verb} {phrase}"
+    return f"{generator.choice(SUBJECTS)} {verb} {phrase}"
 
 
 def _sentence(generator: random.Random, positive: bool) -> str:
@@ -122,7 +122,7 @@ def _sentence(generator: random.Random, positive: bool) -> str:
         core = f"{_opinion(generator, positive)} and {_opinion(generator, positive)}"
     parts = [core]
     for _ in range(generator.choice((0, 0, 1, 1, 2))):
-        parts.insert(generator.randrange(len(parts) + 1), generator.choice(_FILLERS))
+        parts.insert(generator.randrange(len(parts) + 1), generator.choice(FILLERS))
     return " . ".join(parts)
 
 

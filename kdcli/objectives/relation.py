@@ -39,7 +39,7 @@ def _log_sum_exp(scores: Tensor, probabilities: Tensor) -> Tensor:
     return scores.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log()
 
 
-class _RelationKL(torch.autograd.Function):
+class RelationKL(torch.autograd.Function):
     """The KL divergence of two softmaxed Gram matrices, chunk by chunk of heads.
 
     Its gradient is formed along with the value, so that a chunk's (batch, heads, seq, seq) matrices are dropped at
@@ -122,7 +122,7 @@ def relation_kl(
     batch, seq = mask.shape
     most = CACHED_ELEMENTS if mask.device.type == "cpu" else CHUNK_ELEMENTS
     chunk = chunk or max(1, most // (batch * seq * seq))
-    return _RelationKL.apply(rows, columns, teacher_rows, targets, mask, chunk, segments, window)
+    return RelationKL.apply(rows, columns, teacher_rows, targets, mask, chunk, segments, window)
 
 
 class RelationObjective(Objective):

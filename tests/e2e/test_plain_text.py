@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_recipes import changed, run_recipe, tiny_recipe, write_recipe
+from training.stages import Killed, kill_after
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 import kdcli
@@ -108,20 +108,8 @@ def test_a_stopped_run_goes_on_and_ends_the_same(recipe: Path):
     whole = run_recipe(recipe, *extra, "name=whole")
     parts = (*extra, "name=parts")
 
-    class Stop(Exception):
-        pass
-
-    import kdcli.training.trainer as trainer
-
-    original = trainer.DistillationTrainer._save_checkpoint
-
-    def stop(self: Any, model: Any, trial: Any) -> None:
-        original(self, model, trial)
-        if self.state.global_step == 10 and "teacher" not in str(self.args.output_dir):
-            raise Stop
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(trainer.DistillationTrainer, "_save_checkpoint", stop)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, 10, "checkpoints/1-")
         run_recipe(recipe, *parts)
     assert json.loads((recipe.parent / "runs" / "parts" / "run.json").read_text())["status"] == "failed"
     resumed = run_recipe(recipe, *parts, resume=True)

@@ -22,8 +22,8 @@ from kdcli.objectives.output import OutputObjective
 from kdcli.objectives.relation import (
     SELF_RELATIONS,
     DirectRelationObjective,
+    RelationKL,
     RelationObjective,
-    _RelationKL,
     relation_kl,
 )
 from kdcli.objectives.transport import cheap_weights, transport_plan
@@ -332,16 +332,16 @@ def test_the_hand_written_gradient_is_the_derivative():
     other_query, other_key = heads_of(2), heads_of(2)
     for chunk in (1, 3, 4):
         assert torch.autograd.gradcheck(
-            lambda q, k, chunk=chunk: _RelationKL.apply(q, k, other_query, other_key, mask, chunk), (query, key)
+            lambda q, k, chunk=chunk: RelationKL.apply(q, k, other_query, other_key, mask, chunk), (query, key)
         )
         segments = torch.tensor([0, 0, 1, 1, 1]).expand(2, 5)
         assert torch.autograd.gradcheck(
-            lambda q, k, s=segments, chunk=chunk: _RelationKL.apply(q, k, other_query, other_key, mask, chunk, s),
+            lambda q, k, s=segments, chunk=chunk: RelationKL.apply(q, k, other_query, other_key, mask, chunk, s),
             (query, key),
         )
         # The same tensor on both sides gets both gradients.
         assert torch.autograd.gradcheck(
-            lambda q, chunk=chunk: _RelationKL.apply(q, q, other_query, other_key, mask, chunk), (query,)
+            lambda q, chunk=chunk: RelationKL.apply(q, q, other_query, other_key, mask, chunk), (query,)
         )
 
 

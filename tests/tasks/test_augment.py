@@ -61,11 +61,11 @@ def masked_lm(vocab_size: int, family: str = "bert") -> Any:
 
 def byte_level(texts: list[str]) -> Any:
     """Return a small byte-level BPE tokenizer as RoBERTa has it: a word's token holds the space before it."""
-    from tokenizers import AddedToken, ByteLevelBPETokenizer, processors
+    from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer, processors
 
     backend = ByteLevelBPETokenizer(add_prefix_space=False)
     backend.train_from_iterator(texts, 420, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], show_progress=False)
-    core = backend._tokenizer
+    core = Tokenizer.from_str(backend.to_str())
     core.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
     core.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
     return PreTrainedTokenizerFast(

@@ -16,7 +16,7 @@ NEGATIONS = ("not at all ", "far from ", "anything but ", "hardly ", "never ", "
 
 def read(sentence: str) -> int:
     """Return the true label by rules that the generator does not use: the deciding clause, its word, its negation."""
-    opinions = [part for part in sentence.split(" . ") if part not in synthetic._FILLERS]
+    opinions = [part for part in sentence.split(" . ") if part not in synthetic.FILLERS]
     assert len(opinions) == 1
     clause = opinions[0]
     if " , but " in clause:
@@ -27,8 +27,8 @@ def read(sentence: str) -> int:
         clause = clause.split(" , even if ")[0]
     clause = clause.split(" and ")[0]
     words = re.findall(r"\w+", clause)
-    positive = [word for word in words if word in synthetic._POSITIVE]
-    negative = [word for word in words if word in synthetic._NEGATIVE]
+    positive = [word for word in words if word in synthetic.POSITIVE]
+    negative = [word for word in words if word in synthetic.NEGATIVE]
     assert len(positive) + len(negative) == 1
     return int(bool(positive) != any(negation in clause for negation in NEGATIONS))
 
@@ -103,14 +103,14 @@ def test_counting_opinion_words_alone_is_not_enough(data: dict):
     right = 0.0
     for text, truth in zip(rows["text"], rows["truth"], strict=True):
         words = re.findall(r"\w+", text)
-        balance = sum(w in synthetic._POSITIVE for w in words) - sum(w in synthetic._NEGATIVE for w in words)
+        balance = sum(w in synthetic.POSITIVE for w in words) - sum(w in synthetic.NEGATIVE for w in words)
         right += 0.5 if balance == 0 else float((balance > 0) == bool(truth))
     assert 0.5 < right / len(rows["text"]) < 0.75
 
 
 def test_opinions_have_one_sign_each():
-    assert not set(synthetic._POSITIVE) & set(synthetic._NEGATIVE)
-    opinions = {*synthetic._POSITIVE, *synthetic._NEGATIVE}
-    assert len(opinions) == len(synthetic._POSITIVE) + len(synthetic._NEGATIVE)
-    harmless = " ".join([*synthetic._FILLERS, *synthetic._SUBJECTS, *synthetic._STRONG])
+    assert not set(synthetic.POSITIVE) & set(synthetic.NEGATIVE)
+    opinions = {*synthetic.POSITIVE, *synthetic.NEGATIVE}
+    assert len(opinions) == len(synthetic.POSITIVE) + len(synthetic.NEGATIVE)
+    harmless = " ".join([*synthetic.FILLERS, *synthetic.SUBJECTS, *synthetic.STRONG])
     assert not opinions & set(re.findall(r"\w+", harmless))

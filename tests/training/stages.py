@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from families import tiny, tokenizer
@@ -15,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_recipes import write_recipe
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from kdcli.data.reviews import LABELS, reviews
 from kdcli.methods.base import Term
@@ -120,6 +121,20 @@ def train(
         scheme=scheme,
         resume=resume,
     )
+
+
+class Killed(Exception):
+    """What ends a training that `kill_after` stops."""
+
+
+def kill_after(patch: pytest.MonkeyPatch, step: int, folder: str = "") -> None:
+    """Let a training fail as soon as its checkpoint of `step` is there. folder: a part of its folder's path."""
+
+    def saved(self: TrainerCallback, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        if state.global_step == step and folder in str(args.output_dir):
+            raise Killed
+
+    patch.setattr(TrainerCallback, "on_save", saved)
 
 
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -309,7 +309,7 @@ def test_a_whole_step_of_the_teacher_follows_the_paper(alpha: float):
     optimizer = adamw(student)
     step_once(student, optimizer, batch_of(place))
     batch = batch_of(place, first=8)
-    held = scheme._held.batch(2, CPU)
+    held = scheme.held.batch(2, CPU)
     rate = scheme.teacher_rate(2)
     expected = reference(teacher, student, optimizer, batch, held, learning, rate)
     plain = reference(teacher, student, optimizer, batch, held, learning, 0.0)
@@ -324,7 +324,7 @@ def test_a_whole_step_of_the_teacher_follows_the_paper(alpha: float):
         learner = scheme.teacher().parameters()
         heard.extend(p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in learner)
 
-    scheme._optimizer.register_step_pre_hook(listen)
+    scheme.optimizer.register_step_pre_hook(listen)
     scheme.before_step(2, batch, optimizer)
     assert distance(heard, expected) < 5e-3
     for parameter, gradient in zip(twin.parameters(), heard, strict=True):
@@ -345,7 +345,7 @@ def test_without_influence_the_teacher_follows_labels_and_student_alone_and_sees
     expected = reference(teacher, student, optimizer, batch, batch, learning, 0.0)
     expected = [g / max(1.0, float(torch.cat([x.flatten() for x in expected]).norm())) for g in expected]
     heard: list[Tensor] = []
-    scheme._optimizer.register_step_pre_hook(
+    scheme.optimizer.register_step_pre_hook(
         lambda *_: heard.extend(
             p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in scheme.teacher().parameters()
         )
@@ -443,7 +443,7 @@ def test_the_validation_rows_are_never_touched(tmp_path: Path):
             return super().forward(student, teacher, batch)
 
     train(scheme, place, [Term("output", Listening(Categorical()))], tmp_path)
-    held = {row["index"] for row in scheme._held.rows}
+    held = {row["index"] for row in scheme.held.rows}
     assert len(held) == 8 and seen and not held & seen
     assert held | seen <= set(range(40))
     scheme.end()

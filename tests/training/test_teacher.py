@@ -14,6 +14,7 @@ from families import tiny, tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_recipes import changed, run_recipe, tiny_recipe, write_recipe
+from training.stages import Killed, kill_after
 from transformers import BertForMaskedLM, BertModel, PreTrainedModel
 
 from kdcli.data.reviews import reviews
@@ -26,7 +27,6 @@ from kdcli.models.scratch import train_tokenizer
 from kdcli.recipe.schema import EvaluateSection, Recipe, TaskSection
 from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
-from kdcli.training.trainer import DistillationTrainer
 
 WORDS = tokenizer()
 CLASSIFIER = "sequence-classification"
@@ -290,17 +290,8 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_weights(folder: Path, monkeyp
     whole = make(folder, recipe)
     assert whole.teacher.training["steps"] == 6
 
-    class Stop(Exception):
-        pass
-
-    save = DistillationTrainer._save_checkpoint
-
-    def stop(self: DistillationTrainer, model: Any, trial: Any) -> None:
-        save(self, model, trial)
-        raise Stop
-
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(DistillationTrainer, "_save_checkpoint", stop)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, 3)
         make(folder, recipe, refresh=True)
     assert [path.name for path in (folder / "work").iterdir()] == ["checkpoint-3"]
     resumed = make(folder, recipe, refresh=True, resume=True)

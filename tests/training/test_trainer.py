@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny_recipes import run_recipe, tiny_recipe
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from training.stages import LOOP, folder_with_recipe, rows
+from training.stages import LOOP, Killed, folder_with_recipe, kill_after, rows
 from transformers import PreTrainedModel
 
 from kdcli.distill import run as pipeline
@@ -133,22 +133,6 @@ def evaluations(record: dict[str, Any]) -> list[tuple[int, float]]:
 
 def checkpoints(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_after(patch: pytest.MonkeyPatch, step: int) -> None:
-    """Let the training fail as soon as the checkpoint of `step` is there."""
-    save = DistillationTrainer._save_checkpoint
-
-    def saved(self: DistillationTrainer, model: Any, trial: Any) -> None:
-        save(self, model, trial)
-        if self.state.global_step == step:
-            raise Killed
-
-    patch.setattr(DistillationTrainer, "_save_checkpoint", saved)
 
 
 # What is updated, and how.

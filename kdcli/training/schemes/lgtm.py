@@ -87,8 +87,8 @@ class LGTMScheme(Scheme):
     def __init__(self, learning: Learning) -> None:
         self.learning = learning
         self._teacher: PreTrainedModel | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._held: HeldOut | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.held: HeldOut | None = None
         self._trained: dict[str, nn.Parameter] | None = None
 
     def check(
@@ -130,7 +130,7 @@ class LGTMScheme(Scheme):
         if not self.learning.influence:
             return rows
         kept, held = split(rows, self.learning.held_out, seed=setting.loop.seed)
-        self._held = HeldOut(held, setting)
+        self.held = HeldOut(held, setting)
         setting.console.print(
             f"lgtm: {len(held):,} of {len(rows):,} training rows are held out to measure the teacher on",
             highlight=False,
@@ -169,7 +169,7 @@ class LGTMScheme(Scheme):
             {"params": [p for p in teacher.parameters() if id(p) in chains], "scale": slow},
         ]
         groups = [group for group in groups if group["params"]]
-        self._optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0, fused=True)
         self._device = device
         self._half = resolve_precision(loop.precision, loop.device) == "bf16"
 
@@ -181,7 +181,7 @@ class LGTMScheme(Scheme):
 
     def before_step(self, step: int, batch: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
         """Make the teacher's step on `batch`; the student and its optimizer stay as they are, bit by bit."""
-        assert self._optimizer is not None
+        assert self.optimizer is not None
         student, teacher, learning = self.setting.student, self.teacher(), self.learning
         rate = self.teacher_rate(step)
         student.train()
@@ -198,10 +198,10 @@ class LGTMScheme(Scheme):
         parameters = [parameter for parameter in teacher.parameters() if parameter.grad is not None]
         average([parameter.grad for parameter in parameters])
         nn.utils.clip_grad_norm_(parameters, self.setting.loop.max_grad_norm)
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         teacher.eval()
         student.train()
 
@@ -219,14 +219,14 @@ class LGTMScheme(Scheme):
         One tensor for each of the trained parameters, the same in every process. In eval mode: what counts is the
         student as it will be used.
         """
-        assert self._held is not None
+        assert self.held is not None
         student, trained = self.setting.student, self.trained(optimizer)
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         average([gradient for gradient in gradients if gradient is not None])
         limit = self.setting.loop.max_grad_norm
         moved = look_ahead(optimizer, list(trained.values()), gradients, max_grad_norm=limit)
         ahead = dict(zip(trained, (tensor.requires_grad_() for tensor in moved), strict=True))
-        held = self._held.batch(step, self._device)
+        held = self.held.batch(step, self._device)
         student.eval()
         with self._autocast():
             output = functional_call(student, ahead, kwargs=model_inputs(student, held))
@@ -282,18 +282,18 @@ class LGTMScheme(Scheme):
 
     def end(self) -> None:
         """Let go of the teacher that learned."""
-        self._teacher, self._optimizer, self._held, self._trained = None, None, None, None
+        self._teacher, self.optimizer, self.held, self._trained = None, None, None, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the teacher's weights and its optimizer; which rows are held out follows from the step alone."""
-        assert self._optimizer is not None
-        return {"teacher": self.teacher().state_dict(), "optimizer": self._optimizer.state_dict()}
+        assert self.optimizer is not None
+        return {"teacher": self.teacher().state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        assert self._optimizer is not None
+        assert self.optimizer is not None
         self.teacher().load_state_dict(state["teacher"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def split(rows: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
