@@ -19,6 +19,8 @@ COMMANDS: Table = {
     "eval": ("kdcli.cli.eval:evaluate", "Score a model on a task."),
     "export": ("kdcli.cli.export:export", "Write a model as ONNX, check it, time it."),
     "methods": ("kdcli.cli.methods:methods", "List the methods, or explain one."),
+    "tasks": ("kdcli.cli.tasks:tasks", "List the types of tasks, or explain one."),
+    "families": ("kdcli.cli.families:families", "List the families of models."),
     "recipes": ("kdcli.cli.recipes:app", "List, show and copy recipes; explain their fields."),
     "env": ("kdcli.cli.env:env", "Show versions, devices and folders, for bug reports."),
 }

@@ -302,6 +302,13 @@ def fields(rows: Sequence[Mapping[str, Any]], inside: "Sequence[Entry]") -> Grou
     return Group(*parts, _fields(inside, inside)) if inside else Group(*parts[:-1])
 
 
+def kind(document: Mapping[str, Any], inside: "Sequence[Entry]") -> Group:
+    """Return a kind of task: what it is, and its own fields of `[task]`."""
+    lines = {key: ", ".join(value) if key in ("metrics", "methods") else value for key, value in document.items()}
+    about = columns((key, value) for key, value in lines.items() if key != "fields")
+    return Group(about, "", _fields(inside, inside)) if inside else Group(about)
+
+
 def _of_kinds(kinds: Sequence[str]) -> str:
     return f"type = {' or '.join(map(show, kinds))}" if kinds else ""
 

@@ -28,6 +28,7 @@ from kdcli.errors import InputError
 from kdcli.files import to_json_text
 from kdcli.methods import registry
 from kdcli.models.counts import count_parameters
+from kdcli.models.families import FAMILIES
 from kdcli.recipe.load import load_recipe
 
 
@@ -255,6 +256,9 @@ def test_gates_of_eval(gate: list[str], code: int, as_json: bool, after: World):
         ["eval", "teacher", "--data", "rows.csv", "--text", "text", "--json"],
         ["methods", "--json"],
         ["methods", "makd", "--json"],
+        ["tasks", "--json"],
+        ["tasks", "classification", "--json"],
+        ["families", "--json"],
         ["recipes", "list", "--json"],
         ["recipes", "show", "quickstart", "--json"],
         ["recipes", "explain", "--json"],
@@ -504,6 +508,35 @@ def test_methods_explains_each_with_the_defaults_that_it_has(name: str, world: W
 def test_methods_kd_tells_temperature_and_formula(world: World):
     outcome = world.call("methods", "kd")
     assert "method.temperature" in outcome.out and "KL" in outcome.out and "1503.02531" in outcome.out
+
+
+# The types of tasks and the families
+
+
+def test_tasks_lists_every_type_and_explains_each_with_its_methods(world: World):
+    rows = world.call("tasks", "--json").json
+    assert {"classification", "regression", "text"} <= {row["name"] for row in rows}
+    lines = world.call("tasks").out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [row["name"] for row in rows]
+    for row in rows:
+        document = world.call("tasks", row["name"], "--json").json
+        assert {key: document[key] for key in row} == row
+        shown = world.call("methods", "--json").json
+        assert document["methods"] == [method["name"] for method in shown if row["name"] in method["tasks"]]
+        words = " ".join(world.call("tasks", row["name"]).out.split())
+        assert document["model"] in words and all(field["description"] in words for field in document["fields"])
+    outcome = world.call("tasks", "clasification")
+    assert outcome.code == 2 and "classification" in outcome.err
+
+
+def test_families_lists_every_family(world: World):
+    rows = world.call("families", "--json").json
+    assert [row["name"] for row in rows] == sorted(family.name for family in FAMILIES.values())
+    lines = world.call("families").out.splitlines()
+    assert all(row["title"] in line for row, line in zip(rows, lines[1:], strict=True))
+    told = {row["name"]: row for row in rows}
+    assert told["deberta-v2"]["attention"] == "disentangled" and told["albert"]["blocks"] == "shared"
+    assert told["modernbert"]["feed_forward"] == "gated" and told["bert"]["feed_forward"] == "plain"
 
 
 # How it ends when it is cut short
