@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from kdcli.files import remove, write_bytes
+from kdcli.terminal import tell
 
 KEY = "kdcli"
 
@@ -66,5 +67,5 @@ def kept_tensors(
     except (OSError, safetensors.SafetensorError, ValueError, AttributeError, RecursionError) as error:
         problem = f"it cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     if console is not None:
-        console.print(f"cache: {path} is made again: {problem}", highlight=False, soft_wrap=True)
+        tell(console, f"cache: {path} is made again: {problem}")
     return None

@@ -57,14 +57,15 @@ def json_for(text: str, encoding: str) -> str:
     return text if _can(encoding, text) else "".join(c if _can(encoding, c) else escape(c) for c in text)
 
 
-def tell(console: Console, message: str) -> None:
-    """Print a line of progress, or a note, for the user: as it stands, however long."""
-    console.print(message, highlight=False, soft_wrap=True)
+def tell(console: Console, message: str, *, mark: str = "") -> None:
+    """Print a line of progress, or a note, for the user, as it stands. mark: a word before it that stands out."""
+    marks = [Text(mark, style="bold red")] if mark else []
+    console.print(*marks, message, highlight=False, soft_wrap=True)
 
 
 def warn(console: Console, message: str) -> None:
     """Tell the user of something that needs attention."""
-    console.print(Text("WARNING:", style="bold red"), message, highlight=False, soft_wrap=True)
+    tell(console, message, mark="WARNING:")
 
 
 class Terminal(Console):

@@ -27,6 +27,7 @@ from kdcli.signals import Wants
 from kdcli.tasks.encode import Collator
 from kdcli.tasks.masked_lm import KIND
 from kdcli.tensor_file import keep_tensors, kept_tensors
+from kdcli.terminal import tell
 from kdcli.training.capture import Capture
 from kdcli.words import counted
 
@@ -163,27 +164,30 @@ class Suggester:
         return torch.where(values > -torch.inf, best, NONE).to("cpu", torch.int32)
 
 
-def _fill_cache(suggester: Suggester, sentences: list[str], name: str, console: Console) -> None:
-    missing = [chunk for chunk in _chunks(sentences) if suggester.kept(chunk) is None]
+def fill_cache(suggester: Suggester, sentences: list[str], name: str, console: Console) -> None:
+    """Keep the candidates for all sentences. name: of the model, for the user."""
+    missing = [chunk for chunk in chunks_of(sentences) if suggester.kept(chunk) is None]
     if not missing:
         return
     count = sum(len(words_of(text)) for chunk in missing for text in chunk)
-    console.print(f"augment: {name} fills in {counted(count, 'masked word')}", highlight=False, soft_wrap=True)
+    tell(console, f"augment: {name} fills in {counted(count, 'masked word')}")
     told = time.monotonic()
     chunks = track(missing, "augment", console=console, disable=not console.is_terminal, transient=True)
     for done, chunk in enumerate(chunks, 1):
         suggester.make(chunk)
         if not console.is_terminal and time.monotonic() - told > 60:
             told = time.monotonic()
-            console.print(f"augment: {done / len(missing):.0%}", highlight=False)
+            tell(console, f"augment: {done / len(missing):.0%}")
 
 
-def _chunks(sentences: list[str]) -> Iterator[list[str]]:
+def chunks_of(sentences: list[str]) -> Iterator[list[str]]:
+    """Yield the sentences in the parts that candidates are kept in."""
     for start in range(0, len(sentences), CHUNK):
         yield sentences[start : start + CHUNK]
 
 
-def _by_sentence(sentences: list[str], candidates: Tensor) -> Iterator[tuple[str, Tensor]]:
+def by_sentence(sentences: list[str], candidates: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield each sentence with the candidates for its words, (words, top_k)."""
     first = 0
     for text in sentences:
         count = len(words_of(text))

@@ -19,6 +19,7 @@ from kdcli.files import cache_dir, fingerprint
 from kdcli.tasks.base import Task
 from kdcli.tasks.labels import class_of, listed
 from kdcli.tasks.load import fingerprint_of
+from kdcli.terminal import tell
 from kdcli.words import counted
 
 FIELDS = ("text", "text_pair")
@@ -111,16 +112,14 @@ def ask(
     )
     memory = Memory(cache_dir() / "decisions" / f"{name}.jsonl" if use_cache else None, name)
     if memory.damaged and console is not None:
-        console.print(
-            f"cache: {counted(memory.damaged, 'line')} of {memory.path} damaged or incomplete: asked for again",
-            highlight=False,
-            soft_wrap=True,
+        tell(
+            console, f"cache: {counted(memory.damaged, 'line')} of {memory.path} damaged or incomplete: asked for again"
         )
     index = list(train["index"])
     portions = list(_portions(index, memory, copies, queries_per_call))
     if console is not None and portions:
         questions = sum(copies - first for portion in portions for _, first in portion)
-        console.print(f"asking the black box {counted(questions, 'question')}", highlight=False)
+        tell(console, f"asking the black box {counted(questions, 'question')}")
     quiet = console is None or not console.is_terminal
     for portion in track(portions, "decisions", console=console, disable=quiet, transient=True):
         memory.add(_decide(box, columns, index, portion, noise, copies))

@@ -63,14 +63,13 @@ KINDS = {int(ExitCode.GATE): "gate", int(ExitCode.INPUT): "input", int(ExitCode.
 
 def _fail(code: int, message: str, where: str | None = None, hint: str | None = None, *, as_json: bool = False) -> int:
     """Tell the user what went wrong, under --json the program that reads stdout, too, and return the exit code."""
-    from rich.text import Text
-
     from kdcli.cli.console import emit_error, err
+    from kdcli.terminal import tell
 
     head = f"{where}: {message}" if where else message
-    err.print(Text("error:", style="bold red"), head, highlight=False, soft_wrap=True)
+    tell(err, head, mark="error:")
     if hint:
-        err.print(f"  hint: {hint}", highlight=False, soft_wrap=True)
+        tell(err, f"  hint: {hint}")
     # Of several processes one writes to stdout.
     if as_json and os.environ.get("RANK", "0") == "0":
         emit_error({"kind": KINDS.get(int(code), "interrupted"), "message": message, "where": where, "hint": hint})

@@ -13,7 +13,7 @@ from kdcli.errors import RunError
 from kdcli.faults import explain
 from kdcli.files import to_json_text
 from kdcli.gates import Gate, exit_code_of
-from kdcli.terminal import Terminal, forget, json_for, stderr, wide
+from kdcli.terminal import Terminal, forget, json_for, stderr, tell, wide
 
 SCHEMA_VERSION = 1
 """Of the JSON documents: one more when a field goes or changes its meaning, not when one is added."""
@@ -97,7 +97,7 @@ def settle(gates: Sequence[Gate]) -> int:
 
 def info(message: str) -> None:
     """Say something on stderr."""
-    err.print(message, highlight=False, soft_wrap=True)
+    tell(err, message)
 
 
 def _in_a_thread(failed: threading.ExceptHookArgs) -> None:

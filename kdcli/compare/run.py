@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.text import Text
 
 from kdcli.compare.plan import Cell, ComparisonPlan, check_reusable, is_done, is_other_run
 from kdcli.distill.record import FinishedRun, finished
@@ -17,6 +16,7 @@ from kdcli.errors import ExitCode, InputError
 from kdcli.faults import explain
 from kdcli.names import folder_of
 from kdcli.runs import Run, remove_run
+from kdcli.terminal import tell
 from kdcli.training.distributed import state
 
 
@@ -80,16 +80,16 @@ def run_cells(
         head = f"{number}/{len(cells)} {cell.name}"
         try:
             if is_done(cell, run):
-                console.print(f"{head}: done before", highlight=False)
+                tell(console, f"{head}: done before")
                 run.tidy(keep_checkpoints=cell.recipe.train.keep_checkpoints)
             else:
-                console.print(head, highlight=False)
+                tell(console, head)
                 _run(cell, run, console, refresh=refresh and _teacher_of(cell) not in fresh_teachers)
                 fresh_teachers.add(_teacher_of(cell))
             results.records[cell.name] = finished(run)
         except Exception as error:
             results.failures.append(_failure(cell, error))
-            console.print(Text("failed", style="bold red"), f"{cell.name}: {type(error).__name__}", highlight=False)
+            tell(console, f"{cell.name}: {type(error).__name__}", mark="failed")
         _free()
     return results
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from kdcli.augment.copies import FIELDS, MODEL, Vocabulary, add_copies, words_of
-from kdcli.augment.suggest import Suggester, _by_sentence, _chunks, _fill_cache
+from kdcli.augment.suggest import Suggester, by_sentence, chunks_of, fill_cache
 from kdcli.distill.teacher import TeacherStart, make_teacher, seed_of, start_teacher
 from kdcli.errors import InputError, RunError
 from kdcli.files import source_of
@@ -146,13 +146,13 @@ def augment_task(task: Task, recipe: Recipe, source: str, *, console: Console) -
     )
     fields = [name for name in FIELDS if name in task.train.column_names]
     sentences = list(dict.fromkeys(text for name in fields for text in task.train[name]))
-    main_does(lambda: _fill_cache(suggester, sentences, section.model, console))
+    main_does(lambda: fill_cache(suggester, sentences, section.model, console))
     candidates: dict[str, Tensor] = {}
     digest = hashlib.sha256()
-    for chunk in _chunks(sentences):
+    for chunk in chunks_of(sentences):
         found = suggester.ask(chunk)
         digest.update(found.numpy().tobytes())
-        candidates.update(_by_sentence(chunk, found))
+        candidates.update(by_sentence(chunk, found))
     if agree(digest.hexdigest()) != digest.hexdigest():
         raise RunError(
             "the processes do not agree on the words to replace: they share no cache, and their devices differ",

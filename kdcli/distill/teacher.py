@@ -29,6 +29,7 @@ from kdcli.recipe.schema import FinetuneSection, Recipe
 from kdcli.tasks.base import Task
 from kdcli.tasks.labels import label_permutation, name_outputs, note_of_order
 from kdcli.tasks.load import fingerprint_of
+from kdcli.terminal import tell
 from kdcli.training.curves import write_curve
 from kdcli.training.distributed import agree, main_does
 
@@ -239,7 +240,7 @@ def _finetuned(
         if log is not None:
             main_does(partial(write_curve, kept.training.get("history", []), log))
         return kept
-    console.print(f"teacher: {origin}, fine-tuning on {task.name}", highlight=False, soft_wrap=True)
+    tell(console, f"teacher: {origin}, fine-tuning on {task.name}")
     record = finetune(
         model,
         tokenizer,
@@ -269,7 +270,7 @@ def _finetuned(
             shutil.rmtree(work, ignore_errors=True)
         except (InputError, OSError, SafetensorError) as error:
             # The cache only saves time: what was trained for hours must not be lost to it.
-            console.print(f"teacher: cannot be kept for other runs: {error}", highlight=False, soft_wrap=True)
+            tell(console, f"teacher: cannot be kept for other runs: {error}")
 
     main_does(keep)
     return Teacher(model, tokenizer, origin=origin, path=folder if agree(bool(written)) else None, training=record)
@@ -297,9 +298,9 @@ def _kept(
         # All processes train, or none.
         problem = agree(problem)
     if problem is not None:
-        console.print(f"cache: {folder} is made again: {problem}", highlight=False, soft_wrap=True)
+        tell(console, f"cache: {folder} is made again: {problem}")
         return None
-    console.print(f"teacher: {origin}, fine-tuned before, from {folder}", highlight=False, soft_wrap=True)
+    tell(console, f"teacher: {origin}, fine-tuned before, from {folder}")
     return found
 
 

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kdcli.terminal import tell
+
 _HIDDEN = {"epoch", "grad_norm", "learning_rate", "step", "total_flos", "train_loss", "train_runtime"}
 
 
@@ -69,19 +71,16 @@ class ProgressDisplay(TrainerCallback):
         left = (state.max_steps - state.global_step) * elapsed / done if done else 0.0
         if evaluated:
             text = "  ".join(f"{k} {v:.4f}" for k, v in evaluated.items())
-            self.console.print(
-                f"{self.title}  step {state.global_step}  evaluated: {text}", highlight=False, soft_wrap=True
-            )
+            tell(self.console, f"{self.title}  step {state.global_step}  evaluated: {text}")
         elif "loss" in shown:
             terms = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
             if self.bar is not None:
                 self.bar.update(self.task, terms=f"{terms}  {speed:.0f} ex/s")
             else:
-                self.console.print(
+                tell(
+                    self.console,
                     f"{self.title}  step {state.global_step}/{state.max_steps}  {terms}  "
                     f"{speed:.0f} examples/s  {_clock(left)} left",
-                    highlight=False,
-                    soft_wrap=True,
                 )
 
     def on_train_end(

@@ -32,7 +32,7 @@ from kdcli.machine import computing_device, resolve_precision
 from kdcli.manifest import MANIFEST, check_manifest, is_sealed, require, write_manifest
 from kdcli.models.counts import count_parameters
 from kdcli.models.finite import first_not_finite
-from kdcli.terminal import warn
+from kdcli.terminal import tell, warn
 from kdcli.training.callbacks import EvaluateAtEnd, LogAtCheckpoints, Patience, TellEpochs
 from kdcli.training.distributed import agree, main_does, rng_file, wait_for_all
 from kdcli.training.progress import ProgressDisplay
@@ -279,13 +279,13 @@ def last_usable_checkpoint(folder: Path, identity: Any, console: Console, *, nee
                 problem = f"its best checkpoint, {beside.name}, is not whole: {wrong}"
         if problem is None:
             if told:
-                console.print(f"going on from {path}", highlight=False, soft_wrap=True)
+                tell(console, f"going on from {path}")
             return path
         warn(console, f"{path} cannot be used: {problem}")
         told = True
         remove_checkpoint(path)
     if told:
-        console.print(f"no usable checkpoint in {folder}: this training starts again", highlight=False, soft_wrap=True)
+        tell(console, f"no usable checkpoint in {folder}: this training starts again")
     return None
 
 

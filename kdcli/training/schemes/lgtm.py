@@ -22,6 +22,7 @@ from kdcli.objectives.gold import gold_loss
 from kdcli.objectives.output import output_loss
 from kdcli.signals import MatrixKey, Prediction
 from kdcli.tensors.parametrization import chain_of, tensors_of
+from kdcli.terminal import tell
 from kdcli.training.distributed import state
 from kdcli.training.sampler import EpochSampler
 from kdcli.training.schemes.base import Scheme, Setting
@@ -131,9 +132,9 @@ class LGTMScheme(Scheme):
             return rows
         kept, held = split(rows, self.learning.held_out, seed=setting.loop.seed)
         self.held = HeldOut(held, setting)
-        setting.console.print(
+        tell(
+            setting.console,
             f"lgtm: {len(held):,} of {len(rows):,} training rows are held out to measure the teacher on",
-            highlight=False,
         )
         return kept
 

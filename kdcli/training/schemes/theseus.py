@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdcli.errors import InputError
 from kdcli.models.blocks import blocks_of, module_at
 from kdcli.models.families import family_of
+from kdcli.terminal import tell
 from kdcli.training.schemes.base import Scheme, Setting
 
 if TYPE_CHECKING:
@@ -153,9 +154,9 @@ class TheseusScheme(Scheme):
         self.steps = setting.loop.steps(len(rows))
         final = self.replacement.probability(self.steps - 1, self.steps)
         if final < 1.0:
-            setting.console.print(
+            tell(
+                setting.console,
                 f"theseus: the chance of replacement ends at {final:.2f}, below 1: the student never trains alone",
-                highlight=False,
             )
         ours = {id(parameter) for block in successors for parameter in block.parameters()}
         self._frozen = [p for p in setting.student.parameters() if id(p) not in ours and p.requires_grad]
