@@ -17,6 +17,7 @@ from kdcli.distill.filler import FillerStart, start_filler
 from kdcli.distill.resolve import Resolved, context_of, for_task, head_needed, placed, resolve, stages_of
 from kdcli.distill.teacher import TeacherStart, start_teacher
 from kdcli.methods.base import Context, Stage
+from kdcli.models.families import family_of
 from kdcli.models.load import check_same_tokens, check_tokenizer
 from kdcli.models.overparam import check_chains
 from kdcli.models.shape import check_lengths
@@ -52,6 +53,17 @@ class Follower:
     def model(self) -> "PreTrainedModel":
         return self.build.model
 
+    @property
+    def notes(self) -> list[str]:
+        """What its method cannot compare of it, or of the model that teaches it."""
+        terms = [term for stage in self.stages for term in stage.terms if term.weight > 0]
+        families = {family.name: family for family in map(family_of, (self.model.config, self.follows.config))}
+        return [
+            f"the attention of {family.title} adds terms of positions to q k^T, which are not compared"
+            for family in families.values()
+            if family.attention != "dot-product" and any(term.objective.student_wants().attention for term in terms)
+        ]
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -77,7 +89,8 @@ class Prepared:
     def notes(self) -> list[str]:
         """What a user should know about the data, of the tasks of `[[finetune]]` with their names, and the teacher."""
         downstream = [f"{task.name}: {note}" for task in self.downstream for note in task.notes]
-        return [*self.task.notes, *downstream, *self.teacher.notes]
+        followers = [note for follower in self.followers for note in follower.notes]
+        return [*self.task.notes, *downstream, *self.teacher.notes, *dict.fromkeys(followers)]
 
 
 def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:

@@ -105,6 +105,20 @@ class Family:
         """The path inside a block of the module that calls the attention function."""
         return self.query.path.rpartition(".")[0]
 
+    @property
+    def limits(self) -> list[str]:
+        """What does not work with its models, in a few words each."""
+        found = []
+        if self.attention != "dot-product":
+            found.append("attention: no positions")
+        if self.repeated:
+            found.append("no theseus; [overparam] takes all blocks")
+        if self.after_first is not None:
+            found.append("theseus: no convolution")
+        if self.sizes.by_block:
+            found.append("theseus: equal blocks only")
+        return found
+
     def parts_of(self, path: str) -> list[str]:
         """Return the names of the matrices that share the module at `path` of a block, in the order of its output."""
         own = [(matrix.part, name) for name, matrix in self.matrices.items() if matrix.path == path]

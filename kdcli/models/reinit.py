@@ -12,13 +12,7 @@ def reinitialise(model: "PreTrainedModel") -> "PreTrainedModel":
 
     Factors get those of a random dense weight of the same shape, so that their product has its usual size.
     """
-    for module in model.modules():
-        if not any(True for _ in module.children()):
-            for parameter in module.parameters(recurse=False):
-                if hasattr(parameter, "_is_hf_initialized"):
-                    parameter._is_hf_initialized = False
-            module._is_hf_initialized = False  # type: ignore[assignment]
-            model._init_weights(module)
+    start_again(model, model)
     import torch
 
     from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, svd_factors
@@ -34,6 +28,22 @@ def reinitialise(model: "PreTrainedModel") -> "PreTrainedModel":
             _fill(module.down, down)
             _fill(module.up, up.T)
     return model
+
+
+def start_again(model: "PreTrainedModel", part: "nn.Module") -> None:
+    """Give a part of `model` the random values that its family starts with, in place: inner modules before outer ones.
+
+    Outer modules may have another start for what is inside them.
+    """
+
+    def start(module: "nn.Module") -> None:
+        for parameter in module.parameters(recurse=False):
+            if hasattr(parameter, "_is_hf_initialized"):
+                parameter._is_hf_initialized = False
+        module._is_hf_initialized = False  # type: ignore[assignment]
+        model._init_weights(module)
+
+    part.apply(start)
 
 
 def _fill(module: "nn.Module", weight: "Tensor") -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from kdcli.errors import InputError
 from kdcli.models.blocks import blocks_of
@@ -17,6 +16,7 @@ from kdcli.models.fused import SplitLinear
 from kdcli.models.heads import head_of
 from kdcli.models.load import has_head, load_model, without_pooler
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, factorise
+from kdcli.models.reinit import start_again
 from kdcli.models.save import stored_type
 from kdcli.models.shape import shape_of
 from kdcli.models.sizes import check_heads
@@ -126,8 +126,7 @@ def _depth(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
         if family.first_only and layers[0] != 0:
             notes.append(f"without the {', '.join(family.first_only)} of block {layers[0]}: no first block has one")
     if section.init == "random":
-        for module in blocks_of(student).modules():
-            _reset(student, module)
+        start_again(student, blocks_of(student))
     return StudentBuild(student.eval(), "depth", layers, notes)
 
 
@@ -156,14 +155,6 @@ def _empty_like(model: "PreTrainedModel", config: Any) -> "PreTrainedModel":
     pooled = model.base_model is not model or getattr(model, "pooler", None) is not None
     arguments = {} if pooled else without_pooler(type(model))
     return type(model)(config, **arguments).to(dtype=next(model.parameters()).dtype)  # type: ignore[arg-type, call-arg]
-
-
-def _reset(model: "PreTrainedModel", module: nn.Module) -> None:
-    module._is_hf_initialized = False  # type: ignore[assignment]
-    for parameter in module.parameters(recurse=False):
-        if hasattr(parameter, "_is_hf_initialized"):
-            parameter._is_hf_initialized = False
-    model._init_weights(module)
 
 
 def _width(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:

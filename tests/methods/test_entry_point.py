@@ -146,5 +146,10 @@ def test_its_options_and_its_place_in_the_list_are_like_any_others(python: Path,
         [python, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}
     )
     assert done.stdout.splitlines()[-1] == "[0, 0, 0, 2]", done.stderr
-    assert "by-cosine" in done.stdout and "Nobody 2026" in done.stdout and "arXiv 2600.00000" in done.stdout and "None" not in done.stdout
+    assert (
+        "by-cosine" in done.stdout
+        and "Nobody 2026" in done.stdout
+        and "arXiv 2600.00000" in done.stdout
+        and "None" not in done.stdout
+    )
     assert "method.wait: unknown field" in done.stderr and "did you mean" in done.stderr

@@ -7,6 +7,7 @@ import torch
 from families import NAMES, tiny
 from transformers import AutoModel, AutoModelForMaskedLM
 
+from kdcli.models.blocks import block_matrix
 from kdcli.models.heads import head_of, with_classifier, with_new_head
 from kdcli.models.lowrank import LowRankLinear
 from kdcli.models.reinit import reinitialise
@@ -72,6 +73,14 @@ def test_nothing_of_the_old_weights_is_left(family: str):
     torch.manual_seed(1)
     reinitialise(again)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_family_that_starts_its_output_maps_smaller_does_so_again():
+    model = tiny("modernbert", hidden=64)
+    reinitialise(model)
+    spread = {name: block_matrix(model, 1, name).weight.std() for name in ("query", "attention_output")}
+    # Its output maps have a standard deviation that is smaller by sqrt(2 L).
+    assert 0.4 < spread["attention_output"] / spread["query"] < 0.6
 
 
 def test_random_factors_multiply_to_a_matrix_of_the_usual_size():
