@@ -1,12 +1,15 @@
 """kdcli: make transformer models smaller by knowledge distillation, with the evidence."""
 
+import importlib
+
 from kdcli.plain_loaders import register
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_model"]
+__all__ = ["__version__", "distill", "load_model"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import kdcli.distill as distill
     from kdcli.models.load import load_model
 
 
@@ -16,6 +19,8 @@ def __getattr__(name: str) -> object:
         from kdcli.models.load import load_model
 
         return load_model
+    if name == "distill":
+        return importlib.import_module("kdcli.distill")
     raise AttributeError(f"module 'kdcli' has no attribute {name!r}")
 
 

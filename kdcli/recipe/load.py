@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +43,18 @@ def load_recipe(path: Path, overrides: list[str] | None = None, *, variant: Sequ
     source = _Source(path, text)
     for option, override in _options(overrides, variant):
         source.options[_apply(document, override, option)] = f"{option} {cut(override)}"
+    return _checked(document, source.error)
+
+
+def recipe_of(document: dict[str, Any]) -> Recipe:
+    """Return the recipe that a document is. Raises InputError with every problem found."""
+    return _checked(
+        copy.deepcopy(document),
+        lambda problems: InputError("\n  ".join(f"{problem.name}: {problem.text}" for problem in problems)),
+    )
+
+
+def _checked(document: dict[str, Any], refusal: Callable[[list[Problem]], InputError]) -> Recipe:
     problems: list[Problem] = []
     recipe = None
     try:
@@ -51,7 +63,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None, *, variant: Sequ
         problems += problems_of(Recipe, error)
     problems += _problems_of_method(document)
     if recipe is None or problems:
-        raise source.error(problems)
+        raise refusal(problems)
     return recipe
 
 

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from tiny_recipes import changed, tiny_recipe, write_recipe
 from transformers import AutoModelForSequenceClassification
 
+import kdcli as package
 from kdcli.cli.app import run
+from kdcli.errors import InputError
 
 RECIPE = tiny_recipe(
     "student",
@@ -87,3 +89,15 @@ def test_the_same_seed_gives_the_same_student_and_the_teacher_is_trained_once(
     weights = [load_file(folder / "runs" / name / "student" / "model.safetensors") for name in names]
     assert records["one"]["hashes"] == records["again"]["hashes"] == records["reused"]["hashes"]
     assert all(torch.equal(weights[0][key], other[key]) for other in weights[1:] for key in weights[0])
+
+
+def test_python_calls_the_pipeline_with_a_file_or_a_dictionary(folder: Path, capsys: pytest.CaptureFixture[str]):
+    document = tiny_recipe(train={"max_steps": 1})
+    first = package.distill(write_recipe(folder / "tiny.toml", document), overrides=["seed=7"])
+    assert first.run.path.resolve() == folder / "runs" / "tiny" and first.record.seed == 7
+    second = package.distill({**document, "name": "other", "seed": 7})
+    assert second.run.path.resolve() == folder / "runs" / "other"
+    assert second.result == first.result and second.result.student.score is not None
+    assert capsys.readouterr().out == ""
+    with pytest.raises(InputError, match=r"student\.layers: .*\n  train\.epoch: "):
+        package.distill({**document, "student": {"layers": -1}, "train": {"epoch": 1}})
