@@ -66,11 +66,11 @@ WRONG = {
         "student.rank: rank 7 cannot be split into two factors of similar size, which [overparam] needs",
     ),
     "a checkpoint that reads other tokens": (
-        ["student.form=checkpoint", "student.model=stranger"],
+        ["student.form=checkpoint", "student.model=renamed"],
         "student.model: both models must read the same tokens: number ",
     ),
     "an assistant that reads other tokens": (
-        ["method=hs", "student.layers=2", "assistant={form='checkpoint', model='stranger'}"],
+        ["method=hs", "student.layers=2", "assistant={form='checkpoint', model='renamed'}"],
         "assistant.model: both models must read the same tokens: number ",
     ),
     "recorded decisions that are not there": (
@@ -92,11 +92,6 @@ WRONG = {
 }
 
 
-def written(folder: Path) -> Path:
-    save_model(tiny("bert", layers=6), folder / "teacher", tokenizer())
-    return write_recipe(folder / "recipe.toml", RECIPE)
-
-
 def renamed_tokens() -> Any:
     """Return a tokenizer of as many tokens, two of which have changed places."""
     document = json.loads(tokenizer().backend_tokenizer.to_str())
@@ -106,14 +101,25 @@ def renamed_tokens() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(document)), pad_token="[PAD]")
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_it_is_refused_before_the_teacher_is_trained(case: str, tmp_path: Path, own_cache: Path):
-    changes, words = WRONG[case]
-    path = written(tmp_path)
-    save_model(tiny("bert", num_attention_heads=2), tmp_path / "other", tokenizer())
-    save_model(tiny("bert", layers=6), tmp_path / "stranger", renamed_tokens())
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe with its teacher, two other models and recorded decisions beside it."""
+    folder = tmp_path_factory.mktemp("planning")
+    models = (
+        ("teacher", tiny("bert", layers=6), tokenizer()),
+        ("other", tiny("bert", num_attention_heads=2), tokenizer()),
+        ("renamed", tiny("bert", layers=6), renamed_tokens()),
+    )
+    for name, model, words in models:
+        save_model(model, folder / name, words)
     decisions = [f"{index},negative" for index in range(48)]
-    (tmp_path / "decisions.csv").write_text("\n".join(["index,label", *decisions]))
+    (folder / "decisions.csv").write_text("\n".join(["index,label", *decisions]))
+    return write_recipe(folder / "recipe.toml", RECIPE)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_it_is_refused_before_the_teacher_is_trained(case: str, path: Path, tmp_path: Path, own_cache: Path):
+    changes, words = WRONG[case]
     recipe = load_recipe(path, changes)
     with pytest.raises(InputError) as planned:
         prepare(recipe, path)
@@ -126,8 +132,7 @@ def test_it_is_refused_before_the_teacher_is_trained(case: str, tmp_path: Path, 
     assert not (own_cache / "teachers").exists() or not any((own_cache / "teachers").iterdir())
 
 
-def test_a_plan_with_an_assistant_tells_both_trainings(tmp_path: Path):
-    path = written(tmp_path)
+def test_a_plan_with_an_assistant_tells_both_trainings(path: Path):
     recipe = load_recipe(path, ["method=minilm", "student.layers=2", "assistant.layers=3", "assistant.form=depth"])
     plan = make_plan(prepare(recipe, path))
     document = plan.to_json()
@@ -136,8 +141,7 @@ def test_a_plan_with_an_assistant_tells_both_trainings(tmp_path: Path):
     assert document["student"]["teacher_layers"] == [1, 2]
 
 
-def test_a_schedule_in_the_recipe_comes_before_a_stages_own(tmp_path: Path):
-    path = written(tmp_path)
+def test_a_schedule_in_the_recipe_comes_before_a_stages_own(path: Path):
     own = Stage("first", [], share=0.5, scheduler="constant")
     schedules = []
     for changes in ([], ["train.scheduler=cosine"]):
