@@ -68,9 +68,10 @@ def export_model(
     `atomic_folder`).
     """
     plain = plain_copy(model)
+    outputs = task.kind.head.outputs if task is not None else ("logits",)
     batches, source = _real_batches(plain, tokenizer, task, max_length)
     with atomic_folder(folder, force=force, ours=ours) as temporary:
-        export_onnx(plain, tokenizer, temporary, opset=opset)
+        export_onnx(plain, tokenizer, temporary, opset=opset, outputs=outputs)
         threads = threads or default_threads()
         session = OnnxModel(temporary, threads=threads)
         difference = parity(plain, session, batches)
@@ -122,7 +123,7 @@ def _latency(
     models: dict[str, tuple[Any, OnnxModel | None]] = {"student": (model, session)}
     if teacher is not None:
         beside = plain_copy(teacher)
-        export_onnx(beside, tokenizer, work / "teacher")
+        export_onnx(beside, tokenizer, work / "teacher", outputs=session.outputs)
         models["teacher"] = (beside, OnnxModel(work / "teacher", threads=threads))
     return measure(
         models,

@@ -5,7 +5,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,21 +26,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _Logits(nn.Module):
-    """The model as a function of plain tensors, returning logits only."""
+class _Function(nn.Module):
+    """The model as a function from plain tensors to the tensors of its outputs."""
 
-    def __init__(self, model: "PreTrainedModel", names: list[str]) -> None:
+    def __init__(self, model: "PreTrainedModel", names: list[str], outputs: Sequence[str]) -> None:
         super().__init__()
         self.model = model
         self.names = names
+        self.outputs = outputs
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.names, inputs, strict=True))
         if family_of(self.model.config).rotary:
             # ONNX rotates by the angles of each row, where the library has one row of them for all.
             batch, sequence = given["input_ids"].shape
             given["position_ids"] = torch.arange(sequence).expand(batch, sequence)
-        return self.model(**given).logits
+        found = self.model(**given)
+        return tuple(found[name] for name in self.outputs)
 
 
 def input_names(model: "PreTrainedModel", tokenizer: Any) -> list[str]:
@@ -77,11 +79,19 @@ def plain_copy(model: "PreTrainedModel") -> "PreTrainedModel":
     return model
 
 
-def export_onnx(model: "PreTrainedModel", tokenizer: Any, folder: Path, *, opset: int = 23) -> Path:
+def export_onnx(
+    model: "PreTrainedModel",
+    tokenizer: Any,
+    folder: Path,
+    *,
+    opset: int = 23,
+    outputs: Sequence[str] = ("logits",),
+) -> Path:
     """Write model.onnx, config.json and the tokenizer into `folder`, and return the graph's path.
 
-    Batch and sequence are dynamic. The given model is not changed; an over-parameterised one is contracted in
-    a copy first. Raises RunError when the exporter or onnx.checker refuses the graph.
+    outputs: those of the model's head, by their names in a forward pass. Batch and sequence are dynamic. The given model
+    is not changed; an over-parameterised one is contracted in a copy first.
+    Raises RunError when the exporter or onnx.checker refuses the graph.
     """
     import onnx
 
@@ -100,12 +110,12 @@ def export_onnx(model: "PreTrainedModel", tokenizer: Any, folder: Path, *, opset
     try:
         with _quiet(), torch.no_grad(), writing(path):
             program = torch.onnx.export(
-                _Logits(model, names).eval(),
+                _Function(model, names, outputs).eval(),
                 tuple(values[name] for name in names),
                 dynamo=True,
                 opset_version=opset,
                 input_names=names,
-                output_names=["logits"],
+                output_names=list(outputs),
                 dynamic_shapes={"inputs": tuple({0: batch, 1: sequence} for _ in names)},
             )
             assert program is not None

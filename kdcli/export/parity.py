@@ -16,15 +16,17 @@ TOLERANCE = 1e-4
 
 @torch.inference_mode()
 def parity(model: Any, exported: OnnxModel, batches: Sequence[dict[str, Tensor]]) -> float:
-    """Return the largest absolute difference between the logits of both over real batches.
+    """Return the largest absolute difference between the outputs of both over real batches.
 
     Raises NotFiniteError when logits of one of them contain NaN or inf: no difference would say how far they are.
     """
     worst = 0.0
     for batch in batches:
         inputs = model_inputs(model, batch)
-        own, graph = model(**inputs).logits.float(), exported(**inputs).logits.float()
-        check_finite(own, "the model")
-        check_finite(graph, "the exported graph")
-        worst = max(worst, float((own - graph).abs().max()))
+        found, copied = model(**inputs), vars(exported(**inputs))
+        for name in exported.outputs:
+            own, graph = found[name].float(), copied[name].float()
+            check_finite(own, "the model")
+            check_finite(graph, "the exported graph")
+            worst = max(worst, float((own - graph).abs().max()))
     return worst

@@ -1,9 +1,9 @@
 """An exported model that is called like a PyTorch one."""
 
 import json
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,15 +17,8 @@ if TYPE_CHECKING:
 MODEL = "model.onnx"
 
 
-@dataclass
-class OnnxOutput:
-    """logits: (batch, classes)."""
-
-    logits: torch.Tensor
-
-
 class OnnxModel:
-    """An ONNX folder in an ONNX Runtime session on the CPU: `model(input_ids=..., attention_mask=...)` gives logits."""
+    """An ONNX folder in an ONNX Runtime session on the CPU, called like a model; it gives the head's outputs."""
 
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
         """threads: of the session's operators; None takes `default_threads`.
@@ -52,6 +45,7 @@ class OnnxModel:
             raise InputError(f"{path} cannot be run: {str(error).splitlines()[0]}") from error
         self.folder = folder
         self.inputs = [node.name for node in self.session.get_inputs()]
+        self.outputs = [node.name for node in self.session.get_outputs()]
 
     @cached_property
     def config(self) -> "PretrainedConfig":
@@ -73,12 +67,13 @@ class OnnxModel:
         """Size of the graph and its weights on disk, in 10^6 bytes."""
         return sum(f.stat().st_size for f in self.folder.glob(f"{MODEL}*")) / 1e6
 
-    def __call__(self, **inputs: torch.Tensor) -> OnnxOutput:
+    def __call__(self, **inputs: torch.Tensor) -> SimpleNamespace:
         feed = {name: inputs[name].numpy() for name in self.inputs if name in inputs}
         for name in self.inputs:
             if name not in feed:
                 feed[name] = torch.zeros_like(inputs["input_ids"]).numpy()
-        return OnnxOutput(torch.from_numpy(self.session.run(["logits"], feed)[0]))
+        found = zip(self.outputs, self.session.run(self.outputs, feed), strict=True)
+        return SimpleNamespace(**{name: torch.from_numpy(values) for name, values in found})
 
 
 def is_onnx_folder(path: Path) -> bool:
