@@ -32,7 +32,7 @@ class Choice:
         if self.run is None:
             return None
         try:
-            return Recipe.model_validate(finished(self.run).recipe)
+            return Recipe.model_validate(self.run.document.get("recipe"))
         except ValidationError as error:
             raise InputError(
                 f"{self.run.path / 'run.json'} does not hold the recipe of a run of this version of kdcli",

@@ -89,8 +89,8 @@ def export_onnx(
 ) -> Path:
     """Write model.onnx, config.json and the tokenizer into `folder`, and return the graph's path.
 
-    outputs: those of the model's head, by their names in a forward pass. Batch and sequence are dynamic. The given model
-    is not changed; an over-parameterised one is contracted in a copy first.
+    outputs: those of the model's head, by their names in a forward pass. Batch and sequence are dynamic. The given
+    model is not changed; an over-parameterised one is contracted in a copy first.
     Raises RunError when the exporter or onnx.checker refuses the graph.
     """
     import onnx
