@@ -2,7 +2,7 @@
 
 import importlib
 
-from kdcli.plain_loaders import register
+from kdcli.models.plain_loaders import register
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "distill", "load_model"]

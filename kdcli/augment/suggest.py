@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kdcli.augment.copies import MODEL, NONE, Vocabulary, words_of
 from kdcli.files import cache_dir, fingerprint
+from kdcli.models.capture import Capture
 from kdcli.models.finite import check_finite
 from kdcli.models.hashing import hash_of_model, hash_of_tokenizer
 from kdcli.models.shape import longest_input
@@ -28,7 +29,6 @@ from kdcli.tasks.encode import Collator
 from kdcli.tasks.masked_lm import KIND
 from kdcli.tensor_file import keep_tensors, kept_tensors
 from kdcli.terminal import tell
-from kdcli.training.capture import Capture
 from kdcli.words import counted
 
 if TYPE_CHECKING:

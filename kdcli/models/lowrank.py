@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from kdcli.errors import InputError
 from kdcli.models.blocks import body_of, iter_block_matrices
 from kdcli.models.counts import count_parameters
+from kdcli.models.factoring import has_factors, is_target, nearest_ranks
 from kdcli.models.families import family_of
 from kdcli.models.fused import merge_split
 from kdcli.recipe.schema import OverparamSection, StudentSection, parse_count
 from kdcli.signals import MatrixKey
-from kdcli.tensors.factors import has_factors, is_target, nearest_ranks
 from kdcli.tensors.mpo import signed_svd
 from kdcli.words import counted
 

@@ -12,12 +12,13 @@ from torch.nn.utils import parametrize
 from kdcli.errors import InputError
 from kdcli.models.blocks import BlockMatrix, block_matrix, blocks_of, iter_block_matrices
 from kdcli.models.counts import count_parameters
+from kdcli.models.factoring import check_factors, is_target, nearest_ranks, shape_for
 from kdcli.models.families import family_of
 from kdcli.models.fused import merge_split
 from kdcli.models.lowrank import LowRankLinear, svd_factors
 from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import MatrixKey
-from kdcli.tensors.factors import MPOShape, check_factors, is_target, nearest_ranks, shape_for
+from kdcli.tensors.factors import MPOShape
 from kdcli.tensors.mpo import auxiliary_indices, decompose
 
 if TYPE_CHECKING:

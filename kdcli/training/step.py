@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from kdcli.models.capture import Capture
 from kdcli.models.inputs import model_inputs
 from kdcli.objectives.term import Term
 from kdcli.signals import MatrixKey, Signals, Wants
-from kdcli.training.capture import Capture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -33,6 +33,7 @@ from kdcli.distill.student import make_distiller
 from kdcli.machine import resolve_precision
 from kdcli.methods import registry
 from kdcli.methods.base import Stage, Term
+from kdcli.models.capture import Capture
 from kdcli.models.load import load_model, load_tokenizer
 from kdcli.models.student import build_student
 from kdcli.objectives.gold import GoldObjective
@@ -42,7 +43,6 @@ from kdcli.tasks import registry as kinds
 from kdcli.tasks.base import Masking
 from kdcli.tasks.load import load_task
 from kdcli.tasks.prepare import encode_task
-from kdcli.training.capture import Capture
 from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.settings import LoopSettings
 from kdcli.training.step import Distiller

@@ -22,6 +22,7 @@ from kdcli.methods import registry
 from kdcli.methods.adkd import METHOD, ADKDOptions
 from kdcli.methods.base import Context
 from kdcli.models.blocks import embeddings_of
+from kdcli.models.capture import Capture
 from kdcli.models.inputs import model_inputs
 from kdcli.models.overparam import overparameterise
 from kdcli.models.shape import shape_of
@@ -36,7 +37,6 @@ from kdcli.tasks.classification import KIND as CLASSIFICATION
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.load import load_task
 from kdcli.training.callbacks import TellEpochs
-from kdcli.training.capture import Capture
 from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.settings import LoopSettings
 from kdcli.training.step import Distiller

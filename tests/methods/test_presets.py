@@ -21,6 +21,7 @@ from kdcli.methods.base import Context, Stage
 from kdcli.methods.layer_maps import layer_map, uniform
 from kdcli.methods.minilmv2 import MiniLMv2Options, relation_heads
 from kdcli.models.blocks import block_matrix, blocks_of
+from kdcli.models.capture import Capture
 from kdcli.models.counts import count_parameters
 from kdcli.models.load import load_model
 from kdcli.models.save import save_model
@@ -34,7 +35,6 @@ from kdcli.signals import Wants
 from kdcli.tasks import registry as kinds
 from kdcli.tasks.classification import KIND as CLASSIFICATION
 from kdcli.tasks.masked_lm import KIND as MASKED_LM
-from kdcli.training.capture import Capture
 from kdcli.training.step import Distiller
 
 NAMES = ("od", "hs", "minilm", "minilmv2", "tinybert", "distilbert")

@@ -12,6 +12,7 @@ from transformers import BertConfig, GPT2Config, PreTrainedModel
 
 from kdcli.errors import InputError
 from kdcli.models.blocks import block_matrix, blocks_of, embeddings_of, iter_block_matrices
+from kdcli.models.capture import Capture
 from kdcli.models.counts import count_parameters
 from kdcli.models.families import FAMILIES, family_of
 from kdcli.models.load import load_model
@@ -26,7 +27,6 @@ from kdcli.objectives.base import masked_log_softmax, own_keys
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.signals import Signals, Wants
 from kdcli.tasks.classification import KIND as CLASSIFICATION
-from kdcli.training.capture import Capture
 
 SIDES = {"ffn_in": (64, 32), "ffn_gate": (64, 32), "ffn_out": (32, 64)}
 """(out, in) of the tiny models' matrices; the four of attention are square."""

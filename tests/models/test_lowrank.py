@@ -10,6 +10,7 @@ from transformers import AutoModel, BertConfig, BertForSequenceClassification, P
 from kdcli.errors import InputError
 from kdcli.models.blocks import iter_block_matrices
 from kdcli.models.counts import count_parameters
+from kdcli.models.factoring import has_factors, nearest_ranks
 from kdcli.models.lowrank import (
     LowRankEmbedding,
     LowRankLinear,
@@ -23,7 +24,6 @@ from kdcli.models.overparam import overparameterise
 from kdcli.models.probe import probe
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.signals import MatrixKey
-from kdcli.tensors.factors import has_factors, nearest_ranks
 
 
 def modules_of(model: PreTrainedModel) -> dict[MatrixKey, nn.Module]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdcli.models.blocks import embeddings_of
+from kdcli.models.capture import Capture
 from kdcli.objectives.attention import AttentionObjective, attention_kl, attention_mse
 from kdcli.objectives.attribution import AttributionObjective, attribution_loss, path_gradient, saliency
 from kdcli.objectives.cosine import CosineObjective, cosine_distance
@@ -29,7 +30,6 @@ from kdcli.objectives.relation import relation_kl
 from kdcli.objectives.transport import EMDObjective, cheap_weights, layer_costs, transport_plan
 from kdcli.signals import Prediction, Signals, Wants
 from kdcli.tasks.classification import KIND as CLASSIFICATION
-from kdcli.training.capture import Capture
 
 LENGTHS = [5, 9, 2, 7]
 SEEDS = [0, 1, 2]

@@ -10,6 +10,7 @@ from objectives.worlds import answered, asked, mask_of, speak
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
+from kdcli.models.capture import Capture
 from kdcli.objectives.attention import AttentionObjective, attention_kl, attention_mse
 from kdcli.objectives.attribution import attribution_loss, saliency
 from kdcli.objectives.base import example_mean, token_mean
@@ -29,7 +30,6 @@ from kdcli.objectives.relation import (
 from kdcli.objectives.transport import cheap_weights, transport_plan
 from kdcli.signals import Prediction, Signals, Wants
 from kdcli.tasks.masked_lm import KIND as MASKED_LM
-from kdcli.training.capture import Capture
 
 LENGTHS = [5, 9, 2, 7]
 

@@ -3,16 +3,9 @@
 import pytest
 
 from kdcli.errors import InputError
+from kdcli.models.factoring import has_factors, nearest_ranks, shape_for
 from kdcli.recipe.schema import OverparamSection
-from kdcli.tensors.factors import (
-    TABLE,
-    MPOShape,
-    auto_factors,
-    has_factors,
-    length_for_scale,
-    nearest_ranks,
-    shape_for,
-)
+from kdcli.tensors.factors import TABLE, MPOShape, auto_factors, length_for_scale
 
 MPO = OverparamSection(length=3)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kdcli.models.attention import noting
 from kdcli.models.blocks import block_matrix, block_of, body_of, embeddings_of, hidden_module
 from kdcli.models.families import family_of
 from kdcli.models.inputs import model_inputs
@@ -16,7 +17,6 @@ from kdcli.models.overparam import linears_of
 from kdcli.models.shape import shape_of
 from kdcli.signals import MatrixKey, Prediction, Signals, Wants
 from kdcli.tensors.parametrization import chain_of, tensors_of
-from kdcli.training.attention import noting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
