@@ -4,7 +4,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What the process says to the shell when it ends."""
+    """Exit codes of the process."""
 
     OK = 0
     GATE = 1

@@ -28,7 +28,7 @@ class Hashes:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What every run.json says, however far its run came.
+    """The fields of every run.json, however far its run came.
 
     recipe, recipe_folder: None where the run ended before they were written. interrupted: its training was stopped
     once, so its seconds are not those of a whole training. files: what each finished folder of the run holds.

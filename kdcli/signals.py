@@ -27,7 +27,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Wants:
+class Request:
     """What must be captured from one model's forward pass; everything else is not even looked at.
 
     Block numbers follow the literature: hidden[0] is the embedding output, hidden[l] the output of block l; that of
@@ -48,8 +48,8 @@ class Wants:
     gradients: int = 0
     path: int = 1
 
-    def __or__(self, other: "Wants") -> "Wants":
-        return Wants(
+    def __or__(self, other: "Request") -> "Request":
+        return Request(
             self.logits or other.logits,
             self.hidden | other.hidden,
             self.matrices | other.matrices,

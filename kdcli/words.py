@@ -1,4 +1,4 @@
-"""Words of messages that more than one module says."""
+"""Words of messages that several modules share."""
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

@@ -2,7 +2,7 @@
 
 A copy replaces each word with some probability by one of its candidates, which a masked language model gave
 (`kdcli.augment.suggest`). Copies keep their row's label, right or wrong after the change: what a student learns from
-them is what its teacher says about them.
+them is what its teacher predicts for them.
 Source: Jiao et al. 2020 (TinyBERT), algorithm 1.
 """
 

@@ -24,7 +24,7 @@ from kdcli.models.capture import Capture
 from kdcli.models.finite import check_finite
 from kdcli.models.hashing import hash_of_model, hash_of_tokenizer
 from kdcli.models.shape import longest_input
-from kdcli.signals import Wants
+from kdcli.signals import Request
 from kdcli.tasks.encode import Collator
 from kdcli.tasks.masked_lm import KIND
 from kdcli.tensor_file import keep_tensors, kept_tensors
@@ -45,7 +45,7 @@ def _of(path: Path) -> str:
 
 @dataclass
 class Suggester:
-    """A masked language model that says what else could stand in place of each word of a sentence.
+    """A masked language model that predicts what else could stand in place of each word of a sentence.
 
     max_length: tokens of a sentence that are read; words after them have no candidates.
     """
@@ -101,7 +101,7 @@ class Suggester:
         return self.make(sentences)
 
     def make(self, sentences: list[str]) -> Tensor:
-        """Ask the model, whatever the cache holds, and keep what it says."""
+        """Ask the model, whatever the cache holds, and cache its candidates."""
         candidates = self._candidates(sentences)
         path = self.path(sentences)
         keep_tensors(path, {"candidates": candidates}, of=_of(path))
@@ -130,7 +130,7 @@ class Suggester:
                 rows.append({**row, "index": number, "labels": 0, "mask": masks[before]})
         rows.sort(key=lambda row: -len(row["input_ids"]))
         self.model.to(self.device)  # type: ignore[arg-type]
-        collator, capture = Collator(self.tokenizer), Capture(self.model, Wants(logits=True), KIND)
+        collator, capture = Collator(self.tokenizer), Capture(self.model, Request(logits=True), KIND)
         try:
             for start in range(0, len(rows), self.batch_size):
                 part = rows[start : start + self.batch_size]

@@ -33,7 +33,7 @@ TAIL = 5
 
 
 class BlackBox(Protocol):
-    """Somebody who decides."""
+    """A black-box teacher: it returns labels only."""
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a comparison says, as a table for people, as Markdown, CSV and JSON."""
+"""The results of a comparison, as a table for people, as Markdown, CSV and JSON."""
 
 import csv
 import io

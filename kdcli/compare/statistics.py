@@ -1,4 +1,4 @@
-"""What several seeds say: mean, spread, and the paired difference between two recipes."""
+"""Statistics over several seeds: mean, spread, and the paired difference between two recipes."""
 
 import math
 import statistics

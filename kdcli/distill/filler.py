@@ -56,7 +56,7 @@ def start_filler(recipe: Recipe, task: Task, base: Path) -> FillerStart:
         headed, tokenizer = has_head(source, "masked-lm"), load_tokenizer(source)
     if not headed and section.text is None:
         raise InputError(
-            f"{section.model} has no masked-LM head: it cannot say which words could stand somewhere",
+            f"{section.model} has no masked-LM head: it cannot predict masked words",
             where=MODEL,
             hint="name a masked language model, such as google-bert/bert-base-uncased, or give task.augment.text: "
             "plain text to train such a head on",
@@ -74,16 +74,16 @@ def start_filler(recipe: Recipe, task: Task, base: Path) -> FillerStart:
         return FillerStart(source)
     teacher = TeacherSection(model=section.model, finetune=section.finetune or True, seed=seed_of(recipe))
     text = TaskSection(name="augment", type="text", data=section.text, max_length=recipe.task.max_length)
-    speaking = recipe.model_copy(update={"teacher": teacher, "task": text})
+    tuned = recipe.model_copy(update={"teacher": teacher, "task": text})
     with _at("task.augment.text"):
         documents = load_task(text, recipe.evaluate, base=base)
     with _at(MODEL):
-        start = start_teacher(speaking, documents, "masked-lm", base=base)
+        start = start_teacher(tuned, documents, "masked-lm", base=base)
     with _at("task.augment.text"):
         check_encoding(documents, tokenizer, text.max_length)
     tuning = section.finetune or FinetuneSection()
     check_batch(tuning.batch_size, 1, processes(), "task.augment.finetune.batch_size")
-    return FillerStart(source, (speaking, documents, start))
+    return FillerStart(source, (tuned, documents, start))
 
 
 @contextlib.contextmanager

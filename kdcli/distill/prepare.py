@@ -61,7 +61,7 @@ class Follower:
         return [
             f"the attention of {family.title} adds terms of positions to q k^T, which are not compared"
             for family in families.values()
-            if family.attention != "dot-product" and any(term.objective.student_wants().attention for term in terms)
+            if family.attention != "dot-product" and any(term.objective.student_request().attention for term in terms)
         ]
 
 

@@ -193,7 +193,7 @@ def stages_of(
 def head_needed(resolved: Resolved, task: Task) -> str:
     """Return what must stand on the teacher's body: a classifier; for plain text a masked-LM head, or nothing.
 
-    A head for plain text is needed where some term listens to predictions, and where a teacher is to be trained.
+    A head for plain text is needed where some term compares predictions, and where a teacher is to be trained.
     """
     if not task.kind.scored_by_loss:
         return task.kind.head.name
@@ -203,9 +203,9 @@ def head_needed(resolved: Resolved, task: Task) -> str:
     shape = shape_of(load_config(source_of(teacher.model, resolved.base)))
     blocks = [(layer, layer) for layer in range(1, shape.layers + 1)]
     stages = resolved.method.build(resolved.options, Context(shape, shape, "checkpoint", task.kind, blocks))
-    return "masked-lm" if speaks(stages) else "base"
+    return "masked-lm" if trains_head(stages) else "base"
 
 
-def speaks(stages: list[Stage]) -> bool:
-    """True when some term of weight listens to the student's predictions."""
-    return any(t.objective.student_wants().logits for stage in stages for t in stage.terms if t.weight > 0)
+def trains_head(stages: list[Stage]) -> bool:
+    """True when some term of weight needs the student's predictions."""
+    return any(t.objective.student_request().logits for stage in stages for t in stage.terms if t.weight > 0)

@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from kdcli.distill.job import Job
 from kdcli.distill.prepare import Follower
-from kdcli.distill.resolve import Resolved, speaks
+from kdcli.distill.resolve import Resolved, trains_head
 from kdcli.distill.teacher import Teacher
 from kdcli.files import atomic_folder, write_json
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
@@ -27,7 +27,7 @@ from kdcli.models.shape import shape_of
 from kdcli.models.student import StudentBuild, build_student
 from kdcli.objectives.cores import TensorObjective
 from kdcli.recipe.schema import OverparamSection
-from kdcli.signals import Wants
+from kdcli.signals import Request
 from kdcli.tasks.base import Task
 from kdcli.tasks.prepare import encode_task
 from kdcli.terminal import warn
@@ -74,10 +74,10 @@ def over_parameterise(job: Job, build: StudentBuild, teacher: "PreTrainedModel",
 
 @dataclass
 class Distilled:
-    """A student at the end of its training, contracted. speaks: its head was trained to predict."""
+    """A student at the end of its training, contracted. head_trained: some term needed its predictions."""
 
     build: StudentBuild
-    speaks: bool
+    head_trained: bool
     hash_before: str
     overparam: dict[str, Any] | None
     contraction: dict[str, Any] | None
@@ -89,7 +89,7 @@ class Distilled:
 
     def handed_over(self, task: Task) -> "Distilled":
         """Return what the run hands over: on plain text the body, where nothing trained the head; rounded as stored."""
-        body_only = task.kind.scored_by_loss and not self.speaks
+        body_only = task.kind.scored_by_loss and not self.head_trained
         model = self.model.base_model if body_only else self.model
         round_to_stored(model)  # type: ignore[arg-type]
         return replace(self, build=replace(self.build, model=model))  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
             contraction = contract_model(build.model).to_json()
     return Distilled(
         build,
-        speaks(stages),
+        trains_head(stages),
         plain_hash,
         chain.report.to_json() if chain is not None else None,
         contraction,
@@ -171,7 +171,7 @@ def _train(
         if chain is not None and chain.teacher:
             terms.append(Term("tensor", TensorObjective(chain.section.aux_reduction), chain.section.aux_weight))
         loop = stage_loop(resolved, stage, total, len(train))
-        if not task.kind.scored_by_loss and not speaks([stage]):
+        if not task.kind.scored_by_loss and not trains_head([stage]):
             # The score of a head that nothing trains says nothing about which checkpoint is best.
             loop = replace(loop, select="last", patience=None)
         scheme = stage.scheme or Scheme()
@@ -256,12 +256,12 @@ def make_distiller(
     """Return the step of a stage; a fixed teacher gives its outputs once, before training, where that saves work."""
     setting, teacher, known = scheme.setting, scheme.teacher(), scheme.teacher_outputs()
     kind = setting.task.kind
-    wants = Wants()
+    request = Request()
     for term in terms:
         if term.weight > 0:
-            wants |= term.objective.teacher_wants()
-    asked_again = setting.cache and not kind.inputs_change and wants.logits and not wants.gradients
-    if known is None and teacher is not None and asked_again and scheme.teacher_is_fixed and _saves(wants, teacher):
+            request |= term.objective.teacher_request()
+    asked_again = setting.cache and not kind.inputs_change and request.logits and not request.gradients
+    if known is None and teacher is not None and asked_again and scheme.teacher_is_fixed and _saves(request, teacher):
         known = known_outputs(
             teacher,
             rows,
@@ -273,9 +273,9 @@ def make_distiller(
     return Distiller(student, terms, kind=kind, teacher=teacher, teacher_outputs=known, teacher_factors=factors)
 
 
-def _saves(wants: Wants, teacher: "PreTrainedModel") -> bool:
+def _saves(request: Request, teacher: "PreTrainedModel") -> bool:
     """True when the teacher needs not run to its end once its predictions are known."""
-    deepest = max([*wants.hidden, *(layer for layer, _ in wants.matrices)], default=0)
+    deepest = max([*request.hidden, *(layer for layer, _ in request.matrices)], default=0)
     return deepest < shape_of(teacher.config).layers
 
 

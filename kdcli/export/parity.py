@@ -1,4 +1,4 @@
-"""Does the graph say what the model says?"""
+"""Comparing a graph's outputs with its model's."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -66,9 +66,9 @@ METHOD = Method(
     title="Prediction, masked tokens, hidden states",
     paper="Sanh, Debut, Chaumond, Wolf (2019): DistilBERT, a distilled version of BERT: smaller, faster, cheaper and "
     "lighter. arXiv 1910.01108",
-    formula="5 T^2 KL(softmax(z_T / T) || softmax(z_S / T)) + 2 CE of the hidden words (or labels) + "
+    formula="5 T^2 KL(softmax(z_T / T) || softmax(z_S / T)) + 2 CE of the masked tokens (or labels) + "
     "1 (1 - cos(h_S[n], h_T[N]))",
-    signals="masked-LM logits, hidden words, last hidden states; with labels the classifier's logits, gold labels",
+    signals="masked-LM logits, masked tokens, last hidden states; with labels the classifier's logits, gold labels",
     constraints="same vocabulary and width",
     cost="one teacher forward pass a step",
     options=DistilBERTOptions,

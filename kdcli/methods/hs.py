@@ -154,7 +154,7 @@ def _hidden(options: HSOptions, context: Context) -> "Objective":
 
 
 def build(options: HSOptions, context: Context) -> list[Stage]:
-    """Return one stage: hidden states, embeddings where they weigh something, and the prediction or hidden words."""
+    """Return one stage: hidden states, embeddings where they weigh something, and the prediction or masked tokens."""
     from kdcli.objectives.hidden import HiddenObjective
 
     embedding = HiddenObjective(

@@ -33,7 +33,7 @@ def check(options: ODOptions, context: Context) -> None:
 
 
 def build(options: ODOptions, context: Context) -> list[Stage]:
-    """Return one stage with the distribution, and the hidden words where they weigh something."""
+    """Return one stage with the distribution, and the masked tokens where they weigh something."""
     everywhere = options.positions == "all"
     terms = [
         context.output_term(options.weights.output, options.temperature, all_positions=everywhere),
@@ -47,7 +47,7 @@ METHOD = Method(
     title="The distribution over the vocabulary",
     paper="Udagawa, Trivedi, Merler, Bhattacharjee (2023): A Comparative Analysis of Task-Agnostic Distillation "
     "Methods for Compressing Transformer Language Models. arXiv 2310.08797",
-    formula="T^2 KL(softmax(z_T / T) || softmax(z_S / T)) at masked words (+ w_mlm CE of the hidden words)",
+    formula="T^2 KL(softmax(z_T / T) || softmax(z_S / T)) at masked tokens (+ w_mlm CE of the masked tokens)",
     signals="masked-LM logits",
     constraints="same vocabulary; a teacher with a masked-LM head",
     cost="one teacher forward pass a step; both heads run at the compared words only",

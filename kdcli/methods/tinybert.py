@@ -111,7 +111,7 @@ METHOD = Method(
     "for regression MSE(z_S, y)",
     signals="1: queries, keys, hidden states, embeddings; 2: logits, for regression gold labels",
     constraints="a depth that divides the teacher's, as many heads; any width",
-    cost="1: one teacher forward pass a step; 2: student only, the teacher speaks once and is cached",
+    cost="1: one teacher forward pass a step; 2: student only: teacher logits are computed once and cached",
     options=TinyBERTOptions,
     build=build,
     check=check,

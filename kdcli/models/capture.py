@@ -15,7 +15,7 @@ from kdcli.models.families import family_of
 from kdcli.models.inputs import model_inputs
 from kdcli.models.overparam import linears_of
 from kdcli.models.shape import shape_of
-from kdcli.signals import MatrixKey, Prediction, Signals, Wants
+from kdcli.signals import MatrixKey, Prediction, Request, Signals
 from kdcli.tensors.parametrization import chain_of, tensors_of
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kdcli.tasks.kind import TaskKind
 
 
-class _HeardEnough(Exception):
+class _Complete(Exception):
     """Ends a forward pass whose rest is not asked for."""
 
 
@@ -44,16 +44,16 @@ class Capture:
     Hooks stay installed until `close()`, and do nothing outside a run.
     """
 
-    def __init__(self, model: "PreTrainedModel", wants: Wants, kind: "TaskKind") -> None:
+    def __init__(self, model: "PreTrainedModel", request: Request, kind: "TaskKind") -> None:
         """kind: of the task, which reads predictions from the model's output."""
         self.model = model
-        self.wants = wants
+        self.request = request
         self.kind = kind
         self.heads = shape_of(model.config).heads
         self.chains: dict[MatrixKey, nn.Module] = {}
-        if wants.factors:
+        if request.factors:
             self.chains = {key: linear for key, linear in linears_of(model) if chain_of(linear) is not None}
-        self._listening = False
+        self._active = False
         self._scale: float | None = None
         self._positions: Tensor | None = None
         self._may_stop = False
@@ -64,11 +64,11 @@ class Capture:
         self._outputs: dict[nn.Module, dict[int, list[Any]]] = {}
         self._projections: dict[nn.Module, dict[int, list[Any]]] = {}
         self._hooks: list[Any] = []
-        if wants.gradients:
+        if request.gradients:
             self._hooks.append(embeddings_of(model).register_forward_hook(self._make_leaf))
-        layers = wants.hidden | ({0} if wants.gradients else frozenset())
+        layers = request.hidden | ({0} if request.gradients else frozenset())
         self._capture(layers)
-        self._expected = len(layers) + len(wants.matrices)
+        self._expected = len(layers) + len(request.matrices)
         self._hooks.append(body_of(model).register_forward_hook(self._select_positions))
 
     def _capture(self, layers: frozenset[int]) -> None:
@@ -81,7 +81,7 @@ class Capture:
 
         for layer in sorted(layers):
             of_call(self._outputs, hidden_module(model, layer), layer).append((self._hidden, layer, _as_it_is))
-        for layer, name in sorted(self.wants.matrices):
+        for layer, name in sorted(self.request.matrices):
             if family.at_function and name in ("query", "key", "value"):
                 module = block_of(model, layer).get_submodule(family.attention_module)
                 of_call(self._projections, module, layer).append((layer, name))
@@ -92,7 +92,7 @@ class Capture:
         self._hooks += [module.register_forward_hook(self._keep_output) for module in self._outputs]
 
     def _keep_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._listening:
+        if self._active:
             self._calls[module] += 1
             for store, key, part in self._outputs[module].get(self._calls[module], ()):
                 store[key] = part(_tensor(output))
@@ -108,44 +108,44 @@ class Capture:
 
     def _end_when_complete(self) -> None:
         if self._may_stop and len(self._hidden) + len(self._matrices) == self._expected:
-            raise _HeardEnough
+            raise _Complete
 
     def _make_leaf(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-        if not self._listening:
+        if not self._active:
             return None
         if not output.requires_grad:
             output = output.detach().requires_grad_()
         return output if self._scale is None else output * self._scale
 
     def _select_positions(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        if not self._listening or self._positions is None:
+        if not self._active or self._positions is None:
             return None
         states = output[0]
         output.last_hidden_state = states.reshape(-1, states.shape[-1])[self._positions][None]
         return output
 
     def __enter__(self) -> "Capture":
-        self._listening = True
+        self._active = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._listening = False
+        self._active = False
         self._positions = None
         self._hidden.clear()
         self._matrices.clear()
         self._windows.clear()
 
     def run(self, batch: Mapping[str, Tensor]) -> Signals:
-        """Run the model on `batch` and return what it said; call it inside the `with` block."""
+        """Run the model on `batch` and return its signals; call it inside the `with` block."""
         inputs = model_inputs(self.model, batch)
-        logits = self.wants.logits or self.wants.gradients > 0
-        self._positions = self.kind.positions(batch, everywhere=self.wants.all_positions) if logits else None
+        logits = self.request.logits or self.request.gradients > 0
+        self._positions = self.kind.positions(batch, everywhere=self.request.all_positions) if logits else None
         self._may_stop = not logits
         with self._kernels():
             output = self._forward(inputs, batch, logits)
-            path = list(self._path(inputs, batch, output)) if self.wants.path > 1 and output is not None else []
+            path = list(self._path(inputs, batch, output)) if self.request.path > 1 and output is not None else []
         return Signals(
             mask=batch["attention_mask"],
             heads=self.heads,
@@ -160,31 +160,31 @@ class Capture:
 
     def _forward(self, inputs: dict[str, Tensor], batch: Mapping[str, Tensor], logits: bool) -> list[Prediction] | None:
         if not logits:
-            with contextlib.suppress(_HeardEnough):
+            with contextlib.suppress(_Complete):
                 body_of(self.model)(**inputs)
             return None
-        return self.kind.predictions(self.model(**inputs), batch, everywhere=self.wants.all_positions)
+        return self.kind.predictions(self.model(**inputs), batch, everywhere=self.request.all_positions)
 
     def _path(
         self, inputs: dict[str, Tensor], batch: Mapping[str, Tensor], plain: list[Prediction]
     ) -> Iterator[tuple[Tensor, list[Prediction]]]:
         """Yield scaled embeddings and their predictions; the last point is the plain pass, which gave `plain`."""
-        kept, heard = dict(self._hidden), dict(self._matrices)
-        steps = self.wants.path
+        hidden, matrices = dict(self._hidden), dict(self._matrices)
+        steps = self.request.path
         for number in range(1, steps):
             self._scale = number / steps
             predictions = self._forward(inputs, batch, True)
             assert predictions is not None
             yield self._hidden[0], predictions
         self._scale = None
-        self._hidden.update(kept)
-        self._matrices.update(heard)
+        self._hidden.update(hidden)
+        self._matrices.update(matrices)
         yield self._hidden[0], plain
 
     @contextlib.contextmanager
     def _kernels(self) -> Iterator[None]:
         # Fused attention cannot be differentiated twice.
-        twice = sdpa_kernel(SDPBackend.MATH) if self.wants.gradients > 1 else contextlib.nullcontext()
+        twice = sdpa_kernel(SDPBackend.MATH) if self.request.gradients > 1 else contextlib.nullcontext()
         with twice, noting(self.model.config, dict.fromkeys(self._projections, self._keep_projections)):
             yield
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from kdcli.objectives.base import Objective, common_window, masked_log_softmax, own_keys, token_mean
-from kdcli.signals import Signals, Wants
+from kdcli.signals import Request, Signals
 
 
 def attention_kl(
@@ -48,10 +48,10 @@ def attention_mse(
     return token_mean(difference.mean(1), mask)
 
 
-def attention_wants(layers: Iterable[int]) -> Wants:
+def attention_wants(layers: Iterable[int]) -> Request:
     """Return the request for what the attention maps of these blocks are made of."""
     layers = frozenset(layers)
-    return Wants(matrices=frozenset((layer, name) for layer in layers for name in ("query", "key")), attention=layers)
+    return Request(matrices=frozenset((layer, name) for layer in layers for name in ("query", "key")), attention=layers)
 
 
 class AttentionObjective(Objective):
@@ -65,10 +65,10 @@ class AttentionObjective(Objective):
         self.pairs = tuple(pairs)
         self.measure = attention_kl if measure == "kl" else attention_mse
 
-    def student_wants(self) -> Wants:
+    def student_request(self) -> Request:
         return attention_wants(s for s, _ in self.pairs)
 
-    def teacher_wants(self) -> Wants:
+    def teacher_request(self) -> Request:
         return attention_wants(t for _, t in self.pairs)
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdcli.objectives.base import Objective, token_mean
 from kdcli.objectives.distribution import Distribution
-from kdcli.signals import Signals, Wants
+from kdcli.signals import Request, Signals
 
 Path = Sequence[tuple[Tensor, Tensor]]
 """(scaled embedding output, logits) for alpha = 1/K, ..., 1; each pair connected by an autograd graph."""
@@ -61,11 +61,11 @@ class AttributionObjective(Objective):
         self.top_k = top_k
         self.steps = steps
 
-    def student_wants(self) -> Wants:
-        return Wants(logits=True, hidden=frozenset({0}), gradients=2, path=self.steps)
+    def student_request(self) -> Request:
+        return Request(logits=True, hidden=frozenset({0}), gradients=2, path=self.steps)
 
-    def teacher_wants(self) -> Wants:
-        return Wants(logits=True, hidden=frozenset({0}), gradients=1, path=self.steps)
+    def teacher_request(self) -> Request:
+        return Request(logits=True, hidden=frozenset({0}), gradients=1, path=self.steps)
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         own, others = _path_of(student), _path_of(teacher)

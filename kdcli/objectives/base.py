@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from kdcli.signals import Signals, Wants
+from kdcli.signals import Request, Signals
 
 
 class Objective(nn.Module):
@@ -18,11 +18,11 @@ class Objective(nn.Module):
     padding does not change it, and equal shares of a batch on several devices average to the whole.
     """
 
-    def student_wants(self) -> Wants:
+    def student_request(self) -> Request:
         """What must be captured from the student."""
         raise NotImplementedError
 
-    def teacher_wants(self) -> Wants:
+    def teacher_request(self) -> Request:
         """What must be captured from the teacher; empty when it needs none."""
         raise NotImplementedError
 

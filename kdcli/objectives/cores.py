@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdcli.objectives.base import Objective
-from kdcli.signals import Signals, Wants
+from kdcli.signals import Request, Signals
 from kdcli.tensors.mpo import auxiliary_indices
 
 
@@ -80,11 +80,11 @@ class TensorObjective(Objective):
         super().__init__()
         self.reduction = reduction
 
-    def student_wants(self) -> Wants:
-        return Wants(factors=True)
+    def student_request(self) -> Request:
+        return Request(factors=True)
 
-    def teacher_wants(self) -> Wants:
-        return Wants(factors=True)
+    def teacher_request(self) -> Request:
+        return Request(factors=True)
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         weight = 1.0 / len(teacher.factors) if self.reduction == "mean" else 1.0

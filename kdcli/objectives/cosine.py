@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdcli.objectives.base import Objective, token_mean
-from kdcli.signals import Signals, Wants
+from kdcli.signals import Request, Signals
 
 
 def cosine_distance(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -24,11 +24,11 @@ class CosineObjective(Objective):
         super().__init__()
         self.pairs = tuple(pairs)
 
-    def student_wants(self) -> Wants:
-        return Wants(hidden=frozenset(s for s, _ in self.pairs))
+    def student_request(self) -> Request:
+        return Request(hidden=frozenset(s for s, _ in self.pairs))
 
-    def teacher_wants(self) -> Wants:
-        return Wants(hidden=frozenset(t for _, t in self.pairs))
+    def teacher_request(self) -> Request:
+        return Request(hidden=frozenset(t for _, t in self.pairs))
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         terms = [cosine_distance(student.hidden[s], teacher.hidden[t], student.mask) for s, t in self.pairs]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kdcli.objectives.base import Objective
 from kdcli.objectives.distribution import Distribution
-from kdcli.signals import Prediction, Signals, Wants
+from kdcli.signals import Prediction, Request, Signals
 
 
 def gold_loss(predictions: list[Prediction], distribution: Distribution) -> Tensor:
@@ -27,11 +27,11 @@ class GoldObjective(Objective):
         super().__init__()
         self.distribution = distribution
 
-    def student_wants(self) -> Wants:
-        return Wants(logits=True)
+    def student_request(self) -> Request:
+        return Request(logits=True)
 
-    def teacher_wants(self) -> Wants:
-        return Wants()
+    def teacher_request(self) -> Request:
+        return Request()
 
     def forward(self, student: Signals, teacher: Signals, batch: Mapping[str, Tensor]) -> Tensor:
         return gold_loss(student.predictions, self.distribution)

@@ -1,4 +1,4 @@
-"""The hidden-state objective: what blocks say, token by token."""
+"""The hidden-state objective: outputs of blocks, token by token."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kdcli.objectives.base import Objective, example_mean, token_mean
-from kdcli.signals import Signals, Wants
+from kdcli.signals import Request, Signals
 
 CHUNK_ELEMENTS = 2**18
 """Features that are worked on at a time on a CPU: few enough to stay in its cache from one pass to the next."""
@@ -103,11 +103,11 @@ class HiddenObjective(Objective):
             names = ["shared"] if shared else sorted({str(s) for s, _ in self.pairs})
             self.bridges = nn.ModuleDict({name: nn.Linear(*widths, bias=shared) for name in names})
 
-    def student_wants(self) -> Wants:
-        return Wants(hidden=self.layers[0])
+    def student_request(self) -> Request:
+        return Request(hidden=self.layers[0])
 
-    def teacher_wants(self) -> Wants:
-        return Wants(hidden=self.layers[1])
+    def teacher_request(self) -> Request:
+        return Request(hidden=self.layers[1])
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         if self.redraw is not None:

@@ -1,4 +1,4 @@
-"""The matrix objective: what single linear maps say (MaKD's finest level)."""
+"""The matrix objective: outputs of single linear maps (MaKD's finest level)."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kdcli.objectives.base import Objective
 from kdcli.objectives.hidden import mean_token_mse
-from kdcli.signals import Signals, Wants
+from kdcli.signals import Request, Signals
 
 
 class MatrixObjective(Objective):
@@ -22,11 +22,11 @@ class MatrixObjective(Objective):
         self.names = tuple(names)
         self.match_norm = match_norm
 
-    def student_wants(self) -> Wants:
-        return Wants(matrices=frozenset((s, n) for s, _ in self.pairs for n in self.names))
+    def student_request(self) -> Request:
+        return Request(matrices=frozenset((s, n) for s, _ in self.pairs for n in self.names))
 
-    def teacher_wants(self) -> Wants:
-        return Wants(matrices=frozenset((t, n) for _, t in self.pairs for n in self.names))
+    def teacher_request(self) -> Request:
+        return Request(matrices=frozenset((t, n) for _, t in self.pairs for n in self.names))
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         compared = [(student.matrices[(s, n)], teacher.matrices[(t, n)]) for s, t in self.pairs for n in self.names]

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from kdcli.objectives.base import Objective
 from kdcli.objectives.distribution import Distribution
-from kdcli.signals import Prediction, Signals, Wants
+from kdcli.signals import Prediction, Request, Signals
 
 
 def output_loss(
@@ -47,11 +47,11 @@ class OutputObjective(Objective):
         self.all_positions = all_positions
         self.anneal = anneal
 
-    def student_wants(self) -> Wants:
-        return Wants(logits=True, all_positions=self.all_positions)
+    def student_request(self) -> Request:
+        return Request(logits=True, all_positions=self.all_positions)
 
-    def teacher_wants(self) -> Wants:
-        return Wants(logits=True, all_positions=self.all_positions)
+    def teacher_request(self) -> Request:
+        return Request(logits=True, all_positions=self.all_positions)
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         if self.anneal and epochs > 1:

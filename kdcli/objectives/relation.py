@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from kdcli.objectives.base import Objective, common_window, key_bias, own_keys
 from kdcli.objectives.hidden import token_mse
-from kdcli.signals import Signals, Wants
+from kdcli.signals import Request, Signals
 
 Relation = tuple[str, str]
 """(rows, columns): names of two projections; ("value", "value") is MiniLM's value relation."""
@@ -146,17 +146,17 @@ class RelationObjective(Objective):
         self.names = sorted({name for relation in self.relations for name in relation})
         self.heads = heads
 
-    def _wants(self, layers: Iterable[int]) -> Wants:
+    def _wants(self, layers: Iterable[int]) -> Request:
         layers = frozenset(layers)
-        return Wants(
+        return Request(
             matrices=frozenset((layer, name) for layer in layers for name in self.names),
             attention=layers if ATTENTION in self.relations else frozenset(),
         )
 
-    def student_wants(self) -> Wants:
+    def student_request(self) -> Request:
         return self._wants(s for s, _ in self.pairs)
 
-    def teacher_wants(self) -> Wants:
+    def teacher_request(self) -> Request:
         return self._wants(t for _, t in self.pairs)
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
@@ -210,11 +210,11 @@ class DirectRelationObjective(Objective):
             {f"{s}_{name}": _first_map(heads, *sizes) for s in sorted({s for s, _ in pairs}) for name in self.names}
         )
 
-    def student_wants(self) -> Wants:
-        return Wants(matrices=frozenset((s, n) for s, _ in self.pairs for n in self.names))
+    def student_request(self) -> Request:
+        return Request(matrices=frozenset((s, n) for s, _ in self.pairs for n in self.names))
 
-    def teacher_wants(self) -> Wants:
-        return Wants(matrices=frozenset((t, n) for _, t in self.pairs for n in self.names))
+    def teacher_request(self) -> Request:
+        return Request(matrices=frozenset((t, n) for _, t in self.pairs for n in self.names))
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         total = torch.zeros((), device=student.mask.device)

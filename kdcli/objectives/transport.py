@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kdcli.objectives.attention import attention_mse, attention_wants
 from kdcli.objectives.base import Objective, common_window, own_keys
 from kdcli.objectives.hidden import token_mse
-from kdcli.signals import Signals, Wants
+from kdcli.signals import Request, Signals
 
 _MOST_REPEATS = 64
 
@@ -133,15 +133,15 @@ class EMDObjective(Objective):
             assert widths is not None
             self.bridge = nn.Linear(*widths)
 
-    def _wants(self, depth: int) -> Wants:
+    def _wants(self, depth: int) -> Request:
         layers = range(1, depth + 1)
-        hidden = Wants(hidden=frozenset(layers if "hidden" in self.kinds else ()))
+        hidden = Request(hidden=frozenset(layers if "hidden" in self.kinds else ()))
         return hidden | attention_wants(layers if "attention" in self.kinds else ())
 
-    def student_wants(self) -> Wants:
+    def student_request(self) -> Request:
         return self._wants(self.depths[0])
 
-    def teacher_wants(self) -> Wants:
+    def teacher_request(self) -> Request:
         return self._wants(self.depths[1])
 
     def _layers(self, signals: Signals, depth: int, kind: str) -> list[Tensor]:

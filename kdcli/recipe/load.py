@@ -198,7 +198,7 @@ def _value(text: str) -> Any:
 
 
 def _problems_of_method(document: dict[str, Any]) -> list[Problem]:
-    """Judge the method's own options by its own schema, as far as there is a method."""
+    """Check the method's own options against its schema, as far as there is a method."""
     table = document.get("method")
     table = {"name": table} if isinstance(table, str) else table
     if not isinstance(table, dict) or not isinstance(table.get("name"), str):

@@ -56,7 +56,7 @@ class TaskKind(ABC):
     scored_by_loss: ClassVar[bool] = False
     """True where a student's only score is its distillation loss on held-out rows."""
     inputs_change: ClassVar[bool] = False
-    """True where inputs are drawn anew in every epoch: nothing that the teacher predicts may be kept."""
+    """True where inputs are drawn again in every epoch (dynamic masking): no output of the teacher may be cached."""
 
     @property
     @abstractmethod

@@ -14,7 +14,7 @@ from kdcli.training.step import Distiller
 
 
 class EvaluateAtEnd(TrainerCallback):
-    """Judges the last step, too, when it falls between two evaluations."""
+    """Evaluates the last step, too, when it falls between two evaluations."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps and args.eval_strategy != "no":
@@ -43,7 +43,7 @@ class Patience(TrainerCallback):
         self.patience = patience
 
     def is_over(self, args: TrainingArguments, state: TrainerState) -> bool:
-        """Return whether the history of `state` says that there is no point in going on."""
+        """Return whether so many evaluations in the history of `state` brought nothing better."""
         metric, sign = f"eval_{args.metric_for_best_model}", 1 if args.greater_is_better else -1
         # Untrained weights do not count.
         scores = {e["step"]: sign * e[metric] for e in state.log_history if metric in e and e["step"] > 0}

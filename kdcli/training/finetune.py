@@ -36,7 +36,7 @@ def finetune(
     identity: Any,
     log: Path | None = None,
 ) -> dict[str, Any]:
-    """Train `model` on the gold labels (or the hidden words) of `task`, in place, and return the loop's record.
+    """Train `model` on the gold labels (or the masked tokens) of `task`, in place, and return the loop's record.
 
     identity: says which training its checkpoints belong to.
     train: where and how precisely, as for the student; batch size, rate and the like come from `settings`.

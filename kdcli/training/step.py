@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kdcli.models.capture import Capture
 from kdcli.models.inputs import model_inputs
 from kdcli.objectives.term import Term
-from kdcli.signals import MatrixKey, Signals, Wants
+from kdcli.signals import MatrixKey, Request, Signals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,29 +51,29 @@ class Distiller(nn.Module):
             raise ValueError(f"a method gives more than one term the name {twice[0]!r}")
         self.objectives = nn.ModuleDict({term.name: term.objective for term in active})
         self.weights = {term.name: float(term.weight) for term in active}
-        student_wants, self.teacher_wants = Wants(), Wants()
+        student_request, self.teacher_request = Request(), Request()
         for term in active:
-            student_wants |= term.objective.student_wants()
-            self.teacher_wants |= term.objective.teacher_wants()
-        self.student_capture = Capture(student, student_wants, kind)
+            student_request |= term.objective.student_request()
+            self.teacher_request |= term.objective.teacher_request()
+        self.student_capture = Capture(student, student_request, kind)
         self.teacher_capture: Capture | None = None
         # A plain dict hides the teacher from nn.Module's registration.
         self._fixed: dict[str, PreTrainedModel] = {}
-        self.teacher_outputs = None if self.teacher_wants.gradients else teacher_outputs
+        self.teacher_outputs = None if self.teacher_request.gradients else teacher_outputs
         self.teacher_factors = dict(teacher_factors or {})
         if teacher is not None and self._teacher_must_run():
             teacher.eval()
             self._fixed["teacher"] = teacher
             known = self.teacher_outputs is not None
-            wants = replace(self.teacher_wants, logits=False) if known else self.teacher_wants
-            self.teacher_capture = Capture(teacher, wants, kind)
+            request = replace(self.teacher_request, logits=False) if known else self.teacher_request
+            self.teacher_capture = Capture(teacher, request, kind)
 
     def _teacher_must_run(self) -> bool:
-        wants = self.teacher_wants
-        return wants.inside or (wants.logits and self.teacher_outputs is None)
+        request = self.teacher_request
+        return request.inside or (request.logits and self.teacher_outputs is None)
 
     def place(self, device: torch.device) -> None:
-        """Move what is not registered (the teacher and what it said) to `device`."""
+        """Move what is not registered (the teacher and its cached outputs) to `device`."""
         for model in self._fixed.values():
             model.to(device)  # type: ignore[arg-type]
         if self.teacher_outputs is not None:
@@ -89,11 +89,11 @@ class Distiller(nn.Module):
             self.teacher_capture.close()
 
     def teacher_signals(self, batch: Mapping[str, Tensor]) -> Signals:
-        """Return what the teacher says about `batch`, without gradient of its weights."""
+        """Return the teacher's signals on `batch`, without gradient of its weights."""
         if self.teacher_capture is None:
             signals = Signals(mask=batch["attention_mask"], heads=0)
         else:
-            with torch.set_grad_enabled(self.teacher_wants.gradients > 0), self.teacher_capture as capture:
+            with torch.set_grad_enabled(self.teacher_request.gradients > 0), self.teacher_capture as capture:
                 signals = capture.run(batch)
         if self.teacher_outputs is not None:
             signals.predictions = self.kind.predictions(self.teacher_outputs.of(batch), batch)

@@ -38,7 +38,7 @@ from kdcli.models.load import load_model, load_tokenizer
 from kdcli.models.student import build_student
 from kdcli.objectives.gold import GoldObjective
 from kdcli.recipe.schema import EvaluateSection, Recipe, StudentSection, TaskSection
-from kdcli.signals import Wants
+from kdcli.signals import Request
 from kdcli.tasks import registry as kinds
 from kdcli.tasks.base import Masking
 from kdcli.tasks.load import load_task
@@ -167,12 +167,12 @@ class World:
 
     def heard(self, student: Any, terms: list[Term]) -> list[Step]:
         """Return what it takes to hear all that `terms` ask for: a pass of the teacher, a step of the student."""
-        wants, teacher_wants = Wants(), Wants()
+        request, teacher_request = Request(), Request()
         for term in terms:
-            wants |= term.objective.student_wants()
-            teacher_wants |= term.objective.teacher_wants()
+            request |= term.objective.student_request()
+            teacher_request |= term.objective.teacher_request()
         self.moves.append(lambda: student.to(self.device))
-        capture, trained = Capture(student.train(), wants, self.task.kind), list(student.parameters())
+        capture, trained = Capture(student.train(), request, self.task.kind), list(student.parameters())
         optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
 
         def step(_: int) -> None:
@@ -186,11 +186,11 @@ class World:
             optimizer.step()
             optimizer.zero_grad()
 
-        return [self.listen(teacher_wants), step]
+        return [self.listen(teacher_request), step]
 
-    def listen(self, wants: Wants) -> Step:
+    def listen(self, request: Request) -> Step:
         """Return a pass of the teacher that ends where nothing more is wanted."""
-        capture = Capture(self.teacher, wants, self.task.kind)
+        capture = Capture(self.teacher, request, self.task.kind)
 
         def go(_: int) -> None:
             with torch.no_grad(), self.autocast(), capture as listening:
@@ -235,8 +235,8 @@ class World:
             return go
 
         return {
-            # Of a language model's head only the hidden words are needed, where nothing else is asked.
-            "Tf": self.listen(Wants(logits=True)),
+            # Of a language model's head only the masked tokens are needed, where nothing else is asked.
+            "Tf": self.listen(Request(logits=True)),
             "Tfa": run(self.teacher, backward=False),
             "Tfb": run(self.teacher, backward=True),
             "Tfx": run(self.teacher, backward=True, inward=True),
@@ -262,7 +262,7 @@ def needs(name: str, t: dict[str, float], plain: float, *, text: bool) -> float:
         "lgtm": 3 * t["Tf"] + 2 * backward["T"] + 4 * t["Sf"] + 2 * backward["S"],
     }
     if text and name == "distilbert":
-        # Predictions at all words, not at the hidden ones alone.
+        # Predictions at all tokens, not at the masked ones alone.
         return t["Tfa"] + t["Sfb"]
     if text and name != "od":
         # Nobody listens to a head: both models run as far as their last block, or less.

@@ -31,7 +31,7 @@ from kdcli.objectives.distribution import Categorical
 from kdcli.objectives.output import OutputObjective
 from kdcli.recipe.load import load_recipe
 from kdcli.recipe.schema import OverparamSection
-from kdcli.signals import Wants
+from kdcli.signals import Request
 from kdcli.tasks import registry as kinds
 from kdcli.tasks.classification import KIND as CLASSIFICATION
 from kdcli.tasks.encode import Collator, encode
@@ -274,7 +274,9 @@ def test_only_the_model_that_is_differentiated_twice_gives_up_fused_attention():
 
 def path_of(model: Any, batch: dict[str, Tensor], steps: int) -> list[tuple[Tensor, Tensor]]:
     model.requires_grad_(False)
-    with Capture(model, Wants(logits=True, hidden=frozenset({0}), gradients=2, path=steps), CLASSIFICATION) as capture:
+    with Capture(
+        model, Request(logits=True, hidden=frozenset({0}), gradients=2, path=steps), CLASSIFICATION
+    ) as capture:
         signals = capture.run(batch)
     capture.close()
     return [(embedding, table.logits) for embedding, (table,) in signals.path]

@@ -31,7 +31,7 @@ from kdcli.objectives.attention import AttentionObjective
 from kdcli.objectives.hidden import HiddenObjective, token_mse
 from kdcli.objectives.transport import EMDObjective
 from kdcli.recipe.schema import StudentSection
-from kdcli.signals import Wants
+from kdcli.signals import Request
 from kdcli.tasks import registry as kinds
 from kdcli.tasks.classification import KIND as CLASSIFICATION
 from kdcli.tasks.masked_lm import KIND as MASKED_LM
@@ -63,12 +63,12 @@ def stages(name: str, where: Context, **options: Any) -> list[Stage]:
     return method.build(chosen, where)
 
 
-def wants(stage: Stage) -> tuple[Wants, Wants]:
+def request(stage: Stage) -> tuple[Request, Request]:
     """What all terms of a stage ask of the student and of the teacher."""
-    student, teacher = Wants(), Wants()
+    student, teacher = Request(), Request()
     for term in stage.terms:
-        student |= term.objective.student_wants()
-        teacher |= term.objective.teacher_wants()
+        student |= term.objective.student_request()
+        teacher |= term.objective.teacher_request()
     return student, teacher
 
 
@@ -220,44 +220,44 @@ def test_the_gradient_reaches_the_student_and_every_bridge_but_never_the_teacher
 @pytest.mark.parametrize("positions", ["masked", "all"])
 def test_od_listens_to_predictions_only(positions: str):
     (stage,) = stages("od", context(), positions=positions)
-    assert wants(stage) == (Wants(logits=True, all_positions=positions == "all"),) * 2
+    assert request(stage) == (Request(logits=True, all_positions=positions == "all"),) * 2
     assert names(stage) == {"output": 1.0}
     assert names(stages("od", context(), weights={"output": 0.0, "mlm": 0.5})[0]) == {"mlm": 0.5}
 
 
 def test_the_masked_lm_term_asks_nothing_of_the_teacher():
     (stage,) = stages("od", context(), weights={"output": 0.0, "mlm": 1.0})
-    assert wants(stage) == (Wants(logits=True), Wants())
+    assert request(stage) == (Request(logits=True), Request())
 
 
 def test_minilmv2_asks_for_three_projections_of_one_block_and_for_no_predictions():
     (stage,) = stages("minilmv2", context())
-    assert wants(stage) == (Wants(matrices=projections(6)), Wants(matrices=projections(11)))
+    assert request(stage) == (Request(matrices=projections(6)), Request(matrices=projections(11)))
 
 
 def test_minilm_asks_for_the_projections_of_the_last_blocks():
     (stage,) = stages("minilm", context())
-    assert wants(stage) == (
-        Wants(matrices=projections(6), attention=frozenset({6})),
-        Wants(matrices=projections(12), attention=frozenset({12})),
+    assert request(stage) == (
+        Request(matrices=projections(6), attention=frozenset({6})),
+        Request(matrices=projections(12), attention=frozenset({12})),
     )
     (stage,) = stages("minilm", context(), weights={"attention": 0.0})
-    assert wants(stage) == (Wants(matrices=projections(6, "v")), Wants(matrices=projections(12, "v")))
+    assert request(stage) == (Request(matrices=projections(6, "v")), Request(matrices=projections(12, "v")))
     (stage,) = stages("minilm", context(), weights={"value": 0.0})
-    assert wants(stage)[1] == Wants(matrices=projections(12, "qk"), attention=frozenset({12}))
+    assert request(stage)[1] == Request(matrices=projections(12, "qk"), attention=frozenset({12}))
 
 
 def test_weights_of_zero_ask_for_nothing():
     (stage,) = stages("distilbert", context(), weights={"cosine": 0.0, "task": 0.0})
-    assert wants(stage) == (Wants(logits=True, all_positions=True),) * 2
+    assert request(stage) == (Request(logits=True, all_positions=True),) * 2
     (stage,) = stages("hs", context("classification"), weights={"prediction": 0.0})
-    assert wants(stage)[1] == Wants(hidden=frozenset(range(2, 13, 2)))
+    assert request(stage)[1] == Request(hidden=frozenset(range(2, 13, 2)))
     (stage,) = stages("tinybert", context(), weights={"attention": 0.0})
-    assert wants(stage)[1] == Wants(hidden=frozenset(range(0, 13, 2)))
+    assert request(stage)[1] == Request(hidden=frozenset(range(0, 13, 2)))
     (stage,) = stages("minilmv2", context(), relations={"kk": 0.0, "qq": 0.0})
-    assert wants(stage)[1] == Wants(matrices=projections(11, "v"))
+    assert request(stage)[1] == Request(matrices=projections(11, "v"))
     (stage,) = stages("minilmv2", context(), relations={"kk": 0.0, "qq": 0.0}, direct=True)
-    assert wants(stage)[1] == Wants(matrices=projections(11, "v"))
+    assert request(stage)[1] == Request(matrices=projections(11, "v"))
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression"])
@@ -298,7 +298,7 @@ def test_the_teachers_pass_ends_at_the_block_that_minilmv2_follows(family: str):
             "head": head[0],
         }
     )
-    with Capture(teacher, wants(stage)[1], CLASSIFICATION) as capture, torch.no_grad():
+    with Capture(teacher, request(stage)[1], CLASSIFICATION) as capture, torch.no_grad():
         signals = capture.run(batch_of("text"))
     assert runs == {"before": 1, "wanted": 1, "rest of the block": 0, "after": 0, "head": 0}
     assert set(signals.matrices) == projections(3)
@@ -321,7 +321,7 @@ def test_hs_follows_the_layer_map_that_is_named(name: str):
     objective = stage.terms[0].objective
     assert isinstance(objective, HiddenObjective)
     assert list(objective.pairs) == layer_map(name, 6, 12)
-    assert wants(stage)[1].hidden == {t for _, t in layer_map(name, 6, 12)}
+    assert request(stage)[1].hidden == {t for _, t in layer_map(name, 6, 12)}
 
 
 def test_hs_takes_half_open_intervals_equal_depths_and_explicit_pairs():
@@ -336,7 +336,7 @@ def test_hs_takes_half_open_intervals_equal_depths_and_explicit_pairs():
 def test_a_random_map_is_drawn_anew_every_epoch_within_what_is_captured():
     (stage,) = stages("hs", context(), layer_map="random", seed=3)
     objective, seen = stage.terms[0].objective, set()
-    assert wants(stage)[1].hidden == set(range(1, 13))
+    assert request(stage)[1].hidden == set(range(1, 13))
     for epoch in range(5):
         objective.begin_epoch(epoch, 5)
         assert [s for s, _ in objective.pairs] == [1, 2, 3, 4, 5, 6]
@@ -351,11 +351,11 @@ def test_a_random_map_is_drawn_anew_every_epoch_within_what_is_captured():
 def test_the_transport_map_compares_all_blocks_of_both():
     (stage,) = stages("hs", context(), layer_map="emd")
     assert isinstance(stage.terms[0].objective, EMDObjective)
-    assert wants(stage)[0].hidden == set(range(1, 7))
-    assert wants(stage)[1].hidden == set(range(1, 13))
-    assert not wants(stage)[1].matrices
+    assert request(stage)[0].hidden == set(range(1, 7))
+    assert request(stage)[1].hidden == set(range(1, 13))
+    assert not request(stage)[1].matrices
     (stage,) = stages("hs", context(student=shape(6, 384, 12)), layer_map="emd", emd={"attention": True})
-    assert wants(stage)[1].matrices == {(i, n) for i in range(1, 13) for n in ("query", "key")}
+    assert request(stage)[1].matrices == {(i, n) for i in range(1, 13) for n in ("query", "key")}
 
 
 def test_bridges_come_where_widths_differ_or_where_they_are_asked_for():
@@ -380,8 +380,8 @@ def test_queries_against_keys_are_the_attention_of_the_last_block():
     found = terms_of(stage, student, teacher, batch)
     attention = AttentionObjective([(2, 3)])
     with (
-        Capture(student, attention.student_wants(), CLASSIFICATION) as a,
-        Capture(teacher, attention.teacher_wants(), CLASSIFICATION) as b,
+        Capture(student, attention.student_request(), CLASSIFICATION) as a,
+        Capture(teacher, attention.teacher_request(), CLASSIFICATION) as b,
     ):
         expected = attention(a.run(batch), b.run(batch), batch)
     torch.testing.assert_close(found["attention"], expected.detach(), rtol=1e-5, atol=1e-6)
@@ -418,13 +418,13 @@ def test_relation_heads_divide_both_widths_and_are_as_published_where_that_works
 
 def test_a_teacher_of_one_block_is_followed_there():
     [stage] = stages("minilmv2", context(student=shape(1), teacher=shape(1)))
-    assert wants(stage)[1].matrices == projections(1)
+    assert request(stage)[1].matrices == projections(1)
 
 
 def test_the_teachers_block_counts_from_either_end():
     def layer(number: int) -> int:
         (stage,) = stages("minilmv2", context(), teacher_layer=number)
-        ((block, _),) = {(b, "") for b, _ in wants(stage)[1].matrices}
+        ((block, _),) = {(b, "") for b, _ in request(stage)[1].matrices}
         return block
 
     assert [layer(n) for n in (1, 10, 12, -1, -2, -12)] == [1, 10, 12, 12, 11, 1]
@@ -485,7 +485,7 @@ def test_tinyberts_hidden_term_is_the_published_sum_through_one_bridge():
     (stage,) = stages("tinybert", between("text", student, teacher), weights={"attention": 0.0})
     bridge = stage.terms[0].objective.bridges["shared"]
     found = terms_of(stage, student, teacher, batch)["loss"]
-    both = Wants(hidden=frozenset({0, 1, 2})), Wants(hidden=frozenset({0, 2, 4}))
+    both = Request(hidden=frozenset({0, 1, 2})), Request(hidden=frozenset({0, 2, 4}))
     with Capture(student, both[0], CLASSIFICATION) as a, Capture(teacher, both[1], CLASSIFICATION) as b:
         own, other = a.run(batch).hidden, b.run(batch).hidden
     mask = batch["attention_mask"]
@@ -495,10 +495,10 @@ def test_tinyberts_hidden_term_is_the_published_sum_through_one_bridge():
 
 def test_tinybert_learns_the_inside_first_and_then_only_the_prediction():
     first, second = stages("tinybert", context("classification"))
-    assert not wants(first)[0].logits
-    assert not wants(first)[1].logits
+    assert not request(first)[0].logits
+    assert not request(first)[1].logits
     assert names(second) == {"output": 1.0}
-    assert wants(second) == (Wants(logits=True), Wants(logits=True))
+    assert request(second) == (Request(logits=True), Request(logits=True))
     assert first.share + second.share == pytest.approx(1.0)
     assert (first.learning_rate, second.learning_rate) == (None, 3e-5)
     assert second.terms[0].objective.temperature == 1.0
@@ -507,7 +507,7 @@ def test_tinybert_learns_the_inside_first_and_then_only_the_prediction():
 def test_tinyberts_regression_learns_from_gold_labels_and_asks_no_teacher():
     _, second = stages("tinybert", context("regression"))
     assert names(second) == {"task": 1.0}
-    assert wants(second)[1] == Wants()
+    assert request(second)[1] == Request()
     _, second = stages("tinybert", context("regression"), alpha=0.5)
     assert names(second) == {"output": 0.5, "task": 0.5}
 
@@ -515,7 +515,7 @@ def test_tinyberts_regression_learns_from_gold_labels_and_asks_no_teacher():
 def test_tinybert_on_plain_text_is_the_first_stage_alone():
     (stage,) = stages("tinybert", context("text"))
     assert (stage.name, stage.share, stage.learning_rate) == ("general", 1.0, None)
-    assert not wants(stage)[0].logits
+    assert not request(stage)[0].logits
 
 
 # distilbert
@@ -525,15 +525,15 @@ def test_tinybert_on_plain_text_is_the_first_stage_alone():
 def test_distilbert_weighs_its_three_terms_five_to_two_to_one(kind: str, task: str):
     (stage,) = stages("distilbert", context(kind))
     assert names(stage) == {"output": 5.0, task: 2.0, "cosine": 1.0}
-    assert wants(stage)[1].hidden == {12}
-    assert wants(stage)[0].hidden == {6}
+    assert request(stage)[1].hidden == {12}
+    assert request(stage)[0].hidden == {6}
     assert stage.terms[0].objective.temperature == 2.0
 
 
 def test_distilbert_compares_predictions_at_all_words_or_at_masked_ones():
-    assert wants(stages("distilbert", context())[0])[1].all_positions
+    assert request(stages("distilbert", context())[0])[1].all_positions
     (stage,) = stages("distilbert", context(), positions="masked")
-    assert not wants(stage)[1].all_positions
+    assert not request(stage)[1].all_positions
 
 
 # What cannot work

@@ -25,7 +25,7 @@ from kdcli.models.student import build_student
 from kdcli.objectives.attention import attention_kl, attention_mse, attention_wants
 from kdcli.objectives.base import masked_log_softmax, own_keys
 from kdcli.recipe.schema import OverparamSection, StudentSection
-from kdcli.signals import Signals, Wants
+from kdcli.signals import Request, Signals
 from kdcli.tasks.classification import KIND as CLASSIFICATION
 
 SIDES = {"ffn_in": (64, 32), "ffn_gate": (64, 32), "ffn_out": (32, 64)}
@@ -47,8 +47,8 @@ def batch(rows: int = 3, width: int = 11) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def heard(model: PreTrainedModel, wants: Wants) -> Signals:
-    capture = Capture(model, wants, CLASSIFICATION)
+def heard(model: PreTrainedModel, request: Request) -> Signals:
+    capture = Capture(model, request, CLASSIFICATION)
     try:
         with capture:
             return capture.run(batch())
@@ -108,7 +108,7 @@ def test_a_matrix_that_is_put_in_place_is_the_one_that_runs(model: PreTrainedMod
 
 def test_captured_hidden_states_are_the_librarys(model: PreTrainedModel):
     with torch.no_grad():
-        signals = heard(model, Wants(logits=True, hidden=frozenset(range(4))))
+        signals = heard(model, Request(logits=True, hidden=frozenset(range(4))))
         expected = model(**batch(), output_hidden_states=True)
     assert len(expected.hidden_states) == 4
     for layer, states in enumerate(expected.hidden_states):
@@ -119,8 +119,8 @@ def test_captured_hidden_states_are_the_librarys(model: PreTrainedModel):
 def test_hidden_states_alone_are_the_same_as_beside_the_logits(model: PreTrainedModel):
     # Without logits the pass may end early; what was heard until then must not differ.
     with torch.no_grad():
-        whole = heard(model, Wants(logits=True, hidden=frozenset({0, 1, 2})))
-        part = heard(model, Wants(hidden=frozenset({0, 1, 2})))
+        whole = heard(model, Request(logits=True, hidden=frozenset({0, 1, 2})))
+        part = heard(model, Request(hidden=frozenset({0, 1, 2})))
     assert not part.predictions
     assert all(torch.equal(part.hidden[layer], whole.hidden[layer]) for layer in (0, 1, 2))
 
@@ -140,7 +140,7 @@ def test_attention_formed_from_captured_queries_and_keys_is_the_librarys(family:
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     with torch.no_grad():
-        signals = heard(model, attention_wants([1, 2, 3]) | Wants(logits=True))
+        signals = heard(model, attention_wants([1, 2, 3]) | Request(logits=True))
         expected = eager(**batch(), output_attentions=True)
     torch.testing.assert_close(signals.predictions[0].logits, expected.logits, atol=1e-5, rtol=1e-5)
     assert model.config._attn_implementation == kernel
@@ -183,7 +183,7 @@ def test_captured_matrices_are_the_maps_of_their_inputs(model: PreTrainedModel):
     ]
     # Of a block that is run several times, the last inputs are those of the last time.
     layer = 3 if family.repeated else 2
-    signals = heard(model, Wants(logits=True, matrices=frozenset((layer, name) for name in matrices)))
+    signals = heard(model, Request(logits=True, matrices=frozenset((layer, name) for name in matrices)))
     for hook in hooks:
         hook.remove()
     for name, matrix in matrices.items():
@@ -198,7 +198,7 @@ def test_captured_matrices_are_the_maps_of_their_inputs(model: PreTrainedModel):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_listening_leaves_the_logits_as_they_are(model: PreTrainedModel, training: bool):
-    everything = Wants(
+    everything = Request(
         logits=True,
         hidden=frozenset(range(4)),
         matrices=frozenset((layer, name) for layer in (1, 2, 3) for name in family_of(model.config).matrices),
@@ -216,7 +216,7 @@ def test_listening_leaves_the_logits_as_they_are(model: PreTrainedModel, trainin
 
 
 def test_only_what_is_asked_for_is_captured(model: PreTrainedModel):
-    signals = heard(model, Wants(logits=True, hidden=frozenset({2})))
+    signals = heard(model, Request(logits=True, hidden=frozenset({2})))
     assert list(signals.hidden) == [2] and signals.matrices == {} and signals.factors == {}
 
 
@@ -226,7 +226,7 @@ def test_a_closed_capture_leaves_no_hook(model: PreTrainedModel):
 
     before = hooks()
     capture = Capture(
-        model, Wants(logits=True, hidden=frozenset({0, 1}), matrices=frozenset({(2, "key")})), CLASSIFICATION
+        model, Request(logits=True, hidden=frozenset({0, 1}), matrices=frozenset({(2, "key")})), CLASSIFICATION
     )
     assert hooks() > before
     logits = model(**batch()).logits
@@ -236,7 +236,7 @@ def test_a_closed_capture_leaves_no_hook(model: PreTrainedModel):
 
 
 def test_gradients_flow_through_captured_states(model: PreTrainedModel):
-    signals = heard(model, Wants(logits=True, hidden=frozenset({1}), matrices=frozenset({(3, "key")})))
+    signals = heard(model, Request(logits=True, hidden=frozenset({1}), matrices=frozenset({(3, "key")})))
     weight = block_matrix(model, 1, "ffn_out").module.weight
     for states in (signals.hidden[1], signals.matrices[(3, "key")]):
         (gradient,) = torch.autograd.grad(states.square().sum(), weight, retain_graph=True)  # type: ignore[arg-type]
@@ -246,7 +246,7 @@ def test_gradients_flow_through_captured_states(model: PreTrainedModel):
 def test_wide_embeddings_of_electra_need_no_projection():
     model = tiny("electra", embedding_size=32)
     with torch.no_grad():
-        signals = heard(model, Wants(hidden=frozenset({0})))
+        signals = heard(model, Request(hidden=frozenset({0})))
         expected = model(**batch(), output_hidden_states=True).hidden_states
     assert torch.equal(signals.hidden[0], expected[0])
     assert embeddings_of(model) is model.electra.embeddings

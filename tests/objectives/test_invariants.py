@@ -38,7 +38,7 @@ class Case:
     @property
     def classifier(self) -> bool:
         """True when it listens to the logits of the made-up classifier."""
-        return not self.text and self.make().student_wants().logits
+        return not self.text and self.make().student_request().logits
 
 
 def bridged() -> Objective:
@@ -90,7 +90,7 @@ def batch_of(case: Case, mask: Tensor, first: int = 0) -> dict[str, Tensor]:
 
 def value(case: Case, student: Signals, teacher: Signals, objective: Objective | None = None, first: int = 0) -> Tensor:
     objective, batch = objective or case.make(), batch_of(case, student.mask, first)
-    everywhere = objective.student_wants().all_positions
+    everywhere = objective.student_request().all_positions
     if student.predictions:
         student, teacher = (answered(signals, batch, everywhere=everywhere) for signals in (student, teacher))
     return objective(student, teacher, batch)
@@ -131,16 +131,16 @@ def test_the_gradient_reaches_real_student_tokens_only(case: Case):
     value(case, student, teacher, objective).backward()
     assert all(x.grad is None for x in leaves(teacher).values())
     assert all(parameter.grad is not None for parameter in objective.parameters())
-    wants = objective.student_wants()
+    request = objective.student_request()
     for name, x in leaves(student).items():
         if x.grad is None:
             continue
         assert x.grad[mask == 0].abs().max() == 0.0, name
         assert torch.isfinite(x.grad).all(), name
     reached = {layer for layer, x in student.hidden.items() if x.grad is not None and x.grad.abs().max() > 0}
-    assert reached == wants.hidden | ({0} if wants.logits and not case.text else frozenset())
+    assert reached == request.hidden | ({0} if request.logits and not case.text else frozenset())
     reached = {key for key, x in student.matrices.items() if x.grad is not None and x.grad.abs().max() > 0}
-    assert reached == wants.matrices
+    assert reached == request.matrices
 
 
 @cases(lambda case: case.shares)

@@ -28,7 +28,7 @@ from kdcli.objectives.hidden import HiddenObjective, token_mse
 from kdcli.objectives.output import OutputObjective
 from kdcli.objectives.relation import relation_kl
 from kdcli.objectives.transport import EMDObjective, cheap_weights, layer_costs, transport_plan
-from kdcli.signals import Prediction, Signals, Wants
+from kdcli.signals import Prediction, Request, Signals
 from kdcli.tasks.classification import KIND as CLASSIFICATION
 
 LENGTHS = [5, 9, 2, 7]
@@ -222,7 +222,7 @@ def text_batch(labels: int) -> dict[str, Tensor]:
 
 
 def listen(model: PreTrainedModel, batch: Mapping[str, Tensor], steps: int) -> Signals:
-    with Capture(model, Wants(gradients=2, path=steps), CLASSIFICATION) as capture:
+    with Capture(model, Request(gradients=2, path=steps), CLASSIFICATION) as capture:
         signals = capture.run(batch)
     capture.close()
     return signals

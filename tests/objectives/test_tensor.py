@@ -105,6 +105,6 @@ def test_chains_with_nothing_in_common_cannot_be_compared():
 
 def test_reading_factors_needs_no_forward_pass():
     objective = TensorObjective()
-    assert objective.student_wants().factors and objective.teacher_wants().factors
-    assert not objective.student_wants().hidden and not objective.student_wants().matrices
+    assert objective.student_request().factors and objective.teacher_request().factors
+    assert not objective.student_request().hidden and not objective.student_request().matrices
     assert list(objective.parameters()) == []

@@ -28,7 +28,7 @@ from kdcli.objectives.relation import (
     relation_kl,
 )
 from kdcli.objectives.transport import cheap_weights, transport_plan
-from kdcli.signals import Prediction, Signals, Wants
+from kdcli.signals import Prediction, Request, Signals
 from kdcli.tasks.masked_lm import KIND as MASKED_LM
 
 LENGTHS = [5, 9, 2, 7]
@@ -187,7 +187,7 @@ def test_redrawn_pairs_are_those_of_the_epoch():
     student, teacher = speak(1, mask), speak(2, mask)
     draws = [[(1, 1), (2, 2)], [(1, 2), (2, 3)]]
     objective = HiddenObjective(draws[0], redraw=lambda epoch: draws[epoch], teacher_layers=range(1, 4))
-    assert objective.teacher_wants().hidden == {1, 2, 3} and objective.student_wants().hidden == {1, 2}
+    assert objective.teacher_request().hidden == {1, 2, 3} and objective.student_request().hidden == {1, 2}
     for epoch in (0, 1, 0):
         objective.begin_epoch(epoch, 2)
         torch.testing.assert_close(objective(student, teacher, {}), HiddenObjective(draws[epoch])(student, teacher, {}))
@@ -392,7 +392,7 @@ def test_relations_are_weighted_and_those_of_no_weight_not_even_captured():
     student, teacher = speak(1, mask), speak(2, mask)
     weights = {("query", "query"): 0.5, ("key", "value"): 2.0, ("attention_output", "attention_output"): 0.0}
     objective = RelationObjective([(3, 3)], relations=weights, heads=4)
-    assert objective.student_wants().matrices == {(3, name) for name in ("query", "key", "value")}
+    assert objective.student_request().matrices == {(3, name) for name in ("query", "key", "value")}
     own, other = student.matrices, teacher.matrices
     expected = 0.5 * relation_by_loop(own[(3, "query")], other[(3, "query")], LENGTHS, 4)
     expected = expected + 2.0 * relation_by_loop(
@@ -590,7 +590,7 @@ def masked_batch() -> dict[str, Tensor]:
 def test_the_masked_word_loss_is_the_librarys_own(language_model):
     batch = masked_batch()
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    with Capture(language_model, Wants(logits=True), MASKED_LM) as capture:
+    with Capture(language_model, Request(logits=True), MASKED_LM) as capture:
         signals = capture.run(batch)
     capture.close()
     (table,) = signals.predictions
@@ -610,7 +610,7 @@ def test_only_wanted_positions_are_captured_and_they_are_the_librarys(language_m
     batch = masked_batch()
     everything = language_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     for every, name in ((False, "masked_positions"), (True, "real_positions")):
-        with Capture(language_model, Wants(logits=True, all_positions=every), MASKED_LM) as capture:
+        with Capture(language_model, Request(logits=True, all_positions=every), MASKED_LM) as capture:
             signals = capture.run(batch)
         capture.close()
         torch.testing.assert_close(signals.predictions[0].logits, everything.flatten(0, 1)[batch[name]])
@@ -619,8 +619,8 @@ def test_only_wanted_positions_are_captured_and_they_are_the_librarys(language_m
 def test_segments_reach_objectives_and_never_the_model(language_model):
     batch = masked_batch()
     segments = (torch.arange(9) > 3).long().expand(4, 9)
-    wants = Wants(logits=True, matrices=frozenset({(2, "value")}))
-    with Capture(language_model, wants, MASKED_LM) as capture:
+    request = Request(logits=True, matrices=frozenset({(2, "value")}))
+    with Capture(language_model, request, MASKED_LM) as capture:
         plain, packed = capture.run(batch), capture.run({**batch, "segments": segments})
     capture.close()
     assert plain.segments is None and torch.equal(packed.segments, segments)

@@ -52,7 +52,7 @@ class Scheme:
     """
 
     teacher_is_fixed = True
-    """False when the teacher learns: nothing that it says may be kept."""
+    """False when the teacher learns: none of its outputs may be cached."""
     steps_are_alike = True
     """False when it changes from step to step which of the student's parameters get a gradient."""
 
@@ -74,7 +74,7 @@ class Scheme:
         return setting.train
 
     def teacher(self) -> "PreTrainedModel | None":
-        """Return the model that the objectives listen to."""
+        """Return the model that the objectives compare the student with."""
         return self.setting.teacher
 
     def teacher_outputs(self) -> "KnownOutputs | None":

@@ -108,7 +108,7 @@ class DecisionScheme(Scheme):
         )
 
     def teacher(self) -> None:
-        """Return None: after the questions no model is listened to."""
+        """Return None: after the queries no model runs beside the student."""
 
     def teacher_outputs(self) -> KnownOutputs:
         """Return the logits behind the decisions, centred and scaled."""
