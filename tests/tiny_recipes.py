@@ -31,7 +31,8 @@ def changed(document: dict[str, Any], *without: str, **changes: Any) -> dict[str
     result = {key: value for key, value in document.items() if key not in without}
     for key, value in changes.items():
         if isinstance(value, dict):
-            merged = {**result.get(key, {}), **value}
+            table = result.get(key)
+            merged = {**(table if isinstance(table, dict) else {}), **value}
             value = {name: entry for name, entry in merged.items() if entry is not None}
         result[key] = value
     return result

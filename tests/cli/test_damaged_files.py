@@ -131,7 +131,7 @@ def test_a_stopped_run_notices_what_was_changed_meanwhile(world: World):
         raise Killed
 
     with world.monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pipeline, "compare", fail)
+        patch.setattr(pipeline, "score_student", fail)
         world.call("distill", recipe)
     stopped = world.folder / "runs" / "recipe"
     shutil.copytree(stopped, world.folder / "stopped")
@@ -164,7 +164,7 @@ def test_a_teacher_that_was_exchanged_meanwhile_does_not_go_on_with_the_others_s
         raise Killed
 
     with world.monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pipeline, "compare", fail)
+        patch.setattr(pipeline, "score_student", fail)
         world.call("distill", recipe)
     copy_over(world.folder / "teacher" / "model.safetensors")
     again = world.call("distill", recipe, "--resume")
