@@ -197,20 +197,14 @@ def test_retention_is_of_the_runs_own_teacher(after: World, finished: tuple[Path
 def test_the_latency_gate_of_export(world: World):
     world.model()
     grid = ["--batch-sizes", "1", "--sequence-lengths", "8", "--runs", "1", "--threads", "1"]
-    outcome = world.call("export", "teacher", "--out", "served", *grid, "--max-latency-ms", "1e-9", "--json")
+    outcome = world.call("export", "teacher", "--out", "served", *grid, "--max-latency-ms", "1e-9")
     assert outcome.code == 1 and (world.folder / "served").is_dir()
-    assert [(gate["name"], gate["passed"]) for gate in outcome.json["gates"]] == [
-        ("parity", True),
-        ("latency_ms", False),
-    ]
     assert "gate not met: p50 in ms " in outcome.err and "is above 1e-09" in outcome.err
     # One run says nothing about how far runs lie apart: neither the gate nor the table takes it for granted.
     words = " ".join(outcome.err.split())
     assert "--max-latency-ms is checked against an unsteady time" in words
     assert "WARNING: 2 of 2 latencies are unsteady" in words and "had 1 run." in words
-    assert [row["steady"] for row in outcome.json["latency"]["rows"]] == [False, False]
-    table = world.call("export", "teacher", "--out", "served", *grid, "--force").out
-    assert table.count("x*") == 2 and "*: unsteady" in table
+    assert outcome.out.count("x*") == 2 and "*: unsteady" in outcome.out
 
 
 def test_gates_of_a_recipe(world: World):

@@ -62,7 +62,9 @@ def test_a_teacher_to_compare_with_is_named_when_it_is_the_one(world: World, spo
     assert outcome.code == 2 and "--teacher" in outcome.err and "other contain NaN or inf" in outcome.err
 
 
-@pytest.mark.parametrize("change", [all_nan, one_class, too_large])
+@pytest.mark.parametrize(
+    "change", [all_nan, *(pytest.param(change, marks=pytest.mark.slow) for change in (one_class, too_large))]
+)
 def test_export_writes_nothing(world: World, spoiled: Callable[..., Path], change: Change):
     spoiled(change)
     outcome = world.call("export", "teacher", "--onnx", "--out", "graph", "--no-latency")

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,28 @@ READERS: dict[str, list[str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The place of the runs that all tests of this file look at."""
+    return tmp_path_factory.mktemp("finished")
+
+
 @pytest.fixture
-def done(world: World) -> World:
-    """A finished run, and the same as the only run of a comparison."""
-    world.model()
-    assert world.call("distill", world.recipe()).code == 0
-    assert world.call("compare", "recipe.toml", "--seeds", "1", "--output", ".").code == 0
-    return world
+def done(world: World, finished: Path) -> Iterator[World]:
+    """A finished run, and the same as the only run of a comparison; what a test does to them is undone after it."""
+    place, whole = finished / "here", finished / "whole"
+    if not whole.exists():
+        shutil.copytree(world.folder, place)
+    world.folder = place
+    world.monkeypatch.chdir(place)
+    if not whole.exists():
+        world.model()
+        assert world.call("distill", world.recipe()).code == 0
+        assert world.call("compare", "recipe.toml", "--seeds", "1", "--output", ".").code == 0
+        shutil.copytree(place, whole, symlinks=True)
+    yield world
+    shutil.rmtree(place)
+    shutil.copytree(whole, place, symlinks=True)
 
 
 def fields(record: dict[str, Any]) -> list[tuple[str, ...]]:
