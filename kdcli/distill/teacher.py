@@ -20,9 +20,10 @@ from kdcli.files import atomic_folder, cache_dir, fingerprint, source_of, write_
 from kdcli.machine import resolve_precision
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.models.classes import check_single_label, name_classes, reorder_classes
-from kdcli.models.finite import NotFiniteError, check_numbers, check_weights
+from kdcli.models.finite import NotFiniteError, check_weights
 from kdcli.models.hashing import hash_of_model, hash_of_tokenizer
 from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer, refusal_of_head
+from kdcli.models.probe import check_numbers
 from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
 from kdcli.recipe.schema import FinetuneSection, Recipe

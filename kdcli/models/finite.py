@@ -8,7 +8,6 @@ from kdcli.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
 
 
 class NotFiniteError(RunError):
@@ -52,16 +51,3 @@ def at_fault(where: str) -> Iterator[None]:
         yield
     except NotFiniteError as error:
         raise InputError(error.message, where=where, hint=error.hint) from error
-
-
-def check_numbers(model: "PreTrainedModel", where: str) -> None:
-    """Raise InputError when the weights of a model, or what it makes of random tokens, contain NaN or inf.
-
-    where: the recipe's field that names it.
-    """
-    from kdcli.models.probe import probe
-
-    owner = f"the {where.split('.')[0]}"
-    with at_fault(where):
-        check_weights(model, owner)
-        probe(model, owner)

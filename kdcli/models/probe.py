@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kdcli.models.finite import check_finite
+from kdcli.models.finite import at_fault, check_finite, check_weights
 from kdcli.models.shape import longest_input
 
 if TYPE_CHECKING:
@@ -34,3 +34,14 @@ def probe(model: "PreTrainedModel", owner: str = "the model") -> Tensor:
     model.train(training)
     check_finite(output.cpu(), owner)
     return output
+
+
+def check_numbers(model: "PreTrainedModel", where: str) -> None:
+    """Raise InputError when the weights of a model, or what it makes of random tokens, contain NaN or inf.
+
+    where: the recipe's field that names it.
+    """
+    owner = f"the {where.split('.')[0]}"
+    with at_fault(where):
+        check_weights(model, owner)
+        probe(model, owner)

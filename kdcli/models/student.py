@@ -11,11 +11,11 @@ from kdcli.errors import InputError
 from kdcli.models.blocks import blocks_of
 from kdcli.models.classes import check_single_label, class_names_of, equal_names, reorder_classes
 from kdcli.models.families import Family, family_of
-from kdcli.models.finite import check_numbers
 from kdcli.models.fused import SplitLinear
 from kdcli.models.heads import head_of
 from kdcli.models.load import has_head, load_model, without_pooler
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, factorise
+from kdcli.models.probe import check_numbers
 from kdcli.models.reinit import start_again
 from kdcli.models.save import stored_type
 from kdcli.models.shape import shape_of

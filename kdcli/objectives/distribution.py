@@ -26,7 +26,6 @@ class Distribution(ABC):
     def nll(self, logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the negative log-likelihood of `target`, a scalar in fp32. logits: (n, classes)."""
 
-    @abstractmethod
     def divergence(
         self,
         student: Tensor,
@@ -41,6 +40,12 @@ class Distribution(ABC):
         student, teacher: logits (n, classes); the teacher's get no gradient. scale: with the factor T^2, which keeps
         the gradient's size (Hinton et al. 2015, section 2).
         """
+        value = self.distance(student, teacher.detach(), weights, temperature)
+        return value * temperature**2 if scale else value
+
+    @abstractmethod
+    def distance(self, student: Tensor, teacher: Tensor, weights: Tensor | None, temperature: float) -> Tensor:
+        """Return the same without the factor; the teacher's logits are detached."""
 
     def views(self, classes: int, target: Tensor) -> list[Callable[[Tensor], Tensor]]:
         """Return the scores whose gradients show what a prediction rests on (Wu et al. 2023, AD-KD, section 3.2).
@@ -58,25 +63,14 @@ class Categorical(Distribution):
             return functional.cross_entropy(logits.float(), target)
         return (functional.cross_entropy(logits.float(), target, reduction="none") * weights).sum()
 
-    def divergence(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        weights: Tensor | None = None,
-        temperature: float = 1.0,
-        *,
-        scale: bool = True,
-    ) -> Tensor:
-        """Return T^2 KL(teacher || student); large tables in parts. Source: Hinton et al. 2015, equations 2-4."""
-        teacher = teacher.detach()
+    def distance(self, student: Tensor, teacher: Tensor, weights: Tensor | None, temperature: float) -> Tensor:
+        """Return KL(teacher || student); large tables in parts. Source: Hinton et al. 2015, equations 2-4."""
         if weights is None and student.numel() <= CHUNK_ELEMENTS:
-            value = _kl(student, teacher, temperature)
-        else:
-            if weights is None:
-                weights = torch.full((len(student),), 1.0 / max(len(student), 1), device=student.device)
-            chunk = max(1, CHUNK_ELEMENTS // student.shape[-1])
-            value = _ChunkedKL.apply(student, teacher, weights, temperature, chunk)
-        return value * temperature**2 if scale else value
+            return _kl(student, teacher, temperature)
+        if weights is None:
+            weights = torch.full((len(student),), 1.0 / max(len(student), 1), device=student.device)
+        chunk = max(1, CHUNK_ELEMENTS // student.shape[-1])
+        return _ChunkedKL.apply(student, teacher, weights, temperature, chunk)
 
     def views(self, classes: int, target: Tensor) -> list[Callable[[Tensor], Tensor]]:
         """Return -log p of every class in turn; of two classes, whose maps are the same, the gold answer's alone."""
@@ -93,18 +87,9 @@ class Normal(Distribution):
     def nll(self, logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         return _squared(logits.float().view(-1), target.float().view(-1), weights)
 
-    def divergence(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        weights: Tensor | None = None,
-        temperature: float = 1.0,
-        *,
-        scale: bool = True,
-    ) -> Tensor:
-        """Return the squared difference; without `scale` that of the predictions divided by T."""
-        value = _squared(student.float().view(-1), teacher.detach().float().view(-1), weights)
-        return value if scale else value / temperature**2
+    def distance(self, student: Tensor, teacher: Tensor, weights: Tensor | None, temperature: float) -> Tensor:
+        """Return the squared difference of the predictions divided by T."""
+        return _squared(student.float().view(-1), teacher.float().view(-1), weights) / temperature**2
 
 
 class Bernoulli(Distribution):
@@ -114,22 +99,13 @@ class Bernoulli(Distribution):
         rows = functional.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none").mean(-1)
         return _weighted(rows, weights)
 
-    def divergence(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        weights: Tensor | None = None,
-        temperature: float = 1.0,
-        *,
-        scale: bool = True,
-    ) -> Tensor:
-        """Return T^2 KL(teacher || student) of each label, mean over labels."""
-        own, other = student.float() / temperature, teacher.detach().float() / temperature
+    def distance(self, student: Tensor, teacher: Tensor, weights: Tensor | None, temperature: float) -> Tensor:
+        """Return KL(teacher || student) of each label, mean over labels."""
+        own, other = student.float() / temperature, teacher.float() / temperature
         yes = functional.logsigmoid(other) - functional.logsigmoid(own)
         no = functional.logsigmoid(-other) - functional.logsigmoid(-own)
         probability = torch.sigmoid(other)
-        value = _weighted((probability * yes + (1.0 - probability) * no).mean(-1), weights)
-        return value * temperature**2 if scale else value
+        return _weighted((probability * yes + (1.0 - probability) * no).mean(-1), weights)
 
     def views(self, classes: int, target: Tensor) -> list[Callable[[Tensor], Tensor]]:
         """Return -log p of every label in turn."""
