@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kdcli.errors import ExitCode, InputError
+from kdcli.errors import ExitCode
 
 if TYPE_CHECKING:
-    from kdcli.recipe.schema import Recipe
+    pass
 
 
 @dataclass(frozen=True)
@@ -65,24 +65,3 @@ class Limits:
         if self.retention is not None:
             found.append(Gate("retention", retention, self.retention))
         return found
-
-
-def limits_of(
-    recipe: "Recipe", *, fail_under: float | None = None, fail_under_retention: float | None = None
-) -> Limits:
-    """Return the limits of a recipe, options before fields. Raises InputError where there will be no such score."""
-    given = {"--fail-under": fail_under, "--fail-under-retention": fail_under_retention}
-    for option, value in given.items():
-        if value is not None and recipe.task.type == "text":
-            raise InputError(
-                "needs a task with labels; plain text has no score",
-                where=option,
-                hint=f"score a fine-tuned student: kdcli eval RUN/finetune/TASK --task TASK {option} ...",
-            )
-    if fail_under_retention is not None and recipe.teacher.black_box:
-        raise InputError("a black box has no score to keep a share of", where="--fail-under-retention")
-    section = recipe.evaluate
-    return Limits(
-        fail_under if fail_under is not None else section.fail_under,
-        fail_under_retention if fail_under_retention is not None else section.fail_under_retention,
-    )

@@ -43,7 +43,8 @@ def kept_tensors(
 ) -> dict[str, Tensor] | None:
     """Return what `keep_tensors` wrote under `path`; None when there is no such file, or not as it was written.
 
-    shapes: what it must hold. console: is told about a file that is damaged, and so is made again.
+    shapes: what it must hold, or how the shapes begin. console: is told about a file that is damaged, and so is made
+    again.
     """
     problem = "it is a folder"
     try:
@@ -56,7 +57,9 @@ def kept_tensors(
             problem = "it was made from something else"
         elif metadata.get("sha256") != _digest(tensors, of):
             problem = "it was changed after it was written (its SHA-256 differs)"
-        elif {name: tuple(tensor.shape) for name, tensor in tensors.items()} != dict(shapes):
+        elif {name: tuple(tensor.shape[: len(shapes.get(name, ()))]) for name, tensor in tensors.items()} != dict(
+            shapes
+        ):
             problem = "its tensors have other shapes"
         elif not all(tensor.isfinite().all() for tensor in tensors.values()):
             problem = "it contains NaN or inf"

@@ -5,8 +5,8 @@ from typing import Any
 
 from rich.console import Console
 
+from kdcli.distill.recipe import load_recipe
 from kdcli.distill.run import run_distill
-from kdcli.recipe.load import load_recipe
 from kdcli.runs import to_toml
 
 TINY: dict[str, Any] = {

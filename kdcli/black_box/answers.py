@@ -13,7 +13,8 @@ from rich.progress import track
 
 from kdcli.black_box.ask import BlackBox
 from kdcli.black_box.noise import Noise
-from kdcli.data.files import Columns, read_file
+from kdcli.data.columns import Columns
+from kdcli.data.files import read_file
 from kdcli.errors import InputError
 from kdcli.files import cache_dir, fingerprint
 from kdcli.tasks.base import Task

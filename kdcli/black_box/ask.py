@@ -96,7 +96,7 @@ class LocalModel:
         if pairs is not None:
             columns["text_pair"] = pairs
         rows = encode(Dataset.from_dict(columns), self.tokenizer, self.max_length)
-        logits = predict(
+        found = predict(
             self.model,
             rows,
             Collator(self.tokenizer),
@@ -104,7 +104,7 @@ class LocalModel:
             owner="the teacher",
             device=self.device,
         )
-        return logits.argmax(-1).tolist()
+        return found["logits"].argmax(-1).tolist()
 
 
 @contextlib.contextmanager

@@ -153,27 +153,16 @@ def choose_task(
 
 
 @contextlib.contextmanager
-def as_options(model: str = "MODEL") -> Iterator[None]:
-    """Let errors about a recipe's fields name the options of `eval` in their place. model: where the model is named."""
-    first = model == "MODEL"
-    fields: dict[str | None, tuple[str, str | None]] = {
-        "task.text": ("--text", None),
-        "task.label": ("--label", None),
-        "task.labels": ("--labels", None),
-        "task.max_length": ("--max-length", None),
-        "teacher.model": (model, "score it on data of the kind that it was trained on"),
-        "teacher.labels": (
-            "--labels" if first else model,
-            "name them in the model's order, with the task's words: --labels A,B" if first else None,
-        ),
-    }
+def as_options() -> Iterator[None]:
+    """Let errors about a recipe's fields name the options of `eval` in their place."""
+    fields = ("text", "label", "labels", "max_length")
     try:
         yield
     except InputError as error:
-        if error.where not in fields:
+        table, _, field = (error.where or "").partition(".")
+        if table != "task" or field not in fields:
             raise
-        where, hint = fields[error.where]
-        raise InputError(error.message, where=where, hint=hint or error.hint) from error
+        raise InputError(error.message, where=f"--{field.replace('_', '-')}", hint=error.hint) from error
 
 
 def section_of_data(
@@ -190,15 +179,14 @@ def section_of_data(
     Raises InputError for an option that cannot be right, and where nothing says which column is the text.
     """
     kept: dict[str, Any] = {"metrics": own.metrics} if own is not None else {}
-    columns = None
-    if own is not None and own.is_custom:
-        columns = own.text
-        kept |= {name: getattr(own, name) for name in ("label", "labels", "delimiter", "encoding", "split_seed")}
+    if own is not None and own.is_own:
+        kept |= own.fields | {name: getattr(own, name) for name in ("delimiter", "encoding", "split_seed")}
     if text is not None:
         columns = [name.strip() for name in text.split(",")]
         if len(columns) > 2 or not all(columns):
             raise InputError(f"takes one column, or two with a comma, not {text!r}", where="--text")
-    if columns is None:
+        kept["text"] = columns
+    elif own is None or not own.is_own:
         raise InputError("needs --text COLUMN", where="--data")
     given: dict[str, Any] = {"delimiter": delimiter, "encoding": encoding}
     for field, parse in (("delimiter", parse_delimiter), ("encoding", parse_encoding)):
@@ -209,7 +197,7 @@ def section_of_data(
                 raise InputError(str(error), where=f"--{field}") from error
     given["label"] = label
     chosen = {name: value for name, value in given.items() if value is not None}
-    section = TaskSection.model_validate({"name": "data", "data": str(path), "text": columns, **kept, **chosen})
+    section = TaskSection.model_validate({"name": "data", "data": str(path), **kept, **chosen})
     return section.model_copy(update={"name": path.stem})
 
 
@@ -243,13 +231,11 @@ def load_contestant(name: str, where: str = "MODEL") -> tuple[Any, Any]:
     Raises InputError for a model without a trained head for texts, and for a tokenizer that does not fit.
     """
     from kdcli.export.session import OnnxModel, is_onnx_folder
-    from kdcli.models.classes import check_single_label
     from kdcli.models.load import check_tokenizer, load_model, load_tokenizer
 
     model: Any
     # Never a model whose head would be random: the loader refuses it.
     model = OnnxModel(Path(name)) if is_onnx_folder(Path(name)) else load_model(name)
-    check_single_label(model.config, name, where)
     tokenizer = load_tokenizer(name)
     check_tokenizer(model, tokenizer, where=where)
     return model, tokenizer

@@ -41,9 +41,9 @@ def distill(
       kdcli distill recipe.toml --json --fail-under 0.9 > result.json
       torchrun --nproc-per-node 2 -m kdcli distill recipe.toml
     """
+    from kdcli.distill.recipe import limits_of, load_recipe
     from kdcli.errors import InputError
-    from kdcli.gates import limits_of
-    from kdcli.recipe.load import load_recipe, with_place
+    from kdcli.recipe.load import with_place
 
     if force and resume:
         raise typer.BadParameter("--force and --resume exclude each other")

@@ -113,23 +113,24 @@ def evaluate(
     from rich.table import Table
 
     from kdcli.cli.choose import load_contestant, readable_length
-    from kdcli.distill.teacher import align_labels
     from kdcli.evaluation.result import described_set
     from kdcli.evaluation.score import evaluate_model, primary_score
     from kdcli.gates import Limits
     from kdcli.models.finite import at_fault
-    from kdcli.tasks.labels import name_outputs, note_of_order
+    from kdcli.tasks import registry
+    from kdcli.tasks.base import Owner
     from kdcli.tasks.load import load_rows, load_task
     from kdcli.tasks.metrics import shown
-    from kdcli.tasks.prepare import check_encoding
 
     contestant, tokenizer = load_contestant(choice.model)
+    # What a user says that the outputs of a model are called.
+    called: dict[str, list[str] | None] = {}
     if data is not None:
         with as_options():
-            loaded = load_rows(section, contestant.config, names=names, limit=max_samples)
+            kind = registry.of_model(contestant.config, "sequence-classification", choice.model)
+            loaded = load_rows(section, kind, contestant.config, names=names, limit=max_samples)
     else:
-        if names is not None:
-            name_outputs(contestant.config, names, "--labels")
+        called["MODEL"] = names
         loaded = load_task(section, evaluate_section, base=base, limit=max_samples)
     for note in loaded.notes:
         info(f"note: {note}")
@@ -138,7 +139,7 @@ def evaluate(
         beside = choose_model(teacher, task).model
         models["teacher"] = (beside, *load_contestant(beside, "--teacher"))
         if of_run and choice.recipe is not None and (named := choice.recipe.teacher.labels) is not None:
-            name_outputs(models["teacher"][1].config, named, "--teacher")
+            called["--teacher"] = named
     document: dict = {"task": loaded.name, "primary": loaded.primary, "metrics": {}}
     scores = {}
     for role, (name, one, words) in models.items():
@@ -150,12 +151,17 @@ def evaluate(
                 where="--max-length",
                 hint=f"use at most {limit}",
             )
-        remedy = "--labels says otherwise" if one is contestant else "id2label in its config.json says otherwise"
-        if order_taken := note_of_order(one.config, loaded.label_names, name, remedy):
-            info(f"note: {order_taken}")
-        with as_options(place):
-            aligned = align_labels(one, loaded)
-            check_encoding(loaded, words, limit)
+        owner = Owner(
+            name,
+            place,
+            "--labels" if one is contestant else None,
+            "score it on data of the kind that it was trained on",
+        )
+        aligned = loaded.kind.align(one, loaded.label_names, owner, called.get(place))
+        for note in owner.notes:
+            info(f"note: {note}")
+        with as_options():
+            loaded.kind.check(loaded, words, limit)
         with at_fault(place):
             values = evaluate_model(aligned, words, loaded, batch_size=batch_size, max_length=limit, owner=name)
         scores[role] = primary_score(values, loaded.primary)

@@ -89,9 +89,7 @@ def export(
     own, tokenizer = load_contestant(choice.model)
     length = readable_length(own.config, length)
     if loaded is not None:
-        from kdcli.tasks.prepare import check_encoding
-
-        check_encoding(loaded, tokenizer, length)
+        loaded.kind.check(loaded, tokenizer, length)
     models = {"model": own}
     if beside is not None:
         models["teacher"] = load_contestant(beside, "--teacher")[0]

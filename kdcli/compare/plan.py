@@ -14,13 +14,15 @@ from rich.text import Text
 from kdcli.compare.variants import Variant, name_of, parse_variants
 from kdcli.distill.plan import Plan, make_plan
 from kdcli.distill.prepare import prepare
+from kdcli.distill.recipe import load_recipe
 from kdcli.distill.teacher import seed_of
 from kdcli.errors import InputError, UnfitTaskError, cut
 from kdcli.files import source_of
 from kdcli.names import checked, folder_of
-from kdcli.recipe.load import load_recipe, with_place
+from kdcli.recipe.load import with_place
 from kdcli.recipe.schema import ExportSection, Recipe
 from kdcli.runs import Run
+from kdcli.tasks.registry import fields_of, kind_of
 from kdcli.words import counted
 
 SIZE_TOLERANCE = 0.02
@@ -243,9 +245,9 @@ def _entry(file: Path, overrides: list[str], variant: Variant, chosen: str | Non
     if variant:
         recipe = load_recipe(file, overrides, variant=variant)
         _check_variant(file, variant, plain, recipe)
-    if chosen is not None and (recipe.task.is_custom or recipe.task.type == "text"):
+    if chosen is not None and (recipe.task.is_own or kind_of(recipe.task).scored_by_loss):
         raise InputError(f"{file} brings data of its own, which has no place on task {chosen}", where="--task")
-    if recipe.task.type == "text" and not recipe.finetune:
+    if kind_of(recipe.task).scored_by_loss and not recipe.finetune:
         raise InputError(
             "a general student has no score of its own to compare",
             where=f"{file}: finetune",
@@ -300,10 +302,11 @@ def _terms(recipe: Recipe, file: Path, planned: Plan) -> dict[str, Any]:
     if teacher["model"] is not None:
         teacher["model"] = source_of(teacher["model"], file.resolve().parent)
     teacher["seed"] = seed_of(recipe)
-    masking = {"mask_probability", "mask_smoothing"} if recipe.task.type == "text" else set()
+    kind = kind_of(recipe.task)
     return {
         "task (fingerprint of its data)": planned.task.fingerprint,
-        **_flat("task", recipe.task.model_dump(include={"max_length", "metrics", *masking})),
+        **_flat("task", recipe.task.model_dump(include={"max_length", "metrics"})),
+        **_flat("task", kind.drawn(fields_of(kind, recipe.task))),
         **_flat("teacher", teacher),
         "task.augment": recipe.task.augment.model_dump() if recipe.task.augment is not None else None,
         "evaluate.protocol": recipe.evaluate.protocol,

@@ -1,14 +1,15 @@
 """Plain text: the documents of files, folders and hub sets."""
 
+import os
 import random
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcli.data import files
+from kdcli.data.columns import Columns, need_column
+from kdcli.data.own import placed_at
 from kdcli.errors import InputError
-from kdcli.files import expanded
-from kdcli.tasks import custom
 
 if TYPE_CHECKING:
     from kdcli.recipe.schema import TaskSection
@@ -22,13 +23,13 @@ SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev", "tes
 
 
 def read_documents(
-    section: "TaskSection", base: Path, root: str | None, notes: list[str]
+    section: "TaskSection", column: str, base: Path, notes: list[str]
 ) -> tuple[dict[str, list[str]], str]:
     """Return the documents of "train" and, if there are any, of "validation", and where they come from.
 
     Reads, in this order: a hub set, `task.train` and `task.validation`, `task.data` (a file or a folder of .txt or
-    table files), or the folder lm/NAME of the data folder `root`. In a folder, files whose names begin with a
-    split's name are that split; else all of them are "train". notes: takes what a user should know.
+    table files), or the folder lm/NAME of the data folder. In a folder, files whose names begin with a split's name
+    are that split; else all of them are "train". column: of tables. notes: takes what a user should know.
     Raises InputError when there is no text.
     """
     if section.hub is not None:
@@ -38,16 +39,18 @@ def read_documents(
         }
         if named["train"] is None:
             raise InputError(f"{section.hub} has no split named train; it has {', '.join(splits)}", where="task.hub")
-        found = {name: _texts(columns, section, section.hub) for name, columns in named.items() if columns is not None}
+        found = {name: _texts(columns, column, section.hub) for name, columns in named.items() if columns is not None}
         return found, section.hub
     if section.train is not None:
-        found = {"train": _read(_path(section.train, base), section, "task.train", notes)}
+        found = {"train": _read(placed_at(section.train, base, "task.train"), section, column, "task.train", notes)}
         if section.validation is not None:
-            found["validation"] = _read(_path(section.validation, base), section, "task.validation", notes)
+            found["validation"] = _read(
+                placed_at(section.validation, base, "task.validation"), section, column, "task.validation", notes
+            )
         return found, section.train
     if section.data is not None:
-        path, where, source = _path(section.data, base), "task.data", section.data
-    elif root is not None and (Path(root) / "lm" / section.name).is_dir():
+        path, where, source = placed_at(section.data, base, "task.data"), "task.data", section.data
+    elif (root := os.environ.get("KDCLI_DATA_DIR")) is not None and (Path(root) / "lm" / section.name).is_dir():
         path, where, source = Path(root) / "lm" / section.name, "task.name", f"lm/{section.name}"
     else:
         raise InputError(
@@ -56,15 +59,13 @@ def read_documents(
             hint="give task.data (a file or a folder of .txt files), task.train or task.hub",
         )
     if path.is_dir():
-        return _read_folder(path, section, where, notes), source
-    return {"train": _read(path, section, where, notes)}, source
+        return _read_folder(path, section, column, where, notes), source
+    return {"train": _read(path, section, column, where, notes)}, source
 
 
-def _path(text: str, base: Path) -> Path:
-    return base / expanded(text, "task")
-
-
-def _read_folder(folder: Path, section: "TaskSection", where: str, notes: list[str]) -> dict[str, list[str]]:
+def _read_folder(
+    folder: Path, section: "TaskSection", column: str, where: str, notes: list[str]
+) -> dict[str, list[str]]:
     readable = (PLAIN, *files.READABLE)
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in readable)
     if not paths:
@@ -74,18 +75,18 @@ def _read_folder(folder: Path, section: "TaskSection", where: str, notes: list[s
         for name in names:
             own = [p for p in paths if p.stem == name or p.stem.startswith((f"{name}-", f"{name}.", f"{name}_"))]
             if own and target not in found:
-                found[target] = [text for path in own for text in _read(path, section, where, notes)]
+                found[target] = [text for path in own for text in _read(path, section, column, where, notes)]
     if "train" not in found:
-        found = {"train": [text for path in paths for text in _read(path, section, where, notes)]}
+        found = {"train": [text for path in paths for text in _read(path, section, column, where, notes)]}
     return found
 
 
-def _read(path: Path, section: "TaskSection", where: str, notes: list[str]) -> list[str]:
+def _read(path: Path, section: "TaskSection", column: str, where: str, notes: list[str]) -> list[str]:
     if path.suffix.lower() != PLAIN:
         columns = files.read_file(
             path, where, beside=(PLAIN,), delimiter=section.delimiter, encoding=section.encoding, notes=notes
         )
-        return _texts(columns, section, str(path))
+        return _texts(columns, column, str(path))
     files.check_exists(path, where)
     try:
         with files.open_text(path, section.encoding) as file:
@@ -97,9 +98,9 @@ def _read(path: Path, section: "TaskSection", where: str, notes: list[str]) -> l
     return [text] if text.strip() else []
 
 
-def _texts(columns: files.Columns, section: "TaskSection", source: str) -> list[str]:
-    name = section.text if isinstance(section.text, str) else (section.text or ["text"])[0]
-    return [str(v) for v in custom.need_column(columns, name, "text", source) if v is not None and str(v).strip()]
+def _texts(columns: Columns, column: str, source: str) -> list[str]:
+    values = need_column(columns, column, "text", source)
+    return [str(value) for value in values if value is not None and str(value).strip()]
 
 
 def hold_out(documents: list[str], fraction: float, seed: int) -> dict[str, list[str]]:

@@ -5,84 +5,22 @@ import contextlib
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from kdcli.data.rows import TEXT, let_go, stored_table
+from kdcli.data.columns import CHUNK, Column, Columns, chunked, packed
+from kdcli.data.rows import TEXT, stored_table
 from kdcli.errors import InputError
 from kdcli.words import counted
 
 READABLE = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON lines", ".json": "JSON", ".parquet": "Parquet"}
 SEPARATORS = {"CSV": (",", ";", "\t", "|"), "TSV": ("\t", ";", ",", "|")}
 """What can stand between two columns, the usual one first."""
-
-CHUNK = 10_000
-"""Values that are Python objects at the same time."""
-
-
-class Column(Sequence[Any]):
-    """The values of a column, in parts: text as Arrow arrays, everything else as lists."""
-
-    def __init__(self, parts: Iterable[pa.Array | list[Any]] = ()) -> None:
-        self.parts = list(parts)
-
-    @classmethod
-    def of(cls, values: Iterable[Any]) -> "Column":
-        """Return the values of an iterable, which is read in chunks."""
-        return cls(map(_packed, chunked(values)))
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def __iter__(self) -> Iterator[Any]:
-        for chunk in self.chunks():
-            yield from chunk
-
-    def chunks(self) -> Iterator[list[Any]]:
-        """Yield the values as lists of at most 10,000."""
-        for part in self.parts:
-            for start in range(0, len(part), CHUNK):
-                chunk = part[start : start + CHUNK]
-                yield chunk if isinstance(chunk, list) else chunk.to_pylist()
-                let_go()
-
-    @overload
-    def __getitem__(self, place: int) -> Any: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Any]: ...
-    def __getitem__(self, place: int | slice) -> Any:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        start = place if place >= 0 else place + len(self)
-        for part in self.parts:
-            if 0 <= start < len(part):
-                return part[start] if isinstance(part, list) else part[start].as_py()
-            start -= len(part)
-        raise IndexError(place)
-
-
-Columns = dict[str, Column]
-
-
-def _packed(values: list[Any]) -> pa.Array | list[Any]:
-    if values and all(type(value) is str for value in values):
-        try:
-            return pa.array(values, TEXT)
-        except UnicodeEncodeError:
-            # Half of a character is refused later, with its row.
-            return values
-    return values
-
-
-def chunked(values: Iterable[Any]) -> Iterator[list[Any]]:
-    """Yield the values as lists of at most 10,000."""
-    values = iter(values)
-    return iter(lambda: list(islice(values, CHUNK)), [])
 
 
 def read_file(
@@ -207,7 +145,7 @@ def _read_json(path: Path, kind: str, encoding: str | None, where: str) -> Colum
             for name in dict.fromkeys(name for row in chunk for name in row):
                 columns.setdefault(name, [[None] * count])
             for name, parts in columns.items():
-                parts.append(_packed([row.get(name) for row in chunk]))
+                parts.append(packed([row.get(name) for row in chunk]))
             count += len(chunk)
     return {name: Column(_on_disk(part for part in parts if len(part))) for name, parts in columns.items()}
 
@@ -300,10 +238,10 @@ def _separator(path: Path, kind: str, encoding: str | None) -> str:
     return next(iter([*agreed, *(separator for separator, _ in fitting)]), SEPARATORS[kind][0])
 
 
-def read_hub(name: str, config: str | None, where: str, *, label: str | None = None) -> dict[str, Columns]:
+def read_hub(name: str, config: str | None, where: str) -> dict[str, Columns]:
     """Return every split of a hub set, or of a folder that the library reads like one.
 
-    label: the column whose numbers are replaced by the class names that the set gives them, if it does.
+    Numbers of classes that the set names are replaced by their names, also in lists.
     Raises InputError when it cannot be fetched.
     """
     from datasets import ClassLabel, load_dataset
@@ -320,12 +258,16 @@ def read_hub(name: str, config: str | None, where: str, *, label: str | None = N
     for split, rows in loaded.items():
         table = rows.with_format("arrow")[:]
         splits[split] = {column: Column(table.column(column).chunks) for column in table.column_names}
-        feature = rows.features.get(label)
-        if isinstance(feature, ClassLabel):
-            # Sets without public answers have -1 there.
-            names = [*feature.names, None]
-            splits[split][label] = Column.of(  # type: ignore[index]
-                names[-1 if value is None or value < 0 else value]
-                for value in splits[split][label]  # type: ignore[index]
-            )
+        for column, feature in rows.features.items():
+            inner = getattr(feature, "feature", feature)
+            if isinstance(inner, ClassLabel):
+                # Sets without public answers have -1 there.
+                names = [*inner.names, None]
+                splits[split][column] = Column.of(_named(value, names) for value in splits[split][column])
     return splits
+
+
+def _named(value: Any, names: list[str | None]) -> Any:
+    if isinstance(value, list):
+        return [_named(part, names) for part in value]
+    return names[-1 if value is None or value < 0 else value]

@@ -10,6 +10,9 @@ validation set.
 
 import random
 
+from kdcli.data.columns import Column, Columns
+from kdcli.data.sets import NamedSet
+
 NOISE = 0.06
 LABELS = ("negative", "positive")
 SIZES = {"train": 8000, "validation": 1000}
@@ -144,3 +147,19 @@ def reviews(seed: int = 0) -> dict[str, dict[str, list]]:
         trained = set(rows["text"])
         splits[split] = rows
     return splits
+
+
+def _columns(seed: int) -> dict[str, Columns]:
+    return {
+        name: {column: Column.of(rows[column]) for column in ("text", "label")} for name, rows in reviews(seed).items()
+    }
+
+
+REVIEWS = NamedSet(
+    "reviews",
+    "classification",
+    {"text": "text", "labels": list(LABELS)},
+    ("accuracy",),
+    f"built-in generator, label noise {NOISE}",
+    _columns,
+)

@@ -19,11 +19,12 @@ class _Pipeline(ModuleType):
         overrides: FIELD=VALUE, as for --set, of a file. options: of `run_distill`, such as output, force and resume.
         Raises the errors of `kdcli.errors`.
         """
+        from kdcli.distill.recipe import SCHEMAS, load_recipe
         from kdcli.distill.run import run_distill
-        from kdcli.recipe.load import load_recipe, recipe_of
+        from kdcli.recipe.load import recipe_of
 
         if isinstance(recipe, dict):
-            path, loaded = Path("recipe.toml"), recipe_of(recipe)
+            path, loaded = Path("recipe.toml"), recipe_of(recipe, SCHEMAS)
         else:
             path = Path(recipe)
             loaded = load_recipe(path, overrides)

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdcli.distill.resolve import placed
-from kdcli.distill.teacher import label_options
 from kdcli.evaluation.result import TaskScores
 from kdcli.evaluation.score import evaluate_model, primary_score
 from kdcli.files import atomic_folder
-from kdcli.models.heads import with_classifier
+from kdcli.models.heads import with_new_head
 from kdcli.models.reinit import reinitialise
 from kdcli.models.save import round_to_stored, save_model
 from kdcli.recipe.schema import Recipe
@@ -51,7 +50,8 @@ def score_on_tasks(
         for seed in range(recipe.seed, recipe.seed + section.seeds):
             for name in names:
                 torch.manual_seed(seed)
-                model = with_classifier(teacher if name == "teacher" else student, **label_options(task))
+                settings = task.kind.configure(task.label_names)
+                model = with_new_head(teacher if name == "teacher" else student, task.kind.head.name, **settings)
                 if name == "scratch":
                     reinitialise(model)
                 finetune(

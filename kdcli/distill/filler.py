@@ -22,7 +22,6 @@ from kdcli.recipe.schema import FinetuneSection, Recipe, TaskSection, TeacherSec
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import check_room
 from kdcli.tasks.load import load_task
-from kdcli.tasks.prepare import check_encoding
 from kdcli.terminal import tell
 from kdcli.training.distributed import agree, main_does, processes
 from kdcli.training.settings import check_batch
@@ -80,7 +79,7 @@ def start_filler(recipe: Recipe, task: Task, base: Path) -> FillerStart:
     with _at(MODEL):
         start = start_teacher(tuned, documents, "masked-lm", base=base)
     with _at("task.augment.text"):
-        check_encoding(documents, tokenizer, text.max_length)
+        documents.kind.check(documents, tokenizer, text.max_length)
     tuning = section.finetune or FinetuneSection()
     check_batch(tuning.batch_size, 1, processes(), "task.augment.finetune.batch_size")
     return FillerStart(source, (tuned, documents, start))

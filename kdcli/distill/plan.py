@@ -3,20 +3,18 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from kdcli.data.rows import array_of, values_of
 from kdcli.distill.prepare import Follower, Prepared, shape_only
 from kdcli.distill.resolve import Resolved, placed
 from kdcli.distill.student import stage_loop
+from kdcli.distill.teacher import labelling_of
 from kdcli.machine import resolve_precision
 from kdcli.models.counts import count_parameters
 from kdcli.models.overparam import overparameterise, teacher_factors
 from kdcli.models.shape import shape_of
 from kdcli.models.student import StudentBuild, build_student
 from kdcli.tasks.base import Task
-from kdcli.tasks.packing import pack
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel
 
 
@@ -194,7 +192,9 @@ def _builds(prepared: Prepared) -> list[StudentBuild]:
     for follower in followers:
         with placed(follower.name):
             seed = prepared.resolved.recipe.seed
-            builds.append(build_student(model, follower.section, seed=seed, overparam=follower.overparam))
+            labelling = labelling_of(prepared.task.kind, prepared.task.label_names)
+            build = build_student(model, follower.section, seed=seed, overparam=follower.overparam, labelling=labelling)
+            builds.append(build)
         model = builds[-1].model
     return builds
 
@@ -215,9 +215,11 @@ def _chains(student: Follower, model: "PreTrainedModel") -> PlannedChains:
 def _sizes(prepared: Prepared) -> tuple[dict[str, int], int]:
     """Return the sizes of a task's parts, and how many training examples there are."""
     task, augment = prepared.task, prepared.resolved.recipe.task.augment
-    if task.masking is not None:
-        blocks = {f"{name} blocks": _blocks(part, prepared) for name, part in _parts(task).items()}
-        return blocks, blocks["train blocks"]
+    length, words = prepared.resolved.recipe.task.max_length, prepared.teacher.tokenizer
+    if (unit := task.kind.features) is not None:
+        parts = {"train": task.train, "selection": task.selection}
+        counts = {f"{name} {unit}": task.kind.examples(part, words, length) for name, part in parts.items()}
+        return counts, counts[f"train {unit}"]
     # At most: a row of few words may not give so many different copies.
     examples = len(task.train) * (1 + augment.copies if augment is not None else 1)
     report = {name: len(rows) for name, rows in task.report.items()}
@@ -225,24 +227,13 @@ def _sizes(prepared: Prepared) -> tuple[dict[str, int], int]:
     return {name: examples, "selection": len(task.selection), **report}, examples
 
 
-def _parts(task: Task) -> dict[str, "Dataset"]:
-    return {"train": task.train, "selection": task.selection}
-
-
 def classes_of(task: Task, most: int = 5) -> Classes | None:
     """Return the number of a task's classes, and those with the fewest training rows; None where it has none."""
-    if not task.label_names:
+    counts = task.kind.count(task.train, task.label_names)
+    if counts is None:
         return None
-    import numpy as np
-
-    counts = np.bincount(array_of(task.train, "label"), minlength=len(task.label_names))
-    rarest = np.argsort(counts, kind="stable")[:most]
+    rarest = counts.argsort(kind="stable")[:most]
     return Classes(len(task.label_names), {task.label_names[i]: int(counts[i]) for i in rarest})
-
-
-def _blocks(rows: "Dataset", prepared: Prepared) -> int:
-    """Return how many blocks plain text makes."""
-    return len(pack(values_of(rows, "text"), prepared.teacher.tokenizer, prepared.resolved.recipe.task.max_length))
 
 
 def _stages(follower: Follower, resolved: Resolved, total: int, examples: int) -> list[PlannedStage]:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from kdcli.distill.downstream import tasks_of
 from kdcli.distill.filler import FillerStart, start_filler
 from kdcli.distill.resolve import Resolved, context_of, for_task, head_needed, placed, resolve, stages_of
-from kdcli.distill.teacher import TeacherStart, start_teacher
+from kdcli.distill.teacher import TeacherStart, labelling_of, start_teacher
 from kdcli.methods.base import Context, Stage
 from kdcli.models.families import family_of
+from kdcli.models.heads import Labelling
 from kdcli.models.load import check_same_tokens, check_tokenizer
 from kdcli.models.overparam import check_chains
 from kdcli.models.shape import check_lengths
@@ -25,7 +26,6 @@ from kdcli.models.student import StudentBuild, build_student
 from kdcli.recipe.schema import FinetuneSection, OverparamSection, Recipe, StudentSection
 from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
-from kdcli.tasks.prepare import check_encoding
 from kdcli.training.distributed import processes
 from kdcli.training.settings import check_batch, check_device
 
@@ -105,12 +105,12 @@ def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:
     downstream = tasks_of(recipe, base)
     head = head_needed(resolved, task)
     teacher = start_teacher(recipe, task, head, base=base)
-    check_encoding(task, teacher.tokenizer, recipe.task.max_length)
+    task.kind.check(task, teacher.tokenizer, recipe.task.max_length)
     _check_loops(resolved, teacher)
     for number, (section, other) in enumerate(zip(recipe.finetune, downstream, strict=True)):
         with placed(f"finetune[{number}].task", "task"):
             check_tokenizer(teacher.model, teacher.tokenizer, section.task.max_length)
-            check_encoding(other, teacher.tokenizer, section.task.max_length)
+            other.kind.check(other, teacher.tokenizer, section.task.max_length)
     filler = start_filler(recipe, task, base) if recipe.task.augment is not None else None
     followers = _followers(teacher, resolved, task)
     student = followers[-1]
@@ -144,7 +144,7 @@ def _followers(teacher: TeacherStart, resolved: Resolved, task: Task) -> list[Fo
             if section.model is not None:
                 check_same_tokens(teacher.tokenizer, section.model, "student.model")
             overparam = resolved.recipe.overparam if name == "student" else None
-            build = _shadow(nearest, section, overparam)
+            build = _shadow(nearest, section, overparam, labelling_of(task.kind, task.label_names))
             context = context_of(nearest, build.model, build.form, task, resolved.recipe)
             stages = stages_of(resolved, context, build.model, nearest if teacher.known else None, len(task.train))
         followers.append(Follower(name, section, overparam, build, nearest, context, stages))
@@ -163,10 +163,12 @@ def _on_meta(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
-def _shadow(teacher: "PreTrainedModel", section: StudentSection, overparam: OverparamSection | None) -> StudentBuild:
+def _shadow(
+    teacher: "PreTrainedModel", section: StudentSection, overparam: OverparamSection | None, labelling: Labelling
+) -> StudentBuild:
     """Return a student of the right shape. Its weights mean nothing, unless it is a checkpoint."""
     if section.form == "checkpoint":
-        return build_student(teacher, section, seed=0)
+        return build_student(teacher, section, seed=0, labelling=labelling)
     if section.energy is not None:
         # The ranks depend on weights that are not there yet; what a method asks of a shape does not depend on them.
         written = section.model_dump(exclude={"energy"}, exclude_unset=True)

@@ -14,6 +14,7 @@ from kdcli import runs
 from kdcli.distill.filler import add_copies_to
 from kdcli.distill.job import Job, attempt
 from kdcli.distill.prepare import prepare
+from kdcli.distill.recipe import limits_of
 from kdcli.distill.record import FinishedRun, finished
 from kdcli.distill.score import score_student, score_teacher
 from kdcli.distill.student import distil
@@ -21,7 +22,7 @@ from kdcli.distill.teacher import make_teacher
 from kdcli.distill.write import document_of, write_graph, write_student
 from kdcli.errors import ExitCode
 from kdcli.evaluation.result import Result
-from kdcli.gates import Gate, Limits, exit_code_of, limits_of, parity_gate
+from kdcli.gates import Gate, Limits, exit_code_of, parity_gate
 from kdcli.machine import versions
 from kdcli.recipe.load import portable
 from kdcli.recipe.schema import Recipe

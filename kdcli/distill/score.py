@@ -12,7 +12,6 @@ from kdcli.evaluation.result import Loss, Metrics, Result
 from kdcli.evaluation.score import describe_model, evaluate_model, primary_score
 from kdcli.models.finite import at_fault
 from kdcli.tasks.base import Task
-from kdcli.tasks.metrics import chance_level
 from kdcli.tasks.predict import predict
 from kdcli.terminal import warn
 from kdcli.training.teacher_cache import cached_predictions
@@ -29,8 +28,9 @@ def score_teacher(job: Job, task: Task, teacher: Teacher) -> Metrics:
     ask = partial(cached_predictions, use_cache=job.recipe.teacher.cache, console=job.console)
     with at_fault("teacher.model"):
         scores = _scores(job, teacher.model, teacher.tokenizer, task, ask, "the teacher")
-    score, chance = primary_score(scores, task.primary), chance_level(task)
-    if score <= chance + 0.02:
+    score = primary_score(scores, task.primary)
+    chance = task.kind.chance(list(task.report.values()), task.label_names, task.primary)
+    if chance is not None and score <= chance + 0.02:
         warn(
             job.console,
             f"the teacher scores {task.primary} {score:.4f}, no better than chance "

@@ -15,7 +15,8 @@ from transformers import set_seed
 from kdcli.distill.job import Job
 from kdcli.distill.prepare import Follower
 from kdcli.distill.resolve import Resolved, trains_head
-from kdcli.distill.teacher import Teacher
+from kdcli.distill.teacher import Teacher, labelling_of
+from kdcli.evaluation.score import scorer
 from kdcli.files import atomic_folder, write_json
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.methods.base import Stage, Term
@@ -29,10 +30,8 @@ from kdcli.objectives.cores import TensorObjective
 from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import Request
 from kdcli.tasks.base import Task
-from kdcli.tasks.prepare import encode_task
 from kdcli.terminal import warn
 from kdcli.training.distributed import agree, main_does
-from kdcli.training.finetune import metrics_of
 from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.settings import LoopSettings
 from kdcli.training.step import Distiller
@@ -109,7 +108,10 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
     resolved, name, seed = job.resolved, follower.name, job.recipe.seed
     set_seed(seed)
     with job.timed(name):
-        build = build_student(teacher.model, follower.section, seed=seed, overparam=follower.overparam)
+        labelling = labelling_of(task.kind, task.label_names)
+        build = build_student(
+            teacher.model, follower.section, seed=seed, overparam=follower.overparam, labelling=labelling
+        )
     for note in build.notes:
         job.tell(f"{name}: {note}")
     plain_hash = hash_of_weights(build.model)
@@ -162,7 +164,8 @@ def _train(
     from kdcli.training.trainer import fit, load_weights
 
     resolved, title = job.resolved, f"{folder}: " if folder else ""
-    encoded = encode_task(task, teacher.tokenizer, resolved.recipe.task.max_length, seed=resolved.loop.seed)
+    length = resolved.recipe.task.max_length
+    encoded = task.kind.prepare(task, teacher.tokenizer, length, seed=resolved.loop.seed)
     train, collator = encoded.train, encoded.collator
     total = resolved.loop.steps(len(train))
     records = []
@@ -206,7 +209,7 @@ def _train(
                 train=rows,
                 selection=encoded.selection,
                 collator=collator,
-                metrics=metrics_of(task),
+                metrics=None if task.kind.scored_by_loss else scorer(task, encoded.selection),
                 settings=loop,
                 folder=work,
                 log_dir=job.run.log / folder / stage.name,
@@ -266,6 +269,8 @@ def make_distiller(
             teacher,
             rows,
             setting.collator,
+            outputs=kind.head.outputs,
+            per_token=kind.head.per_token,
             batch_size=setting.loop.eval_batch_size,
             console=setting.console,
             device=setting.loop.device,

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from torch import nn
 
 from kdcli import __version__
 from kdcli.data.rows import values_of
@@ -19,16 +18,16 @@ from kdcli.errors import InputError
 from kdcli.files import atomic_folder, cache_dir, fingerprint, source_of, write_json
 from kdcli.machine import resolve_precision
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
-from kdcli.models.classes import check_single_label, name_classes, reorder_classes
 from kdcli.models.finite import NotFiniteError, check_weights
 from kdcli.models.hashing import hash_of_model, hash_of_tokenizer
+from kdcli.models.heads import Labelling
 from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer, refusal_of_head
 from kdcli.models.probe import check_numbers
 from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
 from kdcli.recipe.schema import FinetuneSection, Recipe
-from kdcli.tasks.base import Task
-from kdcli.tasks.labels import label_permutation, name_outputs, note_of_order
+from kdcli.tasks.base import Owner, Task
+from kdcli.tasks.kind import TaskKind
 from kdcli.tasks.load import fingerprint_of
 from kdcli.terminal import tell
 from kdcli.training.curves import write_curve
@@ -114,7 +113,7 @@ def start_teacher(recipe: Recipe, task: Task, head: str, *, base: Path) -> Teach
         )
     if section.scratch is not None:
         model, tokenizer = build_scratch(
-            section.scratch, _texts(task), seed=seed_of(recipe), head=head, **label_options(task)
+            section.scratch, _texts(task), seed=seed_of(recipe), head=head, **task.kind.configure(task.label_names)
         )
         return TeacherStart(model, tokenizer, "from scratch", trains=True)
     if section.black_box:
@@ -152,15 +151,13 @@ def _with_head(recipe: Recipe, task: Task, source: str, head: str) -> tuple["Pre
     ):
         model = load()
         try:
-            if not task.kind.scored_by_loss:
-                check_single_label(model.config, section.model or source, "teacher.model")
-                note = _align(model, task, section.labels, owner=section.model or source)
-                return model, (note,) if note is not None else ()
-            return model, ()
+            owner = Owner(section.model or source)
+            task.kind.align(model, task.label_names, owner, section.labels)
+            return model, tuple(owner.notes)
         except InputError:
             if section.finetune in (None, False):
                 raise
-    return load(new_head=True, **label_options(task)), ()
+    return load(new_head=True, **task.kind.configure(task.label_names)), ()
 
 
 def make_teacher(
@@ -198,13 +195,22 @@ def make_teacher(
 
 
 def _texts(task: Task) -> Iterator[str]:
-    columns = ["text", "text_pair"] if task.is_pair else ["text"]
+    columns = [column for column in ("text", "text_pair") if column in task.train.column_names]
     return (text for column in columns for text in values_of(task.train, column))
 
 
-def label_options(task: Task) -> dict[str, Any]:
-    """Return what a classifier's configuration must know of a task; nothing for plain text."""
-    return task.kind.configure(task.label_names)
+def labelling_of(kind: TaskKind, labels: tuple[str, ...]) -> Labelling:
+    """Return what a task of this kind asks of the outputs of a student from a checkpoint."""
+    settings = kind.configure(labels)
+    remedy = "name a checkpoint of this task, or one without a trained head, such as the one it was trained from"
+
+    def align(model: "PreTrainedModel", name: str) -> list[str]:
+        owner = Owner(name, "student.model", None, remedy)
+        kind.align(model, labels, owner)
+        model.config.problem_type = settings.get("problem_type", model.config.problem_type)
+        return owner.notes
+
+    return Labelling(settings, align)
 
 
 def _finetuned(
@@ -228,7 +234,7 @@ def _finetuned(
         # Other rows only score it.
         "task": fingerprint_of({"train": task.train, "labels": {"names": list(task.label_names)}}),
         "max_length": recipe.task.max_length,
-        "masking": asdict(task.masking) if task.masking is not None else None,
+        "fields": task.kind.drawn(task.fields),
         "finetune": settings.model_dump(),
         "precision": resolve_precision(recipe.train.precision, recipe.train.device),
         "group_by_length": recipe.train.group_by_length,
@@ -303,40 +309,3 @@ def _kept(
         return None
     tell(console, f"teacher: {origin}, fine-tuned before, from {folder}")
     return found
-
-
-def _align(model: "PreTrainedModel", task: Task, names: list[str] | None, owner: object = "") -> str | None:
-    """Reorder the classes of `model` in place, so that class i is the task's label i; return a note about them.
-
-    names: `teacher.labels`. owner: the model's name, for the note.
-    """
-    if names is not None:
-        name_outputs(model.config, names, "teacher.labels")
-    note = note_of_order(model.config, task.label_names, owner, "teacher.labels says otherwise")
-    permutation = label_permutation(model.config, task)
-    if permutation is not None:
-        reorder_classes(model, permutation)
-    if task.label_names:
-        name_classes(model.config, task.label_names, "task.labels")
-    return note
-
-
-def align_labels(model: Any, task: Task) -> Any:
-    """Return `model` with its classes in the task's order: a PyTorch model in place, a session wrapped.
-
-    Raises InputError when the classes are not the task's labels.
-    """
-    if isinstance(model, nn.Module):
-        _align(model, task, None)  # type: ignore[arg-type]
-        return model
-    permutation = label_permutation(model.config, task)
-    if permutation is None or permutation == list(range(len(permutation))):
-        return model
-
-    def permuted(**inputs: torch.Tensor) -> Any:
-        output = model(**inputs)
-        output.logits = output.logits[:, permutation]
-        return output
-
-    permuted.config = model.config  # type: ignore[attr-defined]
-    return permuted

@@ -1,7 +1,7 @@
 """Scores and sizes of a model."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,9 +10,10 @@ from kdcli.evaluation.result import Side
 from kdcli.models.counts import count_parameters
 from kdcli.models.save import stored_type
 from kdcli.tasks.base import Task
-from kdcli.tasks.encode import Collator, encode
-from kdcli.tasks.metrics import compute_metrics
 from kdcli.tasks.predict import predict
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def evaluate_model(
@@ -26,19 +27,46 @@ def evaluate_model(
     owner: str = "the model",
     device: str = "auto",
 ) -> dict[str, dict[str, float]]:
-    """Return {report set: {metric: value}} of a PyTorch model or an `OnnxModel`; its classes in the task's order.
+    """Return {report set: {metric: value}} of a PyTorch model or an `OnnxModel`, its outputs in the task's order.
 
-    ask: called as `predict` is, and returns what it does; the way to answers that are there already. owner, device: as
+    ask: called as `predict` is, and returns what it does; the way to outputs that are there already. owner, device: as
     in `predict`.
-    Raises NotFiniteError when its logits contain NaN or inf.
+    Raises NotFiniteError when its outputs contain NaN or inf.
     """
-    collator = Collator(tokenizer)
     scores = {}
     for name, rows in task.report.items():
-        encoded = encode(rows, tokenizer, max_length)
-        logits = np.asarray(ask(model, encoded, collator, batch_size=batch_size, owner=owner, device=device))
-        scores[name] = compute_metrics(task.metrics, logits, array_of(rows, "label"))
+        answers = task.kind.answers(
+            model,
+            rows,
+            tokenizer,
+            max_length=max_length,
+            ask=ask,
+            batch_size=batch_size,
+            owner=owner,
+            device=device,
+        )
+        scores[name] = task.kind.score(answers, rows, task.label_names, task.metrics)
     return scores
+
+
+def scorer(task: Task, features: "Dataset") -> Callable[[dict[str, np.ndarray]], dict[str, float]]:
+    """Return the function from a model's outputs for the selection rows to the task's metrics.
+
+    features: those rows, encoded. Where each token has a row of its own, the outputs are padded to one length.
+    """
+    lengths = array_of(features, "length")
+
+    def score(outputs: dict[str, np.ndarray]) -> dict[str, float]:
+        found: Any = outputs
+        if task.kind.head.per_token:
+            found = {
+                name: [row[:length] for row, length in zip(rows, lengths, strict=True)]
+                for name, rows in outputs.items()
+            }
+        answers = task.kind.decode(found, features, task.selection)
+        return task.kind.score(answers, task.selection, task.label_names, task.metrics)
+
+    return score
 
 
 def primary_score(scores: dict[str, dict[str, float]], primary: str) -> float:

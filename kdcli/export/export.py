@@ -15,7 +15,6 @@ from kdcli.files import atomic_folder
 from kdcli.machine import default_threads
 from kdcli.models.probe import probe_batch
 from kdcli.tasks.base import Task
-from kdcli.tasks.encode import Collator, encode
 from kdcli.words import counted
 
 if TYPE_CHECKING:
@@ -100,8 +99,8 @@ def _real_batches(model: Any, tokenizer: Any, task: Task | None, max_length: int
         pairs = tokenizer(texts, texts[::-1], truncation=True, max_length=longest, padding=True, return_tensors="pt")
         return [single, dict(pairs)], "random inputs, single and in pairs"
     rows = next(iter(task.report.values()))
-    data = encode(rows.select(range(min(64, len(rows)))), tokenizer, max_length)
-    collator, size = Collator(tokenizer), 8
+    data = task.kind.encode(rows.select(range(min(64, len(rows)))), tokenizer, max_length)
+    collator, size = task.kind.collator(tokenizer), 8
     batches = [
         collator([data[i] for i in range(start, min(start + size, len(data)))]) for start in range(0, len(data), size)
     ]

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-MULTI_LABEL = "multi_label_classification"
-
 
 def class_names_of(config: "PretrainedConfig") -> list[str]:
     """Return a model's class names in the order of its logits."""
@@ -74,19 +72,3 @@ def final_classifier_name(model: "PreTrainedModel") -> str:
     if not heads:
         raise InputError(f"{type(model).__name__} has no linear classifier at its end")
     return heads[-1]
-
-
-def check_single_label(config: "PretrainedConfig", name: object, where: str | None = None) -> None:
-    """Raise InputError for a classifier whose outputs are independent, or a regression of several numbers."""
-    kind, outputs = config.problem_type, config.num_labels or 0
-    if kind == MULTI_LABEL:
-        what = "is a multi-label model"
-    elif kind == "regression" and outputs > 1:
-        what = f"is a regression of {outputs} numbers at once"
-    else:
-        return
-    raise InputError(
-        f"{name} {what}; kdcli distils, scores and exports single-label classification and regression",
-        where=where,
-        hint="if that is wrong, correct problem_type in its config.json",
-    )

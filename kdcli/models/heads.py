@@ -1,6 +1,7 @@
 """What stands on a model's body: which heads there are, new ones, and models that start again from random weights."""
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ class Head:
 
     name, title: for people. auto: the class of the library that makes body and head. architecture: how the class that
     a config.json names (`architectures`) ends; never names of weights. pipeline_tag: for the model card. inputs: of
-    the ONNX graph, as far as tokenizer and family have them. outputs: of the graph and of a forward pass.
+    the ONNX graph, as far as tokenizer and family have them. outputs: of the graph and of a forward pass; per_token
+    where each token has a row of its own in them.
     """
 
     name: str
@@ -26,6 +28,18 @@ class Head:
     pipeline_tag: str
     inputs: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids")
     outputs: tuple[str, ...] = ("logits",)
+    per_token: bool = False
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """What a task asks of a student's outputs. settings: of a new head.
+
+    align: puts the outputs of a trained model, named for messages, into the task's order in place; returns notes.
+    """
+
+    settings: Mapping[str, Any]
+    align: "Callable[[PreTrainedModel, str], list[str]]"
 
 
 HEADS = {

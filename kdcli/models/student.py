@@ -9,10 +9,9 @@ import torch
 
 from kdcli.errors import InputError
 from kdcli.models.blocks import blocks_of
-from kdcli.models.classes import check_single_label, class_names_of, equal_names, reorder_classes
 from kdcli.models.families import Family, family_of
 from kdcli.models.fused import SplitLinear
-from kdcli.models.heads import head_of
+from kdcli.models.heads import Labelling, head_of
 from kdcli.models.load import has_head, load_model, without_pooler
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, factorise
 from kdcli.models.probe import check_numbers
@@ -21,7 +20,6 @@ from kdcli.models.save import stored_type
 from kdcli.models.shape import shape_of
 from kdcli.models.sizes import check_heads
 from kdcli.recipe.schema import OverparamSection, StudentSection
-from kdcli.tasks.labels import listed, matching_order, note_of_order
 from kdcli.words import counted
 
 if TYPE_CHECKING:
@@ -39,14 +37,20 @@ class StudentBuild:
 
 
 def build_student(
-    teacher: "PreTrainedModel", section: StudentSection, *, seed: int, overparam: OverparamSection | None = None
+    teacher: "PreTrainedModel",
+    section: StudentSection,
+    *,
+    seed: int,
+    overparam: OverparamSection | None = None,
+    labelling: Labelling | None = None,
 ) -> StudentBuild:
     """Return a student of `section.form` made from `teacher`, which is not changed.
 
-    overparam: the chains that it will be trained as, which not every rank has factors for.
+    overparam: the chains that it will be trained as, which not every rank has factors for. labelling: of the outputs
+    of a student from a checkpoint.
     Raises InputError when the sizes asked for do not fit the teacher.
     """
-    build = _build(teacher, section, seed, overparam)
+    build = _build(teacher, section, seed, overparam, labelling)
     if section.dtype is not None:
         build.model.config.dtype = getattr(torch, section.dtype)
     if (kind := stored_type(build.model)) != torch.float32:
@@ -55,7 +59,11 @@ def build_student(
 
 
 def _build(
-    teacher: "PreTrainedModel", section: StudentSection, seed: int, overparam: OverparamSection | None
+    teacher: "PreTrainedModel",
+    section: StudentSection,
+    seed: int,
+    overparam: OverparamSection | None,
+    labelling: Labelling | None,
 ) -> StudentBuild:
     torch.manual_seed(seed)
     reads = section.form in ("depth", "low-rank") or (section.form == "width" and section.init != "random")
@@ -76,7 +84,7 @@ def _build(
     if section.form == "width":
         return _width(teacher, section)
     if section.form == "checkpoint":
-        return _checkpoint(teacher, section)
+        return _checkpoint(teacher, section, labelling)
     raise InputError("the student has no form", where="student.form")
 
 
@@ -213,23 +221,15 @@ def _slice_into(teacher: "PreTrainedModel", student: "PreTrainedModel", kept: li
                 own[window].copy_(given[window])
 
 
-def _checkpoint(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
+def _checkpoint(teacher: "PreTrainedModel", section: StudentSection, labelling: Labelling | None) -> StudentBuild:
     assert section.model is not None
-    head, classes = head_of(teacher), teacher.config
-    notes = [f"from {section.model}"]
+    head, notes = head_of(teacher), [f"from {section.model}"]
     if has_head(section.model, head):
         student = load_model(section.model, task=head)
-        if head == "sequence-classification":
-            remedy = "id2label in its config.json says otherwise"
-            if note := note_of_order(student.config, class_names_of(classes), section.model, remedy):
-                notes.append(note)
-            _align_to(student, classes, section.model)
+        notes += labelling.align(student, section.model) if labelling is not None else []
     else:
-        labels: dict[str, Any] = {}
-        if head == "sequence-classification":
-            labels = {"label_names": class_names_of(classes), "problem_type": classes.problem_type}
-            labels["num_labels"] = classes.num_labels
-        student = load_model(section.model, task=head, new_head=True, **labels)
+        settings = labelling.settings if labelling is not None else {}
+        student = load_model(section.model, task=head, new_head=True, **settings)
         notes.append("with a new head: it has none of the kind that is needed")
     if student.config.vocab_size != teacher.config.vocab_size:
         raise InputError(
@@ -240,32 +240,3 @@ def _checkpoint(teacher: "PreTrainedModel", section: StudentSection) -> StudentB
         )
     check_numbers(student, "student.model")
     return StudentBuild(student, "checkpoint", None, notes)
-
-
-def _align_to(student: "PreTrainedModel", classes: "PretrainedConfig", name: str) -> None:
-    """Reorder the classes of a trained student in place, by their names, to be those of the teacher's configuration.
-
-    Raises InputError when they are not the same.
-    """
-    check_single_label(student.config, name, "student.model")
-    own, wanted = class_names_of(student.config), class_names_of(classes)
-    if len(own) != len(wanted):
-        raise InputError(
-            f"{name} has {len(own)} outputs ({listed(own)}), the task has {len(wanted)} ({listed(wanted)})",
-            where="student.model",
-            hint="name a checkpoint of this task, or one without a trained head, such as the one it was trained from",
-        )
-    if len(wanted) > 1:
-        order = matching_order(own, wanted)
-        if order is None:
-            twice = equal_names(own)
-            raise InputError(
-                f"{name}: {twice}"
-                if twice
-                else f"the classes of {name} ({listed(own)}) are not the task's labels ({listed(wanted)})",
-                where="student.model",
-                hint="give its classes the task's names: id2label in its config.json, in the model's own order",
-            )
-        reorder_classes(student, order)
-    student.config.id2label, student.config.label2id = classes.id2label, classes.label2id
-    student.config.problem_type = classes.problem_type

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ValidationError
 
 from kdcli.errors import InputError, cut
 from kdcli.files import expanded
+from kdcli.recipe.check import Schemas, problems_in, unknown_in
 from kdcli.recipe.fields import show
 from kdcli.recipe.locate import Keys, line_of, lines_of_keys
-from kdcli.recipe.problems import Problem, problems_of, unknown_field
+from kdcli.recipe.problems import Problem, problems_of
 from kdcli.recipe.schema import Recipe
 from kdcli.recipe.toml import BrokenTOML, parse, read_text
 
@@ -27,8 +28,12 @@ _NEEDED = {
 }
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None, *, variant: Sequence[str] = ()) -> Recipe:
+def read_recipe(
+    path: Path, schemas: Schemas, overrides: list[str] | None = None, *, variant: Sequence[str] = ()
+) -> Recipe:
     """Return the recipe in `path` with `--set FIELD=VALUE` overrides on top, and then those of a `--variant`.
+
+    schemas: of the methods and kinds of tasks that it may name.
 
     A value is read as TOML, or as a plain string where it is none; tables that are not there yet are made. Without a
     value (`student.rank=`) the field is removed.
@@ -42,26 +47,21 @@ def load_recipe(path: Path, overrides: list[str] | None = None, *, variant: Sequ
         raise InputError(f"not valid TOML: {error.reason}", where=f"{path}:{error.line}:{error.column}") from error
     source = _Source(path, text)
     for option, override in _options(overrides, variant):
-        source.options[_apply(document, override, option)] = f"{option} {cut(override)}"
-    return _checked(document, source.error)
+        source.options[_apply(document, override, option, schemas)] = f"{option} {cut(override)}"
+    return _checked(document, schemas, source.error)
 
 
-def recipe_of(document: dict[str, Any]) -> Recipe:
-    """Return the recipe that a document is. Raises InputError with every problem found."""
+def recipe_of(document: dict[str, Any], schemas: Schemas) -> Recipe:
+    """Return the recipe that a document is. Raises InputError with every problem found. schemas: of what it names."""
     return _checked(
         copy.deepcopy(document),
+        schemas,
         lambda problems: InputError("\n  ".join(f"{problem.name}: {problem.text}" for problem in problems)),
     )
 
 
-def _checked(document: dict[str, Any], refusal: Callable[[list[Problem]], InputError]) -> Recipe:
-    problems: list[Problem] = []
-    recipe = None
-    try:
-        recipe = Recipe.model_validate(document)
-    except ValidationError as error:
-        problems += problems_of(Recipe, error)
-    problems += _problems_of_method(document)
+def _checked(document: dict[str, Any], schemas: Schemas, refusal: Callable[[list[Problem]], InputError]) -> Recipe:
+    recipe, problems = problems_in(document, schemas)
     if recipe is None or problems:
         raise refusal(problems)
     return recipe
@@ -117,7 +117,7 @@ def validate_section(schema: type[BaseModel], values: dict[str, Any]) -> Any:
         raise InputError("\n  ".join(lines)) from error
 
 
-def _apply(document: dict[str, Any], override: str, option: str) -> Keys:
+def _apply(document: dict[str, Any], override: str, option: str, schemas: Schemas) -> Keys:
     """Put one FIELD=VALUE of an option into the document, in place, and return the field's path."""
     name, equals, value = override.partition("=")
     path = _path(name)
@@ -132,7 +132,7 @@ def _apply(document: dict[str, Any], override: str, option: str) -> Keys:
             document.update(changed)
             if len(path) == 1:
                 del document[last]
-        elif (problem := _unknown(changed, path)) is not None:
+        elif (problem := unknown_in(changed, path, schemas)) is not None:
             raise InputError(problem.message, where=f"{where}: {problem.name}", hint=problem.hint)
         return path
     table, parsed = _table_of(document, path, where), _value(value.strip())
@@ -161,20 +161,6 @@ def _table_of(document: dict[str, Any], path: Keys, where: str) -> dict[str, Any
     return table
 
 
-def _unknown(document: dict[str, Any], path: Keys) -> Problem | None:
-    """Return the problem of a field that no recipe with this method has."""
-    if path[0] != "method" or path[1:] in ((), ("name",)):
-        return unknown_field(Recipe, path)
-    from kdcli.methods import registry
-
-    name = document["method"].get("name")
-    try:
-        method = registry.get(name if isinstance(name, str) else "")
-    except InputError:
-        return None
-    return unknown_field(method.options, path[1:], prefix=("method",))
-
-
 def _path(name: str) -> Keys:
     """Return the parts of a dotted TOML key, or nothing when it is none. The place in `finetune[0]` is a part, too."""
     name = re.sub(r"(?<=\w)(\[\d+\])", r'."\1"', name)
@@ -195,26 +181,6 @@ def _value(text: str) -> Any:
     except BrokenTOML:
         return text
     return document["value"] if document.keys() == {"value"} else text
-
-
-def _problems_of_method(document: dict[str, Any]) -> list[Problem]:
-    """Check the method's own options against its schema, as far as there is a method."""
-    table = document.get("method")
-    table = {"name": table} if isinstance(table, str) else table
-    if not isinstance(table, dict) or not isinstance(table.get("name"), str):
-        return []
-    from kdcli.methods import registry
-
-    try:
-        method = registry.get(table["name"])
-    except InputError as error:
-        return [Problem(("method", "name"), error.message, error.hint)]
-    options = {key: value for key, value in table.items() if key != "name"}
-    try:
-        method.options.model_validate(options)
-    except ValidationError as error:
-        return problems_of(method.options, error, prefix=("method",))
-    return []
 
 
 def with_place(

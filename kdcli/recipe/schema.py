@@ -100,16 +100,21 @@ def parse_encoding(text: str) -> str:
 
 
 class TaskSection(Named, Section):
-    """`[task]`, or `task = "NAME"`: a GLUE task, the built-in `reviews`, the user's own data, or plain text."""
+    """`[task]`, or `task = "NAME"`: a GLUE task, the built-in `reviews`, or the user's own data.
+
+    Beside these fields stand those of its kind, which has a schema of its own for them (`kdcli tasks` lists both).
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
 
     name: Name = Field(
         description="The task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, reviews, or a name of your own. "
         "GLUE is read from $KDCLI_DATA_DIR/glue/NAME/*.parquet where that exists, else from nyu-mll/glue on the hub."
     )
-    type: Literal["classification", "regression", "text"] | None = Field(
+    type: str | None = Field(
         default=None,
-        description='The kind of task; "text" is plain text, which makes a general student. Left out, it follows from '
-        "the labels.",
+        description='The kind of task, one of those that `kdcli tasks` lists; "text" is plain text, which makes a '
+        "general student. Left out, it follows from the labels.",
     )
     data: str | None = Field(
         default=None,
@@ -134,17 +139,6 @@ class TaskSection(Named, Section):
     hub_config: str | None = Field(
         default=None, description="The configuration of the hub's data set. Left out, its default one."
     )
-    text: str | list[str] | None = Field(
-        default=None,
-        description="The text column, or a list of two for pairs; own data needs it. Left out with plain text, the "
-        "column named text.",
-    )
-    label: str | None = Field(default=None, description="The label column. Left out, the column named label.")
-    labels: list[str] | None = Field(
-        default=None,
-        description="The classes in order; where the data holds whole numbers from 0, these names belong to them. "
-        "Left out, the values in sorted order.",
-    )
     delimiter: str | None = Field(
         default=None,
         description='The character between two columns of a CSV file, such as ";" or "\\t". Left out, it is found out.',
@@ -158,9 +152,8 @@ class TaskSection(Named, Section):
     split_seed: Seed = Field(default=0, description="Seed of the held-out part and of the drawn samples.")
     metrics: list[str] | None = Field(
         default=None,
-        description="Metrics to report; the first one chooses the checkpoint and is gated. accuracy, f1, mcc and "
-        "balanced_accuracy for classes, pearson, spearman, mse and mae for numbers. Left out, accuracy "
-        "and f1, or pearson and spearman.",
+        description="Metrics to report, of those that `kdcli tasks` lists for the type; the first one chooses the "
+        "checkpoint and is gated. Left out, the usual ones of the task.",
     )
     max_length: Tokens = Field(
         default=128, description="Longest input in tokens, special tokens included; longer texts are cut."
@@ -173,12 +166,6 @@ class TaskSection(Named, Section):
     )
     test_samples: PositiveInt | None = Field(
         default=None, description="Use this many test rows, drawn at random. Left out, all."
-    )
-    mask_probability: Fraction = Field(default=0.15, description="Plain text: share of the tokens that are masked.")
-    mask_smoothing: NonNegativeFloat = Field(
-        default=0.0,
-        description="Plain text: mask tokens in proportion to their frequency to the power of minus this, so that "
-        "rare ones are masked more often. 0 masks all alike; DistilBERT uses 0.7.",
     )
     augment: AugmentSection | None = Field(
         default=None, description="More training rows for the student. Left out, none."
@@ -194,32 +181,19 @@ class TaskSection(Named, Section):
             raise ValueError(f"give one of data, train and hub, not {' and '.join(sources)}")
         if (self.validation or self.test) and self.train is None:
             raise ValueError("validation and test files need a train file")
-        if (self.delimiter or self.encoding) and not (
-            self.data or self.train or (self.type == "text" and not self.hub)
-        ):
+        if (self.delimiter or self.encoding) and (self.hub or (self.type is None and not self.is_own)):
             raise ValueError("delimiter and encoding are of own files: data or train")
-        if self.type == "text":
-            with_labels = ("label", "labels", "metrics", "test", "test_samples")
-            unsupported = [key for key in with_labels if getattr(self, key) is not None]
-            if self.augment is not None:
-                unsupported.append("augment")
-            if unsupported:
-                raise ValueError(f'type = "text" has no {", ".join(unsupported)}')
-            if isinstance(self.text, list) and len(self.text) != 1:
-                raise ValueError("plain text takes one text column")
-            return self
-        if sources and self.text is None:
-            raise ValueError('own data needs text = "COLUMN" (or two columns)')
-        if isinstance(self.text, list) and len(self.text) not in (1, 2):
-            raise ValueError("text takes one or two columns")
-        if not sources and self.text is not None:
-            raise ValueError("text = ... needs data, train or hub")
         return self
 
     @property
-    def is_custom(self) -> bool:
-        """True when the task is the user's own data with labels."""
-        return self.type != "text" and any((self.data, self.train, self.hub))
+    def is_own(self) -> bool:
+        """True when the rows are the user's own."""
+        return any((self.data, self.train, self.hub))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of the kind as written; its own schema checks them."""
+        return dict(self.__pydantic_extra__ or {})
 
 
 class ScratchSection(Section):
@@ -261,8 +235,6 @@ class DownstreamSection(FinetuneSection):
 
     @model_validator(mode="after")
     def _labelled(self) -> Self:
-        if self.task.type == "text":
-            raise ValueError("a model is fine-tuned on a task with labels, not on plain text")
         if self.task.augment is not None:
             raise ValueError("[[finetune]] has no augment: copies are for a student that learns from a teacher")
         return self
@@ -664,18 +636,7 @@ class Recipe(Section):
         return value
 
     @model_validator(mode="after")
-    def _text_or_labels(self) -> Self:
-        if self.finetune and self.task.type != "text":
-            raise ValueError('[[finetune]] follows distilling on plain text: [task] type = "text"')
-        if self.task.type == "text":
-            for field in ("fail_under", "fail_under_retention"):
-                if getattr(self.evaluate, field) is not None:
-                    raise ValueError(f"evaluate.{field} needs a task with labels; plain text has no score")
-            if self.export.onnx:
-                raise ValueError(
-                    "export.onnx needs a task with labels: a general student is fine-tuned first, and then exported "
-                    "with `kdcli export`"
-                )
+    def _black_box(self) -> Self:
         if self.teacher.black_box and self.evaluate.fail_under_retention is not None:
             raise ValueError("evaluate.fail_under_retention needs a teacher with a score; a black box has none")
         return self

@@ -1,4 +1,4 @@
-"""What a task is: examples with labels, and how answers to them are scored."""
+"""What a task is: rows with labels, of some kind."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,32 +10,54 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Masking:
-    """How words of a text are hidden: the share of them, and how much more often rare ones are."""
-
-    probability: float = 0.15
-    smoothing: float = 0.0
-
-
-@dataclass(frozen=True)
 class Task:
     """A data set ready to be encoded.
 
-    Every split has the columns index (unique in the split), text, text_pair (when `is_pair`) and label (an
-    int, or a float for regression); plain text has index and text alone, and `masking`.
+    Every split has the columns of its kind, among them index (unique in the split). fields: the kind's own fields.
+    label_names: of the labels in order, none where they have no names. metrics: the first one chooses checkpoints.
     `selection` chooses checkpoints; `report` holds the sets that are scored. `notes` are what a user should know
     about the data.
     """
 
     name: str
     kind: "TaskKind"
+    fields: Any
     label_names: tuple[str, ...]
     metrics: tuple[str, ...]
-    primary: str
-    is_pair: bool
     train: "Dataset"
     selection: "Dataset"
     report: "dict[str, Dataset]"
-    masking: Masking | None = None
     description: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def primary(self) -> str:
+        """The first metric."""
+        return self.metrics[0]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A trained model whose outputs are matched with a task's labels, and the places that a message about it names.
+
+    name: the model's. model: the field or option that names it. labels: the one that says what its outputs are, if
+    any. remedy: what else would do, where it was trained on another task. notes: takes what a user should know.
+    """
+
+    name: str = "the model"
+    model: str = "teacher.model"
+    labels: str | None = "teacher.labels"
+    remedy: str = "fine-tune it on this task: [teacher.finetune]"
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def naming(self) -> str:
+        """What says how its outputs are called: the field or option, else its configuration."""
+        return self.labels or "id2label in its config.json"
+
+    @property
+    def example(self) -> str:
+        """The same with a value."""
+        if self.labels is None:
+            return self.naming
+        return f"{self.labels} A,B" if self.labels.startswith("--") else f"{self.labels} = [...]"

@@ -1,33 +1,102 @@
 """Classification: one class out of several for a text, or for a pair of texts."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kdcli.tasks.kind import Fields, TaskKind
-from kdcli.tasks.text_inputs import SEQUENCE_CLASSIFICATION, one_per_example
+from pydantic import Field
+
+from kdcli.data.columns import Columns, need_column
+from kdcli.tasks.labels import (
+    align_outputs,
+    all_labels,
+    check_problem,
+    counted_labels,
+    known_labels,
+    label_column,
+    labels_of_model,
+    named_labels,
+    to_ids,
+)
+from kdcli.tasks.numbers import are_numbers, check_commas, different, note_of_numbers
+from kdcli.tasks.text_inputs import TextFields, TextKind, gold
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    import pyarrow as pa
+    from datasets import Dataset
 
     from kdcli.objectives.distribution import Distribution
-    from kdcli.signals import Prediction
+    from kdcli.tasks.base import Owner
 
 
-class Classification(TaskKind):
+class ClassFields(TextFields):
+    """The columns of own data, and the classes."""
+
+    labels: list[str] | None = Field(
+        default=None,
+        description="The classes in order; where the data holds whole numbers from 0, these names belong to them. "
+        "Left out, the values in sorted order.",
+    )
+
+
+class Classification(TextKind):
     """One class out of several."""
 
     name = "classification"
     title = "one class out of several"
-    head = SEQUENCE_CLASSIFICATION
-    fields = Fields
-    metrics = ("accuracy", "f1", "mcc", "balanced_accuracy")
+    fields = ClassFields
     provides = frozenset({"labels", "classes", "one-per-example", "text"})
+    metrics = ("accuracy", "f1", "mcc", "balanced_accuracy")
+    usual_metrics = ("accuracy", "f1")
 
     @property
     def distribution(self) -> "Distribution":
         from kdcli.objectives.distribution import Categorical
 
         return Categorical()
+
+    def recognises(self, columns: Columns, fields: Any, source: str, notes: list[str]) -> bool:
+        """True for all data but numbers with fractions. notes: takes a warning about scores that become classes.
+
+        Raises InputError for numbers with commas, each of which would be a class.
+        """
+        if fields.labels is not None:
+            return True
+        labels = need_column(columns, fields.label or "label", "label", source)
+        given = different(labels)
+        if are_numbers(given):
+            return all(float(value).is_integer() for value in given)
+        check_commas(given, source)
+        if note := note_of_numbers(labels):
+            notes.append(f"{source}: {note}")
+        return True
+
+    def read_labels(
+        self, columns: Columns, fields: Any, source: str, notes: list[str], labels: tuple[str, ...] | None
+    ) -> "tuple[np.ndarray, tuple[str, ...]]":
+        known = known_labels(fields.labels)
+        found = named_labels(enumerate(label_column(columns, fields.label, source), 1), known, source, notes)
+        found = counted_labels(found, known) or found
+        labels = labels or all_labels(found, known, source, notes)
+        if known:
+            return to_ids(found, labels, source, where="task.labels", owner="is not in task.labels"), labels
+        return to_ids(found, labels, source), labels
+
+    def labels_for(
+        self, config: Any, columns: Columns, fields: Any, source: str, notes: list[str], names: Sequence[str] | None
+    ) -> "tuple[np.ndarray, tuple[str, ...]]":
+        known = known_labels(names or fields.labels)
+        found = named_labels(enumerate(label_column(columns, fields.label, source), 1), known, source, notes)
+        return labels_of_model(found, known, config, source, names)
+
+    def strata(self, rows: "pa.Table") -> "np.ndarray":
+        return gold(rows)
+
+    def count(self, rows: Any, labels: Sequence[str]) -> "np.ndarray":
+        import numpy as np
+
+        return np.bincount(gold(rows), minlength=len(labels))
 
     def configure(self, labels: Sequence[str]) -> dict[str, Any]:
         return {
@@ -36,10 +105,67 @@ class Classification(TaskKind):
             "problem_type": "single_label_classification",
         }
 
-    def predictions(
-        self, output: Any, batch: "Mapping[str, Tensor]", *, everywhere: bool = False
-    ) -> "list[Prediction]":
-        return one_per_example(output, batch)
+    def fits(self, config: Any) -> bool:
+        return config.problem_type in (None, "single_label_classification") and config.num_labels != 1
 
+    def align(self, model: Any, labels: Sequence[str], owner: "Owner", names: Sequence[str] | None = None) -> Any:
+        check_problem(model.config, "single_label_classification", owner)
+        return align_outputs(model, labels, owner, names)
+
+    def decode(self, outputs: dict[str, Any], features: "Dataset", rows: "Dataset") -> "np.ndarray":
+        """Return the class numbers, (n,)."""
+        return outputs["logits"].argmax(-1)
+
+    def score(
+        self, answers: "np.ndarray", rows: "Dataset", labels: Sequence[str], metrics: Sequence[str]
+    ) -> dict[str, float]:
+        truth = gold(rows).astype("int64")
+        return {name: METRICS[name](answers, truth, len(labels)) for name in metrics}
+
+    def chance(self, sets: "Sequence[Dataset]", labels: Sequence[str], metric: str) -> float:
+        """Return the best that one answer for everything reaches."""
+        import numpy as np
+
+        truths = [gold(rows).astype(np.int64) for rows in sets]
+        # Class 1 is what F1 asks for; elsewhere the best constant is a set's largest class.
+        answers = {1, *(int(np.bincount(truth).argmax()) for truth in truths)}
+        measure = METRICS[metric]
+        return max(
+            float(np.mean([measure(np.full_like(truth, answer), truth, len(labels)) for truth in truths]))
+            for answer in answers
+        )
+
+
+def _f1(answers: "np.ndarray", truth: "np.ndarray", classes: int) -> float:
+    """F1 of class 1 for two classes, otherwise the unweighted mean over the classes that occur."""
+    from sklearn.metrics import f1_score
+
+    average = "binary" if classes == 2 else "macro"
+    return float(f1_score(truth, answers, average=average, zero_division=0))
+
+
+def _mcc(answers: "np.ndarray", truth: "np.ndarray") -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    with warnings.catch_warnings():
+        # Labels of one class alone are worth 0, not a warning.
+        warnings.simplefilter("ignore")
+        return float(matthews_corrcoef(truth, answers))
+
+
+def _balanced_accuracy(answers: "np.ndarray", truth: "np.ndarray") -> float:
+    """Mean over the classes that the labels have of the share that is found."""
+    import numpy as np
+
+    return float(np.mean([(answers[truth == label] == label).mean() for label in np.unique(truth)]))
+
+
+METRICS: "dict[str, Callable[[np.ndarray, np.ndarray, int], float]]" = {
+    "accuracy": lambda p, y, _: float((p == y).mean()),
+    "f1": _f1,
+    "mcc": lambda p, y, _: _mcc(p, y),
+    "balanced_accuracy": lambda p, y, _: _balanced_accuracy(p, y),
+}
+"""Functions of answers, labels and the number of classes."""
 
 KIND = Classification()

@@ -1,23 +1,30 @@
 """What a kind of task is: everything that is particular to it, in one object. One file of this folder a kind.
 
-Adding a kind is writing one file with a subclass of `TaskKind` in it, called `KIND`, or offering one from another
-package as an entry point `kdcli.tasks`. No other module asks which kind a task is of.
+Adding a kind is writing one file with a subclass of `TaskKind` in it, its instance called `KIND`; or offering that
+instance from another package as an entry point `kdcli.tasks`. No other module asks which kind a task is of. What
+every kind must write is abstract below; the rest has a default. Kinds whose examples are texts with one answer each
+begin with `kdcli.tasks.text_inputs.TextKind`, as `classification.py` does.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kdcli.models.heads import Head
-from kdcli.recipe.schema import Section
+from kdcli.recipe.schema import Section, TaskSection
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
     from datasets import Dataset
     from torch import Tensor
 
+    from kdcli.data.columns import Columns
     from kdcli.objectives.distribution import Distribution
     from kdcli.signals import Prediction
+    from kdcli.tasks.base import Owner, Task
 
 CAPABILITIES = {
     "labels": "gold labels",
@@ -32,6 +39,9 @@ CAPABILITIES = {
 class Fields(Section):
     """Base of a kind's own fields, which stand beside the common ones in `[task]`."""
 
+    def check(self, task: TaskSection) -> None:
+        """Raise ValueError where these fields do not go together with the common ones."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -43,33 +53,132 @@ class Encoded:
 
 
 class TaskKind(ABC):
-    """One kind of task: its data, its head, what a model predicts on it, and how that is scored."""
+    """One kind of task: its data, its head, what a model predicts on it, and how that is scored.
+
+    Rows are what was read: the columns `index`, what is shown to a model (for texts `text` and `text_pair`), and what
+    it shall answer (`label`). Features are rows as a model reads them: `index`, its inputs, `labels` and `length`.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
     head: ClassVar[Head]
     fields: ClassVar[type[Fields]]
-    metrics: ClassVar[tuple[str, ...]]
-    """Names of all metrics that fit; the first one is the default."""
     provides: ClassVar[frozenset[str]]
     """Some of `CAPABILITIES`."""
+    metrics: ClassVar[tuple[str, ...]]
+    """Names of all metrics that fit."""
+    usual_metrics: ClassVar[tuple[str, ...]]
+    """Those that are reported where a recipe names none; the first one chooses checkpoints."""
+    errors: ClassVar[frozenset[str]] = frozenset()
+    """Metrics where less is better; none of them can be the first."""
     scored_by_loss: ClassVar[bool] = False
     """True where a student's only score is its distillation loss on held-out rows."""
     inputs_change: ClassVar[bool] = False
     """True where inputs are drawn again in every epoch (dynamic masking): no output of the teacher may be cached."""
+    features: ClassVar[str | None] = None
+    """What features are called, where rows do not give one each."""
 
     @property
     @abstractmethod
     def distribution(self) -> "Distribution":
         """What one row of logits parametrises."""
 
-    # Data and labels
+    # Rows and labels
+
+    def recognises(self, columns: "Columns", fields: Any, source: str, notes: list[str]) -> bool:
+        """True when data are of this kind, where a recipe does not say. notes: takes what is doubtful about that."""
+        return False
+
+    def splits(
+        self, section: TaskSection, fields: Any, base: Path, notes: list[str]
+    ) -> "tuple[dict[str, Columns], str]":
+        """Return a user's own data: "train" and, if there are any, "validation" and "test"; and where they come from.
+
+        base: the folder that relative paths start from. notes: takes what a user should know.
+        """
+        from kdcli.data.own import read_splits
+
+        return read_splits(section, base, notes)
+
+    @abstractmethod
+    def read(
+        self, columns: "Columns", fields: Any, source: str, notes: list[str], labels: tuple[str, ...] | None = None
+    ) -> "tuple[pa.Table, tuple[str, ...]]":
+        """Return the rows of one split without their index, and the names of the labels, in order.
+
+        labels: those of the training rows, for another split; None for the training rows themselves. source: names
+        the data in messages. Raises InputError, with the row, for what cannot be used.
+        """
+
+    def read_for(
+        self, config: Any, columns: "Columns", fields: Any, source: str, notes: list[str], names: Sequence[str] | None
+    ) -> "tuple[pa.Table, tuple[str, ...]]":
+        """Return rows whose labels are a model's own, by its configuration. names: what a user calls the labels."""
+        return self.read(columns, fields, source, notes)
+
+    def has_answers(self, columns: "Columns", fields: Any) -> bool:
+        """False for a split without gold answers, such as some test sets on the hub."""
+        return True
+
+    def hold_out(self, rows: "pa.Table", fraction: float, seed: int) -> "tuple[pa.Table, pa.Table]":
+        """Return a seeded split of the training rows, for data without a validation set."""
+        from kdcli.data.tables import split
+
+        return split(rows, fraction, seed, self.strata(rows))
+
+    def strata(self, rows: "pa.Table") -> "np.ndarray | None":
+        """Return whole numbers (n,) whose shares a split shall keep; None for none."""
+        return None
+
+    def count(self, rows: Any, labels: Sequence[str]) -> "np.ndarray | None":
+        """Return how many rows have each of the labels; None where rows have no such labels."""
+        return None
+
+    # A model for these labels
 
     @abstractmethod
     def configure(self, labels: Sequence[str]) -> dict[str, Any]:
-        """Return what a new head's configuration must know: num_labels, id2label, problem_type."""
+        """Return what a new head's configuration must know: num_labels, label_names, problem_type."""
 
-    # What a model reads and predicts
+    def fits(self, config: Any) -> bool:
+        """True when a model with this kind's head, by its configuration, was trained on such a task."""
+        return True
+
+    def align(self, model: Any, labels: Sequence[str], owner: "Owner", names: Sequence[str] | None = None) -> Any:
+        """Return a trained model with its outputs in the order of the labels: a PyTorch model in place.
+
+        names: what a user says its outputs are. Raises InputError where they are not these labels.
+        """
+        return model
+
+    # What a model reads
+
+    @abstractmethod
+    def check(self, task: "Task", processor: Any, max_length: int) -> None:
+        """Raise InputError where rows cannot be encoded, or nothing of them would be left; encodes a few at most."""
+
+    @abstractmethod
+    def encode(self, rows: "Dataset", processor: Any, max_length: int) -> "Dataset":
+        """Return rows as features. processor: a tokenizer."""
+
+    @abstractmethod
+    def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], "dict[str, Tensor]"]:
+        """Return the function from features to a batch."""
+
+    def prepare(self, task: "Task", processor: Any, max_length: int, *, seed: int = 0) -> Encoded:
+        """Return a task's rows as features. seed: of what is drawn while encoding."""
+        train, selection = (self.encode(rows, processor, max_length) for rows in (task.train, task.selection))
+        return Encoded(train, selection, self.collator(processor))
+
+    def examples(self, rows: "Dataset", processor: Any, max_length: int) -> int:
+        """Return how many features rows give."""
+        return len(rows)
+
+    def drawn(self, fields: Any) -> dict[str, Any]:
+        """Return the fields that change what a model reads, though rows stay the same."""
+        return {}
+
+    # What a model predicts
 
     def positions(self, batch: "Mapping[str, Tensor]", *, everywhere: bool = False) -> "Tensor | None":
         """Return the flat positions (of batch x seq) at which the head has to run; None where it runs on all.
@@ -87,3 +196,22 @@ class TaskKind(ABC):
         output: of a forward pass, with the head's `outputs` as attributes. Where `positions` gives some, its
         logits may be those of these positions alone, (1, positions, classes).
         """
+
+    def answers(self, model: Any, rows: "Dataset", processor: Any, *, max_length: int, ask: Any, **options: Any) -> Any:
+        """Return a model's answer to each row. ask, options: `predict` or what does the same, and its options."""
+        features = self.encode(rows, processor, max_length)
+        form = {"outputs": self.head.outputs, "per_token": self.head.per_token}
+        outputs = ask(model, features, self.collator(processor), **form, **options)
+        return self.decode(outputs, features, rows)
+
+    def decode(self, outputs: "dict[str, Any]", features: "Dataset", rows: "Dataset") -> Any:
+        """Return an answer a row, in any form that `score` takes. outputs: of `predict`, by name."""
+        raise NotImplementedError(f"{self.name} is scored by its loss")
+
+    def score(self, answers: Any, rows: "Dataset", labels: Sequence[str], metrics: Sequence[str]) -> dict[str, float]:
+        """Return the named metrics of answers to rows."""
+        raise NotImplementedError(f"{self.name} is scored by its loss")
+
+    def chance(self, sets: "Sequence[Dataset]", labels: Sequence[str], metric: str) -> float | None:
+        """Return the mean over sets that answers without any knowledge reach; None where that is not known."""
+        return None

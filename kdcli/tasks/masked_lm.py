@@ -1,16 +1,25 @@
 """Masked language modelling: plain text, of which a model predicts the masked tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field, field_validator
+
+from kdcli.data.columns import Column, Columns
+from kdcli.errors import InputError
 from kdcli.models.heads import Head
-from kdcli.tasks.kind import Fields, TaskKind
+from kdcli.recipe.schema import Fraction, NonNegativeFloat, TaskSection
+from kdcli.tasks.kind import Encoded, Fields, TaskKind
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
     from torch import Tensor
 
     from kdcli.objectives.distribution import Distribution
     from kdcli.signals import Prediction
+    from kdcli.tasks.base import Task
 
 MASKED_LM = Head(
     "masked-lm",
@@ -21,17 +30,44 @@ MASKED_LM = Head(
 )
 
 
+class MaskingFields(Fields):
+    """The column of text, and how many of its tokens are masked."""
+
+    text: str | list[str] | None = Field(
+        default=None, description="The text column of tables. Left out, the column named text."
+    )
+    mask_probability: Fraction = Field(default=0.15, description="Share of the tokens that are masked.")
+    mask_smoothing: NonNegativeFloat = Field(
+        default=0.0,
+        description="Mask tokens in proportion to their frequency to the power of minus this, so that rare ones are "
+        "masked more often. 0 masks all alike; DistilBERT uses 0.7.",
+    )
+
+    @field_validator("text")
+    @classmethod
+    def _one(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list) and len(value) != 1:
+            raise ValueError("plain text takes one text column")
+        return value
+
+    @property
+    def column(self) -> str:
+        """The column of text."""
+        return self.text[0] if isinstance(self.text, list) else self.text or "text"
+
+
 class MaskedLM(TaskKind):
     """Plain text in blocks; some tokens are masked, others in every epoch."""
 
     name = "text"
-    title = "plain text"
+    title = "plain text, of which tokens are masked"
     head = MASKED_LM
-    fields = Fields
-    metrics = ("loss",)
+    fields = MaskingFields
     provides = frozenset({"vocabulary"})
+    metrics = usual_metrics = ("loss",)
     scored_by_loss = True
     inputs_change = True
+    features = "blocks"
 
     @property
     def distribution(self) -> "Distribution":
@@ -39,8 +75,72 @@ class MaskedLM(TaskKind):
 
         return Categorical()
 
+    def splits(self, section: TaskSection, fields: Any, base: Path, notes: list[str]) -> tuple[dict[str, Columns], str]:
+        from kdcli.data import documents
+
+        found, source = documents.read_documents(section, fields.column, base, notes)
+        return {name: {"text": Column.of(texts)} for name, texts in found.items() if texts or name == "train"}, source
+
+    def read(
+        self, columns: Columns, fields: Any, source: str, notes: list[str], labels: tuple[str, ...] | None = None
+    ) -> "tuple[pa.Table, tuple[str, ...]]":
+        from kdcli.data.tables import table_of
+
+        if not len(columns["text"]):
+            raise InputError(f"{source} has no text", where="task")
+        return table_of({"text": columns["text"]}), ()
+
+    def hold_out(self, rows: "pa.Table", fraction: float, seed: int) -> "tuple[pa.Table, pa.Table]":
+        """Return a seeded split of documents; of a few documents, of their paragraphs."""
+        from kdcli.data import documents
+        from kdcli.data.tables import table_of
+
+        found = documents.hold_out(rows.column("text").to_pylist(), fraction, seed)
+        return table_of({"text": found["train"]}), table_of({"text": found["validation"]})
+
     def configure(self, labels: Sequence[str]) -> dict[str, Any]:
         return {}
+
+    def check(self, task: "Task", processor: Any, max_length: int) -> None:
+        import torch
+
+        from kdcli.data.rows import values_of
+        from kdcli.tasks.packing import Masker, check_packing
+
+        Masker(processor, **_masking(task.fields), seed=0, counts=torch.ones(len(processor)))
+        for rows in (task.train, task.selection):
+            check_packing(values_of(rows, "text"), processor, max_length)
+
+    def encode(self, rows: "Dataset", processor: Any, max_length: int) -> "Dataset":
+        """Return documents packed into blocks."""
+        from kdcli.data.rows import values_of
+        from kdcli.tasks.packing import pack
+
+        return pack(values_of(rows, "text"), processor, max_length)
+
+    def collator(self, processor: Any) -> "Callable[[list[dict[str, Any]]], dict[str, Tensor]]":
+        """Return the function from blocks whose tokens are masked already to a batch."""
+        from kdcli.tasks.packing import TextCollator
+
+        return TextCollator(processor)
+
+    def prepare(self, task: "Task", processor: Any, max_length: int, *, seed: int = 0) -> Encoded:
+        """Return blocks: those of training are masked when they are collated, the held-out ones once and for all."""
+        from kdcli.tasks.packing import Masker, TextCollator, mask_once, token_counts
+
+        train, held = (self.encode(rows, processor, max_length) for rows in (task.train, task.selection))
+        masking = _masking(task.fields)
+        counts = token_counts(train, len(processor)) if masking["smoothing"] > 0 else None
+        masker = Masker(processor, **masking, seed=seed, counts=counts)
+        # The held-out tokens that are masked are the same for every model and every seed.
+        held = mask_once(held, Masker(processor, **masking, seed=0, counts=counts))
+        return Encoded(train, held, TextCollator(processor, masker))
+
+    def examples(self, rows: "Dataset", processor: Any, max_length: int) -> int:
+        return len(self.encode(rows, processor, max_length))
+
+    def drawn(self, fields: Any) -> dict[str, Any]:
+        return fields.model_dump(include={"mask_probability", "mask_smoothing"})
 
     def positions(self, batch: "Mapping[str, Tensor]", *, everywhere: bool = False) -> "Tensor":
         """Return the masked positions, or all real ones."""
@@ -62,6 +162,10 @@ class MaskedLM(TaskKind):
         if not everywhere:
             return [Prediction(logits, weights, target)]
         return [Prediction(logits, weights, target, batch["masked_among_real"], row_weights(masked, *shape))]
+
+
+def _masking(fields: MaskingFields) -> dict[str, float]:
+    return {"probability": fields.mask_probability, "smoothing": fields.mask_smoothing}
 
 
 KIND = MaskedLM()

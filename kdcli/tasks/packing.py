@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kdcli.data.rows import BATCH, chunks_of, stored
 from kdcli.errors import InputError
-from kdcli.tasks.base import Masking
 from kdcli.tasks.encode import IDS, Collator
 
 if TYPE_CHECKING:
@@ -124,29 +123,37 @@ IGNORED = -100
 
 
 class Masker:
-    """Hides tokens: of those chosen 80% become the mask, 10% a random token, 10% stay.
+    """Masks tokens: of those chosen 80% become the mask, 10% a random token, 10% stay.
 
     Every token but the special ones is chosen with `probability` (0.15); with `smoothing` above 0 in proportion to
-    count^-smoothing of its type, so that rare words are asked more often (DistilBERT: 0.7). What is drawn depends
-    on seed, epoch and the row's number alone: a resumed or a distributed run hides the same tokens.
+    count^-smoothing of its type, so that rare tokens are masked more often (DistilBERT: 0.7). What is drawn
+    depends on seed, epoch and the row's number alone: a resumed or a distributed run masks the same tokens.
     Source: BERT (Devlin et al. 2019), section 3.1.
     """
 
-    def __init__(self, tokenizer: Any, masking: Masking, *, seed: int, counts: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        probability: float = 0.15,
+        smoothing: float = 0.0,
+        *,
+        seed: int,
+        counts: Tensor | None = None,
+    ) -> None:
         """counts: (vocabulary,), how often each token occurs; needed for smoothing."""
         if tokenizer.mask_token_id is None:
-            raise InputError("the tokenizer has no mask token, so words cannot be hidden", where="teacher.tokenizer")
+            raise InputError("the tokenizer has no mask token, so no token can be masked", where="teacher.tokenizer")
         size = len(tokenizer)
         special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
         self.mask = int(tokenizer.mask_token_id)
         self.seed = seed
-        self.probability = torch.full((size,), masking.probability)
-        if masking.smoothing > 0:
+        self.probability = torch.full((size,), probability)
+        if smoothing > 0:
             assert counts is not None
             counts = counts.double().index_fill(0, special, 0.0)
-            weights = counts.clamp(min=1.0).pow(-masking.smoothing)
-            # On average over the text as many tokens are hidden as without smoothing.
-            scale = masking.probability * counts.sum() / (counts * weights).sum()
+            weights = counts.clamp(min=1.0).pow(-smoothing)
+            # On average over the text as many tokens are masked as without smoothing.
+            scale = probability * counts.sum() / (counts * weights).sum()
             self.probability = (weights * scale).clamp(max=1.0).float()
         self.probability[special] = 0.0
         ordinary = torch.ones(size, dtype=torch.bool)
@@ -154,46 +161,47 @@ class Masker:
         self.ordinary = ordinary.nonzero().squeeze(-1)
 
     def __call__(self, ids: Tensor, index: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Return the row's ids with some hidden, and its labels (-100 where nothing is asked). ids: (seq,)."""
+        """Return the row's ids with some masked, and its labels (-100 elsewhere). ids: (seq,)."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 10_000_019 + index)
         draws = torch.rand(2, len(ids), generator=generator)
         chosen = draws[0] < self.probability[ids]
         labels = torch.where(chosen, ids, IGNORED)
         random_tokens = self.ordinary[torch.randint(len(self.ordinary), (len(ids),), generator=generator)]
-        hidden = torch.where(chosen & (draws[1] < 0.8), self.mask, ids)
-        return torch.where(chosen & (draws[1] >= 0.8) & (draws[1] < 0.9), random_tokens, hidden), labels
+        masked = torch.where(chosen & (draws[1] < 0.8), self.mask, ids)
+        return torch.where(chosen & (draws[1] >= 0.8) & (draws[1] < 0.9), random_tokens, masked), labels
 
 
 class TextCollator:
-    """Pads blocks and hides words in them; rows that bring labels with them are hidden already.
+    """Pads blocks and masks tokens in them; rows that bring labels with them are masked already.
 
-    Beside ids, mask, segments and labels a batch has flat positions into (batch x seq): `masked_positions`, where
-    something is asked, and `real_positions`, all that is not padding; `masked_among_real` are the places of the former
+    Beside ids, mask, segments and labels a batch has flat positions into (batch x seq): `masked_positions`, which
+    have a label, and `real_positions`, all that is not padding; `masked_among_real` are the places of the former
     among the latter.
     """
 
-    def __init__(self, tokenizer: Any, masker: Masker, *, multiple: int = 8) -> None:
+    def __init__(self, tokenizer: Any, masker: Masker | None = None, *, multiple: int = 8) -> None:
         self.collate = Collator(tokenizer, multiple=multiple)
         self.masker = masker
         self.epoch = 0
 
     def begin_epoch(self, epoch: int) -> None:
-        """Hide other words from now on."""
+        """Mask other tokens from now on."""
         self.epoch = epoch
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        hidden = []
+        masked = []
         for row in rows:
             if "labels" in row:
                 ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
             else:
+                assert self.masker is not None
                 ids, labels = self.masker(torch.tensor(row["input_ids"]), row["index"], self.epoch)
-            hidden.append((ids, labels))
+            masked.append((ids, labels))
         batch = self.collate(
-            [{**row, "input_ids": ids, "labels": 0} for row, (ids, _) in zip(rows, hidden, strict=True)]
+            [{**row, "input_ids": ids, "labels": 0} for row, (ids, _) in zip(rows, masked, strict=True)]
         )
         table = torch.full_like(batch["input_ids"], IGNORED)
-        for i, (_, labels) in enumerate(hidden):
+        for i, (_, labels) in enumerate(masked):
             table[i, : len(labels)] = labels
         batch["labels"] = table
         batch["masked_positions"] = (table.flatten() != IGNORED).nonzero().squeeze(-1)
@@ -202,17 +210,17 @@ class TextCollator:
         return batch
 
 
-def hide_once(blocks: "Dataset", masker: Masker) -> "Dataset":
-    """Return blocks with their words hidden once and for all, for scores that can be compared."""
-    return stored(_hidden(batch, masker) for batch in blocks.with_format("arrow").iter(BATCH))
+def mask_once(blocks: "Dataset", masker: Masker) -> "Dataset":
+    """Return blocks with their tokens masked once and for all, for losses that can be compared."""
+    return stored(_masked(batch, masker) for batch in blocks.with_format("arrow").iter(BATCH))
 
 
-def _hidden(batch: pa.Table, masker: Masker) -> pa.RecordBatch:
+def _masked(batch: pa.Table, masker: Masker) -> pa.RecordBatch:
     rows = zip(batch.column("input_ids").to_pylist(), batch.column("index").to_pylist(), strict=True)
-    hidden = [masker(torch.tensor(ids), index, -1) for ids, index in rows]
+    masked = [masker(torch.tensor(ids), index, -1) for ids, index in rows]
     columns = {name: batch.column(name).combine_chunks() for name in batch.column_names if name != "input_ids"}
-    columns["input_ids"] = pa.array([ids.tolist() for ids, _ in hidden], IDS["input_ids"])
-    columns["labels"] = pa.array([answers.tolist() for _, answers in hidden], IDS["input_ids"])
+    columns["input_ids"] = pa.array([ids.tolist() for ids, _ in masked], IDS["input_ids"])
+    columns["labels"] = pa.array([answers.tolist() for _, answers in masked], IDS["input_ids"])
     return pa.RecordBatch.from_pydict(columns)
 
 

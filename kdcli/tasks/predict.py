@@ -1,6 +1,6 @@
-"""Logits of a model for a whole data set."""
+"""Outputs of a model for a whole data set."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,38 +15,56 @@ from kdcli.models.inputs import model_inputs
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Outputs = dict[str, Any]
+"""By name an array (n, ...); where each token has a row, a list of n arrays (tokens, ...)."""
+
 
 def predict(
     model: Any,
     dataset: "Dataset",
     collator: Any,
     *,
+    outputs: Sequence[str] = ("logits",),
+    per_token: bool = False,
     batch_size: int = 64,
     owner: str = "the model",
     device: str = "auto",
-) -> np.ndarray:
-    """Return logits (n, classes) in the data set's order, fp32; all of them finite.
+) -> Outputs:
+    """Return a model's outputs in the data set's order, fp32; all of them finite.
 
-    model: a PyTorch model, or anything called with the batch's inputs that returns an object with `.logits`
-    (an `OnnxModel`). Batches are sorted by length inside; a PyTorch model is put in eval mode for the time.
-    owner: what an error calls the model. device: where a PyTorch model computes, "auto", "cpu" or "cuda" (as
-    `train.device`); afterwards it is back where it was.
-    Raises NotFiniteError when a logit is NaN or infinite: metrics would hide it behind an argmax.
+    model: a PyTorch model, or anything called with the batch's inputs that returns an object with the outputs as
+    attributes (an `OnnxModel`). per_token: each token has a row of its own. Batches are sorted by length inside; a
+    PyTorch model is put in eval mode for the time. owner: what an error calls the model. device: where a PyTorch model
+    computes, "auto", "cpu" or "cuda" (as `train.device`); afterwards it is back where it was.
+    Raises NotFiniteError when a number is NaN or infinite: metrics would hide it behind an argmax.
     """
-    order = np.argsort(array_of(dataset, "length"), kind="stable")[::-1]
-    parts = []
+    lengths = array_of(dataset, "length")
+    order = np.argsort(lengths, kind="stable")[::-1]
+    found: dict[str, list[np.ndarray]] = {name: [] for name in outputs}
     # Moved inside inference mode, a model could not be trained afterwards.
     with _placed(model, device) as place, torch.inference_mode():
         for start in range(0, len(order), batch_size):
             # As PyTorch's loader reads them: all rows of a batch at once.
             batch = collator(dataset.__getitems__(order[start : start + batch_size].tolist()))
             inputs = {name: tensor.to(place) for name, tensor in model_inputs(model, batch).items()}
-            parts.append(torch.as_tensor(model(**inputs).logits).float().cpu().numpy())
-    sorted_logits = np.concatenate(parts)
-    check_finite(sorted_logits, owner)
-    logits = np.empty_like(sorted_logits)
-    logits[order] = sorted_logits
-    return logits
+            output = model(**inputs)
+            for name, parts in found.items():
+                parts.append(torch.as_tensor(getattr(output, name)).float().cpu().numpy())
+    return {name: _in_order(parts, order, lengths if per_token else None, owner) for name, parts in found.items()}
+
+
+def _in_order(parts: list[np.ndarray], order: np.ndarray, lengths: np.ndarray | None, owner: str) -> Any:
+    """Return outputs in the data set's order. lengths: of each row, where tokens have rows of their own."""
+    if lengths is None:
+        by_length = np.concatenate(parts)
+        check_finite(by_length, owner)
+        table = np.empty_like(by_length)
+        table[order] = by_length
+        return table
+    rows = [row[: lengths[place]] for row, place in zip((row for part in parts for row in part), order, strict=True)]
+    for row in rows:
+        check_finite(row, owner)
+    return [rows[place] for place in np.argsort(order)]
 
 
 @contextmanager

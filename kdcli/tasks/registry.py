@@ -1,21 +1,123 @@
 """Kinds of tasks by name: the package's own, and those that other packages offer as `kdcli.tasks` entry points."""
 
+import difflib
 import importlib
+import pkgutil
+from functools import cache
+from typing import Any
 
+from pydantic import ValidationError
+
+import kdcli.tasks
+from kdcli.data.columns import Columns
+from kdcli.data.sets import NamedSet, named_sets
 from kdcli.errors import InputError
+from kdcli.offers import Offers
+from kdcli.recipe.check import told
+from kdcli.recipe.problems import problems_of
+from kdcli.recipe.schema import TaskSection
 from kdcli.tasks.kind import TaskKind
 
-BUILT_IN = {"classification": "classification", "regression": "regression", "text": "masked_lm"}
-"""The module of each kind of this folder."""
+SHARED = {"base", "encode", "kind", "labels", "load", "metrics", "numbers", "packing", "predict", "registry"}
+SHARED |= {"text_inputs"}
+"""The modules of this folder that hold no kind. Each of the others holds one, called KIND."""
+
+USUAL = "classification"
+"""The kind of a user's own data, where neither the recipe nor the data say another."""
+
+
+@cache
+def _own() -> dict[str, TaskKind]:
+    modules = sorted(module.name for module in pkgutil.iter_modules(kdcli.tasks.__path__))
+    kinds = [importlib.import_module(f"kdcli.tasks.{name}").KIND for name in modules if name not in SHARED]
+    return {kind.name: kind for kind in kinds}
+
+
+@cache
+def offers() -> Offers[TaskKind]:
+    """Return what other packages offer."""
+    return Offers("kdcli.tasks", "type of task", TaskKind, _own(), where="task.type")  # type: ignore[type-abstract]
 
 
 def names() -> list[str]:
-    """Return the names of all kinds."""
-    return list(BUILT_IN)
+    """Return the names of all kinds, the package's own first."""
+    return offers().names()
 
 
 def get(name: str) -> TaskKind:
-    """Return a kind of task. Raises InputError where there is none of that name."""
-    if name not in BUILT_IN:
-        raise InputError(f"unknown type of task {name!r}; known are {', '.join(names())}", where="task.type")
-    return importlib.import_module(f"kdcli.tasks.{BUILT_IN[name]}").KIND
+    """Return a kind. Raises InputError where it cannot be loaded, and with the nearest name where there is none."""
+    if name in _own():
+        return _own()[name]
+    if name in offers():
+        return offers().load(name)
+    near = difflib.get_close_matches(name, names(), n=1)
+    raise InputError(
+        f"unknown type of task {name!r}; known are {', '.join(names())}",
+        where="task.type",
+        hint=f"did you mean {near[0]!r}?" if near else None,
+    )
+
+
+def usable() -> tuple[list[TaskKind], list[str]]:
+    """Return all kinds that work, and a line for each that another package offers and that does not."""
+    found, problems = offers().usable()
+    return [*_own().values(), *found], problems
+
+
+def set_of(section: TaskSection) -> NamedSet | None:
+    """Return the set that `[task]` names; None for a user's own data and other names."""
+    named = None if section.is_own else named_sets().get(section.name)
+    return named if named is not None and section.type in (None, named.kind) else None
+
+
+def kind_of(section: TaskSection) -> TaskKind:
+    """Return the kind of `[task]`: the one that it names, or that of its set; else the usual one.
+
+    Where `type` is left out, a user's own data may turn out to be of another kind: see `recognise`.
+    """
+    named = set_of(section)
+    return get(named.kind if named is not None else section.type or USUAL)
+
+
+def fields_of(kind: TaskKind, section: TaskSection) -> Any:
+    """Return the kind's own fields of `[task]`. Raises InputError for those that it does not have, or other values."""
+    try:
+        return kind.fields.model_validate(section.fields)
+    except ValidationError as error:
+        first, *_ = told(problems_of(kind.fields, error, prefix=("task",)), kind, usable()[0])
+        raise InputError(first.message, where=first.name, hint=first.hint) from error
+
+
+def recognise(columns: Columns, section: TaskSection, source: str, notes: list[str]) -> TaskKind:
+    """Return the kind of a user's own data, where the recipe does not say. notes: takes what is doubtful about that.
+
+    Kinds that have no place for the fields of `[task]` are none. Raises InputError where several fit.
+    """
+    usual = get(USUAL)
+    fitting = []
+    for kind in usable()[0]:
+        try:
+            fields = kind.fields.model_validate(section.fields)
+        except ValidationError:
+            continue
+        if kind is not usual and kind.recognises(columns, fields, source, notes):
+            fitting.append(kind)
+    if len(fitting) > 1:
+        types = " or ".join(f'"{kind.name}"' for kind in fitting)
+        raise InputError(f"{source} may be of several kinds", where="task.type", hint=f"give type = {types}")
+    if not fitting:
+        usual.recognises(columns, fields_of(usual, section), source, notes)
+    return fitting[0] if fitting else usual
+
+
+def of_model(config: Any, head: str, name: object = "the model") -> TaskKind:
+    """Return the kind that a trained model is for, by its head and its configuration. Raises InputError for none."""
+    fitting = [kind for kind in usable()[0] if kind.head.name == head and kind.fits(config)]
+    if not fitting:
+        raise InputError(
+            f"{name} fits no type of task: its config.json says {config.num_labels} outputs, and problem_type "
+            f"{config.problem_type!r}",
+            where="MODEL",
+            hint="if that is wrong, correct it",
+        )
+    return fitting[0]

@@ -1,14 +1,27 @@
 """What kinds of tasks share whose examples are one text, or a pair of texts, each with one prediction."""
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field, field_validator
+
+from kdcli.data.columns import Column, Columns, chunked, is_missing, need_column, shape_of_value
+from kdcli.errors import InputError
 from kdcli.models.heads import Head
+from kdcli.recipe.schema import TaskSection
+from kdcli.tasks.kind import Fields, TaskKind
+from kdcli.tasks.labels import readable
+from kdcli.words import counted
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from datasets import Dataset
     from torch import Tensor
 
     from kdcli.signals import Prediction
+    from kdcli.tasks.base import Task
 
 SEQUENCE_CLASSIFICATION = Head(
     "sequence-classification",
@@ -19,8 +32,147 @@ SEQUENCE_CLASSIFICATION = Head(
 )
 
 
-def one_per_example(output: Any, batch: "Mapping[str, Tensor]") -> "list[Prediction]":
-    """Return one table with a row an example: logits (batch, classes) beside the labels of the batch, if any."""
-    from kdcli.signals import Prediction
+class TextFields(Fields):
+    """The columns of own data: one or two of text, and the labels."""
 
-    return [Prediction(output.logits, target=batch.get("labels"))]
+    text: str | list[str] | None = Field(
+        default=None,
+        description="The text column of own data, or a list of two for pairs. Left out only with a task's name.",
+    )
+    label: str | None = Field(default=None, description="The label column. Left out, the column named label.")
+
+    @field_validator("text")
+    @classmethod
+    def _one_or_two(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list) and len(value) not in (1, 2):
+            raise ValueError("text takes one or two columns")
+        return value
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of text."""
+        return [self.text] if isinstance(self.text, str) else list(self.text or [])
+
+    def check(self, task: TaskSection) -> None:
+        if task.is_own and self.text is None:
+            raise ValueError('own data needs text = "COLUMN" (or two columns)')
+        given = [name for name in ("text", "label", "labels") if getattr(self, name, None) is not None]
+        if given and not task.is_own:
+            raise ValueError(f"{given[0]} = ... needs data, train or hub")
+
+
+class TextKind(TaskKind):
+    """A text, or a pair of texts, with one answer. What is left to a kind are its labels, its head and its scores."""
+
+    head = SEQUENCE_CLASSIFICATION
+
+    @abstractmethod
+    def read_labels(
+        self, columns: Columns, fields: Any, source: str, notes: list[str], labels: tuple[str, ...] | None
+    ) -> tuple[Any, tuple[str, ...]]:
+        """Return a label a row, as a batch takes them, and the names of all labels. Arguments are those of `read`."""
+
+    def read(
+        self, columns: Columns, fields: Any, source: str, notes: list[str], labels: tuple[str, ...] | None = None
+    ) -> "tuple[pa.Table, tuple[str, ...]]":
+        import pyarrow as pa
+
+        texts = read_texts(columns, fields.columns, source)
+        values, labels = self.read_labels(columns, fields, source, notes, labels)
+        return pa.table({**texts, "label": pa.array(values)}), labels
+
+    @abstractmethod
+    def labels_for(
+        self, config: Any, columns: Columns, fields: Any, source: str, notes: list[str], names: Sequence[str] | None
+    ) -> tuple[Any, tuple[str, ...]]:
+        """Return the same, where the labels are a model's own. Arguments are those of `read_for`."""
+
+    def read_for(
+        self, config: Any, columns: Columns, fields: Any, source: str, notes: list[str], names: Sequence[str] | None
+    ) -> "tuple[pa.Table, tuple[str, ...]]":
+        import pyarrow as pa
+
+        texts = read_texts(columns, fields.columns, source)
+        values, labels = self.labels_for(config, columns, fields, source, notes, names)
+        return pa.table({**texts, "label": pa.array(values)}), labels
+
+    def has_answers(self, columns: Columns, fields: Any) -> bool:
+        values = columns.get(fields.label or "label", Column())
+        return not all(map(is_missing, values))
+
+    def check(self, task: "Task", processor: Any, max_length: int) -> None:
+        from kdcli.tasks.encode import check_room
+
+        check_room(processor, max_length, pair="text_pair" in task.train.column_names)
+
+    def encode(self, rows: "Dataset", processor: Any, max_length: int) -> "Dataset":
+        from kdcli.tasks.encode import encode
+
+        return encode(rows, processor, max_length)
+
+    def collator(self, processor: Any) -> "Callable[[list[dict[str, Any]]], dict[str, Tensor]]":
+        from kdcli.tasks.encode import Collator
+
+        return Collator(processor)
+
+    def predictions(
+        self, output: Any, batch: "Mapping[str, Tensor]", *, everywhere: bool = False
+    ) -> "list[Prediction]":
+        """Return one table with a row an example: logits (batch, classes) beside the labels of the batch, if any."""
+        from kdcli.signals import Prediction
+
+        return [Prediction(output.logits, target=batch.get("labels"))]
+
+
+def read_texts(columns: Columns, names: Sequence[str], source: str) -> "dict[str, pa.ChunkedArray]":
+    """Return the columns `names` as text and text_pair. Raises InputError for a row without a text."""
+    texts = text_columns(columns, names, source)
+    each = zip(*(Column(column.chunks) for column in texts.values()), strict=True)
+    empty = [row for row, parts in enumerate(each, 1) if not any(part.strip() for part in parts)]
+    if empty:
+        raise InputError(
+            f"{source}: {counted(len(empty), 'row')} without text, the first is row {empty[0]}",
+            where="task.text",
+            hint="remove them",
+        )
+    return texts
+
+
+def text_columns(columns: Columns, names: Sequence[str], source: str) -> "dict[str, pa.ChunkedArray]":
+    """Return the columns `names` as text and text_pair. Raises InputError for a row without one of them."""
+    import pyarrow as pa
+
+    text, rows = pa.large_string(), {}
+    for target, name in zip(("text", "text_pair"), names, strict=False):
+        values = need_column(columns, name, "text", source)
+        parts: list[pa.Array] = []
+        first = 1
+        for part in values.parts:
+            if isinstance(part, pa.Array) and part.type in (text, pa.string()) and not part.null_count:
+                parts.append(part.cast(text))
+            else:
+                parts += (pa.array(chunk, text) for chunk in chunked(_texts(Column([part]), first, name, source)))
+            first += len(part)
+        rows[target] = pa.chunked_array(parts, text)
+    return rows
+
+
+def _texts(values: Column, first: int, name: str, source: str) -> Iterator[str]:
+    """Yield the values as text. first: the number of the first row. Raises InputError for what is none."""
+    for row, value in enumerate(values, first):
+        if value is None or value != value:
+            raise InputError(f"{source}: row {row} has no {name!r}", where="task.text")
+        if isinstance(value, list | dict | bytes):
+            raise InputError(
+                f"{source}: {name!r} of row {row} is {shape_of_value(value)}, not a text", where="task.text"
+            )
+        yield readable(str(value), row, source, "task.text")
+
+
+def gold(rows: Any) -> "np.ndarray":
+    """Return the labels of rows (a table or a data set), (n, ...)."""
+    import pyarrow as pa
+
+    from kdcli.data.rows import array_of
+
+    return rows.column("label").to_numpy() if isinstance(rows, pa.Table) else array_of(rows, "label")

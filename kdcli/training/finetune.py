@@ -1,6 +1,5 @@
 """Fine-tuning a model on a task's gold labels, or on masked tokens."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,6 @@ from kdcli.objectives.gold import GoldObjective
 from kdcli.objectives.term import Term
 from kdcli.recipe.schema import FinetuneSection, TrainSection
 from kdcli.tasks.base import Task
-from kdcli.tasks.metrics import compute_metrics
-from kdcli.tasks.prepare import encode_task
 from kdcli.training.settings import LoopSettings
 from kdcli.training.step import Distiller
 
@@ -36,7 +33,7 @@ def finetune(
     identity: Any,
     log: Path | None = None,
 ) -> dict[str, Any]:
-    """Train `model` on the gold labels (or the masked tokens) of `task`, in place, and return the loop's record.
+    """Train `model` on the gold answers (labels, or masked tokens) of `task`, in place, and return the loop's record.
 
     identity: says which training its checkpoints belong to.
     train: where and how precisely, as for the student; batch size, rate and the like come from `settings`.
@@ -44,13 +41,13 @@ def finetune(
     """
     from kdcli.training.trainer import fit
 
-    encoded = encode_task(task, tokenizer, max_length, seed=seed)
+    encoded = task.kind.prepare(task, tokenizer, max_length, seed=seed)
     return fit(
         Distiller(model, [Term("task", GoldObjective(task.kind.distribution))], kind=task.kind),
         train=encoded.train,
         selection=None,
         collator=encoded.collator,
-        metrics=metrics_of(task),
+        metrics=None,
         settings=replace(LoopSettings.from_finetune(settings, train, seed=seed), metric=task.primary),
         folder=work,
         log_dir=log,
@@ -59,10 +56,3 @@ def finetune(
         identity=identity,
         resume=resume,
     )
-
-
-def metrics_of(task: Task) -> Callable[[Any, Any], dict[str, float]] | None:
-    """Return the task's metrics as a function of (logits, labels); None for plain text, scored by the loss."""
-    if task.kind.scored_by_loss:
-        return None
-    return lambda logits, labels: compute_metrics(task.metrics, logits, labels)

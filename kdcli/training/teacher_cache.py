@@ -1,10 +1,11 @@
 """What a fixed teacher gives for fixed inputs, computed once and kept on disk (`teacher.cache`)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from rich.console import Console
@@ -13,7 +14,7 @@ from torch import Tensor
 from kdcli.data.rows import array_of
 from kdcli.files import cache_dir, fingerprint
 from kdcli.models.hashing import hash_of_dataset, hash_of_model
-from kdcli.tasks.predict import predict
+from kdcli.tasks.predict import Outputs, predict
 from kdcli.tensor_file import keep_tensors, kept_tensors
 from kdcli.training.distributed import main_does
 
@@ -50,16 +51,26 @@ class KnownOutputs:
         return SimpleNamespace(**{name: table[index.clamp(max=len(table) - 1)] for name, table in tables})
 
 
-def known_outputs(teacher: "PreTrainedModel", dataset: Dataset, collator: Any, **options: Any) -> KnownOutputs:
+def known_outputs(
+    teacher: "PreTrainedModel", dataset: Dataset, collator: Any, *, per_token: bool = False, **options: Any
+) -> KnownOutputs:
     """Return the teacher's outputs for an encoded data set, fp32.
 
     options: those of `cached_predictions`, which it raises the errors of.
     """
-    logits = cached_predictions(teacher, dataset, collator, **options)
+    found = cached_predictions(teacher, dataset, collator, per_token=per_token, **options)
     index = torch.from_numpy(array_of(dataset, "index"))
-    table = torch.zeros(int(index.max()) + 1, logits.shape[1])
-    table[index] = logits
-    return KnownOutputs({"logits": table})
+    size = int(index.max()) + 1
+    if per_token:
+        lengths = torch.from_numpy(array_of(dataset, "length"))
+        starts = torch.zeros(size, dtype=torch.long)
+        starts[index] = lengths.cumsum(0) - lengths
+        return KnownOutputs(_tensors(found, per_token), starts)
+    tables = {}
+    for name, rows in found.items():
+        tables[name] = torch.zeros(size, *rows.shape[1:])
+        tables[name][index] = torch.from_numpy(rows)
+    return KnownOutputs(tables)
 
 
 def cached_predictions(
@@ -68,28 +79,50 @@ def cached_predictions(
     collator: Any,
     *,
     batch_size: int,
+    outputs: Sequence[str] = ("logits",),
+    per_token: bool = False,
     use_cache: bool = True,
     console: Console | None = None,
     owner: str = "the teacher",
     device: str = "auto",
-) -> Tensor:
-    """Return the teacher's logits for an encoded data set in its order, (n, classes), fp32; all of them finite.
+) -> Outputs:
+    """Return the teacher's outputs for an encoded data set in its order, as `predict` does; all of them finite.
 
     The file is named by the teacher's weights and configuration and the encoded inputs, holds fp32 as computed, and
     appears whole or not at all: another teacher, text, tokenizer or maximum length is another file. A file that
     is damaged is made again, and the console told. owner, device: as in `predict`.
-    Raises NotFiniteError when the teacher's logits contain NaN or inf; they are never kept.
+    Raises NotFiniteError when the teacher's outputs contain NaN or inf; they are never kept.
     """
-    name = fingerprint({"model": hash_of_model(teacher), "inputs": hash_of_dataset(dataset), "format": 2})
+    of = {"model": hash_of_model(teacher), "inputs": hash_of_dataset(dataset), "outputs": list(outputs), "format": 3}
+    name = fingerprint(of)
     path = cache_dir() / "logits" / f"{name}.safetensors"
-    shapes = {"logits": (len(dataset), teacher.config.num_labels)}
-    kept = kept_tensors(path, shapes, of=name, console=console) if use_cache else None
+    lengths = array_of(dataset, "length") if per_token else None
+    rows = len(dataset) if lengths is None else int(lengths.sum())
+    kept = kept_tensors(path, dict.fromkeys(outputs, (rows,)), of=name, console=console) if use_cache else None
     if kept is not None:
-        logits = kept["logits"]
+        tables = {output: tensor.numpy() for output, tensor in kept.items()}
+        found: Outputs = tables if lengths is None else {key: _by_row(table, lengths) for key, table in tables.items()}
     else:
-        found = predict(teacher, dataset, collator, batch_size=batch_size, owner=owner, device=device)
-        logits = torch.from_numpy(found)
+        found = predict(
+            teacher,
+            dataset,
+            collator,
+            outputs=outputs,
+            per_token=per_token,
+            batch_size=batch_size,
+            owner=owner,
+            device=device,
+        )
     if use_cache:
         # A process may find what another has just written: all of them wait here, whether they found it or not.
-        main_does(lambda: keep_tensors(path, {"logits": logits}, of=name) if kept is None else None)
-    return logits
+        main_does(lambda: keep_tensors(path, _tensors(found, per_token), of=name) if kept is None else None)
+    return found
+
+
+def _by_row(table: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return np.split(table, np.cumsum(lengths)[:-1])
+
+
+def _tensors(found: Outputs, per_token: bool) -> dict[str, Tensor]:
+    """Return outputs as tensors: the rows of tokens one after the other."""
+    return {name: torch.from_numpy(np.concatenate(rows) if per_token else rows) for name, rows in found.items()}

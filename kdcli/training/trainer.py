@@ -157,9 +157,9 @@ class DistillationTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             outputs = model(inputs)
-        if "logits" not in outputs:
+        if "loss" in outputs:
             return outputs["loss"], None, None
-        return None, outputs["logits"].float(), inputs["labels"]
+        return None, {name: output.float() for name, output in outputs.items()}, inputs["labels"]  # type: ignore[return-value]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The mean of the last steps, and at the end that of all.
@@ -295,7 +295,7 @@ def fit(
     train: Dataset,
     selection: Dataset | None,
     collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
-    metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None,
+    metrics: Callable[[dict[str, np.ndarray]], dict[str, float]] | None,
     settings: LoopSettings,
     folder: Path,
     log_dir: Path | None,
@@ -307,8 +307,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train `distiller` in place and return what happened: steps, seconds, history, best score.
 
-    train, selection: encoded data sets. metrics: from (logits, labels) to named scores; None scores by the loss on
-    `selection`. Checkpoints go to `folder`; with `resume`, training goes on from the newest one that is whole and was
+    train, selection: encoded data sets. metrics: from the outputs for `selection` to named scores; None scores by the
+    loss on it. Checkpoints go to `folder`; with `resume`, training goes on from the newest one that is whole and was
     written under the same `identity` (plain values that say which training this is); else old ones are removed.
     scheme: begun already.
     Raises InputError when the batch cannot be split over the processes, and RunError when training diverges.
@@ -318,10 +318,10 @@ def fit(
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         assert metrics is not None
-        logits = np.asarray(prediction.predictions)
-        if not np.isfinite(logits).all():
+        outputs: Any = prediction.predictions
+        if not all(np.isfinite(output).all() for output in outputs.values()):
             raise _diverged("the student's logits contain NaN or inf")
-        return metrics(logits, np.asarray(prediction.label_ids))
+        return metrics(outputs)
 
     trainer = DistillationTrainer(
         model=distiller,

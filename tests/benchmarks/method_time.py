@@ -40,9 +40,7 @@ from kdcli.objectives.gold import GoldObjective
 from kdcli.recipe.schema import EvaluateSection, Recipe, StudentSection, TaskSection
 from kdcli.signals import Request
 from kdcli.tasks import registry as kinds
-from kdcli.tasks.base import Masking
 from kdcli.tasks.load import load_task
-from kdcli.tasks.prepare import encode_task
 from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.settings import LoopSettings
 from kdcli.training.step import Distiller
@@ -72,8 +70,9 @@ class World:
         train = self.task.train.remove_columns("text").add_column("text", rows)  # type: ignore[call-arg]
         self.task = replace(self.task, train=train)
         if kind == "text":
-            self.task = replace(self.task, kind=kinds.get("text"), masking=Masking())
-        self.encoded = encode_task(self.task, self.tokenizer, sequence)
+            text_kind = kinds.get("text")
+            self.task = replace(self.task, kind=text_kind, fields=text_kind.fields())
+        self.encoded = self.task.kind.prepare(self.task, self.tokenizer, sequence)
         self.batch = self.encoded.collator([self.encoded.train[i] for i in range(batch)])
 
     def place(self) -> None:

@@ -654,13 +654,13 @@ def too_many_label_names(world: World) -> list[str]:
     return ["distill", world.recipe(teacher={"labels": ["no", "yes", "maybe"]})]
 
 
-@case("teacher.model", "1 class", "task own has 2", "[teacher.finetune]")
+@case("teacher.model", "is a regression", "a single-label classifier", "[teacher.finetune]")
 def regression_teacher_for_classes(world: World) -> list[str]:
     world.model("regressor")
     return ["distill", world.recipe()]
 
 
-@case("teacher.model", "teacher is a multi-label model", "single-label classification and regression")
+@case("teacher.model", "teacher is a multi-label classifier", "a single-label classifier")
 def multi_label_teacher(world: World) -> list[str]:
     world.model("multi-label")
     return ["distill", world.recipe()]
@@ -691,14 +691,14 @@ def student_checkpoint_of_other_classes(world: World) -> list[str]:
     return ["distill", world.recipe("student", student={"form": "checkpoint", "model": "start"})]
 
 
-@case("student.model", "1 output", "the task has 2")
+@case("student.model", "is a regression", "a single-label classifier")
 def student_checkpoint_of_a_regression(world: World) -> list[str]:
     world.model()
     world.model("regressor", "start")
     return ["distill", world.recipe("student", student={"form": "checkpoint", "model": "start"})]
 
 
-@case("student.model", "start is a multi-label model")
+@case("student.model", "start is a multi-label classifier")
 def student_checkpoint_with_several_labels(world: World) -> list[str]:
     world.model()
     world.model("multi-label", "start")
@@ -918,14 +918,12 @@ def eval_of_a_token_classifier(world: World) -> list[str]:
     return ["eval", str(world.model("tagger", "tagger")), "--task", "reviews"]
 
 
-@case("MODEL", "is a multi-label model; kdcli distils, scores and exports single-label classification")
-def eval_of_a_multi_label_model(world: World) -> list[str]:
-    return ["eval", str(world.model("multi-label", "many")), "--data", "rows.csv", "--text", "text"]
-
-
-@case("MODEL", "is a multi-label model; kdcli distils, scores and exports single-label classification")
-def export_of_a_multi_label_model(world: World) -> list[str]:
-    return ["export", str(world.model("multi-label", "many")), "--onnx", "--out", "served", "--no-latency"]
+@case("MODEL", "fits no type of task", "2 outputs", "problem_type 'regression'")
+def eval_of_a_regression_of_two_numbers(world: World) -> list[str]:
+    model = world.model(name="many")
+    config = model / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "problem_type": "regression"}))
+    return ["eval", str(model), "--data", "rows.csv", "--text", "text"]
 
 
 @case("MODEL", "190 tokens", "embeddings for 100")
@@ -1113,7 +1111,7 @@ def a_retention_gate_for_plain_text(world: World) -> list[str]:
     return ["distill", text_recipe(world), "--fail-under-retention", "0.9", "--dry-run"]
 
 
-@case("evaluate.fail_under_retention needs a task with labels")
+@case("evaluate.fail_under_retention: needs a task with labels")
 def a_retention_gate_in_a_recipe_for_plain_text(world: World) -> list[str]:
     return ["distill", text_recipe(world, evaluate={"fail_under_retention": 0.9})]
 
@@ -1128,7 +1126,7 @@ def a_retention_gate_for_a_black_box(world: World) -> list[str]:
     return ["distill", world.recipe("teacher", teacher={"black_box": True}), "--fail-under-retention", "0.9"]
 
 
-@case("export.onnx needs a task with labels", "kdcli export")
+@case("export.onnx: needs a task with labels", "kdcli export")
 def an_export_after_plain_text(world: World) -> list[str]:
     return ["distill", text_recipe(world, export={"onnx": True})]
 

@@ -23,13 +23,13 @@ from rich.console import Console
 import kdcli
 from kdcli.cli.app import COMMANDS, run
 from kdcli.cli.recipes import COMMANDS as RECIPES
+from kdcli.distill.recipe import load_recipe
 from kdcli.distill.run import run_distill
 from kdcli.errors import InputError
 from kdcli.files import to_json_text
 from kdcli.methods import registry
 from kdcli.models.counts import count_parameters
 from kdcli.models.families import FAMILIES
-from kdcli.recipe.load import load_recipe
 
 
 def python(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -625,7 +625,7 @@ def test_the_classes_of_a_model_can_be_named(world: World):
     world.model("strangers")
     arguments = ["eval", "teacher", "--task", "reviews", "--max-samples", "40", "--json"]
     refused = world.call(*arguments)
-    assert refused.code == 2 and "--labels: the model's classes (ham, spam)" in refused.err
+    assert refused.code == 2 and "--labels: the classes of teacher (ham, spam)" in refused.err
     assert "--labels A,B" in refused.err and "teacher.labels" not in refused.err
     scores = [world.call(*arguments, "--labels", names) for names in ("negative,positive", "positive,negative")]
     assert [outcome.code for outcome in scores] == [0, 0]

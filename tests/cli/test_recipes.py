@@ -11,8 +11,8 @@ import jsonschema
 import pytest
 from conftest import World
 
+from kdcli.distill.recipe import load_recipe
 from kdcli.methods import registry
-from kdcli.recipe.load import load_recipe
 from kdcli.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[2]

@@ -8,11 +8,11 @@ from families import tiny, tokenizer
 from kdcli.cli import render
 from kdcli.distill.plan import make_plan
 from kdcli.distill.prepare import prepare
+from kdcli.distill.recipe import load_recipe
 from kdcli.distill.resolve import resolve
 from kdcli.distill.run import run_distill
 from kdcli.errors import InputError
 from kdcli.models.save import save_model
-from kdcli.recipe.load import load_recipe
 
 
 def test_a_black_box_needs_no_model_at_all(tmp_path: Path):

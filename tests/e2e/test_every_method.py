@@ -166,7 +166,7 @@ def ignorant(teacher: Path, section: dict[str, Any], folder: Path) -> dict[str, 
 def judge(model: Any, tokenizer: Any, task: Task) -> tuple[float, float]:
     """Return accuracy and cross entropy on the validation rows."""
     rows = task.report["validation"]
-    logits = predict(model, encode(rows, tokenizer, 40), Collator(tokenizer))
+    logits = predict(model, encode(rows, tokenizer, 40), Collator(tokenizer))["logits"]
     loss = torch.nn.functional.cross_entropy(torch.as_tensor(logits), torch.tensor(list(rows["label"])))
     return evaluate_model(model, tokenizer, task, max_length=40)["validation"]["accuracy"], float(loss)
 

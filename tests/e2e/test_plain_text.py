@@ -14,8 +14,8 @@ import kdcli
 from kdcli.data.reviews import reviews
 from kdcli.distill.plan import make_plan
 from kdcli.distill.prepare import prepare
+from kdcli.distill.recipe import load_recipe
 from kdcli.models.heads import head_of
-from kdcli.recipe.load import load_recipe
 
 RECIPE = tiny_recipe(
     *("task", "student"),

@@ -28,8 +28,8 @@ def test_logits_come_in_the_order_of_the_data(task):
     model, words = tiny("bert"), tokenizer()
     data = encode(task.selection, words, 64)
     collator = Collator(words)
-    together = predict(model, data, collator, batch_size=7)
-    alone = np.concatenate([predict(model, data.select([i]), collator) for i in range(len(data))])
+    together = predict(model, data, collator, batch_size=7)["logits"]
+    alone = np.concatenate([predict(model, data.select([i]), collator)["logits"] for i in range(len(data))])
     assert together.shape == (50, 2)
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
@@ -37,15 +37,15 @@ def test_logits_come_in_the_order_of_the_data(task):
 def test_prediction_leaves_a_training_model_in_training(task):
     model, words = tiny("bert").train(), tokenizer()
     data = encode(task.selection, words, 64)
-    first = predict(model, data, Collator(words))
+    first = predict(model, data, Collator(words))["logits"]
     assert model.training
-    np.testing.assert_array_equal(first, predict(model, data, Collator(words)))
+    np.testing.assert_array_equal(first, predict(model, data, Collator(words))["logits"])
 
 
 def test_scores_are_those_of_the_argmax(task):
     model, words = tiny("bert"), tokenizer()
     scores = evaluate_model(model, words, task)
-    logits = predict(model, encode(task.selection, words, 128), Collator(words))
+    logits = predict(model, encode(task.selection, words, 128), Collator(words))["logits"]
     assert scores["validation"]["accuracy"] == pytest.approx(
         (logits.argmax(1) == np.array(task.selection["label"])).mean()
     )

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import TrainerControl, TrainerState
 
 from kdcli.cli.methods import tasks_of
+from kdcli.distill.recipe import load_recipe
 from kdcli.distill.student import make_distiller
 from kdcli.errors import InputError
 from kdcli.methods import registry
@@ -29,7 +30,6 @@ from kdcli.models.shape import shape_of
 from kdcli.objectives.attribution import path_gradient, saliency
 from kdcli.objectives.distribution import Categorical
 from kdcli.objectives.output import OutputObjective
-from kdcli.recipe.load import load_recipe
 from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import Request
 from kdcli.tasks import registry as kinds

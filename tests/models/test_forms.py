@@ -9,6 +9,7 @@ from families import NAMES, matrices, tiny, tokenizer
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
 
+from kdcli.distill.teacher import labelling_of
 from kdcli.errors import InputError
 from kdcli.methods import registry
 from kdcli.methods.layer_maps import uniform
@@ -20,6 +21,7 @@ from kdcli.models.save import save_model
 from kdcli.models.shape import shape_of
 from kdcli.models.student import build_student, chosen_layers
 from kdcli.recipe.schema import StudentSection
+from kdcli.tasks.classification import KIND as CLASSIFICATION
 
 
 def depth(**values: Any) -> StudentSection:
@@ -238,6 +240,7 @@ def test_a_low_rank_student_leaves_the_teacher_alone(family: str):
     assert same(teacher.state_dict(), before)
 
 
+LABELLING = labelling_of(CLASSIFICATION, ("a", "b", "c"))
 ABC = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
 
 
@@ -248,14 +251,14 @@ def test_a_checkpoint_without_a_trained_head_keeps_its_body_and_gets_the_teacher
     other = checkpoint.bert if kind == "base" else AutoModelForTokenClassification.from_config(teacher.config)
     save_model(other, tmp_path, tokenizer())
     section = StudentSection(form="checkpoint", model=str(tmp_path))
-    build = build_student(teacher, section, seed=5)
+    build = build_student(teacher, section, seed=5, labelling=LABELLING)
     assert build.teacher_layers is None
     assert build.model.config.id2label == {0: "a", 1: "b", 2: "c"}
     body = {key: value for key, value in other.base_model.state_dict().items() if "pooler" not in key}
     state = build.model.bert.state_dict()
     assert len(body) > 20 and all(torch.equal(value, state[key]) for key, value in body.items())
     assert build.model.classifier.weight.shape == (3, 32)
-    again = build_student(teacher, section, seed=5)
+    again = build_student(teacher, section, seed=5, labelling=LABELLING)
     assert torch.equal(build.model.classifier.weight, again.model.classifier.weight)
 
 
@@ -265,7 +268,8 @@ def test_a_checkpoints_trained_head_is_put_into_the_teachers_order_by_its_names(
     names = ["C", "a", "b"]
     checkpoint = tiny(family, layers=1, seed=1, labels=3, id2label=dict(enumerate(names)))
     save_model(checkpoint, tmp_path)
-    student = build_student(teacher, StudentSection(form="checkpoint", model=str(tmp_path)), seed=0).model
+    section = StudentSection(form="checkpoint", model=str(tmp_path))
+    student = build_student(teacher, section, seed=0, labelling=LABELLING).model
     assert torch.equal(probe(student), probe(checkpoint)[:, [1, 2, 0]])
     assert student.config.id2label == {0: "a", 1: "b", 2: "c"}
 
@@ -274,22 +278,23 @@ def test_a_checkpoint_with_the_librarys_own_names_is_taken_to_have_the_teachers_
     checkpoint = tiny("distilbert", layers=1, seed=1)
     save_model(checkpoint, tmp_path)
     section = StudentSection(form="checkpoint", model=str(tmp_path))
-    student = build_student(tiny("bert"), section, seed=0).model
+    student = build_student(tiny("bert"), section, seed=0, labelling=labelling_of(CLASSIFICATION, ("b", "a"))).model
     assert torch.equal(probe(student), probe(checkpoint))
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, r"has 2 outputs \(LABEL_0, LABEL_1\), the task has 3 \(a, b, c\)"),
+        ({}, r"has 2 classes \(LABEL_0, LABEL_1\), the task has 3 \(a, b, c\)"),
         ({"labels": 3, "id2label": {0: "x", 1: "b", 2: "c"}}, r"\(x, b, c\) are not the task's labels \(a, b, c\)"),
-        ({"labels": 3, "problem_type": "multi_label_classification"}, "is a multi-label model"),
+        ({"labels": 3, "problem_type": "multi_label_classification"}, "is a multi-label classifier"),
     ],
 )
 def test_a_checkpoint_whose_classes_are_not_the_teachers_is_refused(settings: dict, words: str, tmp_path: Path):
     save_model(tiny("bert", layers=1, **settings), tmp_path)
     with pytest.raises(InputError, match=words) as caught:
-        build_student(tiny("bert", labels=3, **ABC), StudentSection(form="checkpoint", model=str(tmp_path)), seed=0)
+        section = StudentSection(form="checkpoint", model=str(tmp_path))
+        build_student(tiny("bert", labels=3, **ABC), section, seed=0, labelling=LABELLING)
     assert caught.value.where == "student.model" and caught.value.hint
 
 

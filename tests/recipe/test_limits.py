@@ -9,9 +9,9 @@ from typing import Annotated, Any, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
+from kdcli.distill.recipe import load_recipe
 from kdcli.errors import InputError
 from kdcli.methods import registry
-from kdcli.recipe.load import load_recipe
 from kdcli.recipe.schema import Recipe
 
 LEAST = 'task = "sst2"\nmethod = "kd"\nteacher = {model = "t"}\n'

@@ -26,11 +26,12 @@ from kdcli.data.reviews import reviews
 from kdcli.distill.filler import augment_task, start_filler
 from kdcli.distill.plan import make_plan
 from kdcli.distill.prepare import prepare
+from kdcli.distill.recipe import SCHEMAS, load_recipe
 from kdcli.distill.run import run_distill
 from kdcli.errors import InputError
 from kdcli.files import cache_dir
 from kdcli.models.save import save_model
-from kdcli.recipe.load import load_recipe
+from kdcli.recipe.check import problems_in
 from kdcli.recipe.schema import Recipe
 from kdcli.tasks import registry
 from kdcli.tasks.base import Task
@@ -99,10 +100,9 @@ def make_task(texts: list[str], pairs: list[str] | None = None, labels: list[Any
     return Task(
         "own",
         registry.get("classification"),
+        None,
         ("a", "b"),
         ("accuracy",),
-        "accuracy",
-        pairs is not None,
         train,
         train,
         {},
@@ -456,8 +456,8 @@ def test_impossible_options_are_refused(bad: dict[str, Any]):
 def test_plain_text_and_later_fine_tuning_take_no_copies():
     text = {"name": "own", "type": "text", "data": "x.txt"}
     base = {"method": "minilm", "teacher": {"model": "x"}}
-    with pytest.raises(ValueError, match="augment"):
-        Recipe.model_validate({**base, "task": {**text, "augment": {"model": "x"}}})
+    _, [problem] = problems_in({**base, "task": {**text, "augment": {"model": "x"}}}, SCHEMAS)
+    assert problem.name == "task" and problem.message == 'type = "text" has no augment'
     with pytest.raises(ValueError, match="augment"):
         Recipe.model_validate(
             {**base, "task": text, "finetune": [{"task": {"name": "rte", "augment": {"model": "x"}}}]}

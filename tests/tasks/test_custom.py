@@ -15,6 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from kdcli.errors import InputError
 from kdcli.recipe.schema import EvaluateSection, TaskSection
+from kdcli.tasks import registry
 from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_rows, load_task
 
@@ -67,7 +68,7 @@ def test_every_kind_of_file_gives_the_same_rows(suffix: str, tmp_path: Path):
     task = whole(tmp_path, ROWS, suffix, text=["message", "answer"])
     assert task.train["text"][:] == ROWS["message"] and task.train["text_pair"][:] == ROWS["answer"]
     assert task.label_names == ("help", "sales") and task.train["label"][:] == [1, 0, 1, 0, 1, 0]
-    assert task.train["index"][:] == list(range(6)) and task.is_pair
+    assert task.train["index"][:] == list(range(6))
     assert task.kind.name == "classification" and task.metrics == ("accuracy", "f1") and task.primary == "accuracy"
     assert task.selection["text"][:] == task.report["validation"]["text"][:] == ROWS["message"]
 
@@ -80,7 +81,7 @@ def test_the_kind_of_file_does_not_change_the_fingerprint(tmp_path: Path):
 @pytest.mark.parametrize("text", ["message", ["message"]])
 def test_one_column_of_text_is_no_pair(text: Any, tmp_path: Path):
     task = whole(tmp_path, ROWS, text=text)
-    assert not task.is_pair and "text_pair" not in task.train.column_names
+    assert "text_pair" not in task.train.column_names
 
 
 def test_the_label_column_is_label_unless_it_is_named(tmp_path: Path):
@@ -503,7 +504,7 @@ def test_labels_must_have_every_class_once(tmp_path: Path):
                     labels=["sales", "support"])  # fmt: skip
     assert error.where == "task.labels"
     refused(tmp_path, ROWS, "a class is listed twice", labels=["sales", "help", "sales"])
-    refused(tmp_path, {**ROWS, "team": [1.5, 2, 3, 4, 5, 6]}, "a regression has no classes", type="regression",
+    refused(tmp_path, {**ROWS, "team": [1.5, 2, 3, 4, 5, 6]}, 'type = "regression" has no labels', type="regression",
             labels=["1", "2"])  # fmt: skip
 
 
@@ -511,7 +512,9 @@ def test_labels_must_have_every_class_once(tmp_path: Path):
 def test_a_class_that_training_does_not_have_is_named_with_its_file(split: str, tmp_path: Path):
     files = three(tmp_path)
     write(tmp_path / files[split], {"message": list("wx"), "team": list("ac")})
-    with pytest.raises(InputError, match=rf"{split}\.jsonl has the label 'c', which the training data does not have"):
+    with pytest.raises(
+        InputError, match=rf"{split}\.jsonl: row 2 has the label 'c', which the training data does not have"
+    ):
         load(tmp_path, **files)
 
 
@@ -572,7 +575,7 @@ def test_a_set_that_cannot_be_read_is_an_input_error(hub: Path):
 
 
 def model(*names: str) -> Any:
-    return SimpleNamespace(num_labels=max(1, len(names)), id2label=dict(enumerate(names)))
+    return SimpleNamespace(num_labels=max(1, len(names)), id2label=dict(enumerate(names)), problem_type=None)
 
 
 def rows_for(
@@ -580,13 +583,14 @@ def rows_for(
 ) -> Task:
     path = base / write(base / "held.csv", columns)
     section = TaskSection(name="held", data=str(path), text=list(text), label="team", **values)
-    return load_rows(section, config)
+    kind = registry.of_model(config, "sequence-classification")
+    return load_rows(section, kind, config)
 
 
 def test_held_out_rows_have_the_models_order(tmp_path: Path):
     task = rows_for(tmp_path, ROWS, model("sales", "help"), ("message", "answer"))
     assert task.label_names == ("sales", "help") and task.report["rows"]["label"][:] == [0, 1, 0, 1, 0, 1]
-    assert task.is_pair and task.report["rows"]["text"][:] == ROWS["message"]
+    assert "text_pair" in task.train.column_names and task.report["rows"]["text"][:] == ROWS["message"]
 
 
 NUMBERED = {"message": list("wxy"), "team": [1, 0, 1]}

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kdcli.data.files import Columns, read_file
+from kdcli.data.columns import Columns
+from kdcli.data.files import read_file
 from kdcli.errors import InputError
 from kdcli.recipe.schema import TaskSection
 

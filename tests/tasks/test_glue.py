@@ -48,9 +48,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     monkeypatch.setenv("KDCLI_DATA_DIR", str(tmp_path))
 
     def write_split(name: str, split: str, rows: int, **columns: list) -> None:
-        classes = max(1, len(GLUE[name].labels))
+        classes = max(1, len(GLUE[name].fields.get("labels", [])))
         table = {column: [f"{split} {column} {i}" for i in range(rows)] for column in COLUMNS[name]}
-        table["label"] = [i % classes if GLUE[name].labels else i / 2 for i in range(rows)]  # type: ignore[misc]
+        table["label"] = [i % classes if GLUE[name].fields.get("labels") else i / 2 for i in range(rows)]  # type: ignore[misc]
         table["idx"] = list(range(rows))  # type: ignore[arg-type]
         folder = tmp_path / "glue" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,8 +70,8 @@ def test_every_task_loads_by_name(name: str, write: Write):
     task = load(name)
     columns = COLUMNS[name]
     assert task.train["text"][3] == f"train {columns[0]} 3"
-    assert task.is_pair == (len(columns) == 2)
-    if task.is_pair:
+    assert ("text_pair" in task.train.column_names) == (len(columns) == 2)
+    if len(columns) == 2:
         assert task.report["validation"]["text_pair"][4] == f"validation {columns[1]} 4"
     assert (len(task.train), len(task.selection)) == (7, 5) and list(task.report) == ["validation"]
     assert task.metrics == METRICS.get(name, ("accuracy",)) and task.primary == task.metrics[0]
@@ -85,13 +85,14 @@ def test_every_task_loads_by_name(name: str, write: Write):
 
 
 def test_label_names_are_those_of_the_hubs_set():
-    assert GLUE["sst2"].labels == ("negative", "positive")
-    assert GLUE["cola"].labels == ("unacceptable", "acceptable")
-    assert GLUE["mnli"].labels == ("entailment", "neutral", "contradiction")
-    assert GLUE["qnli"].labels == GLUE["rte"].labels == ("entailment", "not_entailment")
-    assert GLUE["wnli"].labels == ("not_entailment", "entailment")
-    assert GLUE["mrpc"].labels == ("not_equivalent", "equivalent")
-    assert GLUE["qqp"].labels == ("not_duplicate", "duplicate")
+    labels = {name: tuple(row.fields.get("labels", ())) for name, row in GLUE.items()}
+    assert labels["sst2"] == ("negative", "positive")
+    assert labels["cola"] == ("unacceptable", "acceptable")
+    assert labels["mnli"] == ("entailment", "neutral", "contradiction")
+    assert labels["qnli"] == labels["rte"] == ("entailment", "not_entailment")
+    assert labels["wnli"] == ("not_entailment", "entailment")
+    assert labels["mrpc"] == ("not_equivalent", "equivalent")
+    assert labels["qqp"] == ("not_duplicate", "duplicate")
 
 
 def test_mnli_is_reported_on_both_sets_and_chosen_on_the_matched_one(write: Write):
@@ -161,11 +162,11 @@ def test_missing_files_are_named(write: Write, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"label": [0, 1, 2, 0]}, r"row 3 has the label 2, not one of 0 \(negative\), 1 \(positive\)"),
-        ({"label": [0, 1, 0, -1]}, "row 4 has the label -1"),
-        ({"label": [0, None, 1, 0]}, "row 2 has no label"),
+        ({"label": [0, 1, 2, 0]}, r"row 3 has the label '2', which is not in task.labels \(negative, positive\)"),
+        ({"label": [0, 1, 0, -1]}, "row 4 has the label '-1'"),
+        ({"label": [0, None, 1, 0]}, "1 row without a label, the first is row 2"),
         ({"label": ["a", "b", "a", "b"]}, "row 1 has the label 'a'"),
-        ({"label": [0.0, 0.5, 1.0, 1.0]}, "row 2 has the label 0.5"),
+        ({"label": [0.0, 0.5, 1.0, 1.0]}, "row 2 has the label '0.5'"),
         ({"sentence": ["a", "b", None, "c"]}, "row 3 has no 'sentence'"),
     ],
 )

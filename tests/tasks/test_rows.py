@@ -80,7 +80,6 @@ from pathlib import Path
 from families import tokenizer
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.load import load_task
-from kdcli.tasks.prepare import encode_task
 from kdcli.training.sampler import EpochSampler
 from kdcli.data.rows import array_of
 
@@ -90,7 +89,7 @@ def resident():
 
 def run(name):
     task = load_task(TaskSection(name="own", data=name, text="text"), EvaluateSection(), base=Path())
-    encoded = encode_task(task, words, 64)
+    encoded = task.kind.prepare(task, words, 64)
     sampler = EpochSampler(array_of(encoded.train, "length"), 32, seed=0)
     return task, encoded, sum(1 for _ in sampler)
 

@@ -64,9 +64,7 @@ def task_of(*, pair: bool = False, names: tuple[str, ...] = NAMES, texts: list[s
         columns["text_pair"] = PAIRS
     columns["label"] = [i % len(names) for i in range(len(texts))]
     rows = Dataset.from_dict(columns)
-    return Task(
-        "opinions", kinds.get("classification"), names, ("accuracy",), "accuracy", pair, rows, rows, {"dev": rows}
-    )
+    return Task("opinions", kinds.get("classification"), None, names, ("accuracy",), rows, rows, {"dev": rows})
 
 
 def loop(**changes: Any) -> LoopSettings:
@@ -274,7 +272,7 @@ def test_a_local_model_gives_the_class_of_its_largest_logit():
     box = LocalModel(model, WORDS, max_length=64, batch_size=2, device="cpu")
     for pair in (False, True):
         task = task_of(pair=pair)
-        logits = predict(model, encode(task.train, WORDS, 64), Collator(WORDS))
+        logits = predict(model, encode(task.train, WORDS, 64), Collator(WORDS))["logits"]
         assert box.decide(TEXTS, PAIRS if pair else None) == logits.argmax(-1).tolist()
     assert box.identity != LocalModel(tiny("bert", labels=3, seed=5), WORDS, max_length=64).identity
     assert box.identity != LocalModel(model, WORDS, max_length=16).identity
@@ -523,7 +521,7 @@ def test_after_the_questions_the_teacher_is_gone(tmp_path: Path):
         train=rows,
         selection=None,
         collator=setting.collator,
-        metrics=lambda logits, labels: {},
+        metrics=lambda outputs: {},
         settings=setting.loop,
         folder=tmp_path / "work",
         log_dir=None,

@@ -150,7 +150,7 @@ def test_predictions_run_on_the_gpu_and_the_model_comes_back(family: str):
     data, collator = encoded_rows(40), Collator(tokenizer())
     places = []
     model.base_model.register_forward_hook(lambda *_: places.append(next(model.parameters()).device.type))
-    there, here = predict(model, data, collator), predict(model, data, collator, device="cpu")
+    there, here = (predict(model, data, collator, device=place)["logits"] for place in ("auto", "cpu"))
     assert places == ["cuda", "cpu"] and computing_device("auto") == "cuda:0"
     torch.testing.assert_close(torch.as_tensor(there), torch.as_tensor(here), rtol=1e-4, atol=1e-4)
     # What was moved can be trained, on the CPU where it was.

@@ -52,7 +52,7 @@ def nobody_runs(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_kept_logits_equal_a_fresh_pass_to_the_bit(own_cache: Path, monkeypatch: pytest.MonkeyPatch):
     teacher, data = tiny("bert"), rows(21)
-    fresh = torch.from_numpy(predict(teacher, data, COLLATOR, batch_size=8))
+    fresh = torch.from_numpy(predict(teacher, data, COLLATOR, batch_size=8)["logits"])
     first = ask(teacher, data)
     monkeypatch.setattr(logits_cache, "predict", None)
     second = ask(teacher, data)
@@ -65,7 +65,7 @@ def test_a_row_belongs_to_its_index_in_whatever_order_the_indices_come():
     teacher = tiny("bert")
     data = rows(5)
     shuffled = Dataset.from_dict({**{k: data[k] for k in data.column_names if k != "index"}, "index": [7, 2, 0, 9, 4]})
-    in_order = torch.from_numpy(predict(teacher, data, COLLATOR, batch_size=8))
+    in_order = torch.from_numpy(predict(teacher, data, COLLATOR, batch_size=8)["logits"])
     for _ in range(2):
         table = ask(teacher, shuffled)
         assert table.shape == (10, 2)
@@ -99,7 +99,7 @@ def test_the_same_weights_in_another_architecture_are_another_teacher(own_cache:
     one, other = tiny("bert"), tiny("bert", **change)
     other.load_state_dict(one.state_dict())
     ask(one, data)
-    expected = torch.from_numpy(predict(other, data, COLLATOR, batch_size=8))
+    expected = torch.from_numpy(predict(other, data, COLLATOR, batch_size=8)["logits"])
     assert torch.equal(ask(other, data), expected)
     assert not torch.equal(ask(one, data), expected)
     assert len(kept(own_cache)) == 2
@@ -124,7 +124,7 @@ def test_another_input_is_another_file(own_cache: Path, what: str):
     data = encode(Dataset.from_dict(columns), WORDS, 5 if what == "max_length" else 16)
     again = ask(teacher, data)
     assert len(kept(own_cache)) == 2
-    assert torch.equal(again, torch.from_numpy(predict(teacher, data, COLLATOR, batch_size=8)))
+    assert torch.equal(again, torch.from_numpy(predict(teacher, data, COLLATOR, batch_size=8)["logits"]))
 
 
 def test_labels_do_not_matter_to_what_a_teacher_says(own_cache: Path):
@@ -217,11 +217,11 @@ def test_a_cache_that_cannot_be_written_does_not_end_the_run(
     else:
         (own_cache / "logits").write_text("in the way")
         logits = ask(teacher, data)
-    assert torch.equal(logits, torch.from_numpy(predict(teacher, data, COLLATOR, batch_size=8)))
+    assert torch.equal(logits, torch.from_numpy(predict(teacher, data, COLLATOR, batch_size=8)["logits"]))
 
 
 def predict_nothing(model: Any, dataset: Dataset, *arguments: Any, **options: Any) -> Any:
-    return np.zeros((len(dataset), 2), dtype=np.float32)
+    return {"logits": np.zeros((len(dataset), 2), dtype=np.float32)}
 
 
 def test_without_the_cache_nothing_is_read_and_nothing_is_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch):

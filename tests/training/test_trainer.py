@@ -64,8 +64,8 @@ class Scores:
         self.values = list(values)
         self.asked = 0
 
-    def __call__(self, logits: Any, labels: Any) -> dict[str, float]:
-        assert logits.shape == (40, 2) and labels.shape == (40,)
+    def __call__(self, outputs: Any) -> dict[str, float]:
+        assert outputs["logits"].shape == (40, 2)
         self.asked += 1
         return {"accuracy": self.values[min(self.asked, len(self.values)) - 1]}
 
@@ -418,10 +418,10 @@ def test_a_best_checkpoint_that_was_damaged_meanwhile_is_not_what_a_training_end
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     class Spoiling(Scores):
-        def __call__(self, logits: Any, labels: Any) -> dict[str, float]:
+        def __call__(self, outputs: Any) -> dict[str, float]:
             if self.asked == 2:
                 spoil(tmp_path / "checkpoint-2" / "model.safetensors", "flipped")
-            return super().__call__(logits, labels)
+            return super().__call__(outputs)
 
     with pytest.raises(RunError, match=r"checkpoint-2 cannot be used: model.safetensors was changed"):
         train(tmp_path, eval_every=2, scores=Spoiling(0.9, 0.2, 0.3), select="best")
@@ -712,8 +712,8 @@ def test_off_a_terminal_progress_is_whole_plain_lines(tmp_path: Path):
     output = io.StringIO()
 
     class Long(Scores):
-        def __call__(self, logits: Any, labels: Any) -> dict[str, float]:
-            return {**super().__call__(logits, labels), "balanced_accuracy": 0.25, "matthews_correlation": 0.125}
+        def __call__(self, outputs: Any) -> dict[str, float]:
+            return {**super().__call__(outputs), "balanced_accuracy": 0.25, "matthews_correlation": 0.125}
 
     train(
         tmp_path,

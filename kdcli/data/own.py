@@ -1,0 +1,40 @@
+"""The splits of a user's own data: one table, files of train, validation and test rows, or a set of the hub."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdcli.data.columns import Columns
+from kdcli.data.files import read_file, read_hub
+from kdcli.errors import InputError
+from kdcli.files import expanded
+
+if TYPE_CHECKING:
+    from kdcli.recipe.schema import TaskSection
+
+
+def placed_at(path: str, base: Path, where: str) -> Path:
+    """Return a recipe's path as seen from anywhere. base: the folder that relative ones start from."""
+    given = expanded(path, where)
+    return given if given.is_absolute() else base / given
+
+
+def read_splits(section: "TaskSection", base: Path, notes: list[str]) -> tuple[dict[str, Columns], str]:
+    """Return the splits "train" and, as far as they are given, "validation" and "test", and where they come from.
+
+    notes: takes what a user should know. Raises InputError for what cannot be read.
+    """
+
+    def read(path: str, where: str) -> Columns:
+        place = placed_at(path, base, where)
+        return read_file(place, where, delimiter=section.delimiter, encoding=section.encoding, notes=notes)
+
+    if section.hub is not None:
+        splits = read_hub(section.hub, section.hub_config, "task.hub")
+        if "train" not in splits:
+            raise InputError(f"{section.hub} has no split named train; it has {', '.join(splits)}", where="task.hub")
+        return {name: splits[name] for name in ("train", "validation", "test") if name in splits}, section.hub
+    if section.data is not None:
+        return {"train": read(section.data, "task.data")}, section.data
+    assert section.train is not None
+    given = {"train": section.train, "validation": section.validation, "test": section.test}
+    return {name: read(path, f"task.{name}") for name, path in given.items() if path is not None}, section.train
