@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Note = Callable[[nn.Module, dict[str, Tensor], Tensor | None], None]
-"""Called with the module, its "query", "key" and "value" (batch, seq, width), and its window.
+"""Called with the module, its "query", "key" and "value" (batch, heads, seq, head size), and its window.
 
 The window is (batch, 1, seq, seq), the keys that each query attends to; None where these are all real tokens.
 """
@@ -47,15 +47,16 @@ def _registered(plain: str) -> str:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    shared = ALL_ATTENTION_FUNCTIONS.get(plain)
+
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
         if (note := _NOTES.get(module)) is not None:
             vectors = {"query": query, "key": key, "value": value}
-            side_by_side = {name: heads.transpose(1, 2).flatten(2) for name, heads in vectors.items()}
-            note(module, side_by_side, _window(attention_mask, kwargs.get("sliding_window")))
+            note(module, vectors, _window(attention_mask, kwargs.get("sliding_window")))
         # Each family has an eager function of its own, beside its modules.
-        function = ALL_ATTENTION_FUNCTIONS.get(plain) or sys.modules[type(module).__module__].eager_attention_forward
+        function = shared or sys.modules[type(module).__module__].eager_attention_forward
         return function(module, query, key, value, attention_mask, **kwargs)
 
     name = f"kdcli_{plain}"

@@ -32,10 +32,6 @@ def _tensor(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _as_it_is(output: Tensor) -> Tensor:
-    return output
-
-
 class Capture:
     """Runs a model and gives what is asked for of it as `Signals`, and nothing more.
 
@@ -80,14 +76,15 @@ class Capture:
             return taps.setdefault(module, {}).setdefault(max(layer, 1) if family.repeated else 1, [])
 
         for layer in sorted(layers):
-            of_call(self._outputs, hidden_module(model, layer), layer).append((self._hidden, layer, _as_it_is))
+            of_call(self._outputs, hidden_module(model, layer), layer).append((self._hidden, layer, None))
         for layer, name in sorted(self.request.matrices):
             if family.at_function and name in ("query", "key", "value"):
                 module = block_of(model, layer).get_submodule(family.attention_module)
                 of_call(self._projections, module, layer).append((layer, name))
             else:
                 matrix = block_matrix(model, layer, name)
-                of_call(self._outputs, matrix.module, layer).append((self._matrices, (layer, name), matrix.of))
+                part = matrix.of if matrix.is_fused else None
+                of_call(self._outputs, matrix.module, layer).append((self._matrices, (layer, name), part))
         self._hooks.append(body_of(model).register_forward_pre_hook(lambda module, inputs: self._calls.clear()))
         self._hooks += [module.register_forward_hook(self._keep_output) for module in self._outputs]
 
@@ -95,13 +92,14 @@ class Capture:
         if self._active:
             self._calls[module] += 1
             for store, key, part in self._outputs[module].get(self._calls[module], ()):
-                store[key] = part(_tensor(output))
+                whole = _tensor(output)
+                store[key] = whole if part is None else part(whole)
             self._end_when_complete()
 
     def _keep_projections(self, module: nn.Module, vectors: dict[str, Tensor], window: Tensor | None) -> None:
         self._calls[module] += 1
         for layer, name in self._projections[module].get(self._calls[module], ()):
-            self._matrices[(layer, name)] = vectors[name]
+            self._matrices[(layer, name)] = vectors[name].transpose(1, 2).flatten(2)
             if window is not None:
                 self._windows[layer] = window
         self._end_when_complete()
