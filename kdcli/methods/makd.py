@@ -94,6 +94,7 @@ def build(options: MaKDOptions, context: Context) -> list[Stage]:
     def matrix_level() -> list[Term]:
         weight, terms = options.weights.matrix, options.terms
         heads = ("query", "key", "value", "attention_output")
+        gate = ("ffn_gate",) if context.teacher.gated and context.student.gated else ()
         return [
             Term(
                 "mha",
@@ -102,7 +103,7 @@ def build(options: MaKDOptions, context: Context) -> list[Stage]:
             ),
             Term(
                 "ffn",
-                MatrixObjective(context.pairs, ("ffn_in", "ffn_out"), match_norm=options.matrix_norm),
+                MatrixObjective(context.pairs, ("ffn_in", *gate, "ffn_out"), match_norm=options.matrix_norm),
                 weight * terms.ffn,
             ),
         ]
@@ -157,7 +158,7 @@ METHOD = Method(
     paper="Liu, Mao, Xu, Peng, Huang (2026): Multi-Aspect Knowledge Distillation for Language Model with "
     "Low-rank Factorization. arXiv 2604.03110",
     formula="w_M mean_l(L_mha + L_ffn) + w_L mean_l(KL_att + MSE_hid) + w_P (alpha T^2 KL + (1 - alpha) CE)",
-    signals="outputs of all six matrices of every block, attention, hidden states, logits, gold labels",
+    signals="outputs of all matrices of every block, attention, hidden states, logits, gold labels",
     constraints="student as wide as the teacher, with the same heads",
     cost="one teacher forward pass a step",
     options=MaKDOptions,

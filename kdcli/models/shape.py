@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a transformer: blocks, widths, heads, vocabulary, positions."""
+    """Sizes of a transformer: blocks, widths, heads, vocabulary, positions. gated: whether blocks have a gate."""
 
     family: str
     layers: int
@@ -22,6 +22,7 @@ class ModelShape:
     intermediate: int
     vocab: int
     max_positions: int
+    gated: bool = False
 
 
 def longest_input(config: "PretrainedConfig") -> int | None:
@@ -47,6 +48,7 @@ def shape_of(config: "PretrainedConfig") -> ModelShape:
         intermediate=getattr(config, names.intermediate),
         vocab=getattr(config, names.vocabulary),
         max_positions=getattr(config, names.positions),
+        gated=family.ffn_gate is not None,
     )
 
 

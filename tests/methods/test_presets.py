@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -732,3 +733,11 @@ def test_bridges_learn_with_the_student_and_stay_behind(name: str, options: dict
     assert count_parameters(student) == count
     save_model(student, tmp_path)
     assert set(load_model(str(tmp_path)).state_dict()) == keys
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_makd_compares_the_gates_of_two_gated_models(gated: bool):
+    teacher, student = replace(shape(), gated=True), replace(shape(6), gated=gated)
+    (stage, *_) = stages("makd", context("classification", student=student, teacher=teacher), schedule="joint")
+    names = {name for _, name in request(stage)[0].matrices}
+    assert ("ffn_gate" in names) == gated and {"ffn_in", "ffn_out", "query"} <= names

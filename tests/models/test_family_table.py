@@ -4,10 +4,12 @@ import ast
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import NAMES
+from tiny_recipes import tiny_recipe, write_recipe
 from transformers import AutoConfig, AutoModelForSequenceClassification, ErnieConfig
 
 import kdcli
@@ -114,6 +116,24 @@ def test_a_family_of_another_package_is_like_any_other(
     assert run(["families", "--json"]) == 0
     shown = capsys.readouterr()
     assert "ernie" in [row["name"] for row in json.loads(shown.out)] and "left out" not in shown.err
+
+
+@pytest.mark.slow
+def test_a_family_of_another_package_is_distilled_scored_exported_and_compared(
+    offer: Callable[[str, str], None], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
+):
+    offer("ernie", MODULE)
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny_recipe("student", method={"name": "makd"}, overparam={"length": 1})
+    recipe["teacher"] = {**recipe["teacher"], "scratch": {**recipe["teacher"]["scratch"], "family": "ernie"}}
+    write_recipe(tmp_path / "recipe.toml", recipe)
+    assert run(["distill", "recipe.toml", "--output", "runs", "--json"]) == 0
+    student = json.loads((tmp_path / "runs" / "recipe" / "student" / "config.json").read_text())
+    assert student["kdcli"]["base_model_type"] == "ernie"
+    folder = str(tmp_path / "runs" / "recipe" / "student")
+    assert run(["eval", folder, "--task", "reviews"]) == 0
+    assert run(["export", folder, "--onnx", "--no-latency", "--out", "served"]) == 0
+    assert run(["compare", "recipe.toml", "--seeds", "1"]) == 0
 
 
 @pytest.mark.parametrize(
