@@ -50,7 +50,6 @@ A smaller transformer for the task {code(task.name)}, distilled with kdcli {reco
 
 {rows}
 {kept}
-
 ## Loading
 
 ```python
