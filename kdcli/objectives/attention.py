@@ -48,7 +48,7 @@ def attention_mse(
     return token_mean(difference.mean(1), mask)
 
 
-def attention_wants(layers: Iterable[int]) -> Request:
+def attention_request(layers: Iterable[int]) -> Request:
     """Return the request for what the attention maps of these blocks are made of."""
     layers = frozenset(layers)
     return Request(matrices=frozenset((layer, name) for layer in layers for name in ("query", "key")), attention=layers)
@@ -66,10 +66,10 @@ class AttentionObjective(Objective):
         self.measure = attention_kl if measure == "kl" else attention_mse
 
     def student_request(self) -> Request:
-        return attention_wants(s for s, _ in self.pairs)
+        return attention_request(s for s, _ in self.pairs)
 
     def teacher_request(self) -> Request:
-        return attention_wants(t for _, t in self.pairs)
+        return attention_request(t for _, t in self.pairs)
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         terms = [

@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor, nn
 
-from kdcli.objectives.attention import attention_mse, attention_wants
+from kdcli.objectives.attention import attention_mse, attention_request
 from kdcli.objectives.base import Objective, common_window, own_keys
 from kdcli.objectives.hidden import token_mse
 from kdcli.signals import Request, Signals
@@ -136,7 +136,7 @@ class EMDObjective(Objective):
     def _wants(self, depth: int) -> Request:
         layers = range(1, depth + 1)
         hidden = Request(hidden=frozenset(layers if "hidden" in self.kinds else ()))
-        return hidden | attention_wants(layers if "attention" in self.kinds else ())
+        return hidden | attention_request(layers if "attention" in self.kinds else ())
 
     def student_request(self) -> Request:
         return self._wants(self.depths[0])

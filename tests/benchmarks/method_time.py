@@ -139,7 +139,7 @@ class World:
             student = build_student(self.teacher, resolved.student, seed=0).model
             steps = [self.step_of(*self.begun(student, stage, resolved.loop))]
             if self.task.kind.scored_by_loss:
-                steps += self.heard(build_student(self.teacher, resolved.student, seed=0).model, stage.terms)
+                steps += self.captured(build_student(self.teacher, resolved.student, seed=0).model, stage.terms)
             found[name if len(stages) == 1 else f"{name} {number}"] = steps
         return found
 
@@ -164,8 +164,8 @@ class World:
         distiller.student.train()
         return distiller, scheme
 
-    def heard(self, student: Any, terms: list[Term]) -> list[Step]:
-        """Return what it takes to hear all that `terms` ask for: a pass of the teacher, a step of the student."""
+    def captured(self, student: Any, terms: list[Term]) -> list[Step]:
+        """Return what it takes to capture all that `terms` ask for: a pass of the teacher, a step of the student."""
         request, teacher_request = Request(), Request()
         for term in terms:
             request |= term.objective.student_request()
@@ -175,8 +175,8 @@ class World:
         optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
 
         def step(_: int) -> None:
-            with self.autocast(), capture as listening:
-                signals = listening.run(self.batch)
+            with self.autocast(), capture as running:
+                signals = running.run(self.batch)
                 said = [*signals.hidden.values(), *signals.matrices.values()]
                 said += [table.logits for table in signals.predictions]
                 total = torch.stack([values.float().square().mean() for values in said]).sum()
@@ -185,15 +185,15 @@ class World:
             optimizer.step()
             optimizer.zero_grad()
 
-        return [self.listen(teacher_request), step]
+        return [self.teacher_pass(teacher_request), step]
 
-    def listen(self, request: Request) -> Step:
+    def teacher_pass(self, request: Request) -> Step:
         """Return a pass of the teacher that ends where nothing more is wanted."""
         capture = Capture(self.teacher, request, self.task.kind)
 
         def go(_: int) -> None:
-            with torch.no_grad(), self.autocast(), capture as listening:
-                listening.run(self.batch)
+            with torch.no_grad(), self.autocast(), capture as running:
+                running.run(self.batch)
 
         return go
 
@@ -235,7 +235,7 @@ class World:
 
         return {
             # Of a language model's head only the masked tokens are needed, where nothing else is asked.
-            "Tf": self.listen(Request(logits=True)),
+            "Tf": self.teacher_pass(Request(logits=True)),
             "Tfa": run(self.teacher, backward=False),
             "Tfb": run(self.teacher, backward=True),
             "Tfx": run(self.teacher, backward=True, inward=True),
@@ -264,7 +264,7 @@ def needs(name: str, t: dict[str, float], plain: float, *, text: bool) -> float:
         # Predictions at all tokens, not at the masked ones alone.
         return t["Tfa"] + t["Sfb"]
     if text and name != "od":
-        # Nobody listens to a head: both models run as far as their last block, or less.
+        # No head is needed: both models run as far as their last block, or less.
         return t[f"{name} T"] + t[f"{name} S"]
     return plain + extra.get(name, t["Tf"])
 

@@ -45,7 +45,7 @@ def _filler() -> Any:
 BUILDERS: dict[str, Callable[[], Any]] = {
     "teacher": partial(tiny, "bert", **NAMED),
     "unnamed": partial(tiny, "bert"),
-    "strangers": partial(tiny, "bert", id2label={0: "ham", 1: "spam"}, label2id={"ham": 0, "spam": 1}),
+    "other-classes": partial(tiny, "bert", id2label={0: "ham", 1: "spam"}, label2id={"ham": 0, "spam": 1}),
     "regressor": partial(tiny, "bert", labels=1, problem_type="regression"),
     "multi-label": partial(tiny, "bert", **NAMED, problem_type="multi_label_classification"),
     "tagger": lambda: AutoModelForTokenClassification.from_config(tiny("roberta", **NAMED).config),

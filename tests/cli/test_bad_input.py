@@ -644,13 +644,13 @@ def chains_under_a_plain_configuration(world: World) -> list[str]:
 
 @case("teacher.labels", "ham, spam", "no, yes")
 def labels_that_do_not_match(world: World) -> list[str]:
-    world.model("strangers")
+    world.model("other-classes")
     return ["distill", world.recipe()]
 
 
 @case("teacher.labels", "3 names", "2 classes")
 def too_many_label_names(world: World) -> list[str]:
-    world.model("strangers")
+    world.model("other-classes")
     return ["distill", world.recipe(teacher={"labels": ["no", "yes", "maybe"]})]
 
 
@@ -687,7 +687,7 @@ def fewer_blocks_in_the_configuration_than_in_the_weights(world: World) -> list[
 @case("student.model", "ham, spam", "no, yes")
 def student_checkpoint_of_other_classes(world: World) -> list[str]:
     world.model()
-    world.model("strangers", "start")
+    world.model("other-classes", "start")
     return ["distill", world.recipe("student", student={"form": "checkpoint", "model": "start"})]
 
 
@@ -990,7 +990,7 @@ def eval_of_missing_data(world: World) -> list[str]:
 
 @case("rows.csv", "ham, spam", "'no'")
 def eval_of_data_with_other_labels(world: World) -> list[str]:
-    return ["eval", str(world.model("strangers")), "--data", "rows.csv", "--text", "text"]
+    return ["eval", str(world.model("other-classes")), "--data", "rows.csv", "--text", "text"]
 
 
 @case("--fail-under-retention", "belongs to no run", "--teacher MODEL")

@@ -72,9 +72,9 @@ def test_teacher_and_student_from_one_folder_agree(method: str, world: World, ro
 
 def test_the_student_of_a_black_box_keeps_what_its_checkpoint_knows(world: World, rows: list[tuple[str, str]]):
     world.write(
-        "judge.py", "def decide(texts):\n    return ['positive' if 'good' in t else 'negative' for t in texts]\n"
+        "decider.py", "def decide(texts):\n    return ['positive' if 'good' in t else 'negative' for t in texts]\n"
     )
-    method = {"name": "dbkd", "copies": 2, "black_box": {"callable": "judge:decide"}}
+    method = {"name": "dbkd", "copies": 2, "black_box": {"callable": "decider:decide"}}
     record = train(world, method=method, teacher={"black_box": True})
     assert record["student"]["score"] == 1.0
     assert agrees(world.folder / "runs" / "recipe" / "student", rows)

@@ -391,7 +391,7 @@ def test_square_brackets_in_names_are_no_markup(world: World):
     assert outcome.code == 0 and "y [bold]5[/x]" in outcome.err
 
 
-def test_eval_of_data_judges_as_the_run_does(world: World):
+def test_eval_of_data_scores_as_the_run_does(world: World):
     world.csv("numbers.csv", [(text, str(number / 7)) for number, (text, _) in enumerate(ROWS)])
     world.model("regressor")
     task = {"name": "own", "train": "numbers.csv", "validation": "numbers.csv", "text": "text", "max_length": 6}
@@ -571,7 +571,7 @@ class _Gone(io.TextIOWrapper):
 
 @pytest.mark.parametrize("form", [["--json"], []])
 @pytest.mark.parametrize(("limit", "code"), [("0", 0), ("1.01", 1)])
-def test_a_gate_counts_even_if_nobody_reads_the_result(form: list[str], limit: str, code: int, after: World):
+def test_a_gate_counts_even_if_the_result_is_not_read(form: list[str], limit: str, code: int, after: World):
     stdout = _Gone()
     with contextlib.redirect_stdout(stdout):
         assert run(["eval", "--fail-under", limit, *form]) == code
@@ -622,7 +622,7 @@ def test_the_recipe_that_a_run_keeps_can_be_run_again(after: World, finished: tu
 
 
 def test_the_classes_of_a_model_can_be_named(world: World):
-    world.model("strangers")
+    world.model("other-classes")
     arguments = ["eval", "teacher", "--task", "reviews", "--max-samples", "40", "--json"]
     refused = world.call(*arguments)
     assert refused.code == 2 and "--labels: the classes of teacher (ham, spam)" in refused.err

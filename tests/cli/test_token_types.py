@@ -54,6 +54,10 @@ def test_a_roberta_with_the_tokenizer_of_a_bert_is_scored_distilled_and_exported
     assert done.code == 0, done.err
     run = pairs.folder / "runs" / "recipe"
     agree(run / "student", run / "onnx")
+    assert list(AutoTokenizer.from_pretrained(run / "onnx")("a fine film", "so moving")) == [
+        "input_ids",
+        "attention_mask",
+    ]
     again = pairs.call("eval", run / "onnx", "--json")
     assert again.code == 0, again.err
     assert again.json["score"] == done.json["student"]["score"]
@@ -77,7 +81,6 @@ def test_what_is_kept_reads_pairs_in_the_library_alone(pairs: World):
     recipe = pairs.recipe(
         task={"data": "pairs.csv", "text": ["a", "b"]},
         teacher={"finetune": {"max_steps": 1}},
-        export=EXPORT,
     )
     done = pairs.call("distill", recipe, "--json")
     assert done.code == 0, done.err
@@ -88,10 +91,9 @@ def test_what_is_kept_reads_pairs_in_the_library_alone(pairs: World):
     teacher = Path(done.json["teacher_path"])
     for folder in (run / "student", pairs.folder / "plain", teacher):
         assert set(pipeline("text-classification", str(folder))(pair)) == {"label", "score"}
-    for folder in (run / "student", run / "onnx", pairs.folder / "wide", pairs.folder / "plain", teacher):
+    for folder in (run / "student", pairs.folder / "wide", pairs.folder / "plain", teacher):
         batch = AutoTokenizer.from_pretrained(folder)(pair["text"], pair["text_pair"])
         assert list(batch) == ["input_ids", "attention_mask"]
-    assert sorted(batch) == sorted(OnnxModel(run / "onnx").inputs)
 
 
 def test_a_tokenizer_in_use_is_not_changed_by_saving_it(tmp_path: Path):

@@ -97,7 +97,7 @@ def test_unequal_terms_are_refused_with_both_values(tmp_path: Path, changes: dic
     assert plan.unequal and len(plan.cells) == 4
 
 
-def test_hiding_more_words_is_no_equal_term(tmp_path: Path):
+def test_masking_more_tokens_is_no_equal_term(tmp_path: Path):
     (tmp_path / "my.txt").write_text("\n\n".join(f"a sentence about number {n}" for n in range(40)))
     task = {"name": "mine", "type": "text", "data": "my.txt", "max_length": 16}
     finetune = [{"task": {"name": "reviews", "train_samples": 20, "validation_samples": 20}}]

@@ -18,14 +18,14 @@ from kdcli.models.save import save_model
 def test_a_black_box_needs_no_model_at_all(tmp_path: Path):
     """Only answers are known: the student comes from a checkpoint, and its tokenizer with it."""
     save_model(tiny("bert").base_model, tmp_path, tokenizer())
-    (tmp_path / "judge.py").write_text(
+    (tmp_path / "decider.py").write_text(
         "def decide(texts):\n    return ['positive' if 'good' in text else 'negative' for text in texts]\n"
     )
     recipe = tmp_path / "box.toml"
     recipe.write_text(
         """
 task = {name = "reviews", train_samples = 64, validation_samples = 40}
-method = {name = "dbkd", copies = 3, black_box = {callable = "judge:decide"}}
+method = {name = "dbkd", copies = 3, black_box = {callable = "decider:decide"}}
 teacher = {black_box = true}
 student = {form = "checkpoint", model = "."}
 train = {max_steps = 4}
@@ -59,7 +59,7 @@ def test_more_than_answers_is_refused(tmp_path: Path, override: str, words: str)
     recipe.write_text(
         """
 task = "reviews"
-method = {name = "dbkd", black_box = {callable = "judge:decide"}}
+method = {name = "dbkd", black_box = {callable = "decider:decide"}}
 teacher = {black_box = true}
 student = {form = "checkpoint", model = "."}
 """

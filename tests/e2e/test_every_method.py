@@ -163,7 +163,7 @@ def ignorant(teacher: Path, section: dict[str, Any], folder: Path) -> dict[str, 
     return {"form": "checkpoint", "model": str(folder)}
 
 
-def judge(model: Any, tokenizer: Any, task: Task) -> tuple[float, float]:
+def score_of(model: Any, tokenizer: Any, task: Task) -> tuple[float, float]:
     """Return accuracy and cross entropy on the validation rows."""
     rows = task.report["validation"]
     logits = predict(model, encode(rows, tokenizer, 40), Collator(tokenizer))["logits"]
@@ -194,11 +194,11 @@ def test_in_fifty_steps_the_loss_falls_and_the_accuracy_rises(
     resolved = resolve(parsed, tmp_path / "recipe.toml")
     untrained = build_student(load_model(teacher, task=CLASSIFIER), resolved.student, seed=42).model
     task, tokenizer = load_task(parsed.task, parsed.evaluate, base=tmp_path), load_tokenizer(teacher)
-    accuracy, loss = judge(untrained, tokenizer, task)
+    accuracy, loss = score_of(untrained, tokenizer, task)
 
     record = distil(tmp_path / "out", recipe)
     student_after = load_model(tmp_path / "out" / "run" / "student", task=CLASSIFIER)
-    accuracy_after, loss_after = judge(student_after, tokenizer, task)
+    accuracy_after, loss_after = score_of(student_after, tokenizer, task)
     assert record["student"]["score"] == accuracy_after > accuracy + 0.1
     assert loss_after < loss
     if method == "theseus":

@@ -38,7 +38,7 @@ def recipe(tmp_path: Path) -> Path:
     return write_recipe(tmp_path / "text.toml", RECIPE)
 
 
-def test_a_student_that_speaks_keeps_its_head_and_is_scored_on_tasks(recipe: Path):
+def test_a_student_trained_to_predict_keeps_its_head_and_is_scored_on_tasks(recipe: Path):
     write_recipe(recipe, changed(RECIPE, student={"form": "depth", "layers": 1}, finetune=[LATER]))
     record = run_recipe(recipe, "method=distilbert")
     assert record["loss"]["after"] < record["loss"]["before"]
@@ -56,7 +56,7 @@ def test_a_student_that_speaks_keeps_its_head_and_is_scored_on_tasks(recipe: Pat
 
 
 @pytest.mark.parametrize("method", ["minilmv2", "hs"])
-def test_a_student_that_never_speaks_is_a_body(recipe: Path, method: str):
+def test_a_student_without_a_trained_head_is_a_body(recipe: Path, method: str):
     size = ("student.form=width", "student.hidden_size=16", "student.layers=1")
     record = run_recipe(recipe, f"method={method}", *size)
     assert record["loss"]["after"] < record["loss"]["before"]

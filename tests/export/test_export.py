@@ -132,7 +132,7 @@ class Timed:
         time.sleep(next(self.turns) / 1000)
 
 
-def test_a_grid_ends_in_its_time_and_says_how_many_runs_it_had():
+def test_a_grid_ends_in_its_time_and_tells_how_many_runs_it_had():
     fast, slow = Timed(1), Timed(80)
     begun = time.perf_counter()
     report = measure(

@@ -317,7 +317,7 @@ def recipe_of(folder: Path, **options: Any) -> Path:
     return write_recipe(folder / "tiny.toml", document)
 
 
-def test_the_teacher_speaks_anew_in_every_step_instead_of_from_the_cache(tmp_path: Path, own_cache: Path):
+def test_the_teacher_runs_in_every_step_instead_of_coming_from_the_cache(tmp_path: Path, own_cache: Path):
     recipe = load_recipe(recipe_of(tmp_path))
     task = load_task(recipe.task, recipe.evaluate, base=tmp_path)
     rows = encode(task.train.select(range(16)), WORDS, 32)

@@ -1,4 +1,4 @@
-"""od, hs, minilm, minilmv2, tinybert and distilbert: what each listens to, what it refuses, and real tiny models."""
+"""od, hs, minilm, minilmv2, tinybert and distilbert: what each asks for, what it refuses, and real tiny models."""
 
 import copy
 import re
@@ -87,12 +87,12 @@ def model(kind: str, family: str, **sizes: Any) -> PreTrainedModel:
     if kind != "text":
         return made
     torch.manual_seed(sizes.get("seed", 0))
-    speaker = AutoModelForMaskedLM.from_config(made.config).eval()
+    language_model = AutoModelForMaskedLM.from_config(made.config).eval()
     with torch.no_grad():
-        for parameter in speaker.parameters():
+        for parameter in language_model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4.0)
-    return speaker
+    return language_model
 
 
 def batch_of(kind: str, width: int = 12) -> dict[str, Tensor]:
@@ -219,7 +219,7 @@ def test_the_gradient_reaches_the_student_and_every_bridge_but_never_the_teacher
 
 
 @pytest.mark.parametrize("positions", ["masked", "all"])
-def test_od_listens_to_predictions_only(positions: str):
+def test_od_asks_for_predictions_only(positions: str):
     (stage,) = stages("od", context(), positions=positions)
     assert request(stage) == (Request(logits=True, all_positions=positions == "all"),) * 2
     assert names(stage) == {"output": 1.0}
@@ -334,7 +334,7 @@ def test_hs_takes_half_open_intervals_equal_depths_and_explicit_pairs():
     assert list(stage.terms[0].objective.pairs) == [(0, 0), (6, 11)]
 
 
-def test_a_random_map_is_drawn_anew_every_epoch_within_what_is_captured():
+def test_a_random_map_is_drawn_again_every_epoch_within_what_is_captured():
     (stage,) = stages("hs", context(), layer_map="random", seed=3)
     objective, seen = stage.terms[0].objective, set()
     assert request(stage)[1].hidden == set(range(1, 13))

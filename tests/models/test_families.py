@@ -22,7 +22,7 @@ from kdcli.models.probe import probe
 from kdcli.models.save import save_model
 from kdcli.models.shape import shape_of
 from kdcli.models.student import build_student
-from kdcli.objectives.attention import attention_kl, attention_mse, attention_wants
+from kdcli.objectives.attention import attention_kl, attention_mse, attention_request
 from kdcli.objectives.base import masked_log_softmax, own_keys
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.signals import Request, Signals
@@ -47,7 +47,7 @@ def batch(rows: int = 3, width: int = 11) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def heard(model: PreTrainedModel, request: Request) -> Signals:
+def signals_of(model: PreTrainedModel, request: Request) -> Signals:
     capture = Capture(model, request, CLASSIFICATION)
     try:
         with capture:
@@ -108,7 +108,7 @@ def test_a_matrix_that_is_put_in_place_is_the_one_that_runs(model: PreTrainedMod
 
 def test_captured_hidden_states_are_the_librarys(model: PreTrainedModel):
     with torch.no_grad():
-        signals = heard(model, Request(logits=True, hidden=frozenset(range(4))))
+        signals = signals_of(model, Request(logits=True, hidden=frozenset(range(4))))
         expected = model(**batch(), output_hidden_states=True)
     assert len(expected.hidden_states) == 4
     for layer, states in enumerate(expected.hidden_states):
@@ -117,10 +117,10 @@ def test_captured_hidden_states_are_the_librarys(model: PreTrainedModel):
 
 
 def test_hidden_states_alone_are_the_same_as_beside_the_logits(model: PreTrainedModel):
-    # Without logits the pass may end early; what was heard until then must not differ.
+    # Without logits the pass may end early; what was captured until then must not differ.
     with torch.no_grad():
-        whole = heard(model, Request(logits=True, hidden=frozenset({0, 1, 2})))
-        part = heard(model, Request(hidden=frozenset({0, 1, 2})))
+        whole = signals_of(model, Request(logits=True, hidden=frozenset({0, 1, 2})))
+        part = signals_of(model, Request(hidden=frozenset({0, 1, 2})))
     assert not part.predictions
     assert all(torch.equal(part.hidden[layer], whole.hidden[layer]) for layer in (0, 1, 2))
 
@@ -140,7 +140,7 @@ def test_attention_formed_from_captured_queries_and_keys_is_the_librarys(family:
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     with torch.no_grad():
-        signals = heard(model, attention_wants([1, 2, 3]) | Request(logits=True))
+        signals = signals_of(model, attention_request([1, 2, 3]) | Request(logits=True))
         expected = eager(**batch(), output_attentions=True)
     torch.testing.assert_close(signals.predictions[0].logits, expected.logits, atol=1e-5, rtol=1e-5)
     assert model.config._attn_implementation == kernel
@@ -151,7 +151,7 @@ def test_attention_formed_from_captured_queries_and_keys_is_the_librarys(family:
 
 
 def test_a_window_is_that_of_local_attention():
-    signals = heard(tiny("modernbert", layers=4), attention_wants([1, 2, 3, 4]))
+    signals = signals_of(tiny("modernbert", layers=4), attention_request([1, 2, 3, 4]))
     # Every third block attends to all tokens, the others to 3 on either side.
     assert sorted(signals.windows) == [2, 3]
     places = torch.arange(11)
@@ -183,7 +183,7 @@ def test_captured_matrices_are_the_maps_of_their_inputs(model: PreTrainedModel):
     ]
     # Of a block that is run several times, the last inputs are those of the last time.
     layer = 3 if family.repeated else 2
-    signals = heard(model, Request(logits=True, matrices=frozenset((layer, name) for name in matrices)))
+    signals = signals_of(model, Request(logits=True, matrices=frozenset((layer, name) for name in matrices)))
     for hook in hooks:
         hook.remove()
     for name, matrix in matrices.items():
@@ -197,7 +197,7 @@ def test_captured_matrices_are_the_maps_of_their_inputs(model: PreTrainedModel):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_listening_leaves_the_logits_as_they_are(model: PreTrainedModel, training: bool):
+def test_capturing_leaves_the_logits_as_they_are(model: PreTrainedModel, training: bool):
     everything = Request(
         logits=True,
         hidden=frozenset(range(4)),
@@ -208,7 +208,7 @@ def test_listening_leaves_the_logits_as_they_are(model: PreTrainedModel, trainin
         torch.manual_seed(7)
         expected = model(**batch()).logits
         torch.manual_seed(7)
-        signals = heard(model, everything)
+        signals = signals_of(model, everything)
     finally:
         model.eval()
     assert signals.predictions[0].logits is not None and torch.equal(signals.predictions[0].logits, expected)
@@ -216,7 +216,7 @@ def test_listening_leaves_the_logits_as_they_are(model: PreTrainedModel, trainin
 
 
 def test_only_what_is_asked_for_is_captured(model: PreTrainedModel):
-    signals = heard(model, Request(logits=True, hidden=frozenset({2})))
+    signals = signals_of(model, Request(logits=True, hidden=frozenset({2})))
     assert list(signals.hidden) == [2] and signals.matrices == {} and signals.factors == {}
 
 
@@ -236,7 +236,7 @@ def test_a_closed_capture_leaves_no_hook(model: PreTrainedModel):
 
 
 def test_gradients_flow_through_captured_states(model: PreTrainedModel):
-    signals = heard(model, Request(logits=True, hidden=frozenset({1}), matrices=frozenset({(3, "key")})))
+    signals = signals_of(model, Request(logits=True, hidden=frozenset({1}), matrices=frozenset({(3, "key")})))
     weight = block_matrix(model, 1, "ffn_out").module.weight
     for states in (signals.hidden[1], signals.matrices[(3, "key")]):
         (gradient,) = torch.autograd.grad(states.square().sum(), weight, retain_graph=True)  # type: ignore[arg-type]
@@ -246,7 +246,7 @@ def test_gradients_flow_through_captured_states(model: PreTrainedModel):
 def test_wide_embeddings_of_electra_need_no_projection():
     model = tiny("electra", embedding_size=32)
     with torch.no_grad():
-        signals = heard(model, Request(hidden=frozenset({0})))
+        signals = signals_of(model, Request(hidden=frozenset({0})))
         expected = model(**batch(), output_hidden_states=True).hidden_states
     assert torch.equal(signals.hidden[0], expected[0])
     assert embeddings_of(model) is model.electra.embeddings

@@ -85,7 +85,7 @@ print(json.dumps(pipeline("text-classification", sys.argv[1])("a fine film")))
 """
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("known", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_in_a_program_of_ones_own(known: bool, tmp_path: Path):
     save_model(low_rank(tiny("bert", **CLASSES)), tmp_path, tokenizer())
     script = SCRIPT.format(first="import kdcli" if known else "")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from objectives.worlds import answered, asked, leaves, mask_of, packed, speak
+from objectives.worlds import answered, asked, captured, leaves, mask_of, packed
 from torch import Tensor, nn
 
 from kdcli.objectives.attention import AttentionObjective
@@ -37,7 +37,7 @@ class Case:
 
     @property
     def classifier(self) -> bool:
-        """True when it listens to the logits of the made-up classifier."""
+        """True when it reads the logits of the made-up classifier."""
         return not self.text and self.make().student_request().logits
 
 
@@ -97,20 +97,22 @@ def value(case: Case, student: Signals, teacher: Signals, objective: Objective |
 
 
 def pair(case: Case, mask: Tensor, **extra: Any) -> tuple[Signals, Signals]:
-    return speak(1, mask, **case.world, **extra), speak(2, mask, **case.world, **extra)
+    return captured(1, mask, **case.world, **extra), captured(2, mask, **case.world, **extra)
 
 
 @cases(lambda case: case.zero)
-def test_is_zero_when_the_student_says_what_the_teacher_says(case: Case):
+def test_is_zero_when_student_and_teacher_are_equal(case: Case):
     mask = mask_of(LENGTHS)
-    assert value(case, speak(1, mask, **case.world), speak(1, mask, **case.world)).item() == pytest.approx(0, abs=1e-6)
+    assert value(case, captured(1, mask, **case.world), captured(1, mask, **case.world)).item() == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 @cases()
 def test_is_a_positive_finite_fp32_number_otherwise(case: Case):
     mask = mask_of(LENGTHS)
     for seed in range(2, 6):
-        found = value(case, speak(1, mask, **case.world), speak(seed, mask, **case.world))
+        found = value(case, captured(1, mask, **case.world), captured(seed, mask, **case.world))
         assert found.shape == () and found.dtype == torch.float32
         assert 1e-5 < found.item() < 1e4
 
@@ -167,7 +169,7 @@ def test_a_row_of_nothing_but_padding_is_harmless(case: Case):
 
 def documents(case: Case, seed: int, *lengths: int) -> list[Signals]:
     """Return two examples of each of `lengths`; all of them differ."""
-    return [speak(seed, mask_of([n, n]), first=2 * i, **case.world) for i, n in enumerate(lengths)]
+    return [captured(seed, mask_of([n, n]), first=2 * i, **case.world) for i, n in enumerate(lengths)]
 
 
 def pairs_of_tokens(case: Case) -> bool:

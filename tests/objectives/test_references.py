@@ -12,7 +12,7 @@ from captum.attr import InputXGradient, IntegratedGradients
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objectives.worlds import mask_of, packed, speak
+from objectives.worlds import captured, mask_of, packed
 from textbrewer import losses as textbrewer
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -104,7 +104,7 @@ def test_attention_scores_are_compared_as_in_textbrewer(seed):
 @pytest.mark.parametrize("measure", ["kl", "mse"])
 def test_the_attention_objective_agrees_with_textbrewer_on_scores_formed_elsewhere(measure):
     mask = mask_of(LENGTHS)
-    student, teacher = speak(1, mask, width=16), speak(2, mask, width=24)
+    student, teacher = captured(1, mask, width=16), captured(2, mask, width=24)
 
     def scores(signals: Signals, layer: int) -> Tensor:
         query, key = (signals.matrices[(layer, n)].unflatten(-1, (4, -1)) for n in ("query", "key"))
@@ -141,7 +141,7 @@ def test_hidden_states_are_compared_as_in_textbrewer(seed):
 
 def test_hidden_objectives_agree_with_textbrewer_on_pairs_of_layers():
     mask = mask_of(LENGTHS)
-    student, teacher = speak(1, mask), speak(2, mask)
+    student, teacher = captured(1, mask), captured(2, mask)
     pairs = [(0, 0), (1, 2), (3, 3)]
     for objective, loss in (
         (HiddenObjective(pairs), textbrewer.hid_mse_loss),
@@ -221,7 +221,7 @@ def text_batch(labels: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(4) % labels}
 
 
-def listen(model: PreTrainedModel, batch: Mapping[str, Tensor], steps: int) -> Signals:
+def signals_of(model: PreTrainedModel, batch: Mapping[str, Tensor], steps: int) -> Signals:
     with Capture(model, Request(gradients=2, path=steps), CLASSIFICATION) as capture:
         signals = capture.run(batch)
     capture.close()
@@ -259,7 +259,7 @@ def of_class(label: int) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize("label", [0, 2])
 def test_integrated_gradients_are_captums(steps, label):
     model, batch = bert(3), text_batch(3)
-    signals = listen(model, batch, steps)
+    signals = signals_of(model, batch, steps)
     path = points_of(signals)
     assert len(path) == steps
     own = path_gradient(path, of_class(label)) * signals.hidden[0]
@@ -294,7 +294,7 @@ def test_attributions_add_up_to_the_change_of_the_score_as_steps_grow(label):
     change = ends[1] - ends[0]
     errors = []
     for steps in (8, 64, 256):
-        signals = listen(model, batch, steps)
+        signals = signals_of(model, batch, steps)
         own = path_gradient(points_of(signals), of_class(label)) * embedding
         errors.append((own.sum((1, 2)) - change).abs().max().item())
     assert errors[0] > errors[1] > errors[2]
@@ -329,7 +329,7 @@ def test_the_second_derivative_of_a_path_gradient_agrees_with_differences(steps)
     model, batch = bert(3).double(), text_batch(3)
 
     def loss() -> Tensor:
-        signals = listen(model, batch, steps)
+        signals = signals_of(model, batch, steps)
         path = points_of(signals)
         gradient = path_gradient(path, of_class(1), create_graph=True)
         return (gradient * path[-1][0]).square().sum()
@@ -345,10 +345,10 @@ def test_the_second_derivative_of_a_path_gradient_agrees_with_differences(steps)
 def test_the_attribution_gradient_agrees_with_differences(labels, steps):
     student, teacher, batch = bert(labels).double(), bert(labels, seed=1), text_batch(labels)
     objective = AttributionObjective(Categorical(), steps=steps, top_k=20)
-    target = listen(teacher, batch, steps)
+    target = signals_of(teacher, batch, steps)
 
     def loss() -> Tensor:
-        return objective(listen(student, batch, steps), target, batch)
+        return objective(signals_of(student, batch, steps), target, batch)
 
     # Maps are fp32, so that the step must be large.
     pairs = list(directional_derivatives(student, loss, 3e-3))
@@ -360,13 +360,13 @@ def test_the_attribution_gradient_agrees_with_differences(labels, steps):
 def test_both_views_of_two_classes_are_the_same():
     model, batch = bert(2), text_batch(2)
     mask = batch["attention_mask"]
-    signals = listen(model, batch, 1)
+    signals = signals_of(model, batch, 1)
     path = points_of(signals)
     maps = [saliency(path_gradient(path, of_class(label)), signals.hidden[0]).detach() for label in (0, 1)]
     assert (maps[0] / maps[1]).nanmean() != pytest.approx(1.0, rel=0.01)
     assert attribution_loss(maps[0], maps[1], mask).item() < 1e-12
 
-    teacher = listen(bert(2, seed=1), batch, 1)
+    teacher = signals_of(bert(2, seed=1), batch, 1)
     values = [
         AttributionObjective(Categorical())(with_labels(signals, labels), teacher, batch).item()
         for labels in ([0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0])
@@ -378,7 +378,7 @@ def test_both_views_of_two_classes_are_the_same():
 @pytest.mark.parametrize("steps", [1, 3])
 def test_scaling_the_score_does_not_change_the_attribution_loss(steps):
     batch = text_batch(3)
-    student, teacher = listen(bert(3), batch, steps), listen(bert(3, seed=1), batch, steps)
+    student, teacher = signals_of(bert(3), batch, steps), signals_of(bert(3, seed=1), batch, steps)
 
     def value(own_scale: float, other_scale: float) -> Tensor:
         maps = []
@@ -394,7 +394,7 @@ def test_scaling_the_score_does_not_change_the_attribution_loss(steps):
 
 def test_the_views_of_many_classes_are_added_up():
     batch = text_batch(3)
-    student, teacher = listen(bert(3), batch, 1), listen(bert(3, seed=1), batch, 1)
+    student, teacher = signals_of(bert(3), batch, 1), signals_of(bert(3, seed=1), batch, 1)
     terms = []
     for label in range(3):
         maps = [
@@ -473,13 +473,13 @@ def test_identical_layers_are_followed_one_by_one_for_nothing(uniform):
 
     objective = EMDObjective((3, 3), attention=True)
     for _ in range(3):
-        assert objective(speak(1, mask), speak(1, mask), {}).item() == 0.0
+        assert objective(captured(1, mask), captured(1, mask), {}).item() == 0.0
     assert objective.student_weights[0].tolist() == pytest.approx([1 / 3] * 3)
 
 
 def test_layer_costs_are_the_losses_of_all_pairs():
     mask = mask_of(LENGTHS)
-    student, teacher = speak(1, mask), speak(2, mask, layers=5)
+    student, teacher = captured(1, mask), captured(2, mask, layers=5)
     hidden = layer_costs([student.hidden[s] for s in (1, 2, 3)], [teacher.hidden[t] for t in range(1, 6)], mask)
     scores = layer_costs(
         [student.attention_scores(s) for s in (1, 2, 3)], [teacher.attention_scores(t) for t in range(1, 6)], mask
@@ -492,8 +492,8 @@ def test_layer_costs_are_the_losses_of_all_pairs():
 
 
 def test_layer_costs_of_packed_blocks_stay_within_documents():
-    student = packed(speak(1, mask_of([4, 4])), speak(3, mask_of([5, 5])))
-    teacher = packed(speak(2, mask_of([4, 4]), layers=5), speak(4, mask_of([5, 5]), layers=5))
+    student = packed(captured(1, mask_of([4, 4])), captured(3, mask_of([5, 5])))
+    teacher = packed(captured(2, mask_of([4, 4]), layers=5), captured(4, mask_of([5, 5]), layers=5))
     own = [student.attention_scores(s) for s in (1, 2, 3)]
     other = [teacher.attention_scores(t) for t in range(1, 6)]
     mask, segments = student.mask, student.segments
@@ -511,7 +511,7 @@ def test_the_transport_loss_is_the_librarys_distance_at_every_step(separate):
     mask = mask_of(LENGTHS)
     objective = EMDObjective((3, 5), attention=True, separate=separate)
     for step in range(6):
-        student, teacher = speak(step, mask), speak(100 + step, mask, layers=5)
+        student, teacher = captured(step, mask), captured(100 + step, mask, layers=5)
         weights = [w.double().numpy().copy() for w in (objective.student_weights, objective.teacher_weights)]
         assert len(weights[0]) == (2 if separate else 1)
         expected, learned = 0.0, []
@@ -538,7 +538,7 @@ def test_the_transport_loss_is_the_librarys_distance_at_every_step(separate):
 def test_weights_do_not_move_in_evaluation_or_when_they_are_fixed():
     mask = mask_of(LENGTHS)
     for objective in (EMDObjective((3, 5)).eval(), EMDObjective((3, 5), learn_weights=False)):
-        objective(speak(1, mask), speak(2, mask, layers=5), {})
+        objective(captured(1, mask), captured(2, mask, layers=5), {})
         assert objective.student_weights[0].tolist() == pytest.approx([1 / 3] * 3)
         assert objective.teacher_weights[0].tolist() == pytest.approx([1 / 5] * 5)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from objectives.worlds import answered, asked, mask_of, speak
+from objectives.worlds import answered, asked, captured, mask_of
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
@@ -154,7 +154,7 @@ def test_a_silent_teacher_does_not_divide_by_zero():
 
 def test_hidden_and_matrix_objectives_are_means_over_pairs_and_names():
     mask = mask_of(LENGTHS)
-    student, teacher = speak(1, mask), speak(2, mask)
+    student, teacher = captured(1, mask), captured(2, mask)
     pairs = [(1, 2), (3, 3), (3, 1)]
     expected = [token_mse(student.hidden[s], teacher.hidden[t], mask) for s, t in pairs]
     torch.testing.assert_close(HiddenObjective(pairs)(student, teacher, {}), torch.stack(expected).mean())
@@ -169,7 +169,7 @@ def test_hidden_and_matrix_objectives_are_means_over_pairs_and_names():
 
 def test_a_bridge_is_a_linear_map_before_the_comparison():
     mask = mask_of(LENGTHS)
-    student, teacher = speak(1, mask, width=8), speak(2, mask, width=16)
+    student, teacher = captured(1, mask, width=8), captured(2, mask, width=16)
     for shared in (False, True):
         objective = HiddenObjective([(0, 0), (3, 3)], widths=(8, 16), bridge=True, shared=shared)
         maps = [objective.bridges["shared" if shared else name] for name in ("0", "3")]
@@ -184,7 +184,7 @@ def test_a_bridge_is_a_linear_map_before_the_comparison():
 
 def test_redrawn_pairs_are_those_of_the_epoch():
     mask = mask_of(LENGTHS)
-    student, teacher = speak(1, mask), speak(2, mask)
+    student, teacher = captured(1, mask), captured(2, mask)
     draws = [[(1, 1), (2, 2)], [(1, 2), (2, 3)]]
     objective = HiddenObjective(draws[0], redraw=lambda epoch: draws[epoch], teacher_layers=range(1, 4))
     assert objective.teacher_request().hidden == {1, 2, 3} and objective.student_request().hidden == {1, 2}
@@ -243,7 +243,7 @@ def test_a_constant_added_to_a_row_of_scores_does_not_change_where_heads_look():
 
 def test_scores_are_scaled_products_of_the_heads_queries_and_keys():
     mask = mask_of(LENGTHS)
-    signals = speak(1, mask, width=16, heads=4)
+    signals = captured(1, mask, width=16, heads=4)
     query, key = signals.matrices[(2, "query")], signals.matrices[(2, "key")]
     for head in range(4):
         part = slice(4 * head, 4 * head + 4)
@@ -360,7 +360,7 @@ def test_value_relations_by_hand():
 
 def test_minilm_compares_models_of_different_widths_head_by_head():
     mask = mask_of(LENGTHS)
-    student, teacher = speak(1, mask, width=16, heads=4), speak(2, mask, width=24, heads=4, layers=5)
+    student, teacher = captured(1, mask, width=16, heads=4), captured(2, mask, width=24, heads=4, layers=5)
     found = RelationObjective([(3, 5)], relations={("value", "value"): 1.0})(student, teacher, {})
     expected = relation_by_loop(student.matrices[(3, "value")], teacher.matrices[(5, "value")], LENGTHS, 4)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -368,7 +368,7 @@ def test_minilm_compares_models_of_different_widths_head_by_head():
 
 def test_relations_of_queries_and_keys_in_the_models_own_heads_are_attention():
     mask = mask_of(LENGTHS)
-    student, teacher = speak(1, mask, width=16, heads=4), speak(2, mask, width=24, heads=4)
+    student, teacher = captured(1, mask, width=16, heads=4), captured(2, mask, width=24, heads=4)
     pairs = [(1, 2), (3, 3)]
     found = RelationObjective(pairs, relations={("query", "key"): 1.0})(student, teacher, {})
     torch.testing.assert_close(found, AttentionObjective(pairs)(student, teacher, {}), rtol=1e-5, atol=1e-6)
@@ -376,7 +376,7 @@ def test_relations_of_queries_and_keys_in_the_models_own_heads_are_attention():
 
 def test_minilmv2_is_the_sum_of_three_relations_and_the_mean_over_pairs():
     mask = mask_of(LENGTHS)
-    student, teacher = speak(1, mask, width=16, heads=4), speak(2, mask, width=24, heads=3)
+    student, teacher = captured(1, mask, width=16, heads=4), captured(2, mask, width=24, heads=3)
     found = RelationObjective([(3, 2), (2, 1)], heads=8)(student, teacher, {})
     parts = [
         relation_by_loop(student.matrices[(s, name)], teacher.matrices[(t, name)], LENGTHS, 8)
@@ -389,7 +389,7 @@ def test_minilmv2_is_the_sum_of_three_relations_and_the_mean_over_pairs():
 
 def test_relations_are_weighted_and_those_of_no_weight_not_even_captured():
     mask = mask_of(LENGTHS)
-    student, teacher = speak(1, mask), speak(2, mask)
+    student, teacher = captured(1, mask), captured(2, mask)
     weights = {("query", "query"): 0.5, ("key", "value"): 2.0, ("attention_output", "attention_output"): 0.0}
     objective = RelationObjective([(3, 3)], relations=weights, heads=4)
     assert objective.student_request().matrices == {(3, name) for name in ("query", "key", "value")}
@@ -405,8 +405,8 @@ def test_relations_are_weighted_and_those_of_no_weight_not_even_captured():
 def test_the_models_own_heads_do_not_matter_to_minilmv2(heads):
     mask = mask_of(LENGTHS)
     objective = RelationObjective([(3, 3)], heads=8)
-    plain = objective(speak(1, mask, heads=4), speak(2, mask, heads=4), {})
-    assert objective(speak(1, mask, heads=heads[0]), speak(2, mask, heads=heads[1]), {}).item() == plain.item()
+    plain = objective(captured(1, mask, heads=4), captured(2, mask, heads=4), {})
+    assert objective(captured(1, mask, heads=heads[0]), captured(2, mask, heads=heads[1]), {}).item() == plain.item()
 
 
 def test_permuting_relation_heads_in_both_models_changes_nothing():
@@ -423,9 +423,9 @@ def test_permuting_relation_heads_in_both_models_changes_nothing():
 
 def test_the_depth_of_either_model_does_not_matter_to_relations():
     mask = mask_of(LENGTHS)
-    deep, flat = speak(1, mask, layers=6), speak(1, mask, layers=3)
+    deep, flat = captured(1, mask, layers=6), captured(1, mask, layers=3)
     objective = RelationObjective([(3, 2)], heads=8)
-    teacher = speak(2, mask)
+    teacher = captured(2, mask)
     assert objective(deep, teacher, {}).item() == objective(flat, teacher, {}).item()
 
 
@@ -437,13 +437,13 @@ def test_heads_that_do_not_divide_a_width_are_refused():
     with pytest.raises(ValueError, match="12 relation heads do not divide the widths 16 and 24"):
         DirectRelationObjective([(1, 1)], widths=(16, 24), heads=12)
     with pytest.raises(ValueError, match="not 4, 2"):
-        RelationObjective([(1, 1)])(speak(1, mask, heads=4), speak(2, mask, heads=2), {})
+        RelationObjective([(1, 1)])(captured(1, mask, heads=4), captured(2, mask, heads=2), {})
 
 
 @pytest.mark.parametrize("widths", [(16, 24), (24, 16), (16, 16)])
 def test_directly_matched_vectors_go_through_a_map_of_each_head(widths):
     mask = mask_of(LENGTHS)
-    student, teacher = speak(1, mask, width=widths[0]), speak(2, mask, width=widths[1])
+    student, teacher = captured(1, mask, width=widths[0]), captured(2, mask, width=widths[1])
     objective = DirectRelationObjective([(3, 2)], widths=widths, heads=8, names={"query": 1.0, "value": 0.5})
     own_size, other_size = widths[0] // 8, widths[1] // 8
     total = torch.zeros(())
@@ -473,7 +473,7 @@ def test_cosine_distance_of_known_angles():
 
 def test_cosine_distance_does_not_notice_lengths():
     mask = mask_of(LENGTHS)
-    student, teacher = speak(1, mask), speak(2, mask)
+    student, teacher = captured(1, mask), captured(2, mask)
     plain = CosineObjective([(3, 3), (2, 1)])(student, teacher, {})
     student.hidden = {layer: 40.0 * x for layer, x in student.hidden.items()}
     teacher.hidden = {layer: 0.1 * x for layer, x in teacher.hidden.items()}
@@ -496,7 +496,7 @@ def words() -> tuple[Signals, Signals, dict[str, Tensor]]:
     mask = mask_of([2, 3])
     labels = torch.full((2, 3), -100)
     labels[0, 1], labels[1, 0], labels[1, 2] = 4, 0, 2
-    return speak(1, mask, vocabulary=5), speak(2, mask, vocabulary=5), asked(mask, labels)
+    return captured(1, mask, vocabulary=5), captured(2, mask, vocabulary=5), asked(mask, labels)
 
 
 def divergence_at(student: Signals, teacher: Signals, places: list[tuple[int, int]], t: float) -> Tensor:
@@ -627,7 +627,7 @@ def test_segments_reach_objectives_and_never_the_model(language_model):
     # The model attends over the whole block, and would not know a further input.
     assert torch.equal(packed.predictions[0].logits, plain.predictions[0].logits)
     objective = RelationObjective([(2, 2)], relations={("value", "value"): 1.0}, heads=8)
-    teacher = speak(1, batch["attention_mask"], width=32)
+    teacher = captured(1, batch["attention_mask"], width=32)
     assert abs(objective(packed, teacher, batch) - objective(plain, teacher, batch)) > 1e-3
 
 

@@ -18,7 +18,7 @@ def mask_of(lengths: list[int], seq: int | None = None) -> Tensor:
     return (torch.arange(seq or max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
 
 
-def speak(
+def captured(
     seed: int,
     mask: Tensor,
     *,

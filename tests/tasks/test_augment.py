@@ -224,7 +224,7 @@ def test_labels_pairs_and_indices_of_copies_belong_to_their_rows(folder: Path):
     assert len({row["text_pair"] for row in first}) > 1
 
 
-def test_a_text_is_judged_by_itself_wherever_it_stands(folder: Path):
+def test_a_text_is_filled_by_itself_wherever_it_stands(folder: Path):
     alone = augment(make_task(["the film was dull"], labels=[0]), folder, copies=100).train["text"]
     pair = augment(make_task(["so it was"], ["the film was dull"], labels=[0]), folder, copies=100).train["text_pair"]
     for number in range(4):
@@ -551,14 +551,14 @@ def test_a_model_without_a_head_is_given_one_on_plain_text(recipe_path: Path, ow
     save_model(tiny("bert"), _made(tmp_path / "masked-lm"), tokenizer())
     (tmp_path / "text.txt").write_text("\n\n".join(reviews(3)["train"]["text"][:60]))
     recipe = load_recipe(recipe_path, ["task.augment.text=text.txt", "task.augment.finetune.max_steps=2"])
-    heard = io.StringIO()
-    console = Console(file=heard, width=200)
+    output = io.StringIO()
+    console = Console(file=output, width=200)
     record = run_distill(recipe, recipe_path=recipe_path, output=tmp_path / "runs", console=console).to_json()
     assert record["task"]["augment"]["added"] > 0
     kinds = [json.loads(f.read_text())["architectures"][0] for f in (own_cache / "teachers").glob("*/config.json")]
     assert sorted(kinds) == ["BertForMaskedLM", "BertForSequenceClassification"]
     run_distill(recipe, recipe_path=recipe_path, output=tmp_path / "runs", console=console, force=True)
-    assert heard.getvalue().count("fine-tuning on augment") == 1
+    assert output.getvalue().count("fine-tuning on augment") == 1
 
 
 def _made(path: Path) -> Path:

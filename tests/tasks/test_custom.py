@@ -54,7 +54,7 @@ def load(base: Path, *, protocol: str = "dev", **values: Any) -> Task:
 
 
 def whole(base: Path, columns: dict[str, list], suffix: str = "jsonl", **values: Any) -> Task:
-    """Load a task that is trained on all of `columns` and judged on them too."""
+    """Load a task that is trained on all of `columns` and scored on them too."""
     name = write(base / f"rows.{suffix}", columns)
     return load(base, train=name, validation=name, **values)
 

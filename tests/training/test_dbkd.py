@@ -549,7 +549,7 @@ def test_a_local_teacher_is_counted_through_its_decisions_alone(tmp_path: Path):
     assert not teacher.training
 
 
-def test_without_a_teacher_model_somebody_must_be_named(tmp_path: Path):
+def test_without_a_teacher_model_a_black_box_must_be_named(tmp_path: Path):
     with pytest.raises(InputError, match="no teacher model to ask"):
         stage().scheme.begin(setting_of(task_of(), tmp_path))
     module(tmp_path, "beside_no_teacher", SCRIPT)
@@ -561,11 +561,11 @@ def test_without_a_teacher_model_somebody_must_be_named(tmp_path: Path):
 @pytest.mark.parametrize("synonyms", [False, True])
 def test_synonyms_bring_in_words_that_no_example_has(tmp_path: Path, synonyms: bool):
     name = f"hears_{'synonyms' if synonyms else 'nothing'}"
-    module(tmp_path, name, "heard = []\ndef listen(texts):\n    heard.extend(texts)\n    return [0 for _ in texts]\n")
-    stage(black_box={"callable": f"{name}:listen"}, synonyms=synonyms).scheme.begin(setting_of(task_of(), tmp_path))
-    heard = {word for text in sys.modules[name].heard for word in text.split()}
+    module(tmp_path, name, "asked = []\ndef decide(texts):\n    asked.extend(texts)\n    return [0 for _ in texts]\n")
+    stage(black_box={"callable": f"{name}:decide"}, synonyms=synonyms).scheme.begin(setting_of(task_of(), tmp_path))
+    asked = {word for text in sys.modules[name].asked for word in text.split()}
     known = {word for text in TEXTS for word in text.split()}
-    assert bool(heard - known) == synonyms
+    assert bool(asked - known) == synonyms
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def distance(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 def mutual(kind: str, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the student's share of the teacher's loss, differentiable by both, written down anew."""
+    """Return the student's share of the teacher's loss, differentiable by both, written down again."""
 
     def kl(teacher: Tensor, student: Tensor) -> Tensor:
         mine, yours = (torch.softmax(logits / temperature, -1) for logits in (teacher, student))
@@ -318,16 +318,16 @@ def test_a_whole_step_of_the_teacher_follows_the_paper(alpha: float):
     expected = [g * min(1.0, 1.0 / total) for g in expected]
     twin = copy.deepcopy(teacher).requires_grad_(True)
     mover = torch.optim.AdamW(twin.parameters(), lr=rate, weight_decay=0.0)
-    heard: list[Tensor] = []
+    found: list[Tensor] = []
 
-    def listen(optimizer: Any, args: Any, kwargs: Any) -> None:
+    def note(optimizer: Any, args: Any, kwargs: Any) -> None:
         learner = scheme.teacher().parameters()
-        heard.extend(p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in learner)
+        found.extend(p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in learner)
 
-    scheme.optimizer.register_step_pre_hook(listen)
+    scheme.optimizer.register_step_pre_hook(note)
     scheme.before_step(2, batch, optimizer)
-    assert distance(heard, expected) < 5e-3
-    for parameter, gradient in zip(twin.parameters(), heard, strict=True):
+    assert distance(found, expected) < 5e-3
+    for parameter, gradient in zip(twin.parameters(), found, strict=True):
         parameter.grad = gradient
     mover.step()
     for ours, theirs in zip(scheme.teacher().parameters(), twin.parameters(), strict=True):
@@ -344,14 +344,14 @@ def test_without_influence_the_teacher_follows_labels_and_student_alone_and_sees
     batch, optimizer = batch_of(place), adamw(student)
     expected = reference(teacher, student, optimizer, batch, batch, learning, 0.0)
     expected = [g / max(1.0, float(torch.cat([x.flatten() for x in expected]).norm())) for g in expected]
-    heard: list[Tensor] = []
+    found: list[Tensor] = []
     scheme.optimizer.register_step_pre_hook(
-        lambda *_: heard.extend(
+        lambda *_: found.extend(
             p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in scheme.teacher().parameters()
         )
     )
     scheme.before_step(0, batch, optimizer)
-    assert distance(heard, expected) < 1e-4
+    assert distance(found, expected) < 1e-4
 
 
 def forms() -> dict[str, Callable[[PreTrainedModel], PreTrainedModel]]:
@@ -412,7 +412,7 @@ def test_what_is_moved_for_a_chained_student_are_its_tensors():
         assert not torch.allclose(moved, student(**inputs).logits, atol=1e-4)
 
 
-def test_held_out_rows_are_training_rows_that_nobody_trains_on():
+def test_held_out_rows_are_training_rows_that_are_not_trained_on():
     everything = rows(200)
     kept, held = split(everything, 0.05, seed=3)
     assert (len(kept), len(held)) == (190, 10)
@@ -437,12 +437,12 @@ def test_the_validation_rows_are_never_touched(tmp_path: Path):
     assert place.task.selection is None
     seen: set[int] = set()
 
-    class Listening(OutputObjective):
+    class Noting(OutputObjective):
         def forward(self, student: Any, teacher: Any, batch: Any) -> Tensor:
             seen.update(batch["index"].tolist())
             return super().forward(student, teacher, batch)
 
-    train(scheme, place, [Term("output", Listening(Categorical()))], tmp_path)
+    train(scheme, place, [Term("output", Noting(Categorical()))], tmp_path)
     held = {row["index"] for row in scheme.held.rows}
     assert len(held) == 8 and seen and not held & seen
     assert held | seen <= set(range(40))
@@ -556,10 +556,10 @@ def test_accumulated_steps_and_black_boxes_are_refused():
 
 def test_the_user_is_told_how_many_rows_are_held_out():
     teacher, student = pair()
-    heard = io.StringIO()
+    found = io.StringIO()
     scheme = LGTMScheme(Learning(CLASSIFICATION))
-    scheme.begin(replace(setting(student, teacher, rows(40)), console=Console(file=heard, width=200)))
-    assert "2 of 40 training rows are held out" in heard.getvalue()
+    scheme.begin(replace(setting(student, teacher, rows(40)), console=Console(file=found, width=200)))
+    assert "2 of 40 training rows are held out" in found.getvalue()
 
 
 def context(kind: str = "classification") -> Context:

@@ -40,7 +40,7 @@ def kept(cache: Path) -> list[Path]:
 
 
 @pytest.fixture
-def nobody_runs(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """From the moment that this is applied every forward pass of a whole data set is an error."""
 
     def refuse(*arguments: Any, **options: Any) -> None:
@@ -142,10 +142,10 @@ DAMAGE = (
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_file_that_cannot_be_used_is_made_again_with_a_note(
-    own_cache: Path, damage: str, nobody_runs: pytest.MonkeyPatch
+    own_cache: Path, damage: str, nothing_runs: pytest.MonkeyPatch
 ):
     teacher, data = tiny("bert"), rows(6)
-    with nobody_runs.context() as patch:
+    with nothing_runs.context() as patch:
         patch.setattr(logits_cache, "predict", predict)
         expected = ask(teacher, data)
     [path] = kept(own_cache)
@@ -166,7 +166,7 @@ def test_a_file_that_cannot_be_used_is_made_again_with_a_note(
     elif damage == "a class less":
         rewrite(expected[:, :1])
     elif damage == "another file":
-        with nobody_runs.context() as patch:
+        with nothing_runs.context() as patch:
             patch.setattr(logits_cache, "predict", predict)
             ask(tiny("bert", seed=3), data)
         [second] = [file for file in kept(own_cache) if file != path]
@@ -193,7 +193,7 @@ def test_a_file_that_cannot_be_used_is_made_again_with_a_note(
     with pytest.raises(Asked):
         ask(teacher, data, console=Console(file=output, width=400))
     assert str(path) in output.getvalue() and "is made again" in output.getvalue()
-    nobody_runs.setattr(logits_cache, "predict", predict)
+    nothing_runs.setattr(logits_cache, "predict", predict)
     assert torch.equal(ask(teacher, data), expected)
     if damage != "a folder":
         assert path.read_bytes() == whole
@@ -234,10 +234,10 @@ def test_without_the_cache_nothing_is_read_and_nothing_is_kept(own_cache: Path, 
     assert torch.equal(ask(teacher, data, use_cache=False), torch.zeros(6, 2))
 
 
-def test_a_teachers_scores_come_from_what_was_kept(own_cache: Path, nobody_runs: pytest.MonkeyPatch):
+def test_a_teachers_scores_come_from_what_was_kept(own_cache: Path, nothing_runs: pytest.MonkeyPatch):
     teacher, task = tiny("bert"), load_task(TaskSection(name="reviews"), EvaluateSection(), base=Path())
     direct = evaluate_model(teacher, WORDS, task)
-    with nobody_runs.context() as patch:
+    with nothing_runs.context() as patch:
         patch.setattr(logits_cache, "predict", predict)
         assert evaluate_model(teacher, WORDS, task, ask=cached_predictions) == direct
     assert evaluate_model(teacher, WORDS, task, ask=cached_predictions) == direct

@@ -368,7 +368,7 @@ def text_recipe(folder: Path, **task: Any) -> Recipe:
     return recipe_of(task=changes)
 
 
-def test_how_words_are_hidden_is_in_the_name_of_a_language_model(folder: Path, own_cache: Path):
+def test_how_tokens_are_masked_is_in_the_name_of_a_language_model(folder: Path, own_cache: Path):
     first = make(folder, text_recipe(folder), head="masked-lm")
     assert isinstance(first.teacher.model, BertForMaskedLM)
     again = make(folder, text_recipe(folder), head="masked-lm")
@@ -379,7 +379,7 @@ def test_how_words_are_hidden_is_in_the_name_of_a_language_model(folder: Path, o
     assert len(teachers(own_cache)) == 3
 
 
-def test_a_body_is_taken_as_it_is_where_nobody_listens_to_predictions(folder: Path, own_cache: Path):
+def test_a_body_is_taken_as_it_is_where_no_predictions_are_compared(folder: Path, own_cache: Path):
     recipe = text_recipe(folder).model_copy(update={"teacher": recipe_of(teacher={"finetune": None}).teacher})
     made = make(folder, recipe, head="base")
     assert type(made.teacher.model) is BertModel and made.weights == hash_of_weights(body())

@@ -365,12 +365,12 @@ def test_blocks_that_are_one_and_blocks_of_different_attention_are_refused():
 def test_a_chance_that_never_reaches_one_is_told():
     teacher, student = pair()
     for replacement, told in ((Replacement("linear", 0.3, k=1e-6), True), (Replacement("linear", 0.3), False)):
-        heard = io.StringIO()
-        place = replace(setting(student, teacher, rows(16)), console=Console(file=heard, width=200))
+        output = io.StringIO()
+        place = replace(setting(student, teacher, rows(16)), console=Console(file=output, width=200))
         scheme = TheseusScheme(replacement)
         scheme.begin(place)
         scheme.end()
-        assert ("ends at 0.30, below 1" in heard.getvalue()) is told
+        assert ("ends at 0.30, below 1" in output.getvalue()) is told
 
 
 def test_the_preset_follows_the_paper():

@@ -299,7 +299,7 @@ def test_the_chosen_checkpoint_is_what_the_training_ends_with(tmp_path: Path, se
     assert same(end, watch.weights[2]) is (select == "best")
 
 
-def test_the_last_step_is_judged_although_it_falls_between_two_evaluations(tmp_path: Path):
+def test_the_last_step_is_scored_although_it_falls_between_two_evaluations(tmp_path: Path):
     step = distiller()
     record = train(tmp_path, step, scores=Scores(0.3, 0.8), max_steps=5, eval_every=3, select="best")
     assert evaluations(record) == [(3, 0.3), (5, 0.8)]
@@ -308,7 +308,7 @@ def test_the_last_step_is_judged_although_it_falls_between_two_evaluations(tmp_p
     assert torch.equal(kept["student.classifier.weight"], step.student.classifier.weight)
 
 
-def test_the_last_step_is_judged_once_where_an_evaluation_falls_on_it(tmp_path: Path):
+def test_the_last_step_is_scored_once_where_an_evaluation_falls_on_it(tmp_path: Path):
     scores = Scores(0.3, 0.8)
     assert evaluations(train(tmp_path, scores=scores, eval_every=3)) == [(3, 0.3), (6, 0.8)]
     assert scores.asked == 2
@@ -446,7 +446,7 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(tmp_path: Path, monke
     assert seen == [2, 2, 2, 2] and checkpoints(tmp_path) == [5, 6]
 
 
-def test_a_checkpoint_that_is_written_again_is_a_torso_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoint_that_is_written_again_is_incomplete_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     train(tmp_path, max_steps=2)
     torch_save = torch.save
 
@@ -468,14 +468,14 @@ def interrupted(
     # Dropout is on: the random numbers must go on where they stopped.
     steps = [distiller(student()), distiller(student()), distiller(student())]
     watches = [Watch() for _ in steps]
-    judged = Scores(*scores)
-    whole = train(folder / "whole", steps[0], scheme=watches[0], scores=judged, **loop)
-    judged = Scores(*scores)
+    scored = Scores(*scores)
+    whole = train(folder / "whole", steps[0], scheme=watches[0], scores=scored, **loop)
+    scored = Scores(*scores)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, at)
-        train(folder / "parts", steps[1], scheme=watches[1], scores=judged, **loop)
+        train(folder / "parts", steps[1], scheme=watches[1], scores=scored, **loop)
     torch.manual_seed(12345)
-    resumed = train(folder / "parts", steps[2], scheme=watches[2], scores=judged, resume=True, **loop)
+    resumed = train(folder / "parts", steps[2], scheme=watches[2], scores=scored, resume=True, **loop)
     watches[1].steps += watches[2].steps
     watches[1].examples += watches[2].examples
     watches[1].rates += watches[2].rates
@@ -530,7 +530,7 @@ def test_patience_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_objectives_and_collator_are_told_which_epoch_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    class Listening(GoldObjective):
+    class Noting(GoldObjective):
         def __init__(self) -> None:
             super().__init__(Categorical())
             self.told: list[tuple[int, int]] = []
@@ -542,7 +542,7 @@ def test_objectives_and_collator_are_told_which_epoch_begins(tmp_path: Path, mon
         def begin_epoch(self, epoch: int) -> None:
             self.told = [*getattr(self, "told", []), epoch]
 
-    objectives, collators = [Listening(), Listening()], [Attentive(WORDS), Attentive(WORDS)]
+    objectives, collators = [Noting(), Noting()], [Attentive(WORDS), Attentive(WORDS)]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, 6)
         train(
@@ -731,8 +731,8 @@ def test_off_a_terminal_progress_is_whole_plain_lines(tmp_path: Path):
     )
     steps = [progress.fullmatch(line) for line in lines]
     assert [match[1] for match in steps if match] == ["1", "2", "3", "4", "6"]
-    judged = [line for line, match in zip(lines, steps, strict=True) if not match]
-    assert judged == [
+    scored = [line for line, match in zip(lines, steps, strict=True) if not match]
+    assert scored == [
         f"test  step {step}  evaluated: accuracy {score}  balanced_accuracy 0.2500  matthews_correlation 0.1250"
         for step, score in ((3, "0.5000"), (6, "0.7500"))
     ]
