@@ -161,7 +161,7 @@ def test_random_blocks_of_a_depth_student_are_new_and_follow_the_seed(family: st
             if value.ndim > 1:
                 assert not torch.equal(value, block_states(teacher)[origin][key])
                 assert not torch.equal(value, third[key])
-                # The usual start has a standard deviation of 0.02 (ModernBERT: less for outputs), the tiny teachers 0.08.
+                # The usual standard deviation is 0.02 (ModernBERT: less for outputs), that of the tiny teachers 0.08.
                 assert 0.005 < value.std() < 0.03
 
 
