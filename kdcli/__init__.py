@@ -10,13 +10,13 @@ __all__ = ["__version__", "distill", "load_model"]
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import kdcli.distill as distill
-    from kdcli.models.load import load_model
+    from kdcli.tasks.heads import load_model
 
 
 def __getattr__(name: str) -> object:
     # torch takes seconds to import: `kdcli --help` must not pay for it.
     if name == "load_model":
-        from kdcli.models.load import load_model
+        from kdcli.tasks.heads import load_model
 
         return load_model
     if name == "distill":
@@ -24,4 +24,10 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module 'kdcli' has no attribute {name!r}")
 
 
-register()
+def _heads() -> object:
+    from kdcli.tasks.heads import heads
+
+    return heads()
+
+
+register(_heads)  # type: ignore[arg-type]

@@ -226,16 +226,19 @@ def readable_length(config: Any, wanted: int) -> int:
 
 
 def load_contestant(name: str, where: str = "MODEL") -> tuple[Any, Any]:
-    """Return a classifier (PyTorch model or ONNX session) and its tokenizer. where: what names it.
+    """Return a model (PyTorch model or ONNX session) with its own head, and its tokenizer. where: what names it.
 
-    Raises InputError for a model without a trained head for texts, and for a tokenizer that does not fit.
+    Raises InputError for a head that no kind of task has, and for a tokenizer that does not fit.
     """
     from kdcli.export.session import OnnxModel, is_onnx_folder
-    from kdcli.models.load import check_tokenizer, load_model, load_tokenizer
+    from kdcli.models.heads import BASE, head_of
+    from kdcli.models.load import check_tokenizer, load_tokenizer
+    from kdcli.tasks.heads import heads, load_model
 
     model: Any
-    # Never a model whose head would be random: the loader refuses it.
     model = OnnxModel(Path(name)) if is_onnx_folder(Path(name)) else load_model(name)
+    if head_of(model, heads()) == BASE:
+        raise InputError(f"{name} has no trained head (it is {BASE.title})", where=where)
     tokenizer = load_tokenizer(name)
     check_tokenizer(model, tokenizer, where=where)
     return model, tokenizer

@@ -30,17 +30,18 @@ def contract(
     from kdcli.export.parity import TOLERANCE
     from kdcli.files import atomic_folder, expanded
     from kdcli.models.counts import count_parameters
-    from kdcli.models.load import load_any, load_tokenizer
+    from kdcli.models.load import load_tokenizer
     from kdcli.models.lowrank import merge_low_rank
     from kdcli.models.overparam import contract_model
     from kdcli.models.probe import probe
     from kdcli.models.save import save_model
     from kdcli.runs import check_out
+    from kdcli.tasks.heads import load_model
 
     out = expanded(out, "--out")
     check_out(out, model, force=force)
     with atomic_folder(out, force=force) as folder:
-        loaded = load_any(model)
+        loaded = load_model(model)
         tokenizer = load_tokenizer(model)
         before = probe(loaded)
         report = contract_model(loaded, check=False)

@@ -117,8 +117,8 @@ def evaluate(
     from kdcli.evaluation.score import evaluate_model, primary_score
     from kdcli.gates import Limits
     from kdcli.models.finite import at_fault
-    from kdcli.tasks import registry
     from kdcli.tasks.base import Owner
+    from kdcli.tasks.heads import check_head, kind_of_model
     from kdcli.tasks.load import load_rows, load_task
     from kdcli.tasks.metrics import shown
 
@@ -127,7 +127,7 @@ def evaluate(
     called: dict[str, list[str] | None] = {}
     if data is not None:
         with as_options():
-            kind = registry.of_model(contestant.config, "sequence-classification", choice.model)
+            kind = kind_of_model(contestant, choice.model, "MODEL")
             loaded = load_rows(section, kind, contestant.config, names=names, limit=max_samples)
     else:
         called["MODEL"] = names
@@ -151,6 +151,7 @@ def evaluate(
                 where="--max-length",
                 hint=f"use at most {limit}",
             )
+        check_head(one, loaded.kind.head, name, place)
         owner = Owner(
             name,
             place,

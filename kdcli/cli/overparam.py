@@ -74,17 +74,18 @@ def overparam(
     from kdcli.cli.console import emit, info
     from kdcli.export.parity import TOLERANCE
     from kdcli.files import atomic_folder, expanded
-    from kdcli.models.load import load_any, load_tokenizer
+    from kdcli.models.load import load_tokenizer
     from kdcli.models.overparam import overparameterise
     from kdcli.models.probe import probe
     from kdcli.models.save import save_model
     from kdcli.runs import check_out
+    from kdcli.tasks.heads import load_model
 
     # The folder first: that it exists already should not be said after minutes of work.
     out = expanded(out, "--out")
     check_out(out, model, factors, force=force)
     with atomic_folder(out, force=force) as folder:
-        loaded = load_any(model)
+        loaded = load_model(model)
         tokenizer = load_tokenizer(model)
         before = probe(loaded)
         report = overparameterise(loaded, section)

@@ -5,6 +5,7 @@ import yaml
 from kdcli.distill.record import FinishedRun
 from kdcli.evaluation.result import Loss, described_set
 from kdcli.markdown import code, escaped, table_row
+from kdcli.tasks.heads import head_named
 from kdcli.tasks.metrics import shown
 from kdcli.words import counted
 
@@ -35,10 +36,11 @@ def _scored_card(record: FinishedRun) -> str:
     over = "\n- over-parameterised while training (OPDF), contracted afterwards" if record.overparam else ""
     copies = f" and {counted(task.augment.added, 'copy', 'copies')} with other words" if task.augment else ""
     protocol = code(task.protocol)
-    loading = _loading("AutoModelForSequenceClassification", plain=record.is_plain)
+    head = head_named(record.student_head)
+    loading = _loading(head.auto, plain=record.is_plain)
     retention = result.retention
     kept = f"\nThe student keeps {retention:.1%} of the teacher's {result.primary}.\n" if retention is not None else ""
-    return f"""{_front_matter(method.name, "text-classification", plain=record.is_plain)}
+    return f"""{_front_matter(method.name, head.pipeline_tag, plain=record.is_plain)}
 # {escaped(record.name)}
 
 A smaller transformer for the task {code(task.name)}, distilled with kdcli {record.versions["kdcli"]}.
@@ -108,9 +110,8 @@ def _general_card(record: FinishedRun, loss: Loss) -> str:
     )
     table = f"\n| fine-tuned on | model | mean | seeds |\n| --- | --- | ---: | ---: |\n{tuned}" if tuned else ""
     taught = f", {result.teacher.parameters:,} parameters" if result.teacher is not None else ""
-    masked = record.student_head == "masked-lm"
-    auto = "AutoModelForMaskedLM" if masked else "AutoModel"
-    return f"""{_front_matter(method.name, "fill-mask" if masked else "feature-extraction", plain=record.is_plain)}
+    head = head_named(record.student_head)
+    return f"""{_front_matter(method.name, head.pipeline_tag, plain=record.is_plain)}
 # {escaped(record.name)}
 
 A smaller general transformer, distilled on plain text with kdcli {record.versions["kdcli"]}, to be fine-tuned.
@@ -123,7 +124,7 @@ A smaller general transformer, distilled on plain text with kdcli {record.versio
 ## Loading
 
 ```python
-{_loading(auto, plain=record.is_plain)}
+{_loading(head.auto, plain=record.is_plain)}
 ```
 
 ## Limits

@@ -51,7 +51,7 @@ def score_on_tasks(
             for name in names:
                 torch.manual_seed(seed)
                 settings = task.kind.configure(task.label_names)
-                model = with_new_head(teacher if name == "teacher" else student, task.kind.head.name, **settings)
+                model = with_new_head(teacher if name == "teacher" else student, task.kind.head, settings)
                 if name == "scratch":
                     reinitialise(model)
                 finetune(

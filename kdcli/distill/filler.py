@@ -22,6 +22,8 @@ from kdcli.recipe.schema import FinetuneSection, Recipe, TaskSection, TeacherSec
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import check_room
 from kdcli.tasks.load import load_task
+from kdcli.tasks.masked_lm import KIND as PLAIN_TEXT
+from kdcli.tasks.masked_lm import MASKED_LM
 from kdcli.terminal import tell
 from kdcli.training.distributed import agree, main_does, processes
 from kdcli.training.settings import check_batch
@@ -52,7 +54,7 @@ def start_filler(recipe: Recipe, task: Task, base: Path) -> FillerStart:
     assert section is not None
     source = source_of(section.model, base)
     with _at(MODEL):
-        headed, tokenizer = has_head(source, "masked-lm"), load_tokenizer(source)
+        headed, tokenizer = has_head(source, MASKED_LM), load_tokenizer(source)
     if not headed and section.text is None:
         raise InputError(
             f"{section.model} has no masked-LM head: it cannot predict masked words",
@@ -72,12 +74,12 @@ def start_filler(recipe: Recipe, task: Task, base: Path) -> FillerStart:
             check_vocabulary(load_config(source), tokenizer)
         return FillerStart(source)
     teacher = TeacherSection(model=section.model, finetune=section.finetune or True, seed=seed_of(recipe))
-    text = TaskSection(name="augment", type="text", data=section.text, max_length=recipe.task.max_length)
+    text = TaskSection(name="augment", type=PLAIN_TEXT.name, data=section.text, max_length=recipe.task.max_length)
     tuned = recipe.model_copy(update={"teacher": teacher, "task": text})
     with _at("task.augment.text"):
         documents = load_task(text, recipe.evaluate, base=base)
     with _at(MODEL):
-        start = start_teacher(tuned, documents, "masked-lm", base=base)
+        start = start_teacher(tuned, documents, MASKED_LM, base=base)
     with _at("task.augment.text"):
         documents.kind.check(documents, tokenizer, text.max_length)
     tuning = section.finetune or FinetuneSection()
@@ -106,7 +108,7 @@ def make_filler(
         return start.source
     recipe, documents, teacher = start.training
     found = make_teacher(
-        teacher, recipe, documents, "masked-lm", console=console, refresh=refresh, resume=resume, work=work, log=log
+        teacher, recipe, documents, MASKED_LM, console=console, refresh=refresh, resume=resume, work=work, log=log
     )
     if found.path is None:
         raise RunError(
@@ -132,7 +134,7 @@ def augment_task(task: Task, recipe: Recipe, source: str, *, console: Console) -
     """
     section = recipe.task.augment
     assert section is not None
-    model, tokenizer = load_model(source, task="masked-lm"), load_tokenizer(source)
+    model, tokenizer = load_model(source, MASKED_LM), load_tokenizer(source)
     suggester = Suggester(
         model,
         tokenizer,

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from kdcli.distill.prepare import Follower, Prepared, shape_only
 from kdcli.distill.resolve import Resolved, placed
 from kdcli.distill.student import stage_loop
-from kdcli.distill.teacher import labelling_of
 from kdcli.machine import resolve_precision
 from kdcli.models.counts import count_parameters
 from kdcli.models.overparam import overparameterise, teacher_factors
@@ -192,9 +191,8 @@ def _builds(prepared: Prepared) -> list[StudentBuild]:
     for follower in followers:
         with placed(follower.name):
             seed = prepared.resolved.recipe.seed
-            labelling = labelling_of(prepared.task.kind, prepared.task.label_names)
-            build = build_student(model, follower.section, seed=seed, overparam=follower.overparam, labelling=labelling)
-            builds.append(build)
+            options: Any = {"overparam": follower.overparam, "labelling": prepared.labelling}
+            builds.append(build_student(model, follower.section, seed=seed, **options))
         model = builds[-1].model
     return builds
 

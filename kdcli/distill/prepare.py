@@ -18,7 +18,7 @@ from kdcli.distill.resolve import Resolved, context_of, for_task, head_needed, p
 from kdcli.distill.teacher import TeacherStart, labelling_of, start_teacher
 from kdcli.methods.base import Context, Stage
 from kdcli.models.families import family_of
-from kdcli.models.heads import Labelling
+from kdcli.models.heads import Head, Labelling
 from kdcli.models.load import check_same_tokens, check_tokenizer
 from kdcli.models.overparam import check_chains
 from kdcli.models.shape import check_lengths
@@ -69,14 +69,15 @@ class Follower:
 class Prepared:
     """A recipe that has been checked: its task, the start of its teacher, and the shapes of what follows it.
 
-    downstream: the tasks of `[[finetune]]`. head: what stands on the teacher's body. filler: the masked language model
-    of `[task.augment]`.
+    downstream: the tasks of `[[finetune]]`. head: what stands on the teacher's body. labelling: of the outputs of a
+    student from a checkpoint. filler: the masked language model of `[task.augment]`.
     """
 
     resolved: Resolved
     task: Task
     downstream: list[Task]
-    head: str
+    head: Head
+    labelling: Labelling
     teacher: TeacherStart
     followers: list[Follower]
     filler: FillerStart | None
@@ -112,14 +113,15 @@ def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:
             check_tokenizer(teacher.model, teacher.tokenizer, section.task.max_length)
             other.kind.check(other, teacher.tokenizer, section.task.max_length)
     filler = start_filler(recipe, task, base) if recipe.task.augment is not None else None
-    followers = _followers(teacher, resolved, task)
+    labelling = labelling_of(task.kind, task.label_names, head)
+    followers = _followers(teacher, resolved, task, labelling)
     student = followers[-1]
     if recipe.export.onnx:
         models = {"teacher": teacher.model.config, "student": student.model.config}
         check_lengths(models, recipe.export.sequence_lengths, "export.sequence_lengths")
     if recipe.overparam is not None and resolved.student.energy is None:
         check_chains(student.model, recipe.overparam, student.follows, student.context.pairs)
-    return Prepared(resolved, task, downstream, head, teacher, followers, filler)
+    return Prepared(resolved, task, downstream, head, labelling, teacher, followers, filler)
 
 
 def _check_loops(resolved: Resolved, teacher: TeacherStart) -> None:
@@ -135,7 +137,7 @@ def _check_loops(resolved: Resolved, teacher: TeacherStart) -> None:
         check_batch(table.batch_size, 1, world, f"finetune[{number}].batch_size")
 
 
-def _followers(teacher: TeacherStart, resolved: Resolved, task: Task) -> list[Follower]:
+def _followers(teacher: TeacherStart, resolved: Resolved, task: Task, labelling: Labelling) -> list[Follower]:
     """Return the assistant, if any, and the student, each beside the model that it follows."""
     nearest = shape_only(teacher.model)
     followers = []
@@ -144,7 +146,7 @@ def _followers(teacher: TeacherStart, resolved: Resolved, task: Task) -> list[Fo
             if section.model is not None:
                 check_same_tokens(teacher.tokenizer, section.model, "student.model")
             overparam = resolved.recipe.overparam if name == "student" else None
-            build = _shadow(nearest, section, overparam, labelling_of(task.kind, task.label_names))
+            build = _shadow(nearest, section, overparam, labelling)
             context = context_of(nearest, build.model, build.form, task, resolved.recipe)
             stages = stages_of(resolved, context, build.model, nearest if teacher.known else None, len(task.train))
         followers.append(Follower(name, section, overparam, build, nearest, context, stages))

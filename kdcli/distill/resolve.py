@@ -12,6 +12,7 @@ from kdcli.files import source_of
 from kdcli.methods import registry
 from kdcli.methods.base import Context, Method, Stage
 from kdcli.methods.layer_maps import uniform
+from kdcli.models.heads import BASE, Head
 from kdcli.models.load import load_config
 from kdcli.models.shape import shape_of
 from kdcli.recipe.schema import FORM_FIELDS, Recipe, StudentSection
@@ -190,20 +191,20 @@ def stages_of(
     return stages
 
 
-def head_needed(resolved: Resolved, task: Task) -> str:
-    """Return what must stand on the teacher's body: a classifier; for plain text a masked-LM head, or nothing.
+def head_needed(resolved: Resolved, task: Task) -> Head:
+    """Return what must stand on the teacher's body: the head of the kind of task; for plain text it, or nothing.
 
     A head for plain text is needed where some term compares predictions, and where a teacher is to be trained.
     """
     if not task.kind.scored_by_loss:
-        return task.kind.head.name
+        return task.kind.head
     teacher = resolved.recipe.teacher
     if teacher.model is None or teacher.finetune not in (None, False):
-        return "masked-lm"
+        return task.kind.head
     shape = shape_of(load_config(source_of(teacher.model, resolved.base)))
     blocks = [(layer, layer) for layer in range(1, shape.layers + 1)]
     stages = resolved.method.build(resolved.options, Context(shape, shape, "checkpoint", task.kind, blocks))
-    return "masked-lm" if trains_head(stages) else "base"
+    return task.kind.head if trains_head(stages) else BASE
 
 
 def trains_head(stages: list[Stage]) -> bool:

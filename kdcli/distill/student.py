@@ -15,7 +15,7 @@ from transformers import set_seed
 from kdcli.distill.job import Job
 from kdcli.distill.prepare import Follower
 from kdcli.distill.resolve import Resolved, trains_head
-from kdcli.distill.teacher import Teacher, labelling_of
+from kdcli.distill.teacher import Teacher
 from kdcli.evaluation.score import scorer
 from kdcli.files import atomic_folder, write_json
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
@@ -108,10 +108,8 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
     resolved, name, seed = job.resolved, follower.name, job.recipe.seed
     set_seed(seed)
     with job.timed(name):
-        labelling = labelling_of(task.kind, task.label_names)
-        build = build_student(
-            teacher.model, follower.section, seed=seed, overparam=follower.overparam, labelling=labelling
-        )
+        options: Any = {"overparam": follower.overparam, "labelling": job.prepared.labelling}
+        build = build_student(teacher.model, follower.section, seed=seed, **options)
     for note in build.notes:
         job.tell(f"{name}: {note}")
     plain_hash = hash_of_weights(build.model)

@@ -20,7 +20,7 @@ from kdcli.machine import resolve_precision
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.models.finite import NotFiniteError, check_weights
 from kdcli.models.hashing import hash_of_model, hash_of_tokenizer
-from kdcli.models.heads import Labelling
+from kdcli.models.heads import Head, Labelling
 from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer, refusal_of_head
 from kdcli.models.probe import check_numbers
 from kdcli.models.save import save_model
@@ -60,7 +60,7 @@ def seed_of(recipe: Recipe) -> int:
     return recipe.seed if recipe.teacher.seed is None else recipe.teacher.seed
 
 
-def needs_training(recipe: Recipe, source: str | None, head: str) -> bool:
+def needs_training(recipe: Recipe, source: str | None, head: Head) -> bool:
     """True when the teacher must be fine-tuned: from scratch, asked for, or without the head that is needed."""
     section = recipe.teacher
     if section.black_box:
@@ -96,8 +96,8 @@ class TeacherStart:
     notes: tuple[str, ...] = ()
 
 
-def start_teacher(recipe: Recipe, task: Task, head: str, *, base: Path) -> TeacherStart:
-    """Return the start of a recipe's teacher, with a head: "sequence-classification", "masked-lm" or "base" (none).
+def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path) -> TeacherStart:
+    """Return the start of a recipe's teacher, with a head.
 
     Trains nothing and writes nothing. Raises InputError for all that is wrong with the teacher, its tokenizer or its
     classes.
@@ -113,7 +113,7 @@ def start_teacher(recipe: Recipe, task: Task, head: str, *, base: Path) -> Teach
         )
     if section.scratch is not None:
         model, tokenizer = build_scratch(
-            section.scratch, _texts(task), seed=seed_of(recipe), head=head, **task.kind.configure(task.label_names)
+            section.scratch, _texts(task), head, task.kind.configure(task.label_names), seed=seed_of(recipe)
         )
         return TeacherStart(model, tokenizer, "from scratch", trains=True)
     if section.black_box:
@@ -136,16 +136,14 @@ def start_teacher(recipe: Recipe, task: Task, head: str, *, base: Path) -> Teach
     return TeacherStart(model, tokenizer, section.model or source, path, trains=trains, notes=notes)
 
 
-def _with_head(recipe: Recipe, task: Task, source: str, head: str) -> tuple["PreTrainedModel", tuple[str, ...]]:
+def _with_head(recipe: Recipe, task: Task, source: str, head: Head) -> tuple["PreTrainedModel", tuple[str, ...]]:
     """Return a teacher with the head that its file has, its classes in the task's order, or else with a new one.
 
     A new one has a teacher that is to be fine-tuned and has none, or one for other classes; and a black box, of which
     only the names of the classes are asked. With it come notes about the classes.
     """
     section = recipe.teacher
-    load = partial(
-        load_model, source, task=head, revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
+    load = partial(load_model, source, head, revision=section.revision, trust_remote_code=section.trust_remote_code)
     if not section.black_box and has_head(
         source, head, revision=section.revision, trust_remote_code=section.trust_remote_code
     ):
@@ -157,14 +155,14 @@ def _with_head(recipe: Recipe, task: Task, source: str, head: str) -> tuple["Pre
         except InputError:
             if section.finetune in (None, False):
                 raise
-    return load(new_head=True, **task.kind.configure(task.label_names)), ()
+    return load(new_head=task.kind.configure(task.label_names)), ()
 
 
 def make_teacher(
     start: TeacherStart,
     recipe: Recipe,
     task: Task,
-    head: str,
+    head: Head,
     *,
     console: Console,
     refresh: bool,
@@ -199,8 +197,8 @@ def _texts(task: Task) -> Iterator[str]:
     return (text for column in columns for text in values_of(task.train, column))
 
 
-def labelling_of(kind: TaskKind, labels: tuple[str, ...]) -> Labelling:
-    """Return what a task of this kind asks of the outputs of a student from a checkpoint."""
+def labelling_of(kind: TaskKind, labels: tuple[str, ...], head: Head | None = None) -> Labelling:
+    """Return what a task asks of the outputs of a student from a checkpoint. head: another one than its kind's."""
     settings = kind.configure(labels)
     remedy = "name a checkpoint of this task, or one without a trained head, such as the one it was trained from"
 
@@ -210,7 +208,7 @@ def labelling_of(kind: TaskKind, labels: tuple[str, ...]) -> Labelling:
         model.config.problem_type = settings.get("problem_type", model.config.problem_type)
         return owner.notes
 
-    return Labelling(settings, align)
+    return Labelling(head or kind.head, settings, align)
 
 
 def _finetuned(
@@ -218,7 +216,7 @@ def _finetuned(
     task: Task,
     model: "PreTrainedModel",
     tokenizer: Any,
-    head: str,
+    head: Head,
     *,
     console: Console,
     refresh: bool,
@@ -284,7 +282,7 @@ def _finetuned(
 
 
 def _kept(
-    folder: Path, identity: dict[str, Any], head: str, tokenizer: Any, origin: str, console: Console
+    folder: Path, identity: dict[str, Any], head: Head, tokenizer: Any, origin: str, console: Console
 ) -> Teacher | None:
     """Return the teacher that the cache holds in `folder`; None when there is none, or it is not as it was written.
 
@@ -296,7 +294,7 @@ def _kept(
     found, problem = None, agree(check_manifest(folder, identity))
     if problem is None:
         try:
-            model = load_model(str(folder), task=head)
+            model = load_model(str(folder), head)
             check_weights(model, "the teacher")
             record = json.loads((folder / "kdcli.json").read_text(encoding="utf-8"))["training"]
             found = Teacher(model, tokenizer, origin=origin, path=folder, training=record)

@@ -15,6 +15,7 @@ from kdcli.models.heads import head_of
 from kdcli.models.save import save_model
 from kdcli.runs import CARD
 from kdcli.tasks.base import Task
+from kdcli.tasks.heads import heads
 
 if TYPE_CHECKING:
     from kdcli.export.export import ExportResult
@@ -37,7 +38,7 @@ def document_of(
         "teacher_origin": teacher.origin,
         "teacher_path": str(teacher.path) if teacher.path else None,
         "student_form": student.build.form,
-        "student_head": head_of(student.model),
+        "student_head": head.name if (head := head_of(student.model, heads())) is not None else None,
         "teacher_layers": student.build.teacher_layers,
         "assistant": assistant.to_json() if assistant is not None else None,
         "overparam": student.overparam,

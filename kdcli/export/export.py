@@ -13,8 +13,10 @@ from kdcli.export.parity import TOLERANCE, parity
 from kdcli.export.session import MODEL, OnnxModel
 from kdcli.files import atomic_folder
 from kdcli.machine import default_threads
+from kdcli.models.heads import head_of
 from kdcli.models.probe import probe_batch
 from kdcli.tasks.base import Task
+from kdcli.tasks.heads import heads
 from kdcli.words import counted
 
 if TYPE_CHECKING:
@@ -67,7 +69,8 @@ def export_model(
     `atomic_folder`).
     """
     plain = plain_copy(model)
-    outputs = task.kind.head.outputs if task is not None else ("logits",)
+    head = head_of(model, heads())
+    outputs = head.outputs if head is not None else ("logits",)
     batches, source = _real_batches(plain, tokenizer, task, max_length)
     with atomic_folder(folder, force=force, ours=ours) as temporary:
         export_onnx(plain, tokenizer, temporary, opset=opset, outputs=outputs)

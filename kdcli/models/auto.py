@@ -1,11 +1,12 @@
 """kdcli's folders as a family of the transformers library, whose models are those of the plain family underneath."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
 
 from kdcli.models.checkpoint import KDCLI_MODEL_TYPE, OLD_MODEL_TYPE
-from kdcli.models.heads import HEADS
+from kdcli.models.heads import BASE, Head
 
 
 class KdcliConfig(PretrainedConfig):
@@ -20,8 +21,12 @@ class KdcliConfig(PretrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
 
-def add_family() -> None:
-    """Add kdcli's row to the library's table of families."""
+_heads: list[Callable[[], Iterable[Head]]] = []
+
+
+def add_family(heads: Callable[[], Iterable[Head]]) -> None:
+    """Add kdcli's row to the library's table of families. heads: gives those that its models may have."""
+    _heads[:] = [heads]
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     for name in (KDCLI_MODEL_TYPE, OLD_MODEL_TYPE):
@@ -29,15 +34,13 @@ def add_family() -> None:
 
 
 def _add_models() -> None:
-    import transformers
-
-    for head, auto in HEADS.items():
-        kind = getattr(transformers, auto)
+    for head in (*(head for heads in _heads for head in heads()), BASE):
+        kind = head.library_class()
         if KdcliConfig not in kind._model_mapping:
-            kind.register(KdcliConfig, _loader(head, auto), exist_ok=True)
+            kind.register(KdcliConfig, _loader(head), exist_ok=True)
 
 
-def _loader(head: str, auto: str) -> type:
+def _loader(head: Head) -> type:
     """Return a class whose `from_pretrained` gives a model with a head, of the plain family's own class."""
     from transformers import PreTrainedModel
 
@@ -48,16 +51,16 @@ def _loader(head: str, auto: str) -> type:
         def from_pretrained(cls, name: Any, *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
             return _load(head, name, **options)
 
-    Loader.__name__ = Loader.__qualname__ = auto.replace("Auto", "Kdcli")
+    Loader.__name__ = Loader.__qualname__ = head.auto.replace("Auto", "Kdcli")
     return Loader
 
 
-def _load(head: str, name: Any, **options: Any) -> Any:
+def _load(head: Head, name: Any, **options: Any) -> Any:
     import torch
 
     from kdcli.models.load import load_model
 
-    model: Any = load_model(name, task=head, revision=options.get("revision"))
+    model: Any = load_model(name, head, revision=options.get("revision"))
     wanted = options.get("dtype") or options.get("torch_dtype")
     if wanted == "auto" or wanted is None:
         # As the library does: the type of the file.

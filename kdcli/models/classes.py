@@ -56,11 +56,13 @@ def reorder_classes(model: "PreTrainedModel", order: Sequence[int]) -> None:
 
 def final_classifier(model: "PreTrainedModel") -> "nn.Linear":
     """Return the linear layer that gives the logits."""
-    return model.get_submodule(final_classifier_name(model))  # type: ignore[return-value]
+    if (name := final_classifier_name(model)) is None:
+        raise InputError(f"{type(model).__name__} has no linear classifier at its end")
+    return model.get_submodule(name)  # type: ignore[return-value]
 
 
-def final_classifier_name(model: "PreTrainedModel") -> str:
-    """Return the path of the linear layer that gives the logits. Raises InputError where there is none."""
+def final_classifier_name(model: "PreTrainedModel") -> str | None:
+    """Return the path of the linear layer that gives the logits; None where there is none."""
     from torch import nn
 
     classes = model.config.num_labels
@@ -69,6 +71,4 @@ def final_classifier_name(model: "PreTrainedModel") -> str:
         for name, module in model.named_modules()
         if name.startswith("classifier") and isinstance(module, nn.Linear) and module.out_features == classes
     ]
-    if not heads:
-        raise InputError(f"{type(model).__name__} has no linear classifier at its end")
-    return heads[-1]
+    return heads[-1] if heads else None

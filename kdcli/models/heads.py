@@ -1,8 +1,9 @@
 """What stands on a model's body: which heads there are, new ones, and models that start again from random weights."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kdcli.models.families import family_of
@@ -15,96 +16,94 @@ if TYPE_CHECKING:
 class Head:
     """What stands on a model's body. It belongs to the kinds of tasks that it is for.
 
-    name, title: for people. auto: the class of the library that makes body and head. architecture: how the class that
-    a config.json names (`architectures`) ends; never names of weights. pipeline_tag: for the model card. inputs: of
-    the ONNX graph, as far as tokenizer and family have them. outputs: of the graph and of a forward pass; per_token
-    where each token has a row of its own in them.
+    name, title, purpose: for people; the purpose follows "a head for". auto: the class of the library that makes body
+    and head. architecture: how the class that a config.json names (`architectures`) ends, and `unlike` how one ends
+    that is another in spite of that; never names of weights. pipeline_tag: for the model card. outputs: of a forward
+    pass and of the ONNX graph; per_token where each token has a row of its own in them.
     """
 
     name: str
     title: str
+    purpose: str
     auto: str
     architecture: tuple[str, ...]
     pipeline_tag: str
-    inputs: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids")
+    unlike: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ("logits",)
     per_token: bool = False
+
+    def is_of(self, architecture: str) -> bool:
+        """True when a class of that name has this head."""
+        return architecture.endswith(self.architecture) and not architecture.endswith(self.unlike or ("\n",))
+
+    def library_class(self) -> Any:
+        """Return the class of the library that makes body and head."""
+        import transformers
+
+        return getattr(transformers, self.auto)
+
+
+BASE = Head(
+    "base",
+    "a base model",
+    "anything but hidden states",
+    "AutoModel",
+    ("Model",),
+    "feature-extraction",
+    unlike=("LMHeadModel", "DoubleHeadsModel"),
+    outputs=("last_hidden_state",),
+    per_token=True,
+)
+"""No head: what is given are the hidden states of the last block."""
 
 
 @dataclass(frozen=True)
 class Labelling:
-    """What a task asks of a student's outputs. settings: of a new head.
+    """What a task asks of a student's outputs. head: which it has. settings: of the configuration of a new one.
 
     align: puts the outputs of a trained model, named for messages, into the task's order in place; returns notes.
     """
 
+    head: Head
     settings: Mapping[str, Any]
     align: "Callable[[PreTrainedModel, str], list[str]]"
 
 
-HEADS = {
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "masked-lm": "AutoModelForMaskedLM",
-    "base": "AutoModel",
-}
-"""What stands on a model's body, and the class of the library that makes both."""
+def head_of(model: Any, heads: Iterable[Head]) -> Head | None:
+    """Return the head of a model (or of a session, whose configuration tells), one of `heads`, `BASE`, or None."""
+    from torch import nn
+
+    if isinstance(model, nn.Module):
+        if getattr(model, "base_model", None) is model:
+            return BASE
+        name = type(model).__name__
+    else:
+        name = (model.config.architectures or [""])[0]
+    return next((head for head in (*heads, BASE) if head.is_of(name)), None)
 
 
-TITLES = {
-    "sequence-classification": "a classifier of texts",
-    "masked-lm": "a masked language model",
-    "base": "a base model",
-}
+def with_new_head(
+    model: "PreTrainedModel", head: Head, settings: Mapping[str, Any] = MappingProxyType({})
+) -> "PreTrainedModel":
+    """Return a model with a copy of the body of `model` and a fresh head; `model` is not changed.
 
-
-def head_of(model: "PreTrainedModel") -> str:
-    """Return which of `HEADS` stands on the body of `model`."""
-    if model.base_model is model:
-        return "base"
-    return "masked-lm" if type(model).__name__.endswith("ForMaskedLM") else "sequence-classification"
-
-
-def with_new_head(model: "PreTrainedModel", head: str, **labels: Any) -> "PreTrainedModel":
-    """Return a model with a copy of the body of `model` and a fresh head, one of `HEADS`; `model` is not changed.
-
-    labels: of a classifier, as `with_classifier` takes them. The head comes from PyTorch's global random state.
+    settings: of its configuration, such as num_labels. The head comes from PyTorch's global random state. A body
+    without a pooler gets a fresh one where the head needs one.
     """
     import torch
-    import transformers
 
-    if head == "sequence-classification":
-        return with_classifier(model, **labels)
-    if head == "base":
+    if head == BASE:
         return copy.deepcopy(model.base_model)  # type: ignore[return-value]
     config = copy.deepcopy(model.config)
-    headed = _on_body(getattr(transformers, HEADS[head]).from_config(config, dtype=torch.float32), model)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    family_of(config)
+    headed = _on_body(head.library_class().from_config(config, dtype=torch.float32), model)
     named = dict(headed.named_parameters())
     if all(source in named for source in headed.all_tied_weights_keys.values()):
         headed.tie_weights()
     # Factors in the table's place are no matrix that the head could share: it has one of its own.
     return headed
-
-
-def with_classifier(
-    model: "PreTrainedModel", *, num_labels: int = 2, label_names: list[str] | None = None, problem_type: Any = None
-) -> "PreTrainedModel":
-    """Return a classifier with a copy of the body of `model` and a fresh head; `model` is not changed.
-
-    The head comes from PyTorch's global random state. A body without a pooler gets a fresh one where its family's
-    classifiers need one.
-    """
-    import torch
-    import transformers
-
-    config = copy.deepcopy(model.config)
-    names = label_names if label_names is not None else [f"LABEL_{i}" for i in range(num_labels)]
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: i for i, name in enumerate(names)}
-    config.problem_type = problem_type
-    family_of(config)
-    return _on_body(
-        getattr(transformers, HEADS["sequence-classification"]).from_config(config, dtype=torch.float32), model
-    )
 
 
 def _on_body(headed: "PreTrainedModel", model: "PreTrainedModel") -> "PreTrainedModel":

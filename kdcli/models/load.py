@@ -4,7 +4,8 @@ A model is loaded whole or not at all: no parameter that its file lacks is made 
 """
 
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from kdcli.models.checkpoint import (
 )
 from kdcli.models.classes import final_classifier_name
 from kdcli.models.families import family_of
-from kdcli.models.heads import HEADS, TITLES, with_new_head
+from kdcli.models.heads import BASE, Head, with_new_head
 from kdcli.models.quiet import quiet_transformers
 from kdcli.models.shape import longest_input
 from kdcli.words import counted
@@ -32,20 +33,19 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-ARCHITECTURES = (
-    ("ForSequenceClassification", "sequence-classification", TITLES["sequence-classification"]),
-    ("ForMaskedLM", "masked-lm", TITLES["masked-lm"]),
-    ("ElectraForPreTraining", None, "a discriminator of replaced tokens"),
-    ("ForPreTraining", "masked-lm", TITLES["masked-lm"]),
-    ("ForTokenClassification", None, "a token classifier"),
-    ("ForQuestionAnswering", None, "a question-answering model"),
-    ("ForMultipleChoice", None, "a multiple-choice model"),
-    ("ForNextSentencePrediction", None, "a next-sentence classifier"),
-    ("ForCausalLM", None, "a causal language model"),
-    ("LMHeadModel", None, "a causal language model"),
-    ("Model", "base", TITLES["base"]),
+OTHERS = (
+    ("ElectraForPreTraining", "a discriminator of replaced tokens"),
+    ("ForTokenClassification", "a token classifier"),
+    ("ForQuestionAnswering", "a question-answering model"),
+    ("ForMultipleChoice", "a multiple-choice model"),
+    ("ForNextSentencePrediction", "a next-sentence classifier"),
+    ("ForCausalLM", "a causal language model"),
+    ("LMHeadModel", "a causal language model"),
+    ("ForSequenceClassification", "a classifier of texts"),
+    ("ForMaskedLM", "a masked language model"),
+    ("ForPreTraining", "a masked language model"),
 )
-"""How the names of the library's classes end; which of `HEADS` they have, if any; what they are."""
+"""How the names of the library's classes end, and what they are, in words."""
 
 PRETRAINED = (
     "cls.seq_relationship.",
@@ -65,36 +65,40 @@ PRETRAINED = (
 """Heads that pretraining leaves in a file, beside the one that was trained later."""
 
 
-def head_of_checkpoint(checkpoint: Checkpoint) -> tuple[str | None, str]:
-    """Return which of `HEADS` a checkpoint has (None for another one), and what the model is, in words.
+def has_head(name: str | Path, head: Head, *, revision: str | None = None, trust_remote_code: bool = False) -> bool:
+    """True when a checkpoint has a trained head; a body is there in any case."""
+    return _has(open_checkpoint(name, revision, any_family=trust_remote_code), head)
 
-    The class that config.json names decides. Where it names none that is known, a head counts only if the file has
-    every weight of the library's class, and no other.
+
+def _has(checkpoint: Checkpoint, head: Head) -> bool:
+    """True when a checkpoint has a head.
+
+    The class that config.json names decides. Where it names none that says, a head counts only if the file has every
+    weight of the library's class, and no other.
     """
-    for suffix, head, title in ARCHITECTURES:
-        if checkpoint.architecture is not None and checkpoint.architecture.endswith(suffix):
-            return head, title
-    for head in ("sequence-classification", "masked-lm"):
-        try:
-            skeleton = _skeleton(checkpoint, head)
-        except InputError:
-            continue
-        if not any(_differences(skeleton, checkpoint.tensors)):
-            return head, TITLES[head]
-    return "base", TITLES["base"]
+    if head == BASE:
+        return True
+    named = checkpoint.architecture or ""
+    if re.search(r"For[A-Z]|Model$", named):
+        return head.is_of(named)
+    try:
+        skeleton = _skeleton(checkpoint, head)
+    except InputError:
+        return False
+    return not any(_differences(skeleton, checkpoint.tensors))
 
 
-def has_head(name: str | Path, head: str, *, revision: str | None = None, trust_remote_code: bool = False) -> bool:
-    """True when a checkpoint has a trained head: one of `HEADS`; its body is there in any case."""
-    checkpoint = open_checkpoint(name, revision, any_family=trust_remote_code)
-    return head == "base" or head_of_checkpoint(checkpoint)[0] == head
+def _title(checkpoint: Checkpoint) -> str:
+    """Return what a checkpoint is, in words."""
+    named = checkpoint.architecture or ""
+    known = next((title for suffix, title in OTHERS if named.endswith(suffix)), None)
+    return known or (f"a {named}" if "For" in named else BASE.title)
 
 
-def refusal_of_head(name: str | Path, head: str, *, revision: str | None = None) -> str:
+def refusal_of_head(name: str | Path, head: Head, *, revision: str | None = None) -> str:
     """Return the sentence that says which head a checkpoint lacks, and what it has instead."""
-    purpose = {"sequence-classification": "classifying texts", "masked-lm": "predicting masked tokens"}[head]
-    title = head_of_checkpoint(open_checkpoint(name, revision, any_family=True))[1]
-    return f"{name} has no trained head for {purpose} (it is {title})"
+    title = _title(open_checkpoint(name, revision, any_family=True))
+    return f"{name} has no trained head for {head.purpose} (it is {title})"
 
 
 def load_config(name: str | Path) -> "PretrainedConfig":
@@ -136,43 +140,32 @@ def _class_names(raw: Mapping[str, Any]) -> dict[int, str] | None:
 
 def load_model(
     name: str | Path,
+    head: Head,
     *,
-    task: str = "sequence-classification",
-    new_head: bool = False,
-    num_labels: int | None = None,
-    label_names: list[str] | None = None,
-    problem_type: str | None = None,
+    new_head: Mapping[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """Load a model in eval mode and fp32: a hub name, a folder, a low-rank or an over-parameterised one.
+    """Load a model with a head in eval mode and fp32: a hub name, a folder, a low-rank or an over-parameterised one.
 
     Its configuration's `dtype` is the type that most of its weights have in the file.
 
-    task: which of `HEADS` it shall have. new_head: put a randomly initialised one on the body, with these labels.
+    new_head: put a randomly initialised one on the body, with these settings of its configuration.
     Raises InputError when there is no such model, its files are broken or do not hold each of its weights, its family
     is unknown, or when it has no such head and none was asked for.
     """
     checkpoint = open_checkpoint(name, revision, any_family=trust_remote_code)
-    given = {"num_labels": num_labels, "label_names": label_names, "problem_type": problem_type}
-    labels = {key: value for key, value in given.items() if value is not None}
-    if labels and not new_head:
-        raise ValueError("a trained head has labels of its own; others are for new_head=True")
-    if not new_head and task != "base" and head_of_checkpoint(checkpoint)[0] != task:
-        raise InputError(refusal_of_head(name, task, revision=revision), hint=NO_HEAD[task])
+    if new_head is None and not _has(checkpoint, head):
+        raise InputError(
+            refusal_of_head(name, head, revision=revision),
+            hint="name a model that has one; kdcli distill fine-tunes one without, when it is the recipe's teacher",
+        )
     if trust_remote_code and "auto_map" in checkpoint.config:
-        return _load_remote(checkpoint, task, revision, new_head=new_head, labels=labels)
-    head = "base" if new_head else task
+        return _load_remote(checkpoint, head, revision, new_head)
     load = _load_plain if checkpoint.structure is None else _load_structured
-    model = load(checkpoint, head).eval()
+    model = load(checkpoint, BASE if new_head is not None else head).eval()
     family_of(model.config)
-    return with_new_head(model, task, **labels) if new_head else model
-
-
-NO_HEAD = {
-    "sequence-classification": "fine-tune it first: kdcli distill does, when it is the recipe's teacher",
-    "masked-lm": "name a masked language model, such as google-bert/bert-base-uncased",
-}
+    return with_new_head(model, head, new_head) if new_head is not None else model
 
 
 def _config_of(checkpoint: Checkpoint) -> "PretrainedConfig":
@@ -196,13 +189,7 @@ def _padding_of(name: str | Path, revision: str | None = None) -> int:
     return int(number)
 
 
-def _auto(head: str) -> Any:
-    import transformers
-
-    return getattr(transformers, HEADS[head])
-
-
-def _skeleton(checkpoint: Checkpoint, head: str) -> "PreTrainedModel":
+def _skeleton(checkpoint: Checkpoint, head: Head) -> "PreTrainedModel":
     """Return the model that a plain checkpoint's configuration describes, without memory for its weights.
 
     It has as many outputs as the weights have. Raises InputError where config.json says another number, or cannot
@@ -214,7 +201,7 @@ def _skeleton(checkpoint: Checkpoint, head: str) -> "PreTrainedModel":
     try:
         with torch.device("meta"), quiet_transformers():
             model = _bare(config, head, checkpoint.tensors)
-            if head == "sequence-classification" and _fit_outputs(model, checkpoint):
+            if _fit_outputs(model, checkpoint):
                 model = _bare(model.config, head, checkpoint.tensors)
     except InputError:
         raise
@@ -223,14 +210,15 @@ def _skeleton(checkpoint: Checkpoint, head: str) -> "PreTrainedModel":
     return model
 
 
-def _bare(config: "PretrainedConfig", head: str, tensors: Mapping[str, Stored]) -> "PreTrainedModel":
+def _bare(config: "PretrainedConfig", head: Head, tensors: Mapping[str, Stored]) -> "PreTrainedModel":
     """Return a model of a configuration; a base model has a pooler only where its file has one."""
     import torch
 
-    model: PreTrainedModel = _auto(head).from_config(config, dtype=torch.float32)
-    if head != "base" or any(_is_pooler(key) for key in tensors) or not (arguments := without_pooler(type(model))):
+    auto = head.library_class()
+    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    if head != BASE or any(_is_pooler(key) for key in tensors) or not (arguments := without_pooler(type(model))):
         return model
-    return _auto(head).from_config(config, dtype=torch.float32, **arguments)
+    return auto.from_config(config, dtype=torch.float32, **arguments)  # type: ignore[no-any-return]
 
 
 def without_pooler(kind: type) -> dict[str, bool]:
@@ -244,8 +232,9 @@ def _is_pooler(key: str) -> bool:
 
 def _fit_outputs(model: "PreTrainedModel", checkpoint: Checkpoint) -> bool:
     """Give the configuration of `model` the number of outputs that the file has; True where it had another one."""
-    key = f"{final_classifier_name(model)}.weight"
-    if key not in checkpoint.tensors:
+    classifier = final_classifier_name(model)
+    key = f"{classifier}.weight"
+    if classifier is None or key not in checkpoint.tensors:
         return False
     outputs = checkpoint.tensors[key].shape[0]
     if outputs == model.config.num_labels:
@@ -331,7 +320,7 @@ def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _load_plain(checkpoint: Checkpoint, head: str) -> "PreTrainedModel":
+def _load_plain(checkpoint: Checkpoint, head: Head) -> "PreTrainedModel":
     import torch
 
     skeleton = _skeleton(checkpoint, head)
@@ -339,7 +328,7 @@ def _load_plain(checkpoint: Checkpoint, head: str) -> "PreTrainedModel":
     kind: Any = type(skeleton)
     places = _places(skeleton, checkpoint.tensors)
     state, expected = checkpoint.state(), skeleton.state_dict()
-    arguments = without_pooler(kind) if head == "base" and getattr(skeleton, "pooler", None) is None else {}
+    arguments = without_pooler(kind) if head == BASE and getattr(skeleton, "pooler", None) is None else {}
     with quiet_transformers():
         try:
             model, report = kind.from_pretrained(
@@ -358,34 +347,32 @@ def _load_plain(checkpoint: Checkpoint, head: str) -> "PreTrainedModel":
 
 
 def _load_remote(
-    checkpoint: Checkpoint, head: str, revision: str | None, *, new_head: bool, labels: dict[str, Any]
+    checkpoint: Checkpoint, head: Head, revision: str | None, new_head: Mapping[str, Any] | None
 ) -> "PreTrainedModel":
     """Load a model by its own code, whose tensors only that code knows."""
     import torch
     from transformers import AutoConfig
 
-    changes = {key: value for key, value in labels.items() if key != "label_names"}
-    if names := labels.get("label_names"):
-        changes |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    elif checkpoint.config.get("id2label") is None and (known := _class_names(checkpoint.config)) is not None:
+    changes = dict(new_head or {})
+    if not changes and checkpoint.config.get("id2label") is None and (known := _class_names(checkpoint.config)):
         changes["id2label"] = known
     code = {"revision": revision, "trust_remote_code": True}
     with quiet_transformers():
         try:
-            model, report = _auto(head).from_pretrained(
+            model, report = head.library_class().from_pretrained(
                 checkpoint.name,
                 config=AutoConfig.from_pretrained(checkpoint.name, **code, **changes),
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
-                ignore_mismatched_sizes=new_head,
+                ignore_mismatched_sizes=new_head is not None,
                 **code,
             )
         except Exception as error:
             raise InputError(f"{checkpoint.name} cannot be loaded: {_reason(error)}") from error
     model.config.dtype = getattr(torch, checkpoint.dtype)
     missing = sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
-    if new_head:
+    if new_head is not None:
         missing = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and not _is_pooler(key)]
     if missing:
         raise InputError(f"{checkpoint.name} is missing {_weights(missing)}")
@@ -398,30 +385,40 @@ def _reason(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _load_structured(checkpoint: Checkpoint, head: str) -> "PreTrainedModel":
+def _load_structured(checkpoint: Checkpoint, head: Head) -> "PreTrainedModel":
     import torch
 
-    present = head_of_checkpoint(checkpoint)[0] or "base"
     config = _config_of(checkpoint)
     structure = checkpoint.structure
     assert structure is not None
     # A body is made with its own head, which is then left away: the structure is told by paths in the whole.
-    model = _restored(config, present, structure, checkpoint)
+    model = _restored(config, head, structure, checkpoint)
     _check_weights(model, checkpoint)
     model.load_state_dict(checkpoint.state(), strict=False)
     model.config.dtype = getattr(torch, checkpoint.dtype)
-    return model.base_model if head == "base" else model  # type: ignore[return-value]
+    return model.base_model if head == BASE else model  # type: ignore[return-value]
+
+
+def _whole(config: "PretrainedConfig", head: Head, checkpoint: Checkpoint) -> "PreTrainedModel":
+    """Return a model of the class that a checkpoint was saved from, without its structure."""
+    import torch
+    import transformers
+
+    own: Any = getattr(transformers, checkpoint.architecture or "", None)
+    if head != BASE or own is None or BASE.is_of(checkpoint.architecture or ""):
+        return _bare(config, head, checkpoint.tensors)
+    return own._from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
 
 
 def _restored(
-    config: "PretrainedConfig", head: str, structure: dict[str, Any], checkpoint: Checkpoint
+    config: "PretrainedConfig", head: Head, structure: dict[str, Any], checkpoint: Checkpoint
 ) -> "PreTrainedModel":
     from kdcli.models.fused import SplitLinear
     from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
     from kdcli.models.overparam import restore_overparam
 
     try:
-        model = _bare(config, head, checkpoint.tensors)
+        model = _whole(config, head, checkpoint)
         widest = max((length for tensor in checkpoint.tensors.values() for length in tensor.shape), default=0)
         for path, rank in {**structure.get("low_rank", {}), **structure.get("low_rank_embeddings", {})}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= widest:
@@ -554,12 +551,19 @@ def check_same_tokens(tokenizer: Any, name: str | Path, where: str) -> None:
         )
 
 
-def load_any(name: str | Path) -> "PreTrainedModel":
-    """Load a model with the head that its checkpoint has: a classifier, a language model's, or none.
+def load_any(
+    name: str | Path, heads: Iterable[Head], *, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedModel":
+    """Load a model with the head that its checkpoint has, one of `heads` or none.
 
-    Raises InputError for a head that kdcli does not know.
+    Raises InputError for another head.
     """
-    head, title = head_of_checkpoint(open_checkpoint(name))
-    if head is None:
-        raise InputError(f"{name} is {title}; kdcli knows {', '.join(TITLES.values())}")
-    return load_model(name, task=head)
+    heads = list(heads)
+    checkpoint = open_checkpoint(name, revision, any_family=trust_remote_code)
+    found = next((head for head in heads if _has(checkpoint, head)), BASE)
+    if (found == BASE and "For" in (checkpoint.architecture or "")) or (checkpoint.architecture or "").endswith(
+        BASE.unlike
+    ):
+        known = ", ".join(head.title for head in (*heads, BASE))
+        raise InputError(f"{name} is {_title(checkpoint)}; kdcli knows {known}")
+    return load_model(name, found, revision=revision, trust_remote_code=trust_remote_code)

@@ -1,14 +1,15 @@
 """A teacher from scratch: a small configuration, and a tokenizer trained on the task's own text."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kdcli.errors import InputError
 from kdcli.models import families
-from kdcli.models.heads import HEADS
+from kdcli.models.heads import Head
 from kdcli.models.sizes import check_heads
 from kdcli.recipe.schema import ScratchSection
 
@@ -64,18 +65,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, padding: int = 0) 
 def build_scratch(
     section: ScratchSection,
     texts: Iterable[str],
+    head: Head,
+    settings: Mapping[str, Any] = MappingProxyType({}),
     *,
-    num_labels: int = 2,
     seed: int,
-    head: str = "sequence-classification",
-    label_names: list[str] | None = None,
-    problem_type: str | None = None,
 ) -> tuple["PreTrainedModel", Any]:
     """Return a randomly initialised model of `section`'s sizes with a head, and its tokenizer.
 
+    settings: of its configuration, such as num_labels.
     Raises InputError for an unknown family, or a width that its heads do not divide.
     """
-    import transformers
     from transformers import AutoConfig
 
     family = families.get(section.family, where="teacher.scratch.family")
@@ -96,15 +95,9 @@ def build_scratch(
         names.vocabulary: len(tokenizer),
         names.positions: 512 if family.first_position == "zero" else 514,
         "pad_token_id": tokenizer.pad_token_id,
-        "num_labels": num_labels,
     }
     if names.embedding is not None:
         sizes[names.embedding] = section.hidden_size
-    if label_names is not None:
-        sizes["id2label"] = dict(enumerate(label_names))
-        sizes["label2id"] = {name: i for i, name in enumerate(label_names)}
-    if problem_type is not None:
-        sizes["problem_type"] = problem_type
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family.name, **sizes)
-    return getattr(transformers, HEADS[head]).from_config(config).eval(), tokenizer
+    config = AutoConfig.for_model(family.name, **sizes, **settings)
+    return head.library_class().from_config(config).eval(), tokenizer

@@ -11,7 +11,7 @@ from kdcli.errors import InputError
 from kdcli.models.blocks import blocks_of
 from kdcli.models.families import Family, family_of
 from kdcli.models.fused import SplitLinear
-from kdcli.models.heads import Labelling, head_of
+from kdcli.models.heads import Labelling
 from kdcli.models.load import has_head, load_model, without_pooler
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, factorise
 from kdcli.models.probe import check_numbers
@@ -47,7 +47,7 @@ def build_student(
     """Return a student of `section.form` made from `teacher`, which is not changed.
 
     overparam: the chains that it will be trained as, which not every rank has factors for. labelling: of the outputs
-    of a student from a checkpoint.
+    of a student from a checkpoint, which needs it.
     Raises InputError when the sizes asked for do not fit the teacher.
     """
     build = _build(teacher, section, seed, overparam, labelling)
@@ -222,14 +222,13 @@ def _slice_into(teacher: "PreTrainedModel", student: "PreTrainedModel", kept: li
 
 
 def _checkpoint(teacher: "PreTrainedModel", section: StudentSection, labelling: Labelling | None) -> StudentBuild:
-    assert section.model is not None
-    head, notes = head_of(teacher), [f"from {section.model}"]
-    if has_head(section.model, head):
-        student = load_model(section.model, task=head)
-        notes += labelling.align(student, section.model) if labelling is not None else []
+    assert section.model is not None and labelling is not None
+    notes = [f"from {section.model}"]
+    if has_head(section.model, labelling.head):
+        student = load_model(section.model, labelling.head)
+        notes += labelling.align(student, section.model)
     else:
-        settings = labelling.settings if labelling is not None else {}
-        student = load_model(section.model, task=head, new_head=True, **settings)
+        student = load_model(section.model, labelling.head, new_head=labelling.settings)
         notes.append("with a new head: it has none of the kind that is needed")
     if student.config.vocab_size != teacher.config.vocab_size:
         raise InputError(

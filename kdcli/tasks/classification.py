@@ -16,6 +16,7 @@ from kdcli.tasks.labels import (
     label_column,
     labels_of_model,
     named_labels,
+    named_outputs,
     to_ids,
 )
 from kdcli.tasks.numbers import are_numbers, check_commas, different, note_of_numbers
@@ -99,11 +100,7 @@ class Classification(TextKind):
         return np.bincount(gold(rows), minlength=len(labels))
 
     def configure(self, labels: Sequence[str]) -> dict[str, Any]:
-        return {
-            "num_labels": len(labels),
-            "label_names": list(labels),
-            "problem_type": "single_label_classification",
-        }
+        return {**named_outputs(labels), "problem_type": "single_label_classification"}
 
     def fits(self, config: Any) -> bool:
         return config.problem_type in (None, "single_label_classification") and config.num_labels != 1

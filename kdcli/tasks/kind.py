@@ -138,7 +138,7 @@ class TaskKind(ABC):
 
     @abstractmethod
     def configure(self, labels: Sequence[str]) -> dict[str, Any]:
-        """Return what a new head's configuration must know: num_labels, label_names, problem_type."""
+        """Return the settings of a new head's configuration: id2label, label2id, problem_type."""
 
     def fits(self, config: Any) -> bool:
         """True when a model with this kind's head, by its configuration, was trained on such a task."""

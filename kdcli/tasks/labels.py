@@ -116,6 +116,11 @@ def _takes_order(names: Sequence[str], wanted: Sequence[str]) -> bool:
     return len(names) == len(wanted) and is_unnamed(names) and named_order(names, wanted) is None
 
 
+def named_outputs(labels: Sequence[str]) -> dict[str, Any]:
+    """Return what a configuration says of outputs with these names."""
+    return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+
+
 def name_outputs(config: "PretrainedConfig", names: Sequence[str], where: str) -> None:
     """Give a model's classes the names that a user says they have, in the model's order, in place.
 

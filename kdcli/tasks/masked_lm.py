@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 MASKED_LM = Head(
     "masked-lm",
     "a masked language model",
+    "predicting masked tokens",
     "AutoModelForMaskedLM",
     ("ForMaskedLM", "ForPreTraining"),
     "fill-mask",
+    unlike=("ElectraForPreTraining",),
 )
 
 

@@ -18,7 +18,7 @@ from kdcli.recipe.problems import problems_of
 from kdcli.recipe.schema import TaskSection
 from kdcli.tasks.kind import TaskKind
 
-SHARED = {"base", "encode", "kind", "labels", "load", "metrics", "numbers", "packing", "predict", "registry"}
+SHARED = {"base", "encode", "heads", "kind", "labels", "load", "metrics", "numbers", "packing", "predict", "registry"}
 SHARED |= {"text_inputs"}
 """The modules of this folder that hold no kind. Each of the others holds one, called KIND."""
 
@@ -108,16 +108,3 @@ def recognise(columns: Columns, section: TaskSection, source: str, notes: list[s
     if not fitting:
         usual.recognises(columns, fields_of(usual, section), source, notes)
     return fitting[0] if fitting else usual
-
-
-def of_model(config: Any, head: str, name: object = "the model") -> TaskKind:
-    """Return the kind that a trained model is for, by its head and its configuration. Raises InputError for none."""
-    fitting = [kind for kind in usable()[0] if kind.head.name == head and kind.fits(config)]
-    if not fitting:
-        raise InputError(
-            f"{name} fits no type of task: its config.json says {config.num_labels} outputs, and problem_type "
-            f"{config.problem_type!r}",
-            where="MODEL",
-            hint="if that is wrong, correct it",
-        )
-    return fitting[0]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SEQUENCE_CLASSIFICATION = Head(
     "sequence-classification",
     "a classifier of texts",
+    "classifying texts",
     "AutoModelForSequenceClassification",
     ("ForSequenceClassification",),
     "text-classification",

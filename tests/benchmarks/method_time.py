@@ -34,12 +34,13 @@ from kdcli.machine import resolve_precision
 from kdcli.methods import registry
 from kdcli.methods.base import Stage, Term
 from kdcli.models.capture import Capture
-from kdcli.models.load import load_model, load_tokenizer
+from kdcli.models.load import load_tokenizer
 from kdcli.models.student import build_student
 from kdcli.objectives.gold import GoldObjective
 from kdcli.recipe.schema import EvaluateSection, Recipe, StudentSection, TaskSection
 from kdcli.signals import Request
 from kdcli.tasks import registry as kinds
+from kdcli.tasks.heads import load_model
 from kdcli.tasks.load import load_task
 from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.settings import LoopSettings
@@ -61,7 +62,7 @@ class World:
         self.moves: list[Callable[[], Any]] = []
         self.tokenizer = load_tokenizer(encoder())
         labels = {} if kind == "text" else {"num_labels": 2}
-        self.teacher = load_model(encoder(), task=head, new_head=True, **labels)
+        self.teacher = load_model(encoder(), head, new_head=labels)
         self.task = load_task(TaskSection(name="reviews", train_samples=4 * batch), EvaluateSection(), base=Path())
         # Sentences joined until they fill the sequence: no padding, so that FLOPs are what they seem.
         text = " ".join(list(self.task.train["text"]) * 40)

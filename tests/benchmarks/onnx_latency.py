@@ -14,7 +14,8 @@ from kdcli.cli.render import latency
 from kdcli.export.graph import export_onnx
 from kdcli.export.latency import measure
 from kdcli.export.session import OnnxModel
-from kdcli.models.load import load_model, load_tokenizer
+from kdcli.models.load import load_tokenizer
+from kdcli.tasks.heads import load_model
 
 
 def main() -> None:
@@ -22,7 +23,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    model, tokenizer = load_model(encoder(), new_head=True, num_labels=2), load_tokenizer(encoder())
+    model, tokenizer = (
+        load_model(encoder(), "sequence-classification", new_head={"num_labels": 2}),
+        load_tokenizer(encoder()),
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "onnx"
         export_onnx(model.eval(), tokenizer, path)

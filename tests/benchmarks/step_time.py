@@ -16,13 +16,13 @@ from common import encoder
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdcli.machine import resolve_precision
-from kdcli.models.load import load_model
 from kdcli.models.overparam import overparameterise
 from kdcli.recipe.schema import OverparamSection
+from kdcli.tasks.heads import load_model
 
 
 def build(over: bool, device: str) -> tuple[Any, torch.optim.Optimizer]:
-    model = load_model(encoder(), new_head=True, num_labels=2)
+    model = load_model(encoder(), "sequence-classification", new_head={"num_labels": 2})
     if over:
         overparameterise(model, OverparamSection(length=3, svd_dtype="float32"))
     model.to(device)

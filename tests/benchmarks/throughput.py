@@ -14,9 +14,10 @@ import torch
 from common import encoder, need_data
 
 from kdcli.machine import resolve_precision
-from kdcli.models.load import load_model, load_tokenizer
+from kdcli.models.load import load_tokenizer
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.encode import Collator, encode
+from kdcli.tasks.heads import load_model
 from kdcli.tasks.load import load_task
 from kdcli.training.sampler import EpochSampler
 
@@ -43,7 +44,7 @@ def main() -> None:
 
     def epoch(to_full_length: bool) -> tuple[float, float]:
         torch.manual_seed(0)
-        model = load_model(encoder(), new_head=True, num_labels=2).train()
+        model = load_model(encoder(), "sequence-classification", new_head={"num_labels": 2}).train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

@@ -898,22 +898,22 @@ def batch_sizes_that_are_no_numbers(world: World) -> list[str]:
     return ["export", str(world.model()), "--onnx", "--out", "served", "--batch-sizes", "1,none"]
 
 
-@case("headless has no trained head for classifying texts (it is a base model)")
+@case("headless has no trained head (it is a base model)")
 def export_of_a_base_model(world: World) -> list[str]:
     return ["export", str(world.model("headless", "headless")), "--onnx", "--out", "served", "--no-latency"]
 
 
-@case("headless has no trained head for classifying texts (it is a base model)")
+@case("headless has no trained head (it is a base model)")
 def eval_of_a_base_model(world: World) -> list[str]:
     return ["eval", str(world.model("headless", "headless")), "--task", "reviews"]
 
 
-@case("tagger has no trained head for classifying texts (it is a token classifier)")
+@case("tagger is a token classifier; kdcli knows a classifier of texts")
 def export_of_a_token_classifier(world: World) -> list[str]:
     return ["export", str(world.model("tagger", "tagger")), "--onnx", "--out", "served", "--no-latency"]
 
 
-@case("tagger has no trained head for classifying texts (it is a token classifier)")
+@case("tagger is a token classifier; kdcli knows a classifier of texts")
 def eval_of_a_token_classifier(world: World) -> list[str]:
     return ["eval", str(world.model("tagger", "tagger")), "--task", "reviews"]
 

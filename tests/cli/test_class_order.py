@@ -8,8 +8,9 @@ from conftest import World
 from families import tiny, tokenizer
 
 from kdcli.data.reviews import reviews
-from kdcli.models.load import load_model, load_tokenizer
+from kdcli.models.load import load_tokenizer
 from kdcli.models.save import save_model
+from kdcli.tasks.heads import load_model
 
 NAMES = ["positive", "negative"]
 """Not the order of the alphabet, which is the task's."""

@@ -11,9 +11,9 @@ from families import tiny, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from kdcli.models.load import load_any
 from kdcli.models.probe import probe
 from kdcli.models.save import save_model
+from kdcli.tasks.heads import load_model
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -39,7 +39,7 @@ def test_a_pickled_model_is_converted_and_scored(shards: int, world: World):
     written = load_file(made / "model.safetensors")
     assert all(torch.equal(value, written[key]) for key, value in state.items())
     model = AutoModelForSequenceClassification.from_pretrained(made)
-    assert torch.equal(probe(model), probe(load_any(made)))
+    assert torch.equal(probe(model), probe(load_model(made)))
     scored = world.call("eval", "made", "--data", "rows.csv", "--text", "text", "--json")
     assert scored.code == 0, scored.err
     # Nothing is replaced without a word.
@@ -55,7 +55,7 @@ def test_tied_weights_are_converted(world: World):
     (world.folder / "old" / "model.safetensors").unlink()
     torch.save(model.state_dict(), world.folder / "old" / "pytorch_model.bin")
     assert world.call("convert", "old", "--out", "made").code == 0
-    assert torch.equal(probe(load_any(world.folder / "made")), probe(model))
+    assert torch.equal(probe(load_model(world.folder / "made")), probe(model))
 
 
 def test_a_padding_token_that_only_the_tokenizer_knows_is_taken_from_it(world: World):

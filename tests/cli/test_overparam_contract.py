@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from kdcli.cli.app import run
-from kdcli.models.load import load_model
 from kdcli.models.lowrank import factorise
 from kdcli.models.probe import probe
 from kdcli.models.save import save_model
 from kdcli.recipe.schema import StudentSection
+from kdcli.tasks.heads import load_model
 from kdcli.tensors.parametrization import chain_of, is_overparameterised
 
 

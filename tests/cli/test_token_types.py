@@ -10,8 +10,9 @@ from transformers import AutoTokenizer, pipeline
 
 from kdcli.export.session import OnnxModel
 from kdcli.models.inputs import model_inputs
-from kdcli.models.load import load_model, load_tokenizer
+from kdcli.models.load import load_tokenizer
 from kdcli.models.save import save_model
+from kdcli.tasks.heads import load_model
 
 CLASSES = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
 

@@ -15,12 +15,13 @@ from kdcli.data.reviews import LABELS, reviews
 from kdcli.distill.resolve import resolve
 from kdcli.distill.run import run_distill
 from kdcli.evaluation.score import evaluate_model
-from kdcli.models.load import load_model, load_tokenizer
+from kdcli.models.load import load_tokenizer
 from kdcli.models.save import save_model
 from kdcli.models.student import build_student
 from kdcli.recipe.schema import Recipe, StudentSection
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import Collator, encode
+from kdcli.tasks.heads import load_model
 from kdcli.tasks.load import load_task
 from kdcli.tasks.predict import predict
 
@@ -103,7 +104,7 @@ def test_a_method_leaves_a_plain_student_that_has_learned_with_and_without_chain
 
     saved = load_file(tmp_path / "run" / "student" / "model.safetensors")
     resolved = resolve(Recipe.model_validate(recipe), tmp_path / "recipe.toml")
-    untrained = build_student(load_model(teacher, task=CLASSIFIER), resolved.student, seed=42).model
+    untrained = build_student(load_model(teacher, CLASSIFIER), resolved.student, seed=42).model
     before = untrained.state_dict()
     assert {key: value.shape for key, value in saved.items()} == {key: value.shape for key, value in before.items()}
     matrices = [key for key in before if ".layer." in key and key.endswith("weight") and before[key].ndim > 1]
@@ -154,7 +155,7 @@ def ignorant(teacher: Path, section: dict[str, Any], folder: Path) -> dict[str, 
 
     As it is cut, a tiny student is as good as its teacher.
     """
-    student = build_student(load_model(teacher, task=CLASSIFIER), StudentSection(**section), seed=0).model
+    student = build_student(load_model(teacher, CLASSIFIER), StudentSection(**section), seed=0).model
     torch.manual_seed(0)
     for module in (student.bert.pooler.dense, student.classifier):
         module.reset_parameters()
@@ -192,12 +193,12 @@ def test_in_fifty_steps_the_loss_falls_and_the_accuracy_rises(
     }
     parsed = Recipe.model_validate(recipe)
     resolved = resolve(parsed, tmp_path / "recipe.toml")
-    untrained = build_student(load_model(teacher, task=CLASSIFIER), resolved.student, seed=42).model
+    untrained = build_student(load_model(teacher, CLASSIFIER), resolved.student, seed=42).model
     task, tokenizer = load_task(parsed.task, parsed.evaluate, base=tmp_path), load_tokenizer(teacher)
     accuracy, loss = score_of(untrained, tokenizer, task)
 
     record = distil(tmp_path / "out", recipe)
-    student_after = load_model(tmp_path / "out" / "run" / "student", task=CLASSIFIER)
+    student_after = load_model(tmp_path / "out" / "run" / "student", CLASSIFIER)
     accuracy_after, loss_after = score_of(student_after, tokenizer, task)
     assert record["student"]["score"] == accuracy_after > accuracy + 0.1
     assert loss_after < loss

@@ -16,6 +16,7 @@ from kdcli.distill.plan import make_plan
 from kdcli.distill.prepare import prepare
 from kdcli.distill.recipe import load_recipe
 from kdcli.models.heads import head_of
+from kdcli.tasks.heads import heads
 
 RECIPE = tiny_recipe(
     *("task", "student"),
@@ -50,7 +51,7 @@ def test_a_student_trained_to_predict_keeps_its_head_and_is_scored_on_tasks(reci
     assert set(scores["scores"]) == {"student", "scratch", "teacher"}
     assert all(len(values) == 2 for values in scores["scores"].values())
     tuned = kdcli.load_model(run / "finetune" / "reviews")
-    assert head_of(tuned) == "sequence-classification" and len(tuned.bert.encoder.layer) == 1
+    assert head_of(tuned, heads()).name == "sequence-classification" and len(tuned.bert.encoder.layer) == 1
     card = (run / "student" / "README.md").read_text()
     assert "AutoModelForMaskedLM" in card and "accuracy (reviews)" in card
 
@@ -71,12 +72,12 @@ def test_a_low_rank_over_parameterised_student_is_contracted_and_restored(recipe
     record = run_recipe(recipe, "method=od", *half, "train.max_steps=4")
     assert record["contraction"] is not None
     student = recipe.parent / "runs" / "text" / "student"
-    model = kdcli.load_model(student, task="masked-lm")
+    model = kdcli.load_model(student, "masked-lm")
     ids = torch.arange(6, 20)[None]
     with torch.no_grad():
-        body = kdcli.load_model(student, task="base")(ids).last_hidden_state
+        body = kdcli.load_model(student, "base")(ids).last_hidden_state
         assert torch.equal(model.base_model(ids).last_hidden_state, body)
-    fresh = kdcli.load_model(student, new_head=True, num_labels=3)
+    fresh = kdcli.load_model(student, "sequence-classification", new_head={"num_labels": 3})
     with torch.no_grad():
         assert torch.equal(fresh.base_model(ids).last_hidden_state, body)
 

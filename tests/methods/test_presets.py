@@ -24,7 +24,6 @@ from kdcli.methods.minilmv2 import MiniLMv2Options, relation_heads
 from kdcli.models.blocks import block_matrix, blocks_of
 from kdcli.models.capture import Capture
 from kdcli.models.counts import count_parameters
-from kdcli.models.load import load_model
 from kdcli.models.save import save_model
 from kdcli.models.shape import ModelShape, shape_of
 from kdcli.models.student import build_student
@@ -35,6 +34,7 @@ from kdcli.recipe.schema import StudentSection
 from kdcli.signals import Request
 from kdcli.tasks import registry as kinds
 from kdcli.tasks.classification import KIND as CLASSIFICATION
+from kdcli.tasks.heads import load_model
 from kdcli.tasks.masked_lm import KIND as MASKED_LM
 from kdcli.training.step import Distiller
 

@@ -15,7 +15,6 @@ from kdcli.models.blocks import block_matrix, blocks_of, embeddings_of, iter_blo
 from kdcli.models.capture import Capture
 from kdcli.models.counts import count_parameters
 from kdcli.models.families import FAMILIES, family_of
-from kdcli.models.load import load_model
 from kdcli.models.lowrank import LowRankLinear, merge_low_rank
 from kdcli.models.overparam import contract_model, overparameterise
 from kdcli.models.probe import probe
@@ -27,6 +26,7 @@ from kdcli.objectives.base import masked_log_softmax, own_keys
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.signals import Request, Signals
 from kdcli.tasks.classification import KIND as CLASSIFICATION
+from kdcli.tasks.heads import load_model
 
 SIDES = {"ffn_in": (64, 32), "ffn_gate": (64, 32), "ffn_out": (32, 64)}
 """(out, in) of the tiny models' matrices; the four of attention are square."""

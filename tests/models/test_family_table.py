@@ -16,12 +16,13 @@ import kdcli
 from kdcli.cli.app import run
 from kdcli.errors import InputError
 from kdcli.models import families
-from kdcli.models.load import load_model
 from kdcli.models.probe import probe
 from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
 from kdcli.models.shape import longest_input
 from kdcli.recipe.schema import ScratchSection
+from kdcli.tasks.heads import load_model
+from kdcli.tasks.text_inputs import SEQUENCE_CLASSIFICATION
 
 ELSEWHERE = {
     # Names of a method, and the family of a teacher from scratch where a recipe names none.
@@ -74,7 +75,7 @@ def test_every_row_is_that_of_a_family_of_the_library(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_teacher_from_scratch_has_its_tokenizers_padding_where_its_family_looks_for_it(name: str):
     section = ScratchSection(family=name, layers=2, hidden_size=16, heads=2, intermediate_size=32, vocab_size=80)
-    model, tokenizer = build_scratch(section, ["a fine film", "a dull film"], seed=0)
+    model, tokenizer = build_scratch(section, ["a fine film", "a dull film"], SEQUENCE_CLASSIFICATION, seed=0)
     assert model.config.pad_token_id == tokenizer.pad_token_id == (families.get(name).padding or 0)
     assert (longest_input(model.config) or 512) in (512, 513)
     longest = tokenizer("film " * 600, truncation=True, max_length=512, return_tensors="pt")

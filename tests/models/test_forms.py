@@ -301,7 +301,8 @@ def test_a_checkpoint_whose_classes_are_not_the_teachers_is_refused(settings: di
 def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path: Path):
     save_model(tiny("bert", vocab_size=100), tmp_path)
     with pytest.raises(InputError, match="100 tokens, the teacher's 220") as caught:
-        build_student(tiny("bert"), StudentSection(form="checkpoint", model=str(tmp_path)), seed=0)
+        section = StudentSection(form="checkpoint", model=str(tmp_path))
+        build_student(tiny("bert"), section, seed=0, labelling=labelling_of(CLASSIFICATION, ("a", "b")))
     assert caught.value.where == "student.model"
 
 

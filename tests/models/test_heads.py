@@ -8,11 +8,15 @@ from families import NAMES, tiny
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from kdcli.models.blocks import block_matrix
-from kdcli.models.heads import head_of, with_classifier, with_new_head
+from kdcli.models.heads import head_of, with_new_head
 from kdcli.models.lowrank import LowRankLinear
 from kdcli.models.reinit import reinitialise
 from kdcli.models.student import build_student
 from kdcli.recipe.schema import StudentSection
+from kdcli.tasks.classification import KIND as LABELS
+from kdcli.tasks.heads import heads
+from kdcli.tasks.masked_lm import MASKED_LM
+from kdcli.tasks.text_inputs import SEQUENCE_CLASSIFICATION as CLASSIFIER
 
 IDS = torch.arange(5, 17)[None]
 
@@ -31,8 +35,8 @@ def masked_lm(family: str):
 def test_the_classifiers_body_is_a_copy(family: str, make):
     model = make(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    classifier = with_classifier(model, num_labels=3, label_names=["a", "b", "c"])
-    assert head_of(classifier) == "sequence-classification" and classifier.config.id2label[2] == "c"
+    classifier = with_new_head(model, CLASSIFIER, LABELS.configure(["a", "b", "c"]))
+    assert head_of(classifier, heads()) == CLASSIFIER and classifier.config.id2label[2] == "c"
     with torch.no_grad():
         expected = model.base_model(IDS).last_hidden_state
         assert torch.equal(classifier.base_model(IDS).last_hidden_state, expected)
@@ -48,8 +52,8 @@ def test_a_new_language_models_head_stands_on_any_body(family: str, form: str):
     model = body(family)
     if form == "low-rank":
         model = build_student(model, StudentSection(form="low-rank", rank=4, embedding_rank=4), seed=0).model
-    headed = with_new_head(model, "masked-lm")
-    assert head_of(headed) == "masked-lm"
+    headed = with_new_head(model, MASKED_LM)
+    assert head_of(headed, heads()) == MASKED_LM
     with torch.no_grad():
         assert torch.equal(headed.base_model(IDS).last_hidden_state, model(IDS).last_hidden_state)
         assert headed(IDS).logits.shape == (1, 12, 220)

@@ -21,14 +21,15 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SCRIPT = """
 import json, sys
 from kdcli.errors import InputError
-from kdcli.models.load import has_head, load_model, load_tokenizer
+from kdcli.models.load import has_head, load_tokenizer
+from kdcli.tasks.heads import head_named, load_model
 from kdcli.models.overparam import probe
 
 found = {}
 for name in sys.argv[1:]:
     try:
         ids = load_tokenizer(name)("so dull")["input_ids"]
-        found[name] = [has_head(name, "sequence-classification"), probe(load_model(name)).tolist(), ids]
+        found[name] = [has_head(name, head_named("sequence-classification")), probe(load_model(name)).tolist(), ids]
     except InputError as error:
         found[name] = error.message
 print(json.dumps(found))

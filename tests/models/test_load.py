@@ -17,14 +17,18 @@ from transformers import (
 )
 
 from kdcli.errors import InputError
-from kdcli.models.load import check_tokenizer, has_head, load_any, load_model, load_tokenizer
+from kdcli.models.heads import BASE
+from kdcli.models.load import check_tokenizer, has_head, load_tokenizer
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
 from kdcli.models.overparam import overparameterise
 from kdcli.models.probe import probe
 from kdcli.models.save import save_model, structure_of
 from kdcli.models.student import build_student
 from kdcli.recipe.schema import OverparamSection, StudentSection
+from kdcli.tasks.classification import KIND as LABELS
+from kdcli.tasks.heads import load_model
 from kdcli.tasks.labels import class_names_of
+from kdcli.tasks.text_inputs import SEQUENCE_CLASSIFICATION as CLASSIFIER
 from kdcli.tensors.parametrization import is_overparameterised
 
 NAMED = {"id2label": {0: "no", 1: "yes", 2: "maybe"}, "label2id": {"no": 0, "yes": 1, "maybe": 2}}
@@ -110,34 +114,33 @@ def test_half_precision_weights_are_loaded_as_fp32(tmp_path: Path):
 def test_a_base_model_gets_a_new_head_of_the_wanted_size_only_where_one_is_asked_for(tmp_path: Path):
     model = tiny("bert")
     save_model(model.bert, tmp_path)
-    assert not has_head(tmp_path, "sequence-classification")
+    assert not has_head(tmp_path, CLASSIFIER)
     with pytest.raises(InputError, match=r"no trained head for classifying texts \(it is a base model\)"):
-        load_model(tmp_path)
+        load_model(tmp_path, CLASSIFIER.name)
     torch.manual_seed(0)
-    loaded = load_model(tmp_path, new_head=True, num_labels=3, label_names=["a", "b", "c"])
+    loaded = load_model(tmp_path, CLASSIFIER.name, new_head=LABELS.configure(["a", "b", "c"]))
     assert loaded.classifier.weight.shape == (3, 32) and class_names_of(loaded.config) == ["a", "b", "c"]
     state = model.bert.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in loaded.bert.state_dict().items())
-    bare = load_any(tmp_path)
+    bare = load_model(tmp_path)
     assert bare.base_model is bare and bare.config.model_type == "bert"
 
 
 def test_a_trained_head_is_kept_and_replaced_only_where_a_new_one_is_asked_for(folder: Path):
-    assert has_head(folder, "sequence-classification")
+    assert has_head(folder, CLASSIFIER)
     assert torch.equal(probe(load_model(folder)), probe(tiny("bert")))
-    assert torch.equal(probe(load_any(folder)), probe(tiny("bert")))
     for labels in (2, 5):
-        new = load_model(folder, new_head=True, num_labels=labels)
+        new = load_model(folder, CLASSIFIER.name, new_head={"num_labels": labels})
         assert new.classifier.weight.shape == (labels, 32)
         assert torch.equal(new.bert.pooler.dense.weight, tiny("bert").bert.pooler.dense.weight)
         assert not torch.equal(new.classifier.weight[:2], tiny("bert").classifier.weight)
-    with pytest.raises(ValueError, match="labels of its own"):
-        load_model(folder, num_labels=5)
+    with pytest.raises(ValueError, match="which head is the new one"):
+        load_model(folder, new_head={"num_labels": 5})
 
 
 def test_the_real_encoder_loads_and_is_no_classifier(encoder: Path):
-    assert not has_head(encoder, "sequence-classification")
-    model = load_any(encoder)
+    assert not has_head(encoder, CLASSIFIER)
+    model = load_model(encoder)
     reference = AutoModel.from_pretrained(encoder, dtype=torch.float32).eval()
     inputs = load_tokenizer(encoder)(["a small test of a real model"], return_tensors="pt")
     with torch.no_grad():
@@ -275,7 +278,7 @@ def test_weights_in_several_files_are_read_and_a_missing_one_is_noticed(tmp_path
     ],
 )
 def test_a_model_that_is_not_there_is_an_input_error(name: str, words: str):
-    for load in (load_model, load_tokenizer, lambda name: has_head(name, "base")):
+    for load in (load_model, load_tokenizer, lambda name: has_head(name, BASE)):
         with pytest.raises(InputError, match=words):
             load(name)
 

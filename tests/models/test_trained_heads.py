@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from kdcli.errors import InputError
-from kdcli.models.load import has_head, load_any, load_model
+from kdcli.models.heads import BASE
+from kdcli.models.load import has_head
 from kdcli.models.probe import probe
 from kdcli.models.save import save_model
+from kdcli.tasks.heads import head_named, heads, load_model
 
-HEADS = ("sequence-classification", "masked-lm", "base")
+HEADS = [head_named(name) for name in ("sequence-classification", "masked-lm", "base")]
 
 
 def headed(family: str, kind: str, **settings: object) -> PreTrainedModel:
@@ -47,7 +49,7 @@ def test_a_token_classifier_is_no_classifier_of_texts(family: str, architectures
     assert [has_head(tmp_path, head) for head in HEADS] == [False, False, True]
     kind = r"it is a token classifier" if architectures else "it is a base model"
     with pytest.raises(InputError, match=rf"no trained head for classifying texts \({kind}\)"):
-        load_model(tmp_path)
+        load_model(tmp_path, "sequence-classification")
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -58,9 +60,9 @@ def test_a_head_is_known_without_architectures_when_all_of_its_weights_are_there
     model = headed(family, kind)
     save_model(model, tmp_path)
     unnamed(tmp_path)
-    head = {"ForSequenceClassification": HEADS[0], "ForMaskedLM": HEADS[1], "": "base"}[kind]
-    assert [one for one in HEADS if has_head(tmp_path, one)] == list(dict.fromkeys([head, "base"]))
-    loaded = load_any(tmp_path)
+    head = {"ForSequenceClassification": HEADS[0], "ForMaskedLM": HEADS[1], "": BASE}[kind]
+    assert [one for one in HEADS if has_head(tmp_path, one)] == list(dict.fromkeys([head, BASE]))
+    loaded = load_model(tmp_path)
     assert type(loaded) is type(model)
     ids = torch.arange(5, 17)[None]
     with torch.no_grad():
@@ -78,7 +80,7 @@ def test_a_head_is_known_without_architectures_when_all_of_its_weights_are_there
 def test_models_of_other_tasks_are_named(kind: str, title: str, tmp_path: Path):
     save_model(headed("bert", kind), tmp_path)
     with pytest.raises(InputError, match=f"no trained head for classifying texts .it is {title}"):
-        load_model(tmp_path)
+        load_model(tmp_path, "sequence-classification")
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -99,7 +101,7 @@ def test_each_parameter_of_a_classifiers_head_must_be_in_the_file(family: str, t
         save_file(rest, unnamed_folder / "model.safetensors", metadata={"format": "pt"})
         (unnamed_folder / "config.json").write_text((tmp_path / "config.json").read_text())
         unnamed(unnamed_folder)
-        assert not has_head(unnamed_folder, "sequence-classification")
+        assert not has_head(unnamed_folder, HEADS[0])
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -131,12 +133,12 @@ def test_a_body_without_a_pooler_is_loaded_without_one(family: str, tmp_path: Pa
     model = headed(family, "ForMaskedLM")
     save_model(model, tmp_path)
     torch.manual_seed(2)
-    body = load_model(tmp_path, task="base")
+    body = load_model(tmp_path, "base")
     saved = {key.removeprefix(f"{model.base_model_prefix}.") for key in model.state_dict()}
     assert set(body.state_dict()) <= saved
     (tmp_path / "bare").mkdir()
     save_model(model.base_model, tmp_path / "bare")
-    again = load_model(tmp_path / "bare", task="base")
+    again = load_model(tmp_path / "bare", "base")
     assert {k: v.tolist() for k, v in again.state_dict().items()} == {
         k: v.tolist() for k, v in body.state_dict().items()
     }
@@ -167,3 +169,30 @@ def test_names_of_old_checkpoints_are_understood(tmp_path: Path):
     assert set(old) != set(state)
     save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert torch.equal(probe(load_model(tmp_path)), probe(model))
+
+
+TYPES = ("SequenceClassification", "MaskedLM", "TokenClassification", "QuestionAnswering", "MultipleChoice", "CausalLM")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra", "deberta-v2"])
+def test_a_model_is_loaded_as_what_it_is_or_refused(family: str, kind: str, tmp_path: Path):
+    try:
+        model = headed(family, f"For{kind}")
+    except ValueError:
+        pytest.skip("the library has no such model")
+    save_model(model, tmp_path)
+    own = next((head for head in heads() if head.is_of(type(model).__name__)), None)
+    ids = torch.arange(5, 17)[None, None] if kind == "MultipleChoice" else torch.arange(5, 17)[None]
+    for name in (None, *(head.name for head in heads())):
+        if own is not None and name in (None, own.name):
+            loaded = load_model(tmp_path, name)
+            assert type(loaded) is type(model)
+            with torch.no_grad():
+                assert all(torch.equal(loaded(ids)[output], model(ids)[output]) for output in own.outputs)
+        else:
+            with pytest.raises(InputError, match="kdcli knows a classifier" if name is None else "no trained head for"):
+                load_model(tmp_path, name)
+    # Its body is its own, whatever its head.
+    body, state = load_model(tmp_path, "base").state_dict(), model.base_model.state_dict()
+    assert body and all(torch.equal(value, state[key]) for key, value in body.items())

@@ -11,11 +11,11 @@ from families import tiny
 from safetensors.torch import load_file, save_file
 
 from kdcli.errors import InputError
-from kdcli.models.load import load_model
 from kdcli.models.probe import probe
 from kdcli.models.save import save_model
 from kdcli.models.student import build_student
 from kdcli.recipe.schema import StudentSection
+from kdcli.tasks.heads import load_model
 
 INDEX = "model.safetensors.index.json"
 

@@ -357,9 +357,9 @@ def test_a_low_rank_student_is_paired_with_the_teachers_factors_of_its_rank(mode
 
 
 def test_the_encoder_keeps_its_outputs(encoder):  # type: ignore[no-untyped-def]
-    from kdcli.models.load import load_model
+    from kdcli.tasks.heads import load_model
 
-    real = load_model(encoder, task="base")
+    real = load_model(encoder, "base")
     hidden = probe(real)
     overparameterise(real, OverparamSection(layers=[0, 5], svd_dtype="float32"))
     torch.testing.assert_close(probe(real), hidden, atol=1e-4, rtol=0)

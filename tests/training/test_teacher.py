@@ -21,11 +21,11 @@ from kdcli.data.reviews import reviews
 from kdcli.distill.teacher import Teacher, make_teacher, start_teacher
 from kdcli.errors import InputError
 from kdcli.models.hashing import hash_of_weights
-from kdcli.models.load import load_model
 from kdcli.models.save import save_model
 from kdcli.models.scratch import train_tokenizer
 from kdcli.recipe.schema import EvaluateSection, Recipe, TaskSection
 from kdcli.tasks.base import Task
+from kdcli.tasks.heads import head_named, load_model
 from kdcli.tasks.load import load_task
 
 WORDS = tokenizer()
@@ -90,10 +90,10 @@ def make(folder: Path, recipe: Recipe | None = None, *, head: str = CLASSIFIER, 
     # The built-in task takes longer to make up than such a teacher to train.
     task = task_of(*sections, folder if recipe.task.data else None)
     teacher = make_teacher(
-        start_teacher(recipe, task, head, base=folder),
+        start_teacher(recipe, task, head_named(head), base=folder),
         recipe,
         task,
-        head,
+        head_named(head),
         console=Console(file=said, width=200),
         **{"refresh": False, "resume": False, "work": folder / "work", **options},
     )
