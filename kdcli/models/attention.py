@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,22 +20,32 @@ The window is (batch, 1, seq, seq), the keys that each query attends to; None wh
 _NOTES: dict[nn.Module, Note] = {}
 
 
+def configs_of(model: nn.Module) -> list["PretrainedConfig"]:
+    """Return every configuration that modules of a model read: parts that were put together have their own."""
+    found = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    return [config for config in found.values() if getattr(config, "_attn_implementation", None) is not None]
+
+
 @contextlib.contextmanager
-def noting(config: "PretrainedConfig", notes: Mapping[nn.Module, Note]) -> Iterator[None]:
-    """Call notes[module] before the attention function of each of these modules; `config` is their model's.
+def noting(configs: Sequence["PretrainedConfig"], notes: Mapping[nn.Module, Note]) -> Iterator[None]:
+    """Call notes[module] before the attention function of each of these modules; `configs`: of `configs_of`.
 
     The model's own function then computes, with its own mask: nothing that the model gives changes.
     """
     if not notes:
         yield
         return
-    plain: str = config._attn_implementation  # type: ignore[assignment]
-    config._attn_implementation = _registered(plain)
+    plain: list[Any] = [config._attn_implementation for config in configs]
+    for config, name in zip(configs, plain, strict=True):
+        config._attn_implementation = _registered(name)
     _NOTES.update(notes)
     try:
         yield
     finally:
-        config._attn_implementation = plain
+        for config, name in zip(configs, plain, strict=True):
+            config._attn_implementation = name
         for module in notes:
             _NOTES.pop(module, None)
 

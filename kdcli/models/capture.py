@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kdcli.models.attention import noting
+from kdcli.models.attention import configs_of, noting
 from kdcli.models.blocks import block_matrix, block_of, body_of, embeddings_of, hidden_module
 from kdcli.models.families import family_of
 from kdcli.models.inputs import model_inputs
@@ -64,6 +64,7 @@ class Capture:
             self._hooks.append(embeddings_of(model).register_forward_hook(self._make_leaf))
         layers = request.hidden | ({0} if request.gradients else frozenset())
         self._capture(layers)
+        self._configs = configs_of(model) if self._projections else []
         self._expected = len(layers) + len(request.matrices)
         self._hooks.append(body_of(model).register_forward_hook(self._select_positions))
 
@@ -183,7 +184,7 @@ class Capture:
     def _kernels(self) -> Iterator[None]:
         # Fused attention cannot be differentiated twice.
         twice = sdpa_kernel(SDPBackend.MATH) if self.request.gradients > 1 else contextlib.nullcontext()
-        with twice, noting(self.model.config, dict.fromkeys(self._projections, self._keep_projections)):
+        with twice, noting(self._configs, dict.fromkeys(self._projections, self._keep_projections)):
             yield
 
     def close(self) -> None:

@@ -112,5 +112,6 @@ def _on_body(headed: "PreTrainedModel", model: "PreTrainedModel") -> "PreTrained
     headed.config.dtype = model.config.dtype
     for name, child in model.base_model.named_children():
         if child is not None and getattr(body, name, None) is not None:
-            setattr(body, name, copy.deepcopy(child))
+            # Its modules read the configuration of the whole, not a copy of the old one.
+            setattr(body, name, copy.deepcopy(child, {id(model.base_model.config): headed.config}))
     return headed.eval()

@@ -220,6 +220,18 @@ def test_only_what_is_asked_for_is_captured(model: PreTrainedModel):
     assert list(signals.hidden) == [2] and signals.matrices == {} and signals.factors == {}
 
 
+def test_copied_parts_of_a_body_are_captured_as_the_whole_is(model: PreTrainedModel):
+    # A new head stands on copies of a body's parts, and each copy has a configuration of its own.
+    request = Request(matrices=frozenset((1, name) for name in ("query", "key", "value")))
+    parts = copy.deepcopy(model)
+    for name, child in list(parts.base_model.named_children()):
+        setattr(parts.base_model, name, copy.deepcopy(child))
+    with torch.no_grad():
+        whole, joined = signals_of(model, request), signals_of(parts, request)
+    assert joined.matrices.keys() == whole.matrices.keys() == request.matrices
+    assert all(torch.equal(joined.matrices[key], whole.matrices[key]) for key in request.matrices)
+
+
 def test_a_closed_capture_leaves_no_hook(model: PreTrainedModel):
     def hooks() -> int:
         return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
