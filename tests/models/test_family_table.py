@@ -76,7 +76,9 @@ def test_every_row_is_that_of_a_family_of_the_library(name: str):
 def test_a_teacher_from_scratch_has_its_tokenizers_padding_where_its_family_looks_for_it(name: str):
     section = ScratchSection(family=name, layers=2, hidden_size=16, heads=2, intermediate_size=32, vocab_size=80)
     model, tokenizer = build_scratch(section, ["a fine film", "a dull film"], SEQUENCE_CLASSIFICATION, seed=0)
-    assert model.config.pad_token_id == tokenizer.pad_token_id == (families.get(name).padding or 0)
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    # The library's own table knows which of its rows is padding.
+    assert model.get_input_embeddings().padding_idx == tokenizer.pad_token_id
     assert (longest_input(model.config) or 512) in (512, 513)
     longest = tokenizer("film " * 600, truncation=True, max_length=512, return_tensors="pt")
     with torch.no_grad():
