@@ -59,8 +59,9 @@ def values_of(rows: "Dataset", column: str) -> Iterator[Any]:
 
 
 def array_of(rows: "Dataset", column: str) -> np.ndarray:
-    """Return a column of numbers, (n,)."""
-    return np.concatenate([np.zeros(0, np.int64), *map(np.asarray, chunks_of(rows, column))])
+    """Return a column of numbers, (n,), or of lists of as many numbers each, (n, ...)."""
+    chunks = [np.asarray(chunk) for chunk in chunks_of(rows, column)]
+    return np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
 
 
 def stored(batches: Iterable[pa.RecordBatch]) -> "Dataset":

@@ -26,6 +26,14 @@ def table_of(texts: Mapping[str, Any], labels: Any = None) -> pa.Table:
     return pa.table(columns)
 
 
+def array_of_labels(values: Any) -> pa.Array:
+    """Return labels as a column: numbers, or lists of as many numbers each (an array (n, labels))."""
+    if getattr(values, "ndim", 1) == 1:
+        return pa.array(values)
+    offsets = pa.array(np.arange(len(values) + 1) * values.shape[1], pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(values.ravel()))
+
+
 def text_array(values: Iterable[str]) -> pa.ChunkedArray:
     """Return texts as a column."""
     return pa.chunked_array([pa.array(chunk, TEXT) for chunk in chunked(values)], TEXT)

@@ -8,7 +8,7 @@ import torch
 
 from kdcli.distill.resolve import placed
 from kdcli.evaluation.result import TaskScores
-from kdcli.evaluation.score import evaluate_model, primary_score
+from kdcli.evaluation.score import calibrate, evaluate_model, primary_score
 from kdcli.files import atomic_folder
 from kdcli.models.heads import with_new_head
 from kdcli.models.reinit import reinitialise
@@ -75,15 +75,14 @@ def score_on_tasks(
                 )
                 model.eval().to("cpu")  # type: ignore[arg-type]
                 round_to_stored(model)
-                found = evaluate_model(
-                    model,
-                    tokenizer,
-                    task,
-                    batch_size=recipe.evaluate.batch_size,
-                    max_length=section.task.max_length,
-                    owner=f"the {name} fine-tuned on {task.name}",
-                    device=recipe.train.device,
-                )
+                options: Any = {
+                    "batch_size": recipe.evaluate.batch_size,
+                    "max_length": section.task.max_length,
+                    "owner": f"the {name} fine-tuned on {task.name}",
+                    "device": recipe.train.device,
+                }
+                calibrate(model, tokenizer, task, **options)
+                found = evaluate_model(model, tokenizer, task, **options)
                 metrics[name].append(found)
                 scores[name].append(primary_score(found, task.primary))
                 if name == "student" and seed == recipe.seed:

@@ -222,7 +222,8 @@ def _sizes(prepared: Prepared) -> tuple[dict[str, int], int]:
     examples = len(task.train) * (1 + augment.copies if augment is not None else 1)
     report = {name: len(rows) for name, rows in task.report.items()}
     name = "train" if augment is None else "train with copies"
-    return {name: examples, "selection": len(task.selection), **report}, examples
+    aside = {"calibration": len(task.calibration)} if task.calibration is not None else {}
+    return {name: examples, **aside, "selection": len(task.selection), **report}, examples
 
 
 def classes_of(task: Task, most: int = 5) -> Classes | None:

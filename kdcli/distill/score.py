@@ -9,7 +9,7 @@ from kdcli.distill.job import Job
 from kdcli.distill.student import Distilled
 from kdcli.distill.teacher import Teacher
 from kdcli.evaluation.result import Loss, Metrics, Result
-from kdcli.evaluation.score import describe_model, evaluate_model, primary_score
+from kdcli.evaluation.score import calibrate, describe_model, evaluate_model, primary_score
 from kdcli.models.finite import at_fault
 from kdcli.tasks.base import Task
 from kdcli.tasks.predict import predict
@@ -53,6 +53,15 @@ def score_student(job: Job, task: Task, teacher: Teacher, metrics: Metrics, stud
             loss=held_out_loss(student.training),
             finetune=score_on_tasks(job, student.model, teacher.model, teacher.tokenizer),
         )
+    calibrate(
+        student.model,
+        teacher.tokenizer,
+        task,
+        max_length=job.recipe.task.max_length,
+        batch_size=job.recipe.evaluate.batch_size,
+        owner="the student",
+        device=job.recipe.train.device,
+    )
     return Result(
         task.primary,
         describe_model(teacher.model, task, metrics) if teacher.known else None,

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from kdcli import __version__
 from kdcli.data.rows import values_of
 from kdcli.errors import InputError
+from kdcli.evaluation.score import calibrate
 from kdcli.files import atomic_folder, cache_dir, fingerprint, source_of, write_json
 from kdcli.machine import resolve_precision
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
@@ -230,7 +231,7 @@ def _finetuned(
         "base": hash_of_model(model),
         "tokenizer": hash_of_tokenizer(tokenizer),
         # Other rows only score it.
-        "task": fingerprint_of({"train": task.train, "labels": {"names": list(task.label_names)}}),
+        "task": fingerprint_of(_shaping(task)),
         "max_length": recipe.task.max_length,
         "fields": task.kind.drawn(task.fields),
         "finetune": settings.model_dump(),
@@ -263,6 +264,15 @@ def _finetuned(
     )
 
     model.eval()
+    calibrate(
+        model,
+        tokenizer,
+        task,
+        max_length=recipe.task.max_length,
+        batch_size=recipe.evaluate.batch_size,
+        owner="the teacher",
+        device=recipe.train.device,
+    )
     written: list[Path] = []
 
     def keep() -> None:
@@ -279,6 +289,12 @@ def _finetuned(
 
     main_does(keep)
     return Teacher(model, tokenizer, origin=origin, path=folder if agree(bool(written)) else None, training=record)
+
+
+def _shaping(task: Task) -> dict[str, Any]:
+    """Return the parts of a task that shape a teacher."""
+    calibration = {"calibration": task.calibration} if task.calibration is not None else {}
+    return {"train": task.train, "labels": {"names": list(task.label_names)}, **calibration}
 
 
 def _kept(

@@ -49,6 +49,15 @@ def evaluate_model(
     return scores
 
 
+def calibrate(model: Any, tokenizer: Any, task: Task, *, owner: str, **options: Any) -> None:
+    """Decide on training rows set aside what a kind of task decides about a trained model, such as thresholds.
+
+    options: max_length, batch_size and device, as in `evaluate_model`.
+    """
+    if task.calibration is not None:
+        task.kind.calibrate(model, task.calibration, tokenizer, ask=predict, owner=owner, **options)
+
+
 def scorer(task: Task, features: "Dataset") -> Callable[[dict[str, np.ndarray]], dict[str, float]]:
     """Return the function from a model's outputs for the selection rows to the task's metrics.
 

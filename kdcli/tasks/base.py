@@ -15,8 +15,8 @@ class Task:
 
     Every split has the columns of its kind, among them index (unique in the split). fields: the kind's own fields.
     label_names: of the labels in order, none where they have no names. metrics: the first one chooses checkpoints.
-    `selection` chooses checkpoints; `report` holds the sets that are scored. `notes` are what a user should know
-    about the data.
+    `selection` chooses checkpoints; `report` holds the sets that are scored. `calibration` are training rows that no
+    model is trained on, for a kind that decides something on them. `notes` are what a user should know about the data.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Task:
     report: "dict[str, Dataset]"
     description: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    calibration: "Dataset | None" = None
 
     @property
     def primary(self) -> str:

@@ -76,7 +76,7 @@ class Collator:
         self.limit = getattr(tokenizer, "model_max_length", math.inf)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return (batch, seq) tensors of ids, mask, types and segments, and (batch,) tensors of labels and index.
+        """Return (batch, seq) tensors of ids, mask, types and segments, and (batch, ...) tensors of labels and index.
 
         Only packed rows have segments.
         """
@@ -91,8 +91,6 @@ class Collator:
                 for i, row in enumerate(rows):
                     table[i, : len(row[name])] = row[name]
                 batch[name] = torch.from_numpy(table)
-        labels = [row["labels"] for row in rows]
-        kind = torch.float32 if isinstance(labels[0], float) else torch.long
-        batch["labels"] = torch.tensor(labels, dtype=kind)
+        batch["labels"] = torch.tensor([row["labels"] for row in rows])
         batch["index"] = torch.tensor([row["index"] for row in rows], dtype=torch.long)
         return batch

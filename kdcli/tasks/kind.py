@@ -75,6 +75,8 @@ class TaskKind(ABC):
     """True where a student's only score is its distillation loss on held-out rows."""
     inputs_change: ClassVar[bool] = False
     """True where inputs are drawn again in every epoch (dynamic masking): no output of the teacher may be cached."""
+    calibration: ClassVar[float] = 0.0
+    """Share of the training rows that no model is trained on: those that `calibrate` is given."""
     features: ClassVar[str | None] = None
     """What features are called, where rows do not give one each."""
 
@@ -211,6 +213,13 @@ class TaskKind(ABC):
     def score(self, answers: Any, rows: "Dataset", labels: Sequence[str], metrics: Sequence[str]) -> dict[str, float]:
         """Return the named metrics of answers to rows."""
         raise NotImplementedError(f"{self.name} is scored by its loss")
+
+    def calibrate(self, model: Any, rows: "Dataset", processor: Any, **options: Any) -> None:
+        """Write into a trained model's configuration what is decided on rows that it was not trained on.
+
+        rows: never those that are reported. options: as in `answers`.
+        """
+        return
 
     def chance(self, sets: "Sequence[Dataset]", labels: Sequence[str], metric: str) -> float | None:
         """Return the mean over sets that answers without any knowledge reach; None where that is not known."""

@@ -199,11 +199,16 @@ def check_problem(config: "PretrainedConfig", wanted: str, owner: "Owner") -> No
 
 
 def align_outputs(
-    model: Any, labels: Sequence[str], owner: "Owner", names: Sequence[str] | None = None, output: str = "logits"
+    model: Any,
+    labels: Sequence[str],
+    owner: "Owner",
+    names: Sequence[str] | None = None,
+    *,
+    settings: Sequence[str] = (),
 ) -> Any:
-    """Return `model` with its outputs in the order of the labels, and named like them: a PyTorch model in place.
+    """Return `model` with its logits in the order of the labels, and named like them: a PyTorch model in place.
 
-    names: what a user says its outputs are. output: of a session that is wrapped, whose last axis are the labels.
+    names: what a user says its outputs are. settings: of its configuration, where they hold a value for each output.
     Raises InputError when they are not the labels.
     """
     if names is not None:
@@ -212,6 +217,9 @@ def align_outputs(
     from torch import Tensor, nn
 
     config = model.config
+    for name in settings:
+        if (values := getattr(config, name, None)) is not None:
+            setattr(config, name, [values[place] for place in order])
     if isinstance(model, nn.Module):
         reorder_classes(model, order)  # type: ignore[arg-type]
         name_classes(config, labels, "task.labels")
@@ -221,7 +229,7 @@ def align_outputs(
 
     def permuted(**inputs: Tensor) -> Any:
         found = model(**inputs)
-        setattr(found, output, getattr(found, output)[..., order])
+        found.logits = found.logits[..., order]
         return found
 
     permuted.config = config  # type: ignore[attr-defined]
@@ -370,10 +378,12 @@ def to_ids(
     where: str = "task.label",
     owner: str = "the training data does not have",
     place: Mapping[str, int] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> "np.ndarray":
     """Return the number of each label, int64. place: of each label, where it is not that among `names`.
 
-    Raises InputError for a label without one; owner: ends the sentence about it.
+    Raises InputError for a label without one; owner: ends the sentence about it. rows: the number of each label's row,
+    where rows do not have one each.
     """
     import numpy as np
 
@@ -381,9 +391,10 @@ def to_ids(
     # Integers that would count names where all labels did are not what is wrong.
     unknown = sorted(set(labels) - place.keys(), key=lambda label: (are_numbers_of([label], names), label))
     if unknown:
+        first = labels.index(unknown[0])
+        row = rows[first] if rows is not None else first + 1
         raise InputError(
-            f"{source}: row {labels.index(unknown[0]) + 1} has the label {unknown[0]!r}, which {owner} "
-            f"({listed(names, unknown[0])})",
+            f"{source}: row {row} has the label {unknown[0]!r}, which {owner} ({listed(names, unknown[0])})",
             where=where,
             hint=f"did you mean {near!r}?" if (near := nearest(unknown[0], names)) is not None else None,
         )
@@ -433,16 +444,22 @@ def places_in_model(
 
 
 def labels_of_model(
-    labels: list[str], known: tuple[str, ...], config: "PretrainedConfig", source: str, names: Sequence[str] | None
+    labels: list[str],
+    known: tuple[str, ...],
+    config: "PretrainedConfig",
+    source: str,
+    names: Sequence[str] | None,
+    *,
+    rows: Sequence[int] | None = None,
 ) -> "tuple[np.ndarray, tuple[str, ...]]":
     """Return the number of each label among a model's own, and those, for rows that a model is scored on.
 
     known: names for integers among the labels. names: what a user calls the model's outputs; where they are not its
-    own names, they are given to it, in its order.
+    own names, they are given to it, in its order. rows: as in `to_ids`.
     """
     named = counted_labels(labels, names or known)
     if names is not None and (named is None or named_order(class_names_of(config), names) is None):
         name_outputs(config, names, "--labels")
     labels = named or labels
     classes, place = places_in_model(set(labels), tuple(class_names_of(config)), source)
-    return to_ids(labels, classes, source, owner="the model does not have", place=place), classes
+    return to_ids(labels, classes, source, owner="the model does not have", place=place, rows=rows), classes

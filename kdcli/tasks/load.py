@@ -12,7 +12,7 @@ from kdcli.data.columns import Column, chunked
 from kdcli.data.files import read_file
 from kdcli.data.rows import chunks_of
 from kdcli.data.sets import named_sets
-from kdcli.data.tables import dataset_of, halves, subset
+from kdcli.data.tables import dataset_of, halves, split, subset
 from kdcli.errors import InputError
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks import registry
@@ -137,7 +137,9 @@ def _task(
     trains: bool = True,
 ) -> Task:
     metrics = _metrics(section.metrics, kind, metrics)
-    train = subset(train, section.train_samples, section.split_seed)
+    train, calibration = subset(train, section.train_samples, section.split_seed), None
+    if trains and kind.calibration:
+        train, calibration = split(train, kind.calibration, section.split_seed)
     validation = {
         name: subset(rows, section.validation_samples, section.split_seed) for name, rows in validation.items()
     }
@@ -174,6 +176,8 @@ def _task(
         remarks.append(f"no training rows of {counted(len(absent), 'class', 'classes')}: {listed(absent)}")
     report = {name: subset(rows, limit, section.split_seed) for name, rows in report.items()}
     splits = {"train": train, "selection": selection, **{f"report-{k}": v for k, v in report.items()}}
+    if calibration is not None:
+        splits["calibration"] = calibration
     return Task(
         name=section.name,
         kind=kind,
@@ -192,6 +196,7 @@ def _task(
             "fingerprint": fingerprint_of({**splits, "labels": {"names": list(labels)}}),
         },
         notes=tuple(dict.fromkeys([*notes, *remarks])),
+        calibration=dataset_of(calibration) if calibration is not None else None,
     )
 
 

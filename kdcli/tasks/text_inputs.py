@@ -78,9 +78,11 @@ class TextKind(TaskKind):
     ) -> "tuple[pa.Table, tuple[str, ...]]":
         import pyarrow as pa
 
+        from kdcli.data.tables import array_of_labels
+
         texts = read_texts(columns, fields.columns, source)
         values, labels = self.read_labels(columns, fields, source, notes, labels)
-        return pa.table({**texts, "label": pa.array(values)}), labels
+        return pa.table({**texts, "label": array_of_labels(values)}), labels
 
     @abstractmethod
     def labels_for(
@@ -93,9 +95,11 @@ class TextKind(TaskKind):
     ) -> "tuple[pa.Table, tuple[str, ...]]":
         import pyarrow as pa
 
+        from kdcli.data.tables import array_of_labels
+
         texts = read_texts(columns, fields.columns, source)
         values, labels = self.labels_for(config, columns, fields, source, notes, names)
-        return pa.table({**texts, "label": pa.array(values)}), labels
+        return pa.table({**texts, "label": array_of_labels(values)}), labels
 
     def has_answers(self, columns: Columns, fields: Any) -> bool:
         values = columns.get(fields.label or "label", Column())
@@ -176,4 +180,9 @@ def gold(rows: Any) -> "np.ndarray":
 
     from kdcli.data.rows import array_of
 
-    return rows.column("label").to_numpy() if isinstance(rows, pa.Table) else array_of(rows, "label")
+    if not isinstance(rows, pa.Table):
+        return array_of(rows, "label")
+    column = rows.column("label")
+    if not pa.types.is_list(column.type):
+        return column.to_numpy()
+    return column.combine_chunks().flatten().to_numpy().reshape(len(rows), -1)

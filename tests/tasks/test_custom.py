@@ -583,7 +583,7 @@ def rows_for(
 ) -> Task:
     path = base / write(base / "held.csv", columns)
     section = TaskSection(name="held", data=str(path), text=list(text), label="team", **values)
-    kind = registry.of_model(config, "sequence-classification")
+    kind = next(kind for kind in registry.usable()[0] if not kind.scored_by_loss and kind.fits(config))
     return load_rows(section, kind, config)
 
 

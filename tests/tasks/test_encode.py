@@ -8,6 +8,7 @@ from datasets import Dataset
 from families import tiny, tokenizer
 
 from kdcli.data.reviews import reviews
+from kdcli.data.rows import array_of
 from kdcli.tasks.encode import Collator, encode
 
 LONG = "the film was not at all dull . the menu felt superb . it rained all day"
@@ -161,3 +162,19 @@ def test_the_real_encoder_cuts_pairs_as_its_tokenizer_does(encoder: Any):
     row = encode(rows_of([SHORT], [0], [LONG]), real, 12)[0]
     assert row["length"] == 12
     assert real.decode(row["input_ids"]) == "[CLS] the plot was grim [SEP] the film was not at [SEP]"
+
+
+@pytest.mark.parametrize(
+    ("labels", "shape", "kind"),
+    [
+        ([1, 0], (2,), torch.long),
+        ([0.5, 1.0], (2,), torch.float32),
+        ([[1.0, 0.0, 1.0], [0.0] * 3], (2, 3), torch.float32),
+    ],
+)
+def test_labels_of_a_batch_have_the_shape_and_type_of_the_rows(labels: list, shape: tuple, kind: torch.dtype):
+    rows = Dataset.from_dict({"index": [0, 1], "text": ["a film", "the film was good"], "label": labels})
+    encoded = encode(rows, tokenizer(), 16)
+    batch = Collator(tokenizer())([encoded[i] for i in range(2)])
+    assert batch["labels"].shape == shape and batch["labels"].dtype == kind
+    assert batch["labels"].tolist() == labels and array_of(encoded, "labels").tolist() == labels
