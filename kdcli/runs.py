@@ -215,7 +215,7 @@ class Run:
     def held(self) -> Iterator[None]:
         """Keep other processes out of the run while the block runs; what killed ones left in it is removed.
 
-        Raises InputError when another process is at work in it, or when its folder cannot be written to.
+        Raises InputError when another kdcli process has locked it, or when its folder cannot be written to.
         """
         root = self.path.parent
         missing = [folder for folder in (root, *root.parents) if not folder.exists()]
@@ -376,7 +376,7 @@ def open_run(root: Path, name: str, *, force: bool, resume: bool, create: bool =
     """Yield the run `name` under `root`, its folder made and free to write to, with no other process in it meanwhile.
 
     A run that `force` replaces waits beside it, until `settle` removes it or `discard` puts it back.
-    Raises InputError where `check_place` does, when another process is at work in it, or when the place cannot be
+    Raises InputError where `check_place` does, when another kdcli process has locked it, or when the place cannot be
     written to. create: False in processes that share a run which another one has opened.
     """
     if not create:
