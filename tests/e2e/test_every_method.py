@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from kdcli.data.reviews import LABELS, reviews
 from kdcli.distill.resolve import resolve
 from kdcli.distill.run import run_distill
+from kdcli.distill.teacher import labelling_of
 from kdcli.evaluation.score import evaluate_model
 from kdcli.models.load import load_tokenizer
 from kdcli.models.save import save_model
@@ -193,8 +194,9 @@ def test_in_fifty_steps_the_loss_falls_and_the_accuracy_rises(
     }
     parsed = Recipe.model_validate(recipe)
     resolved = resolve(parsed, tmp_path / "recipe.toml")
-    untrained = build_student(load_model(teacher, CLASSIFIER), resolved.student, seed=42).model
     task, tokenizer = load_task(parsed.task, parsed.evaluate, base=tmp_path), load_tokenizer(teacher)
+    labelling = labelling_of(task.kind, task.label_names)
+    untrained = build_student(load_model(teacher, CLASSIFIER), resolved.student, seed=42, labelling=labelling).model
     accuracy, loss = score_of(untrained, tokenizer, task)
 
     record = distil(tmp_path / "out", recipe)
