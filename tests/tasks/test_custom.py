@@ -472,7 +472,10 @@ def test_missing_labels_are_counted_and_the_first_is_named(suffix: str, tmp_path
 @pytest.mark.parametrize("value", [["a"], {"is": "a"}])
 def test_lists_and_objects_are_neither_text_nor_label(value: Any, tmp_path: Path):
     several = [value] * 6
-    refused(tmp_path, {**ROWS, "team": several}, "the label of row 1 is (an array|a table), not one text or number")
+    kind = {"type": "classification"}
+    refused(
+        tmp_path, {**ROWS, "team": several}, "the label of row 1 is (an array|a table), not one text or number", **kind
+    )
     refused(tmp_path, {**ROWS, "message": several}, "'message' of row 1 is (an array|a table), not a text")
 
 
