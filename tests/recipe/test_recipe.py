@@ -66,6 +66,17 @@ def test_the_recipes_of_the_readme_are_valid(tmp_path: Path):
         load(tmp_path, block)
 
 
+@pytest.mark.parametrize("page", ["README.md", "recipes/benchmarks/README.md"])
+def test_what_a_page_links_to_is_there(page: str):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert links and all((ROOT / page).parent.joinpath(link).is_file() for link in links)
+
+
+def test_the_readme_is_a_page():
+    assert len((ROOT / "README.md").read_bytes()) <= 12 * 1024
+
+
 def test_short_and_long_forms_say_the_same(tmp_path: Path):
     long = '[task]\nname = "sst2"\n[method]\nname = "makd"\n[teacher]\nmodel = "google-bert/bert-base-uncased"\n'
     assert load(tmp_path, LEAST) == load(tmp_path, long)
