@@ -14,9 +14,10 @@ MatrixKey = tuple[int, str]
 class Prediction:
     """A table of predicted distributions.
 
-    logits: (n, classes), a row each. weights: (n,), sum 1: the mean over an example's rows, then over the examples;
-    None where all rows weigh the same. target: the gold answers, (n,) or (n, classes); None without any. Where only
-    some rows have one, `answered` (m,) says which, `target` holds those m, and `target_weights` (m,) their weights.
+    logits: (n, classes), a row each; of a class that a row cannot have a low finite number, never -inf. weights: (n,),
+    sum 1: the mean over an example's rows, then over the examples, of which one without rows counts as zero; None where
+    all rows weigh the same. target: the gold answers, (n,) or (n, classes); None without any. Where only some rows have
+    one, `answered` (m,) says which, `target` holds those m, and `target_weights` (m,) their weights.
     """
 
     logits: Tensor

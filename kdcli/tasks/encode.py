@@ -91,6 +91,7 @@ class Collator:
                 for i, row in enumerate(rows):
                     table[i, : len(row[name])] = row[name]
                 batch[name] = torch.from_numpy(table)
-        batch["labels"] = torch.tensor([row["labels"] for row in rows])
+        if "labels" in rows[0]:
+            batch["labels"] = torch.tensor([row["labels"] for row in rows])
         batch["index"] = torch.tensor([row["index"] for row in rows], dtype=torch.long)
         return batch

@@ -57,6 +57,7 @@ class TaskKind(ABC):
 
     Rows are what was read: the columns `index`, what is shown to a model (for texts `text` and `text_pair`), and what
     it shall answer (`label`). Features are rows as a model reads them: `index`, its inputs, `labels` and `length`.
+    Where a row gives several features, each has an `index` of its own, and a further column says which row it is of.
     """
 
     name: ClassVar[str]

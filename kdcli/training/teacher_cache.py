@@ -60,6 +60,8 @@ def known_outputs(
     """
     found = cached_predictions(teacher, dataset, collator, per_token=per_token, **options)
     index = torch.from_numpy(array_of(dataset, "index"))
+    if len(index.unique()) < len(index):
+        raise ValueError("two features have one index: what the teacher gives for them could not be told apart")
     size = int(index.max()) + 1
     if per_token:
         lengths = torch.from_numpy(array_of(dataset, "length"))

@@ -86,7 +86,8 @@ class DistillationTrainer(Trainer):
             from torch.utils.tensorboard import SummaryWriter
 
             self.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(log_dir))))
-        self.label_names = ["labels"]
+        # Scores need no gold answers from the batch: the rows have them.
+        self.label_names = ["index"]
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
         # The scheme comes first: a distiller may hold tensors of a teacher that learns, and must not get copies.
@@ -159,7 +160,7 @@ class DistillationTrainer(Trainer):
             outputs = model(inputs)
         if "loss" in outputs:
             return outputs["loss"], None, None
-        return None, {name: output.float() for name, output in outputs.items()}, inputs["labels"]  # type: ignore[return-value]
+        return None, {name: output.float() for name, output in outputs.items()}, inputs["index"]  # type: ignore[return-value]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The mean of the last steps, and at the end that of all.
@@ -430,7 +431,7 @@ def _arguments(
         accelerator_config={"non_blocking": not use_cpu},
         seed=settings.seed,
         log_level="error",
-        label_names=["labels"],
+        label_names=["index"],
     )
     # One process trains on one GPU: with more of them in sight the library would split (and multiply) the batch.
     arguments._n_gpu = min(arguments.n_gpu, 1)

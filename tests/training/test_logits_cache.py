@@ -16,6 +16,7 @@ from training.stages import rows
 
 from kdcli.evaluation.score import evaluate_model
 from kdcli.models.finite import NotFiniteError
+from kdcli.models.hashing import hash_of_dataset
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.load import load_task
@@ -262,3 +263,19 @@ def test_outputs_of_tokens_come_back_in_the_order_of_a_batch():
     found = known.of(batch).logits
     assert found.shape == (2, 8, 4)
     assert torch.equal(found[0, :2], rows_of[2]) and torch.equal(found[1, :3], rows_of[0])
+
+
+def test_features_of_one_index_are_refused():
+    data = rows(4)
+    twice = Dataset.from_dict({**{k: data[k] for k in data.column_names if k != "index"}, "index": [0, 0, 1, 2]})
+    with pytest.raises(ValueError, match="one index"):
+        ask(tiny("bert"), twice)
+
+
+@pytest.mark.parametrize("column", ["input_ids", "attention_mask", "pixel_values"])
+def test_the_cache_is_named_by_every_input(column: str):
+    data = Dataset.from_dict({"index": [0, 1], column: [[1, 0], [1, 1]], "labels": [0, 1], "length": [2, 2]})
+    other = Dataset.from_dict({"index": [0, 1], column: [[1, 1], [1, 1]], "labels": [0, 1], "length": [2, 2]})
+    labelled = Dataset.from_dict({**{k: data[k] for k in data.column_names}, "labels": [1, 1]})
+    assert hash_of_dataset(data) != hash_of_dataset(other)
+    assert hash_of_dataset(data) == hash_of_dataset(labelled)
