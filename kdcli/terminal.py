@@ -94,12 +94,12 @@ class Terminal(Console):
 
 
 def wide(console: Console) -> Console:
-    """Return a console, or, where it is no terminal and has no width to fit, one on which no table is cut."""
+    """Return a console, or, where it is no terminal, one as wide as COLUMNS says, else of 100 columns."""
     if console.is_terminal:
         return console
     # The width of a single print() can only be less than its console's.
-    other = Terminal(console.file, quiet=console.quiet)
-    other.width = max(console.width, 120)
+    other, columns = Terminal(console.file, quiet=console.quiet), os.environ.get("COLUMNS", "")
+    other.width = int(columns) if columns.isdecimal() and int(columns) > 0 else 100
     return other
 
 

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -41,7 +41,7 @@ def _teacher_beside_student(result: "Result") -> Table:
     table = Table()
     table.add_column("")
     for name in (*known, *(["student / teacher"] if len(known) == 2 else [])):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
 
     def row(label: str, style: Callable[[float], str], values: Sequence[float]) -> None:
         cells = [style(value) for value in values]
@@ -140,6 +140,8 @@ def exported(result: "ExportResult") -> RenderableType:
     from kdcli.export.session import MODEL
 
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("graph", f"{result.folder / MODEL} ({result.megabytes:.1f} MB)")
     table.add_row("parity", f"logits within {result.difference:.1e} of PyTorch's on {result.inputs}")
     return Group(table, *([latency(result.latency)] if result.latency is not None else []))
@@ -207,7 +209,7 @@ def contraction(report: "ContractReport") -> Table:
 def _table_of_matrices(before: int, after: int, first: str | None, *last: str) -> Table:
     table = Table(title=f"{before:,} -> {after:,} parameters")
     for name in ([first] if first else []) + ["matrix", "shape", "out factors", "in factors", "bonds", *last]:
-        table.add_column(name, justify="left" if name in ("matrix", "shape") else "right")
+        table.add_column(name, justify="left" if name in ("matrix", "shape") else "right", overflow="fold")
     return table
 
 
@@ -224,7 +226,8 @@ def comparison_plan(plan: "ComparisonPlan", root: Path) -> Table:
     rows, runs = counted(len(plan.entries), "row"), counted(len(plan.cells), "run")
     table = Table(title=f"plan: {rows} x {said_seeds(plan.seeds)}, {runs}")
     for column in ("task", "name", "method", "student", "parameters", "steps", "done before"):
-        table.add_column(column, justify="right" if column in ("parameters", "steps", "done before") else "left")
+        justify: JustifyMethod = "right" if column in ("parameters", "steps", "done before") else "left"
+        table.add_column(column, justify=justify, overflow="fold")
     for task in plan.tasks:
         for entry in plan.of(task):
             done = sum(is_done(cell, Run(root / cell.name)) for cell in plan.cells if cell.entry is entry)
@@ -247,7 +250,7 @@ def comparison(report: "Report") -> Table:
 
     table = Table(title=f"{said_seeds(report.seeds)}: mean and standard deviation; 95 % interval of the difference")
     for column in report.columns:
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
     for block in report.all_blocks:
         table.add_section()
         table.add_row(Text(heading_of(block), style="bold"))

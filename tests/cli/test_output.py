@@ -147,6 +147,15 @@ def test_json_means_the_same_in_every_encoding():
         assert "\u202e" not in text and "\x9b" not in text
 
 
+@pytest.mark.parametrize(("columns", "width"), [(None, 100), ("70", 70), ("131", 131), ("0", 100), ("wide", 100)])
+def test_tables_in_a_pipe_are_as_wide_as_columns_says(columns: str | None, width: int, world: World):
+    world.monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        world.monkeypatch.setenv("COLUMNS", columns)
+    lines = world.call("recipes", "explain").out.splitlines()
+    assert width - 20 < max(map(len, lines)) <= width
+
+
 # Errors for programs
 
 

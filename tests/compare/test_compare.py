@@ -205,6 +205,15 @@ def test_a_variant_is_a_row_with_a_difference_to_its_plain_recipe(
     assert float(lines[f"hs+{variant}"]["to_plain_low"]) == pytest.approx(to_plain["low"])
     record = json.loads((tmp_path / "comparison" / "runs" / f"reviews-hs+{variant}-seed43" / "run.json").read_text())
     assert record["recipe"]["student"]["init"] == "random" and record["overrides"] == [variant]
+    # Tables for people fold names, in whatever width.
+    monkeypatch.setenv("COLUMNS", "72")
+    for more in ([], ["--dry-run"]):
+        assert run([*words, "--variant", variant, *more]) == 0
+        table = capsys.readouterr().out
+        cells = [re.split("[│┃]", line) for line in table.splitlines() if line[:1] in "│┃"]
+        first = "".join(row[2 if more else 1].strip() for row in cells)
+        assert all(f"{name}+{variant}" in first for name in ("kd", "hs")) and "…" not in table, table
+        assert max(map(len, table.splitlines())) <= 72
 
 
 def test_two_rows_of_one_name_and_a_strange_baseline_are_refused(tmp_path: Path):
