@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 err = stderr()
 
 
-def emit(document: Any, *, table: Any, as_json: bool, kept: str | None = None) -> None:
+def emit(document: dict[str, Any], *, table: Any, as_json: bool, kept: str | None = None) -> None:
     """Print the result: one JSON document, or a table for people; a string is printed as it is.
 
     kept: where the result is written down, too. Where the reader has gone (`kdcli ... | head`), there is no one to
@@ -47,10 +47,8 @@ def emit(document: Any, *, table: Any, as_json: bool, kept: str | None = None) -
         ) from error
 
 
-def _json(document: Any) -> str:
-    if isinstance(document, dict):
-        document = {"schema_version": SCHEMA_VERSION, **document}
-    return json_for(to_json_text(document), sys.stdout.encoding or "utf-8")
+def _json(document: dict[str, Any]) -> str:
+    return json_for(to_json_text({"schema_version": SCHEMA_VERSION, **document}), sys.stdout.encoding or "utf-8")
 
 
 def emit_error(error: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ def families(as_json: Annotated[bool, typer.Option("--json", help="Print one JSO
         for family in found
     ]
     lines = [(row["name"], row["title"], row["attention"], "; ".join(row["limits"])) for row in rows]
-    emit(rows, table=render.columns(lines, ("name", "title", "attention", "limits")), as_json=as_json)
+    emit({"families": rows}, table=render.columns(lines, ("name", "title", "attention", "limits")), as_json=as_json)
     for problem in problems:
         info(f"left out: {problem}")
     return 0

@@ -33,7 +33,8 @@ def methods(
         lines = [(m.name, _tasks(m), m.title, short_citation(m.paper)) for m in found]
         keys = ("name", "title", "signals", "constraints", "cost", "paper")
         rows = [{**{key: getattr(m, key) for key in keys}, "tasks": tasks_of(m)} for m in found]
-        emit(rows, table=render.columns(lines, ("name", "tasks", "what the student follows", "paper")), as_json=as_json)
+        table = render.columns(lines, ("name", "tasks", "what the student follows", "paper"))
+        emit({"methods": rows}, table=table, as_json=as_json)
         for problem in problems:
             info(f"left out: {problem}")
         return 0

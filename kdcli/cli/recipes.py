@@ -53,7 +53,8 @@ def list_(as_json: AsJson = False) -> int:
     from kdcli.recipe.shipped import shipped
 
     rows = [{"name": recipe.name, "summary": recipe.summary} for recipe in shipped()]
-    emit(rows, table=render.columns([(row["name"], row["summary"]) for row in rows]), as_json=as_json)
+    lines = [(row["name"], row["summary"]) for row in rows]
+    emit({"recipes": rows}, table=render.columns(lines), as_json=as_json)
     return 0
 
 

@@ -27,7 +27,7 @@ def tasks(
         kinds = [registry.get(name) for name in registry.names()]
         lines = [(kind.name, kind.title, ", ".join(kind.metrics)) for kind in kinds]
         rows = [{"name": kind.name, "title": kind.title, "metrics": list(kind.metrics)} for kind in kinds]
-        emit(rows, table=render.columns(lines, ("name", "what it is", "metrics")), as_json=as_json)
+        emit({"tasks": rows}, table=render.columns(lines, ("name", "what it is", "metrics")), as_json=as_json)
         return 0
     kind = registry.get(name)
     entries = list(fields_of(kind.fields, ("task",)))

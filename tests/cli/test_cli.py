@@ -265,7 +265,7 @@ def test_gates_of_eval(gate: list[str], code: int, as_json: bool, after: World):
 def test_stdout_is_one_json_document(arguments: list[str], after: World):
     before = after.listing()
     outcome = after.call(*arguments)
-    assert outcome.code == 0 and outcome.json
+    assert outcome.code == 0 and outcome.json["schema_version"] == 1
     assert after.listing() == before
 
 
@@ -476,7 +476,7 @@ def test_paths_in_a_recipe_start_at_the_recipe(world: World):
 
 
 def test_methods_lists_every_method_in_a_line_of_at_most_100_columns(world: World):
-    rows = world.call("methods", "--json").json
+    rows = world.call("methods", "--json").json["methods"]
     assert [row["name"] for row in rows] == registry.names()
     assert all(row["paper"] for row in rows)
     lines = [line.rstrip() for line in world.call("methods").out.splitlines()]
@@ -508,14 +508,14 @@ def test_methods_kd_tells_temperature_and_formula(world: World):
 
 
 def test_tasks_lists_every_type_and_explains_each_with_its_methods(world: World):
-    rows = world.call("tasks", "--json").json
+    rows = world.call("tasks", "--json").json["tasks"]
     assert {"classification", "regression", "text"} <= {row["name"] for row in rows}
     lines = world.call("tasks").out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == [row["name"] for row in rows]
     for row in rows:
         document = world.call("tasks", row["name"], "--json").json
         assert {key: document[key] for key in row} == row
-        shown = world.call("methods", "--json").json
+        shown = world.call("methods", "--json").json["methods"]
         assert document["methods"] == [method["name"] for method in shown if row["name"] in method["tasks"]]
         words = " ".join(world.call("tasks", row["name"]).out.split())
         assert document["model"] in words and all(field["description"] in words for field in document["fields"])
@@ -524,7 +524,7 @@ def test_tasks_lists_every_type_and_explains_each_with_its_methods(world: World)
 
 
 def test_families_lists_every_family(world: World):
-    rows = world.call("families", "--json").json
+    rows = world.call("families", "--json").json["families"]
     assert [row["name"] for row in rows] == sorted(family.name for family in FAMILIES.values())
     lines = [line.rstrip() for line in world.call("families").out.splitlines()]
     assert max(map(len, lines)) <= 100

@@ -21,9 +21,10 @@ FILES = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in F
 
 
 def test_the_list_has_each_recipe_with_a_whole_line_about_it(world: World):
-    rows = world.call("recipes", "list", "--json").json
+    rows = world.call("recipes", "list", "--json").json["recipes"]
     assert {row["name"] for row in rows} == set(FILES)
     assert all(re.fullmatch(r"[A-Z].{20,90}[.]", row["summary"]) for row in rows), rows
+    world.monkeypatch.setenv("COLUMNS", "120")
     lines = world.call("recipes", "list").out.splitlines()
     assert len(lines) == len(rows) and all(row["summary"] in line for row, line in zip(rows, lines, strict=True))
 
@@ -185,7 +186,7 @@ def test_an_installed_package_has_the_recipes(kind: str, tmp_path: Path):
     zipfile.ZipFile(next(tmp_path.glob("built/*.whl"))).extractall(tmp_path / "site")
     command = [sys.executable, "-m", "kdcli", "recipes", "list", "--json"]
     done = run_process(command, check=True, cwd=tmp_path / "site", capture_output=True, text=True)
-    assert {row["name"] for row in json.loads(done.stdout)} == set(FILES)
+    assert {row["name"] for row in json.loads(done.stdout)["recipes"]} == set(FILES)
     assert (tmp_path / "site" / "kdcli" / "recipes" / "quickstart.toml").is_file()
 
 

@@ -92,7 +92,7 @@ def test_a_broken_package_stops_nothing_but_its_own_method(
     offer(package, point, module)
     assert run(["methods", "--json"]) == 0
     shown = capsys.readouterr()
-    assert [row["name"] for row in json.loads(shown.out)] == list(registry.BUILT_IN)
+    assert [row["name"] for row in json.loads(shown.out)["methods"]] == list(registry.BUILT_IN)
     assert words in shown.err and package in shown.err
     assert run(["methods", "kdd"]) == 2
     assert "unknown method 'kdd'" in capsys.readouterr().err

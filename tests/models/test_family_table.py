@@ -118,7 +118,7 @@ def test_a_family_of_another_package_is_like_any_other(
     assert torch.equal(probe(load_model(tmp_path / "model")), probe(model))
     assert run(["families", "--json"]) == 0
     shown = capsys.readouterr()
-    assert "ernie" in [row["name"] for row in json.loads(shown.out)] and "left out" not in shown.err
+    assert "ernie" in [row["name"] for row in json.loads(shown.out)["families"]] and "left out" not in shown.err
 
 
 @pytest.mark.slow
@@ -154,6 +154,6 @@ def test_a_broken_row_of_another_package_stops_no_other_family(
     offer(point, module)
     assert run(["families", "--json"]) == 0
     shown = capsys.readouterr()
-    assert [row["name"] for row in json.loads(shown.out)] == sorted(families.FAMILIES)
+    assert [row["name"] for row in json.loads(shown.out)["families"]] == sorted(families.FAMILIES)
     assert words in shown.err and "further" in shown.err
     assert families.get("roberta").title == "RoBERTa"
