@@ -213,17 +213,13 @@ def _chains(student: Follower, model: "PreTrainedModel") -> PlannedChains:
 def _sizes(prepared: Prepared) -> tuple[dict[str, int], int]:
     """Return the sizes of a task's parts, and how many training examples there are."""
     task, augment = prepared.task, prepared.resolved.recipe.task.augment
-    length, words = prepared.resolved.recipe.task.max_length, prepared.teacher.tokenizer
-    if (unit := task.kind.features) is not None:
-        parts = {"train": task.train, "selection": task.selection}
-        counts = {f"{name} {unit}": task.kind.examples(part, words, length) for name, part in parts.items()}
-        return counts, counts[f"train {unit}"]
+    unit = f" {task.kind.features}" if task.kind.features is not None else ""
     # At most: a row of few words may not give so many different copies.
-    examples = len(task.train) * (1 + augment.copies if augment is not None else 1)
-    report = {name: len(rows) for name, rows in task.report.items()}
-    name = "train" if augment is None else "train with copies"
+    examples = prepared.examples(task.train) * (1 + augment.copies if augment is not None else 1)
+    report = {name: len(rows) for name, rows in task.report.items()} if not task.kind.scored_by_loss else {}
+    name = f"train{unit}" if augment is None else f"train{unit} with copies"
     aside = {"calibration": len(task.calibration)} if task.calibration is not None else {}
-    return {name: examples, **aside, "selection": len(task.selection), **report}, examples
+    return {name: examples, **aside, f"selection{unit}": prepared.examples(task.selection), **report}, examples
 
 
 def classes_of(task: Task, most: int = 5) -> Classes | None:

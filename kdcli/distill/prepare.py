@@ -6,6 +6,7 @@ answers with no label, a full disk.
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ from kdcli.training.distributed import processes
 from kdcli.training.settings import check_batch, check_device
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel
 
 
@@ -86,6 +88,10 @@ class Prepared:
         """Load the user's code and files that the method works with, such as a black box."""
         self.resolved.method.load_sources(self.resolved.options, self.task, self.resolved.base)
 
+    def examples(self, rows: "Dataset") -> int:
+        """Return how many examples rows of the task give a model."""
+        return self.task.kind.examples(rows, self.teacher.tokenizer, self.resolved.recipe.task.max_length)
+
     @property
     def notes(self) -> list[str]:
         """What a user should know about the data, of the tasks of `[[finetune]]` with their names, and the teacher."""
@@ -140,6 +146,7 @@ def _check_loops(resolved: Resolved, teacher: TeacherStart) -> None:
 def _followers(teacher: TeacherStart, resolved: Resolved, task: Task, labelling: Labelling) -> list[Follower]:
     """Return the assistant, if any, and the student, each beside the model that it follows."""
     nearest = shape_only(teacher.model)
+    examples = partial(task.kind.examples, task.train, teacher.tokenizer, resolved.recipe.task.max_length)
     followers = []
     for name, section in resolved.sections.items():
         with placed(name):
@@ -148,7 +155,7 @@ def _followers(teacher: TeacherStart, resolved: Resolved, task: Task, labelling:
             overparam = resolved.recipe.overparam if name == "student" else None
             build = _shadow(nearest, section, overparam, labelling)
             context = context_of(nearest, build.model, build.form, task, resolved.recipe)
-            stages = stages_of(resolved, context, build.model, nearest if teacher.known else None, len(task.train))
+            stages = stages_of(resolved, context, build.model, nearest if teacher.known else None, examples)
         followers.append(Follower(name, section, overparam, build, nearest, context, stages))
         nearest = build.model
     return followers

@@ -1,7 +1,7 @@
 """From a recipe to a recipe with every default filled in, and what can be checked before any work."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,17 +177,17 @@ def stages_of(
     context: Context,
     student: "PreTrainedModel",
     teacher: "PreTrainedModel | None",
-    examples: int,
+    examples: Callable[[], int],
 ) -> list[Stage]:
     """Return the method's stages. Raises InputError for what it, or the scheme of a stage, cannot work with.
 
-    examples: training rows.
+    examples: counts those of training.
     """
     resolved.method.check(resolved.options, context)
     stages = resolved.method.build(resolved.options, context)
     for stage in stages:
         if stage.scheme is not None:
-            stage.scheme.check(resolved.loop, student, teacher, examples)
+            stage.scheme.check(resolved.loop, student, teacher, examples())
     return stages
 
 

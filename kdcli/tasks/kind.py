@@ -79,7 +79,7 @@ class TaskKind(ABC):
     calibration: ClassVar[float] = 0.0
     """Share of the training rows that no model is trained on: those that `calibrate` is given."""
     features: ClassVar[str | None] = None
-    """What features are called, where rows do not give one each."""
+    """What features are called in a plan, where they are no rows."""
 
     @property
     @abstractmethod
@@ -174,7 +174,7 @@ class TaskKind(ABC):
         return Encoded(train, selection, self.collator(processor))
 
     def examples(self, rows: "Dataset", processor: Any, max_length: int) -> int:
-        """Return how many features rows give."""
+        """Return how many features `encode` makes of rows: the examples whose batches make the steps of a run."""
         return len(rows)
 
     def drawn(self, fields: Any) -> dict[str, Any]:

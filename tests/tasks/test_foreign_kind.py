@@ -1,0 +1,75 @@
+"""Kinds of tasks of other packages: one that a model reads in several features a row, and one that is broken."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny_recipes import run_recipe, tiny_recipe, write_recipe
+
+from kdcli.distill.plan import make_plan
+from kdcli.distill.prepare import prepare
+from kdcli.distill.recipe import load_recipe
+from kdcli.tasks import registry
+
+WINDOWED = """
+import numpy as np
+from kdcli.tasks.classification import Classification
+
+
+class Windowed(Classification):
+    name = "windowed"
+
+    def recognises(self, columns, fields, source, notes):
+        return False
+
+    def encode(self, rows, processor, max_length):
+        features = super().encode(rows, processor, max_length)
+        three = features.select(np.repeat(np.arange(len(features)), 3))
+        return three.remove_columns("index").add_column("index", np.arange(len(three)))
+
+    def examples(self, rows, processor, max_length):
+        return 3 * len(rows)
+
+    def decode(self, outputs, features, rows):
+        return outputs["logits"].reshape(len(rows), 3, -1).mean(1).argmax(-1)
+
+
+KIND = Windowed()
+"""
+
+Offer = Callable[[str, str], None]
+
+
+@pytest.fixture
+def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
+    """Give a function that puts a package that offers a kind on the path: the kind's name, and the module's text."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry.offers().forget()
+
+    def put(kind: str, module: str) -> None:
+        (tmp_path / f"kind_{kind}.py").write_text(module)
+        info = tmp_path / f"kind_{kind}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kind_{kind}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[kdcli.tasks]\n{kind} = kind_{kind}:KIND\n")
+
+    yield put
+    registry.offers().forget()
+
+
+def own_data(folder: Path, kind: str, rows: int = 40, **train: object) -> Path:
+    """Write a recipe with data of its own, of a kind, and return its path."""
+    lines = [f"{word} number {row},{word}" for row in range(rows // 2) for word in ("good", "bad")]
+    (folder / "rows.csv").write_text("\n".join(["text,label", *lines]))
+    task = {"name": "own", "type": kind, "data": "rows.csv", "text": "text"}
+    return write_recipe(folder / "recipe.toml", tiny_recipe("task", task=task, train={"batch_size": 8, **train}))
+
+
+def test_the_steps_that_are_planned_are_run_where_a_row_gives_several_features(offer: Offer, tmp_path: Path):
+    offer("windowed", WINDOWED)
+    path = own_data(tmp_path, "windowed", max_steps=None, epochs=1)
+    plan = make_plan(prepare(load_recipe(path), path))
+    record = run_recipe(path)
+    assert plan.task.sizes["train"] == 3 * record["task"]["sizes"]["train"] == 108
+    assert plan.task.sizes["selection"] == 3 * plan.task.sizes["validation"] == 12
+    assert [stage.steps for stage in plan.stages] == [stage["steps"] for stage in record["training"]] == [14]
