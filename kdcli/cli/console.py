@@ -98,6 +98,14 @@ def info(message: str) -> None:
     tell(err, message)
 
 
+def usable(registry: Any) -> list[Any]:
+    """Return what a registry holds and works; say on stderr what of other packages does not."""
+    found, problems = registry.usable()
+    for problem in problems:
+        info(f"left out: {problem}")
+    return found
+
+
 def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
     # A writer in a thread fails in the main one, too, and is told from there.
     if failed.exc_value is None or explain(failed.exc_value) is None:

@@ -24,19 +24,17 @@ def methods(
     from rich.text import Text
 
     from kdcli.cli import render
-    from kdcli.cli.console import emit, info
+    from kdcli.cli.console import emit, usable
     from kdcli.methods import registry
     from kdcli.recipe.fields import fields_of, show
 
     if name is None:
-        found, problems = registry.usable()
+        found = usable(registry)
         lines = [(m.name, _tasks(m), m.title, short_citation(m.paper)) for m in found]
         keys = ("name", "title", "signals", "constraints", "cost", "paper")
         rows = [{**{key: getattr(m, key) for key in keys}, "tasks": tasks_of(m)} for m in found]
         table = render.columns(lines, ("name", "tasks", "what the student follows", "paper"))
         emit({"methods": rows}, table=table, as_json=as_json)
-        for problem in problems:
-            info(f"left out: {problem}")
         return 0
     method = registry.get(name)
     options = method.options().model_dump()
@@ -81,7 +79,7 @@ def tasks_of(method: "Method") -> list[str]:
     """Return the names of the kinds of tasks that provide what a method needs."""
     from kdcli.tasks import registry
 
-    return sorted(name for name in registry.names() if method.needs <= registry.get(name).provides)
+    return registry.providing(method.needs)
 
 
 def short_citation(paper: str) -> str:

@@ -216,9 +216,10 @@ def _methods_with(option: str) -> list[str]:
 
 
 def _kinds() -> "dict[str, type[BaseModel]]":
+    from kdcli.cli.console import usable
     from kdcli.tasks import registry
 
-    return {name: registry.get(name).fields for name in registry.names()}
+    return {kind.name: kind.fields for kind in usable(registry)}
 
 
 def _row(entry: "Entry", method: "Method | None") -> dict[str, Any]:

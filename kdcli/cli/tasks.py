@@ -17,14 +17,14 @@ def tasks(
       kdcli tasks classification
     """
     from kdcli.cli import render
-    from kdcli.cli.console import emit
+    from kdcli.cli.console import emit, usable
     from kdcli.cli.methods import tasks_of
     from kdcli.methods import registry as methods
     from kdcli.recipe.fields import fields_of
     from kdcli.tasks import registry
 
     if name is None:
-        kinds = [registry.get(name) for name in registry.names()]
+        kinds = usable(registry)
         lines = [(kind.name, kind.title, ", ".join(kind.metrics)) for kind in kinds]
         rows = [{"name": kind.name, "title": kind.title, "metrics": list(kind.metrics)} for kind in kinds]
         emit({"tasks": rows}, table=render.columns(lines, ("name", "what it is", "metrics")), as_json=as_json)

@@ -86,9 +86,8 @@ def _loop(recipe: Recipe, method: Method, kind: TaskKind | None) -> LoopSettings
 
 def _check_kind(method: Method, kind: TaskKind, name: str) -> None:
     if lacking := sorted(method.needs - kind.provides):
-        fitting = [name for name in kinds.names() if method.needs <= kinds.get(name).provides]
         raise UnfitTaskError(
-            f"{method.name} works on {' and '.join(sorted(fitting))} tasks: it needs "
+            f"{method.name} works on {' and '.join(kinds.providing(method.needs))} tasks: it needs "
             f"{' and '.join(CAPABILITIES[name] for name in lacking)}; {name} is a {kind.name} task",
             where="method.name",
             hint="`kdcli methods` lists what each one needs",

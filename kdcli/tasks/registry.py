@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Set
 from functools import cache
 from typing import Any
 
@@ -62,6 +63,11 @@ def usable() -> tuple[list[TaskKind], list[str]]:
     """Return all kinds that work, and a line for each that another package offers and that does not."""
     found, problems = offers().usable()
     return [*_own().values(), *found], problems
+
+
+def providing(needs: Set[str]) -> list[str]:
+    """Return the names of the kinds that work and provide what a method needs, in their order."""
+    return sorted(kind.name for kind in usable()[0] if needs <= kind.provides)
 
 
 def set_of(section: TaskSection) -> NamedSet | None:

@@ -1,14 +1,18 @@
 """Kinds of tasks of other packages: one that a model reads in several features a row, and one that is broken."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from tiny_recipes import run_recipe, tiny_recipe, write_recipe
 
+from kdcli.cli.app import run
 from kdcli.distill.plan import make_plan
 from kdcli.distill.prepare import prepare
 from kdcli.distill.recipe import load_recipe
+from kdcli.distill.resolve import resolve
+from kdcli.errors import UnfitTaskError
 from kdcli.tasks import registry
 
 WINDOWED = """
@@ -44,7 +48,6 @@ Offer = Callable[[str, str], None]
 def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
     """Give a function that puts a package that offers a kind on the path: the kind's name, and the module's text."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    registry.offers().forget()
 
     def put(kind: str, module: str) -> None:
         (tmp_path / f"kind_{kind}.py").write_text(module)
@@ -52,6 +55,7 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kind_{kind}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[kdcli.tasks]\n{kind} = kind_{kind}:KIND\n")
+        registry.offers().forget()
 
     yield put
     registry.offers().forget()
@@ -73,3 +77,18 @@ def test_the_steps_that_are_planned_are_run_where_a_row_gives_several_features(o
     assert plan.task.sizes["train"] == 3 * record["task"]["sizes"]["train"] == 108
     assert plan.task.sizes["selection"] == 3 * plan.task.sizes["validation"] == 12
     assert [stage.steps for stage in plan.stages] == [stage["steps"] for stage in record["training"]] == [14]
+
+
+def test_a_broken_kind_stops_no_list_but_is_told(offer: Offer, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    built_in = registry.names()
+    offer("broken", "import not_there")
+    for command in (["tasks", "--json"], ["recipes", "schema", "--json"], ["recipes", "explain", "task", "--json"]):
+        assert run(command) == 0, command
+        shown = capsys.readouterr()
+        assert "left out: " in shown.err and "'broken' of the package kind_broken" in shown.err, command
+        if command[0] == "tasks":
+            assert [row["name"] for row in json.loads(shown.out)["tasks"]] == built_in
+    for command in (["methods", "--json"], ["methods", "dbkd"], ["tasks", "classification", "--json"]):
+        assert run(command) == 0, command
+    with pytest.raises(UnfitTaskError, match="dbkd works on classification tasks"):
+        resolve(load_recipe(own_data(tmp_path, "regression"), ["method=dbkd"]), tmp_path / "recipe.toml")

@@ -63,7 +63,7 @@ class Scheme:
         teacher: "PreTrainedModel | None",
         examples: int,
     ) -> None:
-        """Raise InputError for what this scheme cannot work with: a loop, models (by their shapes), too few `examples`."""
+        """Raise InputError for what this scheme cannot work with: a loop, the models' shapes, too few `examples`."""
 
     def begin(self, setting: Setting) -> Dataset:
         """Get ready, and return the rows to train on. Raises InputError where `check` does."""
