@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from kdcli import __version__
-from kdcli.data.rows import values_of
 from kdcli.errors import InputError
 from kdcli.evaluation.score import calibrate
 from kdcli.files import atomic_folder, cache_dir, fingerprint, source_of, write_json
@@ -114,7 +112,11 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path) -> Teac
         )
     if section.scratch is not None:
         model, tokenizer = build_scratch(
-            section.scratch, _texts(task), head, task.kind.configure(task.label_names), seed=seed_of(recipe)
+            section.scratch,
+            task.kind.texts(task.train),
+            head,
+            task.kind.configure(task.label_names),
+            seed=seed_of(recipe),
         )
         return TeacherStart(model, tokenizer, "from scratch", trains=True)
     if section.black_box:
@@ -191,11 +193,6 @@ def make_teacher(
         work=work,
         log=log,
     )
-
-
-def _texts(task: Task) -> Iterator[str]:
-    columns = [column for column in ("text", "text_pair") if column in task.train.column_names]
-    return (text for column in columns for text in values_of(task.train, column))
 
 
 def labelling_of(kind: TaskKind, labels: tuple[str, ...], head: Head | None = None) -> Labelling:

@@ -7,7 +7,7 @@ begin with `kdcli.tasks.text_inputs.TextKind`, as `classification.py` does.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -172,6 +172,12 @@ class TaskKind(ABC):
         """Return a task's rows as features. seed: of what is drawn while encoding."""
         train, selection = (self.encode(rows, processor, max_length) for rows in (task.train, task.selection))
         return Encoded(train, selection, self.collator(processor))
+
+    def texts(self, rows: "Dataset") -> "Iterator[str]":
+        """Yield all text of rows, for a tokenizer that is made from it."""
+        from kdcli.data.rows import values_of
+
+        return (text for name in ("text", "text_pair") if name in rows.column_names for text in values_of(rows, name))
 
     def examples(self, rows: "Dataset", processor: Any, max_length: int) -> int:
         """Return how many features `encode` makes of rows: the examples whose batches make the steps of a run."""
