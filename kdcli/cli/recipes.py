@@ -256,6 +256,13 @@ def schema(as_json: AsJson = False) -> int:
 
 def _schema() -> dict[str, Any]:
     from kdcli.methods import registry
+    from kdcli.models import families
     from kdcli.recipe.json_schema import recipe_schema
+    from kdcli.tasks.registry import recognisable
 
-    return recipe_schema({method.name: method.options for method in registry.usable()[0]}, _kinds())
+    return recipe_schema(
+        {method.name: method.options for method in registry.usable()[0]},
+        _kinds(),
+        recognised=recognisable(),
+        families=[family.name for family in families.usable()[0]],
+    )

@@ -312,6 +312,14 @@ def kind(document: Mapping[str, Any], inside: "Sequence[Entry]") -> Group:
     return Group(about, "", _fields(inside, inside)) if inside else Group(about)
 
 
+def family(document: Mapping[str, Any]) -> Group:
+    """Return a family of models: what its blocks are like, where their matrices are, and what does not work."""
+    lines = [(key.replace("_", "-"), document[key]) for key in ("name", "title", "attention", "feed_forward", "blocks")]
+    limits = [("limits" if number == 0 else "", text) for number, text in enumerate(document["limits_in_full"])]
+    matrices = columns(document["matrices"].items(), ("matrix", "module in a block"))
+    return Group(columns([*lines, *(limits or [("limits", "none")])]), "", matrices)
+
+
 def _of_kinds(kinds: Sequence[str]) -> str:
     return f"type = {' or '.join(map(show, kinds))}" if kinds else ""
 

@@ -3,6 +3,7 @@
 To add a family, add one row to `FAMILIES`, or offer a `Family` from another package as an entry point `kdcli.families`.
 """
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -106,17 +107,28 @@ class Family:
         return self.query.path.rpartition(".")[0]
 
     @property
-    def limits(self) -> list[str]:
-        """What does not work with its models, in a few words each."""
-        found = []
+    def limits(self) -> dict[str, str]:
+        """What does not work with its models: in a few words, and in full."""
+        found = {}
         if self.attention != "dot-product":
-            found.append("attention: no positions")
+            found["attention: no positions"] = (
+                "Methods compare its attention by q k^T alone, without the terms of positions that it adds."
+            )
         if self.repeated:
-            found.append("no theseus; [overparam] takes all blocks")
+            found["no theseus; [overparam] takes all blocks"] = (
+                "Its blocks share one block's weights: the method theseus, which replaces them one by one, does not "
+                "work, and overparam.layers cannot choose among them."
+            )
         if self.after_first is not None:
-            found.append("theseus: no convolution")
+            found["theseus: no convolution"] = (
+                f"Where a model has a module after its first block ({self.after_first}), the method theseus needs a "
+                "student with as many blocks as the teacher."
+            )
         if self.sizes.by_block:
-            found.append("theseus: equal blocks only")
+            found["theseus: equal blocks only"] = (
+                f"Its blocks are of different kinds ({', '.join(self.sizes.by_block)}): the method theseus works where "
+                "each student block replaces blocks of its own kind, as with as many blocks as the teacher."
+            )
         return found
 
     def parts_of(self, path: str) -> list[str]:
@@ -243,10 +255,7 @@ FAMILIES: dict[str, Family] = {
 OFFERS = Offers("kdcli.families", "family", Family, FAMILIES, where=None)
 """Those of other packages."""
 
-ADVICE = (
-    "a family is one row: add it to FAMILIES in kdcli/models/families.py (where its blocks and their matrices are), or "
-    "install a package that offers it as an entry point kdcli.families"
-)
+ADVICE = "choose a model of one of these families; a package can add a family as an entry point kdcli.families"
 
 
 def names() -> list[str]:
@@ -269,7 +278,9 @@ def get(name: object, *, owner: object = None, where: str | None = None) -> Fami
     if isinstance(name, str) and name in OFFERS:
         return OFFERS.load(name)
     what = f"unknown family {name!r}" if owner is None else f"{owner} is of the unknown family {name!r}"
-    raise InputError(f"{what}; known are {', '.join(names())}", where=where, hint=ADVICE)
+    near = difflib.get_close_matches(str(name), names(), n=1) if owner is None else []
+    hint = f"did you mean {near[0]}?" if near else ADVICE
+    raise InputError(f"{what}; known are {', '.join(names())}", where=where, hint=hint)
 
 
 def family_of(config: "PretrainedConfig") -> Family:

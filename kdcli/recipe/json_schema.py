@@ -1,24 +1,32 @@
 """Recipes as a JSON Schema (draft 2020-12), for completion and checks in editors."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from kdcli.recipe.schema import Recipe, TaskSection
+from kdcli.recipe.schema import Recipe, ScratchSection, TaskSection
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def recipe_schema(methods: Mapping[str, type[BaseModel]], kinds: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
+def recipe_schema(
+    methods: Mapping[str, type[BaseModel]],
+    kinds: Mapping[str, type[BaseModel]],
+    *,
+    recognised: Collection[str],
+    families: Collection[str],
+) -> dict[str, Any]:
     """Return the JSON Schema of a recipe, in which a method's name chooses its options.
 
     methods: name -> schema of its options. kinds: name of a kind of task -> schema of its own fields; a `[task]` may
-    have those of every kind, since its type may be left to the data. The schema refuses unknown fields, wrong types and
-    values out of range; what fields must be to each other is checked by kdcli alone.
+    have those of every kind, and needs its type where no kind of `recognised`, those that data may show, has a field.
+    families: names of families of models. The schema refuses unknown fields, wrong types and values out of range; what
+    fields must be to each other is checked by kdcli alone.
     """
-    roots = [(schema, "validation") for schema in (Recipe, TaskSection, *methods.values(), *kinds.values())]
+    own = (Recipe, TaskSection, ScratchSection)
+    roots = [(schema, "validation") for schema in (*own, *methods.values(), *kinds.values())]
     references, document = models_json_schema(roots, ref_template="#/$defs/{model}")  # type: ignore[arg-type]
     tables = {key: _tidy(table) for key, table in document["$defs"].items()}
     recipe = tables.pop(_key(references[(Recipe, "validation")]))
@@ -35,6 +43,14 @@ def recipe_schema(methods: Mapping[str, type[BaseModel]], kinds: Mapping[str, ty
     for fields in kinds.values():
         for name, field in tables[_key(references[(fields, "validation")])].get("properties", {}).items():
             task["properties"][name] = _either(task["properties"].get(name, field), field)
+    untyped = {name for kind in recognised for name in kinds[kind].model_fields}
+    typed = (
+        {name for fields in kinds.values() for name in fields.model_fields} - untyped - set(TaskSection.model_fields)
+    )
+    if typed:
+        task["dependentRequired"] = {name: ["type"] for name in sorted(typed)}
+    scratch = tables[_key(references[(ScratchSection, "validation")])]
+    scratch["properties"]["family"]["enum"] = list(families)
     method = recipe["properties"]["method"]
     recipe["properties"]["method"] = {
         "description": method["description"],

@@ -199,7 +199,9 @@ class TaskSection(Named, Section):
 class ScratchSection(Section):
     """`[teacher.scratch]`: a new, randomly initialised teacher with a tokenizer trained on the task's text."""
 
-    family: str = Field(default="bert", description="The model family, such as bert or roberta.")
+    family: str = Field(
+        default="bert", description="The model family, such as bert or roberta; `kdcli families` lists all."
+    )
     layers: Blocks = Field(default=4, description="Number of transformer blocks.")
     hidden_size: Width = Field(default=128, description="Width of the hidden states.")
     heads: Heads = Field(default=4, description="Attention heads; their number divides hidden_size.")

@@ -70,6 +70,11 @@ def providing(needs: Set[str]) -> list[str]:
     return sorted(kind.name for kind in usable()[0] if needs <= kind.provides)
 
 
+def recognisable() -> list[str]:
+    """Return the names of the kinds that data may show, so that a recipe need not say them."""
+    return [kind.name for kind in usable()[0] if type(kind).recognises is not TaskKind.recognises]
+
+
 def set_of(section: TaskSection) -> NamedSet | None:
     """Return the set that `[task]` names; None for a user's own data and other names."""
     named = None if section.is_own else named_sets().get(section.name)

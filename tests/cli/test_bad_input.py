@@ -474,7 +474,7 @@ def configuration_without_a_model_type(world: World) -> list[str]:
     return ["distill", world.recipe()]
 
 
-@case("unknown family 'gpt2'", "distilbert", "families.py")
+@case("unknown family 'gpt2'", "distilbert", "choose a model of one of these families")
 def unknown_family(world: World) -> list[str]:
     edit_config(world.model(), model_type="gpt2")
     return ["distill", world.recipe()]

@@ -532,6 +532,16 @@ def test_families_lists_every_family(world: World):
         assert row["title"] in line and row["attention"] in line and line.endswith("; ".join(row["limits"]))
     told = {row["name"]: row for row in rows}
     assert told["deberta-v2"]["attention"] == "disentangled" and told["albert"]["blocks"] == "shared"
+    for name, row in told.items():
+        document = world.call("families", name, "--json").json
+        assert {key: document[key] for key in row} == row
+        assert len(document["limits_in_full"]) == len(row["limits"])
+        words = " ".join(world.call("families", name).out.split())
+        for said in (*document["limits_in_full"], *row["matrices"], *row["matrices"].values(), row["feed_forward"]):
+            assert said in words
+        assert all(re.fullmatch(r"[A-Z].{40,}\.", sentence) for sentence in document["limits_in_full"])
+    outcome = world.call("families", "modern-bert")
+    assert outcome.code == 2 and "did you mean modernbert?" in outcome.err
     assert told["modernbert"]["feed_forward"] == "gated" and told["bert"]["feed_forward"] == "plain"
 
 

@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError
 
 from kdcli.methods import registry
+from kdcli.models import families
 from kdcli.recipe.fields import Entry, fields_of, fields_of_kinds
 from kdcli.recipe.json_schema import recipe_schema
 from kdcli.recipe.schema import Recipe
@@ -20,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 SCHEMA = recipe_schema(
     {name: registry.get(name).options for name in registry.names()},
     {name: kinds.get(name).fields for name in kinds.names()},
+    recognised=kinds.recognisable(),
+    families=families.names(),
 )
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 LEAST: dict[str, Any] = {"task": {"name": "sst2"}, "method": {"name": "kd"}, "teacher": {"model": "model"}}
@@ -140,6 +143,20 @@ def test_the_descriptions_name_every_choice_that_the_type_does_not():
     assert set(described) == set(NAMES)
 
 
+def test_a_field_that_no_kind_has_which_data_show_needs_the_type():
+    assert {"classification", "regression"} <= set(kinds.recognisable()) and "text" not in kinds.recognisable()
+    document = {**LEAST, "task": {"name": "own", "data": "texts", "mask_probability": 0.2}}
+    assert not VALIDATOR.is_valid(document)
+    assert VALIDATOR.is_valid({**document, "task": {**document["task"], "type": "text"}})
+    assert VALIDATOR.is_valid({**LEAST, "task": {"name": "own", "data": "rows.csv", "text": "text", "label": "label"}})
+
+
+def test_the_families_of_a_teacher_from_scratch_are_those_that_there_are():
+    for name in families.names():
+        assert VALIDATOR.is_valid({**LEAST, "teacher": {"scratch": {"family": name}}})
+    assert not VALIDATOR.is_valid({**LEAST, "teacher": {"scratch": {"family": "gpt2"}}})
+
+
 def test_a_field_of_a_kind_of_task_is_one_of_its_table():
     class First(BaseModel):
         own: int = Field(default=1, description="A number.")
@@ -148,7 +165,8 @@ def test_a_field_of_a_kind_of_task_is_one_of_its_table():
     class Second(BaseModel):
         both: list[str] = Field(default=[], description="Columns.")
 
-    schema = recipe_schema({"kd": registry.get("kd").options}, {"first": First, "second": Second})
+    options = {"kd": registry.get("kd").options}
+    schema = recipe_schema(options, {"first": First, "second": Second}, recognised=["first"], families=["bert"])
     validator = jsonschema.Draft202012Validator(schema)
     for fields in ({"own": 2}, {"both": "x"}, {"both": ["x", "y"]}, {"type": "second"}):
         assert validator.is_valid({**LEAST, "task": {"name": "mine", **fields}})
