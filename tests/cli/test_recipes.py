@@ -14,6 +14,7 @@ from conftest import World
 from kdcli.distill.recipe import load_recipe
 from kdcli.methods import registry
 from kdcli.recipe.schema import Recipe
+from kdcli.recipe.shipped import SCHEMA_FILE
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes"
@@ -46,7 +47,7 @@ def test_what_is_shown_and_what_is_copied_is_the_recipe(name: str, world: World)
 @pytest.mark.parametrize("path", FILES.values(), ids=FILES)
 def test_the_recipes_of_the_checkout_name_one_file_for_their_schema(path: Path):
     line = path.read_text(encoding="utf-8").splitlines()[0]
-    assert (path.parent / line.removeprefix("#:schema ")).resolve() == FOLDER / "recipe.schema.json"
+    assert (path.parent / line.removeprefix("#:schema ")).resolve() == FOLDER / SCHEMA_FILE
 
 
 def test_a_copy_goes_into_a_folder_and_says_what_is_next(world: World):
@@ -188,6 +189,12 @@ def test_an_installed_package_has_the_recipes(kind: str, tmp_path: Path):
     done = run_process(command, check=True, cwd=tmp_path / "site", capture_output=True, text=True)
     assert {row["name"] for row in json.loads(done.stdout)["recipes"]} == set(FILES)
     assert (tmp_path / "site" / "kdcli" / "recipes" / "quickstart.toml").is_file()
+
+
+def test_the_schema_beside_the_recipes_is_the_one_of_today(world: World):
+    today = world.call("recipes", "schema").out
+    path = FOLDER / SCHEMA_FILE
+    assert path.read_text(encoding="utf-8") == today, f"write it again: kdcli recipes schema > recipes/{SCHEMA_FILE}"
 
 
 def test_the_schema_is_printed_as_it_is_written(world: World):
