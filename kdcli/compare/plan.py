@@ -245,13 +245,14 @@ def _entry(file: Path, overrides: list[str], variant: Variant, chosen: str | Non
     if variant:
         recipe = load_recipe(file, overrides, variant=variant)
         _check_variant(file, variant, plain, recipe)
-    if chosen is not None and (recipe.task.is_own or kind_of(recipe.task).scored_by_loss):
+    kind = kind_of(recipe.task)
+    if chosen is not None and (recipe.task.is_own or kind.general):
         raise InputError(f"{file} brings data of its own, which has no place on task {chosen}", where="--task")
-    if kind_of(recipe.task).scored_by_loss and not recipe.finetune:
+    if kind.scored_by_loss and not recipe.finetune:
         raise InputError(
-            "a general student has no score of its own to compare",
-            where=f"{file}: finetune",
-            hint="add [[finetune]] tables with the tasks to score it on",
+            f'the student of a task of type = "{kind.name}" has no score of its own to compare',
+            where=f"{file}: {'finetune' if kind.general else 'task'}",
+            hint="add [[finetune]] tables with the tasks to score it on" if kind.general else None,
         )
     try:
         planned = make_plan(prepare(recipe, file))

@@ -27,11 +27,13 @@ def limits_of(recipe: Recipe, *, fail_under: float | None = None, fail_under_ret
     """Return the limits of a recipe, options before fields. Raises InputError where there will be no such score."""
     given = {"--fail-under": fail_under, "--fail-under-retention": fail_under_retention}
     for option, value in given.items():
-        if value is not None and kinds.kind_of(recipe.task).scored_by_loss:
+        if value is not None and (kind := kinds.kind_of(recipe.task)).scored_by_loss:
             raise InputError(
-                "needs a task with labels; plain text has no score",
+                f'needs a task with a score; type = "{kind.name}" has none',
                 where=option,
-                hint=f"score a fine-tuned student: kdcli eval RUN/finetune/TASK --task TASK {option} ...",
+                hint=f"score a fine-tuned student: kdcli eval RUN/finetune/TASK --task TASK {option} ..."
+                if kind.general
+                else None,
             )
     if fail_under_retention is not None and recipe.teacher.black_box:
         raise InputError("a black box has no score to keep a share of", where="--fail-under-retention")

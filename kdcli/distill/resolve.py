@@ -191,11 +191,11 @@ def stages_of(
 
 
 def head_needed(resolved: Resolved, task: Task) -> Head:
-    """Return what must stand on the teacher's body: the head of the kind of task; for plain text it, or nothing.
+    """Return what must stand on the teacher's body: the head of the kind of task; for a general student it, or nothing.
 
-    A head for plain text is needed where some term compares predictions, and where a teacher is to be trained.
+    For such a student a head is needed where some term compares predictions, and where a teacher is to be trained.
     """
-    if not task.kind.scored_by_loss:
+    if not task.kind.general:
         return task.kind.head
     teacher = resolved.recipe.teacher
     if teacher.model is None or teacher.finetune not in (None, False):

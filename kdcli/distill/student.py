@@ -87,8 +87,8 @@ class Distilled:
         return self.build.model
 
     def handed_over(self, task: Task) -> "Distilled":
-        """Return what the run hands over: on plain text the body, where nothing trained the head; rounded as stored."""
-        body_only = task.kind.scored_by_loss and not self.head_trained
+        """Return what the run hands over: the body where a general head was not trained; rounded as stored."""
+        body_only = task.kind.general and not self.head_trained
         model = self.model.base_model if body_only else self.model
         round_to_stored(model)  # type: ignore[arg-type]
         return replace(self, build=replace(self.build, model=model))  # type: ignore[arg-type]
@@ -172,7 +172,7 @@ def _train(
         if chain is not None and chain.teacher:
             terms.append(Term("tensor", TensorObjective(chain.section.aux_reduction), chain.section.aux_weight))
         loop = stage_loop(resolved, stage, total, len(train))
-        if not task.kind.scored_by_loss and not trains_head([stage]):
+        if not task.kind.chosen_by_loss and not trains_head([stage]):
             # The score of a head that nothing trains says nothing about which checkpoint is best.
             loop = replace(loop, select="last", patience=None)
         scheme = stage.scheme or Scheme()
@@ -207,7 +207,7 @@ def _train(
                 train=rows,
                 selection=encoded.selection,
                 collator=collator,
-                metrics=None if task.kind.scored_by_loss else scorer(task, encoded.selection),
+                metrics=None if task.kind.chosen_by_loss else scorer(task, encoded.selection),
                 settings=loop,
                 folder=work,
                 log_dir=job.run.log / folder / stage.name,

@@ -20,6 +20,7 @@ class Kind(Protocol):
     fields: ClassVar[type[Any]]
     provides: ClassVar[frozenset[str]]
     scored_by_loss: ClassVar[bool]
+    general: ClassVar[bool]
 
     def __hash__(self) -> int: ...
 
@@ -142,22 +143,21 @@ def _problems_of_method(table: Any, schemas: Schemas) -> list[Problem]:
 def _problems_between(recipe: Recipe, schemas: Schemas) -> Iterator[Problem]:
     """Yield the problems of tables that do not go together, in a recipe that is valid otherwise."""
     kind = schemas.kind(recipe.task)
-    if recipe.finetune and not kind.scored_by_loss:
-        yield Problem(("finetune",), '[[finetune]] follows distilling on plain text: [task] type = "text"')
+    if recipe.finetune and not kind.general:
+        types = " or ".join(f'"{other.name}"' for other in schemas.kinds() if other.general)
+        yield Problem(("finetune",), f"[[finetune]] follows distilling a general student: [task] type = {types}")
     for number, stage in enumerate(recipe.finetune):
-        if schemas.kind(stage.task).scored_by_loss:
-            yield Problem(
-                ("finetune", f"[{number}]", "task"), "a model is fine-tuned on a task with labels, not on plain text"
-            )
-    if not kind.scored_by_loss:
-        return
-    for field in ("fail_under", "fail_under_retention"):
-        if getattr(recipe.evaluate, field) is not None:
-            yield Problem(("evaluate", field), "needs a task with labels; plain text has no score")
-    if recipe.export.onnx:
+        if (other := schemas.kind(stage.task)).scored_by_loss:
+            words = f'a model is fine-tuned on a task with a score; type = "{other.name}" has none'
+            yield Problem(("finetune", f"[{number}]", "task"), words)
+    if kind.scored_by_loss:
+        for field in ("fail_under", "fail_under_retention"):
+            if getattr(recipe.evaluate, field) is not None:
+                yield Problem(("evaluate", field), f'needs a task with a score; type = "{kind.name}" has none')
+    if kind.general and recipe.export.onnx:
         yield Problem(
             ("export", "onnx"),
-            "needs a task with labels: a general student is fine-tuned first, and then exported with `kdcli export`",
+            "a general student is fine-tuned first, and then exported with `kdcli export`",
         )
 
 

@@ -73,13 +73,24 @@ class TaskKind(ABC):
     errors: ClassVar[frozenset[str]] = frozenset()
     """Metrics where less is better; none of them can be the first."""
     scored_by_loss: ClassVar[bool] = False
-    """True where a student's only score is its distillation loss on held-out rows."""
+    """True where there is no metric: a student's only score is its distillation loss on held-out rows."""
+    scored_by_outputs: ClassVar[bool] = True
+    """False where `answers` needs more than the outputs of one forward pass (a model that generates, say): checkpoints
+    are then chosen by the distillation loss on held-out rows, and the metrics are those of what is chosen."""
+    general: ClassVar[bool] = False
+    """True where students are general: they are not scored or exported themselves (so `scored_by_loss` is true, too),
+    but fine-tuned by `[[finetune]]`, and handed over without a head that nothing trained."""
     inputs_change: ClassVar[bool] = False
     """True where inputs are drawn again in every epoch (dynamic masking): no output of the teacher may be cached."""
     calibration: ClassVar[float] = 0.0
     """Share of the training rows that no model is trained on: those that `calibrate` is given."""
     features: ClassVar[str | None] = None
     """What features are called in a plan, where they are no rows."""
+
+    @property
+    def chosen_by_loss(self) -> bool:
+        """Whether checkpoints are chosen by the distillation loss on held-out rows."""
+        return self.scored_by_loss or not self.scored_by_outputs
 
     @property
     @abstractmethod

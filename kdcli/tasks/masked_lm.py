@@ -67,7 +67,7 @@ class MaskedLM(TaskKind):
     fields = MaskingFields
     provides = frozenset({"vocabulary"})
     metrics = usual_metrics = ("loss",)
-    scored_by_loss = True
+    scored_by_loss = general = True
     inputs_change = True
     features = "blocks"
 

@@ -119,7 +119,7 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return "loss" and each unweighted term by name; in eval mode the head's outputs, where these are scored."""
-        if not self.training and not self.kind.scored_by_loss:
+        if not self.training and not self.kind.chosen_by_loss:
             output = self.student(**model_inputs(self.student, batch))
             return {name: output[name] for name in self.kind.head.outputs}
         teacher = self.teacher_signals(batch)

@@ -1101,17 +1101,17 @@ def two_tasks_to_fine_tune_on_of_one_name(world: World) -> list[str]:
     return ["distill", text_recipe(world, finetune=tables)]
 
 
-@case("--fail-under", "plain text has no score", "kdcli eval")
+@case("--fail-under", 'type = "text" has none', "kdcli eval")
 def a_gate_for_plain_text(world: World) -> list[str]:
     return ["distill", text_recipe(world), "--fail-under", "0.9"]
 
 
-@case("--fail-under-retention", "plain text has no score", "kdcli eval")
+@case("--fail-under-retention", 'type = "text" has none', "kdcli eval")
 def a_retention_gate_for_plain_text(world: World) -> list[str]:
     return ["distill", text_recipe(world), "--fail-under-retention", "0.9", "--dry-run"]
 
 
-@case("evaluate.fail_under_retention: needs a task with labels")
+@case("evaluate.fail_under_retention: needs a task with a score")
 def a_retention_gate_in_a_recipe_for_plain_text(world: World) -> list[str]:
     return ["distill", text_recipe(world, evaluate={"fail_under_retention": 0.9})]
 
@@ -1126,7 +1126,7 @@ def a_retention_gate_for_a_black_box(world: World) -> list[str]:
     return ["distill", world.recipe("teacher", teacher={"black_box": True}), "--fail-under-retention", "0.9"]
 
 
-@case("export.onnx: needs a task with labels", "kdcli export")
+@case("export.onnx: a general student", "kdcli export")
 def an_export_after_plain_text(world: World) -> list[str]:
     return ["distill", text_recipe(world, export={"onnx": True})]
 

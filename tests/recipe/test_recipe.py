@@ -226,7 +226,7 @@ def test_mistakes_in_a_list_of_tables_have_their_own_lines(tmp_path: Path):
         ('[student]\nform = "low-rank"\nlayers = 4', 'form = "low-rank" has no layers'),
         ('[student]\nform = "checkpoint"', "needs model"),
         ("[train]\nbatch_size = 10\ngradient_accumulation = 4", "multiple of 4"),
-        ('[[finetune]]\ntask = "rte"', "plain text"),
+        ('[[finetune]]\ntask = "rte"', "a general student"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(lines: str, words: str, tmp_path: Path):

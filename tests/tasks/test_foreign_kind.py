@@ -79,6 +79,38 @@ def test_the_steps_that_are_planned_are_run_where_a_row_gives_several_features(o
     assert [stage.steps for stage in plan.stages] == [stage["steps"] for stage in record["training"]] == [14]
 
 
+GENERATING = """
+from kdcli.tasks.classification import Classification
+
+
+class Generating(Classification):
+    name = "generating"
+    scored_by_outputs = False
+
+    def recognises(self, columns, fields, source, notes):
+        return False
+
+    def answers(self, model, rows, processor, *, max_length, ask, **options):
+        features = self.encode(rows, processor, max_length)
+        return super().decode(ask(model, features, self.collator(processor), **options), features, rows)
+
+    def decode(self, outputs, features, rows):
+        raise NotImplementedError
+
+
+KIND = Generating()
+"""
+
+
+def test_checkpoints_are_chosen_by_the_loss_where_answers_are_not_decoded_outputs(offer: Offer, tmp_path: Path):
+    offer("generating", GENERATING)
+    record = run_recipe(own_data(tmp_path, "generating", eval_every=1))
+    (training,) = record["training"]
+    losses = [entry["eval_loss"] for entry in training["history"] if "eval_loss" in entry]
+    assert len(losses) == 3 and training["best"] == min(losses)
+    assert set(record["results"]["student"]["metrics"]["validation"]) == {"accuracy", "f1"}
+
+
 def test_a_broken_kind_stops_no_list_but_is_told(offer: Offer, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     built_in = registry.names()
     offer("broken", "import not_there")

@@ -118,8 +118,10 @@ def test_plain_text_has_no_labels(values: dict[str, Any], words: str):
 
 def test_finetune_tables_need_plain_text_and_tasks_with_labels():
     text = {"name": "plain", "type": "text"}
-    assert "follows distilling on plain text" in problem_of({"name": "sst2"}, finetune=[{"task": "rte"}])
-    assert "finetune[0].task: a model is fine-tuned on a task with labels, not on plain text" in problem_of(
+    assert 'follows distilling a general student: [task] type = "text"' in problem_of(
+        {"name": "sst2"}, finetune=[{"task": "rte"}]
+    )
+    assert "finetune[0].task: a model is fine-tuned on a task with a score; type" in problem_of(
         text, finetune=[{"task": text}]
     )
     assert not problem_of(text, finetune=[{"task": "rte", "against": ["scratch"]}])
