@@ -9,6 +9,7 @@ Source: Jiao et al. 2020 (TinyBERT), algorithm 1.
 import random
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,6 @@ from kdcli.errors import InputError
 
 MODEL = "task.augment.model"
 """The field that names the model."""
-
-FIELDS = ("text", "text_pair")
 
 TRIES = 10
 """How often a copy is drawn before it is given up: each must differ from its row and from the row's other copies."""
@@ -87,25 +86,25 @@ def add_copies(
     copies: int,
     probability: float,
     *,
+    texts: Sequence[str],
     seed: int,
 ) -> Dataset:
     """Return the rows of `train` and then up to `copies` copies of each, in the rows' order, with new indices.
 
-    candidates: for every text (words, top_k) token ids, -1 for none. A copy replaces each word that has candidates
-    with `probability` by one of them, all equally likely; of a pair both texts. White space, punctuation and case
-    around the words stay. A copy equal to its row or to an earlier copy of it is drawn again, at most 10 times,
-    and then left out. What is drawn depends on the seed and the row's index alone.
+    texts: the columns that hold text. candidates: for every text (words, top_k) token ids, -1 for none. A copy
+    replaces each word that has candidates with `probability` by one of them, all equally likely; of a pair both texts.
+    White space, punctuation and case around the words stay. A copy equal to its row or to an earlier copy of it is
+    drawn again, at most 10 times, and then left out. What is drawn depends on the seed and the row's index alone.
     """
     columns: dict[str, list[Any]] = {name: list(train[name]) for name in train.column_names}
-    fields = [name for name in FIELDS if name in columns]
     added: dict[str, list[Any]] = {name: [] for name in columns}
     for row, index in enumerate(columns["index"]):
         generator = random.Random(f"augment-{seed}-{index}")
-        texts = [columns[name][row] for name in fields]
-        pieces = [_pieces(text, candidates[text], vocabulary) for text in texts]
+        own = [columns[name][row] for name in texts]
+        pieces = [_pieces(text, candidates[text], vocabulary) for text in own]
         if not any(options for text in pieces for _, options in text):
             continue
-        seen = {tuple(texts)}
+        seen = {tuple(own)}
         for _ in range(copies):
             copy = _draw(pieces, probability, generator, seen)
             if copy is None:
@@ -113,7 +112,7 @@ def add_copies(
                 continue
             seen.add(copy)
             for name, values in added.items():
-                values.append(copy[fields.index(name)] if name in fields else columns[name][row])
+                values.append(copy[texts.index(name)] if name in texts else columns[name][row])
     first = max(columns["index"]) + 1
     added["index"] = list(range(first, first + len(added["index"])))
     return Dataset.from_dict({name: values + added[name] for name, values in columns.items()}, features=train.features)

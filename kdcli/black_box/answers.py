@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,6 @@ from kdcli.tasks.labels import class_of, listed
 from kdcli.tasks.load import fingerprint_of
 from kdcli.terminal import tell
 from kdcli.words import counted
-
-FIELDS = ("text", "text_pair")
 
 MOST = 1e9
 """Decisions that a record may count: far more than anybody asks for, and sums of them are exact."""
@@ -87,6 +85,7 @@ def ask(
     train: Dataset,
     noise: Noise,
     *,
+    texts: Sequence[str],
     copies: int,
     names: tuple[str, ...],
     queries_per_call: int = 1024,
@@ -96,12 +95,12 @@ def ask(
 ) -> np.ndarray:
     """Return how often each class was decided, (largest index + 1, classes); row i for the example with index i.
 
-    train: the task's rows with the columns index, text and [text_pair]. Each example is asked `copies` times,
+    train: the task's rows with the columns index and, of text, `texts`. Each example is asked `copies` times,
     noised differently. Decisions are kept in the cache under the identity of the black box, the data and the noise, as
     soon as they are known: what was interrupted goes on, more copies ask for the additional ones only.
     Raises InputError when an answer is no label.
     """
-    columns = {name: list(train[name]) for name in FIELDS if name in train.column_names}
+    columns = {name: list(train[name]) for name in texts}
     name = fingerprint(
         {
             "box": box.identity,
@@ -160,7 +159,7 @@ def _decide(
         field: [noise.copy(values[row], index[row], number, field) for row, number in asked]
         for field, values in columns.items()
     }
-    decisions = box.decide(texts["text"], texts.get("text_pair"))
+    decisions = box.decide(texts)
     found: dict[int, list[int]] = {}
     for (row, _), decision in zip(asked, decisions, strict=True):
         found.setdefault(index[row], []).append(decision)
@@ -170,9 +169,10 @@ def _decide(
 def recorded(path: Path, task: Task, where: str) -> np.ndarray:
     """Return the counts in a file of recorded decisions, (largest index + 1, classes).
 
-    A row names its training example by `index` (its number in the training data, from 0), or by `text` (and
-    `text_pair`). It holds either one decision as `label`, and there are several rows an example, or all as
-    `counts`: a list in the order of the task's labels, or a table from label to number; or a column a label.
+    A row names its training example by `index` (its number in the training data, from 0), or by its texts
+    (`text` and, of a pair, `text_pair`). It holds either one decision as `label`, and there are several rows an
+    example, or all as `counts`: a list in the order of the task's labels, or a table from label to number; or a column
+    a label.
     Raises InputError when the file has no such columns, an unknown label, or no decision on some example.
     """
     columns = read_file(path, where)
@@ -198,7 +198,7 @@ def recorded(path: Path, task: Task, where: str) -> np.ndarray:
 
 
 def _texts_of(task: Task) -> list[Any]:
-    fields = [list(task.train[field]) for field in FIELDS if field in task.train.column_names]
+    fields = [list(task.train[field]) for field in task.kind.columns_of_text(task.train)]
     return list(zip(*fields, strict=True))
 
 
@@ -211,7 +211,7 @@ def _keys(columns: Columns, task: Task, path: Path, where: str) -> list[Any]:
         if not all(number.is_integer() for number in numbers):
             raise InputError(f"{path}: index must hold whole numbers", where=where)
         return [int(number) for number in numbers]
-    fields = [field for field in FIELDS if field in task.train.column_names]
+    fields = task.kind.columns_of_text(task.train)
     if any(field not in columns for field in fields):
         raise InputError(
             f"{path} does not say which example a row is about; it has {', '.join(columns)}",

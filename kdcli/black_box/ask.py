@@ -9,7 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,7 +19,7 @@ from datasets import Dataset
 from kdcli.errors import InputError, cut
 from kdcli.files import sha256_of_file
 from kdcli.models.hashing import hash_of_model, hash_of_tokenizer
-from kdcli.tasks.encode import Collator, encode
+from kdcli.tasks.kind import TaskKind
 from kdcli.tasks.labels import class_of, listed
 from kdcli.tasks.predict import predict
 from kdcli.words import counted
@@ -40,8 +40,11 @@ class BlackBox(Protocol):
         """Return what tells this black box from others, as far as that can be known: plain values."""
         ...
 
-    def decide(self, texts: list[str], pairs: list[str] | None) -> list[int]:
-        """Return a class number for every text (or pair). Raises InputError when the answers are no classes."""
+    def decide(self, texts: Mapping[str, list[str]]) -> list[int]:
+        """Return a class number for every question. Raises InputError when the answers are no classes.
+
+        texts: the columns of text, by name: one, or two of pairs.
+        """
         ...
 
 
@@ -75,8 +78,16 @@ class LocalModel:
     """A model here, treated as if it were far away: its logits do not leave this class."""
 
     def __init__(
-        self, model: "PreTrainedModel", tokenizer: Any, *, max_length: int, batch_size: int = 64, device: str = "auto"
+        self,
+        kind: TaskKind,
+        model: "PreTrainedModel",
+        tokenizer: Any,
+        *,
+        max_length: int,
+        batch_size: int = 64,
+        device: str = "auto",
     ) -> None:
+        self.kind = kind
         self.model = model
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -91,20 +102,25 @@ class LocalModel:
             "max_length": self.max_length,
         }
 
-    def decide(self, texts: list[str], pairs: list[str] | None) -> list[int]:
-        columns: dict[str, list[Any]] = {"index": list(range(len(texts))), "text": texts, "label": [0] * len(texts)}
-        if pairs is not None:
-            columns["text_pair"] = pairs
-        rows = encode(Dataset.from_dict(columns), self.tokenizer, self.max_length)
-        found = predict(
+    def decide(self, texts: Mapping[str, list[str]]) -> list[int]:
+        count = number_of(texts)
+        rows = Dataset.from_dict({"index": list(range(count)), **texts, "label": [0] * count})
+        answers = self.kind.answers(
             self.model,
             rows,
-            Collator(self.tokenizer),
+            self.tokenizer,
+            max_length=self.max_length,
+            ask=predict,
             batch_size=self.batch_size,
             owner="the teacher",
             device=self.device,
         )
-        return found["logits"].argmax(-1).tolist()
+        return [int(answer) for answer in answers]
+
+
+def number_of(texts: Mapping[str, list[str]]) -> int:
+    """Return how many questions there are."""
+    return len(next(iter(texts.values())))
 
 
 @contextlib.contextmanager
@@ -208,8 +224,9 @@ class PythonCallable:
         content = sha256_of_file(source) if source is not None and source.is_file() else None
         return {"callable": self.name, "source": content}
 
-    def decide(self, texts: list[str], pairs: list[str] | None) -> list[int]:
-        questions: list[Any] = texts if pairs is None else list(zip(texts, pairs, strict=True))
+    def decide(self, texts: Mapping[str, list[str]]) -> list[int]:
+        first, *others = texts.values()
+        questions: list[Any] = list(zip(first, *others, strict=True)) if others else first
         with _importing_from(self.folder):
             try:
                 answers = self.function(questions)
@@ -217,7 +234,7 @@ class PythonCallable:
                 raise InputError(
                     f"{self.name} failed with {type(error).__name__}: {error}", where=self.where
                 ) from error
-        return read_answers(answers, self.names, len(texts), self.where)
+        return read_answers(answers, self.names, len(first), self.where)
 
 
 class Command:
@@ -248,10 +265,8 @@ class Command:
         contents = {word: sha256_of_file(path) for word, path in files.items() if path.is_file()}
         return {"command": self.words, "files": contents}
 
-    def decide(self, texts: list[str], pairs: list[str] | None) -> list[int]:
-        rows = [{"text": text} for text in texts]
-        if pairs is not None:
-            rows = [{**row, "text_pair": pair} for row, pair in zip(rows, pairs, strict=True)]
+    def decide(self, texts: Mapping[str, list[str]]) -> list[int]:
+        rows = [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
         questions = "".join(json.dumps(row) + "\n" for row in rows)
         try:
             result = subprocess.run(
@@ -264,7 +279,7 @@ class Command:
             )
         except subprocess.TimeoutExpired as error:
             raise InputError(
-                f"{self.words[0]} did not answer {counted(len(texts), 'question')} within {self.timeout:g} seconds"
+                f"{self.words[0]} did not answer {counted(len(rows), 'question')} within {self.timeout:g} seconds"
                 + _tail(error.stderr),
                 where=self.where,
                 hint="raise method.black_box.timeout, or lower method.black_box.queries_per_call",
@@ -277,7 +292,7 @@ class Command:
                 f"{self.words[0]} ended with exit code {result.returncode}{_tail(result.stderr)}", where=self.where
             )
         answers = result.stdout.decode(errors="replace").strip().split("\n") if result.stdout.strip() else []
-        return read_answers(answers, self.names, len(texts), self.where, _tail(result.stderr))
+        return read_answers(answers, self.names, len(rows), self.where, _tail(result.stderr))
 
 
 def _tail(stderr: bytes | None) -> str:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from kdcli.augment.copies import FIELDS, MODEL, Vocabulary, add_copies, words_of
+from kdcli.augment.copies import MODEL, Vocabulary, add_copies, words_of
 from kdcli.augment.suggest import Suggester, by_sentence, chunks_of, fill_cache
 from kdcli.distill.teacher import TeacherStart, make_teacher, seed_of, start_teacher
 from kdcli.errors import InputError, RunError
@@ -66,7 +66,7 @@ def start_filler(recipe: Recipe, task: Task, base: Path) -> FillerStart:
         raise InputError(f"the tokenizer of {section.model} has no mask token", where=MODEL)
     check_room(tokenizer, recipe.task.max_length, pair=False)
     Vocabulary(tokenizer)
-    fields = [name for name in FIELDS if name in task.train.column_names]
+    fields = task.kind.columns_of_text(task.train)
     if not any(words_of(text) for name in fields for text in task.train[name]):
         raise InputError("no training row has a word that can be replaced", where="task.augment")
     if headed:
@@ -145,7 +145,7 @@ def augment_task(task: Task, recipe: Recipe, source: str, *, console: Console) -
         device=torch.device(computing_device(recipe.train.device)),
         console=console,
     )
-    fields = [name for name in FIELDS if name in task.train.column_names]
+    fields = task.kind.columns_of_text(task.train)
     sentences = list(dict.fromkeys(text for name in fields for text in task.train[name]))
     main_does(lambda: fill_cache(suggester, sentences, section.model, console))
     candidates: dict[str, Tensor] = {}
@@ -160,7 +160,13 @@ def augment_task(task: Task, recipe: Recipe, source: str, *, console: Console) -
             hint="set KDCLI_CACHE to a folder that all of them see",
         )
     train = add_copies(
-        task.train, candidates, suggester.vocabulary, section.copies, section.probability, seed=recipe.seed
+        task.train,
+        candidates,
+        suggester.vocabulary,
+        section.copies,
+        section.probability,
+        texts=fields,
+        seed=recipe.seed,
     )
     made, wanted = len(train) - len(task.train), len(task.train) * section.copies
     if not made:

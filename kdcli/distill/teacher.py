@@ -111,6 +111,12 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path) -> Teac
             hint="leave it out: a new head has the task's own labels",
         )
     if section.scratch is not None:
+        if next(iter(task.kind.texts(task.train)), None) is None:
+            raise InputError(
+                f'its tokenizer is made from the texts of the task, and type = "{task.kind.name}" has none',
+                where="teacher.scratch",
+                hint="name a teacher.model",
+            )
         model, tokenizer = build_scratch(
             section.scratch,
             task.kind.texts(task.train),

@@ -55,8 +55,8 @@ class Encoded:
 class TaskKind(ABC):
     """One kind of task: its data, its head, what a model predicts on it, and how that is scored.
 
-    Rows are what was read: the columns `index`, what is shown to a model (for texts `text` and `text_pair`), and what
-    it shall answer (`label`). Features are rows as a model reads them: `index`, its inputs, `labels` and `length`.
+    Rows are what was read: the columns `index`, what is shown to a model (texts in `text_columns`), and what it shall
+    answer (`label`). Features are rows as a model reads them: `index`, its inputs, `labels` and `length`.
     Where a row gives several features, each has an `index` of its own, and a further column says which row it is of.
     """
 
@@ -84,6 +84,8 @@ class TaskKind(ABC):
     """True where inputs are drawn again in every epoch (dynamic masking): no output of the teacher may be cached."""
     calibration: ClassVar[float] = 0.0
     """Share of the training rows that no model is trained on: those that `calibrate` is given."""
+    text_columns: ClassVar[tuple[str, ...]] = ()
+    """The columns of rows that hold text, in their order; rows may lack some of them (the second text of a pair)."""
     features: ClassVar[str | None] = None
     """What features are called in a plan, where they are no rows."""
 
@@ -188,7 +190,11 @@ class TaskKind(ABC):
         """Yield all text of rows, for a tokenizer that is made from it."""
         from kdcli.data.rows import values_of
 
-        return (text for name in ("text", "text_pair") if name in rows.column_names for text in values_of(rows, name))
+        return (text for name in self.columns_of_text(rows) for text in values_of(rows, name))
+
+    def columns_of_text(self, rows: "Dataset") -> list[str]:
+        """Return which of `text_columns` rows have."""
+        return [name for name in self.text_columns if name in rows.column_names]
 
     def examples(self, rows: "Dataset", processor: Any, max_length: int) -> int:
         """Return how many features `encode` makes of rows: the examples whose batches make the steps of a run."""

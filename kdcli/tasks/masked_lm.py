@@ -66,6 +66,7 @@ class MaskedLM(TaskKind):
     head = MASKED_LM
     fields = MaskingFields
     provides = frozenset({"vocabulary"})
+    text_columns = ("text",)
     metrics = usual_metrics = ("loss",)
     scored_by_loss = general = True
     inputs_change = True

@@ -33,6 +33,10 @@ SEQUENCE_CLASSIFICATION = Head(
 )
 
 
+TEXTS = ("text", "text_pair")
+"""The columns of rows for one text, or the two of a pair."""
+
+
 class TextFields(Fields):
     """The columns of own data: one or two of text, and the labels."""
 
@@ -66,6 +70,7 @@ class TextKind(TaskKind):
     """A text, or a pair of texts, with one answer. What is left to a kind are its labels, its head and its scores."""
 
     head = SEQUENCE_CLASSIFICATION
+    text_columns = TEXTS
 
     @abstractmethod
     def read_labels(
@@ -148,7 +153,7 @@ def text_columns(columns: Columns, names: Sequence[str], source: str) -> "dict[s
     import pyarrow as pa
 
     text, rows = pa.large_string(), {}
-    for target, name in zip(("text", "text_pair"), names, strict=False):
+    for target, name in zip(TEXTS, names, strict=False):
         values = need_column(columns, name, "text", source)
         parts: list[pa.Array] = []
         first = 1

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ def by_length(texts):
 '''
 
 
+KIND = kinds.get("classification")
+
+
 def task_of(*, pair: bool = False, names: tuple[str, ...] = NAMES, texts: list[str] = TEXTS) -> Task:
     columns: dict[str, Any] = {"index": list(range(len(texts))), "text": list(texts)}
     if pair:
@@ -103,6 +107,10 @@ def context(labels: int = 3) -> Context:
     return Context(shape, dataclasses.replace(shape, layers=1), "depth", kinds.get("classification"), [(1, 1)])
 
 
+def questions(texts: list[str], pairs: list[str] | None = None) -> dict[str, list[str]]:
+    return {"text": texts, **({"text_pair": pairs} if pairs is not None else {})}
+
+
 class Oracle:
     """Decides by the number of letters and remembers what it was asked; gives up when its patience ends."""
 
@@ -111,7 +119,8 @@ class Oracle:
         self.asked: list[str] = []
         self.patience = patience
 
-    def decide(self, texts: list[str], pairs: list[str] | None) -> list[int]:
+    def decide(self, texts: Mapping[str, list[str]]) -> list[int]:
+        texts, pairs = texts["text"], texts.get("text_pair")
         if len(self.asked) + len(texts) > self.patience:
             raise KeyboardInterrupt
         self.asked += texts if pairs is None else [f"{a}|{b}" for a, b in zip(texts, pairs, strict=True)]
@@ -120,7 +129,13 @@ class Oracle:
 
 def counts_of(box: Any, task: Task, **extra: Any) -> np.ndarray:
     return ask(
-        box, task.train, extra.pop("noise", Noise()), copies=extra.pop("copies", 4), names=task.label_names, **extra
+        box,
+        task.train,
+        extra.pop("noise", Noise()),
+        texts=task.kind.columns_of_text(task.train),
+        copies=extra.pop("copies", 4),
+        names=task.label_names,
+        **extra,
     )
 
 
@@ -180,7 +195,7 @@ def test_both_sentences_of_a_pair_are_noised_each_by_itself():
 
 def test_rows_whose_index_has_gaps_keep_their_places():
     rows = task_of().train.select([0, 3]).map(lambda row: {"index": row["index"] * 2 + 1})
-    counts = ask(Oracle(), rows, Noise(), copies=4, names=NAMES)
+    counts = ask(Oracle(), rows, Noise(), texts=["text"], copies=4, names=NAMES)
     assert counts.shape == (8, 3)
     assert counts.sum(1).tolist() == [0, 4, 0, 0, 0, 0, 0, 4]
 
@@ -269,13 +284,13 @@ def test_a_cache_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, mon
 
 def test_a_local_model_gives_the_class_of_its_largest_logit():
     model = tiny("bert", labels=3, seed=4)
-    box = LocalModel(model, WORDS, max_length=64, batch_size=2, device="cpu")
+    box = LocalModel(KIND, model, WORDS, max_length=64, batch_size=2, device="cpu")
     for pair in (False, True):
         task = task_of(pair=pair)
         logits = predict(model, encode(task.train, WORDS, 64), Collator(WORDS))["logits"]
-        assert box.decide(TEXTS, PAIRS if pair else None) == logits.argmax(-1).tolist()
-    assert box.identity != LocalModel(tiny("bert", labels=3, seed=5), WORDS, max_length=64).identity
-    assert box.identity != LocalModel(model, WORDS, max_length=16).identity
+        assert box.decide(questions(TEXTS, PAIRS if pair else None)) == logits.argmax(-1).tolist()
+    assert box.identity != LocalModel(KIND, tiny("bert", labels=3, seed=5), WORDS, max_length=64).identity
+    assert box.identity != LocalModel(KIND, model, WORDS, max_length=16).identity
 
 
 def module(folder: Path, name: str, text: str) -> str:
@@ -291,8 +306,14 @@ def test_a_callable_beside_the_recipe_is_asked_with_texts_or_pairs(tmp_path: Pat
         "class Box:\n    @staticmethod\n    def two(pairs):\n        return [len(a) > len(b) for a, b in pairs]\n",
     )
     before = list(sys.path)
-    assert PythonCallable(f"{name}:one", NAMES, tmp_path).decide(TEXTS, None) == [0, 1, 0, 0, 0]
-    assert PythonCallable(f"{name}:Box.two", ("False", "True"), tmp_path).decide(TEXTS, PAIRS) == [1, 1, 1, 0, 1]
+    assert PythonCallable(f"{name}:one", NAMES, tmp_path).decide(questions(TEXTS)) == [0, 1, 0, 0, 0]
+    assert PythonCallable(f"{name}:Box.two", ("False", "True"), tmp_path).decide(questions(TEXTS, PAIRS)) == [
+        1,
+        1,
+        1,
+        0,
+        1,
+    ]
     assert sys.path == before
 
 
@@ -335,7 +356,7 @@ def test_a_callable_that_does_not_work_is_told_as_such(tmp_path: Path, name: str
         "def strange(texts): return ['maybe' for _ in texts]\n",
     )
     with pytest.raises(InputError) as caught:
-        PythonCallable(name, NAMES, tmp_path).decide(TEXTS, None)
+        PythonCallable(name, NAMES, tmp_path).decide(questions(TEXTS))
     assert words in str(caught.value)
     assert caught.value.where == "method.black_box.callable"
 
@@ -348,9 +369,9 @@ def program(folder: Path, body: str) -> list[str]:
 def test_a_command_reads_json_lines_and_writes_labels(tmp_path: Path):
     words = program(tmp_path, 'for r in rows:\n    print("Positive" if "é\\u2028" in r["text"] else r["text_pair"])')
     texts, pairs = ["an é\u2028 opinion", 'quote " and\nline'], ["neither", "negative"]
-    assert Command(words, NAMES, tmp_path).decide(texts, pairs) == [1, 0]
+    assert Command(words, NAMES, tmp_path).decide(questions(texts, pairs)) == [1, 0]
     alone = program(tmp_path, 'print(*["text_pair" in r and 2 or 1 for r in rows], sep="\\r\\n")')
-    assert Command(alone, NAMES, tmp_path).decide(texts, None) == [1, 1]
+    assert Command(alone, NAMES, tmp_path).decide(questions(texts)) == [1, 1]
 
 
 def test_a_command_whose_program_changes_is_another_black_box(tmp_path: Path):
@@ -373,14 +394,14 @@ def test_a_command_whose_program_changes_is_another_black_box(tmp_path: Path):
 def test_a_command_that_does_not_work_is_told_with_its_last_words(tmp_path: Path, body: str, words: str):
     timeout = 0.7 if "sleep" in body else 60.0
     with pytest.raises(InputError) as caught:
-        Command(program(tmp_path, body), NAMES, tmp_path, timeout).decide(["a", "b"], None)
+        Command(program(tmp_path, body), NAMES, tmp_path, timeout).decide(questions(["a", "b"]))
     assert words in str(caught.value)
     assert caught.value.where == "method.black_box.command"
 
 
 def test_a_command_that_is_not_there_is_told_as_such(tmp_path: Path):
     with pytest.raises(InputError, match="cannot run 'no-such-program': there is no such program"):
-        Command(["no-such-program"], NAMES, tmp_path).decide(["a"], None)
+        Command(["no-such-program"], NAMES, tmp_path).decide(questions(["a"]))
 
 
 # --- recorded decisions ---------------------------------------------------------------------------------------------

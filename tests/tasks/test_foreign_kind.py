@@ -12,7 +12,7 @@ from kdcli.distill.plan import make_plan
 from kdcli.distill.prepare import prepare
 from kdcli.distill.recipe import load_recipe
 from kdcli.distill.resolve import resolve
-from kdcli.errors import UnfitTaskError
+from kdcli.errors import InputError, UnfitTaskError
 from kdcli.tasks import registry
 
 WINDOWED = """
@@ -50,11 +50,12 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def put(kind: str, module: str) -> None:
-        (tmp_path / f"kind_{kind}.py").write_text(module)
+        module_name = f"kind_{kind}".replace("-", "_")
+        (tmp_path / f"{module_name}.py").write_text(module)
         info = tmp_path / f"kind_{kind}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kind_{kind}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[kdcli.tasks]\n{kind} = kind_{kind}:KIND\n")
+        (info / "entry_points.txt").write_text(f"[kdcli.tasks]\n{kind} = {module_name}:KIND\n")
         registry.offers().forget()
 
     yield put
@@ -108,7 +109,31 @@ def test_checkpoints_are_chosen_by_the_loss_where_answers_are_not_decoded_output
     (training,) = record["training"]
     losses = [entry["eval_loss"] for entry in training["history"] if "eval_loss" in entry]
     assert len(losses) == 3 and training["best"] == min(losses)
-    assert set(record["results"]["student"]["metrics"]["validation"]) == {"accuracy", "f1"}
+    assert set(record["student"]["metrics"]["validation"]) == {"accuracy", "f1"}
+
+
+WITHOUT_TEXT = """
+from kdcli.tasks.classification import Classification
+
+
+class WithoutText(Classification):
+    name = "without-text"
+    text_columns = ()
+
+    def recognises(self, columns, fields, source, notes):
+        return False
+
+
+KIND = WithoutText()
+"""
+
+
+def test_no_tokenizer_is_made_for_a_kind_without_text(offer: Offer, tmp_path: Path):
+    offer("without-text", WITHOUT_TEXT)
+    path = own_data(tmp_path, "without-text")
+    with pytest.raises(InputError, match="made from the texts of the task") as caught:
+        prepare(load_recipe(path), path)
+    assert caught.value.where == "teacher.scratch"
 
 
 def test_a_broken_kind_stops_no_list_but_is_told(offer: Offer, capsys: pytest.CaptureFixture[str], tmp_path: Path):

@@ -82,6 +82,7 @@ class DecisionScheme(Scheme):
             self._box(setting),
             task.train,
             Noise(self.ratio, self.noise_seed, neighbours),
+            texts=task.kind.columns_of_text(task.train),
             copies=self.copies,
             names=task.label_names,
             queries_per_call=self.queries_per_call,
@@ -100,6 +101,7 @@ class DecisionScheme(Scheme):
                 hint="name a callable, a command, or a file of recorded decisions",
             )
         return LocalModel(
+            setting.task.kind,
             setting.teacher,
             setting.tokenizer,
             max_length=setting.task.description.get("max_length", 128),
