@@ -195,7 +195,9 @@ def section_of_data(
                 given[field] = parse(given[field])
             except ValueError as error:
                 raise InputError(str(error), where=f"--{field}") from error
-    given["label"] = label
+    if label is not None:
+        names = names_with_commas(label, "--label")
+        given["label"] = names if len(names) > 1 else names[0]
     chosen = {name: value for name, value in given.items() if value is not None}
     section = TaskSection.model_validate({"name": "data", "data": str(path), **kept, **chosen})
     return section.model_copy(update={"name": path.stem})

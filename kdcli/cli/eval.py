@@ -27,7 +27,10 @@ def evaluate(
         str | None, typer.Option("--text", help="Text column of --data, or two with a comma; default: the run's own.")
     ] = None,
     label: Annotated[
-        str | None, typer.Option("--label", help="Label column of --data; default: the run's own, or label.")
+        str | None,
+        typer.Option(
+            "--label", help="Label column of --data, or several with commas; default: the run's own, or label."
+        ),
     ] = None,
     delimiter: Annotated[
         str | None, typer.Option("--delimiter", help="What separates the columns of --data; default: found out.")
@@ -113,6 +116,7 @@ def evaluate(
     from rich.table import Table
 
     from kdcli.cli.choose import load_contestant, readable_length
+    from kdcli.distill.record import finished
     from kdcli.evaluation.result import described_set
     from kdcli.evaluation.score import evaluate_model, primary_score
     from kdcli.gates import Limits
@@ -161,6 +165,9 @@ def evaluate(
         aligned = loaded.kind.align(one, loaded.label_names, owner, called.get(place))
         for note in owner.notes:
             info(f"note: {note}")
+        if of_run and choice.run is not None and one is not contestant:
+            # As it was scored in the run, where its outputs had this order.
+            aligned.config.update(finished(choice.run).teacher_settings)
         with as_options():
             loaded.kind.check(loaded, words, limit)
         with at_fault(place):

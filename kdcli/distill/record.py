@@ -1,6 +1,6 @@
 """What the run.json of a finished run says, with types: for the card, `eval`, `export` and a comparison."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -68,7 +68,10 @@ class ExportRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """The record of a run whose student is trained, scored and written. interrupted: as in `RunRecord`."""
+    """The record of a run whose student is trained, scored and written. interrupted: as in `RunRecord`.
+
+    teacher_settings: of the teacher's configuration, where the run has decided them.
+    """
 
     name: str
     seed: int
@@ -80,6 +83,7 @@ class FinishedRun:
     result: Result
     teacher_origin: str
     teacher_path: str | None
+    teacher_settings: dict[str, Any] = field(default_factory=dict)
     student_form: str
     student_head: str
     training: list[StageRecord]

@@ -17,7 +17,7 @@ from kdcli.evaluation.score import calibrate
 from kdcli.files import atomic_folder, cache_dir, fingerprint, source_of, write_json
 from kdcli.machine import resolve_precision
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
-from kdcli.models.finite import NotFiniteError, check_weights
+from kdcli.models.finite import NotFiniteError, at_fault, check_weights
 from kdcli.models.hashing import hash_of_model, hash_of_tokenizer
 from kdcli.models.heads import Head, Labelling
 from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer, refusal_of_head
@@ -52,6 +52,8 @@ class Teacher:
     known: bool = True
     training: dict[str, Any] = field(default_factory=dict)
     """The record of its fine-tuning, now or when it was cached; empty for one that is used as it is."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What was decided about one that is used as it is: its own files do not say so."""
 
 
 def seed_of(recipe: Recipe) -> int:
@@ -186,7 +188,9 @@ def make_teacher(
     `log` where TensorBoard finds its curve, whether it was trained now or before.
     """
     if not start.trains:
-        return Teacher(start.model, start.tokenizer, start.origin, start.path, start.known)
+        # As its students, so that their scores are comparable.
+        settings = _calibrated(recipe, task, start.model, start.tokenizer) if start.known else {}
+        return Teacher(start.model, start.tokenizer, start.origin, start.path, start.known, settings=settings)
     return _finetuned(
         recipe,
         task,
@@ -199,6 +203,20 @@ def make_teacher(
         work=work,
         log=log,
     )
+
+
+def _calibrated(recipe: Recipe, task: Task, model: "PreTrainedModel", tokenizer: Any) -> dict[str, Any]:
+    """Put what is decided about a teacher into its configuration, and return it."""
+    with at_fault("teacher.model"):
+        return calibrate(
+            model,
+            tokenizer,
+            task,
+            max_length=recipe.task.max_length,
+            batch_size=recipe.evaluate.batch_size,
+            owner="the teacher",
+            device=recipe.train.device,
+        )
 
 
 def labelling_of(kind: TaskKind, labels: tuple[str, ...], head: Head | None = None) -> Labelling:
@@ -267,15 +285,7 @@ def _finetuned(
     )
 
     model.eval()
-    calibrate(
-        model,
-        tokenizer,
-        task,
-        max_length=recipe.task.max_length,
-        batch_size=recipe.evaluate.batch_size,
-        owner="the teacher",
-        device=recipe.train.device,
-    )
+    _calibrated(recipe, task, model, tokenizer)
     written: list[Path] = []
 
     def keep() -> None:

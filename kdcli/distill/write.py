@@ -37,6 +37,7 @@ def document_of(
         **result.to_json(),
         "teacher_origin": teacher.origin,
         "teacher_path": str(teacher.path) if teacher.path else None,
+        "teacher_settings": teacher.settings,
         "student_form": student.build.form,
         "student_head": head.name if (head := head_of(student.model, heads())) is not None else None,
         "teacher_layers": student.build.teacher_layers,

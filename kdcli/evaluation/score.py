@@ -49,13 +49,17 @@ def evaluate_model(
     return scores
 
 
-def calibrate(model: Any, tokenizer: Any, task: Task, *, owner: str, **options: Any) -> None:
+def calibrate(model: Any, tokenizer: Any, task: Task, *, owner: str, **options: Any) -> dict[str, Any]:
     """Decide on training rows set aside what a kind of task decides about a trained model, such as thresholds.
 
-    options: max_length, batch_size and device, as in `evaluate_model`.
+    The settings are put into the model's configuration, and returned. options: max_length, batch_size and device, as
+    in `evaluate_model`.
     """
-    if task.calibration is not None:
-        task.kind.calibrate(model, task.calibration, tokenizer, ask=predict, owner=owner, **options)
+    if task.calibration is None:
+        return {}
+    settings = task.kind.calibrate(model, task.calibration, tokenizer, ask=predict, owner=owner, **options)
+    model.config.update(settings)
+    return settings
 
 
 def scorer(task: Task, features: "Dataset") -> Callable[[dict[str, np.ndarray]], dict[str, float]]:

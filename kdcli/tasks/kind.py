@@ -238,12 +238,12 @@ class TaskKind(ABC):
         """Return the named metrics of answers to rows."""
         raise NotImplementedError(f"{self.name} is scored by its loss")
 
-    def calibrate(self, model: Any, rows: "Dataset", processor: Any, **options: Any) -> None:
-        """Write into a trained model's configuration what is decided on rows that it was not trained on.
+    def calibrate(self, model: Any, rows: "Dataset", processor: Any, **options: Any) -> dict[str, Any]:
+        """Return what is decided about a trained model, as settings of its configuration: plain values by name.
 
-        rows: never those that are reported. options: as in `answers`.
+        rows: none that a run trains a model on or reports. options: as in `answers`.
         """
-        return
+        return {}
 
     def chance(self, sets: "Sequence[Dataset]", labels: Sequence[str], metric: str) -> float | None:
         """Return the mean over sets that answers without any knowledge reach; None where that is not known."""

@@ -138,7 +138,8 @@ def _task(
 ) -> Task:
     metrics = _metrics(section.metrics, kind, metrics)
     train, calibration = subset(train, section.train_samples, section.split_seed), None
-    if trains and kind.calibration:
+    # Of a handful of rows none are set aside.
+    if trains and round(len(train) * kind.calibration):
         train, calibration = split(train, kind.calibration, section.split_seed)
     validation = {
         name: subset(rows, section.validation_samples, section.split_seed) for name, rows in validation.items()

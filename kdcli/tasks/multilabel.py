@@ -85,8 +85,8 @@ class MultiLabel(TextKind):
     title = "any of several labels"
     fields = MultiFields
     provides = frozenset({"labels", "one-per-example", "text"})
-    metrics = ("micro_f1", "macro_f1", "exact_match", "ranking", "micro_auroc")
-    usual_metrics = ("micro_f1", "macro_f1", "exact_match")
+    metrics = ("f1_micro", "f1_macro", "exact_match", "lrap", "auroc_macro")
+    usual_metrics = ("f1_micro", "f1_macro", "exact_match")
     calibration = 0.1
 
     @property
@@ -175,15 +175,15 @@ class MultiLabel(TextKind):
         truth = gold(rows) > 0.5
         return {name: METRICS[name](answers, truth) for name in metrics}
 
-    def calibrate(self, model: Any, rows: "Dataset", processor: Any, **options: Any) -> None:
-        """Set the thresholds of the labels to those with the best micro-F1 on these rows.
+    def calibrate(self, model: Any, rows: "Dataset", processor: Any, **options: Any) -> dict[str, Any]:
+        """Return the thresholds of the labels with the best micro-F1 on these rows.
 
         From the best one for all labels on, each label in turn takes the one that is best beside the others'; a label
         that fewer than 5 rows have keeps that of all.
         Source: Lipton et al. 2014, "Optimal thresholding of classifiers to maximize F1 measure" (arXiv 1402.1892).
         """
         found = self.answers(model, rows, processor, **options).probabilities
-        setattr(model.config, THRESHOLDS, thresholds(found, gold(rows)))
+        return {THRESHOLDS: thresholds(found, gold(rows))}
 
     def chance(self, sets: "Sequence[Dataset]", labels: Sequence[str], metric: str) -> float:
         """Return the best that the same answer to every row reaches: the most frequent labels, however many."""
@@ -299,27 +299,28 @@ def _f1(average: str) -> Callable[[Answers, "np.ndarray"], float]:
     return compute
 
 
-def _ranking(answers: Answers, truth: "np.ndarray") -> float:
+def _lrap(answers: Answers, truth: "np.ndarray") -> float:
     from sklearn.metrics import label_ranking_average_precision_score
 
     return float(label_ranking_average_precision_score(truth, answers.probabilities))
 
 
 def _auroc(answers: Answers, truth: "np.ndarray") -> float:
-    """Area under the ROC curve over all pairs of row and label; 0.5 where all of them are alike."""
+    """Mean area under the ROC curve, over the labels that some rows have and some do not; 0.5 without any."""
+    import numpy as np
     from sklearn.metrics import roc_auc_score
 
-    if truth.all() or not truth.any():
-        return 0.5
-    return float(roc_auc_score(truth.ravel(), answers.probabilities.ravel()))
+    labels = np.flatnonzero(truth.any(0) & ~truth.all(0))
+    areas = [roc_auc_score(truth[:, label], answers.probabilities[:, label]) for label in labels]
+    return float(np.mean(areas)) if areas else 0.5
 
 
 METRICS: "dict[str, Callable[[Answers, np.ndarray], float]]" = {
-    "micro_f1": _f1("micro"),
-    "macro_f1": _f1("macro"),
+    "f1_micro": _f1("micro"),
+    "f1_macro": _f1("macro"),
     "exact_match": lambda answers, truth: float((answers.chosen == truth).all(1).mean()),
-    "ranking": _ranking,
-    "micro_auroc": _auroc,
+    "lrap": _lrap,
+    "auroc_macro": _auroc,
 }
 """F1 over all labels at once, and its mean over labels; the share of rows with all labels right; label ranking average
 precision, and the area under the ROC curve, which need no thresholds."""

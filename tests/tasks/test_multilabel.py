@@ -80,7 +80,7 @@ def test_every_way_to_write_labels_says_the_same(tmp_path: Path):
     tasks = [load(tmp_path, file, **fields) for file, fields in ways]
     for task in tasks:
         assert task.kind is KIND and task.label_names == tuple(NAMES) and table_of(task) == TABLE
-        assert task.metrics == ("micro_f1", "macro_f1", "exact_match")
+        assert task.metrics == ("f1_micro", "f1_macro", "exact_match")
     assert len({task.description["fingerprint"] for task in tasks}) == 1
     assert load(tmp_path, "lists.jsonl").label_names == ("anger", "fear", "joy")
 
@@ -149,12 +149,14 @@ def test_scores_are_those_of_scikit_learn(seed: int, rows: int, labels: int):
     probabilities = random.random((rows, labels))
     found = KIND.score(answers_of(probabilities, chosen), rows_of(truth), [""] * labels, KIND.metrics)
     hits, wrong, missed = (chosen & truth).sum(), (chosen & ~truth).sum(), (~chosen & truth).sum()
-    assert found["micro_f1"] == pytest.approx(2 * hits / max(2 * hits + wrong + missed, 1))
-    assert found["macro_f1"] == pytest.approx(f1_score(truth, chosen, average="macro", zero_division=0))
+    assert found["f1_micro"] == pytest.approx(2 * hits / max(2 * hits + wrong + missed, 1))
+    assert found["f1_macro"] == pytest.approx(f1_score(truth, chosen, average="macro", zero_division=0))
     assert found["exact_match"] == pytest.approx(accuracy_score(truth, chosen))
-    assert found["ranking"] == pytest.approx(label_ranking_average_precision_score(truth, probabilities))
-    pairs = [(a > b) + (a == b) / 2 for a in probabilities[truth] for b in probabilities[~truth]]
-    assert found["micro_auroc"] == pytest.approx(np.mean(pairs) if pairs else 0.5)
+    assert found["lrap"] == pytest.approx(label_ranking_average_precision_score(truth, probabilities))
+    # The share of pairs of a row with the label and one without it that stand in the right order.
+    ranked = zip(truth.T, probabilities.T, strict=True)
+    areas = [np.mean(p[y][:, None] > p[~y]) for y, p in ranked if y.any() and not y.all()]
+    assert found["auroc_macro"] == pytest.approx(np.mean(areas) if areas else 0.5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -189,7 +191,7 @@ def test_thresholds_of_the_labels_are_no_worse_than_one_for_all(seed: int):
 def test_chance_is_the_best_of_all_answers_that_are_the_same_everywhere():
     truth = np.random.default_rng(0).random((40, 4)) < [0.6, 0.3, 0.2, 0.1]
     every = [np.array([bool(number & 1 << i) for i in range(4)]) for number in range(16)]
-    for metric in ("micro_f1", "exact_match", "macro_f1"):
+    for metric in ("f1_micro", "exact_match", "f1_macro"):
         same = (answers_of(np.tile(truth.mean(0), (40, 1)), np.tile(chosen, (40, 1))) for chosen in every)
         best = max(KIND.score(answer, rows_of(truth), NAMES, [metric])[metric] for answer in same)
         assert KIND.chance([rows_of(truth)], NAMES, metric) <= best + 1e-12
@@ -256,7 +258,7 @@ def task_of(world: Path, **changes: Any) -> Task:
 
 def test_a_student_learns_several_labels_and_keeps_its_thresholds(world: Path):
     run_of, student = record(world), load_model(world / "runs" / "recipe" / "student")
-    assert run_of["task"]["kind"] == "multi-label" and run_of["primary"] == "micro_f1"
+    assert run_of["task"]["kind"] == "multi-label" and run_of["primary"] == "f1_micro"
     assert run_of["task"]["sizes"] == {"train": 216, "calibration": 24, "selection": 60, "report-test": 40}
     assert min(run_of[side]["score"] for side in ("teacher", "student")) > 0.75
     assert student.config.problem_type == "multi_label_classification"
@@ -272,10 +274,36 @@ def test_thresholds_come_from_training_rows_that_nothing_else_sees(world: Path):
     own, rows = getattr(student.config, THRESHOLDS), Path(world / "train.jsonl").read_text().splitlines()
     apart = [*task.train["text"], *task.calibration["text"]]
     assert sorted(apart) == sorted(json.loads(row)["text"] for row in rows)
-    setattr(student.config, THRESHOLDS, None)
-    words = load_words(world)
-    KIND.calibrate(student, task.calibration, words, max_length=16, ask=ask)
-    assert getattr(student.config, THRESHOLDS) == pytest.approx(own)
+    found = KIND.calibrate(student, task.calibration, load_words(world), max_length=16, ask=ask)
+    assert found == {THRESHOLDS: pytest.approx(own)}
+
+
+def test_a_teacher_that_is_used_as_it_is_gets_thresholds_like_its_student(world: Path, tmp_path: Path, capsys: Any):
+    own, words = record(world), load_words(world)
+    teacher = load_model(own["teacher_path"])
+    thresholds = getattr(teacher.config, THRESHOLDS)
+    delattr(teacher.config, THRESHOLDS)
+    (tmp_path / "teacher").mkdir()
+    save_model(teacher, tmp_path / "teacher", words)
+    files = {
+        name: str(world / f"{file}.jsonl")
+        for name, file in (("train", "train"), ("validation", "held"), ("test", "test"))
+    }
+    recipe = tiny_recipe(
+        *("task", "teacher"),
+        task={"name": "moods", "text": "text", "max_length": 16, **files},
+        teacher={"model": "teacher"},
+        train={"max_steps": 1},
+    )
+    document = run_recipe(write_recipe(tmp_path / "recipe.toml", recipe))
+    assert document["teacher_settings"] == {THRESHOLDS: pytest.approx(thresholds)}
+    assert document["teacher"]["metrics"] == own["teacher"]["metrics"]
+    assert THRESHOLDS not in (tmp_path / "teacher" / "config.json").read_text()
+    capsys.readouterr()
+    for more in ([], ["--data", files["test"], "--text", "text"]):
+        assert run(["eval", str(tmp_path / "runs" / "recipe"), *more, "--fail-under-retention", "0.01", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["retention"] == pytest.approx(document["retention"])
 
 
 def load_words(world: Path) -> Any:
@@ -303,7 +331,7 @@ def test_eval_scores_what_the_run_scored_and_a_model_without_thresholds_by_one_h
     logits = ask(model, features, KIND.collator(load_words(world)))["logits"]
     chosen, truth = logits > 0, np.array(task.report["test"]["label"]) > 0.5
     found = evaluate_model(model, load_words(world), task, max_length=16)["test"]
-    assert found["micro_f1"] == pytest.approx(f1_score(truth, chosen, average="micro"))
+    assert found["f1_micro"] == pytest.approx(f1_score(truth, chosen, average="micro"))
     # Ranks need no thresholds.
     assert average_precision_score(truth, logits, average="micro") > 0.8
 
@@ -351,4 +379,4 @@ def test_every_method_that_needs_no_more_distils_several_labels(method: str, wor
         train={"max_steps": 1},
     )  # fmt: skip
     document = run_recipe(write_recipe(tmp_path / "recipe.toml", recipe))
-    assert set(document["student"]["metrics"]["validation"]) == {"micro_f1", "macro_f1", "exact_match"}
+    assert set(document["student"]["metrics"]["validation"]) == {"f1_micro", "f1_macro", "exact_match"}
