@@ -95,6 +95,8 @@ def plan(plan: "Plan") -> Table:
     for note in task.notes:
         table.add_row("", f"note: {note}")
     table.add_row("method", f"{plan.method.name}: {plan.method.title}")
+    for note in plan.method.notes:
+        table.add_row("", f"note: {note}")
     share = ""
     if teacher.parameters is None:
         table.add_row("teacher", f"{teacher.origin}: only its answers are known")

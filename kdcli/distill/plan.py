@@ -39,9 +39,12 @@ class PlannedTask:
 
 @dataclass(frozen=True)
 class PlannedMethod:
+    """notes: what was chosen for the user, and what cannot be compared."""
+
     name: str
     title: str
     options: dict[str, Any]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,9 @@ def make_plan(prepared: Prepared) -> Plan:
         task=PlannedTask(
             task.name, task.kind.name, task.description["fingerprint"], sizes, classes_of(task), prepared.notes
         ),
-        method=PlannedMethod(resolved.method.name, resolved.method.title, resolved.options.model_dump()),
+        method=PlannedMethod(
+            resolved.method.name, resolved.method.title, resolved.options.model_dump(), prepared.method_notes
+        ),
         teacher=PlannedTeacher(
             start.origin,
             "fine-tuned first, or taken from the cache" if start.trains else "used as it is",

@@ -5,6 +5,7 @@ answers with no label, a full disk.
 """
 
 import copy
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -96,8 +97,14 @@ class Prepared:
     def notes(self) -> list[str]:
         """What a user should know about the data, of the tasks of `[[finetune]]` with their names, and the teacher."""
         downstream = [f"{task.name}: {note}" for task in self.downstream for note in task.notes]
-        followers = [note for follower in self.followers for note in follower.notes]
-        return [*self.task.notes, *downstream, *self.teacher.notes, *dict.fromkeys(followers)]
+        return [*self.task.notes, *downstream, *self.teacher.notes]
+
+    @property
+    def method_notes(self) -> list[str]:
+        """What the method chose for the user, and what it cannot compare."""
+        method, options = self.resolved.method, self.resolved.options
+        notes = [(*method.notes(options, follower.context), *follower.notes) for follower in self.followers]
+        return list(dict.fromkeys(itertools.chain(*notes)))
 
 
 def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:

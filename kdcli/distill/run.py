@@ -115,6 +115,8 @@ def run_distill(
         )
         for note in prepared.notes:
             job.tell(f"note: {note}")
+        for note in prepared.method_notes:
+            job.tell(f"{prepared.resolved.method.name}: {note}")
         task = prepared.task
         set_seed(recipe.seed)
         with job.timed("teacher"):

@@ -115,8 +115,6 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
     plain_hash = hash_of_weights(build.model)
     # Once more, with the weights of its own that a method brings: they are drawn after the student's.
     stages = resolved.method.build(resolved.options, follower.context)
-    for note in resolved.method.notes(resolved.options, follower.context):
-        job.tell(f"{resolved.method.name}: {note}")
     folder = "" if name == "student" else name
     # Checkpoints of another recipe, other data or another teacher belong to another training.
     identity = {

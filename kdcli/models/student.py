@@ -130,7 +130,9 @@ def _depth(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
     else:
         prefix, source = _blocks_prefix(teacher), teacher.state_dict()
         student.load_state_dict({key: source[_origin(key, prefix, layers)] for key in student.state_dict()})
-        notes = [f"blocks {', '.join(map(str, layers))} of the teacher's {depth} (from 0)"]
+        numbers = f"{'block' if len(layers) == 1 else 'blocks'} {', '.join(map(str, layers))}"
+        what = f"{numbers} of the teacher's blocks 0 to {depth - 1}"
+        notes = [f"has the shape of {what}" if section.init == "random" else f"keeps {what}"]
         if family.first_only and layers[0] != 0:
             notes.append(f"without the {', '.join(family.first_only)} of block {layers[0]}: no first block has one")
     if section.init == "random":

@@ -445,6 +445,22 @@ def test_dry_run_counts_and_writes_nothing(world: World, own_cache: Path):
     assert world.listing() == before and list(own_cache.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [("minilm", "the attention of MPNet adds terms of positions"), ("minilmv2", "24 relation heads")],
+)
+def test_notes_of_the_method_stand_below_it(method: str, told: str, world: World):
+    scratch = {"family": "mpnet", "layers": 2, "hidden_size": 24, "heads": 2, "intermediate_size": 32}
+    recipe = world.recipe("teacher", method=method, teacher={"scratch": scratch})
+    plan = world.call("distill", recipe, "--dry-run", "--json").json
+    [note] = plan["method"]["notes"]
+    assert told in note and note not in plan["task"]["notes"]
+    rows = [line.split("│")[1:3] for line in world.call("distill", recipe, "--dry-run").out.splitlines() if "│" in line]
+    place = [name.strip() for name, _ in rows].index("method")
+    assert rows[place + 1][0].strip() == "" and f"note: {told}" in rows[place + 1][1]
+    assert world.call("distill", recipe).err.count(f"{method}: {note}") == 1
+
+
 def test_a_budget_whose_largest_rank_has_no_factors_runs_with_chains(world: World):
     # 0.4 of the block weights allow rank 7 on these widths, which no chain can be made of; 6 is 3 x 2.
     world.model()
@@ -510,8 +526,8 @@ def test_methods_kd_tells_temperature_and_formula(world: World):
 def test_tasks_lists_every_type_and_explains_each_with_its_methods(world: World):
     rows = world.call("tasks", "--json").json["tasks"]
     assert {"classification", "regression", "text"} <= {row["name"] for row in rows}
-    lines = world.call("tasks").out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [row["name"] for row in rows]
+    lines = [line for line in world.call("tasks").out.splitlines()[1:] if not line.startswith(" ")]
+    assert [line.split()[0] for line in lines] == [row["name"] for row in rows]
     for row in rows:
         document = world.call("tasks", row["name"], "--json").json
         assert {key: document[key] for key in row} == row

@@ -337,7 +337,11 @@ def test_a_modernbert_student_takes_the_local_and_global_blocks_of_its_teacher_a
     assert kinds[1] == "sliding_attention" and kinds[3] == kinds[6] == "full_attention"
     # The library's first block has no norm before its attention: the embeddings' norm is right below it.
     assert "without the attn_norm of block 1" in build.notes[-1]
-    assert build_student(teacher, depth(layers=[0, 3]), seed=0).notes == ["blocks 0, 3 of the teacher's 7 (from 0)"]
+    for layers, options, note in (
+        ([0, 3], {}, "keeps blocks 0, 3 of the teacher's blocks 0 to 6"),
+        ([1], {"init": "random"}, "has the shape of block 1 of the teacher's blocks 0 to 6"),
+    ):
+        assert build_student(teacher, depth(layers=layers, **options), seed=0).notes[:1] == [note]
     deeper = build_student(teacher, width(hidden_size=16, layers=9), seed=0).model
     assert deeper.config.layer_types == [*kinds, kinds[0], kinds[1]] and probe(deeper).isfinite().all()
 
