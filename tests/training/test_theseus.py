@@ -348,18 +348,27 @@ def test_a_convolution_between_blocks_is_refused_unless_units_are_single_blocks(
         tiny("deberta-v2", layers=4, conv_kernel_size=3),
         tiny("deberta-v2", layers=2, conv_kernel_size=3),
     )
-    with pytest.raises(InputError, match=r"module after its first block \(encoder.conv\)"):
+    with pytest.raises(InputError, match=r"module after its first block \(encoder.conv\)") as caught:
         TheseusScheme(Replacement()).begin(setting(student, teacher, rows(8)))
+    # What the hint says works.
+    assert caught.value.where == "student.layers" and "student.layers = 4" in (caught.value.hint or "")
     TheseusScheme(Replacement()).begin(setting(copy.deepcopy(teacher), teacher, rows(8)))
 
 
 def test_blocks_that_are_one_and_blocks_of_different_attention_are_refused():
-    for family, words in (("albert", "one block's weights again and again"), ("modernbert", "of different kinds")):
+    for family, words, where in (
+        ("albert", "share one block's weights", "method.name"),
+        ("modernbert", "of different kinds", "student.layers"),
+    ):
         teacher = tiny(family, layers=4)
         student = build_student(teacher, StudentSection(form="depth", layers=2), seed=0).model
         with pytest.raises(InputError, match=words) as caught:
             TheseusScheme(Replacement()).begin(setting(student, teacher, rows(8)))
-        assert caught.value.where == "method.name" and caught.value.hint
+        assert caught.value.where == where and "use another method, such as kd" in (caught.value.hint or "")
+    # With every block a unit of its own, blocks of any kind are replaced.
+    student = build_student(teacher, StudentSection(form="depth", layers=4), seed=0).model
+    assert "student.layers = 4" in (caught.value.hint or "")
+    TheseusScheme(Replacement()).begin(setting(student, teacher, rows(8)))
 
 
 def test_a_chance_that_never_reaches_one_is_told():

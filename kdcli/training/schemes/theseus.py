@@ -79,6 +79,9 @@ class Unit:
         return output
 
 
+OTHERS = "use another method, such as kd, hs or minilmv2"
+
+
 class TheseusScheme(Scheme):
     """Each student block stands for c = N / n teacher blocks, and takes their place with a rising chance p.
 
@@ -113,9 +116,9 @@ class TheseusScheme(Scheme):
         for model in (student, teacher):
             if (family := family_of(model.config)).repeated:
                 raise InputError(
-                    f"theseus replaces blocks one by one, and {family.title} runs one block's weights again and again",
+                    f"theseus replaces blocks one by one, and the blocks of {family.title} share one block's weights",
                     where="method.name",
-                    hint="use another method",
+                    hint=OTHERS,
                 )
         successors, blocks = len(blocks_of(student)), len(blocks_of(teacher))
         share, rest = divmod(blocks, successors)
@@ -130,16 +133,18 @@ class TheseusScheme(Scheme):
             ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
             if any(kind != ours[number // share] for number, kind in enumerate(theirs)):
                 raise InputError(
-                    f"the blocks of a unit take the same mask, and the teacher's are of different kinds ({name})",
-                    where="method.name",
-                    hint=f"use another method: {family.title} has blocks with local and with global attention",
+                    f"theseus cannot replace {share} teacher blocks by one here: the blocks of {family.title} are of "
+                    f"different kinds ({name}), and a student block runs in place of blocks of its own kind only",
+                    where="student.layers",
+                    hint=f"use student.layers = {blocks}, where each block stands for one; or {OTHERS}",
                 )
         path = family.after_first
         if share > 1 and module_at(teacher, path) is not None:
             raise InputError(
-                f"this model has a module after its first block ({path}), so that block has no place inside a unit",
-                where="method.name",
-                hint="use another method, or a model without it",
+                f"theseus cannot replace {share} teacher blocks by one here: the teacher has a module after its first "
+                f"block ({path}), which runs between them",
+                where="student.layers",
+                hint=f"use student.layers = {blocks}, where each block stands for one; or {OTHERS}",
             )
 
     def begin(self, setting: Setting) -> Dataset:
