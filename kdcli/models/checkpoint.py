@@ -128,10 +128,7 @@ def read_config(name: str | Path, revision: str | None = None) -> dict[str, Any]
         except HFValidationError as error:
             raise InputError(f"{name!r} is neither a folder nor a hub name") from error
         except Exception as error:
-            raise InputError(
-                f"model {str(name)!r} not found: no local folder and no such hub repository ({type(error).__name__})",
-                hint="check the name and the network; HF_TOKEN for private models, HF_HUB_OFFLINE=0 to go online",
-            ) from error
+            raise _not_found(str(name), revision, error) from error
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
@@ -144,6 +141,33 @@ def read_config(name: str | Path, revision: str | None = None) -> dict[str, Any]
             hint='write it as {"0": "first class", "1": "second class", ...}',
         )
     return config
+
+
+def _not_found(name: str, revision: str | None, error: Exception) -> InputError:
+    """Return why a hub name gave no config.json. error: the library's."""
+    from huggingface_hub import errors
+    from huggingface_hub.constants import is_offline_mode
+
+    if is_offline_mode():
+        return InputError(
+            f"model {name!r} not found: there is no such folder, it is not in the cache, and HF_HUB_OFFLINE is set",
+            hint="check the name, or unset HF_HUB_OFFLINE to fetch the model from the hub",
+        )
+    # The most particular first: some of these are kinds of others.
+    reasons = {
+        errors.LocalEntryNotFoundError: "it is not in the cache, and the hub cannot be reached",
+        errors.EntryNotFoundError: "the hub's model has no config.json",
+        errors.RevisionNotFoundError: f"the hub's model has no revision {revision!r}",
+        errors.GatedRepoError: "the hub gives it only to accounts that have been granted access",
+        errors.RepositoryNotFoundError: "the hub has no such model, or it is private",
+    }
+    reason = next(
+        (why for kind, why in reasons.items() if isinstance(error, kind)), "the hub does not answer as it should"
+    )
+    return InputError(
+        f"model {name!r} not found: there is no such folder, and {reason}",
+        hint="check the name and the network; private and gated models need HF_TOKEN",
+    )
 
 
 def _refuse_adapter(folder: Path) -> None:

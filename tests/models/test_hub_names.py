@@ -70,7 +70,8 @@ def test_a_cached_model_loads_by_name_without_a_network(folder: Path, expected: 
     (cached / "snapshots" / COMMIT).symlink_to(folder)
     found = load_by_name(tmp_path, NAME, "some-owner/unknown", HF_HUB_OFFLINE="1")
     assert found[NAME] == expected
-    assert "'some-owner/unknown' not found: no local folder and no such hub repository" in found["some-owner/unknown"]
+    why = "there is no such folder, it is not in the cache, and HF_HUB_OFFLINE is set"
+    assert found["some-owner/unknown"] == f"model 'some-owner/unknown' not found: {why}"
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -147,6 +148,8 @@ def test_a_model_is_fetched_by_name_and_no_pickle_with_it(
     finally:
         (folder / "pytorch_model.bin").unlink()
     assert found[NAME] == expected, log
-    assert "no such hub repository (RepositoryNotFoundError)" in found["some-owner/unknown"]
+    assert "there is no such folder, and the hub has no such model, or it is private" in found["some-owner/unknown"]
     assert any(line.startswith("GET") and line.endswith("model.safetensors") for line in log)
     assert not any("pytorch_model.bin" in line for line in log if line.startswith("GET"))
+    [why] = load_by_name(tmp_path / "empty", NAME, HF_ENDPOINT="http://127.0.0.1:9", NO_PROXY="127.0.0.1").values()
+    assert why.endswith("it is not in the cache, and the hub cannot be reached")
