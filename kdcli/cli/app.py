@@ -1,6 +1,7 @@
 """The program: its commands, and how its errors reach the shell."""
 
 import os
+import re
 import sys
 from typing import Annotated, Any
 
@@ -101,7 +102,10 @@ def run(arguments: list[str] | None = None) -> int:
             print(context.get_help())
             return int(ExitCode.INPUT)
         command = context.command_path if context is not None else "kdcli"
-        hint = f"{command} --help shows what there is"
+        # A missing argument may say itself which command lists what it can be.
+        about = getattr(getattr(error, "param", None), "help", None) or ""
+        lister = re.search("`(kdcli [^`]+)`", about)
+        hint = f"{lister[1] if lister else f'{command} --help'} shows what there is"
         near = getattr(error, "possibilities", None)
         if near:
             hint = f"did you mean {' or '.join(sorted(near))}?"

@@ -125,12 +125,12 @@ def nearest(known: Collection[Path], path: Path, prefix: Path = ()) -> str:
     beside = [field[-1] for field in known if field[:-1] == path[:-1]]
     plain = path[-1].lower().replace("-", "_")
     # The very word in another table says more than a word of some likeness in this one.
-    elsewhere = [".".join((*prefix, *field)) for field in known if field[-1] == plain]
+    elsewhere = list(dict.fromkeys(".".join((*prefix, *field)) for field in known if field[-1] == plain))
     if near := difflib.get_close_matches(plain, beside, n=1, cutoff=0.8 if elsewhere else 0.6):
         return f"did you mean {near[0]!r}?"
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
-    return f"known here: {', '.join(sorted(beside))}"
+    return f"known here: {', '.join(sorted(set(beside)))}"
 
 
 def paths_of(schema: type[BaseModel]) -> list[Path]:

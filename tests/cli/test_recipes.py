@@ -153,6 +153,18 @@ def test_a_field_that_is_not_there_is_met_with_the_nearest(field: list[str], tol
     assert outcome.code == 2 and told in outcome.err
 
 
+def test_a_field_that_several_kinds_of_tasks_have_is_named_once(world: World):
+    hint = world.call("recipes", "explain", "task.thresholds").err.partition("known here: ")[2]
+    names = [name.strip() for name in hint.split(",")]
+    assert "text" in names and len(names) == len(set(names)), hint
+
+
+@pytest.mark.parametrize("argument", ["show", "copy"])
+def test_a_recipe_that_is_not_named_is_met_with_the_list(argument: str, world: World):
+    outcome = world.call("recipes", argument)
+    assert outcome.code == 2 and "kdcli recipes list" in outcome.err
+
+
 @pytest.mark.parametrize(
     "odd", ["\x00", "[]", "a..b", ".", "task.", "method.", "student.layers.x", "\ud800", "x" * 5000]
 )
