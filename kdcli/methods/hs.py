@@ -108,7 +108,9 @@ def check(options: HSOptions, context: Context) -> None:
     needs_bridge(options.bridge, context)
     if options.layer_map == "emd":
         if options.match_norm:
-            raise InputError('match_norm says nothing with layer_map = "emd"', where="method.match_norm")
+            raise InputError(
+                'match_norm has no effect with layer_map = "emd"', where="method.match_norm", hint="leave it out"
+            )
         if options.emd.attention:
             need_equal_heads(context, "method.emd.attention", "leave attention out")
         elif options.emd.separate:

@@ -46,7 +46,7 @@ def weighted(terms: Iterable[Term]) -> list[Term]:
 def refuse_unsupported(
     options: BaseModel, context: Context, *, labels: Iterable[str], text: Iterable[str] = ()
 ) -> None:
-    """Raise InputError for an option that says nothing on this kind of task.
+    """Raise InputError for an option that has no effect on this kind of task.
 
     labels, text: options (`alpha`, `weights.mlm`) that only tasks with labels, or only plain text, have.
     """
@@ -58,7 +58,7 @@ def refuse_unsupported(
             inner = getattr(inner, part)
         if last in inner.model_fields_set:
             kind = "a task with labels" if context.has_labels else "plain text"
-            raise InputError(f"{name} means nothing on {kind}", where=f"method.{name}", hint="leave it out")
+            raise InputError(f"{name} has no effect on {kind}", where=f"method.{name}", hint="leave it out")
 
 
 def refuse_idle(options: BaseModel, names: Iterable[str], where_it_is_idle: str, hint: str = "leave it out") -> None:

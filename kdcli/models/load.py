@@ -82,10 +82,10 @@ def _has(checkpoint: Checkpoint, head: Head) -> bool:
     if re.search(r"For[A-Z]|Model$", named):
         return head.is_of(named)
     try:
-        skeleton = _skeleton(checkpoint, head)
+        empty = _empty_model(checkpoint, head)
     except InputError:
         return False
-    return not any(_differences(skeleton, checkpoint.tensors))
+    return not any(_differences(empty, checkpoint.tensors))
 
 
 def _title(checkpoint: Checkpoint) -> str:
@@ -189,7 +189,7 @@ def _padding_of(name: str | Path, revision: str | None = None) -> int:
     return int(number)
 
 
-def _skeleton(checkpoint: Checkpoint, head: Head) -> "PreTrainedModel":
+def _empty_model(checkpoint: Checkpoint, head: Head) -> "PreTrainedModel":
     """Return the model that a plain checkpoint's configuration describes, without memory for its weights.
 
     It has as many outputs as the weights have. Raises InputError where config.json says another number, or cannot
@@ -323,17 +323,17 @@ def _by(shape: tuple[int, ...]) -> str:
 def _load_plain(checkpoint: Checkpoint, head: Head) -> "PreTrainedModel":
     import torch
 
-    skeleton = _skeleton(checkpoint, head)
-    _check_weights(skeleton, checkpoint)
-    kind: Any = type(skeleton)
-    places = _places(skeleton, checkpoint.tensors)
-    state, expected = checkpoint.state(), skeleton.state_dict()
-    arguments = without_pooler(kind) if head == BASE and getattr(skeleton, "pooler", None) is None else {}
+    empty = _empty_model(checkpoint, head)
+    _check_weights(empty, checkpoint)
+    kind: Any = type(empty)
+    places = _places(empty, checkpoint.tensors)
+    state, expected = checkpoint.state(), empty.state_dict()
+    arguments = without_pooler(kind) if head == BASE and getattr(empty, "pooler", None) is None else {}
     with quiet_transformers():
         try:
             model, report = kind.from_pretrained(
                 None,
-                config=skeleton.config,
+                config=empty.config,
                 state_dict={key: state[place] for key, place in places.items() if key in expected},
                 dtype=torch.float32,
                 output_loading_info=True,

@@ -15,7 +15,7 @@ from kdcli.recipe.fields import Named
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
-# Upper limits are far above all use: they keep a slip of the keyboard from filling the memory, or from taking hours.
+# Upper limits are far above all use: they keep a typing error from filling the memory, or from taking hours.
 PositiveInt = Annotated[int, Field(gt=0, le=1_000_000_000)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=1_000_000_000)]
 PositiveFloat = Annotated[float, Field(gt=0.0, le=1e6)]

@@ -144,14 +144,14 @@ class LGTMScheme(Scheme):
 
     def teacher_tensors(self) -> dict[MatrixKey, tuple[Tensor, ...]]:
         """Return the tensors of the teacher's chains beside the student's of the same kind; they move as it learns."""
-        blocks, twins = dict(self.setting.pairs), dict(linears_of(self.teacher()))
+        blocks, theirs = dict(self.setting.pairs), dict(linears_of(self.teacher()))
         found = {}
         for (layer, name), linear in linears_of(self.setting.student):
-            own, twin = chain_of(linear), twins.get((blocks.get(layer, 0), name))
-            other = chain_of(twin) if twin is not None else None
+            own, matched = chain_of(linear), theirs.get((blocks.get(layer, 0), name))
+            other = chain_of(matched) if matched is not None else None
             if own is not None and other is not None and own.shape == other.shape:
-                assert twin is not None
-                found[(layer, name)] = tensors_of(twin)
+                assert matched is not None
+                found[(layer, name)] = tensors_of(matched)
         return found
 
     def place(self, device: torch.device) -> None:
