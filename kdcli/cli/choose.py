@@ -176,7 +176,7 @@ def section_of_data(
 ) -> TaskSection:
     """Return the task of the rows in a file. own: of the model's run, whose settings hold where no option is given.
 
-    Raises InputError for an option that cannot be right, and where nothing says which column is the text.
+    Raises InputError for an option that cannot be right.
     """
     kept: dict[str, Any] = {"metrics": own.metrics} if own is not None else {}
     if own is not None and own.is_own:
@@ -185,9 +185,7 @@ def section_of_data(
         columns = [name.strip() for name in text.split(",")]
         if len(columns) > 2 or not all(columns):
             raise InputError(f"takes one column, or two with a comma, not {text!r}", where="--text")
-        kept["text"] = columns
-    elif own is None or not own.is_own:
-        raise InputError("needs --text COLUMN", where="--data")
+        kept["text"] = columns if len(columns) > 1 else columns[0]
     given: dict[str, Any] = {"delimiter": delimiter, "encoding": encoding}
     for field, parse in (("delimiter", parse_delimiter), ("encoding", parse_encoding)):
         if given[field] is not None:

@@ -1,9 +1,13 @@
 """What a kind of task is: everything that is particular to it, in one object. One file of this folder a kind.
 
 Adding a kind is writing one file with a subclass of `TaskKind` in it, its instance called `KIND`; or offering that
-instance from another package as an entry point `kdcli.tasks`. No other module asks which kind a task is of. What
-every kind must write is abstract below; the rest has a default. Kinds whose examples are texts with one answer each
-begin with `kdcli.tasks.text_inputs.TextKind`, as `classification.py` does.
+instance from another package as an entry point `kdcli.tasks`. No other module asks which kind a task is of.
+
+Each kind says its name, title, head, fields, what it provides, and its metrics; and writes `distribution`, `read` (rows
+from columns), `configure` (a new head), `check`, `encode` and `collator` (features and batches), `predictions` (tables
+of distributions, for every objective), `decode` (answers) and `score`. The rest has a default that fits most. Kinds
+whose examples are texts with one answer each begin with `kdcli.tasks.text_inputs.TextKind`, as `classification.py`
+does.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kdcli.models.classes import class_names_of
 from kdcli.models.heads import Head
 from kdcli.recipe.schema import Section, TaskSection
 
@@ -130,7 +135,7 @@ class TaskKind(ABC):
         self, config: Any, columns: "Columns", fields: Any, source: str, notes: list[str], names: Sequence[str] | None
     ) -> "tuple[pa.Table, tuple[str, ...]]":
         """Return rows whose labels are a model's own, by its configuration. names: what a user calls the labels."""
-        return self.read(columns, fields, source, notes)
+        return self.read(columns, fields, source, notes, tuple(names or class_names_of(config)))
 
     def has_answers(self, columns: "Columns", fields: Any) -> bool:
         """False for a split without gold answers, such as some test sets on the hub."""

@@ -214,6 +214,10 @@ def load_rows(
     path = section.data
     assert path is not None
     fields = registry.fields_of(kind, section)
+    try:
+        fields.check(section)
+    except ValueError as error:
+        raise InputError(str(error), where="--data", hint="name the column of text: --text COLUMN") from error
     columns = read_file(Path(path), "--data", delimiter=section.delimiter, encoding=section.encoding, notes=notes)
     rows, labels = kind.read_for(config, columns, fields, path, notes, names)
     return _task(

@@ -973,7 +973,7 @@ def eval_on_an_unknown_task(world: World) -> list[str]:
     return ["eval", str(world.model()), "--task", "review"]
 
 
-@case("--data: needs --text")
+@case("--data: own data needs text", "--text COLUMN")
 def eval_of_data_without_a_column(world: World) -> list[str]:
     return ["eval", str(world.model()), "--data", "rows.csv"]
 

@@ -180,6 +180,8 @@ def test_a_kind_and_a_family_of_another_package_go_through_every_command(world: 
     card = (world / "runs" / "kd" / "student" / "README.md").read_text()
     assert "pipeline_tag: token-classification" in card and "AutoModelForTokenClassification" in card
     assert call(world, "eval", "runs/kd")["score"] == run["student"]["score"]
+    data = call(world, "eval", "runs/kd", "--data", "held.jsonl")
+    assert data["metrics"]["rows"]["word_accuracy"] == run["student"]["score"]
     exported = call(world, "export", "runs/kd", "--batch-sizes", "1", "--sequence-lengths", "8", "--runs", "1")
     assert exported["parity"]["max_abs_difference"] < 1e-4 and exported["parity"]["inputs"] == "30 examples of words"
     assert call(world, "eval", "runs/kd/onnx", "--task", "words")["score"] == run["student"]["score"]
