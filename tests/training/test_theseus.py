@@ -416,7 +416,11 @@ def test_a_recipe_with_theseus_gives_a_plain_shallow_student(tmp_path: Path):
     outside = [name for name in student if ".layer." not in name]
     assert outside and all(torch.equal(student[name], teacher[name]) for name in outside)
     refused = subprocess.run(
-        [*command, "--dry-run", "--set", "student.layers=3"], cwd=tmp_path, capture_output=True, text=True, timeout=240
+        [*command, "--dry-run", "--set", "student.layers=3", "--set", "name=other"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert refused.returncode == 2
     assert "use 2 blocks" in refused.stderr
