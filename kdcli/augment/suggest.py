@@ -25,8 +25,7 @@ from kdcli.models.finite import check_finite
 from kdcli.models.hashing import hash_of_model, hash_of_tokenizer
 from kdcli.models.shape import longest_input
 from kdcli.signals import Request
-from kdcli.tasks.encode import Collator
-from kdcli.tasks.masked_lm import KIND
+from kdcli.tasks.masked_lm import KIND, batch_masked_at
 from kdcli.tensor_file import keep_tensors, kept_tensors
 from kdcli.terminal import tell
 from kdcli.words import counted
@@ -127,26 +126,22 @@ class Suggester:
             if before < len(masks):
                 names = ("input_ids", "attention_mask", "token_type_ids")
                 row = {name: encoded[name][number] for name in names if name in encoded}
-                rows.append({**row, "index": number, "labels": 0, "mask": masks[before]})
-        rows.sort(key=lambda row: -len(row["input_ids"]))
+                rows.append(({**row, "index": number}, masks[before]))
+        rows.sort(key=lambda row: -len(row[0]["input_ids"]))
         self.model.to(self.device)  # type: ignore[arg-type]
-        collator, capture = Collator(self.tokenizer), Capture(self.model, Request(logits=True), KIND)
+        capture = Capture(self.model, Request(logits=True), KIND)
         try:
             for start in range(0, len(rows), self.batch_size):
-                part = rows[start : start + self.batch_size]
+                part, masks = zip(*rows[start : start + self.batch_size], strict=True)
                 numbers = [row["index"] for row in part]
-                best = self._best(capture, collator(part), part, [places[number] for number in numbers])
+                batch = batch_masked_at(part, masks, self.tokenizer)
+                best = self._best(capture, batch, [places[number] for number in numbers])
                 candidates[numbers, : best.shape[1]] = best
         finally:
             capture.close()
         return candidates
 
-    def _best(
-        self, capture: Capture, batch: dict[str, Tensor], rows: list[dict[str, Any]], places: list[tuple[str, int, int]]
-    ) -> Tensor:
-        width = batch["input_ids"].shape[1]
-        batch["masked_positions"] = torch.tensor([i * width + row["mask"] for i, row in enumerate(rows)])
-        batch["labels"] = batch["input_ids"]
+    def _best(self, capture: Capture, batch: dict[str, Tensor], places: list[tuple[str, int, int]]) -> Tensor:
         batch = {name: values.to(self.device) for name, values in batch.items()}
         with capture, torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             (table,) = capture.run(batch).predictions

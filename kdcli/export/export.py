@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcli.errors import GateError
+from kdcli.errors import GateError, InputError
 from kdcli.export.graph import export_onnx, input_names, operators, plain_copy
 from kdcli.export.latency import LatencyReport, measure
 from kdcli.export.parity import TOLERANCE, parity
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ExportResult:
-    """Where the graph is, how far its logits are from PyTorch's, and how fast both are."""
+    """Where the graph is, how far its outputs are from PyTorch's, and how fast both are."""
 
     folder: Path
     megabytes: float
@@ -65,21 +65,23 @@ def export_model(
 
     threads: None takes `default_threads`. runs: timed calls of each cell of the grid; None takes as many as `measure`
     chooses. Parity is checked on the task's own inputs (random ones without a task). Raises GateError, and leaves no
-    folder, when a logit differs by more than 1e-4; InputError when the folder exists and may not be replaced (see
-    `atomic_folder`).
+    folder, when an output differs by more than 1e-4; InputError when the folder exists and may not be replaced (see
+    `atomic_folder`), or for a head that no kind of task has.
     """
     plain = plain_copy(model)
     head = head_of(model, heads())
-    outputs = head.outputs if head is not None else ("logits",)
+    if head is None:
+        raise InputError(f"no type of task has the head of {type(plain).__name__}: what it gives is not known")
     batches, source = _real_batches(plain, tokenizer, task, max_length)
     with atomic_folder(folder, force=force, ours=ours) as temporary:
-        export_onnx(plain, tokenizer, temporary, opset=opset, outputs=outputs)
+        export_onnx(plain, tokenizer, temporary, opset=opset, outputs=head.outputs)
         threads = threads or default_threads()
         session = OnnxModel(temporary, threads=threads)
-        difference = parity(plain, session, batches)
-        if not difference <= TOLERANCE:
+        differences = parity(plain, session, batches)
+        worst = max(differences, key=lambda name: differences[name])
+        if not (difference := differences[worst]) <= TOLERANCE:
             raise GateError(
-                f"the exported graph's logits differ from PyTorch's by {difference:.2e} (allowed {TOLERANCE:g})"
+                f"{worst} of the exported graph differs from PyTorch's by {difference:.2e} (allowed {TOLERANCE:g})"
             )
         report = None
         if latency:

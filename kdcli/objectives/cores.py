@@ -19,19 +19,14 @@ def comparable(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[int
     return [k for k in auxiliary_indices(len(student)) if student[k].shape[1:3] == teacher[k].shape[1:3]]
 
 
-def aux_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Return the squared difference of a chain's auxiliary tensors: element mean, then mean over tensors.
-
-    student, teacher: chains of tensors (d_{k-1}, i_k, j_k, d_k). The central tensor is free. Where bonds
-    differ, leading sub-blocks are compared: bonds are ordered by singular value. Tensors of other factors are
-    left out; with none left the chains cannot be compared, which is a ValueError. The student's tensors are
-    live: the released code compared detached copies, which has no gradient.
-    """
-    return _weighted_squares([(1.0, student, teacher)])
-
-
 def _weighted_squares(chains: Sequence[tuple[float, Sequence[Tensor], Sequence[Tensor]]]) -> Tensor:
-    """Return the weighted sum of `aux_loss` over (weight, student, teacher)."""
+    """Return the weighted sum over (weight, student, teacher) of the squared difference of their auxiliary tensors.
+
+    That is the element mean, then the mean over tensors (d_{k-1}, i_k, j_k, d_k). The central tensor is free. Where
+    bonds differ, leading sub-blocks are compared: bonds are ordered by singular value. Tensors of other factors are
+    left out; with none left the chains cannot be compared, which is a ValueError. The student's tensors are live: the
+    released code compared detached copies, which has no gradient.
+    """
     weights: list[float] = []
     own: list[Tensor] = []
     other: list[Tensor] = []

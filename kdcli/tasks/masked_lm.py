@@ -172,3 +172,18 @@ def _masking(fields: MaskingFields) -> dict[str, float]:
 
 
 KIND = MaskedLM()
+
+
+def batch_masked_at(rows: Sequence[Mapping[str, Any]], places: Sequence[int], processor: Any) -> "dict[str, Tensor]":
+    """Return a batch of rows in which one token each is masked already, with one prediction a row.
+
+    rows: `index` and a model's inputs; places: of the mask in each. The labels there are the masks themselves.
+    """
+    from kdcli.tasks.packing import IGNORED, TextCollator
+
+    masked = []
+    for row, place in zip(rows, places, strict=True):
+        labels = [IGNORED] * len(row["input_ids"])
+        labels[place] = row["input_ids"][place]
+        masked.append({**row, "labels": labels})
+    return TextCollator(processor)(masked)

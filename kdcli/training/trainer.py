@@ -147,7 +147,7 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         outputs = model(inputs)
         for name, value in outputs.items():
-            if name not in ("loss", "logits"):
+            if name != "loss":
                 self._term_sums[name] = self._term_sums.get(name, 0.0) + value  # type: ignore[operator]
         self._term_count += 1
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]

@@ -6,7 +6,7 @@ from chains import factors_of
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from kdcli.models.overparam import overparameterise, teacher_factors
-from kdcli.objectives.cores import TensorObjective, aux_loss
+from kdcli.objectives.cores import TensorObjective
 from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import Signals
 from kdcli.tensors.mpo import central_index
@@ -22,6 +22,11 @@ def tiny(seed: int) -> PreTrainedModel:
 def value(objective: TensorObjective, student: dict, teacher: dict) -> torch.Tensor:
     mask = torch.ones(1, 1)
     return objective(Signals(mask, 1, factors=student), Signals(mask, 1, factors=teacher), {})
+
+
+def of_one(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> torch.Tensor:
+    key = (1, "query")
+    return value(TensorObjective(), {key: tuple(student)}, {key: tuple(teacher)})
 
 
 @pytest.mark.parametrize(
@@ -70,7 +75,7 @@ def test_the_gradient_reaches_auxiliary_tensors_only(length: int, reduction: str
 def test_the_value_is_the_formula():
     student = [torch.full((1, 2, 2, 4), 1.0), torch.full((4, 1, 1, 4), 9.0), torch.full((4, 2, 2, 1), 2.0)]
     teacher = [torch.full((1, 2, 2, 4), 4.0), torch.zeros(4, 1, 1, 4), torch.full((4, 2, 2, 1), 3.0)]
-    assert aux_loss(student, teacher).item() == pytest.approx((3.0**2 + 1.0**2) / 2)
+    assert of_one(student, teacher).item() == pytest.approx((3.0**2 + 1.0**2) / 2)
     chains = {(1, "query"): tuple(student), (1, "key"): tuple(student)}
     targets = {(1, "query"): tuple(teacher), (1, "key"): tuple(student)}
     assert value(TensorObjective("mean"), chains, targets).item() == pytest.approx(2.5)
@@ -88,19 +93,19 @@ def test_wider_bonds_are_compared_on_leading_blocks():
     student, teacher = torch.randn(1, 2, 2, 4), torch.randn(1, 2, 2, 6)
     central = torch.zeros(4, 1, 1, 4), torch.zeros(6, 1, 1, 6)
     last = torch.randn(4, 2, 2, 1), torch.randn(6, 3, 2, 1)  # other factors: left out
-    loss = aux_loss([student, central[0], last[0]], [teacher, central[1], last[1]])
+    loss = of_one([student, central[0], last[0]], [teacher, central[1], last[1]])
     torch.testing.assert_close(loss, (student - teacher[..., :4]).square().mean())
     # And the other way round: the rest of the student's block is free.
     teacher, student = student, teacher.requires_grad_()
     chains = [student, central[1], last[1]], [teacher, central[0], last[0]]
-    (found,) = torch.autograd.grad(3.0 * aux_loss(*chains), student)
+    (found,) = torch.autograd.grad(3.0 * of_one(*chains), student)
     (expected,) = torch.autograd.grad(3.0 * (student[..., :4] - teacher).square().mean(), student)
     torch.testing.assert_close(found, expected)
 
 
 def test_chains_with_nothing_in_common_cannot_be_compared():
     with pytest.raises(ValueError, match="same factors"):
-        aux_loss([torch.ones(1, 2, 2, 4), torch.ones(4, 2, 2, 1)], [torch.ones(1, 3, 2, 4), torch.ones(4, 3, 2, 1)])
+        of_one([torch.ones(1, 2, 2, 4), torch.ones(4, 2, 2, 1)], [torch.ones(1, 3, 2, 4), torch.ones(4, 3, 2, 1)])
 
 
 def test_reading_factors_needs_no_forward_pass():
