@@ -1,6 +1,8 @@
 """What the layout of the code promises beside the direction of its imports, which import-linter checks."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,3 +70,41 @@ def test_no_decision_by_a_kinds_name_outside_tasks():
         for line in decisions(ast.parse(path.read_text(encoding="utf-8")), kinds)
     ]
     assert not found, "ask the kind instead (kdcli.tasks.kind.TaskKind): " + ", ".join(found)
+
+
+BY_NAME = {"augment/suggest.py", "distill/filler.py"}
+"""What works with masked language models, whatever the task is: the words of copies come from one."""
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Return the modules that a source imports, or imports something from."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    return found
+
+
+def test_no_kinds_module_is_imported_outside_tasks():
+    modules = {type(registry.get(name)).__module__ for name in registry.names()}
+    assert all(module.startswith("kdcli.tasks.") for module in modules)
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if path.parent != PACKAGE / "tasks" and imported(ast.parse(path.read_text(encoding="utf-8"))) & modules
+    }
+    assert found == BY_NAME
+
+
+def test_a_file_in_the_folder_is_all_that_a_kind_needs(tmp_path: Path):
+    kind = "from kdcli.tasks.regression import Regression\n\nclass New(Regression):\n    name = 'new'\n\nKIND = New()\n"
+    (tmp_path / "new.py").write_text(kind)
+    (tmp_path / "helpers.py").write_text("raise RuntimeError('this is no kind')  # KIND = 1\n")
+    code = (
+        f"import sys, kdcli.tasks; kdcli.tasks.__path__.append({str(tmp_path)!r})\n"
+        "from kdcli.tasks import registry; print(*registry.names(), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.split()) == sorted([*registry.names(), "new", "False"])

@@ -2,9 +2,12 @@
 
 import difflib
 import importlib
+import importlib.util
 import pkgutil
+import re
 from collections.abc import Set
 from functools import cache
+from importlib.abc import InspectLoader
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,19 +22,22 @@ from kdcli.recipe.problems import problems_of
 from kdcli.recipe.schema import TaskSection
 from kdcli.tasks.kind import TaskKind
 
-SHARED = {"base", "encode", "heads", "kind", "labels", "load", "metrics", "numbers", "packing", "predict", "registry"}
-SHARED |= {"text_inputs"}
-"""The modules of this folder that hold no kind. Each of the others holds one, called KIND."""
-
 USUAL = "classification"
 """The kind of a user's own data, where neither the recipe nor the data say another."""
 
 
 @cache
 def _own() -> dict[str, TaskKind]:
-    modules = sorted(module.name for module in pkgutil.iter_modules(kdcli.tasks.__path__))
-    kinds = [importlib.import_module(f"kdcli.tasks.{name}").KIND for name in modules if name not in SHARED]
+    modules = sorted(module.name for module in pkgutil.iter_modules(kdcli.tasks.__path__, "kdcli.tasks."))
+    kinds = [importlib.import_module(name).KIND for name in modules if _holds_kind(name)]
     return {kind.name: kind for kind in kinds}
+
+
+def _holds_kind(module: str) -> bool:
+    """True when a module assigns KIND; by its source, as the others import what `kdcli tasks` need not wait for."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and isinstance(spec.loader, InspectLoader)
+    return re.search("^KIND *[:=]", spec.loader.get_source(module) or "", re.MULTILINE) is not None
 
 
 @cache
