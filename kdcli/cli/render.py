@@ -209,7 +209,9 @@ def contraction(report: "ContractReport") -> Table:
 
 
 def _table_of_matrices(before: int, after: int, first: str | None, *last: str) -> Table:
-    table = Table(title=f"{before:,} -> {after:,} parameters")
+    # Nine columns: without frames and paddings numbers stay on one line at 100 characters.
+    title = f"{before:,} -> {after:,} parameters"
+    table = Table(title=title, title_style="", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ([first] if first else []) + ["matrix", "shape", "out factors", "in factors", "bonds", *last]:
         table.add_column(name, justify="left" if name in ("matrix", "shape") else "right", overflow="fold")
     return table
