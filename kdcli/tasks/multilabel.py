@@ -110,7 +110,7 @@ class MultiLabel(TextKind):
         if isinstance(fields.label, list):
             return _flags(columns, fields.label, source), tuple(fields.label)
         rows, found = self._found(columns, fields, source, notes, known := known_labels(fields.labels))
-        if not found:
+        if not found and labels is None:
             raise InputError(f"{source}: no row has a label", where="task.label")
         found = counted_labels(found, known) or found
         labels = labels or all_labels(found, known, source, notes)

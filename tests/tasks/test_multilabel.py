@@ -85,6 +85,12 @@ def test_every_way_to_write_labels_says_the_same(tmp_path: Path):
     assert load(tmp_path, "lists.jsonl").label_names == ("anger", "fear", "joy")
 
 
+def test_rows_that_are_scored_may_all_be_without_a_label(tmp_path: Path):
+    files = {"train": lines(tmp_path / "train.jsonl", LABELS), "validation": lines(tmp_path / "held.jsonl", [[]] * 6)}
+    section = TaskSection(name="own", text="text", labels=NAMES, type="multi-label", **files)  # type: ignore[call-arg]
+    assert load_task(section, EvaluateSection(), base=tmp_path).selection["label"][:] == [[0, 0, 0]] * 6
+
+
 def test_names_of_a_set_of_the_hub_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
