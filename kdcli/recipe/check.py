@@ -108,12 +108,12 @@ def _problems_of_task(table: dict[str, Any], path: Keys, schemas: Schemas) -> li
     try:
         schema.model_validate(table)
     except ValidationError as error:
-        return told(problems_of(schema, error, prefix=path), kind, schemas.kinds())
+        return told(problems_of(schema, error, prefix=path), table, kind, schemas.kinds())
     return []
 
 
-def told(problems: list[Problem], kind: Kind, kinds: Sequence[Kind]) -> list[Problem]:
-    """Return problems of a task's fields; of one that other kinds have it is told which."""
+def told(problems: list[Problem], table: Mapping[str, Any], kind: Kind, kinds: Sequence[Kind]) -> list[Problem]:
+    """Return problems of a task's table; of a field, or a value of it, that other kinds have it is told which."""
     found = []
     for problem in problems:
         name = problem.path[-1]
@@ -121,8 +121,23 @@ def told(problems: list[Problem], kind: Kind, kinds: Sequence[Kind]) -> list[Pro
         if problem.message == "unknown field" and having:
             hint = f"type = {' or '.join(having)} has it"
             problem = replace(problem, message=f'type = "{kind.name}" has no {name}', hint=hint)
+        elif problem.hint is None and name in kind.fields.model_fields:
+            taking = [f'"{other.name}"' for other in kinds if _takes(other, name, table.get(name))]
+            if taking:
+                problem = replace(problem, hint=f"type = {' or '.join(taking)} takes it")
         found.append(problem)
     return found
+
+
+def _takes(kind: Kind, name: str, value: Any) -> bool:
+    """True when a kind has a field that takes a value."""
+    if name not in kind.fields.model_fields:
+        return False
+    try:
+        kind.fields.model_validate({name: value})
+    except ValidationError:
+        return False
+    return True
 
 
 def _problems_of_method(table: Any, schemas: Schemas) -> list[Problem]:

@@ -134,7 +134,14 @@ class MultiLabel(TextKind):
         """Return all labels of all rows one after the other, and the numbers of their rows from 1; the last is none."""
         column = need_column(columns, fields.label or "label", "label", source)
         pairs = [(row, label) for row, cell in enumerate(column, 1) for label in _parts(cell, fields, row, source)]
-        return [*(row for row, _ in pairs), len(column) + 1], named_labels(pairs, known, source, notes)
+        found, before = named_labels(pairs, known, source, notes), set()
+        for (row, _), name in zip(pairs, found, strict=True):
+            if (row, name) in before:
+                raise InputError(
+                    f"{source}: row {row} has the label {name!r} twice", where="task.label", hint="remove one of them"
+                )
+            before.add((row, name))
+        return [*(row for row, _ in pairs), len(column) + 1], found
 
     def has_answers(self, columns: Columns, fields: Any) -> bool:
         names = fields.label if isinstance(fields.label, list) else [fields.label or "label"]
@@ -239,6 +246,12 @@ def _probabilities(logits: "np.ndarray") -> "np.ndarray":
 
 def _parts(cell: Any, fields: MultiFields, row: int, source: str) -> Iterator[Any]:
     """Yield the labels of a cell. Raises InputError for what is none."""
+    if isinstance(cell, str) and cell.strip().startswith("[") and cell.strip().endswith("]"):
+        raise InputError(
+            f"{source}: the labels of row {row} are the text {cut(repr(cell))}, not a list",
+            where="task.label",
+            hint="keep lists in JSON lines or Parquet; in CSV write the labels alone, with task.label_separator",
+        )
     if isinstance(cell, str) and fields.label_separator is not None:
         cell = [part for part in cell.split(fields.label_separator) if part.strip()]
     if is_missing(cell):

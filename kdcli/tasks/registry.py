@@ -101,7 +101,7 @@ def fields_of(kind: TaskKind, section: TaskSection) -> Any:
     try:
         return kind.fields.model_validate(section.fields)
     except ValidationError as error:
-        first, *_ = told(problems_of(kind.fields, error, prefix=("task",)), kind, usable()[0])
+        first, *_ = told(problems_of(kind.fields, error, prefix=("task",)), section.fields, kind, usable()[0])
         raise InputError(first.message, where=first.name, hint=first.hint) from error
 
 

@@ -111,6 +111,13 @@ def test_names_of_a_set_of_the_hub_are_taken(tmp_path: Path, monkeypatch: pytest
         (["a", "b"] * 3, {"type": "multi-label"}, r"the labels of row 1 are 'a', not a list"),
         ([["a"], ["b", ["c"]]] * 3, {}, r"row 2 has \['c'\] among its labels"),
         ([["a"], ["b", True]] * 3, {}, "row 2 has True among its labels"),
+        ([["a"], ["b", " b"]] * 3, {}, "row 2 has the label 'b' twice"),
+        (
+            ["['a', 'b']", "['a']"] * 3,
+            {"label_separator": ",", "type": "multi-label"},
+            "row 1 are the text .*, not a list",
+        ),
+        ([[0], [1, 2]] * 3, {"labels": ["a", "b"]}, "row 2 has the label '2', which is not in task.labels"),
         ([["a"], [], ["b", "c"]] * 3, {"labels": ["a", "b"]}, r"row 3 has the label 'c', which is not in task.labels"),
         ([[]] * 6, {"type": "multi-label"}, "no row has a label"),
         ([["a"], []] * 3, {}, "one class only"),
@@ -127,6 +134,7 @@ def test_what_is_no_label_is_told_with_its_row(labels: list, fields: dict[str, A
     [
         ({"label": ["a", "b"], "labels": ["a", "b"]}, "leaves no place for labels"),
         ({"label": ["a"]}, "two or more columns"),
+        ({"label": ["a", "b"], "type": "classification"}, 'hint: type = "multi-label" takes it'),
         ({"label": ["a", "a"]}, "two or more columns, each once"),
     ],
 )
