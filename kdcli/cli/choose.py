@@ -2,7 +2,7 @@
 
 import contextlib
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from pydantic import ValidationError
 
 from kdcli.cli.console import info
 from kdcli.distill.record import finished
-from kdcli.errors import InputError
+from kdcli.errors import InputError, cut
 from kdcli.files import expanded
 from kdcli.manifest import check_manifest, is_sealed
 from kdcli.names import checked
+from kdcli.recipe.load import parts_of, value_of
 from kdcli.recipe.schema import EvaluateSection, Recipe, TaskSection, parse_delimiter, parse_encoding
 from kdcli.runs import Run, latest_run, run_of_model
 
@@ -73,7 +74,7 @@ def warn_of_changes(model: str, run: Run | None) -> None:
 def _choose(model: str | None, task: str | None = None) -> Choice:
     if model is None:
         run = latest_run()
-        return Choice(_classifier_of(run, task), run)
+        return Choice(_student_to_use(run, task), run)
     path = expanded(model, "MODEL")
     if (path / "run.json").is_file() and not (path / "config.json").exists():
         run = Run(path.resolve())
@@ -85,13 +86,13 @@ def _choose(model: str | None, task: str | None = None) -> Choice:
                 if status == "done"
                 else "go on with it: kdcli distill RECIPE --resume",
             )
-        return Choice(_classifier_of(run, task), run)
+        return Choice(_student_to_use(run, task), run)
     model = str(path) if model.startswith("~") else model
     return Choice(model, run_of_model(path) if path.is_dir() else None)
 
 
-def _classifier_of(run: Run, task: str | None) -> str:
-    """Return the folder of a run's classifier: its student, or one of the students that were fine-tuned from it."""
+def _student_to_use(run: Run, task: str | None) -> str:
+    """Return the folder of a run's student for a task: its own, or one that was fine-tuned from it."""
     result = finished(run).result
     if result.loss is None:
         return str(run.student)
@@ -153,16 +154,18 @@ def choose_task(
 
 
 @contextlib.contextmanager
-def as_options() -> Iterator[None]:
-    """Let errors about a recipe's fields name the options of `eval` in their place."""
+def as_options(changes: Sequence[str] = ()) -> Iterator[None]:
+    """Let errors about a recipe's fields name the options of `eval` in their place. changes: what `--set` has."""
     fields = ("text", "label", "labels", "max_length")
     try:
         yield
     except InputError as error:
         table, _, field = (error.where or "").partition(".")
-        if table != "task" or field not in fields:
+        changed = {change.partition("=")[0].strip() for change in changes}
+        if table != "task" or field not in (*fields, *changed):
             raise
-        raise InputError(error.message, where=f"--{field.replace('_', '-')}", hint=error.hint) from error
+        where = f"--set {field}" if field in changed else f"--{field.replace('_', '-')}"
+        raise InputError(error.message, where=where, hint=error.hint) from error
 
 
 def section_of_data(
@@ -173,14 +176,25 @@ def section_of_data(
     label: str | None,
     delimiter: str | None,
     encoding: str | None,
+    changes: Sequence[str] = (),
 ) -> TaskSection:
     """Return the task of the rows in a file. own: of the model's run, whose settings hold where no option is given.
+    changes: FIELD=VALUE of the kind's own fields.
 
     Raises InputError for an option that cannot be right.
     """
     kept: dict[str, Any] = {"metrics": own.metrics} if own is not None else {}
     if own is not None and own.is_own:
         kept |= own.fields | {name: getattr(own, name) for name in ("delimiter", "encoding", "split_seed")}
+    for change in changes:
+        keys, value = parts_of(change, "--set", "label=team")
+        if len(keys) > 1 or keys[0] in TaskSection.model_fields:
+            raise InputError(
+                f"{cut('.'.join(keys))} is no field of a type of task",
+                where="--set",
+                hint="`kdcli tasks NAME` lists those of each",
+            )
+        kept[keys[0]] = value_of(value)
     if text is not None:
         columns = [name.strip() for name in text.split(",")]
         if len(columns) > 2 or not all(columns):

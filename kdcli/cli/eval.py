@@ -46,6 +46,15 @@ def evaluate(
             "model without names or with other ones, the task's words in the model's order.",
         ),
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="A field of the model's type of task, for --data (`kdcli tasks NAME` lists them); --text and --label "
+            "are short for those of texts.",
+        ),
+    ] = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="A model to compare with.")] = None,
     protocol: Annotated[Protocol | None, typer.Option("--protocol")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=65_536)] = 64,
@@ -97,6 +106,7 @@ def evaluate(
             "--label": label,
             "--delimiter": delimiter,
             "--encoding": encoding,
+            "--set": set_,
         }.items()
         if value is not None
     ]:
@@ -111,7 +121,9 @@ def evaluate(
         section, evaluate_section, base = choose_task(choice, task, protocol=protocol.value if protocol else None)
     else:
         own = choose_task(choice, None)[0] if choice.run is not None else None
-        section = section_of_data(data, own, text=text, label=label, delimiter=delimiter, encoding=encoding)
+        section = section_of_data(
+            data, own, text=text, label=label, delimiter=delimiter, encoding=encoding, changes=set_ or ()
+        )
         section = section.model_copy(update={"max_length": own.max_length if own is not None else 128})
     from rich.table import Table
 
@@ -130,7 +142,7 @@ def evaluate(
     # What a user says that the outputs of a model are called.
     called: dict[str, list[str] | None] = {}
     if data is not None:
-        with as_options():
+        with as_options(set_ or ()):
             kind = kind_of_model(contestant, choice.model, "MODEL")
             loaded = load_rows(section, kind, contestant.config, names=names, limit=max_samples)
     else:

@@ -119,10 +119,7 @@ def validate_section(schema: type[BaseModel], values: dict[str, Any]) -> Any:
 
 def _apply(document: dict[str, Any], override: str, option: str, schemas: Schemas) -> Keys:
     """Put one FIELD=VALUE of an option into the document, in place, and return the field's path."""
-    name, equals, value = override.partition("=")
-    path = _path(name)
-    if not equals or not path:
-        raise InputError(f"takes FIELD=VALUE, such as student.budget=0.25, not {cut(override)!r}", where=option)
+    path, value = parts_of(override, option, "student.budget=0.25")
     where = f"{option} {cut(override)}"
     last = path[-1]
     if not value.strip():
@@ -135,7 +132,7 @@ def _apply(document: dict[str, Any], override: str, option: str, schemas: Schema
         elif (problem := unknown_in(changed, path, schemas)) is not None:
             raise InputError(problem.message, where=f"{where}: {problem.name}", hint=problem.hint)
         return path
-    table, parsed = _table_of(document, path, where), _value(value.strip())
+    table, parsed = _table_of(document, path, where), value_of(value)
     if path in (("task",), ("method",)) and isinstance(table.get(last), dict) and isinstance(parsed, str):
         parsed = {**table[last], "name": parsed}
     table[last] = parsed
@@ -175,7 +172,18 @@ def _path(name: str) -> Keys:
     return path if inner == 0 else ()
 
 
-def _value(text: str) -> Any:
+def parts_of(override: str, option: str, example: str) -> tuple[Keys, str]:
+    """Return the path and the value of FIELD=VALUE. Raises InputError, with an example, where it is none."""
+    name, equals, value = override.partition("=")
+    path = _path(name)
+    if not equals or not path:
+        raise InputError(f"takes FIELD=VALUE, such as {example}, not {cut(override)!r}", where=option)
+    return path, value
+
+
+def value_of(text: str) -> Any:
+    """Return the value of FIELD=VALUE: as TOML, or else as text."""
+    text = text.strip()
     try:
         document = parse(f"value = {text}")
     except BrokenTOML:

@@ -251,3 +251,20 @@ def json_to_toml(value: object) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {json_to_toml(inner)}" for key, inner in value.items()) + "}"
     return json.dumps(value)
+
+
+def test_fields_of_the_models_type_of_task_are_set_by_name(held: World):
+    short = held.call("eval", "teacher", "--data", "named.csv", "--text", "text", "--json")
+    by_name = held.call(
+        "eval", "teacher", "--data", "named.csv", "--set", "text=text", "--set", "label=label", "--json"
+    )
+    assert by_name.json["metrics"] == short.json["metrics"]
+    for change, words in {
+        "lable=label": "--set lable: unknown field",
+        "labels=3": "--set labels: ",
+        "data=x": "data is no field of a type of task",
+        "text": "takes FIELD=VALUE",
+    }.items():
+        refused = held.call("eval", "teacher", "--data", "named.csv", "--text", "text", "--set", change)
+        assert refused.code == 2 and words in refused.err, refused.err
+    assert "needs --data FILE" in held.call("eval", "teacher", "--task", "sst2", "--set", "label=x").err
