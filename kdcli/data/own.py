@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from kdcli.data.columns import Columns
 from kdcli.data.files import read_file, read_hub
+from kdcli.data.sets import named_sets
 from kdcli.errors import InputError
 from kdcli.files import expanded
 
@@ -35,6 +36,13 @@ def read_splits(section: "TaskSection", base: Path, notes: list[str]) -> tuple[d
         return {name: splits[name] for name in ("train", "validation", "test") if name in splits}, section.hub
     if section.data is not None:
         return {"train": read(section.data, "task.data")}, section.data
-    assert section.train is not None
+    if section.train is None:
+        if (known := named_sets().get(section.name)) is not None:
+            raise InputError(f"{section.name} is a {known.kind} task, not a {section.type} task", where="task.type")
+        raise InputError(
+            f"{section.name} is no set that kdcli knows, and there are no rows of your own",
+            where="task.name",
+            hint="own data: task.data, task.train or task.hub",
+        )
     given = {"train": section.train, "validation": section.validation, "test": section.test}
     return {name: read(path, f"task.{name}") for name, path in given.items() if path is not None}, section.train

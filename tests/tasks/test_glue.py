@@ -243,3 +243,12 @@ def test_the_first_real_validation_sentence(data_dir: Path):
     assert (len(task.selection), len(task.report["validation"])) == (436, 436)
     assert task.selection["text"][0] == "it 's a charming and often affecting journey . "
     assert task.label_names[task.selection["label"][0]] == "positive"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("sst2", "sst2 is a classification task, not a regression task"), ("mine", "no rows of your own")],
+)
+def test_a_type_that_a_name_does_not_have_is_refused(name: str, words: str):
+    with pytest.raises(InputError, match=words):
+        load(name, type="regression")
