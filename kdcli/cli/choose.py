@@ -156,7 +156,7 @@ def choose_task(
 @contextlib.contextmanager
 def as_options(changes: Sequence[str] = ()) -> Iterator[None]:
     """Let errors about a recipe's fields name the options of `eval` in their place. changes: what `--set` has."""
-    fields = ("text", "label", "labels", "max_length")
+    fields = ("text", "label", "labels", "max_length", "type")
     try:
         yield
     except InputError as error:

@@ -32,6 +32,9 @@ def evaluate(
             "--label", help="Label column of --data, or several with commas; default: the run's own, or label."
         ),
     ] = None,
+    of_type: Annotated[
+        str | None, typer.Option("--type", help="Type of task of --data; default: the run's own, or the model's.")
+    ] = None,
     delimiter: Annotated[
         str | None, typer.Option("--delimiter", help="What separates the columns of --data; default: found out.")
     ] = None,
@@ -104,6 +107,7 @@ def evaluate(
         for option, value in {
             "--text": text,
             "--label": label,
+            "--type": of_type,
             "--delimiter": delimiter,
             "--encoding": encoding,
             "--set": set_,
@@ -143,7 +147,8 @@ def evaluate(
     called: dict[str, list[str] | None] = {}
     if data is not None:
         with as_options(set_ or ()):
-            kind = kind_of_model(contestant, choice.model, "MODEL")
+            of_the_run = finished(choice.run).task.kind if choice.run is not None else None
+            kind = kind_of_model(contestant, choice.model, "MODEL", wanted=of_type, usual=of_the_run)
             loaded = load_rows(section, kind, contestant.config, names=names, limit=max_samples)
     else:
         called["MODEL"] = names

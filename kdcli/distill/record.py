@@ -26,9 +26,10 @@ class AugmentRecord:
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """sizes: rows of each part."""
+    """kind: of task, by its name. sizes: rows of each part."""
 
     name: str
+    kind: str
     source: str
     sizes: dict[str, int]
     protocol: str

@@ -33,12 +33,25 @@ def check_head(model: Any, head: Head, name: object, where: str) -> None:
         raise InputError(f"{name} has no trained head for {head.purpose} ({_words(found)})", where=where)
 
 
-def kind_of_model(model: Any, name: object, where: str) -> TaskKind:
-    """Return the kind that a trained model is for, by its head and its configuration. Raises InputError for none."""
+def kind_of_model(
+    model: Any, name: object, where: str, *, wanted: str | None = None, usual: str | None = None
+) -> TaskKind:
+    """Return the kind that a trained model is for, by its head and its configuration.
+
+    wanted: the one that a user names. usual: the one that is taken where it and others fit, such as that of its run.
+    Raises InputError where none fits, where several do, and where the one that is wanted does not.
+    """
     found, config = head_of(model, heads()), model.config
-    for kind in registry.usable()[0]:
-        if kind.head == found and not kind.scored_by_loss and kind.fits(config):
+    kinds = registry.usable()[0]
+    fitting = [kind for kind in kinds if kind.head == found and not kind.scored_by_loss and kind.fits(config)]
+    asked = registry.get(wanted) if wanted is not None else None
+    for kind in fitting:
+        if kind == asked or (asked is None and (len(fitting) == 1 or kind.name == usual)):
             return kind
+    if fitting:
+        types = " or ".join(kind.name for kind in fitting)
+        said = f"is not one for {asked.name}" if asked is not None else "may be one for several types of tasks"
+        raise InputError(f"{name} {said}", where="--type", hint=f"give --type {types}")
     if found is None or found == BASE:
         raise InputError(f"{name} has no trained head ({_words(found)})", where=where)
     raise InputError(

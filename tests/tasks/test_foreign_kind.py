@@ -1,6 +1,7 @@
 """Kinds of tasks of other packages: one that a model reads in several features a row, and one that is broken."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -134,6 +135,48 @@ def test_no_tokenizer_is_made_for_a_kind_without_text(offer: Offer, tmp_path: Pa
     with pytest.raises(InputError, match="made from the texts of the task") as caught:
         prepare(load_recipe(path), path)
     assert caught.value.where == "teacher.scratch"
+
+
+WHOLE = """
+from kdcli.tasks.regression import Regression
+
+
+class Whole(Regression):
+    name = "whole"
+
+    def recognises(self, columns, fields, source, notes):
+        return False
+
+    def decode(self, outputs, features, rows):
+        return super().decode(outputs, features, rows).round()
+
+
+KIND = Whole()
+"""
+
+
+def test_a_model_that_several_kinds_fit_is_scored_by_that_of_its_run_or_the_one_that_is_named(
+    offer: Offer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    offer("whole", WHOLE)
+    path = own_data(tmp_path, "whole", max_steps=1)
+    lines = [f"{'good ' * (row % 5)}number,{row % 5}" for row in range(40)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *lines]))
+    run_recipe(path)
+    shutil.copytree(tmp_path / "runs" / "recipe" / "student", tmp_path / "copy")
+    data = ["--data", str(tmp_path / "rows.csv"), "--text", "text", "--json"]
+
+    def score(model: str, *named: str) -> float:
+        assert run(["eval", str(tmp_path / model), *data, *named]) == 0
+        return json.loads(capsys.readouterr().out)["score"]
+
+    whole = score("runs/recipe/student")
+    assert score("copy", "--type", "whole") == whole != score("copy", "--type", "regression")
+    refused = {"": "copy may be one for several types", "multi-label": "is not one for multi-label", "hole": "'whole'?"}
+    for wanted, words in refused.items():
+        assert run(["eval", str(tmp_path / "copy"), *data, *(["--type", wanted] if wanted else [])]) == 2
+        told = capsys.readouterr().err
+        assert words in told and "--type" in told
 
 
 def test_a_broken_kind_stops_no_list_but_is_told(offer: Offer, capsys: pytest.CaptureFixture[str], tmp_path: Path):
