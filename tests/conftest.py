@@ -18,6 +18,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     """Give every test an empty kdcli cache, so that none sees what another kept."""
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("KDCLI_CACHE", str(cache))
+    # Processes of a parallel run are given a width of 80.
+    monkeypatch.delenv("COLUMNS", raising=False)
     return cache
 
 

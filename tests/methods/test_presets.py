@@ -106,6 +106,8 @@ def batch_of(kind: str, width: int = 12) -> dict[str, Tensor]:
         batch |= asked(mask, torch.where(masked, ids, -100))
     elif kind == "regression":
         batch["labels"] = torch.arange(len(LENGTHS)) / 3
+    elif kind == "multi-label":
+        batch["labels"] = torch.arange(3 * len(LENGTHS)).view(-1, 3) % 2 * 1.0
     else:
         batch["labels"] = torch.arange(len(LENGTHS)) % 3
     return batch

@@ -276,7 +276,7 @@ def test_an_unknown_family_is_refused_with_the_known_ones():
     with pytest.raises(InputError, match="unknown family 'gpt2'; known are albert, bert") as caught:
         shape_of(GPT2Config())
     assert all(name in caught.value.message for name in NAMES)
-    assert caught.value.hint is not None and "models/families.py" in caught.value.hint
+    assert caught.value.hint is not None and "kdcli.families" in caught.value.hint
     assert shape_of(BertConfig()).hidden == 768
 
 

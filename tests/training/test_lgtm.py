@@ -577,7 +577,7 @@ def test_the_preset_follows_the_paper():
     assert stage.scheme.learning == Learning(CLASSIFICATION, 1.0, 0.4, 1.0, 3e-5, True, 0.05)
     assert not stage.scheme.teacher_is_fixed
     assert method.train["weight_decay"] == 0.0
-    assert tasks_of(method) == ["classification", "regression"]
+    assert tasks_of(method) == ["classification", "multi-label", "regression"]
 
 
 def test_copies_of_held_out_rows_are_refused():
