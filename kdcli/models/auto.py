@@ -35,7 +35,7 @@ def add_family(heads: Callable[[], Iterable[Head]]) -> None:
 
 def _add_models() -> None:
     for head in (*(head for heads in _heads for head in heads()), BASE):
-        kind = head.library_class()
+        kind = head.auto_class()
         if KdcliConfig not in kind._model_mapping:
             kind.register(KdcliConfig, _loader(head), exist_ok=True)
 

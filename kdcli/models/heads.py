@@ -36,7 +36,7 @@ class Head:
         """True when a class of that name has this head."""
         return architecture.endswith(self.architecture) and not architecture.endswith(self.unlike or ("\n",))
 
-    def library_class(self) -> Any:
+    def auto_class(self) -> Any:
         """Return the class of the library that makes body and head."""
         import transformers
 
@@ -98,7 +98,7 @@ def with_new_head(
     for name, value in settings.items():
         setattr(config, name, value)
     family_of(config)
-    headed = _on_body(head.library_class().from_config(config, dtype=torch.float32), model)
+    headed = _on_body(head.auto_class().from_config(config, dtype=torch.float32), model)
     named = dict(headed.named_parameters())
     if all(source in named for source in headed.all_tied_weights_keys.values()):
         headed.tie_weights()

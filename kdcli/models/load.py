@@ -214,7 +214,7 @@ def _bare(config: "PretrainedConfig", head: Head, tensors: Mapping[str, Stored])
     """Return a model of a configuration; a base model has a pooler only where its file has one."""
     import torch
 
-    auto = head.library_class()
+    auto = head.auto_class()
     model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     if head != BASE or any(_is_pooler(key) for key in tensors) or not (arguments := without_pooler(type(model))):
         return model
@@ -359,7 +359,7 @@ def _load_remote(
     code = {"revision": revision, "trust_remote_code": True}
     with quiet_transformers():
         try:
-            model, report = head.library_class().from_pretrained(
+            model, report = head.auto_class().from_pretrained(
                 checkpoint.name,
                 config=AutoConfig.from_pretrained(checkpoint.name, **code, **changes),
                 use_safetensors=True,

@@ -100,4 +100,4 @@ def build_scratch(
         sizes[names.embedding] = section.hidden_size
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family.name, **sizes, **settings)
-    return head.library_class().from_config(config).eval(), tokenizer
+    return head.auto_class().from_config(config).eval(), tokenizer
