@@ -1,6 +1,7 @@
 """Several labels a text: how they are written, what is learnt from them, which are answered, and how that is scored."""
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from kdcli.cli.app import run
 from kdcli.errors import InputError
 from kdcli.evaluation.score import evaluate_model
 from kdcli.methods import registry as methods
+from kdcli.models.classes import class_names_of
 from kdcli.models.save import save_model
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.base import Owner, Task
@@ -394,3 +396,76 @@ def test_every_method_that_needs_no_more_distils_several_labels(method: str, wor
     )  # fmt: skip
     document = run_recipe(write_recipe(tmp_path / "recipe.toml", recipe))
     assert set(document["student"]["metrics"]["validation"]) == {"f1_micro", "f1_macro", "exact_match"}
+
+
+def test_half_of_the_validation_rows_is_reported_and_other_rows_choose_thresholds(world: Path):
+    section = TaskSection(name="moods", text="text", train="train.jsonl", validation="held.jsonl")  # type: ignore[call-arg]
+    task = load_task(section, EvaluateSection(protocol="half-dev"), base=world)
+    assert task.calibration is not None and len(task.calibration) == 24
+    assert (len(task.selection), len(task.report["validation"])) == (30, 30)
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem", "words"),
+    [
+        (["joy", "anger", "sorrow"], "multi", "other (joy, anger, sorrow) are not the task's labels"),
+        (NAMES, "single", "other is a single-label classifier, and the task needs a multi-label classifier"),
+        (None, "multi", "not enough for kd as it is set up"),
+    ],
+)
+def test_students_and_teachers_that_do_not_fit_are_refused(
+    labels: list[str] | None, problem: str, words: str, world: Path, tmp_path: Path, capsys: Any
+):
+    models = {"teacher": (NAMES, "multi"), "other": (labels or NAMES, problem)}
+    for name, (names, kind) in models.items():
+        (tmp_path / name).mkdir()
+        settings: Any = {"id2label": dict(enumerate(names)), "problem_type": f"{kind}_label_classification"}
+        save_model(tiny("bert", labels=3, **settings), tmp_path / name, WORDS)
+    files = {"train": str(world / "train.jsonl"), "validation": str(world / "held.jsonl")}
+    recipe = tiny_recipe(
+        *("task", "teacher", "student"),
+        task={"name": "moods", "text": "text", **files},
+        teacher={"model": "teacher"} if labels else {"black_box": True},
+        student={"form": "checkpoint", "model": "other"},
+    )
+    assert run(["distill", str(write_recipe(tmp_path / "recipe.toml", recipe)), "--dry-run"]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_copies_keep_their_labels_and_variants_are_compared(world: Path, tmp_path: Path, capsys: Any):
+    recipe = tomllib.loads((world / "recipe.toml").read_text())
+    files = {name: str(world / recipe["task"][name]) for name in ("train", "validation", "test")}
+    (tmp_path / "words.txt").write_text("the film was fine and so dark .\n\nthe film was awful and so fine .\n" * 20)
+    augment = {"model": record(world)["teacher_path"], "text": "words.txt", "finetune": {"max_steps": 2}, "copies": 2}
+    changes = {"task": {**files, "augment": augment}, "train": {"max_steps": 2}}
+    write_recipe(tmp_path / "recipe.toml", changed(recipe, **changes))
+    document = run_recipe(tmp_path / "recipe.toml")
+    assert document["task"]["augment"]["added"] > 100
+    assert len(document["teacher_settings"] or getattr(load_model(document["teacher_path"]).config, THRESHOLDS)) == 3
+    compared = ["compare", str(tmp_path / "recipe.toml"), "--seeds", "1", "--variant", "method.alpha=0.9", "--json"]
+    assert run([*compared, "--output", str(tmp_path / "compared")]) == 0
+    [task] = json.loads(capsys.readouterr().out)["tasks"]
+    assert task["metric"] == "f1_micro" and [len(row["scores"]) for row in task["rows"]] == [1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_emotions_of_real_texts(data_dir: Path, encoder: Path, tmp_path: Path, capsys: Any):
+    folder = data_dir / "go_emotions"
+    names = json.loads((folder / "labels.json").read_text())
+    files = {split: str(folder / f"{split}.parquet") for split in ("train", "validation", "test")}
+    sizes = {"train_samples": 800, "validation_samples": 60, "test_samples": 200, "max_length": 32}
+    recipe = tiny_recipe(
+        *("task", "teacher"),
+        task={"name": "emotions", **files, "text": "text", "label": "labels", "labels": names, **sizes},
+        teacher={"model": str(encoder), "finetune": {"max_steps": 4, "learning_rate": 1e-4}},
+        train={"max_steps": 2},
+    )
+    document = run_recipe(write_recipe(tmp_path / "recipe.toml", recipe))
+    assert document["task"]["kind"] == "multi-label" and document["task"]["labels"] == names
+    assert document["task"]["sizes"] == {"train": 720, "calibration": 80, "selection": 60, "report-test": 200}
+    student = load_model(tmp_path / "runs" / "recipe" / "student")
+    assert class_names_of(student.config) == names and len(getattr(student.config, THRESHOLDS)) == 28
+    assert run(["eval", str(tmp_path / "runs" / "recipe"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"] == document["student"]["metrics"]
