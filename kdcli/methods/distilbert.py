@@ -77,5 +77,5 @@ METHOD = Method(
     needs=frozenset(),
     student={"form": "depth", "select": "spread"},
     train={"epochs": 3.0, "learning_rate": 5e-5, "warmup": 0.05, "weight_decay": 0.0},
-    text_train={"learning_rate": 5e-4},
+    text_train={"learning_rate": 5e-4, "betas": [0.9, 0.98], "epsilon": 1e-6, "max_grad_norm": 5.0},
 )

@@ -174,6 +174,6 @@ METHOD = Method(
     needs=frozenset(),
     student={"form": "depth"},
     train={"epochs": 3.0, "learning_rate": 5e-5},
-    text_train={"learning_rate": 6e-4},
+    text_train={"learning_rate": 6e-4, "epsilon": 1e-6},
     notes=notes,
 )

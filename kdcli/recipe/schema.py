@@ -28,6 +28,8 @@ Words = Annotated[int, Field(gt=0, le=1_000_000)]
 Tokens = Annotated[int, Field(gt=0, le=1_000_000)]
 BatchSize = Annotated[int, Field(gt=0, le=65_536)]
 Times = Annotated[int, Field(gt=0, le=1000)]
+Betas = Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)]
+Epsilon = Annotated[float, Field(gt=0.0, le=1.0)]
 
 SCRATCH_PARAMETERS = 1_000_000_000
 PARAMETERS = 10**12
@@ -509,7 +511,19 @@ class TrainSection(Section):
         default=None,
         description="AdamW's weight decay of matrices; biases and layer norms have none. Left out, the method's.",
     )
-    max_grad_norm: PositiveFloat = Field(default=1.0, description="Gradients are scaled down to at most this norm.")
+    betas: Betas | None = Field(
+        default=None,
+        description="AdamW's decay rates of the mean gradient and of the mean squared gradient. Left out, the "
+        "method's, mostly 0.9 and 0.999.",
+    )
+    epsilon: Epsilon | None = Field(
+        default=None,
+        description="What AdamW adds to the root of the mean squared gradient, which it divides by. Left out, the "
+        "method's, mostly 1e-8.",
+    )
+    max_grad_norm: PositiveFloat | None = Field(
+        default=None, description="Gradients are scaled down to at most this norm. Left out, the method's, mostly 1."
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
         description='Number type of the forward pass; "auto" is bf16 wherever the hardware multiplies in it, a GPU or '

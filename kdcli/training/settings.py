@@ -1,7 +1,7 @@
 """What the training loop needs to know."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,8 @@ class LoopSettings:
     scheduler: str = "linear"
     warmup: float = 0.1
     weight_decay: float = 0.01
+    betas: Sequence[float] = (0.9, 0.999)
+    epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     gradient_accumulation: int = 1
     eval_every: int | None = None
@@ -40,6 +42,11 @@ class LoopSettings:
     metric: str = ""
     eval_batch_size: int = 64
     chain_learning_rate: float | None = None
+
+    @property
+    def adam(self) -> dict[str, Any]:
+        """Return what AdamW takes for all parameters alike."""
+        return {"betas": tuple(self.betas), "eps": self.epsilon}
 
     @classmethod
     def from_train(cls, recipe: Recipe, defaults: Mapping[str, Any]) -> "LoopSettings":

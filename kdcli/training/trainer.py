@@ -127,7 +127,8 @@ class DistillationTrainer(Trainer):
                 # Decay would shrink a chain by (1 - lr wd)^n and pull its identities to zero.
                 {"params": chains, "weight_decay": 0.0, "lr": chain_rate},
             ]
-            self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, fused=True)
+            filled = [group for group in groups if group["params"]]
+            self.optimizer = torch.optim.AdamW(filled, lr=rate, fused=True, **self.settings.adam)
         return self.optimizer
 
     def training_step(

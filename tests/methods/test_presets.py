@@ -16,6 +16,8 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from kdcli.cli.methods import methods as methods_command
 from kdcli.cli.methods import short_citation, tasks_of
+from kdcli.distill.recipe import load_recipe
+from kdcli.distill.resolve import resolve
 from kdcli.errors import InputError
 from kdcli.methods import registry
 from kdcli.methods.base import Context, Stage
@@ -662,6 +664,34 @@ def test_defaults_are_the_published_ones():
     assert rates == {"minilmv2": 6e-4, "distilbert": 5e-4, "tinybert": None}
     train = registry.get("distilbert").train
     assert (train["epochs"], train["warmup"], train["weight_decay"]) == (3.0, 0.05, 0.0)
+
+
+ON_TEXT = """
+task = {{name = "notes", type = "text", data = "notes.txt"}}
+method = "{method}"
+[teacher]
+model = "teacher"
+[train]
+{train}
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "train", "expected"),
+    [
+        ("distilbert", "", ((0.9, 0.98), 1e-6, 5.0)),
+        ("minilmv2", "", ((0.9, 0.999), 1e-6, 1.0)),
+        ("od", "", ((0.9, 0.999), 1e-8, 1.0)),
+        ("distilbert", "betas = [0.8, 0.9]\nepsilon = 1e-7\nmax_grad_norm = 2", ((0.8, 0.9), 1e-7, 2.0)),
+    ],
+)
+def test_the_optimizer_on_plain_text_is_the_published_one_unless_the_recipe_says_otherwise(
+    tmp_path: Path, method: str, train: str, expected: tuple
+):
+    path = tmp_path / "recipe.toml"
+    path.write_text(ON_TEXT.format(method=method, train=train), encoding="utf-8")
+    loop = resolve(load_recipe(path), path).loop
+    assert (tuple(loop.betas), loop.epsilon, loop.max_grad_norm) == expected
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -159,6 +159,12 @@ def test_chains_have_a_rate_of_their_own_and_no_decay(tmp_path: Path):
     assert matrices | vectors | chains == trained and not any("embeddings" in name for name in trained)
 
 
+def test_the_betas_and_the_epsilon_of_the_optimizer_are_those_asked_for(tmp_path: Path):
+    step, watch = distiller(), Watch()
+    train(tmp_path, step, scheme=watch, max_steps=1, betas=[0.8, 0.95], epsilon=1e-6)
+    assert {(*group["betas"], group["eps"]) for group in watch.optimizer.param_groups} == {(0.8, 0.95, 1e-6)}
+
+
 def test_chains_without_a_rate_have_the_others_and_still_no_decay(tmp_path: Path):
     model = student(**OFF)
     overparameterise(model, OverparamSection(factorization="svd", aux_weight=0.0))

@@ -170,7 +170,7 @@ class LGTMScheme(Scheme):
             {"params": [p for p in teacher.parameters() if id(p) in chains], "scale": slow},
         ]
         groups = [group for group in groups if group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0, fused=True, **loop.adam)
         self._device = device
         self._half = resolve_precision(loop.precision, loop.device) == "bf16"
 
