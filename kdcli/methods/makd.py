@@ -6,7 +6,7 @@ from pydantic import Field
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
-from kdcli.methods.terms import Temperature, Weight, need_equal_heads, need_shares_of_one, refuse_idle
+from kdcli.methods.terms import Temperature, Weight, need_equal_heads, need_shares_of_one, refuse_idle, weighted
 from kdcli.recipe.schema import PositiveFloat, Share
 
 Part = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -55,7 +55,9 @@ class MaKDOptions(Options):
         default="joint", description="All levels at once, or in three stages: matrices, then layers too, then all."
     )
     shares: Annotated[list[Part], Field(min_length=3, max_length=3)] = Field(
-        default=[0.4, 0.3, 0.3], description='"staged": shares of all steps of the three stages; they add up to 1.'
+        default=[0.4, 0.3, 0.3],
+        description='"staged": shares of all steps of the three stages; they add up to 1. Where a level is switched '
+        "off, the others keep their proportions and have all steps.",
     )
     final_learning_rate: PositiveFloat | None = Field(
         default=None,
@@ -82,6 +84,8 @@ def check(options: MaKDOptions, context: Context) -> None:
         need_equal_heads(context, otherwise="method.terms.attention = 0")
     if options.schedule == "joint":
         refuse_idle(options, ("shares", "final_learning_rate"), 'with schedule = "joint"', 'set schedule = "staged"')
+    if options.weights.model == 0:
+        refuse_idle(options, ("final_learning_rate",), "with weights.model = 0: there is no third stage")
     need_shares_of_one(options.shares)
 
 
@@ -136,20 +140,23 @@ def build(options: MaKDOptions, context: Context) -> list[Stage]:
             context.gold_term(weight * (1.0 - options.alpha)),
         ]
 
+    names = ("matrix", "layer", "model")
+    levels = (matrix_level(), layer_level(), model_level())
+    terms = weighted(term for level in levels for term in level)
     if options.schedule == "joint":
-        return [Stage("distil", matrix_level() + layer_level() + model_level())]
-    first, second, third = options.shares
-    stages = [
-        Stage("matrix", matrix_level(), first),
-        Stage("layer", matrix_level() + layer_level(), second),
+        return [Stage("distil", terms)]
+    # A level that is switched off has no stage; the stages of the others have all steps.
+    active = [number for number, level in enumerate(levels) if any(term.weight > 0 for term in level)]
+    steps = sum(options.shares[number] for number in active)
+    return [
         Stage(
-            "model",
-            matrix_level() + layer_level() + model_level(),
-            third,
-            learning_rate=options.final_learning_rate,
-        ),
+            names[number],
+            weighted(term for level in levels[: number + 1] for term in level),
+            options.shares[number] / steps,
+            learning_rate=options.final_learning_rate if names[number] == "model" else None,
+        )
+        for number in active
     ]
-    return [stage for stage in stages if any(term.weight > 0 for term in stage.terms)]
 
 
 METHOD = Method(
