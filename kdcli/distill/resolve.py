@@ -148,6 +148,8 @@ def context_of(
     teacher: "PreTrainedModel", student: "PreTrainedModel", form: str, task: Task, recipe: Recipe
 ) -> Context:
     """Return what a method may know of the two models: their shapes, never their weights."""
+    from kdcli.models.lowrank import LowRankEmbedding
+
     teacher_shape, student_shape = shape_of(teacher.config), shape_of(student.config)
     return Context(
         teacher=teacher_shape,
@@ -157,6 +159,7 @@ def context_of(
         pairs=uniform(student_shape.layers, teacher_shape.layers),
         seed=recipe.seed,
         augmented=recipe.task.augment is not None,
+        factored_embeddings=any(isinstance(module, LowRankEmbedding) for module in student.modules()),
     )
 
 

@@ -27,7 +27,8 @@ class Context:
     """What a method may know: shapes, never weights. `pairs` are (student block, teacher block) from 1.
 
     kind: of the task; a method asks what it provides, never which it is. seed: the recipe's, for what a method draws
-    itself. augmented: whether copies of rows with other words are trained on.
+    itself. augmented: whether copies of rows with other words are trained on. factored_embeddings: whether the
+    student's word embeddings are low-rank factors.
     """
 
     teacher: ModelShape
@@ -37,6 +38,7 @@ class Context:
     pairs: list[tuple[int, int]]
     seed: int = 0
     augmented: bool = False
+    factored_embeddings: bool = False
 
     @property
     def has_labels(self) -> bool:

@@ -31,7 +31,11 @@ class Terms(Options):
         default=1.0, description="Layer level: weight of the attention distributions; it needs equal numbers of heads."
     )
     hidden: Weight = Field(default=1.0, description="Layer level: weight of the hidden states.")
-    embedding: Weight = Field(default=0.0, description="Layer level: weight of the embedding output.")
+    embedding: Weight | None = Field(
+        default=None,
+        description="Layer level: weight of the embedding output. Left out, 1 where the student's word embeddings are "
+        "low-rank factors, else 0.",
+    )
 
 
 class MaKDOptions(Options):
@@ -114,6 +118,7 @@ def build(options: MaKDOptions, context: Context) -> list[Stage]:
 
     def layer_level() -> list[Term]:
         weight, terms = options.weights.layer, options.terms
+        embedding = float(context.factored_embeddings) if terms.embedding is None else terms.embedding
         return [
             Term(
                 "attention",
@@ -129,7 +134,7 @@ def build(options: MaKDOptions, context: Context) -> list[Stage]:
             Term(
                 "embedding",
                 HiddenObjective([(0, 0)], match_norm=options.hidden_norm),
-                weight * terms.embedding,
+                weight * embedding,
             ),
         ]
 
@@ -164,7 +169,8 @@ METHOD = Method(
     title="Matrices, layers and the prediction",
     paper="Liu, Mao, Xu, Peng, Huang (2026): Multi-Aspect Knowledge Distillation for Language Model with "
     "Low-rank Factorization. arXiv 2604.03110",
-    formula="w_M mean_l(L_mha + L_ffn) + w_L mean_l(KL_att + MSE_hid) + w_P (alpha T^2 KL + (1 - alpha) CE)",
+    formula="w_M mean_l(L_mha + L_ffn) + w_L (mean_l(KL_att + MSE_hid) + MSE_emb) "
+    "+ w_P (alpha T^2 KL + (1 - alpha) CE)",
     signals="outputs of all matrices of every block, attention, hidden states, logits, gold labels",
     constraints="student as wide as the teacher, with the same heads",
     cost="one teacher forward pass a step",

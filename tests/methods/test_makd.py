@@ -1,21 +1,26 @@
 """makd: its stages, and what its terms ask of both models."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_recipes import tiny_recipe, write_recipe
 
+from kdcli.distill.prepare import prepare
+from kdcli.distill.recipe import load_recipe
 from kdcli.errors import InputError
 from kdcli.methods import registry
 from kdcli.methods.base import Context, Stage
 from kdcli.methods.layer_maps import uniform
 from kdcli.models.shape import ModelShape
+from kdcli.signals import Request
 from kdcli.tasks import registry as kinds
 
 SHAPE = ModelShape("bert", 3, 32, 4, 64, 220, 130)
 
 
-def context(kind: str = "classification") -> Context:
-    return Context(SHAPE, SHAPE, "low-rank", kinds.get(kind), uniform(SHAPE.layers, SHAPE.layers))
+def context(kind: str = "classification", **facts: Any) -> Context:
+    return Context(SHAPE, SHAPE, "low-rank", kinds.get(kind), uniform(SHAPE.layers, SHAPE.layers), **facts)
 
 
 def stages(where: Context | None = None, **options: Any) -> list[Stage]:
@@ -64,3 +69,22 @@ def test_terms_of_weight_zero_everywhere_and_a_rate_without_its_stage_are_refuse
             stages(schedule=schedule, weights={"layer": 0.0, "model": 0.0}, terms={"mha": 0.0, "ffn": 0.0})
     with pytest.raises(InputError, match="no third stage"):
         stages(schedule="staged", weights={"model": 0.0}, final_learning_rate=1e-5)
+
+
+def test_factored_embeddings_have_a_term_in_the_layer_level():
+    (stage,) = stages(context(factored_embeddings=True), weights={"layer": 0.5})
+    (term,) = (term for term in stage.terms if term.name == "embedding")
+    assert term.weight == 0.5
+    assert term.objective.student_request() == term.objective.teacher_request() == Request(hidden=frozenset({0}))
+    assert "embedding" not in names(stages()[0])
+    # What the recipe says comes first.
+    assert "embedding" not in names(stages(context(factored_embeddings=True), terms={"embedding": 0.0})[0])
+    assert "embedding" in names(stages(terms={"embedding": 2.0})[0])
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_a_recipes_embedding_rank_brings_the_term(rank: int | None, tmp_path: Path):
+    student = {"form": "low-rank", "layers": None, "embedding_rank": rank}
+    path = write_recipe(tmp_path / "recipe.toml", tiny_recipe(method={"name": "makd"}, student=student))
+    prepared = prepare(load_recipe(path), path)
+    assert ("embedding" in names(prepared.followers[-1].stages[0])) == (rank is not None)
