@@ -477,8 +477,8 @@ class OverparamSection(Section):
     )
     learning_rate: PositiveFloat | None = Field(
         default=None,
-        description="Learning rate of the chains. Left out, the student's / (1.5 + 0.8 length), since a step on all "
-        "tensors moves the matrix that much further.",
+        description="Learning rate of the chains. Left out, the student's / (1.5 + 0.8 L) for a chain with L middle "
+        "tensors, since a step on all tensors moves the matrix that much further.",
     )
 
 

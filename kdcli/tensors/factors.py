@@ -32,6 +32,11 @@ class MPOShape:
         return len(self.out_factors)
 
     @property
+    def length(self) -> int:
+        """L: the number of tensors between the first and the last."""
+        return len(self) - 2
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """(out features, in features)"""
         return math.prod(self.out_factors), math.prod(self.in_factors)

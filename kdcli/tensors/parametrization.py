@@ -1,7 +1,5 @@
 """A layer's weight as a chain of tensors, by PyTorch's parametrizations."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -9,9 +7,6 @@ from torch.nn.utils import parametrize
 from kdcli.tensors.chain import ChainCache, contract_cached
 from kdcli.tensors.factors import MPOShape
 from kdcli.tensors.mpo import decompose
-
-if TYPE_CHECKING:
-    pass
 
 
 class MPOWeight(nn.Module):
@@ -45,10 +40,20 @@ def chain_of(linear: nn.Module) -> MPOWeight | None:
     return found if isinstance(found, MPOWeight) else None
 
 
-def tensors_of(linear: nn.Module) -> tuple[Tensor, ...]:
-    """Return the trainable tensors of an over-parameterised layer, from left to right."""
+def tensors_of(linear: nn.Module) -> tuple[nn.Parameter, ...]:
+    """Return the tensors of an over-parameterised layer, from left to right."""
     holder = linear.parametrizations["weight"]  # type: ignore[index, union-attr]
     return tuple(getattr(holder, f"original{k}") for k in range(holder.ntensors))  # type: ignore[arg-type, union-attr]
+
+
+def chains_of(model: nn.Module) -> list[tuple[MPOShape, tuple[nn.Parameter, ...]]]:
+    """Return the factor lists and the tensors of every chain in a model: once, however many layers share it."""
+    found: dict[int, tuple[MPOShape, tuple[nn.Parameter, ...]]] = {}
+    for module in model.modules():
+        chain = chain_of(module)
+        if chain is not None:
+            found.setdefault(id(chain), (chain.shape, tensors_of(module)))
+    return list(found.values())
 
 
 def is_overparameterised(model: nn.Module) -> bool:

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from kdcli.errors import InputError
 from kdcli.machine import gpu_count
-from kdcli.recipe.schema import FinetuneSection, OverparamSection, Recipe, TrainSection
+from kdcli.recipe.schema import FinetuneSection, Recipe, TrainSection
 from kdcli.words import counted
 
 
@@ -52,8 +52,8 @@ class LoopSettings:
     def from_train(cls, recipe: Recipe, defaults: Mapping[str, Any]) -> "LoopSettings":
         """Return the loop of a recipe's `[train]`. defaults: the method's, for what the recipe leaves out."""
         given = {**defaults, **recipe.train.model_dump(exclude_none=True, exclude={"keep_checkpoints"})}
-        loop = cls(**given, seed=recipe.seed, eval_batch_size=recipe.evaluate.batch_size)
-        return replace(loop, chain_learning_rate=_chain_rate(recipe.overparam, loop.learning_rate))
+        chains = recipe.overparam.learning_rate if recipe.overparam is not None else None
+        return cls(**given, seed=recipe.seed, eval_batch_size=recipe.evaluate.batch_size, chain_learning_rate=chains)
 
     @classmethod
     def from_finetune(cls, section: FinetuneSection, train: TrainSection, *, seed: int) -> "LoopSettings":
@@ -71,19 +71,16 @@ class LoopSettings:
             return self.max_steps
         return max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
 
+    def chain_rate(self, length: int) -> float:
+        """Return the learning rate of the tensors of a chain with `length` middle tensors.
+
+        One step on all of them moves the weight 1.5 + 0.8 length times as far as a step on the weight itself.
+        """
+        return self.chain_learning_rate or self.learning_rate / (1.5 + 0.8 * length)
+
     def log_interval(self, steps: int) -> int:
         """Return every how many steps of `steps` the loss terms are logged: 20 to 200 times, at best every 50."""
         return self.log_every or max(1, steps // 200, min(50, steps // 20))
-
-
-def _chain_rate(section: OverparamSection | None, rate: float) -> float | None:
-    """Return the learning rate of a chain's tensors: one step of theirs moves a weight 1.5 + 0.8 L times as far."""
-    if section is None:
-        return None
-    if section.learning_rate is not None:
-        return section.learning_rate
-    length = section.length if section.factorization == "mpo" else 0
-    return rate / (1.5 + 0.8 * length)
 
 
 def check_device(device: str) -> None:

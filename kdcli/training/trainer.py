@@ -35,6 +35,7 @@ from kdcli.models.finite import first_not_finite
 from kdcli.terminal import tell, warn
 from kdcli.training.callbacks import EvaluateAtEnd, LogAtCheckpoints, Patience, TellEpochs
 from kdcli.training.distributed import agree, main_does, rng_file, wait_for_all
+from kdcli.training.groups import parameter_groups
 from kdcli.training.progress import ProgressDisplay
 from kdcli.training.sampler import EpochSampler
 from kdcli.training.schemes.base import Scheme
@@ -52,10 +53,6 @@ PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
 
 KEPT = 2
 """Checkpoints that stay: the newest, the best so far where it is needed, and else the one before the newest."""
-
-
-def _is_chain(name: str) -> bool:
-    return ".parametrizations." in name
 
 
 class DistillationTrainer(Trainer):
@@ -115,20 +112,9 @@ class DistillationTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
+            groups = parameter_groups(self.model, self.settings)
             rate = self.settings.learning_rate
-            chain_rate = self.settings.chain_learning_rate or rate
-            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            chains = [p for n, p in named if _is_chain(n)]
-            decayed = [p for n, p in named if not _is_chain(n) and p.ndim > 1]
-            plain = [p for n, p in named if not _is_chain(n) and p.ndim <= 1]
-            groups = [
-                {"params": decayed, "weight_decay": self.settings.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-                # Decay would shrink a chain by (1 - lr wd)^n and pull its identities to zero.
-                {"params": chains, "weight_decay": 0.0, "lr": chain_rate},
-            ]
-            filled = [group for group in groups if group["params"]]
-            self.optimizer = torch.optim.AdamW(filled, lr=rate, fused=True, **self.settings.adam)
+            self.optimizer = torch.optim.AdamW(groups, lr=rate, fused=True, **self.settings.adam)
         return self.optimizer
 
     def training_step(

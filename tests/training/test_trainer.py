@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from chains import factors_of
 from families import tiny, tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
@@ -31,10 +32,11 @@ from kdcli.objectives.distribution import Categorical
 from kdcli.objectives.gold import GoldObjective
 from kdcli.objectives.hidden import HiddenObjective
 from kdcli.objectives.output import OutputObjective
-from kdcli.recipe.schema import OverparamSection
+from kdcli.recipe.schema import OverparamSection, Recipe
 from kdcli.tasks.classification import KIND as CLASSIFICATION
 from kdcli.tasks.encode import Collator
 from kdcli.training.schemes.base import Scheme
+from kdcli.training.settings import LoopSettings
 from kdcli.training.step import Distiller
 from kdcli.training.trainer import DistillationTrainer, fit, last_usable_checkpoint
 
@@ -165,14 +167,35 @@ def test_the_betas_and_the_epsilon_of_the_optimizer_are_those_asked_for(tmp_path
     assert {(*group["betas"], group["eps"]) for group in watch.optimizer.param_groups} == {(0.8, 0.95, 1e-6)}
 
 
-def test_chains_without_a_rate_have_the_others_and_still_no_decay(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("section", "lengths"),
+    [
+        ({"factorization": "svd"}, {"query": 0, "ffn_in": 0}),
+        ({"factorization": "svd-plain"}, {"query": 0, "ffn_in": 0}),
+        # 32 = 8 x 4 and 64 = 8 x 8: a middle tensor adds a quarter of a matrix's weights there, half of them here.
+        ({"scale": 3.0}, {"query": 7, "ffn_in": 3}),
+        ({"length": 1, "factors": {"64": [4, 2, 2, 2, 2]}}, {"query": 1, "ffn_in": 3}),
+    ],
+)
+def test_the_rate_of_a_chain_follows_from_its_own_length(tmp_path: Path, section: Any, lengths: dict[str, int]):
     model = student(**OFF)
-    overparameterise(model, OverparamSection(factorization="svd", aux_weight=0.0))
-    step, watch = distiller(model), Watch()
-    train(tmp_path, step, scheme=watch, max_steps=1, weight_decay=0.1)
-    assert watch.rates == [[1e-3, 1e-3, 1e-3]]
-    [chains] = [group for names, group in groups_of(watch.optimizer, step) if any("param" in name for name in names)]
-    assert chains["weight_decay"] == 0.0
+    overparameterise(model, OverparamSection(**section, aux_weight=0.0))
+    watch = Watch()
+    train(tmp_path, distiller(model), scheme=watch, max_steps=1, weight_decay=0.1)
+    groups = zip(watch.rates[0], watch.optimizer.param_groups, strict=True)
+    rates = {id(p): rate for rate, group in groups for p in group["params"]}
+    for name, length in lengths.items():
+        for tensor in factors_of(model)[(1, name)]:
+            assert rates[id(tensor)] == pytest.approx(1e-3 / (1.5 + 0.8 * length))
+
+
+def test_a_recipe_without_a_rate_for_its_chains_leaves_it_to_their_lengths():
+    recipe = tiny_recipe(overparam={"length": 3, "scale": 6.0}, train={"learning_rate": 1e-3})
+    loop = LoopSettings.from_train(Recipe.model_validate(recipe), {})
+    assert [loop.chain_rate(length) for length in (0, 8)] == pytest.approx([1e-3 / 1.5, 1e-3 / 7.9])
+    recipe["overparam"]["learning_rate"] = 2e-5
+    loop = LoopSettings.from_train(Recipe.model_validate(recipe), {})
+    assert loop.chain_rate(0) == loop.chain_rate(8) == 2e-5
 
 
 def test_bridges_are_trained_beside_the_student(tmp_path: Path):

@@ -24,6 +24,7 @@ from kdcli.signals import MatrixKey, Prediction
 from kdcli.tensors.parametrization import chain_of, tensors_of
 from kdcli.terminal import tell
 from kdcli.training.distributed import state
+from kdcli.training.groups import parameter_groups
 from kdcli.training.sampler import EpochSampler
 from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.words import counted
@@ -145,7 +146,7 @@ class LGTMScheme(Scheme):
     def teacher_tensors(self) -> dict[MatrixKey, tuple[Tensor, ...]]:
         """Return the tensors of the teacher's chains beside the student's of the same kind; they move as it learns."""
         blocks, theirs = dict(self.setting.pairs), dict(linears_of(self.teacher()))
-        found = {}
+        found: dict[MatrixKey, tuple[Tensor, ...]] = {}
         for (layer, name), linear in linears_of(self.setting.student):
             own, matched = chain_of(linear), theirs.get((blocks.get(layer, 0), name))
             other = chain_of(matched) if matched is not None else None
@@ -159,17 +160,11 @@ class LGTMScheme(Scheme):
         loop = self.setting.loop
         teacher = self.teacher().to(device)  # type: ignore[arg-type]
         rate = self.learning.learning_rate
-        slow = (loop.chain_learning_rate or loop.learning_rate) / loop.learning_rate
-        chains = {
-            id(p) for linear in dict(linears_of(teacher)).values() if chain_of(linear) for p in tensors_of(linear)
-        }
-        plain = [p for p in teacher.parameters() if id(p) not in chains]
-        groups = [
-            {"params": plain, "scale": 1.0},
-            # As in the student: one step moves the weight behind a chain further than a weight itself.
-            {"params": [p for p in teacher.parameters() if id(p) in chains], "scale": slow},
-        ]
-        groups = [group for group in groups if group["params"]]
+        # As in the student: one step moves the weight behind a chain further than a weight itself.
+        groups = parameter_groups(teacher, loop)
+        for group in groups:
+            group["scale"] = group.get("lr", loop.learning_rate) / loop.learning_rate
+            group["weight_decay"] = 0.0
         self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0, fused=True, **loop.adam)
         self._device = device
         self._half = resolve_precision(loop.precision, loop.device) == "bf16"
