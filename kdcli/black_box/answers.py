@@ -95,9 +95,10 @@ def ask(
 ) -> np.ndarray:
     """Return how often each class was decided, (largest index + 1, classes); row i for the example with index i.
 
-    train: the task's rows with the columns index and, of text, `texts`. Each example is asked `copies` times,
-    noised differently. Decisions are kept in the cache under the identity of the black box, the data and the noise, as
-    soon as they are known: what was interrupted goes on, more copies ask for the additional ones only.
+    train: the task's rows with the columns index and, of text, `texts`. Each example is asked `copies` times: once as
+    it is, and then noised differently. Decisions are kept in the cache under the identity of the black box, the data
+    and the noise, as soon as they are known: what was interrupted goes on, more copies ask for the additional ones
+    only.
     Raises InputError when an answer is no label.
     """
     columns = {name: list(train[name]) for name in texts}
@@ -107,7 +108,7 @@ def ask(
             "data": fingerprint_of({"train": {**columns, "index": list(train["index"])}}),
             "names": names,
             "noise": [noise.ratio, noise.seed, noise_identity],
-            "format": 2,
+            "format": 3,
         }
     )
     memory = Memory(cache_dir() / "decisions" / f"{name}.jsonl" if use_cache else None, name)

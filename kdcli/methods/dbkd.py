@@ -56,10 +56,13 @@ class DBKDOptions(Options):
     """How decisions are gathered and what they weigh."""
 
     copies: Times = Field(
-        default=10, description="Noised copies of each example whose decisions are asked for (m of the paper)."
+        default=10,
+        description="Decisions that are asked for on each example (m of the paper): one on the example itself, the "
+        "others on noised copies of it.",
     )
-    ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        default=0.1, description="Share of the words of a copy that noise changes."
+    ratio: Annotated[float, Field(gt=0.0, le=0.5)] = Field(
+        default=0.1,
+        description="Mean share of the words of a copy that noise changes; each copy draws its own, of at most 0.5.",
     )
     noise_seed: Seed = Field(
         default=0,
@@ -141,8 +144,8 @@ METHOD = Method(
     paper="Zhou, Yang, Li, Liu (2023): Bridging the Gap between Decision and Logits in Decision-based Knowledge "
     "Distillation for Pre-trained Language Models. arXiv 2306.08909",
     formula="CE(z_S, y) + alpha T^2 KL(softmax(sigma z / T) || softmax(z_S / T)), with z such that "
-    "P(argmax_k (z_k + s xi_k) = i) is the share of decisions for i on m noised copies",
-    signals="decisions (labels) of the teacher on noised copies, gold labels",
+    "P(argmax_k (z_k + s xi_k) = i) is the share of decisions for i on the example and m - 1 noised copies",
+    signals="decisions (labels) of the teacher on the examples and on noised copies, gold labels",
     constraints="none on the models; the teacher may be a black box that returns one label an example",
     cost="student only; before it m decisions an example, asked for once and kept",
     options=DBKDOptions,

@@ -184,6 +184,7 @@ def test_every_example_is_asked_once_a_copy_and_counted():
             expected[i, len(noise.copy(text, i, number)) % 3] += 1
     assert counts.tolist() == expected.tolist()
     assert len(oracle.asked) == 35
+    assert [oracle.asked[7 * i] for i in range(5)] == TEXTS
 
 
 def test_both_sentences_of_a_pair_are_noised_each_by_itself():
@@ -191,6 +192,7 @@ def test_both_sentences_of_a_pair_are_noised_each_by_itself():
     counts_of(oracle, task_of(pair=True), noise=noise, copies=3)
     first, second = oracle.asked[4].split("|")
     assert (first, second) == (noise.copy(TEXTS[1], 1, 1), noise.copy(PAIRS[1], 1, 1, "text_pair"))
+    assert oracle.asked[::3] == [f"{text}|{pair}" for text, pair in zip(TEXTS, PAIRS, strict=True)]
 
 
 def test_rows_whose_index_has_gaps_keep_their_places():
@@ -594,6 +596,7 @@ def test_synonyms_bring_in_words_that_no_example_has(tmp_path: Path, synonyms: b
     [
         {"copies": 0},
         {"ratio": 0.0},
+        {"ratio": 0.6},
         {"alpha": 0.0},
         {"noise_std": 0.0},
         {"black_box": {}},

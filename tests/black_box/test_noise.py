@@ -1,7 +1,6 @@
 """Noised copies of sentences, and words near a word."""
 
-from collections import Counter
-
+import numpy as np
 import pytest
 import torch
 from families import tiny, tokenizer
@@ -18,16 +17,24 @@ NEAR = {"dull": ["boring", "bland"], "gripping": ["thrilling"]}
 
 
 def copies(noise: Noise, text: str = TEXT, count: int = 300) -> list[str]:
-    return [noise.copy(text, 7, number) for number in range(count)]
+    """Copies 1, 2, ...: copy 0 is the text itself."""
+    return [noise.copy(text, 7, number) for number in range(1, count + 1)]
 
 
 def test_a_copy_depends_on_seed_example_number_and_field_alone():
     noise = Noise(seed=3)
     assert copies(noise) == copies(Noise(seed=3))
-    assert noise.copy(TEXT, 7, 250) == copies(noise)[250]
-    others = [Noise(seed=4).copy(TEXT, 7, 0), noise.copy(TEXT, 8, 0), noise.copy(TEXT, 7, 1)]
-    others.append(noise.copy(TEXT, 7, 0, "text_pair"))
-    assert len({noise.copy(TEXT, 7, 0), *others}) == 5
+    assert noise.copy(TEXT, 7, 250) == copies(noise)[249]
+    ten = copies(noise)[:10]
+    others = [copies(Noise(seed=4))[:10], [noise.copy(TEXT, 8, number) for number in range(1, 11)]]
+    others.append([noise.copy(TEXT, 7, number, "text_pair") for number in range(1, 11)])
+    assert all(other != ten for other in others) and len(set(ten)) > 7
+
+
+def test_the_first_copy_is_the_text_itself():
+    spaced = " the  film\twas dull "
+    assert Noise(ratio=0.5).copy(spaced, 7, 0) == spaced
+    assert Noise(ratio=0.5).copy(spaced, 7, 1) != spaced
 
 
 def test_without_neighbours_no_word_is_new():
@@ -35,25 +42,47 @@ def test_without_neighbours_no_word_is_new():
         assert set(copy.split()) <= set(WORDS)
 
 
-def test_each_operation_happens_about_equally_often():
-    # 17 words at ratio 0.1: one word inserted, one pair swapped, or some deleted (none with the chance 0.9^17).
-    lengths = Counter((len(copy.split()) > 17) - (len(copy.split()) < 17) for copy in copies(Noise(), count=1200))
-    assert lengths[1] == pytest.approx(400, abs=70)
-    assert lengths[-1] == pytest.approx(400 * (1 - 0.9**17), abs=70)
-    assert lengths[0] == pytest.approx(400 * (1 + 0.9**17), abs=70)
+def test_every_operation_is_done_equally_often_in_an_order_of_its_own():
+    text = " ".join(str(i) for i in range(200))
+
+    def operation(copy: str) -> str:
+        """Which one made a copy; one that deletes may leave all words."""
+        if len(copy) > len(text):
+            return "insert"
+        return "swap" if copy != text and sorted(copy.split()) == sorted(text.split()) else "delete"
+
+    made = [operation(copy) for copy in copies(Noise(ratio=0.3), text, 900)]
+    runs = [tuple(made[start : start + 3]) for start in range(0, 900, 3)]
+    assert all(sorted(run) == ["delete", "insert", "swap"] for run in runs)
+    assert len(set(runs)) == 6
+    assert [operation(Noise(ratio=0.3).copy(text, 7, number, "text_pair")) for number in range(1, 901)] != made
 
 
-def test_the_ratio_is_the_share_of_words_that_change():
+def test_every_copy_draws_its_share_of_words_and_the_ratio_is_their_mean():
+    import random
+
+    text = " ".join(str(i) for i in range(1000))
+    inserted = [len(copy.split()) - 1000 for copy in copies(Noise(ratio=0.1), text, 1500)]
+    shares = np.array([length / 1000 for length in inserted if length > 0])
+    assert len(shares) == 500
+    # |N(0, s^2)| with mean 0.1: its standard deviation is 0.1 sqrt(pi / 2 - 1).
+    assert shares.mean() == pytest.approx(0.1, abs=0.01)
+    assert shares.std() == pytest.approx(0.1 * np.sqrt(np.pi / 2 - 1), abs=0.01)
+    wide = [Noise(ratio=0.5).share(random.Random(seed)) for seed in range(500)]
+    assert max(wide) == 0.5 and min(wide) < 0.05
+
+
+def test_the_share_is_that_of_words_that_change():
     import random
 
     words = [str(i) for i in range(200)]
-    noise = Noise(ratio=0.1)
-    assert len(noise.insert(words, random.Random(0))) == 220
-    swapped = noise.swap(words, random.Random(0))
+    noise = Noise()
+    assert len(noise.insert(words, 0.1, random.Random(0))) == 220
+    swapped = noise.swap(words, 0.1, random.Random(0))
     assert sorted(swapped) == sorted(words) and 30 <= sum(a != b for a, b in zip(swapped, words, strict=True)) <= 40
-    kept = [len(noise.delete(words, random.Random(seed))) for seed in range(50)]
+    kept = [len(noise.delete(words, 0.1, random.Random(seed))) for seed in range(50)]
     assert sum(kept) / 50 == pytest.approx(180, abs=3)
-    assert all(len(Noise(ratio=0.99).delete(words[:2], random.Random(seed))) >= 1 for seed in range(50))
+    assert all(len(noise.delete(words[:2], 0.99, random.Random(seed))) >= 1 for seed in range(50))
 
 
 def test_a_source_of_neighbours_adds_replacement_and_feeds_insertion():
@@ -62,10 +91,10 @@ def test_a_source_of_neighbours_adds_replacement_and_feeds_insertion():
     noise = Noise(ratio=0.2, neighbours=lambda word: NEAR.get(word, []))
     seen = {word for copy in copies(noise, count=400) for word in copy.split()} - set(WORDS)
     assert seen == {"boring", "bland", "thrilling"}
-    replaced = noise.replace(WORDS, random.Random(0))
+    replaced = noise.replace(WORDS, 0.2, random.Random(0))
     changed = [(a, b) for a, b in zip(WORDS, replaced, strict=True) if a != b]
     assert len(changed) == 2 and all(b in NEAR[a] for a, b in changed)
-    assert Noise(ratio=0.2, neighbours=lambda word: []).replace(WORDS, random.Random(0)) == WORDS
+    assert Noise(ratio=0.2, neighbours=lambda word: []).replace(WORDS, 0.2, random.Random(0)) == WORDS
 
 
 @given(
