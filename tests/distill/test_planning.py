@@ -148,3 +148,12 @@ def test_a_schedule_in_the_recipe_comes_before_a_stages_own(path: Path):
         resolved = resolve(load_recipe(path, ["student.layers=3", *changes]), path)
         schedules.append(stage_loop(resolved, own, 4, 40).scheduler)
     assert schedules == ["constant", "cosine"]
+
+
+def test_tinyberts_first_stage_has_a_constant_rate_and_the_second_a_lower_one_that_falls(path: Path):
+    prepared = prepare(load_recipe(path, ["method=tinybert", "student.layers=2"]), path)
+    loops = [stage_loop(prepared.resolved, stage, 100, 40) for stage in prepared.followers[-1].stages]
+    assert [(loop.scheduler, loop.learning_rate, loop.max_steps) for loop in loops] == [
+        ("constant", 1e-3, 77),
+        ("linear", 3e-5, 23),
+    ]

@@ -251,6 +251,61 @@ def test_looking_ahead_by_hand():
     torch.testing.assert_close(ahead, torch.tensor([1.0 * 0.95 - 0.1, -2.0 * 0.95 + 0.1]))
 
 
+def with_dropout() -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, PreTrainedModel]:
+    """Return a teacher and a student that drop a third of everything, and both again without any dropout."""
+    teacher, student = pair()
+    dropping = [copy.deepcopy(model) for model in (teacher, student)]
+    for model in dropping:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.33
+    return (*dropping, teacher, student)  # type: ignore[return-value]
+
+
+def test_only_what_both_learn_from_is_answered_with_dropout():
+    teacher, student, *_ = with_dropout()
+    scheme, place = begun(teacher, student, Learning(CLASSIFICATION))
+    seen: list[tuple[str, bool]] = []
+    for name, model in (("teacher", scheme.teacher()), ("student", student)):
+        model.register_forward_pre_hook(lambda module, _, name=name: seen.append((name, module.training)))
+    for _ in range(2):
+        seen.clear()
+        scheme.before_step(0, batch_of(place), adamw(student))
+        # What a step learns from; then the student one step ahead, to either side of where it is, and the teacher.
+        assert seen == [
+            ("teacher", True),
+            ("student", True),
+            ("student", False),
+            ("student", False),
+            ("student", False),
+            ("teacher", False),
+        ]
+        assert student.training and not scheme.teacher().training
+
+
+def test_dropout_does_not_reach_the_influence():
+    given = with_dropout()
+    found = []
+    for teacher, student in (given[:2], given[2:]):
+        scheme, place = begun(teacher, student, Learning(CLASSIFICATION))
+        # As they are left by the passes before.
+        scheme.teacher().train()
+        student.train()
+        inputs, optimizer = model_inputs(student, batch_of(place)), adamw(student)
+        trained = scheme.trained(optimizer)
+        # A loss that no dropout reaches either: what follows from it is all that may differ.
+        loss = sum((parameter.square().sum() for parameter in trained.values()), torch.zeros(()))
+        direction = scheme.direction(loss, 0, optimizer)
+        scheme.teacher().train()
+        student.train()
+        scheme.add_influence(inputs, trained, direction, -1.0)
+        gradients = [p.grad for p in scheme.teacher().parameters() if p.grad is not None]
+        assert any(bool(gradient.any()) for gradient in gradients)
+        found.append([*direction, *gradients])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def reference(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
