@@ -198,7 +198,8 @@ def _builds(prepared: Prepared) -> list[StudentBuild]:
             seed = prepared.resolved.recipe.seed
             options: Any = {"overparam": follower.overparam, "labelling": prepared.labelling}
             builds.append(build_student(model, follower.section, seed=seed, **options))
-        model = builds[-1].model
+        if not prepared.resolved.from_base:
+            model = builds[-1].model
     return builds
 
 

@@ -18,6 +18,7 @@ from kdcli.distill.downstream import tasks_of
 from kdcli.distill.filler import FillerStart, start_filler
 from kdcli.distill.resolve import Resolved, context_of, for_task, head_needed, placed, resolve, stages_of
 from kdcli.distill.teacher import TeacherStart, labelling_of, start_teacher
+from kdcli.errors import InputError
 from kdcli.methods.base import Context, Stage
 from kdcli.models.families import family_of
 from kdcli.models.heads import Head, Labelling
@@ -152,20 +153,34 @@ def _check_loops(resolved: Resolved, teacher: TeacherStart) -> None:
 
 def _followers(teacher: TeacherStart, resolved: Resolved, task: Task, labelling: Labelling) -> list[Follower]:
     """Return the assistant, if any, and the student, each beside the model that it follows."""
-    nearest = shape_only(teacher.model)
+    base = nearest = shape_only(teacher.model)
     examples = partial(task.kind.examples, task.train, teacher.tokenizer, resolved.recipe.task.max_length)
     followers = []
     for name, section in resolved.sections.items():
         with placed(name):
             if section.model is not None:
                 check_same_tokens(teacher.tokenizer, section.model, "student.model")
+            if resolved.from_base:
+                _need_base(teacher, section, resolved.method.name)
             overparam = resolved.recipe.overparam if name == "student" else None
-            build = _shadow(nearest, section, overparam, labelling)
+            build = _shadow(base if resolved.from_base else nearest, section, overparam, labelling)
             context = context_of(nearest, build.model, build.form, task, resolved.recipe)
             stages = stages_of(resolved, context, build.model, nearest if teacher.known else None, examples)
         followers.append(Follower(name, section, overparam, build, nearest, context, stages))
         nearest = build.model
     return followers
+
+
+def _need_base(teacher: TeacherStart, section: StudentSection, method: str) -> None:
+    """Raise InputError for a student that would be cut from a fine-tuned teacher whose base model is not there."""
+    if teacher.trains or section.form == "checkpoint" or (section.form == "width" and section.init == "random"):
+        return
+    raise InputError(
+        f"the student of {method} knows nothing of the teacher but its answers, so it is cut from the teacher's base "
+        f"model, and {teacher.origin} is fine-tuned already",
+        where="student.form",
+        hint='use form = "checkpoint" with the model that it was fine-tuned from, and layers',
+    )
 
 
 def shape_only(model: "PreTrainedModel") -> "PreTrainedModel":

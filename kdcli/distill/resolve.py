@@ -39,6 +39,11 @@ class Resolved:
     loop: LoopSettings
 
     @property
+    def from_base(self) -> bool:
+        """True where students are cut from what the teacher was before its fine-tuning."""
+        return self.method.from_base(self.options)
+
+    @property
     def sections(self) -> dict[str, StudentSection]:
         """The models on the way from the teacher, each taught by the one before: the assistant, if any; the student."""
         student = {"student": self.student}

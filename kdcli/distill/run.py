@@ -1,5 +1,6 @@
 """From a recipe to a run folder: what `kdcli distill` does, in its order."""
 
+import copy
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -119,9 +120,12 @@ def run_distill(
             job.tell(f"{prepared.resolved.method.name}: {note}")
         task = prepared.task
         set_seed(recipe.seed)
+        # Fine-tuning changes the model in place.
+        base = copy.deepcopy(prepared.teacher.model) if prepared.resolved.from_base else None
         with job.timed("teacher"):
             teacher = make_teacher(prepared.teacher, recipe, task, prepared.head, **job.settings_of("teacher"))
             teacher_scores = score_teacher(job, task, teacher)
+        teacher = replace(teacher, base=base)
         task = add_copies_to(task, job)
         nearest, trained = teacher, []
         for follower in prepared.followers:

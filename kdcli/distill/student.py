@@ -109,7 +109,8 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
     set_seed(seed)
     with job.timed(name):
         options: Any = {"overparam": follower.overparam, "labelling": job.prepared.labelling}
-        build = build_student(teacher.model, follower.section, seed=seed, **options)
+        source = teacher.model if teacher.base is None else teacher.base
+        build = build_student(source, follower.section, seed=seed, **options)
     for note in build.notes:
         job.tell(f"{name}: {note}")
     plain_hash = hash_of_weights(build.model)

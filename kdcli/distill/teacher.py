@@ -42,7 +42,8 @@ class Teacher:
     """The model to copy from, its classes in the task's order.
 
     known: False for a black box, of which only answers are known; `model` is then the student's start, which lends
-    its shape and its tokenizer, and nothing else.
+    its shape and its tokenizer, and nothing else. base: what it was before its fine-tuning, where students are cut
+    from that.
     """
 
     model: "PreTrainedModel"
@@ -50,6 +51,7 @@ class Teacher:
     origin: str
     path: Path | None = None
     known: bool = True
+    base: "PreTrainedModel | None" = None
     training: dict[str, Any] = field(default_factory=dict)
     """The record of its fine-tuning, now or when it was cached; empty for one that is used as it is."""
     settings: dict[str, Any] = field(default_factory=dict)

@@ -103,6 +103,8 @@ class Method:
     build(options, context) returns the stages. notes(options, context): what was chosen for the user and is worth a
     line. needs: what a kind of task must provide (`kdcli.tasks.kind.CAPABILITIES`) for it to be used there.
     teacherless(options): whether answers are enough, without the teacher's model.
+    from_base(options): whether a student is cut from what the teacher was before its fine-tuning, as it must know
+    nothing of the teacher's weights.
     """
 
     name: str
@@ -122,4 +124,5 @@ class Method:
     train: dict[str, Any] = field(default_factory=dict)
     text_train: dict[str, Any] = field(default_factory=dict)
     teacherless: Callable[[Any], bool] = _never
+    from_base: Callable[[Any], bool] = _never
     notes: Callable[[Any, Context], list[str]] = _no_notes

@@ -138,6 +138,13 @@ def build(options: DBKDOptions, context: Context) -> list[Stage]:
     return [Stage("distil", terms, scheme=scheme)]
 
 
+def notes(options: DBKDOptions, context: Context) -> list[str]:
+    """Say what the student is cut from."""
+    if options.black_box is not None or context.student_form == "checkpoint":
+        return []
+    return ["the student is cut from the teacher's base model: of the fine-tuned teacher only labels are used"]
+
+
 METHOD = Method(
     name="dbkd",
     title="Decisions (labels) of a black box",
@@ -146,15 +153,18 @@ METHOD = Method(
     formula="CE(z_S, y) + alpha T^2 KL(softmax(sigma z / T) || softmax(z_S / T)), with z such that "
     "P(argmax_k (z_k + s xi_k) = i) is the share of decisions for i on the example and m - 1 noised copies",
     signals="decisions (labels) of the teacher on the examples and on noised copies, gold labels",
-    constraints="none on the models; the teacher may be a black box that returns one label an example",
+    constraints="none on the models; the teacher may be a black box that returns one label an example; a student is "
+    "cut from what the teacher was before its fine-tuning",
     cost="student only; before it m decisions an example, asked for once and kept",
     options=DBKDOptions,
     build=build,
     check=check,
     check_sources=check_sources,
     load_sources=load_sources,
+    notes=notes,
     needs=frozenset({"labels", "classes", "one-per-example", "text"}),
     teacherless=lambda options: options.black_box is not None,
+    from_base=lambda options: options.black_box is None,
     student={"form": "depth", "select": "first"},
     train={"epochs": 10.0, "learning_rate": 2e-5, "warmup": 0.1},
 )

@@ -95,16 +95,17 @@ def chosen_layers(section: StudentSection, depth: int) -> list[int]:
     last and blocks at equal distances between: 12 -> 6 gives 0, 2, 4, 7, 9, 11 from 0 (DistilBERT's choice).
     """
     wanted = section.layers if section.layers is not None else max(1, depth // 2)
+    source = section.model or "the teacher"
     if isinstance(wanted, list):
         wrong = [layer for layer in wanted if layer >= depth]
         if wrong:
-            raise InputError(f"the teacher has blocks 0 to {depth - 1}, not {wrong[0]}", where="student.layers")
+            raise InputError(f"{source} has blocks 0 to {depth - 1}, not {wrong[0]}", where="student.layers")
         if not wanted or sorted(set(wanted)) != wanted:
             raise InputError("student.layers must be block numbers in rising order", where="student.layers")
         return wanted
     if wanted > depth:
         raise InputError(
-            f"the teacher has {counted(depth, 'block')}, so a student of {wanted} cannot be cut from it",
+            f"{source} has {counted(depth, 'block')}, so a student of {wanted} cannot be cut from it",
             where="student.layers",
             hint=f"use 1 to {depth}",
         )
@@ -118,7 +119,8 @@ def chosen_layers(section: StudentSection, depth: int) -> list[int]:
     return [math.floor(m * depth / wanted + 0.5) - 1 for m in range(1, wanted + 1)]
 
 
-def _depth(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
+def _depth(teacher: "PreTrainedModel", section: StudentSection, whose: str = "the teacher's") -> StudentBuild:
+    """Return a model of some blocks of `teacher`; notes say `whose` they are."""
     depth, family = shape_of(teacher.config).layers, family_of(teacher.config)
     layers = chosen_layers(section, depth)
     config = copy.deepcopy(teacher.config)
@@ -126,12 +128,12 @@ def _depth(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
     student = _empty_like(teacher, config)
     if family.repeated:
         student.load_state_dict(teacher.state_dict())
-        notes = [f"the teacher's one block, run {counted(len(layers), 'time')} instead of {depth}"]
+        notes = [f"{whose} one block, run {counted(len(layers), 'time')} instead of {depth}"]
     else:
         prefix, source = _blocks_prefix(teacher), teacher.state_dict()
         student.load_state_dict({key: source[_origin(key, prefix, layers)] for key in student.state_dict()})
         numbers = f"{'block' if len(layers) == 1 else 'blocks'} {', '.join(map(str, layers))}"
-        what = f"{numbers} of the teacher's blocks 0 to {depth - 1}"
+        what = f"{numbers} of {whose} blocks 0 to {depth - 1}"
         notes = [f"has the shape of {what}" if section.init == "random" else f"keeps {what}"]
         if family.first_only and layers[0] != 0:
             notes.append(f"without the {', '.join(family.first_only)} of block {layers[0]}: no first block has one")
@@ -240,4 +242,7 @@ def _checkpoint(teacher: "PreTrainedModel", section: StudentSection, labelling: 
             hint="choose a student with the teacher's tokenizer",
         )
     check_numbers(student, "student.model")
+    if section.layers is not None:
+        cut = _depth(student, section, whose="its")
+        student, notes = cut.model, [*notes, *cut.notes]
     return StudentBuild(student, "checkpoint", None, notes)

@@ -304,7 +304,7 @@ FORM_FIELDS: dict[Form, tuple[str, ...]] = {
     "depth": ("layers", "select", "init"),
     "low-rank": ("budget", "rank", "params", "energy", "embedding_rank"),
     "width": ("hidden_size", "intermediate_size", "heads", "layers", "init"),
-    "checkpoint": ("model",),
+    "checkpoint": ("model", "layers", "select"),
 }
 """The fields of `[student]` that each form has."""
 
@@ -320,14 +320,14 @@ class StudentSection(Section):
     # depth
     layers: Blocks | list[NonNegativeInt] | None = Field(
         default=None,
-        description="depth, width: a number of blocks; depth also a list of the teacher's block numbers, from 0. Left "
-        "out, half of the blocks for depth, all for width.",
+        description="depth, width, checkpoint: a number of blocks; depth and checkpoint also a list of the block "
+        "numbers that are kept, from 0. Left out, half of the teacher's blocks for depth, and else all.",
     )
     select: Literal["even", "spread", "first", "last"] = Field(
         default="even",
-        description="depth: which blocks a number of layers keeps: at even distances up to the last, the first and "
-        'the last and evenly between ("spread"), the first ones, or the last ones. Methods may have '
-        "another default.",
+        description="depth, checkpoint: which blocks a number of layers keeps: at even distances up to the last, the "
+        'first and the last and evenly between ("spread"), the first ones, or the last ones. Methods may have another '
+        "default.",
     )
     # low-rank
     budget: Fraction | None = Field(

@@ -30,6 +30,7 @@ from kdcli.errors import InputError
 from kdcli.methods import registry
 from kdcli.methods.base import Context
 from kdcli.methods.dbkd import METHOD, DBKDOptions
+from kdcli.models.save import save_model
 from kdcli.models.shape import shape_of
 from kdcli.tasks import registry as kinds
 from kdcli.tasks.base import Task
@@ -658,6 +659,35 @@ def test_a_recipe_runs_to_its_end(tmp_path: Path, own_cache: Path, who: str):
     # The teacher is scored, and what it said for that is kept; what it would say of training rows is not even asked.
     tables = [load_file(path)["logits"] for path in own_cache.glob("logits/*")]
     assert [len(table) for table in tables] == [24]
+
+
+@pytest.mark.parametrize("method", ["kd", "dbkd"])
+def test_only_decisions_reach_the_student_which_starts_as_the_teacher_did_before_its_fine_tuning(
+    tmp_path: Path, method: str
+):
+    base = tiny("bert", layers=2, id2label={0: "negative", 1: "positive"})
+    (tmp_path / "base").mkdir()
+    save_model(base, tmp_path / "base", WORDS)
+    path = write_recipe(
+        tmp_path / "tiny.toml",
+        tiny_recipe(
+            "teacher",
+            method={"name": method, **({"copies": 2} if method == "dbkd" else {})},
+            # A teacher far from its start, and a student that stays where it starts.
+            teacher={"model": "base", "finetune": {"max_steps": 2, "learning_rate": 0.1, "warmup": 0.0}},
+            student={"select": "first"},
+            train={"max_steps": 1, "learning_rate": 1e-9},
+        ),
+    )
+    result = run_recipe(path)
+    student = load_file(Path(result["paths"]["student"]) / "model.safetensors")
+    starts = {"base": base.state_dict(), "teacher": load_file(Path(result["teacher_path"]) / "model.safetensors")}
+    far = {
+        name: max(float((weight - start[key]).abs().max()) for key, weight in student.items())
+        for name, start in starts.items()
+    }
+    near, other = ("base", "teacher") if method == "dbkd" else ("teacher", "base")
+    assert far[near] < 1e-6 < 1e-2 < far[other]
 
 
 def test_regression_is_refused(tmp_path: Path):

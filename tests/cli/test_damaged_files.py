@@ -102,7 +102,8 @@ def test_damaged_numbers_of_copies_are_asked_for_again(world: World, own_cache: 
 
 def test_changed_decisions_are_asked_for_again(world: World, own_cache: Path):
     world.model()
-    recipe = world.recipe(method={"name": "dbkd", "copies": 2})
+    student = {"form": "checkpoint", "model": "teacher", "layers": 1}
+    recipe = world.recipe(method={"name": "dbkd", "copies": 2}, student=student)
     assert world.call("distill", recipe, "--set", "name=first").code == 0
     kept = only(own_cache, "decisions/*.jsonl")
     lines = kept.read_text().splitlines()

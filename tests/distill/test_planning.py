@@ -85,6 +85,15 @@ WRONG = {
         ["method={name='dbkd', black_box={command=['absent']}}"],
         "method.black_box.command: there is no such program",
     ),
+    "a student of decisions cut from a teacher that is fine-tuned already": (
+        ["method=dbkd", "teacher.finetune=false"],
+        "student.form: knows nothing of the teacher but its answers, so it is cut from the teacher's base model, and "
+        "teacher is fine-tuned already",
+    ),
+    "a low-rank one": (
+        ["method=dbkd", "teacher.finetune=false", "student.form=low-rank"],
+        "student.form: is cut from the teacher's base model",
+    ),
     "questions beside recorded decisions": (
         ["method={name='dbkd', copies=3, black_box={decisions='decisions.csv'}}"],
         "method.copies: copies has no effect",

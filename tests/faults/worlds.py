@@ -40,7 +40,7 @@ KINDS = {
     "tinybert": Kind('[method]\nname = "tinybert"\nshares = [0.5, 0.5]\n' + TASK + TEACHER + DEPTH + _train(6)),
     "lgtm": Kind('[method]\nname = "lgtm"\n' + TASK + TEACHER + DEPTH + _train(5)),
     "theseus": Kind('[method]\nname = "theseus"\n' + TASK + TEACHER + DEPTH + _train(5, "best")),
-    "dbkd": Kind('[method]\nname = "dbkd"\ncopies = 2\n' + TASK + TEACHER + DEPTH + _train(4)),
+    "dbkd": Kind('[method]\nname = "dbkd"\ncopies = 2\n' + TASK + SCRATCH + DEPTH + _train(4)),
     "minilmv2": Kind(
         '[method]\nname = "minilmv2"\n[task]\nname = "mine"\ntype = "text"\ndata = "text.txt"\nmax_length = 24\n'
         + SCRATCH

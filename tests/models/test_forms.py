@@ -19,7 +19,7 @@ from kdcli.models.lowrank import LowRankLinear
 from kdcli.models.probe import probe
 from kdcli.models.save import save_model
 from kdcli.models.shape import shape_of
-from kdcli.models.student import build_student, chosen_layers
+from kdcli.models.student import StudentBuild, build_student, chosen_layers
 from kdcli.recipe.schema import StudentSection
 from kdcli.tasks.classification import KIND as CLASSIFICATION
 
@@ -296,6 +296,26 @@ def test_a_checkpoint_whose_classes_are_not_the_teachers_is_refused(settings: di
         section = StudentSection(form="checkpoint", model=str(tmp_path))
         build_student(tiny("bert", labels=3, **ABC), section, seed=0, labelling=LABELLING)
     assert caught.value.where == "student.model" and caught.value.hint
+
+
+def test_a_checkpoint_can_be_cut_to_some_of_its_blocks(tmp_path: Path):
+    checkpoint = tiny("bert", layers=4, seed=1)
+    save_model(checkpoint.bert, tmp_path, tokenizer())
+    labelling = labelling_of(CLASSIFICATION, ("a", "b"))
+
+    def cut(**fields: Any) -> StudentBuild:
+        section = StudentSection(form="checkpoint", model=str(tmp_path), **fields)
+        return build_student(tiny("bert", layers=2), section, seed=0, labelling=labelling)
+
+    first = cut(layers=2, select="first")
+    assert first.notes[-1] == "keeps blocks 0, 1 of its blocks 0 to 3" and first.form == "checkpoint"
+    assert all(map(same, block_states(first.model), block_states(checkpoint)[:2]))
+    assert len(blocks_of(first.model)) == first.model.config.num_hidden_layers == 2
+    assert same(first.model.bert.embeddings.state_dict(), checkpoint.bert.embeddings.state_dict())
+    chosen = cut(layers=[0, 3])
+    assert all(map(same, block_states(chosen.model), [block_states(checkpoint)[layer] for layer in (0, 3)]))
+    with pytest.raises(InputError, match=f"{tmp_path} has 4 blocks, so a student of 5 cannot be cut from it"):
+        cut(layers=5)
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path: Path):
