@@ -229,7 +229,7 @@ def stage_loop(resolved: Resolved, stage: Stage, total: int, examples: int) -> L
 
     Its own schedule is a default: what the recipe says comes first.
     """
-    loop = resolved.loop
+    loop, written = resolved.loop, resolved.recipe.train
     if stage.epochs is not None and loop.max_steps is None:
         steps = math.ceil(stage.epochs * math.ceil(examples / loop.batch_size))
     else:
@@ -240,7 +240,8 @@ def stage_loop(resolved: Resolved, stage: Stage, total: int, examples: int) -> L
         loop,
         max_steps=steps,
         learning_rate=rate,
-        scheduler=resolved.recipe.train.scheduler or stage.scheduler or loop.scheduler,
+        scheduler=written.scheduler or stage.scheduler or loop.scheduler,
+        warmup=stage.warmup if stage.warmup is not None and written.warmup is None else loop.warmup,
         chain_learning_rate=chain * rate / loop.learning_rate if chain is not None else None,
     )
 

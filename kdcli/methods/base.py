@@ -71,6 +71,7 @@ class Stage:
     learning_rate: float | None = None
     epochs: float | None = None
     scheduler: str | None = None
+    warmup: float | None = None
     scheme: "Scheme | None" = None
 
 

@@ -97,7 +97,7 @@ def build(options: TinyBERTOptions, context: Context) -> list[Stage]:
     prediction = [context.output_term(alpha, options.temperature), context.gold_term(1.0 - alpha)]
     first, second = options.shares
     return [
-        Stage("intermediate", _inside(options, context), first, scheduler="constant"),
+        Stage("intermediate", _inside(options, context), first, scheduler="constant", warmup=0.0),
         Stage("prediction", weighted(prediction), second, learning_rate=options.final_learning_rate),
     ]
 

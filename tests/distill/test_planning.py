@@ -151,18 +151,19 @@ def test_a_plan_with_an_assistant_tells_both_trainings(path: Path):
 
 
 def test_a_schedule_in_the_recipe_comes_before_a_stages_own(path: Path):
-    own = Stage("first", [], share=0.5, scheduler="constant")
-    schedules = []
-    for changes in ([], ["train.scheduler=cosine"]):
+    own = Stage("first", [], share=0.5, scheduler="constant", warmup=0.0)
+    found = []
+    for changes in ([], ["train.scheduler=cosine"], ["train.warmup=0.2"]):
         resolved = resolve(load_recipe(path, ["student.layers=3", *changes]), path)
-        schedules.append(stage_loop(resolved, own, 4, 40).scheduler)
-    assert schedules == ["constant", "cosine"]
+        loop = stage_loop(resolved, own, 4, 40)
+        found.append((loop.scheduler, loop.warmup))
+    assert found == [("constant", 0.0), ("cosine", 0.0), ("constant", 0.2)]
 
 
 def test_tinyberts_first_stage_has_a_constant_rate_and_the_second_a_lower_one_that_falls(path: Path):
     prepared = prepare(load_recipe(path, ["method=tinybert", "student.layers=2"]), path)
     loops = [stage_loop(prepared.resolved, stage, 100, 40) for stage in prepared.followers[-1].stages]
-    assert [(loop.scheduler, loop.learning_rate, loop.max_steps) for loop in loops] == [
-        ("constant", 1e-3, 77),
-        ("linear", 3e-5, 23),
+    assert [(loop.scheduler, loop.warmup, loop.learning_rate, loop.max_steps) for loop in loops] == [
+        ("constant", 0.0, 1e-3, 77),
+        ("linear", 0.1, 3e-5, 23),
     ]
