@@ -92,18 +92,24 @@ def with_new_head(
     """
     import torch
 
+    from kdcli.models.blocks import module_at
+    from kdcli.models.lowrank import LowRankEmbedding, decoders_of, tie_decoders
+
     if head == BASE:
         return copy.deepcopy(model.base_model)  # type: ignore[return-value]
     config = copy.deepcopy(model.config)
     for name, value in settings.items():
         setattr(config, name, value)
     family_of(config)
-    headed = _on_body(head.auto_class().from_config(config, dtype=torch.float32), model)
-    named = dict(headed.named_parameters())
-    if all(source in named for source in headed.all_tied_weights_keys.values()):
+    headed = head.auto_class().from_config(config, dtype=torch.float32)
+    decoders = decoders_of(headed)
+    headed = _on_body(headed, model)
+    table = module_at(headed, family_of(config).word_embeddings)
+    if isinstance(table, LowRankEmbedding):
+        tie_decoders(headed, decoders, table)
+    else:
         headed.tie_weights()
-    # Factors in the table's place are no matrix that the head could share: it has one of its own.
-    return headed
+    return headed  # type: ignore[no-any-return]
 
 
 def _on_body(headed: "PreTrainedModel", model: "PreTrainedModel") -> "PreTrainedModel":

@@ -414,7 +414,7 @@ def _restored(
     config: "PretrainedConfig", head: Head, structure: dict[str, Any], checkpoint: Checkpoint
 ) -> "PreTrainedModel":
     from kdcli.models.fused import SplitLinear
-    from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
+    from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, tie_decoders
     from kdcli.models.overparam import restore_overparam
 
     try:
@@ -441,6 +441,11 @@ def _restored(
                 path,
                 LowRankEmbedding(table.num_embeddings, table.embedding_dim, rank, table.padding_idx),
             )
+        for path, source in structure.get("low_rank_decoders", {}).items():
+            factored = model.get_submodule(source)
+            if not isinstance(factored, LowRankEmbedding):
+                raise ValueError(f"config.json ties {path} to {source}, which is no table of factors")
+            tie_decoders(model, [path], factored)
         if "overparam" in structure:
             restore_overparam(model, structure["overparam"])
     except Exception as error:

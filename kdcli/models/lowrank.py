@@ -1,6 +1,6 @@
 """Low-rank students: linear maps as two thin factors, from the SVD of the teacher's weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.errors import InputError
-from kdcli.models.blocks import body_of, iter_block_matrices
+from kdcli.models.blocks import body_of, iter_block_matrices, module_at
 from kdcli.models.counts import count_parameters
 from kdcli.models.factoring import has_factors, is_target, nearest_ranks
 from kdcli.models.families import family_of
@@ -108,6 +108,42 @@ class LowRankEmbedding(nn.Module):
             factored.down.weight.copy_(left)
             factored.up.weight.copy_(right.T)
         return factored.to(table.weight.dtype)
+
+
+class LowRankDecoder(nn.Module):
+    """Logits over the tokens of a factored table, by the very factors: y = E1 (E2 x) + b.
+
+    Stands where a head shared the table of the embeddings, whose module registers the factors.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, table: LowRankEmbedding, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        # A tuple hides the table from nn.Module: its factors are counted, saved and moved with the embeddings.
+        self._table = (table,)
+        self.register_parameter("bias", bias)
+
+    @property
+    def table(self) -> LowRankEmbedding:
+        """The embeddings' own table."""
+        return self._table[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., width). Returns (..., vocabulary)."""
+        return nn.functional.linear(x @ self.table.up.weight, self.table.down.weight, self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix, (vocabulary, width), formed on demand."""
+        return self.table.weight
+
+    def tied_to(self, table: nn.Embedding) -> nn.Linear:
+        """Return the plain layer that shares the weight of a plain table."""
+        plain = nn.Linear(table.embedding_dim, table.num_embeddings, bias=self.bias is not None, device="meta")
+        plain.weight = table.weight
+        plain.register_parameter("bias", self.bias)
+        return plain
 
 
 def svd_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -255,9 +291,7 @@ def factorise(
 
 def _factorise_embeddings(model: "PreTrainedModel", rank: int) -> str:
     path = family_of(model.config).word_embeddings
-    parent, _, attribute = path.rpartition(".")
-    holder = body_of(model).get_submodule(parent)
-    table = getattr(holder, attribute)
+    table: nn.Embedding = body_of(model).get_submodule(path)  # type: ignore[assignment]
     limit = break_even_rank(table.num_embeddings, table.embedding_dim)
     if rank >= limit:
         raise InputError(
@@ -265,15 +299,38 @@ def _factorise_embeddings(model: "PreTrainedModel", rank: int) -> str:
             where="student.embedding_rank",
             hint=f"use a rank up to {_below(limit)}",
         )
-    setattr(holder, attribute, LowRankEmbedding.from_embedding(table, rank))
+    decoders = decoders_of(model)
+    factored = LowRankEmbedding.from_embedding(table, rank)
+    body_of(model).set_submodule(path, factored)
+    tie_decoders(model, decoders, factored)
     return f"word embeddings of rank {rank}"
+
+
+def decoders_of(model: "PreTrainedModel") -> list[str]:
+    """Return the paths of the linear layers whose weight is the very table of the word embeddings."""
+    table = module_at(model, family_of(model.config).word_embeddings)
+    weight = table.weight if isinstance(table, nn.Embedding) else None
+    return [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight is weight]
+
+
+def tie_decoders(model: nn.Module, paths: Iterable[str], table: LowRankEmbedding) -> None:
+    """Let the linear layers at these paths of `model` give their logits by the factors of `table`, in place."""
+    for path in paths:
+        bias: nn.Parameter | None = model.get_submodule(path).bias  # type: ignore[assignment]
+        model.set_submodule(path, LowRankDecoder(table, bias))
 
 
 def merge_low_rank(model: nn.Module) -> nn.Module:
     """Replace every factored map of `model` by the dense one that it equals, in place, and return `model`."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, LowRankLinear | LowRankEmbedding):
-                setattr(module, name, child.merged())
+    tables: dict[LowRankEmbedding, nn.Embedding] = {}
+    for path, module in list(model.named_modules()):
+        if isinstance(module, LowRankLinear):
+            model.set_submodule(path, module.merged())
+        elif isinstance(module, LowRankEmbedding):
+            tables[module] = module.merged()
+            model.set_submodule(path, tables[module])
+    for path, module in list(model.named_modules()):
+        if isinstance(module, LowRankDecoder):
+            model.set_submodule(path, module.tied_to(tables[module.table]))
     merge_split(model)
     return model

@@ -12,7 +12,7 @@ from kdcli.errors import RunError
 from kdcli.models.checkpoint import KDCLI_MODEL_TYPE, LOCAL
 from kdcli.models.fused import SplitLinear
 from kdcli.models.inputs import INPUTS, inputs_of
-from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear
+from kdcli.models.lowrank import LowRankDecoder, LowRankEmbedding, LowRankLinear
 from kdcli.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
 
     structure: dict[str, Any] = {}
     low_rank = {name: m.rank for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    embeddings = {name: m.rank for name, m in model.named_modules() if isinstance(m, LowRankEmbedding)}
+    tables = {m: name for name, m in model.named_modules() if isinstance(m, LowRankEmbedding)}
+    decoders = {name: tables[m.table] for name, m in model.named_modules() if isinstance(m, LowRankDecoder)}
     split = {
         name: [part for part, _ in m.named_children()]
         for name, m in model.named_modules()
@@ -36,8 +37,10 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
         structure["split"] = split
     if low_rank:
         structure["low_rank"] = low_rank
-    if embeddings:
-        structure["low_rank_embeddings"] = embeddings
+    if tables:
+        structure["low_rank_embeddings"] = {name: m.rank for m, name in tables.items()}
+    if decoders:
+        structure["low_rank_decoders"] = decoders
     if chains := overparam_state(model):
         structure["overparam"] = chains
     return structure

@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import NAMES, tiny, tokenizer
 from rich.console import Console
-from transformers import AutoConfig, BertForNextSentencePrediction
+from transformers import AutoConfig, AutoModelForMaskedLM, BertForNextSentencePrediction
 
 from kdcli.cli import render
 from kdcli.errors import GateError, InputError
@@ -19,7 +19,7 @@ from kdcli.export.graph import export_onnx, operators
 from kdcli.export.latency import is_steady, measure
 from kdcli.export.parity import parity
 from kdcli.export.session import MODEL, OnnxModel
-from kdcli.models.lowrank import LowRankLinear
+from kdcli.models.lowrank import LowRankDecoder, LowRankEmbedding, LowRankLinear
 from kdcli.models.overparam import overparameterise
 from kdcli.models.student import build_student
 from kdcli.recipe.schema import EvaluateSection, OverparamSection, StudentSection, TaskSection
@@ -75,8 +75,9 @@ def test_an_overparameterised_model_exports_as_the_plain_student(dense: Path, tm
 
 
 def test_low_rank_factors_stay_factors(dense: Path, tmp_path: Path):
-    student = build_student(tiny("bert"), StudentSection(form="low-rank", rank=4), seed=0).model
-    assert any(isinstance(m, LowRankLinear) for m in student.modules())
+    teacher = AutoModelForMaskedLM.from_config(tiny("bert").config).eval()
+    student = build_student(teacher, StudentSection(form="low-rank", rank=4, embedding_rank=6), seed=0).model
+    assert {LowRankLinear, LowRankEmbedding, LowRankDecoder} <= {type(m) for m in student.modules()}
     export_onnx(student, tokenizer(), tmp_path / "low")
     low = OnnxModel(tmp_path / "low")
     assert low.megabytes < OnnxModel(dense).megabytes
