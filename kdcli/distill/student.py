@@ -242,7 +242,7 @@ def stage_loop(resolved: Resolved, stage: Stage, total: int, examples: int) -> L
         learning_rate=rate,
         scheduler=written.scheduler or stage.scheduler or loop.scheduler,
         warmup=stage.warmup if stage.warmup is not None and written.warmup is None else loop.warmup,
-        chain_learning_rate=chain * rate / loop.learning_rate if chain is not None else None,
+        chain_learning_rate=chain * rate / loop.learning_rate if isinstance(chain, float) else chain,
     )
 
 

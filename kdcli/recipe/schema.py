@@ -475,10 +475,11 @@ class OverparamSection(Section):
     svd_dtype: Literal["float32", "float64"] = Field(
         default="float64", description="Number type that the decompositions are computed in."
     )
-    learning_rate: PositiveFloat | None = Field(
-        default=None,
-        description="Learning rate of the chains. Left out, the student's / (1.5 + 0.8 L) for a chain with L middle "
-        "tensors, since a step on all tensors moves the matrix that much further.",
+    learning_rate: PositiveFloat | Literal["matched", "by-length"] = Field(
+        default="by-length",
+        description='Learning rate of the chains: a number; "by-length", the student\'s / (1.5 + 0.8 L) for a chain '
+        "with L middle tensors, since a step on all tensors moves the matrix about that much further; or "
+        '"matched", the student\'s, with every step scaled so that the matrix moves as far as a plain one would.',
     )
 
 

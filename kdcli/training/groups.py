@@ -1,9 +1,12 @@
-"""Which parameters the optimizer trains at which rate: matrices, vectors, and chains of tensors by their length."""
+"""Which parameters AdamW trains at which rate: matrices, vectors, and chains of tensors by their length."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from kdcli.tensors.matched import match_step
 from kdcli.tensors.parametrization import chains_of
 from kdcli.training.settings import LoopSettings
 
@@ -31,3 +34,37 @@ def parameter_groups(model: nn.Module, loop: LoopSettings) -> list[dict[str, Any
         ),
     ]
     return [group for group in groups if group["params"]]
+
+
+class MatchedSteps:
+    """Scales what an optimizer does to a model's chains, step by step, so that their weights move as dense ones would.
+
+    It works on the difference that a step made, whatever made it, and remembers nothing from step to step: a
+    resumed training, several processes and accumulated gradients need nothing of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.chains = chains_of(model)
+        self._before: list[list[Tensor]] = []
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Scale every step of `optimizer` from now on."""
+        optimizer.register_step_pre_hook(self._keep)
+        optimizer.register_step_post_hook(self._match)
+
+    def _keep(self, *_: Any) -> None:
+        self._before = [[tensor.detach().clone() for tensor in chain] for _, chain in self.chains]
+
+    def _match(self, *_: Any) -> None:
+        for (shape, chain), before in zip(self.chains, self._before, strict=True):
+            match_step(shape, before, chain, trained=_trained(chain))
+        self._before = []
+
+    def match(self, after: Mapping[nn.Parameter, Tensor]) -> None:
+        """Scale a step that was made on copies. after: by the parameters that they are copies of, changed in place."""
+        for shape, chain in self.chains:
+            match_step(shape, chain, [after.get(tensor, tensor) for tensor in chain], trained=_trained(chain))
+
+
+def _trained(chain: Sequence[nn.Parameter]) -> int:
+    return sum(tensor.numel() for tensor in chain if tensor.requires_grad)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from kdcli.errors import InputError
 from kdcli.machine import gpu_count
@@ -41,7 +41,7 @@ class LoopSettings:
     log_every: int | None = None
     metric: str = ""
     eval_batch_size: int = 64
-    chain_learning_rate: float | None = None
+    chain_learning_rate: float | Literal["matched", "by-length"] = "by-length"
 
     @property
     def adam(self) -> dict[str, Any]:
@@ -52,8 +52,9 @@ class LoopSettings:
     def from_train(cls, recipe: Recipe, defaults: Mapping[str, Any]) -> "LoopSettings":
         """Return the loop of a recipe's `[train]`. defaults: the method's, for what the recipe leaves out."""
         given = {**defaults, **recipe.train.model_dump(exclude_none=True, exclude={"keep_checkpoints"})}
-        chains = recipe.overparam.learning_rate if recipe.overparam is not None else None
-        return cls(**given, seed=recipe.seed, eval_batch_size=recipe.evaluate.batch_size, chain_learning_rate=chains)
+        if recipe.overparam is not None:
+            given["chain_learning_rate"] = recipe.overparam.learning_rate
+        return cls(**given, seed=recipe.seed, eval_batch_size=recipe.evaluate.batch_size)
 
     @classmethod
     def from_finetune(cls, section: FinetuneSection, train: TrainSection, *, seed: int) -> "LoopSettings":
@@ -74,9 +75,14 @@ class LoopSettings:
     def chain_rate(self, length: int) -> float:
         """Return the learning rate of the tensors of a chain with `length` middle tensors.
 
-        One step on all of them moves the weight 1.5 + 0.8 length times as far as a step on the weight itself.
+        By length: one step on all of them moves the weight about 1.5 + 0.8 length times as far as a step on the
+        weight itself. Matched: as the weight's, since every step is scaled afterwards.
         """
-        return self.chain_learning_rate or self.learning_rate / (1.5 + 0.8 * length)
+        if self.chain_learning_rate == "matched":
+            return self.learning_rate
+        if self.chain_learning_rate == "by-length":
+            return self.learning_rate / (1.5 + 0.8 * length)
+        return self.chain_learning_rate
 
     def log_interval(self, steps: int) -> int:
         """Return every how many steps of `steps` the loss terms are logged: 20 to 200 times, at best every 50."""

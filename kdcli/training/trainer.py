@@ -35,7 +35,7 @@ from kdcli.models.finite import first_not_finite
 from kdcli.terminal import tell, warn
 from kdcli.training.callbacks import EvaluateAtEnd, LogAtCheckpoints, Patience, TellEpochs
 from kdcli.training.distributed import agree, main_does, rng_file, wait_for_all
-from kdcli.training.groups import parameter_groups
+from kdcli.training.groups import MatchedSteps, parameter_groups
 from kdcli.training.progress import ProgressDisplay
 from kdcli.training.sampler import EpochSampler
 from kdcli.training.schemes.base import Scheme
@@ -115,6 +115,8 @@ class DistillationTrainer(Trainer):
             groups = parameter_groups(self.model, self.settings)
             rate = self.settings.learning_rate
             self.optimizer = torch.optim.AdamW(groups, lr=rate, fused=True, **self.settings.adam)
+            if self.settings.chain_learning_rate == "matched":
+                MatchedSteps(self.model).attach(self.optimizer)
         return self.optimizer
 
     def training_step(

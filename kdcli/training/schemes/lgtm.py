@@ -24,7 +24,7 @@ from kdcli.signals import MatrixKey, Prediction
 from kdcli.tensors.parametrization import chain_of, tensors_of
 from kdcli.terminal import tell
 from kdcli.training.distributed import state
-from kdcli.training.groups import parameter_groups
+from kdcli.training.groups import MatchedSteps, parameter_groups
 from kdcli.training.sampler import EpochSampler
 from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.words import counted
@@ -166,6 +166,8 @@ class LGTMScheme(Scheme):
             group["scale"] = group.get("lr", loop.learning_rate) / loop.learning_rate
             group["weight_decay"] = 0.0
         self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0, fused=True, **loop.adam)
+        if loop.chain_learning_rate == "matched":
+            MatchedSteps(teacher).attach(self.optimizer)
         self._device = device
         self._half = resolve_precision(loop.precision, loop.device) == "bf16"
 
@@ -221,6 +223,8 @@ class LGTMScheme(Scheme):
         average([gradient for gradient in gradients if gradient is not None])
         limit = self.setting.loop.max_grad_norm
         moved = look_ahead(optimizer, list(trained.values()), gradients, max_grad_norm=limit)
+        if self.setting.loop.chain_learning_rate == "matched":
+            MatchedSteps(student).match(dict(zip(trained.values(), moved, strict=True)))
         ahead = dict(zip(trained, (tensor.requires_grad_() for tensor in moved), strict=True))
         held = self.held.batch(step, self._device)
         student.eval()
