@@ -161,7 +161,7 @@ def _followers(teacher: TeacherStart, resolved: Resolved, task: Task, labelling:
             if section.model is not None:
                 check_same_tokens(teacher.tokenizer, section.model, "student.model")
             if resolved.from_base:
-                _need_base(teacher, section, resolved.method.name)
+                _check_base(teacher, section, resolved)
             overparam = resolved.recipe.overparam if name == "student" else None
             build = _shadow(base if resolved.from_base else nearest, section, overparam, labelling)
             context = context_of(nearest, build.model, build.form, task, resolved.recipe)
@@ -171,15 +171,27 @@ def _followers(teacher: TeacherStart, resolved: Resolved, task: Task, labelling:
     return followers
 
 
-def _need_base(teacher: TeacherStart, section: StudentSection, method: str) -> None:
-    """Raise InputError for a student that would be cut from a fine-tuned teacher whose base model is not there."""
-    if teacher.trains or section.form == "checkpoint" or (section.form == "width" and section.init == "random"):
+def _check_base(teacher: TeacherStart, section: StudentSection, resolved: Resolved) -> None:
+    """Raise InputError for a start from the teacher's base model, where there is none."""
+    learns = "teacher" in resolved.from_base
+    if learns and resolved.assistant is not None:
+        raise InputError(
+            "an assistant has no base model that its student's teacher could start from",
+            where="assistant",
+            hint="leave it out, or method.from_base",
+        )
+    apart = section.form == "checkpoint" or (section.form == "width" and section.init == "random")
+    if teacher.trains or (apart and not learns):
         return
+    if learns:
+        where, hint = "teacher.model", "name the model that it was fine-tuned from"
+    else:
+        where, hint = "student.form", 'use form = "checkpoint" with the model that it was fine-tuned from, and layers'
     raise InputError(
-        f"the student of {method} knows nothing of the teacher but its answers, so it is cut from the teacher's base "
-        f"model, and {teacher.origin} is fine-tuned already",
-        where="student.form",
-        hint='use form = "checkpoint" with the model that it was fine-tuned from, and layers',
+        f"{resolved.method.name} starts from the model that the teacher was before its fine-tuning, and "
+        f"{teacher.origin} is fine-tuned already",
+        where=where,
+        hint=hint,
     )
 
 

@@ -39,8 +39,8 @@ class Resolved:
     loop: LoopSettings
 
     @property
-    def from_base(self) -> bool:
-        """True where students are cut from what the teacher was before its fine-tuning."""
+    def from_base(self) -> frozenset[str]:
+        """Which of "student" and "teacher" start from what the teacher was before its fine-tuning."""
         return self.method.from_base(self.options)
 
     @property

@@ -121,7 +121,8 @@ def run_distill(
         task = prepared.task
         set_seed(recipe.seed)
         # Fine-tuning changes the model in place.
-        base = copy.deepcopy(prepared.teacher.model) if prepared.resolved.from_base else None
+        keeps_base = bool(prepared.resolved.from_base) and prepared.teacher.trains
+        base = copy.deepcopy(prepared.teacher.model) if keeps_base else None
         with job.timed("teacher"):
             teacher = make_teacher(prepared.teacher, recipe, task, prepared.head, **job.settings_of("teacher"))
             teacher_scores = score_teacher(job, task, teacher)

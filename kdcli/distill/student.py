@@ -189,6 +189,7 @@ def _train(
                 console=job.console,
                 overparam=chain.section if chain is not None else None,
                 pairs=tuple(follower.context.pairs),
+                start=teacher.base if "teacher" in resolved.from_base else None,
             )
         )
         factors = {**chain.teacher, **scheme.teacher_tensors()} if chain is not None and chain.teacher else None

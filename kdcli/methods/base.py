@@ -75,6 +75,10 @@ class Stage:
     scheme: "Scheme | None" = None
 
 
+def _none(options: Any) -> frozenset[str]:
+    return frozenset()
+
+
 def _no_check(options: Any, context: Context) -> None:
     return None
 
@@ -104,8 +108,8 @@ class Method:
     build(options, context) returns the stages. notes(options, context): what was chosen for the user and is worth a
     line. needs: what a kind of task must provide (`kdcli.tasks.kind.CAPABILITIES`) for it to be used there.
     teacherless(options): whether answers are enough, without the teacher's model.
-    from_base(options): whether a student is cut from what the teacher was before its fine-tuning, as it must know
-    nothing of the teacher's weights.
+    from_base(options): which of "student" and "teacher" start from what the teacher was before its fine-tuning: a
+    student that is cut from it, and the copy of it that a scheme trains.
     """
 
     name: str
@@ -125,5 +129,5 @@ class Method:
     train: dict[str, Any] = field(default_factory=dict)
     text_train: dict[str, Any] = field(default_factory=dict)
     teacherless: Callable[[Any], bool] = _never
-    from_base: Callable[[Any], bool] = _never
+    from_base: Callable[[Any], frozenset[str]] = _none
     notes: Callable[[Any, Context], list[str]] = _no_notes

@@ -164,7 +164,8 @@ METHOD = Method(
     notes=notes,
     needs=frozenset({"labels", "classes", "one-per-example", "text"}),
     teacherless=lambda options: options.black_box is not None,
-    from_base=lambda options: options.black_box is None,
+    # It must know nothing of the teacher's weights.
+    from_base=lambda options: frozenset() if options.black_box is not None else frozenset({"student"}),
     student={"form": "depth", "select": "first"},
     train={"epochs": 10.0, "learning_rate": 2e-5, "warmup": 0.1},
 )

@@ -11,10 +11,10 @@ from kdcli.recipe.schema import PositiveFloat, Share
 
 
 class LGTMOptions(Options):
-    """What student and teacher learn from each other.
+    """What student and teacher learn from each other, and where they start.
 
-    The paper starts from an unfinetuned teacher and from zero classifiers; here the teacher is fine-tuned on the task
-    first, and the student's head is a copy of its own.
+    The paper starts from a teacher that is not fine-tuned and from zero classifiers (`from_base`, `zero_classifiers`);
+    left out, the teacher is fine-tuned on the task first, and the student's head is a copy of its own.
     """
 
     alpha_student: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
@@ -41,6 +41,14 @@ class LGTMOptions(Options):
         default=True,
         description="Guide the teacher by its influence on the student. false gives a teacher that learns without it "
         "(ProKT).",
+    )
+    from_base: bool = Field(
+        default=False,
+        description="Start the teacher that learns, and a student that is cut from it, from what the teacher was "
+        "before its fine-tuning, as the paper does. Scores are still compared with the fine-tuned teacher's.",
+    )
+    zero_classifiers: bool = Field(
+        default=False, description="Start both classifiers with weights and biases of zero, as the paper does."
     )
 
 
@@ -75,6 +83,7 @@ def build(options: LGTMOptions, context: Context) -> list[Stage]:
         learning_rate=options.teacher_learning_rate,
         influence=options.influence,
         held_out=options.held_out,
+        zero_classifiers=options.zero_classifiers,
     )
     return [
         Stage(
@@ -103,6 +112,7 @@ METHOD = Method(
     options=LGTMOptions,
     build=build,
     check=check,
+    from_base=lambda options: frozenset({"student", "teacher"}) if options.from_base else frozenset(),
     student={"form": "depth"},
     train={"epochs": 6.0, "learning_rate": 5e-5, "warmup": 0.0, "weight_decay": 0.0},
 )

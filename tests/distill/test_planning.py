@@ -87,12 +87,23 @@ WRONG = {
     ),
     "a student of decisions cut from a teacher that is fine-tuned already": (
         ["method=dbkd", "teacher.finetune=false"],
-        "student.form: knows nothing of the teacher but its answers, so it is cut from the teacher's base model, and "
-        "teacher is fine-tuned already",
+        "student.form: dbkd starts from the model that the teacher was before its fine-tuning, and teacher is",
     ),
     "a low-rank one": (
         ["method=dbkd", "teacher.finetune=false", "student.form=low-rank"],
-        "student.form: is cut from the teacher's base model",
+        "student.form: dbkd starts from the model that the teacher was before its fine-tuning",
+    ),
+    "a teacher that learns from its base model, which is not there": (
+        [
+            "method={name='lgtm', from_base=true}",
+            "teacher.finetune=false",
+            "student={form='checkpoint', model='other'}",
+        ],
+        "teacher.model: lgtm starts from the model that the teacher was before its fine-tuning",
+    ),
+    "an assistant whose student's teacher would start from another model": (
+        ["method={name='lgtm', from_base=true}", "student.layers=2", "assistant={form='depth', layers=3}"],
+        "assistant: has no base model",
     ),
     "questions beside recorded decisions": (
         ["method={name='dbkd', copies=3, black_box={decisions='decisions.csv'}}"],

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import NAMES, tiny
+from families import NAMES, tiny, tokenizer
 from rich.console import Console
-from tiny_recipes import FOLDER, tiny_recipe
+from tiny_recipes import FOLDER, run_recipe, tiny_recipe, write_recipe
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -27,6 +27,7 @@ from kdcli.methods import registry
 from kdcli.methods.base import Context, Term
 from kdcli.models.inputs import model_inputs
 from kdcli.models.overparam import contract_model, overparameterise, teacher_factors
+from kdcli.models.save import save_model
 from kdcli.models.shape import shape_of
 from kdcli.models.student import build_student
 from kdcli.objectives.cores import TensorObjective
@@ -281,6 +282,65 @@ def test_only_what_both_learn_from_is_answered_with_dropout():
             ("teacher", False),
         ]
         assert student.training and not scheme.teacher().training
+
+
+def test_without_influence_the_student_answers_for_the_teacher_without_dropout():
+    teacher, student, *_ = with_dropout()
+    scheme, place = begun(teacher, student, Learning(CLASSIFICATION, influence=False))
+    seen: list[tuple[str, bool]] = []
+    for name, model in (("teacher", scheme.teacher()), ("student", student)):
+        model.register_forward_pre_hook(lambda module, _, name=name: seen.append((name, module.training)))
+    for _ in range(2):
+        seen.clear()
+        scheme.before_step(0, batch_of(place), adamw(student))
+        assert seen == [("teacher", True), ("student", False)]
+        assert student.training and not scheme.teacher().training
+
+
+def test_classifiers_can_start_at_zero_and_the_teacher_from_another_model_than_the_given():
+    (teacher, student), start = pair(), tiny("bert", seed=9)
+    place = replace(setting(student, teacher, rows(32)), start=start)
+    scheme = LGTMScheme(Learning(CLASSIFICATION, zero_classifiers=True))
+    before = {name: parameter.clone() for name, parameter in start.named_parameters()}
+    scheme.begin(place)
+    learning = dict(scheme.teacher().named_parameters())
+    for name, parameter in before.items():
+        assert torch.equal(learning[name], torch.zeros_like(parameter) if "classifier" in name else parameter)
+        assert torch.equal(start.get_parameter(name), parameter)
+    batch = batch_of(place)
+    for model in (scheme.teacher(), student):
+        assert not model(**model_inputs(model, batch)).logits.any()
+    assert teacher(**model_inputs(teacher, batch)).logits.any()
+
+
+def test_a_recipe_can_start_both_models_from_what_the_teacher_was_before_its_fine_tuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base = tiny("bert", seed=3, id2label={0: "negative", 1: "positive"})
+    (tmp_path / "base").mkdir()
+    save_model(base, tmp_path / "base", tokenizer())
+    rates = {"teacher_learning_rate": 1e-9}
+    recipe = tiny_recipe(
+        "teacher",
+        method={"name": "lgtm", "from_base": True, "zero_classifiers": True, **rates},
+        teacher={"model": "base", "finetune": {"max_steps": 2, "learning_rate": 0.1, "warmup": 0.0}},
+        train={"max_steps": 1, "learning_rate": 1e-9},
+        student={"select": "first"},
+    )
+    ends: dict[str, PreTrainedModel] = {}
+    end = LGTMScheme.end
+
+    def at_the_end(scheme: LGTMScheme) -> None:
+        ends.update(teacher=scheme.teacher(), student=scheme.setting.student)
+        end(scheme)
+
+    monkeypatch.setattr(LGTMScheme, "end", at_the_end)
+    run_recipe(write_recipe(tmp_path / "recipe.toml", recipe))
+    start = base.state_dict()
+    for model in ends.values():
+        for key, value in model.state_dict().items():
+            expected = torch.zeros_like(value) if key.startswith("classifier") else start[key]
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
 
 
 def test_dropout_does_not_reach_the_influence():

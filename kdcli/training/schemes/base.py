@@ -26,7 +26,8 @@ class Setting:
 
     `teacher` is None for a black box without a model here. `train` holds the encoded rows; `base` is the folder
     that relative paths start from. `overparam` is set where the student's matrices are chains; `pairs` are (student
-    block, teacher block), from 1.
+    block, teacher block), from 1. `start` is what the teacher was before its fine-tuning, where a method starts from
+    that.
     """
 
     student: "PreTrainedModel"
@@ -41,6 +42,7 @@ class Setting:
     console: Console
     overparam: "OverparamSection | None" = None
     pairs: tuple[tuple[int, int], ...] = ()
+    start: "PreTrainedModel | None" = None
 
 
 class Scheme:

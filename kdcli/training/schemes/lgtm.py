@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw
 from kdcli.data.rows import array_of
 from kdcli.errors import InputError
 from kdcli.machine import resolve_precision
+from kdcli.models.classes import final_classifier, final_classifier_name
 from kdcli.models.inputs import model_inputs
 from kdcli.models.overparam import linears_of, overparameterise
 from kdcli.objectives.gold import gold_loss
@@ -46,6 +47,7 @@ class Learning:
     kind: of the task. alpha_student, alpha_teacher: the share of the other model's prediction in each one's loss,
     the rest is the gold label's. learning_rate: the teacher's, at its highest. influence: False for a teacher
     that follows labels and student only (ProKT). held_out: the share of the training rows to measure it on.
+    zero_classifiers: start both models with logits of zero.
     """
 
     kind: "TaskKind"
@@ -55,6 +57,7 @@ class Learning:
     learning_rate: float = 3e-5
     influence: bool = True
     held_out: float = 0.05
+    zero_classifiers: bool = False
 
     def agreement(self, own: list[Prediction], other: list[Prediction]) -> Tensor:
         """Return the divergence from the other's predictions at the temperature, without T^2."""
@@ -77,8 +80,8 @@ class LGTMScheme(Scheme):
     difference on x; v is the gradient of the task's loss on h for the student as it would be after its next
     optimizer step. A teacher that moves along I pulls the student's next gradient towards v.
 
-    What trains is a copy: the given teacher stays what is reported, saved and cached. It starts as given, by
-    default fine-tuned on the task (the paper starts both from unfinetuned models with a zero classifier). Under
+    What trains is a copy: the given teacher stays what is reported, saved and cached. It starts as given, or from
+    what that was before its fine-tuning (`Setting.start`), as the paper's does, with zero classifiers. Under
     OPDF the copy trains as chains, too, and the auxiliary loss follows them as they move; that loss
     has no part in the look ahead. Source: Ren et al. 2023, algorithm 1; released code draws h from the
     validation set, this takes it from the training set, which gets smaller by it.
@@ -109,6 +112,14 @@ class LGTMScheme(Scheme):
                 where="train.gradient_accumulation",
                 hint="use 1, with a smaller train.batch_size if memory is short",
             )
+        if self.learning.zero_classifiers:
+            for model in (student, teacher):
+                if final_classifier_name(model) is None:
+                    raise InputError(
+                        f"{type(model).__name__} has no linear classifier at its end",
+                        where="method.zero_classifiers",
+                        hint="leave it out",
+                    )
         if self.learning.influence and examples < 2:
             raise InputError(
                 f"of {counted(examples, 'training row')} none can be held out",
@@ -124,7 +135,12 @@ class LGTMScheme(Scheme):
         rows = super().begin(setting)
         assert setting.teacher is not None
         self.steps = setting.loop.steps(len(rows))
-        self._teacher = copy.deepcopy(setting.teacher).eval().requires_grad_(True)
+        start = setting.teacher if setting.start is None else setting.start
+        self._teacher = copy.deepcopy(start).eval().requires_grad_(True)
+        if self.learning.zero_classifiers:
+            for model in (setting.student, self._teacher):
+                for parameter in final_classifier(model).parameters():
+                    nn.init.zeros_(parameter)
         self._trained = None
         if setting.overparam is not None:
             # Every block of the teacher can be some student block's pattern, whichever of these are chains.
@@ -182,7 +198,8 @@ class LGTMScheme(Scheme):
         assert self.optimizer is not None
         student, teacher, learning = self.setting.student, self.teacher(), self.learning
         rate = self.teacher_rate(step)
-        student.train()
+        # Only what the student learns from, which the look ahead needs, is formed with dropout.
+        student.train(learning.influence)
         teacher.train()
         with self._autocast():
             taught = learning.kind.predictions(teacher(**model_inputs(teacher, batch)), batch)
