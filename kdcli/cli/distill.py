@@ -61,12 +61,15 @@ def distill(
         try:
             limits_of(loaded, fail_under=fail_under, fail_under_retention=fail_under_retention)
             place = place_of_run(loaded, recipe, output)
-            find_run(*place, loaded.model_dump(exclude_none=True), force=force, resume=resume)
+            run = find_run(*place, loaded.model_dump(exclude_none=True), force=force, resume=resume)
             with uncollected():
                 from kdcli.distill.plan import make_plan
                 from kdcli.distill.prepare import prepare
+                from kdcli.distill.states import check_room
 
-                plan = make_plan(prepare(loaded, recipe))
+                prepared = prepare(loaded, recipe)
+                check_room(prepared.state_bytes, run.checkpoints)
+                plan = make_plan(prepared)
         except InputError as error:
             raise with_place(error, recipe, set_) from error
         emit(plan.to_json(), table=render.plan(plan), as_json=as_json)

@@ -129,6 +129,10 @@ def plan(plan: "Plan") -> Table:
     for tuned in plan.finetune:
         beside = f", beside {' and '.join(tuned.against)}" if tuned.against else ""
         table.add_row("fine-tuning", f"{tuned.task} ({_sizes(tuned.sizes)}) x {tuned.seeds}{beside}")
+    for states in plan.states:
+        about = "" if states.exact else "about "
+        size = f"{about}{states.bytes / 1e9:,.2f} GB on disk while the {states.student} trains ({states.dtype})"
+        table.add_row("teacher's states", size)
     table.add_row("memory", f"about {plan.memory_megabytes:,} MB while training")
     return table
 

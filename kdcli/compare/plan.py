@@ -299,7 +299,7 @@ def label_of(name: str, task: str) -> str:
 
 
 def _terms(recipe: Recipe, file: Path, planned: Plan) -> dict[str, Any]:
-    teacher = recipe.teacher.model_dump(exclude={"cache"})
+    teacher = recipe.teacher.model_dump(exclude={"cache", "cache_dtype"})
     if teacher["model"] is not None:
         teacher["model"] = source_of(teacher["model"], file.resolve().parent)
     teacher["seed"] = seed_of(recipe)

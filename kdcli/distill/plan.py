@@ -104,6 +104,16 @@ class PlannedChains:
 
 
 @dataclass(frozen=True)
+class PlannedStates:
+    """What is kept of a teacher's inside while a student trains. exact: False where copies of rows are trained on."""
+
+    student: str
+    bytes: int
+    dtype: str
+    exact: bool
+
+
+@dataclass(frozen=True)
 class PlannedLoop:
     batch_size: int
     precision: str
@@ -128,6 +138,7 @@ class Plan:
     pairs: list[tuple[int, int]]
     stages: list[PlannedStage]
     train: PlannedLoop
+    states: list[PlannedStates]
     memory_megabytes: int
 
     @property
@@ -181,6 +192,10 @@ def make_plan(prepared: Prepared) -> Plan:
         pairs=student.context.pairs,
         stages=stages[-1],
         train=PlannedLoop(resolved.loop.batch_size, resolve_precision(resolved.loop.precision, resolved.loop.device)),
+        states=[
+            PlannedStates(name, size, recipe.teacher.cache_dtype, recipe.task.augment is None)
+            for name, size in prepared.state_bytes.items()
+        ],
         memory_megabytes=estimate_memory(
             resolved, count_parameters(start.model), chains.parameters if chains else parameters, start.model.config
         ),

@@ -7,16 +7,18 @@ answers with no label, a full disk.
 import copy
 import itertools
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from kdcli.data.rows import array_of
 from kdcli.distill.downstream import tasks_of
 from kdcli.distill.filler import FillerStart, start_filler
 from kdcli.distill.resolve import Resolved, context_of, for_task, head_needed, placed, resolve, stages_of
+from kdcli.distill.states import StatesPlan, plan_states
 from kdcli.distill.teacher import TeacherStart, labelling_of, start_teacher
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Stage
@@ -42,7 +44,7 @@ class Follower:
     """The assistant or the student as it will be built: its shape and its stages; its weights mean nothing.
 
     build: on the meta device, unless it is a checkpoint. follows: the same of the model that teaches it.
-    overparam: the chains that it is trained as.
+    overparam: the chains that it is trained as. states: what is kept on disk of the model that teaches it.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Follower:
     follows: "PreTrainedModel"
     context: Context
     stages: list[Stage]
+    states: StatesPlan | None
 
     @property
     def model(self) -> "PreTrainedModel":
@@ -93,6 +96,19 @@ class Prepared:
     def examples(self, rows: "Dataset") -> int:
         """Return how many examples rows of the task give a model."""
         return self.task.kind.examples(rows, self.teacher.tokenizer, self.resolved.recipe.task.max_length)
+
+    @cached_property
+    def state_bytes(self) -> dict[str, int]:
+        """The bytes of the states that are kept of a teacher, by student; with copies of rows about that many."""
+        if all(follower.states is None for follower in self.followers):
+            return {}
+        section, kind = self.resolved.recipe.task, self.task.kind
+        encoded = kind.prepare(self.task, self.teacher.tokenizer, section.max_length, seed=self.resolved.loop.seed)
+        tokens = int(array_of(encoded.train, "length").sum())
+        tokens *= 1 + (section.augment.copies if section.augment is not None else 0)
+        return {
+            each.name: tokens * each.states.layout.token_bytes for each in self.followers if each.states is not None
+        }
 
     @property
     def notes(self) -> list[str]:
@@ -166,7 +182,8 @@ def _followers(teacher: TeacherStart, resolved: Resolved, task: Task, labelling:
             build = _shadow(base if resolved.from_base else nearest, section, overparam, labelling)
             context = context_of(nearest, build.model, build.form, task, resolved.recipe)
             stages = stages_of(resolved, context, build.model, nearest if teacher.known else None, examples)
-        followers.append(Follower(name, section, overparam, build, nearest, context, stages))
+        states = plan_states(resolved.recipe, task.kind, stages, nearest)
+        followers.append(Follower(name, section, overparam, build, nearest, context, stages, states))
         nearest = build.model
     return followers
 

@@ -18,6 +18,7 @@ from kdcli.distill.prepare import prepare
 from kdcli.distill.recipe import limits_of
 from kdcli.distill.record import FinishedRun, finished
 from kdcli.distill.score import score_student, score_teacher
+from kdcli.distill.states import check_room
 from kdcli.distill.student import distil
 from kdcli.distill.teacher import make_teacher
 from kdcli.distill.write import document_of, write_graph, write_student
@@ -100,6 +101,7 @@ def run_distill(
         return _with_gates(before, limits)
 
     prepared = prepare(recipe, recipe_path)
+    check_room(prepared.state_bytes, before.checkpoints)
     prepared.load_sources()
     opened = runs.open_run(root, name, force=force, resume=resume, create=is_main())
     with opened as run, attempt(run, document, resume) as this_attempt:

@@ -25,7 +25,7 @@ def score_teacher(job: Job, task: Task, teacher: Teacher) -> Metrics:
     if task.kind.scored_by_loss or not teacher.known:
         return {}
     # Many students have the same teacher: what it predicts for the report sets is cached like all its predictions.
-    ask = partial(cached_predictions, use_cache=job.recipe.teacher.cache, console=job.console)
+    ask = partial(cached_predictions, use_cache=bool(job.recipe.teacher.cache), console=job.console)
     with at_fault("teacher.model"):
         scores = _scores(job, teacher.model, teacher.tokenizer, task, ask, "the teacher")
     score = primary_score(scores, task.primary)

@@ -15,9 +15,10 @@ from transformers import set_seed
 from kdcli.distill.job import Job
 from kdcli.distill.prepare import Follower
 from kdcli.distill.resolve import Resolved, trains_head
+from kdcli.distill.states import FOLDER, checkpoints_of
 from kdcli.distill.teacher import Teacher
 from kdcli.evaluation.score import scorer
-from kdcli.files import atomic_folder, write_json
+from kdcli.files import atomic_folder, remove, write_json
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.methods.base import Stage, Term
 from kdcli.models.counts import count_parameters
@@ -36,6 +37,7 @@ from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.settings import LoopSettings
 from kdcli.training.step import Distiller
 from kdcli.training.teacher_cache import known_outputs
+from kdcli.training.teacher_states import KeptStates, StageStates, StatesCollator, keep_states
 from kdcli.words import counted
 
 if TYPE_CHECKING:
@@ -165,6 +167,8 @@ def _train(
     encoded = task.kind.prepare(task, teacher.tokenizer, length, seed=resolved.loop.seed)
     train, collator = encoded.train, encoded.collator
     total = resolved.loop.steps(len(train))
+    checkpoints = checkpoints_of(job.run.checkpoints, follower.name)
+    kept: KeptStates | None = None
     records = []
     for number, stage in enumerate(stages, 1):
         terms = list(stage.terms)
@@ -185,7 +189,7 @@ def _train(
                 collator=collator,
                 loop=loop,
                 base=resolved.base,
-                cache=resolved.recipe.teacher.cache,
+                cache=bool(resolved.recipe.teacher.cache),
                 console=job.console,
                 overparam=chain.section if chain is not None else None,
                 pairs=tuple(follower.context.pairs),
@@ -193,20 +197,36 @@ def _train(
             )
         )
         factors = {**chain.teacher, **scheme.teacher_tensors()} if chain is not None and chain.teacher else None
-        distiller = make_distiller(build.model, terms, scheme, rows, factors=factors)
-        work = job.run.checkpoints / folder / f"{number}-{stage.name}"
+        work = checkpoints / f"{number}-{stage.name}"
         final = work / "final"
         of = {**identity, "stage": work.name}
-        if job.resume and agree(_is_usable(final, of, job.console)):
+        finished = job.resume and agree(_is_usable(final, of, job.console))
+        request, states = teacher_request(terms), None
+        if follower.states is not None and request.inside and not finished:
+            kept = kept or keep_states(
+                teacher.model,
+                rows,
+                collator,
+                kind=task.kind,
+                request=follower.states.request,
+                layout=follower.states.layout,
+                folder=checkpoints / FOLDER,
+                batch_size=loop.eval_batch_size,
+                device=loop.device,
+                console=job.console,
+            )
+            states = StageStates(kept, request)
+        distiller = make_distiller(build.model, terms, scheme, rows, factors=factors, states=states)
+        if finished:
             load_weights(distiller, final)
             distiller.close()
             records.append(json.loads((final / RECORD).read_text(encoding="utf-8")))
         else:
             record = fit(
                 distiller,
-                train=rows,
+                train=rows if states is None else states.kept.placed(rows),
                 selection=encoded.selection,
-                collator=collator,
+                collator=collator if states is None else StatesCollator(collator, states),
                 metrics=None if task.kind.chosen_by_loss else scorer(task, encoded.selection),
                 settings=loop,
                 folder=work,
@@ -220,6 +240,8 @@ def _train(
             records.append({"stage": stage.name, **record})
             main_does(partial(_keep_stage, final, of, distiller, records[-1]))
         scheme.end()
+    # They are large, and of no use to anything but this training.
+    main_does(lambda: remove(checkpoints / FOLDER))
     build.model.eval().to("cpu")  # type: ignore[arg-type]
     teacher.model.to("cpu")  # type: ignore[arg-type]
     return records
@@ -254,16 +276,18 @@ def make_distiller(
     rows: Any,
     *,
     factors: dict[Any, tuple[torch.Tensor, ...]] | None = None,
+    states: StageStates | None = None,
 ) -> Distiller:
-    """Return the step of a stage; a fixed teacher gives its outputs once, before training, where that saves work."""
+    """Return the step of a stage; a fixed teacher gives its outputs once, before training, where that saves work.
+
+    states: what is kept of its inside.
+    """
     setting, teacher, known = scheme.setting, scheme.teacher(), scheme.teacher_outputs()
     kind = setting.task.kind
-    request = Request()
-    for term in terms:
-        if term.weight > 0:
-            request |= term.objective.teacher_request()
+    request = teacher_request(terms)
     asked_again = setting.cache and not kind.inputs_change and request.logits and not request.gradients
-    if known is None and teacher is not None and asked_again and scheme.teacher_is_fixed and _saves(request, teacher):
+    saves = states is not None or (teacher is not None and _saves(request, teacher))
+    if known is None and teacher is not None and asked_again and scheme.teacher_is_fixed and saves:
         known = known_outputs(
             teacher,
             rows,
@@ -274,7 +298,24 @@ def make_distiller(
             console=setting.console,
             device=setting.loop.device,
         )
-    return Distiller(student, terms, kind=kind, teacher=teacher, teacher_outputs=known, teacher_factors=factors)
+    return Distiller(
+        student,
+        terms,
+        kind=kind,
+        teacher=teacher,
+        teacher_outputs=known,
+        teacher_states=states,
+        teacher_factors=factors,
+    )
+
+
+def teacher_request(terms: list[Term]) -> Request:
+    """Return what the terms of weight ask for of the teacher."""
+    request = Request()
+    for term in terms:
+        if term.weight > 0:
+            request |= term.objective.teacher_request()
+    return request
 
 
 def _saves(request: Request, teacher: "PreTrainedModel") -> bool:

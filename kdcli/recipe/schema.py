@@ -263,8 +263,14 @@ class TeacherSection(Section):
         "Left out, the names in its configuration.",
     )
     trust_remote_code: bool = Field(default=False, description="Run model code that comes from the hub.")
-    cache: bool = Field(
-        default=True, description="Compute a fixed teacher's logits on the training rows once, and keep them on disk."
+    cache: bool | Literal["all"] = Field(
+        default=True,
+        description="Compute a fixed teacher's logits on the training rows once, and keep them on disk. "
+        '"all": the hidden states, queries, keys, values and matrix outputs that the method compares, too, while the '
+        "student trains; `kdcli distill --dry-run` tells the size.",
+    )
+    cache_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description='cache = "all": how states are kept: as computed, or rounded to half the size.'
     )
     seed: Seed | None = Field(
         default=None,
@@ -291,6 +297,8 @@ class TeacherSection(Section):
             raise ValueError(
                 "give teacher.model (a hub name or a folder), [teacher.scratch] or black_box = true, one of them"
             )
+        if self.cache_dtype != "fp32" and self.cache != "all":
+            raise ValueError('cache_dtype is for the states that cache = "all" keeps')
         if self.black_box and self.finetune not in (None, False):
             raise ValueError("a black box cannot be fine-tuned")
         if self.scratch is not None and self.finetune is False:

@@ -38,11 +38,10 @@ def predict(
     computes, "auto", "cpu" or "cuda" (as `train.device`); afterwards it is back where it was.
     Raises NotFiniteError when a number is NaN or infinite: metrics would hide it behind an argmax.
     """
-    lengths = array_of(dataset, "length")
-    order = np.argsort(lengths, kind="stable")[::-1]
+    lengths, order = array_of(dataset, "length"), by_length(dataset)
     found: dict[str, list[np.ndarray]] = {name: [] for name in outputs}
     # Moved inside inference mode, a model could not be trained afterwards.
-    with _placed(model, device) as place, torch.inference_mode():
+    with placed(model, device) as place, torch.inference_mode():
         for start in range(0, len(order), batch_size):
             # As PyTorch's loader reads them: all rows of a batch at once.
             batch = collator(dataset.__getitems__(order[start : start + batch_size].tolist()))
@@ -50,16 +49,21 @@ def predict(
             output = model(**inputs)
             for name, parts in found.items():
                 parts.append(torch.as_tensor(getattr(output, name)).float().cpu().numpy())
-    return {name: _in_order(parts, order, lengths if per_token else None, owner) for name, parts in found.items()}
+    return {name: in_order(parts, order, lengths if per_token else None, owner) for name, parts in found.items()}
 
 
-def _in_order(parts: list[np.ndarray], order: np.ndarray, lengths: np.ndarray | None, owner: str) -> Any:
+def by_length(dataset: "Dataset") -> np.ndarray:
+    """Return the order in which a data set is read for a model: the longest rows first."""
+    return np.argsort(array_of(dataset, "length"), kind="stable")[::-1]
+
+
+def in_order(parts: list[np.ndarray], order: np.ndarray, lengths: np.ndarray | None, owner: str) -> Any:
     """Return outputs in the data set's order. lengths: of each row, where tokens have rows of their own."""
     if lengths is None:
-        by_length = np.concatenate(parts)
-        check_finite(by_length, owner)
-        table = np.empty_like(by_length)
-        table[order] = by_length
+        joined = np.concatenate(parts)
+        check_finite(joined, owner)
+        table = np.empty_like(joined)
+        table[order] = joined
         return table
     rows = [row[: lengths[place]] for row, place in zip((row for part in parts for row in part), order, strict=True)]
     for row in rows:
@@ -68,7 +72,7 @@ def _in_order(parts: list[np.ndarray], order: np.ndarray, lengths: np.ndarray | 
 
 
 @contextmanager
-def _placed(model: Any, wanted: str) -> Iterator[torch.device]:
+def placed(model: Any, wanted: str) -> Iterator[torch.device]:
     """Keep a PyTorch model in eval mode on the device that computes, and yield that; leave it as it was."""
     if not isinstance(model, torch.nn.Module):
         yield torch.device("cpu")

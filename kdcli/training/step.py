@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from kdcli.tasks.kind import TaskKind
     from kdcli.training.teacher_cache import KnownOutputs
+    from kdcli.training.teacher_states import StageStates
 
 
 class Distiller(nn.Module):
@@ -24,7 +25,7 @@ class Distiller(nn.Module):
 
     The student and the terms' own parameters (bridges) are registered; the teacher is not, so that it is
     neither trained, saved, counted nor wrapped. Only what some term asks for is captured. When all that is
-    asked of the teacher are outputs that are already known (`teacher_outputs`), the teacher does not run, and with
+    asked of the teacher is known already (`teacher_outputs`, `teacher_states`), the teacher does not run, and with
     known outputs it runs only as far as something inside is asked for.
     """
 
@@ -36,9 +37,11 @@ class Distiller(nn.Module):
         kind: "TaskKind",
         teacher: "PreTrainedModel | None" = None,
         teacher_outputs: "KnownOutputs | None" = None,
+        teacher_states: "StageStates | None" = None,
         teacher_factors: Mapping[MatrixKey, tuple[Tensor, ...]] | None = None,
     ) -> None:
-        """kind: of the task. teacher_outputs: what a fixed teacher gives for each example.
+        """kind: of the task. teacher_outputs: what a fixed teacher gives for each example. teacher_states: what is
+        kept of its inside; batches then come from a `StatesCollator`.
 
         Raises ValueError when two terms have one name: their values could not be told apart.
         """
@@ -60,6 +63,7 @@ class Distiller(nn.Module):
         # A plain dict hides the teacher from nn.Module's registration.
         self._fixed: dict[str, PreTrainedModel] = {}
         self.teacher_outputs = None if self.teacher_request.gradients else teacher_outputs
+        self.teacher_states = None if self.teacher_request.gradients else teacher_states
         self.teacher_factors = dict(teacher_factors or {})
         if teacher is not None and self._teacher_must_run():
             teacher.eval()
@@ -70,7 +74,8 @@ class Distiller(nn.Module):
 
     def _teacher_must_run(self) -> bool:
         request = self.teacher_request
-        return request.inside or (request.logits and self.teacher_outputs is None)
+        inside = request.inside and self.teacher_states is None
+        return inside or (request.logits and self.teacher_outputs is None)
 
     def place(self, device: torch.device) -> None:
         """Move what is not registered (the teacher and its cached outputs) to `device`."""
@@ -90,7 +95,9 @@ class Distiller(nn.Module):
 
     def teacher_signals(self, batch: Mapping[str, Tensor]) -> Signals:
         """Return the teacher's signals on `batch`, without gradient of its weights."""
-        if self.teacher_capture is None:
+        if self.teacher_states is not None:
+            signals = self.teacher_states.signals(batch)
+        elif self.teacher_capture is None:
             signals = Signals(mask=batch["attention_mask"], heads=0)
         else:
             with torch.set_grad_enabled(self.teacher_request.gradients > 0), self.teacher_capture as capture:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -95,9 +96,7 @@ def cached_predictions(
     is damaged is made again, and the console told. owner, device: as in `predict`.
     Raises NotFiniteError when the teacher's outputs contain NaN or inf; they are never kept.
     """
-    of = {"model": hash_of_model(teacher), "inputs": hash_of_dataset(dataset), "outputs": list(outputs), "format": 3}
-    name = fingerprint(of)
-    path = cache_dir() / "logits" / f"{name}.safetensors"
+    name, path = _named(teacher, dataset, outputs)
     lengths = array_of(dataset, "length") if per_token else None
     rows = len(dataset) if lengths is None else int(lengths.sum())
     kept = kept_tensors(path, dict.fromkeys(outputs, (rows,)), of=name, console=console) if use_cache else None
@@ -119,6 +118,20 @@ def cached_predictions(
         # A process may find what another has just written: all of them wait here, whether they found it or not.
         main_does(lambda: keep_tensors(path, _tensors(found, per_token), of=name) if kept is None else None)
     return found
+
+
+def keep_predictions(found: Outputs, teacher: "PreTrainedModel", dataset: Dataset, *, per_token: bool = False) -> None:
+    """Keep what a teacher's pass over a data set gave, in its order, for `cached_predictions` to find."""
+    name, path = _named(teacher, dataset, list(found))
+    if not path.exists():
+        keep_tensors(path, _tensors(found, per_token), of=name)
+
+
+def _named(teacher: "PreTrainedModel", dataset: Dataset, outputs: Sequence[str]) -> tuple[str, Path]:
+    """Return the name of what is kept, and its file."""
+    of = {"model": hash_of_model(teacher), "inputs": hash_of_dataset(dataset), "outputs": list(outputs), "format": 3}
+    name = fingerprint(of)
+    return name, cache_dir() / "logits" / f"{name}.safetensors"
 
 
 def _by_row(table: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

@@ -55,6 +55,8 @@ class Scheme:
 
     teacher_is_fixed = True
     """False when the teacher learns: none of its outputs may be cached."""
+    unkept: str | None = None
+    """Why the states inside its teacher cannot be kept; None where they can."""
     steps_are_alike = True
     """False when it changes from step to step which of the student's parameters get a gradient."""
 

@@ -35,6 +35,8 @@ class DecisionScheme(Scheme):
     Source: Zhou et al. 2023 (DBKD).
     """
 
+    unkept = "it learns from decisions alone, and asks for no states of a teacher"
+
     def __init__(
         self,
         *,

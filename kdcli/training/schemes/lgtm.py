@@ -88,6 +88,7 @@ class LGTMScheme(Scheme):
     """
 
     teacher_is_fixed = False
+    unkept = "its teacher learns, so that its states change from step to step"
 
     def __init__(self, learning: Learning) -> None:
         self.learning = learning

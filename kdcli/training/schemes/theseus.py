@@ -92,6 +92,7 @@ class TheseusScheme(Scheme):
     """
 
     steps_are_alike = False
+    unkept = "the teacher's blocks run between those of the student, which trains"
 
     def __init__(self, replacement: Replacement, *, predecessor_eval: bool = False) -> None:
         self.replacement = replacement
