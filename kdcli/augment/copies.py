@@ -92,9 +92,10 @@ def add_copies(
     """Return the rows of `train` and then up to `copies` copies of each, in the rows' order, with new indices.
 
     texts: the columns that hold text. candidates: for every text (words, top_k) token ids, -1 for none. A copy
-    replaces each word that has candidates with `probability` by one of them, all equally likely; of a pair both texts.
-    White space, punctuation and case around the words stay. A copy equal to its row or to an earlier copy of it is
-    drawn again, at most 10 times, and then left out. What is drawn depends on the seed and the row's index alone.
+    replaces each word that has candidates with `probability` by one of them, all equally likely; of a pair one text
+    changes in each copy, both in turn, and the other one stays, as in the released code. White space, punctuation and
+    case around the words stay. A text equal to its row's or to that of an earlier copy is drawn again, at most 10
+    times, and then the copy is left out. What is drawn depends on the seed and the row's index alone.
     """
     columns: dict[str, list[Any]] = {name: list(train[name]) for name in train.column_names}
     added: dict[str, list[Any]] = {name: [] for name in columns}
@@ -102,17 +103,17 @@ def add_copies(
         generator = random.Random(f"augment-{seed}-{index}")
         own = [columns[name][row] for name in texts]
         pieces = [_pieces(text, candidates[text], vocabulary) for text in own]
-        if not any(options for text in pieces for _, options in text):
-            continue
-        seen = {tuple(own)}
-        for _ in range(copies):
-            copy = _draw(pieces, probability, generator, seen)
+        changing = [place for place, text in enumerate(pieces) if any(options for _, options in text)]
+        seen = [{text} for text in own]
+        for number in range(copies if changing else 0):
+            place = changing[number % len(changing)]
+            copy = _draw(pieces[place], probability, generator, seen[place])
             if copy is None:
-                # Nearly all that can be made of this row is there.
+                # Nearly all that can be made of this text is there.
                 continue
-            seen.add(copy)
+            seen[place].add(copy)
             for name, values in added.items():
-                values.append(copy[texts.index(name)] if name in texts else columns[name][row])
+                values.append(copy if name == texts[place] else columns[name][row])
     first = max(columns["index"]) + 1
     added["index"] = list(range(first, first + len(added["index"])))
     return Dataset.from_dict({name: values + added[name] for name, values in columns.items()}, features=train.features)
@@ -133,16 +134,11 @@ def _pieces(text: str, candidates: Tensor, vocabulary: Vocabulary) -> Pieces:
     return [*pieces, (text[last:], [])]
 
 
-def _draw(
-    pieces: list[Pieces], probability: float, generator: random.Random, seen: set[tuple[str, ...]]
-) -> tuple[str, ...] | None:
+def _draw(pieces: Pieces, probability: float, generator: random.Random, seen: set[str]) -> str | None:
     for _ in range(TRIES):
-        copy = tuple(
-            "".join(
-                generator.choice(options) if options and generator.random() < probability else piece
-                for piece, options in text
-            )
-            for text in pieces
+        copy = "".join(
+            generator.choice(options) if options and generator.random() < probability else piece
+            for piece, options in pieces
         )
         if copy not in seen:
             return copy

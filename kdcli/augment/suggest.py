@@ -19,6 +19,7 @@ from rich.progress import track
 from torch import Tensor
 
 from kdcli.augment.copies import MODEL, NONE, Vocabulary, words_of
+from kdcli.augment.stop_words import is_stop_word
 from kdcli.files import cache_dir, fingerprint
 from kdcli.models.capture import Capture
 from kdcli.models.finite import check_finite
@@ -46,7 +47,8 @@ def _of(path: Path) -> str:
 class Suggester:
     """A masked language model that predicts what else could stand in place of each word of a sentence.
 
-    max_length: tokens of a sentence that are read; words after them have no candidates.
+    max_length: tokens of a sentence that are read; words after them have no candidates. stop_words: that have none
+    either, as `normal` writes them.
     """
 
     model: "PreTrainedModel"
@@ -57,6 +59,7 @@ class Suggester:
     precision: str
     device: torch.device
     console: Console | None = None
+    stop_words: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.vocabulary = Vocabulary(self.tokenizer)
@@ -73,10 +76,16 @@ class Suggester:
                     "top_k": self.top_k,
                     "max_length": self.max_length,
                     "precision": self.precision,
-                    "format": 2,
+                    "stop_words": sorted(self.stop_words),
+                    "format": 3,
                 }
             )
         )
+
+    def asked_about(self, sentences: list[str]) -> list[int]:
+        """Return which of the sentences' words, numbered through all of them, are no stop words."""
+        words = [text[start:end] for text in sentences for start, end in words_of(text)]
+        return [number for number, word in enumerate(words) if not is_stop_word(word, self.stop_words)]
 
     def path(self, sentences: list[str]) -> Path:
         """Return the file that keeps the candidates for these sentences, in this order."""
@@ -110,22 +119,24 @@ class Suggester:
     def _candidates(self, sentences: list[str]) -> Tensor:
         places = [(text, start, end) for text in sentences for start, end in words_of(text)]
         candidates = torch.full((len(places), self.top_k), NONE, dtype=torch.int32)
-        if not places:
+        asked = self.asked_about(sentences)
+        if not asked:
             return candidates
         encoded = self.tokenizer(
-            [text[:start] + self.mask + text[end:] for text, start, end in places],
+            [text[:start] + self.mask + text[end:] for text, start, end in (places[number] for number in asked)],
             truncation=True,
             max_length=self.max_length,
         )
         rows = []
-        for number, (text, start, _) in enumerate(places):
-            ids = encoded["input_ids"][number]
+        for row_number, number in enumerate(asked):
+            text, start, _ = places[number]
+            ids = encoded["input_ids"][row_number]
             masks = [i for i, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
             # A text may hold masks of its own.
             before = text[:start].count(self.mask)
             if before < len(masks):
                 names = ("input_ids", "attention_mask", "token_type_ids")
-                row = {name: encoded[name][number] for name in names if name in encoded}
+                row = {name: encoded[name][row_number] for name in names if name in encoded}
                 rows.append(({**row, "index": number}, masks[before]))
         rows.sort(key=lambda row: -len(row[0]["input_ids"]))
         self.model.to(self.device)  # type: ignore[arg-type]
@@ -164,7 +175,7 @@ def fill_cache(suggester: Suggester, sentences: list[str], name: str, console: C
     missing = [chunk for chunk in chunks_of(sentences) if suggester.kept(chunk) is None]
     if not missing:
         return
-    count = sum(len(words_of(text)) for chunk in missing for text in chunk)
+    count = sum(len(suggester.asked_about(chunk)) for chunk in missing)
     tell(console, f"augment: {name} fills in {counted(count, 'masked word')}")
     told = time.monotonic()
     chunks = track(missing, "augment", console=console, disable=not console.is_terminal, transient=True)

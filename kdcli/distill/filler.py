@@ -12,13 +12,14 @@ from rich.console import Console
 from torch import Tensor
 
 from kdcli.augment.copies import MODEL, Vocabulary, add_copies, words_of
+from kdcli.augment.stop_words import ENGLISH, is_stop_word, normal
 from kdcli.augment.suggest import Suggester, by_sentence, chunks_of, fill_cache
 from kdcli.distill.teacher import TeacherStart, make_teacher, seed_of, start_teacher
 from kdcli.errors import InputError, RunError
 from kdcli.files import source_of
 from kdcli.machine import computing_device, resolve_precision
 from kdcli.models.load import check_vocabulary, has_head, load_config, load_model, load_tokenizer
-from kdcli.recipe.schema import FinetuneSection, Recipe, TaskSection, TeacherSection
+from kdcli.recipe.schema import AugmentSection, FinetuneSection, Recipe, TaskSection, TeacherSection
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import check_room
 from kdcli.tasks.load import load_task
@@ -67,7 +68,9 @@ def start_filler(recipe: Recipe, task: Task, base: Path) -> FillerStart:
     check_room(tokenizer, recipe.task.max_length, pair=False)
     Vocabulary(tokenizer)
     fields = task.kind.columns_of_text(task.train)
-    if not any(words_of(text) for name in fields for text in task.train[name]):
+    stop_words = stop_words_of(section)
+    words = (text[start:end] for name in fields for text in task.train[name] for start, end in words_of(text))
+    if all(is_stop_word(word, stop_words) for word in words):
         raise InputError("no training row has a word that can be replaced", where="task.augment")
     if headed:
         with _at(MODEL):
@@ -85,6 +88,11 @@ def start_filler(recipe: Recipe, task: Task, base: Path) -> FillerStart:
     tuning = section.finetune or FinetuneSection()
     check_batch(tuning.batch_size, 1, processes(), "task.augment.finetune.batch_size")
     return FillerStart(source, (tuned, documents, start))
+
+
+def stop_words_of(section: AugmentSection) -> frozenset[str]:
+    """Return the words that copies keep, as `normal` writes them."""
+    return ENGLISH if section.stop_words is None else frozenset(map(normal, section.stop_words))
 
 
 @contextlib.contextmanager
@@ -144,6 +152,7 @@ def augment_task(task: Task, recipe: Recipe, source: str, *, console: Console) -
         precision=resolve_precision(recipe.train.precision, recipe.train.device),
         device=torch.device(computing_device(recipe.train.device)),
         console=console,
+        stop_words=stop_words_of(section),
     )
     fields = task.kind.columns_of_text(task.train)
     sentences = list(dict.fromkeys(text for name in fields for text in task.train[name]))

@@ -71,7 +71,14 @@ class AugmentSection(Section):
     finetune: FinetuneSection | None = Field(
         default=None, description="How that fine-tuning runs. Left out, with the defaults of the table."
     )
-    copies: Times = Field(default=20, description="Copies of every training row.")
+    copies: Times = Field(
+        default=20, description="Copies of every training row; of a pair of texts one changes in each copy, in turn."
+    )
+    stop_words: list[str] | None = Field(
+        default=None,
+        description='Words that are never replaced, whatever their case. Left out, those of English, such as "the", '
+        '"is" and "not"; [] replaces all words.',
+    )
     probability: Fraction = Field(default=0.4, description="Probability that a word of a copy is replaced.")
     top_k: Words = Field(
         default=15, description="A replacement is drawn from this many of the model's most likely words."

@@ -110,7 +110,7 @@ def make_task(texts: list[str], pairs: list[str] | None = None, labels: list[Any
 
 
 def make_recipe(model: Path | str, **augment: Any) -> Recipe:
-    section = {"model": str(model), "copies": 4, "top_k": TOP_K, **augment}
+    section = {"model": str(model), "copies": 4, "top_k": TOP_K, "stop_words": [], **augment}
     return Recipe.model_validate(tiny_recipe("teacher", task={"augment": section}, teacher=FOLDER))
 
 
@@ -219,9 +219,43 @@ def test_labels_pairs_and_indices_of_copies_belong_to_their_rows(folder: Path):
         original = task.train[0 if row["label"] else 1]
         assert len(row["text"].split()) == len(original["text"].split())
         assert len(row["text_pair"].split()) == len(original["text_pair"].split())
-    first = list(made)[2:6]
-    assert len({row["text"] for row in first}) > 1
-    assert len({row["text_pair"] for row in first}) > 1
+        # One of a pair's texts changes, and the other one stays.
+        assert (row["text"] == original["text"]) != (row["text_pair"] == original["text_pair"])
+    for first in (list(made)[2:6], list(made)[6:]):
+        assert len({row["text"] for row in first}) == len({row["text_pair"] for row in first}) == 3
+
+
+def test_stop_words_stay_whatever_their_case_and_the_model_is_not_asked_about_them(folder: Path):
+    text = "The film can't be NOT dull, I don’t like the dog's"
+    task = make_task([text], labels=[0])
+
+    def changed(**options: Any) -> set[str]:
+        copies = augment(task, folder, copies=100, **options).train["text"][1:]
+        words = text.split()
+        return {words[i] for copy in copies for i, word in enumerate(copy.split()) if word != words[i]}
+
+    assert changed(stop_words=None) == {"film", "dull,", "like", "dog's"}
+    assert changed(stop_words=["FILM", "like"]) == set(text.split()) - {"film", "like"}
+    words, model = loaded(folder)
+    asked: list[int] = []
+    suggester = Suggester(
+        model, words, TOP_K, 8, 128, "fp32", torch.device("cpu"), stop_words=frozenset({"the", "was", "not"})
+    )
+    embeddings = model.get_input_embeddings()
+    hook = embeddings.register_forward_pre_hook(lambda _, given: asked.append(len(given[0])))
+    try:
+        found = suggester.make(["The film was NOT dull"])
+    finally:
+        hook.remove()
+    assert sum(asked) == 2
+    assert [bool((row >= 0).all()) for row in found] == [False, True, False, False, True]
+
+
+def test_rows_of_stop_words_alone_have_no_word_to_replace(folder: Path):
+    recipe = make_recipe(folder, stop_words=None)
+    with pytest.raises(InputError, match="no training row has a word"):
+        start_filler(recipe, make_task(["it is not", "The"]), folder)
+    start_filler(recipe, make_task(["it is not dull"]), folder)
 
 
 def test_a_text_is_filled_by_itself_wherever_it_stands(folder: Path):
