@@ -11,7 +11,6 @@ from objectives.worlds import captured, mask_of
 from torch import Tensor
 
 import kdcli
-from kdcli.objectives.base import common_window
 from kdcli.objectives.cores import TensorObjective
 from kdcli.objectives.distribution import Categorical
 from kdcli.objectives.hidden import mean_token_mse
@@ -132,17 +131,17 @@ def of_unequal_spread(seed: int, width: int) -> tuple[Tensor, Tensor]:
     return 0.5 * draw(seed, 4, 9, width), 2 * draw(seed + 1, 4, 9, width) + 1.0
 
 
-@pytest.mark.parametrize("where", ["text", "segments", "window"])
+@pytest.mark.parametrize("where", ["text", "segments", "window", "segments and window"])
 def test_queries_are_the_rows_and_keys_the_columns(where: str):
     mask = mask_of(LENGTHS)
     (query, key), (query_t, key_t) = of_unequal_spread(1, 8), of_unequal_spread(5, 12)
     real = mask.bool()
     allowed = real[:, :, None] & real[:, None, :]
     extra: dict[str, Tensor] = {}
-    if where == "segments":
+    if "segments" in where:
         extra["segments"] = (torch.arange(9) > 2).long().expand(4, 9)
         allowed = allowed & (extra["segments"][:, :, None] == extra["segments"][:, None, :])
-    if where == "window":
+    if "window" in where:
         # A query sees itself and what comes before it: rows and columns are not the same here.
         window = torch.ones(9, 9).tril().bool() & mask.bool()[:, None, :]
         extra["window"] = window[:, None]
@@ -163,15 +162,15 @@ def test_queries_are_the_rows_and_keys_the_columns(where: str):
     assert abs(turned - found) > 0.01 * found
 
 
-def test_the_relation_of_queries_to_keys_is_the_attention_of_a_causal_model():
+def test_the_relation_of_queries_to_keys_is_the_attention_where_both_models_attend():
     mask = mask_of(LENGTHS)
     student, teacher = captured(1, mask, width=8), captured(2, mask, width=12)
-    for seed, signals, width in ((1, student, 8), (5, teacher, 12)):
+    # One sees what comes before, the other three tokens to either side.
+    kept = torch.ones(9, 9).tril().bool(), torch.ones(9, 9).tril(3).triu(-3).bool()
+    for seed, signals, width, window in ((1, student, 8, kept[0]), (5, teacher, 12, kept[1])):
         signals.matrices[(2, "query")], signals.matrices[(2, "key")] = of_unequal_spread(seed, width)
-        signals.windows[2] = (torch.ones(9, 9).tril().bool() & mask.bool()[:, None, :])[:, None]
-    window = common_window((student, [2]), (teacher, [2]))
-    assert window is not None
-    allowed = window[:, 0] & mask.bool()[:, :, None]
+        signals.windows[2] = (window & mask.bool()[:, None, :])[:, None]
+    allowed = kept[0] & kept[1] & mask.bool()[:, None, :] & mask.bool()[:, :, None]
     matrices = [signals.matrices[(2, name)].double() for signals in (student, teacher) for name in ("query", "key")]
     found = RelationObjective([(2, 2)], relations={("query", "key"): 1.0})(student, teacher, {})
     torch.testing.assert_close(found.double(), by_rows(*matrices, 4, allowed), rtol=1e-5, atol=1e-7)

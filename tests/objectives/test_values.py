@@ -16,10 +16,10 @@ from kdcli.objectives.attribution import attribution_loss, saliency
 from kdcli.objectives.base import example_mean, token_mean
 from kdcli.objectives.cosine import CosineObjective, cosine_distance
 from kdcli.objectives.distribution import Categorical, Normal, row_weights
-from kdcli.objectives.gold import GoldObjective
+from kdcli.objectives.gold import GoldObjective, gold_loss
 from kdcli.objectives.hidden import HiddenObjective, token_mse
 from kdcli.objectives.matrix import MatrixObjective
-from kdcli.objectives.output import OutputObjective
+from kdcli.objectives.output import OutputObjective, output_loss
 from kdcli.objectives.relation import (
     SELF_RELATIONS,
     DirectRelationObjective,
@@ -96,6 +96,17 @@ def test_the_task_loss_is_the_mean_negative_log_probability():
     student = logit_signals([[math.log(3), 0.0], [0.0, 0.0]], torch.tensor([1, 0]))
     found = GoldObjective(Categorical())(student, student, {})
     assert found.item() == approx((math.log(4) + math.log(2)) / 2)
+
+
+def test_several_tables_of_predictions_count_the_same():
+    # As of an extractive answer, which has a start and an end.
+    own, other = (
+        [Prediction(draw(seed + k, 4, 3 + k), target=torch.tensor([0, 2, 1, 1])) for k in (0, 1)] for seed in (1, 5)
+    )
+    alone = [Categorical().nll(table.logits, table.target) for table in own]
+    torch.testing.assert_close(gold_loss(own, Categorical()), torch.stack(alone).mean())
+    apart = [Categorical().divergence(a.logits, b.logits, temperature=2.0) for a, b in zip(own, other, strict=True)]
+    torch.testing.assert_close(output_loss(own, other, Categorical(), 2.0), torch.stack(apart).mean())
 
 
 def test_tinyberts_prediction_loss_is_the_soft_cross_entropy_over_classes():
