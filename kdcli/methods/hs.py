@@ -21,6 +21,8 @@ from kdcli.methods.terms import (
 from kdcli.recipe.schema import NonNegativeInt, Seed, Share
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from kdcli.objectives.base import Objective
 
 NAMES = (*MAPS, "emd")
@@ -65,8 +67,8 @@ class HSOptions(Options):
     emd: EMDOptions = Field(default=EMDOptions(), description='"emd": how the transport is made.')
     bridge: bool | None = Field(
         default=None,
-        description="Learned linear maps of the student's hidden states, one a block, before the comparison. Left "
-        "out, only where the widths differ.",
+        description="Learned linear maps of the student's hidden states before the comparison: one a block, or with "
+        '"emd" one for all blocks and the embeddings. Left out, only where the widths differ.',
     )
     match_norm: bool = Field(default=False, description="Measure errors relative to the size of the teacher's states.")
     weights: Weights = Field(default=Weights(), description="How much each part weighs; 0 switches a part off.")
@@ -129,25 +131,24 @@ def check(options: HSOptions, context: Context) -> None:
         )
 
 
-def _hidden(options: HSOptions, context: Context) -> "Objective":
+def _hidden(options: HSOptions, context: Context, bridge: "bool | nn.Linear") -> "Objective":
+    from torch import nn
+
     from kdcli.objectives.hidden import HiddenObjective
     from kdcli.objectives.transport import EMDObjective
 
-    widths = context.student.hidden, context.teacher.hidden
-    bridge = needs_bridge(options.bridge, context)
     if options.layer_map == "emd":
         return EMDObjective(
             (context.student.layers, context.teacher.layers),
             attention=options.emd.attention,
-            widths=widths,
-            bridge=bridge,
+            bridge=bridge if isinstance(bridge, nn.Linear) else None,
             learn_weights=options.emd.learn_weights,
             separate=options.emd.separate,
         )
     random = options.layer_map == "random"
     return HiddenObjective(
         _pairs(options, context),
-        widths=widths,
+        widths=(context.student.hidden, context.teacher.hidden),
         bridge=bridge,
         match_norm=options.match_norm,
         redraw=(lambda epoch: _pairs(options, context, epoch)) if random else None,
@@ -157,16 +158,18 @@ def _hidden(options: HSOptions, context: Context) -> "Objective":
 
 def build(options: HSOptions, context: Context) -> list[Stage]:
     """Return one stage: hidden states, embeddings where they weigh something, and the prediction or masked tokens."""
+    from torch import nn
+
     from kdcli.objectives.hidden import HiddenObjective
 
-    embedding = HiddenObjective(
-        [(0, 0)],
-        widths=(context.student.hidden, context.teacher.hidden),
-        bridge=needs_bridge(options.bridge, context),
-        match_norm=options.match_norm,
-    )
+    widths = context.student.hidden, context.teacher.hidden
+    bridge: bool | nn.Linear = needs_bridge(options.bridge, context)
+    if bridge and options.layer_map == "emd":
+        # BERT-EMD's is TinyBERT's: one for all blocks and the embeddings.
+        bridge = nn.Linear(*widths)
+    embedding = HiddenObjective([(0, 0)], widths=widths, bridge=bridge, match_norm=options.match_norm)
     terms = [
-        Term("hidden", _hidden(options, context), options.weights.hidden),
+        Term("hidden", _hidden(options, context, bridge), options.weights.hidden),
         Term("embedding", embedding, options.weights.embedding),
         *prediction_terms(context, options.weights, options.alpha, options.temperature),
     ]

@@ -74,7 +74,8 @@ class HiddenObjective(Objective):
     """Mean over pairs (student layer, teacher layer) of the squared difference of hidden states.
 
     Layers count from 0 (the embedding output). With `bridge`, a learned linear map (student width, teacher
-    width) comes before the comparison: one a student layer, or a single one when `shared` (TinyBERT).
+    width) comes before the comparison: one a student layer, or a single one with a bias when `shared` (TinyBERT); a
+    map that is given is shared with whatever else holds it.
     With `redraw` every epoch has pairs of its own, redraw(epoch); they stay within the student layers of `pairs`
     and `teacher_layers`, all of which are then captured (RAIL-KD).
     """
@@ -84,7 +85,7 @@ class HiddenObjective(Objective):
         pairs: Sequence[tuple[int, int]],
         *,
         widths: tuple[int, int] | None = None,
-        bridge: bool = False,
+        bridge: bool | nn.Linear = False,
         shared: bool = False,
         match_norm: bool = False,
         redraw: Callable[[int], Sequence[tuple[int, int]]] | None = None,
@@ -96,9 +97,11 @@ class HiddenObjective(Objective):
         self.redraw = redraw
         self.layers = frozenset(s for s, _ in pairs), frozenset(t for _, t in pairs) | frozenset(teacher_layers)
         self.match_norm = match_norm
-        self.shared = shared
+        self.shared = shared or isinstance(bridge, nn.Linear)
         self.bridges: nn.ModuleDict | None = None
-        if bridge:
+        if isinstance(bridge, nn.Linear):
+            self.bridges = nn.ModuleDict({"shared": bridge})
+        elif bridge:
             assert widths is not None
             names = ["shared"] if shared else sorted({str(s) for s, _ in self.pairs})
             self.bridges = nn.ModuleDict({name: nn.Linear(*widths, bias=shared) for name in names})

@@ -98,7 +98,7 @@ def layer_costs(
 class EMDObjective(Objective):
     """Earth mover's distance between all blocks of both models: sum of flow times squared difference.
 
-    hidden, attention: what is transported: hidden states (through one shared learned linear map when `bridge`)
+    hidden, attention: what is transported: hidden states (through `bridge`, one learned linear map of them all)
     and attention scores, each with a flow of its own; their distances are added. The flow is found again for every
     batch and has no gradient. With `learn_weights` each training step moves weight to layers that are cheap to match;
     both signals share their layers' weights unless `separate`. Weights are buffers: checkpoints hold them.
@@ -114,12 +114,11 @@ class EMDObjective(Objective):
         *,
         hidden: bool = True,
         attention: bool = False,
-        widths: tuple[int, int] | None = None,
-        bridge: bool = False,
+        bridge: nn.Linear | None = None,
         learn_weights: bool = True,
         separate: bool = False,
     ) -> None:
-        """depths and widths: (student, teacher); widths are needed for a bridge."""
+        """depths: (student, teacher)."""
         super().__init__()
         assert hidden or attention
         self.depths = depths
@@ -128,10 +127,7 @@ class EMDObjective(Objective):
         sets = len(self.kinds) if separate else 1
         self.register_buffer("student_weights", torch.full((sets, depths[0]), 1.0 / depths[0]))
         self.register_buffer("teacher_weights", torch.full((sets, depths[1]), 1.0 / depths[1]))
-        self.bridge: nn.Linear | None = None
-        if bridge:
-            assert widths is not None
-            self.bridge = nn.Linear(*widths)
+        self.bridge = bridge
 
     def _wants(self, depth: int) -> Request:
         layers = range(1, depth + 1)

@@ -11,6 +11,7 @@ import torch
 from families import tiny
 from objectives.worlds import asked
 from pydantic import ValidationError
+from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
@@ -39,6 +40,7 @@ from kdcli.tasks.classification import KIND as CLASSIFICATION
 from kdcli.tasks.heads import load_model
 from kdcli.tasks.masked_lm import KIND as MASKED_LM
 from kdcli.training.step import Distiller
+from kdcli.training.trainer import load_weights
 
 NAMES = ("od", "hs", "minilm", "minilmv2", "tinybert", "distilbert")
 LENGTHS = (5, 9, 2, 7)
@@ -373,6 +375,27 @@ def test_bridges_come_where_widths_differ_or_where_they_are_asked_for():
     assert sizes(shape(2, 384), weights={"embedding": 1.0}) == [(768, 384)] * 3
     assert sizes(shape(2, 384), layer_map="last") == [(768, 384)]
     assert sizes(shape(2, 384), layer_map="emd") == [(768, 384), (768,)]
+
+
+def test_the_transport_map_has_one_bridge_for_blocks_and_embeddings(tmp_path: Path):
+    teacher, student = model("text", "bert", layers=3), model("text", "bert", layers=2, hidden=24, seed=1)
+    (stage,) = stages("hs", between("text", student, teacher), layer_map="emd", weights={"embedding": 1.0})
+    hidden, embedding = (list(term.objective.parameters()) for term in stage.terms)
+    assert [p.shape for p in hidden] == [(32, 24), (32,)]
+    assert [one is other for one, other in zip(hidden, embedding, strict=True)] == [True, True]
+    step = Distiller(student, stage.terms, teacher=teacher, kind=MASKED_LM)
+    found = step.train()(batch_of("text"))
+    found["loss"].backward()
+    assert all(bool(p.grad.any()) for p in hidden)
+    # A checkpoint holds it once, and gives it back to both.
+    save_weights(step, str(tmp_path / "model.safetensors"))
+    before = [p.clone() for p in hidden]
+    with torch.no_grad():
+        for p in hidden:
+            p.zero_()
+    load_weights(step, tmp_path)
+    step.close()
+    assert all(map(torch.equal, before, embedding))
 
 
 # minilm
