@@ -33,7 +33,8 @@ class Request:
 
     Block numbers follow the literature: hidden[0] is the embedding output, hidden[l] the output of block l; that of
     the last one after the norm that follows it in some families. `attention`: blocks whose queries and keys are
-    compared as an attention map.
+    compared as an attention map. `linear`: matrices whose input and own output are kept, before any rotation or norm
+    that follows. `local`: (matrix, another model's matrix) whose outputs on that one's inputs are formed.
     `all_positions`: predictions at every real token, not just at those with a gold answer.
     `gradients` says how often the logits are differentiated by hidden[0]: 1 keeps the graph between them, 2 one whose
     gradient can be learned from; `path` is the number of points between a zero embedding and hidden[0] at which the
@@ -44,6 +45,8 @@ class Request:
     hidden: frozenset[int] = frozenset()
     matrices: frozenset[MatrixKey] = frozenset()
     attention: frozenset[int] = frozenset()
+    linear: frozenset[MatrixKey] = frozenset()
+    local: frozenset[tuple[MatrixKey, MatrixKey]] = frozenset()
     factors: bool = False
     all_positions: bool = False
     gradients: int = 0
@@ -55,6 +58,8 @@ class Request:
             self.hidden | other.hidden,
             self.matrices | other.matrices,
             self.attention | other.attention,
+            self.linear | other.linear,
+            self.local | other.local,
             self.factors or other.factors,
             self.all_positions or other.all_positions,
             max(self.gradients, other.gradients),
@@ -64,7 +69,7 @@ class Request:
     @property
     def inside(self) -> bool:
         """True when something inside a forward pass is asked for: known logits do not do."""
-        return bool(self.hidden or self.matrices or self.gradients)
+        return bool(self.hidden or self.matrices or self.linear or self.gradients)
 
 
 @dataclass
@@ -77,6 +82,8 @@ class Signals:
     matrices[(l, name)]: output of that linear map with its bias, (batch, seq, out); queries, keys and values as the
     attention function gets them, after rotation and norms of their own.
     windows[l]: (batch, 1, seq, seq), the keys that each query of block l attends to, where it is not all real tokens.
+    linear[(l, name)]: (input, output) of that map, (batch, seq, in) and (batch, seq, out) with its bias.
+    local[(l, name)]: output of that map, with its bias, on another model's input, (batch, seq, out).
     factors[(l, name)]: the tensor chain of that matrix, only for over-parameterised weights.
     path: (scaled embedding output, predictions) for alpha = 1/K, ..., 1, where a gradient's path is asked for.
     heads: number of attention heads.
@@ -90,6 +97,8 @@ class Signals:
     hidden: dict[int, Tensor] = field(default_factory=dict)
     matrices: dict[MatrixKey, Tensor] = field(default_factory=dict)
     windows: dict[int, Tensor] = field(default_factory=dict)
+    linear: dict[MatrixKey, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    local: dict[MatrixKey, Tensor] = field(default_factory=dict)
     factors: Mapping[MatrixKey, tuple[Tensor, ...]] = field(default_factory=dict)
     _scores: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 

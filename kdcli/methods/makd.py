@@ -1,5 +1,6 @@
 """MaKD: multi-aspect distillation into a low-rank student."""
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -52,6 +53,13 @@ class MaKDOptions(Options):
     matrix_norm: bool = Field(
         default=True, description="Measure errors of matrix outputs relative to the size of the teacher's."
     )
+    matrix_inputs: Literal["student", "teacher", "teacher-first"] | None = Field(
+        default=None,
+        description='What the student\'s matrices get whose outputs are compared: "student", its own states; '
+        '"teacher", the teacher\'s input of each matrix, so that every matrix learns by itself; "teacher-first", the '
+        'teacher\'s in the first stage of schedule = "staged" and then the student\'s. Left out, "student", or '
+        '"teacher-first" where there are stages.',
+    )
     hidden_norm: bool = Field(
         default=False, description="Measure errors of hidden states relative to the size of the teacher's."
     )
@@ -88,6 +96,14 @@ def check(options: MaKDOptions, context: Context) -> None:
         need_equal_heads(context, otherwise="method.terms.attention = 0")
     if options.schedule == "joint":
         refuse_idle(options, ("shares", "final_learning_rate"), 'with schedule = "joint"', 'set schedule = "staged"')
+        if options.matrix_inputs == "teacher-first":
+            raise InputError(
+                'matrix_inputs = "teacher-first" is about the first of several stages, and schedule = "joint" has one',
+                where="method.matrix_inputs",
+                hint='use "teacher", or set schedule = "staged"',
+            )
+    if options.weights.matrix == 0:
+        refuse_idle(options, ("matrix_inputs",), "with weights.matrix = 0")
     if options.weights.model == 0:
         refuse_idle(options, ("final_learning_rate",), "with weights.model = 0: there is no third stage")
     need_shares_of_one(options.shares)
@@ -99,19 +115,23 @@ def build(options: MaKDOptions, context: Context) -> list[Stage]:
     from kdcli.objectives.matrix import MatrixObjective
     from kdcli.objectives.relation import RelationObjective
 
-    def matrix_level() -> list[Term]:
+    inputs = options.matrix_inputs or ("teacher-first" if options.schedule == "staged" else "student")
+
+    def matrix_level(*, local: bool) -> list[Term]:
         weight, terms = options.weights.matrix, options.terms
         heads = ("query", "key", "value", "attention_output")
         gate = ("ffn_gate",) if context.teacher.gated and context.student.gated else ()
         return [
             Term(
                 "mha",
-                MatrixObjective(context.pairs, heads, match_norm=options.matrix_norm),
+                MatrixObjective(context.pairs, heads, match_norm=options.matrix_norm, local=local),
                 weight * terms.mha,
             ),
             Term(
                 "ffn",
-                MatrixObjective(context.pairs, ("ffn_in", *gate, "ffn_out"), match_norm=options.matrix_norm),
+                MatrixObjective(
+                    context.pairs, ("ffn_in", *gate, "ffn_out"), match_norm=options.matrix_norm, local=local
+                ),
                 weight * terms.ffn,
             ),
         ]
@@ -145,23 +165,20 @@ def build(options: MaKDOptions, context: Context) -> list[Stage]:
             context.gold_term(weight * (1.0 - options.alpha)),
         ]
 
-    names = ("matrix", "layer", "model")
-    levels = (matrix_level(), layer_level(), model_level())
-    terms = weighted(term for level in levels for term in level)
+    matrix, layer, model = levels = matrix_level(local=inputs == "teacher"), layer_level(), model_level()
+    terms = weighted(matrix + layer + model)
     if options.schedule == "joint":
         return [Stage("distil", terms)]
-    # A level that is switched off has no stage; the stages of the others have all steps.
-    active = [number for number, level in enumerate(levels) if any(term.weight > 0 for term in level)]
-    steps = sum(options.shares[number] for number in active)
-    return [
-        Stage(
-            names[number],
-            weighted(term for level in levels[: number + 1] for term in level),
-            options.shares[number] / steps,
-            learning_rate=options.final_learning_rate if names[number] == "model" else None,
-        )
-        for number in active
+    first, second, third = options.shares
+    stages = [
+        Stage("matrix", matrix_level(local=inputs != "student"), first),
+        Stage("layer", matrix + layer, second),
+        Stage("model", terms, third, learning_rate=options.final_learning_rate),
     ]
+    # A level that is switched off has no stage; the stages of the others have all steps.
+    active = [stage for stage, level in zip(stages, levels, strict=True) if any(term.weight > 0 for term in level)]
+    steps = sum(stage.share for stage in active)
+    return [replace(stage, terms=weighted(stage.terms), share=stage.share / steps) for stage in active]
 
 
 METHOD = Method(

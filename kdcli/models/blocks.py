@@ -93,6 +93,10 @@ class BlockMatrix:
         """Return this map's part of the output of `module`, (..., out features)."""
         return self._share(output, -1)
 
+    def on(self, x: "Tensor") -> "Tensor":
+        """Return this map's output, with its bias, on any input (..., in features)."""
+        return self.of(self.module(x))
+
     def _share(self, tensor: "Tensor", dim: int) -> "Tensor":
         return tensor.chunk(len(self.names), dim)[self.names.index(self.name)] if self.is_fused else tensor
 

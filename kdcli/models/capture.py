@@ -3,6 +3,7 @@
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kdcli.models.attention import configs_of, noting
-from kdcli.models.blocks import block_matrix, block_of, body_of, embeddings_of, hidden_module
+from kdcli.models.blocks import BlockMatrix, block_matrix, block_of, body_of, embeddings_of, hidden_module
 from kdcli.models.families import family_of
 from kdcli.models.inputs import model_inputs
 from kdcli.models.overparam import linears_of
@@ -28,15 +29,24 @@ class _Complete(Exception):
     """Ends a forward pass whose rest is not asked for."""
 
 
-def _tensor(output: Any) -> Tensor:
+def _output(inputs: Any, output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _share(matrix: BlockMatrix, inputs: Any, output: Any) -> Tensor:
+    return matrix.of(output)
+
+
+def _input_and_share(matrix: BlockMatrix, inputs: Any, output: Any) -> tuple[Tensor, Tensor]:
+    return inputs[0], matrix.of(output)
 
 
 class Capture:
     """Runs a model and gives what is asked for of it as `Signals`, and nothing more.
 
     Tensors are kept as they are: no copy, no detach. Where no predictions are wanted the head does not run, and the
-    pass ends as soon as the last wanted module has run. A head that predicts tokens runs at the wanted positions alone.
+    pass ends as soon as the last wanted module has run; where nothing of it is wanted there is no pass. A head that
+    predicts tokens runs at the wanted positions alone.
     Hooks stay installed until `close()`, and do nothing outside a run.
     """
 
@@ -56,6 +66,8 @@ class Capture:
         self._hidden: dict[int, Tensor] = {}
         self._matrices: dict[MatrixKey, Tensor] = {}
         self._windows: dict[int, Tensor] = {}
+        self._linear: dict[MatrixKey, tuple[Tensor, Tensor]] = {}
+        self._wanted: tuple[dict[Any, Any], ...] = (self._hidden, self._matrices, self._linear)
         self._calls: Counter[nn.Module] = Counter()
         self._outputs: dict[nn.Module, dict[int, list[Any]]] = {}
         self._projections: dict[nn.Module, dict[int, list[Any]]] = {}
@@ -65,7 +77,7 @@ class Capture:
         layers = request.hidden | ({0} if request.gradients else frozenset())
         self._capture(layers)
         self._configs = configs_of(model) if self._projections else []
-        self._expected = len(layers) + len(request.matrices)
+        self._expected = len(layers) + len(request.matrices) + len(request.linear)
         self._hooks.append(body_of(model).register_forward_hook(self._select_positions))
 
     def _capture(self, layers: frozenset[int]) -> None:
@@ -77,24 +89,28 @@ class Capture:
             return taps.setdefault(module, {}).setdefault(max(layer, 1) if family.repeated else 1, [])
 
         for layer in sorted(layers):
-            of_call(self._outputs, hidden_module(model, layer), layer).append((self._hidden, layer, None))
+            of_call(self._outputs, hidden_module(model, layer), layer).append((self._hidden, layer, _output))
         for layer, name in sorted(self.request.matrices):
             if family.at_function and name in ("query", "key", "value"):
                 module = block_of(model, layer).get_submodule(family.attention_module)
                 of_call(self._projections, module, layer).append((layer, name))
             else:
                 matrix = block_matrix(model, layer, name)
-                part = matrix.of if matrix.is_fused else None
-                of_call(self._outputs, matrix.module, layer).append((self._matrices, (layer, name), part))
+                of_call(self._outputs, matrix.module, layer).append(
+                    (self._matrices, (layer, name), partial(_share, matrix))
+                )
+        for layer, name in sorted(self.request.linear):
+            matrix = block_matrix(model, layer, name)
+            both = partial(_input_and_share, matrix)
+            of_call(self._outputs, matrix.module, layer).append((self._linear, (layer, name), both))
         self._hooks.append(body_of(model).register_forward_pre_hook(lambda module, inputs: self._calls.clear()))
         self._hooks += [module.register_forward_hook(self._keep_output) for module in self._outputs]
 
     def _keep_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._active:
             self._calls[module] += 1
-            for store, key, part in self._outputs[module].get(self._calls[module], ()):
-                whole = _tensor(output)
-                store[key] = whole if part is None else part(whole)
+            for store, key, found in self._outputs[module].get(self._calls[module], ()):
+                store[key] = found(inputs, output)
             self._end_when_complete()
 
     def _keep_projections(self, module: nn.Module, vectors: dict[str, Tensor], window: Tensor | None) -> None:
@@ -106,7 +122,7 @@ class Capture:
         self._end_when_complete()
 
     def _end_when_complete(self) -> None:
-        if self._may_stop and len(self._hidden) + len(self._matrices) == self._expected:
+        if self._may_stop and sum(map(len, self._wanted)) == self._expected:
             raise _Complete
 
     def _make_leaf(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
@@ -132,12 +148,14 @@ class Capture:
     ) -> None:
         self._active = False
         self._positions = None
-        self._hidden.clear()
-        self._matrices.clear()
-        self._windows.clear()
+        for found in (*self._wanted, self._windows):
+            found.clear()
 
-    def run(self, batch: Mapping[str, Tensor]) -> Signals:
-        """Run the model on `batch` and return its signals; call it inside the `with` block."""
+    def run(self, batch: Mapping[str, Tensor], other: Signals | None = None) -> Signals:
+        """Run the model on `batch` and return its signals; call it inside the `with` block.
+
+        other: signals of the model whose matrices have the inputs that `request.local` names.
+        """
         inputs = model_inputs(self.model, batch)
         logits = self.request.logits or self.request.gradients > 0
         self._positions = self.kind.positions(batch, everywhere=self.request.all_positions) if logits else None
@@ -153,11 +171,26 @@ class Capture:
             hidden=dict(self._hidden),
             matrices=dict(self._matrices),
             windows=dict(self._windows),
+            linear=dict(self._linear),
+            local=self._on_inputs_of(other) if other is not None else {},
             factors={key: tensors_of(linear) for key, linear in self.chains.items()},
             path=path,
         )
 
+    def _on_inputs_of(self, other: Signals) -> dict[MatrixKey, Tensor]:
+        # What is computed beside the pass is none of its signals.
+        self._active = False
+        try:
+            return {
+                key: block_matrix(self.model, *key).on(other.linear[source][0])
+                for key, source in sorted(self.request.local)
+            }
+        finally:
+            self._active = True
+
     def _forward(self, inputs: dict[str, Tensor], batch: Mapping[str, Tensor], logits: bool) -> list[Prediction] | None:
+        if not logits and not self._expected:
+            return None
         if not logits:
             with contextlib.suppress(_Complete):
                 body_of(self.model)(**inputs)
@@ -168,7 +201,7 @@ class Capture:
         self, inputs: dict[str, Tensor], batch: Mapping[str, Tensor], plain: list[Prediction]
     ) -> Iterator[tuple[Tensor, list[Prediction]]]:
         """Yield scaled embeddings and their predictions; the last point is the plain pass, which gave `plain`."""
-        hidden, matrices = dict(self._hidden), dict(self._matrices)
+        kept = [dict(found) for found in self._wanted]
         steps = self.request.path
         for number in range(1, steps):
             self._scale = number / steps
@@ -176,8 +209,8 @@ class Capture:
             assert predictions is not None
             yield self._hidden[0], predictions
         self._scale = None
-        self._hidden.update(hidden)
-        self._matrices.update(matrices)
+        for found, values in zip(self._wanted, kept, strict=True):
+            found.update(values)
         yield self._hidden[0], plain
 
     @contextlib.contextmanager

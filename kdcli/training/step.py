@@ -131,7 +131,7 @@ class Distiller(nn.Module):
             return {name: output[name] for name in self.kind.head.outputs}
         teacher = self.teacher_signals(batch)
         with self.student_capture as capture:
-            student = capture.run(batch)
+            student = capture.run(batch, teacher)
         total = torch.zeros((), device=student.mask.device)
         result = {}
         with torch.autocast(student.mask.device.type, enabled=False):
