@@ -1,13 +1,15 @@
 """What `teacher.cache = "all"` keeps for a student: planned from its stages, and refused where it cannot be kept."""
 
+import functools
+import operator
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcli.errors import InputError
-from kdcli.methods.base import Stage
+from kdcli.methods.base import Stage, Term
 from kdcli.recipe.schema import Recipe
 from kdcli.signals import Request
 from kdcli.training.teacher_states import Layout, layout_of
@@ -38,13 +40,14 @@ def plan_states(
     """
     if recipe.teacher.cache != "all":
         return None
-    request = Request()
-    for term in (term for stage in stages for term in stage.terms if term.weight > 0):
-        request |= term.objective.teacher_request()
+    requests = [teacher_request(stage.terms) for stage in stages]
+    request = functools.reduce(operator.or_, filter(can_be_kept, requests), Request())
     name = recipe.method.name
     reasons = [f"{name}: {stage.scheme.unkept}" for stage in stages if stage.scheme is not None and stage.scheme.unkept]
-    if request.gradients:
+    if any(each.gradients for each in requests):
         reasons.append(f"{name} compares gradients of the teacher, which are no states")
+    if not request.inside and any(each.linear for each in requests):
+        reasons.append(f"{name} feeds matrices the teacher's inputs, with which the teacher runs in each step")
     if kind.inputs_change:
         reasons.append(f"on a {kind.name} task the inputs are drawn again in every epoch")
     elif kind.chosen_by_loss:
@@ -54,6 +57,20 @@ def plan_states(
             f"the teacher's states cannot be kept: {reasons[0]}", where="teacher.cache", hint="set teacher.cache = true"
         )
     return StatesPlan(request, layout_of(teacher, request, recipe.teacher.cache_dtype)) if request.inside else None
+
+
+def teacher_request(terms: Iterable[Term]) -> Request:
+    """Return what the terms of weight ask for of the teacher."""
+    request = Request()
+    for term in terms:
+        if term.weight > 0:
+            request |= term.objective.teacher_request()
+    return request
+
+
+def can_be_kept(request: Request) -> bool:
+    """True when a stage asks for states of the inside, and for no inputs of matrices: there the teacher runs."""
+    return request.inside and not request.linear
 
 
 def check_room(sizes: dict[str, int], checkpoints: Path) -> None:

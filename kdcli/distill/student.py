@@ -15,7 +15,7 @@ from transformers import set_seed
 from kdcli.distill.job import Job
 from kdcli.distill.prepare import Follower
 from kdcli.distill.resolve import Resolved, trains_head
-from kdcli.distill.states import FOLDER, checkpoints_of
+from kdcli.distill.states import FOLDER, can_be_kept, checkpoints_of, teacher_request
 from kdcli.distill.teacher import Teacher
 from kdcli.evaluation.score import scorer
 from kdcli.files import atomic_folder, remove, write_json
@@ -202,7 +202,7 @@ def _train(
         of = {**identity, "stage": work.name}
         finished = job.resume and agree(_is_usable(final, of, job.console))
         request, states = teacher_request(terms), None
-        if follower.states is not None and request.inside and not finished:
+        if follower.states is not None and can_be_kept(request) and not finished:
             kept = kept or keep_states(
                 teacher.model,
                 rows,
@@ -309,18 +309,9 @@ def make_distiller(
     )
 
 
-def teacher_request(terms: list[Term]) -> Request:
-    """Return what the terms of weight ask for of the teacher."""
-    request = Request()
-    for term in terms:
-        if term.weight > 0:
-            request |= term.objective.teacher_request()
-    return request
-
-
 def _saves(request: Request, teacher: "PreTrainedModel") -> bool:
     """True when the teacher needs not run to its end once its predictions are known."""
-    deepest = max([*request.hidden, *(layer for layer, _ in request.matrices)], default=0)
+    deepest = max([*request.hidden, *(layer for layer, _ in request.matrices | request.linear)], default=0)
     return deepest < shape_of(teacher.config).layers
 
 

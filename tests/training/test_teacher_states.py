@@ -280,10 +280,11 @@ def test_a_run_is_planned_killed_and_resumed_to_the_weights_of_a_run_without_sta
         ("lgtm", "its teacher learns"),
         ("theseus", "blocks run between those of the student"),
         ("dbkd", "decisions alone"),
+        ({"name": "makd", "weights": {"layer": 0.0}, "matrix_inputs": "teacher"}, "the teacher runs in each step"),
     ],
 )
-def test_what_cannot_be_kept_is_refused_with_the_reason(method: str, reason: str, tmp_path: Path):
-    path = recipe_of(tmp_path, "all", {"name": method})
+def test_what_cannot_be_kept_is_refused_with_the_reason(method: Any, reason: str, tmp_path: Path):
+    path = recipe_of(tmp_path, "all", {"name": method} if isinstance(method, str) else method)
     with pytest.raises(InputError, match=reason) as error:
         prepare(load_recipe(path, []), path)
     assert error.value.where == "teacher.cache" and error.value.hint == "set teacher.cache = true"
