@@ -1,0 +1,132 @@
+"""Chains of tensors: the best score and the width of the plateau over learning rates, by the rule and matched.
+
+KDCLI_DATA_DIR=... python tests/benchmarks/chain_rates.py [--steps 40] [--seeds 1] [--output bench] [--until 12:45]
+
+A grid of lengths x learning rates x ways x tasks x seeds, resumable: a cell that is finished in the output folder is
+not run again, and a table is written after each. Cells come by priority: a whole seed before the next one, and in it
+the middle rates of the default length first. The teacher of a task and a seed is fine-tuned once.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from common import encoder, need_data, run
+
+TASKS = {"stsb": "Pearson", "sst2": "accuracy"}
+WAYS = ("by-length", "matched")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. length: None for a student without chains."""
+
+    task: str
+    length: int | None
+    way: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        form = "plain" if self.length is None else f"{self.way}-{self.length}"
+        return f"{self.task}-{form}-{self.rate:g}-{self.seed}"
+
+
+def cells(options: argparse.Namespace) -> Iterator[Cell]:
+    """Yield all cells, the most telling ones first."""
+    rates = sorted(options.rates)
+    middle = [*rates[1:-1], rates[-1], rates[0]]
+    for seed in range(1, options.seeds + 1):
+        for length in [None, *sorted(options.lengths, key=lambda length: abs(length - 3))]:
+            for rate in middle:
+                for task in TASKS:
+                    for way in WAYS if length is not None else ("plain",):
+                        yield Cell(task, length, way, rate, seed)
+
+
+def document(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the recipe of a cell."""
+    recipe: dict[str, Any] = {
+        "task": {
+            "name": cell.task,
+            "train_samples": options.samples,
+            "validation_samples": options.validation,
+            "max_length": options.max_length,
+        },
+        "method": "kd",
+        "teacher": {"model": encoder(), "finetune": {"epochs": options.teacher_epochs, "learning_rate": 1e-4}},
+        "student": {"form": "depth", "layers": options.layers},
+        "train": {"max_steps": options.steps, "learning_rate": cell.rate, "select": "last", "log_every": 10},
+        "seed": cell.seed,
+    }
+    if cell.length is not None:
+        recipe["overparam"] = {"length": cell.length, "learning_rate": cell.way}
+    return recipe
+
+
+def table(done: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """Return the cells that are done as Markdown tables: a task each, a row for a length and a way."""
+    lines = [
+        f"3-block students of the 6-block, 384-wide encoder with `kd`, {options.steps} steps of 32 of "
+        f"{options.samples:,} rows, {options.validation} validation rows; 100 x score; mean over the seeds done. "
+        "Plateau: the rates within 1 point of the row's best."
+    ]
+    for task, metric in TASKS.items():
+        rates = sorted(options.rates)
+        lines += ["", f"{task}, {metric}:", ""]
+        lines.append("| L | rate of the chains | " + " | ".join(f"{r:g}" for r in rates) + " | best | plateau |")
+        lines.append("| --- " * (len(rates) + 4) + "|")
+        for length in [None, *sorted(options.lengths)]:
+            for way in WAYS if length is not None else ("plain",):
+                row: list[float | None] = []
+                for rate in rates:
+                    wanted = {"task": task, "length": length, "way": way, "rate": rate}
+                    scores = [one["score"] for one in done if wanted.items() <= one.items()]
+                    row.append(100 * statistics.mean(scores) if scores else None)
+                found = [score for score in row if score is not None]
+                if not found:
+                    continue
+                shown = " | ".join("" if score is None else f"{score:.1f}" for score in row)
+                plateau = sum(score >= max(found) - 1.0 for score in found)
+                whole = "" if len(found) == len(rates) else f" (of {len(found)} done)"
+                name = "no chains" if length is None else str(length)
+                lines.append(f"| {name} | {way} | {shown} | {max(found):.1f} | {plateau}{whole} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--validation", type=int, default=800)
+    parser.add_argument("--max-length", type=int, default=32)
+    parser.add_argument("--teacher-epochs", type=float, default=3.0)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[0, 1, 3, 8])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3])
+    parser.add_argument("--until", help="start no cell after this time of day in UTC, as 12:45")
+    parser.add_argument("--output", type=Path, default=Path("bench"))
+    options = parser.parse_args()
+    need_data()
+    options.output.mkdir(parents=True, exist_ok=True)
+    done = []
+    for cell in cells(options):
+        if options.until is not None and f"{datetime.now(UTC):%H:%M}" >= options.until:
+            break
+        record = run(cell.name, document(cell, options), options.output).to_json()
+        score, seconds = record["student"]["score"], record["seconds"]
+        done.append({**asdict(cell), "score": score, "teacher": record["teacher"]["score"], "seconds": seconds})
+        (options.output / "chain_rates.json").write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
+        (options.output / "chain_rates.md").write_text(table(done, options), encoding="utf-8")
+    print(table(done, options))
+
+
+if __name__ == "__main__":
+    main()
