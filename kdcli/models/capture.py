@@ -173,7 +173,7 @@ class Capture:
             windows=dict(self._windows),
             linear=dict(self._linear),
             local=self._on_inputs_of(other) if other is not None else {},
-            factors={key: tensors_of(linear) for key, linear in self.chains.items()},
+            factors=self.factors(),
             path=path,
         )
 
@@ -219,6 +219,10 @@ class Capture:
         twice = sdpa_kernel(SDPBackend.MATH) if self.request.gradients > 1 else contextlib.nullcontext()
         with twice, noting(self._configs, dict.fromkeys(self._projections, self._keep_projections)):
             yield
+
+    def factors(self) -> dict[MatrixKey, tuple[Tensor, ...]]:
+        """Return the live tensors of every chain, where these are asked for."""
+        return {key: tensors_of(linear) for key, linear in self.chains.items()}
 
     def close(self) -> None:
         """Remove all hooks."""

@@ -19,7 +19,7 @@ from kdcli.models.lowrank import LowRankLinear, svd_factors
 from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import MatrixKey
 from kdcli.tensors.factors import MPOShape
-from kdcli.tensors.mpo import auxiliary_indices, decompose
+from kdcli.tensors.mpo import auxiliary_indices, central_index, decompose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -264,6 +264,8 @@ def overparameterise(model: "PreTrainedModel", section: OverparamSection) -> Ove
             if alone is layer:
                 first[id(weight)] = place
             _attach(alone, MPOWeight(shape, section.gauge, section.svd_dtype))
+            if section.train == "auxiliary":
+                tensors_of(alone)[central_index(len(shape))].requires_grad_(False)
             rows.append(
                 MatrixReport(
                     block=place.key[0],

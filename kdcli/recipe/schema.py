@@ -490,6 +490,11 @@ class OverparamSection(Section):
     svd_dtype: Literal["float32", "float64"] = Field(
         default="float64", description="Number type that the decompositions are computed in."
     )
+    train: Literal["all", "auxiliary"] = Field(
+        default="all",
+        description="Which tensors of a chain train: all of them, or all but the central one, which stays as it starts "
+        "(MPOP, arXiv 2106.02205).",
+    )
     learning_rate: PositiveFloat | Literal["matched", "by-length"] = Field(
         default="by-length",
         description='Learning rate of the chains: a number; "by-length", the student\'s / (1.5 + 0.8 L) for a chain '

@@ -33,6 +33,7 @@ from kdcli.manifest import MANIFEST, check_manifest, is_sealed, require, write_m
 from kdcli.models.counts import count_parameters
 from kdcli.models.finite import first_not_finite
 from kdcli.terminal import tell, warn
+from kdcli.training.auxiliary import AUXILIARY, auxiliary_share
 from kdcli.training.callbacks import EvaluateAtEnd, LogAtCheckpoints, Patience, TellEpochs
 from kdcli.training.distributed import agree, main_does, rng_file, wait_for_all
 from kdcli.training.groups import MatchedSteps, parameter_groups
@@ -87,6 +88,7 @@ class DistillationTrainer(Trainer):
         self.label_names = ["index"]
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
+        self._auxiliary: Tensor | None = None
         # The scheme comes first: a distiller may hold tensors of a teacher that learns, and must not get copies.
         self.scheme.place(self.args.device)
         self.model.place(self.args.device)
@@ -125,7 +127,16 @@ class DistillationTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         assert self.optimizer is not None
         self.scheme.before_step(self.state.global_step, inputs, self.optimizer)
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._logs_next() and self.accelerator.sync_gradients:  # type: ignore[union-attr]
+            # All gradients of the step are there, and not clipped yet.
+            self._auxiliary = auxiliary_share(self.model)
+        return loss
+
+    def _logs_next(self) -> bool:
+        """True when the step that is being made will be logged."""
+        step, state = self.state.global_step + 1, self.state
+        return step in (1, state.max_steps) or any(step % n == 0 for n in (state.logging_steps, state.save_steps))
 
     def compute_loss(
         self,
@@ -162,6 +173,8 @@ class DistillationTrainer(Trainer):
             means = (self.accelerator.reduce(sums, "mean") / self._term_count).tolist()  # type: ignore[union-attr]
             logs.update(zip(self._term_sums, means, strict=True))
             self._term_sums, self._term_count = {}, 0
+        if "loss" in logs and self._auxiliary is not None:
+            logs[AUXILIARY], self._auxiliary = float(self._auxiliary), None
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -144,8 +144,9 @@ class LGTMScheme(Scheme):
                     nn.init.zeros_(parameter)
         self._trained = None
         if setting.overparam is not None:
-            # Every block of the teacher can be some student block's pattern, whichever of these are chains.
-            overparameterise(self._teacher, setting.overparam.model_copy(update={"layers": None}))
+            # Every block of the teacher can be some student block's pattern, whichever of these are chains. What the
+            # student freezes, the teacher does not.
+            overparameterise(self._teacher, setting.overparam.model_copy(update={"layers": None, "train": "all"}))
         if not self.learning.influence:
             return rows
         kept, held = split(rows, self.learning.held_out, seed=setting.loop.seed)
