@@ -29,7 +29,7 @@ def pair() -> tuple[PreTrainedModel, PreTrainedModel]:
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}
     teacher, student = tiny("bert", layers=4, labels=3, **off), tiny("bert", layers=2, labels=3, seed=1, **off)
     with torch.no_grad():
-        # Queries and keys that cannot be taken for each other, and outputs of matrices and blocks of very different sizes.
+        # Queries and keys that cannot be taken for each other; outputs of matrices and blocks of different sizes.
         for model in (teacher, student):
             for number, block in enumerate(model.bert.encoder.layer, 1):
                 block.attention.self.query.weight.mul_(0.3 * number)

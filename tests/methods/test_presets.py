@@ -27,6 +27,7 @@ from kdcli.methods.minilmv2 import MiniLMv2Options, relation_heads
 from kdcli.models.blocks import block_matrix, blocks_of
 from kdcli.models.capture import Capture
 from kdcli.models.counts import count_parameters
+from kdcli.models.inputs import model_inputs
 from kdcli.models.save import save_model
 from kdcli.models.shape import ModelShape, shape_of
 from kdcli.models.student import build_student
@@ -276,6 +277,26 @@ def test_a_task_with_labels_adds_the_prediction_shared_between_teacher_and_gold(
     (stage,) = stages(name, context("text"))
     assert not {"output", "task", "mlm"} & set(names(stage))
     assert names(stages(name, context("text"), weights={"mlm": 0.5})[0])["mlm"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["kd", "dbkd", "distilbert", "makd", "hs", "minilm", "minilmv2", "od"])
+def test_the_predictions_temperature_is_the_option(name: str):
+    where = context("text" if name == "od" else "classification", student=shape(12))
+    (stage,) = stages(name, where, temperature=2.5)
+    (output,) = (term.objective for term in stage.terms if term.name == "output")
+    assert output.temperature == 2.5 and output.scale
+
+
+def test_kd_is_the_published_sum_of_both_shares():
+    teacher, student = model("classification", "bert"), model("classification", "bert", layers=1, seed=1)
+    batch = batch_of("classification")
+    (stage,) = stages("kd", between("classification", student, teacher), alpha=0.3, temperature=2.0)
+    found = terms_of(stage, student, teacher, batch)["loss"]
+    mine, yours = (one(**model_inputs(one, batch)).logits for one in (student, teacher))
+    p, q = torch.softmax(yours / 2, -1), torch.softmax(mine / 2, -1)
+    soft = (p * (p.log() - q.log())).sum(-1).mean()
+    gold = nn.functional.cross_entropy(mine, batch["labels"])
+    torch.testing.assert_close(found, 0.3 * 4 * soft + 0.7 * gold)
 
 
 def count_runs(modules: dict[str, nn.Module]) -> dict[str, int]:

@@ -196,7 +196,9 @@ def test_null_directions_still_learn(shape: MPOShape, kind: str):
     assert all(torch.isfinite(g).all() for g in grads)
     last = chain[-1].grad
     assert last is not None
-    assert (last.reshape(last.shape[0], -1).norm(dim=1) > 0).all()
+    # None is so small that the optimizer would not see it.
+    sizes = last.reshape(last.shape[0], -1).norm(dim=1)
+    assert sizes.min() > 1e-4 * sizes.max() > 0
 
 
 @pytest.mark.parametrize(
