@@ -7,7 +7,15 @@ from pydantic import Field
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
-from kdcli.methods.terms import Temperature, Weight, need_equal_heads, need_shares_of_one, refuse_idle, weighted
+from kdcli.methods.terms import (
+    Temperature,
+    Weight,
+    need_equal_heads,
+    need_equal_vocabulary,
+    need_shares_of_one,
+    refuse_idle,
+    weighted,
+)
 from kdcli.recipe.schema import PositiveFloat, Share
 
 Part = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -18,7 +26,11 @@ class Levels(Options):
 
     matrix: Weight = Field(default=1.0, description="Weight of the outputs of the block matrices.")
     layer: Weight = Field(default=1.0, description="Weight of attention, hidden states and embeddings.")
-    model: Weight = Field(default=1.0, description="Weight of the prediction.")
+    model: Weight = Field(
+        default=1.0,
+        description="Weight of the prediction; on plain text that of the masked tokens, for which the teacher needs a "
+        "masked-LM head: 0 where it has none.",
+    )
 
 
 class Terms(Options):
@@ -45,7 +57,8 @@ class MaKDOptions(Options):
     weights: Levels = Field(default=Levels(), description="What the three levels weigh; 0 switches a level off.")
     terms: Terms = Field(default=Terms(), description="What the terms inside the levels weigh; 0 switches a term off.")
     alpha: Share = Field(
-        default=0.5, description="Model level: share of the teacher's prediction; the gold labels have the rest."
+        default=0.5,
+        description="Model level: share of the teacher's prediction; the gold labels, or masked tokens, have the rest.",
     )
     temperature: Temperature = Field(
         default=1.0, description="Temperature that softens teacher and student logits before they are compared."
@@ -78,7 +91,7 @@ class MaKDOptions(Options):
 
 
 def check(options: MaKDOptions, context: Context) -> None:
-    """Raise InputError when the widths or heads differ where the terms need them equal."""
+    """Raise InputError when shapes differ where the terms need them equal, or options contradict each other."""
     teacher, student = context.teacher, context.student
     if not any((options.weights.matrix, options.weights.layer, options.weights.model)):
         raise InputError(
@@ -94,6 +107,8 @@ def check(options: MaKDOptions, context: Context) -> None:
         )
     if options.weights.layer > 0 and options.terms.attention > 0:
         need_equal_heads(context, otherwise="method.terms.attention = 0")
+    if options.weights.model > 0 and not context.has_labels:
+        need_equal_vocabulary(context)
     if options.schedule == "joint":
         refuse_idle(options, ("shares", "final_learning_rate"), 'with schedule = "joint"', 'set schedule = "staged"')
         if options.matrix_inputs == "teacher-first":
@@ -162,7 +177,7 @@ def build(options: MaKDOptions, context: Context) -> list[Stage]:
         weight = options.weights.model
         return [
             context.output_term(weight * options.alpha, options.temperature),
-            context.gold_term(weight * (1.0 - options.alpha)),
+            context.gold_term(weight * (1.0 - options.alpha), "task" if context.has_labels else "mlm"),
         ]
 
     matrix, layer, model = levels = matrix_level(local=inputs == "teacher"), layer_level(), model_level()
@@ -188,12 +203,15 @@ METHOD = Method(
     "Low-rank Factorization. arXiv 2604.03110",
     formula="w_M mean_l(L_mha + L_ffn) + w_L (mean_l(KL_att + MSE_hid) + MSE_emb) "
     "+ w_P (alpha T^2 KL + (1 - alpha) CE)",
-    signals="outputs of all matrices of every block, attention, hidden states, logits, gold labels",
+    signals="outputs of all matrices of every block, attention, hidden states, logits, gold labels (plain text: masked "
+    "tokens)",
     constraints="student as wide as the teacher, with the same heads",
     cost="one teacher forward pass a step",
     options=MaKDOptions,
     build=build,
     check=check,
+    needs=frozenset(),
     student={"form": "low-rank", "budget": 0.5},
     train={"epochs": 3.0, "learning_rate": 1e-4},
+    text_train={"learning_rate": 5e-4},
 )

@@ -8,14 +8,17 @@ import torch
 from safetensors.torch import load_file
 from tiny_recipes import changed, run_recipe, tiny_recipe, write_recipe
 from training.stages import Killed, kill_after
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 import kdcli
 from kdcli.data.reviews import reviews
 from kdcli.distill.plan import make_plan
 from kdcli.distill.prepare import prepare
 from kdcli.distill.recipe import load_recipe
+from kdcli.errors import InputError
+from kdcli.models.counts import count_parameters
 from kdcli.models.heads import head_of
+from kdcli.models.scratch import train_tokenizer
 from kdcli.tasks.heads import heads
 
 RECIPE = tiny_recipe(
@@ -80,6 +83,38 @@ def test_a_low_rank_over_parameterised_student_is_contracted_and_restored(recipe
     fresh = kdcli.load_model(student, "sequence-classification", new_head={"num_labels": 3})
     with torch.no_grad():
         assert torch.equal(fresh.base_model(ids).last_hidden_state, body)
+
+
+def test_a_student_of_factors_predicts_through_those_of_its_table(recipe: Path):
+    small = {"form": "low-rank", "budget": 0.5, "embedding_rank": 8}
+    later = {**LATER, "max_steps": 1, "seeds": 1, "against": ["scratch"]}
+    method = {"name": "makd", "schedule": "staged", "shares": [0.2, 0.2, 0.6]}
+    write_recipe(recipe, changed(RECIPE, "method", method=method, student=small, finetune=[later]))
+    record = run_recipe(recipe, "train.learning_rate=5e-3", "train.max_steps=10", "teacher.finetune.max_steps=2")
+    assert [stage["stage"] for stage in record["training"]] == ["matrix", "layer", "model"]
+    assert record["loss"]["after"] < record["loss"]["before"] and record["student_head"] == "masked-lm"
+    run = recipe.parent / "runs" / "text"
+    student = AutoModelForMaskedLM.from_pretrained(run / "student")
+    rows, width = student.config.vocab_size, student.config.hidden_size
+    held = {name: tensor.shape for name, tensor in load_file(run / "student" / "model.safetensors").items()}
+    assert (rows, width) not in held.values() and held["bert.embeddings.word_embeddings.down.weight"] == (rows, 8)
+    assert record["teacher"]["parameters"] - count_parameters(student) > rows * width - 8 * (rows + width)
+    tuned = kdcli.load_model(run / "finetune" / "reviews")
+    assert tuned.get_input_embeddings().rank == 8
+
+
+def test_makd_needs_no_head_without_its_model_level(recipe: Path):
+    body = AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=300, hidden_size=32, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=64))  # fmt: skip
+    folder = recipe.parent / "body"
+    body.save_pretrained(folder)
+    train_tokenizer(reviews()["train"]["text"][:300], 300).save_pretrained(folder)
+    write_recipe(recipe, changed(RECIPE, "method", "teacher", method={"name": "makd", "weights": {"model": 0.0}},
+        teacher={"model": "body", "finetune": False}, student={"form": "low-rank", "rank": 4}))  # fmt: skip
+    record = run_recipe(recipe, "train.max_steps=2")
+    assert record["student_head"] == "base" and record["loss"]["after"] < record["loss"]["before"]
+    with pytest.raises(InputError, match="no trained head for predicting masked tokens"):
+        run_recipe(recipe, "method.weights.model=1.0", "name=other")
 
 
 def test_an_assistant_comes_between_teacher_and_student(recipe: Path):

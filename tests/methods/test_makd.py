@@ -1,5 +1,6 @@
 """makd: its stages, and what its terms ask of both models."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,16 @@ def test_a_recipes_embedding_rank_brings_the_term(rank: int | None, tmp_path: Pa
     path = write_recipe(tmp_path / "recipe.toml", tiny_recipe(method={"name": "makd"}, student=student))
     prepared = prepare(load_recipe(path), path)
     assert ("embedding" in names(prepared.followers[-1].stages[0])) == (rank is not None)
+
+
+def test_on_plain_text_the_model_level_is_the_masked_tokens():
+    (stage,) = stages(context("text"), alpha=0.25, weights={"model": 2.0})
+    assert {term.name: term.weight for term in stage.terms[-2:]} == {"output": 0.5, "mlm": 1.5}
+    assert all(term.objective.student_request() == Request(logits=True) for term in stage.terms[-2:])
+    (stage,) = stages(context("text"), weights={"model": 0.0})
+    assert not any(term.objective.student_request().logits for term in stage.terms)
+    other = replace(context("text"), student=replace(SHAPE, vocab=100))
+    with pytest.raises(InputError, match="same vocabulary"):
+        stages(other)
+    # Without the model level no words are compared.
+    assert stages(other, weights={"model": 0.0})
