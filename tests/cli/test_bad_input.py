@@ -1131,9 +1131,9 @@ def an_export_after_plain_text(world: World) -> list[str]:
     return ["distill", text_recipe(world, export={"onnx": True})]
 
 
-@case("method.name: makd works on classification and multi-label and regression tasks", "mine is a text task")
+@case("method.name: kd works on classification and multi-label and regression tasks", "mine is a text task")
 def a_method_that_needs_labels_on_plain_text(world: World) -> list[str]:
-    return ["distill", text_recipe(world), "--set", "method=makd"]
+    return ["distill", text_recipe(world), "--set", "method=kd"]
 
 
 @case("my.doc is none of ", ".txt")
