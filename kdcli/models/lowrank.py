@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kdcli.errors import InputError
 from kdcli.models.blocks import body_of, iter_block_matrices, module_at
 from kdcli.models.counts import count_parameters
+from kdcli.models.factoriser import Factoriser
 from kdcli.models.factoring import has_factors, is_target, nearest_ranks
 from kdcli.models.families import family_of
 from kdcli.models.fused import merge_split
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, int]
 """(out features, in features)"""
+
+LEAST = 0.25
+"""Share of the rank that it has where all have one which every matrix keeps when ranks are spread."""
 
 
 class LowRankLinear(nn.Module):
@@ -46,16 +50,21 @@ class LowRankLinear(nn.Module):
         return self.up.weight @ self.down.weight
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int) -> "LowRankLinear":
-        """Return the best factors of `linear`'s weight in the Frobenius norm (Eckart-Young); bias copied."""
+    def from_linear(
+        cls, linear: nn.Linear, rank: int, factors: tuple[Tensor, Tensor] | None = None, shift: Tensor | None = None
+    ) -> "LowRankLinear":
+        """Return `linear` with factors in place of its weight: those that are given, or the best in the Frobenius norm.
+
+        factors: A (out, rank), B (rank, in). shift: (out,), added to the bias, where there is one.
+        """
         with torch.device(linear.weight.device):
             factored = cls(linear.in_features, linear.out_features, rank, bias=linear.bias is not None)
-        up, down = svd_factors(linear.weight.detach(), rank)
+        up, down = svd_factors(linear.weight.detach(), rank) if factors is None else factors
         with torch.no_grad():
             factored.up.weight.copy_(up)
             factored.down.weight.copy_(down)
             if linear.bias is not None:
-                factored.up.bias.copy_(linear.bias)
+                factored.up.bias.copy_(linear.bias if shift is None else linear.bias.double() + shift)
         return factored.to(linear.weight.dtype)
 
     def merged(self) -> nn.Linear:
@@ -181,12 +190,14 @@ def plan_ranks(
     fixed_params: int,
     weights: Mapping[MatrixKey, Tensor] | None = None,
     overparam: OverparamSection | None = None,
+    losses: Mapping[MatrixKey, Tensor] | None = None,
 ) -> dict[MatrixKey, int | None]:
     """Return the rank of every block matrix; None where it stays dense.
 
     shapes: (out, in) of each matrix. fixed_params: parameters outside the matrices' weights. `budget`,
-    `params` and the default give one rank everywhere, the largest that fits; `energy` gives
-    each matrix the smallest rank that keeps that share of its squared singular values, and needs `weights`.
+    `params` and the default give one rank everywhere, the largest that fits, or with `losses` (as `spread_ranks` takes
+    them) ranks by their worth; `energy` gives each matrix the smallest rank that keeps that share of its squared
+    singular values, and needs `weights`. All but a rank of its own are multiples of `section.rank_multiple`.
     Where `overparam` puts chains in place of the factors, only ranks that can be split into factors are chosen.
     Raises InputError when nothing fits or nothing would be saved.
     """
@@ -231,15 +242,67 @@ def plan_ranks(
         allowed = int((section.budget if section.budget is not None else 0.5) * dense + 1e-6)
         if section.budget == 1.0:
             return dict.fromkeys(shapes)
+    multiple = section.rank_multiple or (1 if losses is None else 8)
     best: dict[MatrixKey, int | None] | None = None
-    for rank in range(1, _below(largest) + 1):
+    for rank in range(multiple, _below(largest) + 1, multiple):
         candidate = ranks_at(shapes, rank)
-        cost = sum(factored_count(shapes[key], candidate[key]) for key in shapes)
-        if cost <= allowed and all(splits(key, kept) for key, kept in candidate.items()):
+        if _cost(shapes, candidate) <= allowed and all(splits(key, kept) for key, kept in candidate.items()):
             best = candidate
     if best is None:
-        raise InputError(f"a budget of {allowed:,} block weights is under rank 1 everywhere", where="student.budget")
-    return best
+        everywhere = f"rank {multiple} everywhere"
+        raise InputError(f"a budget of {allowed:,} block weights is under {everywhere}", where="student.budget")
+    return best if losses is None else spread_ranks(shapes, best, allowed, losses, multiple, splits)
+
+
+def spread_ranks(
+    shapes: Mapping[MatrixKey, Shape],
+    even: Mapping[MatrixKey, int | None],
+    allowed: int,
+    losses: Mapping[MatrixKey, Tensor],
+    multiple: int,
+    splits: Callable[[MatrixKey, int | None], bool] = lambda key, rank: True,
+) -> dict[MatrixKey, int | None]:
+    """Return ranks whose factors hold at most `allowed` weights and leave the least loss, None for a dense matrix.
+
+    even: ranks that fit, the same for all; no matrix gets less than `LEAST` of its own there. losses: (min(out, in),) of
+    each matrix, what each term of its decomposition that is left out adds to the loss, in one unit for all of them.
+    multiple: of every rank. splits: whether a rank can be used. Weight by weight, the budget goes where the next terms
+    take away most: optimal where losses fall from term to term.
+    """
+
+    def next_rank(key: MatrixKey, rank: int) -> int | None:
+        above = range(rank + multiple, _below(break_even_rank(*shapes[key])) + 1, multiple)
+        return next((r for r in above if splits(key, r)), None)
+
+    ranks: dict[MatrixKey, int | None] = {}
+    for key, rank in even.items():
+        lowest = multiple * max(1, math.ceil(LEAST * (rank or break_even_rank(*shapes[key])) / multiple))
+        ranks[key] = next((r for r in range(lowest, (rank or 0) + 1, multiple) if splits(key, r)), rank)
+    left = allowed - _cost(shapes, ranks)
+
+    def offer(key: MatrixKey) -> tuple[float, int, MatrixKey, int | None] | None:
+        rank = ranks[key]
+        if rank is None:
+            return None
+        wanted = next_rank(key, rank)
+        cost = factored_count(shapes[key], wanted) - factored_count(shapes[key], rank)
+        gain = float(losses[key][rank:wanted].sum())
+        return (-gain / cost, cost, key, wanted)
+
+    offers = [found for key in ranks if (found := offer(key))]
+    heapq.heapify(offers)
+    while offers:
+        _, cost, key, wanted = heapq.heappop(offers)
+        if cost > left:
+            continue
+        ranks[key], left = wanted, left - cost
+        if (found := offer(key)) is not None:
+            heapq.heappush(offers, found)
+    return ranks
+
+
+def _cost(shapes: Mapping[MatrixKey, Shape], ranks: Mapping[MatrixKey, int | None]) -> int:
+    return sum(factored_count(shapes[key], rank) for key, rank in ranks.items())
 
 
 def _below(value: float) -> int:
@@ -255,29 +318,36 @@ def _energy_rank(weight: Tensor, energy: float, splits: Callable[[int], bool]) -
 
 
 def factorise(
-    model: "PreTrainedModel", section: StudentSection, overparam: OverparamSection | None = None
+    model: "PreTrainedModel",
+    section: StudentSection,
+    overparam: OverparamSection | None = None,
+    factoriser: Factoriser | None = None,
 ) -> list[str]:
     """Replace the block matrices (and, if asked for, the word embeddings) of `model` by factors, in place.
 
-    overparam: the chains that will take the factors' place. Returns notes for the user.
-    Raises InputError when the sizes asked for make no sense.
+    overparam: the chains that will take the factors' place. factoriser: chooses the factors; left out, the SVD's.
+    Returns notes for the user. Raises InputError when the sizes asked for make no sense.
     """
+    factoriser = factoriser or Factoriser()
     notes = []
     if section.embedding_rank is not None:
         notes.append(_factorise_embeddings(model, section.embedding_rank))
     matrices = dict(iter_block_matrices(model))
     shapes: dict[MatrixKey, Shape] = {key: tuple(m.weight.shape) for key, m in matrices.items()}  # type: ignore[misc]
-    fixed = count_parameters(model) - sum(m.weight.numel() for m in matrices.values())
+    linears: dict[MatrixKey, nn.Linear] = {key: matrix.linear() for key, matrix in matrices.items()}  # type: ignore[misc]
+    fixed = count_parameters(model) - sum(linear.weight.numel() for linear in linears.values())
     ranks = plan_ranks(
         shapes,
         section,
         fixed_params=fixed,
-        weights={key: m.weight.detach() for key, m in matrices.items()},
+        weights={key: linear.weight.detach() for key, linear in linears.items()},
         overparam=overparam,
+        losses=factoriser.losses(linears) if section.ranks == "spread" else None,
     )
     for key, rank in ranks.items():
         if rank is not None:
-            matrices[key].replace(LowRankLinear.from_linear(matrices[key].linear(), rank))  # type: ignore[arg-type]
+            factors, shift = factoriser.factors(key, linears[key], rank), factoriser.shift(key, linears[key], rank)
+            matrices[key].replace(LowRankLinear.from_linear(linears[key], rank, factors, shift))
     used = sorted({rank for rank in ranks.values() if rank is not None})
     dense = [key for key, rank in ranks.items() if rank is None]
     kept = sum(factored_count(shapes[key], ranks[key]) for key in shapes)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,11 @@ class Statistics:
     moments: Tensor
     importance: Tensor | None = None
     sensitivity: Tensor | None = None
+
+    @property
+    def covariance(self) -> Tensor:
+        """E[(x - E[x]) (x - E[x])^T], (in, in)."""
+        return self.moments - torch.outer(self.mean, self.mean)
 
 
 def collect_statistics(
@@ -128,7 +133,7 @@ def _add(
         found = calls[matrix.module]
         # Blocks that are run again and again have several inputs a batch: they are one longer row.
         x = torch.cat([given * mask for given, _ in found], dim=1) if len(found) > 1 else found[0][0] * mask
-        name = id(found[0][0])
+        name = found[0][0].data_ptr()
         if key not in sums:
             width = x.shape[-1]
             fresh = _Inputs(x.new_zeros(width, dtype=torch.float64), x.new_zeros(width, width, dtype=torch.float64))
@@ -152,5 +157,3 @@ def _add(
             old.sensitivity = sensitivity if old.sensitivity is None else old.sensitivity + sensitivity
             old.rows += len(x)
 
-
-__all__ = ["Any", "Statistics", "collect_statistics"]

@@ -317,7 +317,18 @@ Form = Literal["depth", "low-rank", "width", "checkpoint"]
 
 FORM_FIELDS: dict[Form, tuple[str, ...]] = {
     "depth": ("layers", "select", "init"),
-    "low-rank": ("budget", "rank", "params", "energy", "embedding_rank"),
+    "low-rank": (
+        "budget",
+        "rank",
+        "params",
+        "energy",
+        "embedding_rank",
+        "ranks",
+        "rank_multiple",
+        "init",
+        "init_samples",
+        "sequential",
+    ),
     "width": ("hidden_size", "intermediate_size", "heads", "layers", "init"),
     "checkpoint": ("model", "layers", "select"),
 }
@@ -364,6 +375,24 @@ class StudentSection(Section):
     embedding_rank: Width | None = Field(
         default=None, description="low-rank: rank of the word embeddings' factors. Left out, they stay dense."
     )
+    ranks: Literal["even", "spread"] | None = Field(
+        default=None,
+        description="low-rank: one rank for all matrices that a budget or params pays for, or more of it where a rank is "
+        'worth more to the loss on training rows. Left out, "even".',
+    )
+    rank_multiple: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        default=None,
+        description="low-rank: every rank that a budget or params gives is a multiple of this. Left out, 8 for spread "
+        "ranks, otherwise 1.",
+    )
+    init_samples: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        default=256, description="low-rank: how many training rows are looked at for the start of the factors."
+    )
+    sequential: bool = Field(
+        default=False,
+        description="low-rank: look at each block's inputs as the factors of the blocks before it make them, not as the "
+        "teacher does.",
+    )
     # width
     hidden_size: Width | None = Field(
         default=None, description="width: width of the hidden states. Left out, the teacher's."
@@ -372,10 +401,13 @@ class StudentSection(Section):
         default=None, description="width: width of the feed-forward layer. Left out, the teacher's."
     )
     heads: Heads | None = Field(default=None, description="width: attention heads. Left out, the teacher's.")
-    init: Literal["teacher", "random"] = Field(
-        default="teacher",
-        description="depth, width: start from the teacher's weights (for width, slices of them), or at random: a "
-        "depth student's blocks, all of a width student.",
+    init: Literal["teacher", "random", "svd", "activations", "gradients", "both"] | None = Field(
+        default=None,
+        description="What the weights start from. depth, width: the teacher's weights (for width, slices of them), or at "
+        "random: a depth student's blocks, all of a width student. low-rank: the factors that are closest to a matrix "
+        '("svd"), to what it makes of the inputs that training rows give it ("activations"), to a matrix whose rows '
+        'weigh as much as the loss changes with them ("gradients"), or the last two together ("both"). Left out, '
+        '"teacher"; for low-rank "both", or "activations" where nothing has a loss.',
     )
     # checkpoint
     model: str | None = Field(

@@ -1,0 +1,127 @@
+"""Which factors of a matrix are the closest: by its weights, by what it makes of real inputs, by what a loss sees."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kdcli.models.statistics import Statistics
+from kdcli.signals import MatrixKey
+from kdcli.tensors.mpo import signed_svd
+
+RIDGE = 1e-6
+"""Share of the inputs' mean square that every direction has at least: it orders those that no input has."""
+
+LEAST = 1e-3
+"""Share of the mean weight of a matrix's rows that every row has at least."""
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A matrix (out, in) as a sum of terms of rank 1, those first that matter most: the product `left` `right`.
+
+    left: (out, n), right: (n, in), with n = min(out, in); a term's two vectors have one norm. losses: (n,), the error
+    that each term leaves where it is cut off, in what the decomposition measures: squared singular values. All fp64.
+    """
+
+    left: Tensor
+    right: Tensor
+    losses: Tensor
+
+    def cut(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return A (out, rank) and B (rank, in): the closest matrix of that rank is A B."""
+        return self.left[:, :rank], self.right[:rank]
+
+
+def decompose_by_inputs(weight: Tensor, moments: Tensor | None = None, rows: Tensor | None = None) -> Decomposition:
+    """Return the terms of a weight W (out, in) whose leading r minimise E |diag(rows)^(1/2) (W - A B) x|^2 for every r.
+
+    moments: E[x x^T], (in, in), of which the identity is the default. rows: (out,), weights of the outputs, 1 by
+    default. Without either this is the SVD. The leading left vectors U of diag(rows)^(1/2) W C^(1/2), with C the
+    moments, are the eigenvectors of that matrix times its transpose, and the optimum is the projection U U^T of the
+    weighed matrix: C is never inverted. Deterministic: computed in fp64, with fixed signs.
+    Source: SVD-LLM (arXiv 2403.07378), its closed form; FWSVD (arXiv 2207.00112) for the weights of rows.
+    """
+    weight = weight.detach().double()
+    if moments is None and rows is None:
+        left, values, right = signed_svd(weight)
+        return _balanced(left, values[:, None] * right, values.square())
+    scale = torch.ones(len(weight), dtype=torch.float64, device=weight.device)
+    if rows is not None:
+        scale = rows.double().sqrt()
+        scale = (scale / scale.mean().clamp(min=1e-300)).clamp(min=LEAST)
+    weighed = scale[:, None] * weight
+    # A tall matrix has few directions of outputs: only those are looked at.
+    basis, core = torch.linalg.qr(weighed) if weighed.shape[0] > weighed.shape[1] else (None, weighed)
+    if moments is None:
+        seen = core @ core.T
+    else:
+        ridge = RIDGE * moments.diagonal().double().mean()
+        seen = core @ moments.double() @ core.T + ridge * (core @ core.T)
+    losses, vectors = torch.linalg.eigh(seen)
+    losses, vectors = losses.flip(0).clamp(min=0.0), vectors.flip(1)
+    vectors = vectors if basis is None else basis @ vectors
+    signs = torch.sign(vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)))
+    vectors = vectors * torch.where(signs == 0, 1.0, signs)
+    return _balanced(vectors / scale[:, None], vectors.T @ weighed, losses)
+
+
+def _balanced(left: Tensor, right: Tensor, losses: Tensor) -> Decomposition:
+    """Give both vectors of every term one norm, and leave their product as it is."""
+    sizes = left.norm(dim=0), right.norm(dim=1)
+    share = (sizes[1] / sizes[0].clamp(min=1e-300)).sqrt()
+    # A term without any weight stays as it is: nothing can be shared.
+    share = torch.where(share > 0, share, 1.0)
+    return Decomposition(left * share, right / share[:, None], losses)
+
+
+@dataclass
+class Factoriser:
+    """Chooses the factors of block matrices. statistics: of the model that they are taken from, by block and matrix."""
+
+    by_inputs: bool = False
+    by_gradients: bool = False
+    statistics: Mapping[MatrixKey, Statistics] = field(default_factory=dict)
+    _found: dict[MatrixKey, Decomposition] = field(default_factory=dict)
+
+    def decomposition(self, key: MatrixKey, linear: nn.Linear) -> Decomposition:
+        """Return the terms of the matrix `key`, whose layer is given; it is decomposed once."""
+        if key not in self._found:
+            of = self.statistics.get(key)
+            moments = self._moments(of, linear) if of is not None and self.by_inputs else None
+            rows = of.importance if of is not None and self.by_gradients else None
+            self._found[key] = decompose_by_inputs(linear.weight, moments, rows)
+        return self._found[key]
+
+    @staticmethod
+    def _moments(of: Statistics, linear: nn.Linear) -> Tensor:
+        # A bias gives back what the factors leave out on average, so only what goes beyond that counts.
+        return of.moments if linear.bias is None else of.covariance
+
+    def losses(self, linears: Mapping[MatrixKey, nn.Linear]) -> dict[MatrixKey, Tensor]:
+        """Return what each term of every matrix takes from the loss where it is left out, (min(out, in),)."""
+        return {key: self._losses(key, linear) for key, linear in linears.items()}
+
+    def _losses(self, key: MatrixKey, linear: nn.Linear) -> Tensor:
+        found, of = self.decomposition(key, linear), self.statistics.get(key)
+        if of is None or of.sensitivity is None:
+            raise ValueError("what a rank is worth to the loss is not known: it needs gradients")
+        moments = self._moments(of, linear)
+        return (of.sensitivity @ found.left.square()) * ((found.right @ moments) * found.right).sum(1)
+
+    def factors(self, key: MatrixKey, linear: nn.Linear, rank: int) -> tuple[Tensor, Tensor]:
+        """Return A (out, rank) and B (rank, in), in the weight's type; on the meta device without values."""
+        weight = linear.weight
+        if weight.is_meta:
+            return weight.new_empty(weight.shape[0], rank), weight.new_empty(rank, weight.shape[1])
+        left, right = self.decomposition(key, linear).cut(rank)
+        return left.to(weight.dtype), right.to(weight.dtype)
+
+    def shift(self, key: MatrixKey, linear: nn.Linear, rank: int) -> Tensor | None:
+        """Return the mean of what those factors leave out of the output, (out,), which a bias can give back."""
+        of, weight = self.statistics.get(key), linear.weight
+        if of is None or weight.is_meta:
+            return None
+        left, right = self.decomposition(key, linear).cut(rank)
+        return weight.detach().double() @ of.mean - left @ (right @ of.mean)
