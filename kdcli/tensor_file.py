@@ -39,12 +39,12 @@ def keep_tensors(path: Path, tensors: dict[str, Tensor], *, of: str) -> None:
 
 
 def kept_tensors(
-    path: Path, shapes: Mapping[str, tuple[int | None, ...]], *, of: str, console: Console | None
+    path: Path, shapes: Mapping[str, tuple[int | None, ...]] | None, *, of: str, console: Console | None
 ) -> dict[str, Tensor] | None:
     """Return what `keep_tensors` wrote under `path`; None when there is no such file, or not as it was written.
 
-    shapes: what it must hold, or how the shapes begin. console: is told about a file that is damaged, and so is made
-    again.
+    shapes: what it must hold, or how the shapes begin; None where `of` says that. console: is told about a file that is
+    damaged, and so is made again.
     """
     problem = "it is a folder"
     try:
@@ -57,9 +57,9 @@ def kept_tensors(
             problem = "it was made from something else"
         elif metadata.get("sha256") != _digest(tensors, of):
             problem = "it was changed after it was written (its SHA-256 differs)"
-        elif {name: tuple(tensor.shape[: len(shapes.get(name, ()))]) for name, tensor in tensors.items()} != dict(
-            shapes
-        ):
+        elif shapes is not None and {
+            name: tuple(tensor.shape[: len(shapes.get(name, ()))]) for name, tensor in tensors.items()
+        } != dict(shapes):
             problem = "its tensors have other shapes"
         elif not all(tensor.isfinite().all() for tensor in tensors.values()):
             problem = "it contains NaN or inf"

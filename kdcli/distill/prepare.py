@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from kdcli.data.rows import array_of
 from kdcli.distill.downstream import tasks_of
 from kdcli.distill.filler import FillerStart, start_filler
-from kdcli.distill.resolve import Resolved, context_of, for_task, head_needed, placed, resolve, stages_of
+from kdcli.distill.resolve import Resolved, context_of, for_task, head_needed, placed, resolve, stages_of, with_start
 from kdcli.distill.states import StatesPlan, plan_states
 from kdcli.distill.teacher import TeacherStart, labelling_of, start_teacher
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Stage
 from kdcli.models.families import family_of
-from kdcli.models.heads import Head, Labelling
+from kdcli.models.heads import BASE, Head, Labelling
 from kdcli.models.load import check_same_tokens, check_tokenizer
 from kdcli.models.overparam import check_chains
 from kdcli.models.shape import check_lengths
@@ -144,7 +144,7 @@ def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:
             other.kind.check(other, teacher.tokenizer, section.task.max_length)
     filler = start_filler(recipe, task, base) if recipe.task.augment is not None else None
     labelling = labelling_of(task.kind, task.label_names, head)
-    followers = _followers(teacher, resolved, task, labelling)
+    followers = _followers(teacher, resolved, task, head, labelling)
     student = followers[-1]
     if recipe.export.onnx:
         models = {"teacher": teacher.model.config, "student": student.model.config}
@@ -167,7 +167,9 @@ def _check_loops(resolved: Resolved, teacher: TeacherStart) -> None:
         check_batch(table.batch_size, 1, world, f"finetune[{number}].batch_size")
 
 
-def _followers(teacher: TeacherStart, resolved: Resolved, task: Task, labelling: Labelling) -> list[Follower]:
+def _followers(
+    teacher: TeacherStart, resolved: Resolved, task: Task, head: Head, labelling: Labelling
+) -> list[Follower]:
     """Return the assistant, if any, and the student, each beside the model that it follows."""
     base = nearest = shape_only(teacher.model)
     examples = partial(task.kind.examples, task.train, teacher.tokenizer, resolved.recipe.task.max_length)
@@ -178,6 +180,8 @@ def _followers(teacher: TeacherStart, resolved: Resolved, task: Task, labelling:
                 check_same_tokens(teacher.tokenizer, section.model, "student.model")
             if resolved.from_base:
                 _check_base(teacher, section, resolved)
+            # What the student is cut from answers the task, but for the base of the teacher and a body alone.
+            section = with_start(section, has_loss=head != BASE and not resolved.from_base)
             overparam = resolved.recipe.overparam if name == "student" else None
             build = _shadow(base if resolved.from_base else nearest, section, overparam, labelling)
             context = context_of(nearest, build.model, build.form, task, resolved.recipe)
@@ -233,5 +237,8 @@ def _shadow(
         # The ranks depend on weights that are not there yet; what a method asks of a shape does not depend on them.
         written = section.model_dump(exclude={"energy"}, exclude_unset=True)
         section = StudentSection.model_validate({**written, "rank": 1})
+    if section.ranks == "spread":
+        # What each matrix gets depends on a pass over training rows; together they get as much as with even ranks.
+        section = section.model_copy(update={"ranks": "even", "rank_multiple": section.rank_multiple or 8})
     with torch.device("meta"):
         return build_student(teacher, section, seed=0, overparam=overparam)

@@ -128,7 +128,7 @@ def _filled(section: StudentSection, defaults: dict[str, Any], table: str, metho
     if section.form not in (None, form):
         return section
     if unsupported := section.unsupported_fields(form):
-        fitting = [f'form = "{name}"' for name, fields in FORM_FIELDS.items() if set(unsupported) <= set(fields)]
+        fitting = [f'form = "{name}"' for name in FORM_FIELDS if not section.unsupported_fields(name)]
         raise InputError(
             f'form = "{form}", which {method.name} takes for the {table} where none is given, has no '
             f"{', '.join(unsupported)}",
@@ -166,6 +166,26 @@ def context_of(
         augmented=recipe.task.augment is not None,
         factored_embeddings=any(isinstance(module, LowRankEmbedding) for module in student.modules()),
     )
+
+
+def with_start(section: StudentSection, *, has_loss: bool) -> StudentSection:
+    """Return the section of a low-rank student with what its factors start from; others as they are.
+
+    has_loss: the model that it is cut from answers the task, so that its loss has gradients. Raises InputError for a
+    start that needs them where there are none.
+    """
+    if section.form != "low-rank":
+        return section
+    start = section.init or ("both" if has_loss else "activations")
+    for name, needs in (("init", start in ("gradients", "both")), ("ranks", section.ranks == "spread")):
+        if needs and not has_loss:
+            raise InputError(
+                f'{name} = "{getattr(section, name)}" needs the gradients of a loss, and the model that the student is '
+                "cut from does not answer the task",
+                where=f"student.{name}",
+                hint='use init = "activations" or "svd"' if name == "init" else 'use ranks = "even"',
+            )
+    return section.model_copy(update={"init": start})
 
 
 @contextmanager

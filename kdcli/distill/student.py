@@ -15,6 +15,7 @@ from transformers import set_seed
 from kdcli.distill.job import Job
 from kdcli.distill.prepare import Follower
 from kdcli.distill.resolve import Resolved, trains_head
+from kdcli.distill.start import factoriser_of
 from kdcli.distill.states import FOLDER, can_be_kept, checkpoints_of, teacher_request
 from kdcli.distill.teacher import Teacher
 from kdcli.evaluation.score import scorer
@@ -22,6 +23,7 @@ from kdcli.files import atomic_folder, remove, write_json
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.methods.base import Stage, Term
 from kdcli.models.counts import count_parameters
+from kdcli.models.factoriser import Factoriser
 from kdcli.models.hashing import hash_of_model, hash_of_tokenizer, hash_of_weights
 from kdcli.models.overparam import OverparamReport, contract_model, overparameterise, teacher_factors
 from kdcli.models.save import round_to_stored
@@ -56,7 +58,9 @@ class Chain:
     section: OverparamSection
 
 
-def over_parameterise(job: Job, build: StudentBuild, teacher: "PreTrainedModel", follower: Follower) -> Chain | None:
+def over_parameterise(
+    job: Job, build: StudentBuild, teacher: "PreTrainedModel", follower: Follower, factoriser: Factoriser | None
+) -> Chain | None:
     """Put chains in place of a student's matrices; None where the recipe has no `[overparam]` for it."""
     if (section := follower.overparam) is None:
         return None
@@ -66,7 +70,7 @@ def over_parameterise(job: Job, build: StudentBuild, teacher: "PreTrainedModel",
         few = "; ".join(report.skipped[:3]) + ("; ..." if len(report.skipped) > 3 else "")
         job.tell(f"overparam: {counted(len(report.skipped), 'matrix', 'matrices')} without chains: {few}")
     if section.aux_weight > 0:
-        factors, skipped = teacher_factors(teacher, build.model, follower.context.pairs, section)
+        factors, skipped = teacher_factors(teacher, build.model, follower.context.pairs, section, factoriser)
         if skipped:
             few = ", ".join(map(str, skipped[:6])) + (" ..." if len(skipped) > 6 else "")
             job.tell(f"overparam: no teacher tensors for {counted(len(skipped), 'matrix', 'matrices')}: {few}")
@@ -108,17 +112,19 @@ class Distilled:
 def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distilled:
     """Build the follower of `teacher`, train it on the rows of `task`, and contract it."""
     resolved, name, seed = job.resolved, follower.name, job.recipe.seed
+    folder = "" if name == "student" else name
     set_seed(seed)
+    source = teacher.model if teacher.base is None else teacher.base
+    with job.timed(f"{folder} start".strip()):
+        factoriser = factoriser_of(job, task, source, teacher.tokenizer, follower.section, follower.context)
     with job.timed(name):
-        options: Any = {"overparam": follower.overparam, "labelling": job.prepared.labelling}
-        source = teacher.model if teacher.base is None else teacher.base
+        options: Any = {"overparam": follower.overparam, "labelling": job.prepared.labelling, "factoriser": factoriser}
         build = build_student(source, follower.section, seed=seed, **options)
     for note in build.notes:
         job.tell(f"{name}: {note}")
     plain_hash = hash_of_weights(build.model)
     # Once more, with the weights of its own that a method brings: they are drawn after the student's.
     stages = resolved.method.build(resolved.options, follower.context)
-    folder = "" if name == "student" else name
     # Checkpoints of another recipe, other data or another teacher belong to another training.
     identity = {
         "recipe": job.recipe.model_dump(),
@@ -130,7 +136,7 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
         "student": folder,
     }
     with job.timed("overparam"):
-        chain = over_parameterise(job, build, teacher.model, follower)
+        chain = over_parameterise(job, build, teacher.model, follower, factoriser)
     with job.timed(f"{folder} train".strip()):
         training = _train(job, task, teacher, follower, build, stages, chain, folder=folder, identity=identity)
     contraction = None

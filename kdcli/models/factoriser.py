@@ -1,7 +1,8 @@
 """Which factors of a matrix are the closest: by its weights, by what it makes of real inputs, by what a loss sees."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from kdcli.models.statistics import Statistics
 from kdcli.signals import MatrixKey
 from kdcli.tensors.mpo import signed_svd
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RIDGE = 1e-6
 """Share of the inputs' mean square that every direction has at least: it orders those that no input has."""
@@ -78,12 +82,26 @@ def _balanced(left: Tensor, right: Tensor, losses: Tensor) -> Decomposition:
 
 @dataclass
 class Factoriser:
-    """Chooses the factors of block matrices. statistics: of the model that they are taken from, by block and matrix."""
+    """Chooses the factors of block matrices.
+
+    statistics: of the model that they are taken from, by block and matrix. look_again: returns those of one
+    block as the student's own factors before it make its inputs; None where they stay.
+    """
 
     by_inputs: bool = False
     by_gradients: bool = False
-    statistics: Mapping[MatrixKey, Statistics] = field(default_factory=dict)
+    statistics: dict[MatrixKey, Statistics] = field(default_factory=dict)
+    look_again: "Callable[[PreTrainedModel, int], Mapping[MatrixKey, Statistics]] | None" = None
     _found: dict[MatrixKey, Decomposition] = field(default_factory=dict)
+
+    def enter(self, student: "PreTrainedModel", layer: int) -> None:
+        """Prepare for block `layer` (1..L) of a student whose blocks before it have their factors."""
+        if self.look_again is None or layer == 1:
+            return
+        for key, of in self.look_again(student, layer).items():
+            given = self.statistics[key]
+            self.statistics[key] = replace(of, importance=given.importance, sensitivity=given.sensitivity)
+            self._found.pop(key, None)
 
     def decomposition(self, key: MatrixKey, linear: nn.Linear) -> Decomposition:
         """Return the terms of the matrix `key`, whose layer is given; it is decomposed once."""
@@ -108,7 +126,7 @@ class Factoriser:
         if of is None or of.sensitivity is None:
             raise ValueError("what a rank is worth to the loss is not known: it needs gradients")
         moments = self._moments(of, linear)
-        return (of.sensitivity @ found.left.square()) * ((found.right @ moments) * found.right).sum(1)
+        return (of.sensitivity.double() @ found.left.square()) * ((found.right @ moments.double()) * found.right).sum(1)
 
     def factors(self, key: MatrixKey, linear: nn.Linear, rank: int) -> tuple[Tensor, Tensor]:
         """Return A (out, rank) and B (rank, in), in the weight's type; on the meta device without values."""
@@ -124,4 +142,5 @@ class Factoriser:
         if of is None or weight.is_meta:
             return None
         left, right = self.decomposition(key, linear).cut(rank)
-        return weight.detach().double() @ of.mean - left @ (right @ of.mean)
+        mean = of.mean.double()
+        return weight.detach().double() @ mean - left @ (right @ mean)

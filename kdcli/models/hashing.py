@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kdcli.data.rows import chunks_of
@@ -9,6 +10,7 @@ from kdcli.files import fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 _NOT_THE_FUNCTION = {
@@ -26,8 +28,13 @@ _NOT_THE_FUNCTION = {
 
 def hash_of_weights(model: "PreTrainedModel") -> str:
     """Return 16 hex digits over every tensor's name, type, shape and bytes."""
+    return hash_of_tensors(model.state_dict())
+
+
+def hash_of_tensors(tensors: "Mapping[str, Tensor]") -> str:
+    """Return 16 hex digits over every tensor's name, type, shape and bytes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         array = tensor.detach().cpu().contiguous()
         digest.update(array.view(-1).numpy().tobytes() if array.numel() else b"")

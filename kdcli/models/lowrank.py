@@ -1,5 +1,7 @@
 """Low-rank students: linear maps as two thin factors, from the SVD of the teacher's weights."""
 
+import heapq
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,8 +12,8 @@ from torch import Tensor, nn
 from kdcli.errors import InputError
 from kdcli.models.blocks import body_of, iter_block_matrices, module_at
 from kdcli.models.counts import count_parameters
-from kdcli.models.factoriser import Factoriser
 from kdcli.models.factoring import has_factors, is_target, nearest_ranks
+from kdcli.models.factoriser import Factoriser
 from kdcli.models.families import family_of
 from kdcli.models.fused import merge_split
 from kdcli.recipe.schema import OverparamSection, StudentSection, parse_count
@@ -27,6 +29,13 @@ Shape = tuple[int, int]
 
 LEAST = 0.25
 """Share of the rank that it has where all have one which every matrix keeps when ranks are spread."""
+
+_STARTS = {
+    "activations": "factors from the inputs",
+    "gradients": "factors from the gradients",
+    "both": "factors from the inputs and gradients",
+}
+"""What a start says of itself, before the rows that it looks at."""
 
 
 class LowRankLinear(nn.Module):
@@ -264,8 +273,8 @@ def spread_ranks(
 ) -> dict[MatrixKey, int | None]:
     """Return ranks whose factors hold at most `allowed` weights and leave the least loss, None for a dense matrix.
 
-    even: ranks that fit, the same for all; no matrix gets less than `LEAST` of its own there. losses: (min(out, in),) of
-    each matrix, what each term of its decomposition that is left out adds to the loss, in one unit for all of them.
+    even: ranks that fit, the same for all; no matrix gets less than `LEAST` of its own there. losses: (min(out, in),)
+    of each matrix, what each term of its decomposition that is left out adds to the loss, in one unit for all of them.
     multiple: of every rank. splits: whether a rank can be used. Weight by weight, the budget goes where the next terms
     take away most: optimal where losses fall from term to term.
     """
@@ -344,7 +353,11 @@ def factorise(
         overparam=overparam,
         losses=factoriser.losses(linears) if section.ranks == "spread" else None,
     )
+    layer = 0
     for key, rank in ranks.items():
+        if key[0] != layer:
+            layer = key[0]
+            factoriser.enter(model, layer)
         if rank is not None:
             factors, shift = factoriser.factors(key, linears[key], rank), factoriser.shift(key, linears[key], rank)
             matrices[key].replace(LowRankLinear.from_linear(linears[key], rank, factors, shift))
@@ -354,6 +367,10 @@ def factorise(
     whole = sum(factored_count(shape, None) for shape in shapes.values())
     span = str(used[0]) if len(used) == 1 else f"{used[0]} to {used[-1]}" if used else "none"
     notes.append(f"rank {span}: {kept:,} of {whole:,} block weights ({kept / whole:.1%})")
+    if section.init in _STARTS or section.ranks == "spread":
+        what = [_STARTS[section.init]] if section.init in _STARTS else []
+        what += ["ranks by the loss"] if section.ranks == "spread" else []
+        notes.append(f"{' and '.join(what)} of up to {counted(section.init_samples, 'training row')}")
     if dense:
         notes.append(f"dense, since factors would save nothing there: {counted(len(dense), 'matrix', 'matrices')}")
     return notes

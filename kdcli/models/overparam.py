@@ -13,9 +13,10 @@ from kdcli.errors import InputError
 from kdcli.models.blocks import BlockMatrix, block_matrix, blocks_of, iter_block_matrices
 from kdcli.models.counts import count_parameters
 from kdcli.models.factoring import check_factors, is_target, nearest_ranks, shape_for
+from kdcli.models.factoriser import Factoriser
 from kdcli.models.families import family_of
 from kdcli.models.fused import merge_split
-from kdcli.models.lowrank import LowRankLinear, svd_factors
+from kdcli.models.lowrank import LowRankLinear
 from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import MatrixKey
 from kdcli.tensors.factors import MPOShape
@@ -226,7 +227,7 @@ def _comparable(
         if place.factor:
             # A teacher's matrix is split at the student's rank, so that its factors have the same shapes.
             return True
-        weight = _teacher_weight(teacher, blocks[place.key[0]], place.matrix.name, "", 0, {})
+        weight = _teacher_weight(teacher, blocks[place.key[0]], place.matrix.name, "", 0, Factoriser())
         if weight is not None and _teacher_shape(weight, shape, section) is not None:
             return True
     return False
@@ -383,26 +384,28 @@ def teacher_factors(
     student: "PreTrainedModel",
     pairs: Sequence[tuple[int, int]],
     section: OverparamSection,
+    factoriser: Factoriser | None = None,
 ) -> tuple[dict[MatrixKey, tuple[Tensor, ...]], list[str]]:
     """Return the teacher's tensors for each of the student's chains, and the names of those without.
 
-    pairs: (student block, teacher block), counted from 1. The teacher's matrix is decomposed with the
-    student's factor lists; a student's low-rank factors are paired with the teacher's SVD factors of the same
-    rank. A matrix of another shape is skipped, or with `aux_mismatch = "truncate"` decomposed with factor
-    lists of its own, of which only tensors with the student's i_k and j_k are compared, on leading sub-blocks.
+    pairs: (student block, teacher block), counted from 1. The teacher's matrix is decomposed with the student's factor
+    lists; a student's low-rank factors are paired with the factors of the same rank that `factoriser` (left out:
+    the SVD) chooses for the teacher's matrix. A matrix of another shape is skipped, or with `aux_mismatch =
+    "truncate"` decomposed with factor lists of its own, of which only tensors with the student's i_k and j_k are
+    compared, on leading sub-blocks.
     """
     blocks = dict(pairs)
     dtype = getattr(torch, section.svd_dtype)
     found: dict[MatrixKey, tuple[Tensor, ...]] = {}
     skipped = []
-    splits: dict[tuple[int, str, int], tuple[Tensor, Tensor]] = {}
+    factoriser = factoriser or Factoriser()
     for (layer, name), linear in linears_of(student):
         chain = chain_of(linear)
         if chain is None:
             continue
         matrix, _, factor = name.partition(".")
         rank = linear.out_features if factor == "down" else linear.in_features
-        weight = _teacher_weight(teacher, blocks.get(layer), matrix, factor, rank, splits)
+        weight = _teacher_weight(teacher, blocks.get(layer), matrix, factor, rank, factoriser)
         shape = _teacher_shape(weight, chain.shape, section) if weight is not None else None
         if weight is None or shape is None:
             skipped.append(f"{layer}.{name}")
@@ -438,7 +441,7 @@ def _teacher_weight(
     matrix: str,
     factor: str,
     rank: int,
-    splits: dict[tuple[int, str, int], tuple[Tensor, Tensor]],
+    factoriser: Factoriser,
 ) -> Tensor | None:
     """Return the teacher's matrix, or the factor of it that has the student's rank; None where there is none."""
     if layer is None or matrix not in family_of(teacher.config).matrices:
@@ -451,8 +454,5 @@ def _teacher_weight(
         return getattr(module, factor).weight
     if rank > min(found.weight.shape):
         return None
-    key = (layer, matrix, rank)
-    if key not in splits:
-        splits[key] = svd_factors(found.weight.detach(), rank)
-    up, down = splits[key]
+    up, down = factoriser.factors((layer, matrix), found.linear(), rank)  # type: ignore[arg-type]
     return down if factor == "down" else up

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from kdcli.models.blocks import BlockMatrix, body_of, iter_block_matrices
+from kdcli.models.finite import NotFiniteError
 from kdcli.models.inputs import model_inputs
 from kdcli.signals import MatrixKey
+from kdcli.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,32 +24,43 @@ Batch = Mapping[str, Tensor]
 class Statistics:
     """What rows say about one matrix y = W x + b, over real tokens.
 
-    mean: E[x], (in,). moments: E[x x^T], (in, in). importance: (out,), the squared gradients of the loss of each
+    mean: E[x], (in,). covariance: of x, (in, in). importance: (out,), the squared gradients of the loss of each
     row of data by W, summed over the rows of data and each row of W (FWSVD, arXiv 2207.00112). sensitivity: (out,),
     the squared gradients by y, summed over all tokens and divided by the number of rows of data. Both are None
-    where no loss was given. All fp64.
+    where no loss was given. All fp32, as the cache holds them.
     """
 
     mean: Tensor
-    moments: Tensor
+    covariance: Tensor
     importance: Tensor | None = None
     sensitivity: Tensor | None = None
 
     @property
-    def covariance(self) -> Tensor:
-        """E[(x - E[x]) (x - E[x])^T], (in, in)."""
-        return self.moments - torch.outer(self.mean, self.mean)
+    def is_finite(self) -> bool:
+        """True when no number is NaN or infinite."""
+        given = (self.mean, self.covariance, self.importance, self.sensitivity)
+        return all(bool(torch.isfinite(tensor).all()) for tensor in given if tensor is not None)
+
+    @property
+    def moments(self) -> Tensor:
+        """E[x x^T], (in, in), fp64."""
+        return self.covariance.double() + torch.outer(self.mean.double(), self.mean.double())
 
 
 def collect_statistics(
-    model: "PreTrainedModel", batches: Iterable[Batch], loss: Callable[[Batch], Tensor] | None = None
+    model: "PreTrainedModel",
+    batches: Iterable[Batch],
+    loss: Callable[[Batch], Tensor] | None = None,
+    *,
+    layer: int | None = None,
 ) -> dict[MatrixKey, Statistics]:
-    """Return the statistics of every block matrix from one pass over `batches`, which are on the model's device.
+    """Return the statistics of every block matrix, on the CPU, from one pass over `batches` on the model's device.
 
     loss: runs the model on a batch and returns the mean loss of its rows; None where gradients are not asked for. The
-    model is in eval mode, and is not changed. Matrices of one input share their moments' memory.
+    model is in eval mode, and is not changed. layer: the one block (1..L) that is looked at; left out, all. Matrices of
+    one input share its tensors. Raises NotFiniteError when a sum is NaN or infinite.
     """
-    matrices = dict(iter_block_matrices(model))
+    matrices = {key: matrix for key, matrix in iter_block_matrices(model) if layer is None or key[0] == layer}
     calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {matrix.module: [] for matrix in matrices.values()}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -68,7 +82,14 @@ def collect_statistics(
     finally:
         for hook in hooks:
             hook.remove()
-    return {key: found.statistics() for key, found in sums.items()}
+    statistics = {key: found.statistics() for key, found in sums.items()}
+    if bad := [key for key, of in statistics.items() if not of.is_finite]:
+        raise NotFiniteError(
+            f"what training rows say about {counted(len(bad), 'matrix', 'matrices')} contains NaN or inf (first: block "
+            f"{bad[0][0]}, {bad[0][1]})",
+            hint='check the model and its loss on these rows, or use student.init = "svd"',
+        )
+    return statistics
 
 
 @dataclass
@@ -79,10 +100,10 @@ class _Sums:
     rows: int = 0
 
     def statistics(self) -> Statistics:
-        mean, moments = self.inputs.means()
+        mean, covariance = self.inputs.of
         if self.importance is None or self.sensitivity is None:
-            return Statistics(mean, moments)
-        return Statistics(mean, moments, self.importance, self.sensitivity / self.rows)
+            return Statistics(mean, covariance)
+        return Statistics(mean, covariance, self.importance.float().cpu(), (self.sensitivity / self.rows).float().cpu())
 
 
 @dataclass
@@ -92,12 +113,12 @@ class _Inputs:
     first: Tensor
     second: Tensor
     tokens: int = 0
-    found: tuple[Tensor, Tensor] | None = None
 
-    def means(self) -> tuple[Tensor, Tensor]:
-        if self.found is None:
-            self.found = (self.first / self.tokens, self.second / self.tokens)
-        return self.found
+    @cached_property
+    def of(self) -> tuple[Tensor, Tensor]:
+        """The mean and the covariance."""
+        mean = self.first / self.tokens
+        return mean.float().cpu(), (self.second / self.tokens - torch.outer(mean, mean)).float().cpu()
 
 
 def _run(
@@ -157,3 +178,36 @@ def _add(
             old.sensitivity = sensitivity if old.sensitivity is None else old.sensitivity + sensitivity
             old.rows += len(x)
 
+
+def to_tensors(statistics: Mapping[MatrixKey, Statistics]) -> dict[str, Tensor]:
+    """Return statistics as named tensors: covariances once for all matrices of one input, and half of each."""
+    tensors: dict[str, Tensor] = {}
+    inputs: dict[int, int] = {}
+    for (layer, name), of in statistics.items():
+        number = inputs.setdefault(id(of.covariance), len(inputs))
+        if f"{number}.mean" not in tensors:
+            tensors[f"{number}.mean"] = of.mean
+            rows, columns = torch.triu_indices(*of.covariance.shape)
+            tensors[f"{number}.covariance"] = of.covariance[rows, columns]
+        tensors[f"{layer}.{name}.inputs"] = torch.tensor(number)
+        if of.importance is not None and of.sensitivity is not None:
+            tensors[f"{layer}.{name}.importance"] = of.importance
+            tensors[f"{layer}.{name}.sensitivity"] = of.sensitivity
+    return tensors
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> dict[MatrixKey, Statistics]:
+    """Return the statistics that `to_tensors` gave."""
+    covariances: dict[int, Tensor] = {}
+    found = {}
+    for place in (name.removesuffix(".inputs") for name in tensors if name.endswith(".inputs")):
+        layer, _, name = place.partition(".")
+        number = int(tensors[f"{place}.inputs"])
+        mean = tensors[f"{number}.mean"]
+        if number not in covariances:
+            covariances[number] = mean.new_empty(len(mean), len(mean))
+            rows, columns = torch.triu_indices(len(mean), len(mean))
+            covariances[number][rows, columns] = covariances[number][columns, rows] = tensors[f"{number}.covariance"]
+        given = tensors.get(f"{place}.importance"), tensors.get(f"{place}.sensitivity")
+        found[(int(layer), name)] = Statistics(mean, covariances[number], *given)
+    return found

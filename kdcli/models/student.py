@@ -9,6 +9,7 @@ import torch
 
 from kdcli.errors import InputError
 from kdcli.models.blocks import blocks_of
+from kdcli.models.factoriser import Factoriser
 from kdcli.models.families import Family, family_of
 from kdcli.models.fused import SplitLinear
 from kdcli.models.heads import Labelling
@@ -43,14 +44,16 @@ def build_student(
     seed: int,
     overparam: OverparamSection | None = None,
     labelling: Labelling | None = None,
+    factoriser: Factoriser | None = None,
 ) -> StudentBuild:
     """Return a student of `section.form` made from `teacher`, which is not changed.
 
     overparam: the chains that it will be trained as, which not every rank has factors for. labelling: of the outputs
-    of a student from a checkpoint, which needs it.
+    of a student from a checkpoint, which needs it. factoriser: chooses the factors of a low-rank student; left out, the
+    SVD's.
     Raises InputError when the sizes asked for do not fit the teacher.
     """
-    build = _build(teacher, section, seed, overparam, labelling)
+    build = _build(teacher, section, seed, overparam, labelling, factoriser)
     if section.dtype is not None:
         build.model.config.dtype = getattr(torch, section.dtype)
     if (kind := stored_type(build.model)) != torch.float32:
@@ -64,6 +67,7 @@ def _build(
     seed: int,
     overparam: OverparamSection | None,
     labelling: Labelling | None,
+    factoriser: Factoriser | None,
 ) -> StudentBuild:
     torch.manual_seed(seed)
     reads = section.form in ("depth", "low-rank") or (section.form == "width" and section.init != "random")
@@ -77,7 +81,7 @@ def _build(
         )
     if section.form == "low-rank":
         student = copy.deepcopy(teacher)
-        notes = factorise(student, section, overparam)
+        notes = factorise(student, section, overparam, factoriser)
         return StudentBuild(student, "low-rank", list(range(shape_of(teacher.config).layers)), notes)
     if section.form == "depth":
         return _depth(teacher, section)

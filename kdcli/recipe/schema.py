@@ -334,6 +334,14 @@ FORM_FIELDS: dict[Form, tuple[str, ...]] = {
 }
 """The fields of `[student]` that each form has."""
 
+STARTS: dict[Form, tuple[str, ...]] = {
+    "depth": ("teacher", "random"),
+    "low-rank": ("svd", "activations", "gradients", "both"),
+    "width": ("teacher", "random"),
+    "checkpoint": (),
+}
+"""The values of `init` that each form has."""
+
 
 class StudentSection(Section):
     """`[student]`: the form of the smaller model; `[assistant]`: that of a model between teacher and student."""
@@ -377,8 +385,8 @@ class StudentSection(Section):
     )
     ranks: Literal["even", "spread"] | None = Field(
         default=None,
-        description="low-rank: one rank for all matrices that a budget or params pays for, or more of it where a rank is "
-        'worth more to the loss on training rows. Left out, "even".',
+        description="low-rank: one rank for all matrices that a budget or params pays for, or more of it where a rank "
+        'is worth more to the loss on training rows. Left out, "even".',
     )
     rank_multiple: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         default=None,
@@ -390,8 +398,8 @@ class StudentSection(Section):
     )
     sequential: bool = Field(
         default=False,
-        description="low-rank: look at each block's inputs as the factors of the blocks before it make them, not as the "
-        "teacher does.",
+        description="low-rank: look at each block's inputs as the factors of the blocks before it make them, not as "
+        "the teacher does.",
     )
     # width
     hidden_size: Width | None = Field(
@@ -403,9 +411,9 @@ class StudentSection(Section):
     heads: Heads | None = Field(default=None, description="width: attention heads. Left out, the teacher's.")
     init: Literal["teacher", "random", "svd", "activations", "gradients", "both"] | None = Field(
         default=None,
-        description="What the weights start from. depth, width: the teacher's weights (for width, slices of them), or at "
-        "random: a depth student's blocks, all of a width student. low-rank: the factors that are closest to a matrix "
-        '("svd"), to what it makes of the inputs that training rows give it ("activations"), to a matrix whose rows '
+        description="What the weights start from. depth, width: the teacher's weights (for width, slices of them), or "
+        "at random: a depth student's blocks, all of a width student. low-rank: the factors that are closest to a "
+        'matrix ("svd"), to what it makes of its inputs for training rows ("activations"), to a matrix whose rows '
         'weigh as much as the loss changes with them ("gradients"), or the last two together ("both"). Left out, '
         '"teacher"; for low-rank "both", or "activations" where nothing has a loss.',
     )
@@ -430,18 +438,26 @@ class StudentSection(Section):
         if self.form is not None:
             unsupported = self.unsupported_fields(self.form)
             if unsupported:
-                raise ValueError(f'form = "{self.form}" has no {", ".join(unsupported)}')
+                raise ValueError(f'form = "{self.form}" has no {", ".join(map(self._as_written, unsupported))}')
         sizes = [k for k in ("budget", "rank", "params", "energy") if getattr(self, k) is not None]
         if len(sizes) > 1:
             raise ValueError(f"give one of budget, rank, params and energy, not {' and '.join(sizes)}")
+        if self.ranks == "spread" and (self.rank is not None or self.energy is not None):
+            raise ValueError('ranks = "spread" divides a budget or params, so it cannot stand beside a rank or energy')
         if self.form == "checkpoint" and self.model is None:
             raise ValueError('form = "checkpoint" needs model = "FOLDER OR HUB NAME"')
         return self
 
+    def _as_written(self, key: str) -> str:
+        return f'init = "{self.init}"' if key == "init" else key
+
     def unsupported_fields(self, form: Form) -> list[str]:
         """Return the fields with another value than their default that this form does not have."""
         others = dict.fromkeys(key for keys in FORM_FIELDS.values() for key in keys if key not in FORM_FIELDS[form])
-        return [key for key in others if getattr(self, key) != type(self).model_fields[key].default]
+        fields = [key for key in others if getattr(self, key) != type(self).model_fields[key].default]
+        if self.init is not None and self.init not in STARTS[form] and "init" not in fields:
+            fields.append("init")
+        return fields
 
 
 def parse_count(text: int | str) -> int:

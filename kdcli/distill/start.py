@@ -1,0 +1,92 @@
+"""What a low-rank student's factors start from: a pass of the teacher over some training rows."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from kdcli.data.rows import array_of
+from kdcli.distill.job import Job
+from kdcli.files import cache_dir, fingerprint
+from kdcli.methods.base import Context
+from kdcli.models.factoriser import Factoriser
+from kdcli.models.hashing import hash_of_model, hash_of_tensors
+from kdcli.models.statistics import Batch, Statistics, collect_statistics, from_tensors, to_tensors
+from kdcli.recipe.schema import StudentSection
+from kdcli.signals import MatrixKey
+from kdcli.tasks.base import Task
+from kdcli.tasks.predict import placed
+from kdcli.tensor_file import keep_tensors, kept_tensors
+from kdcli.training.distributed import main_does
+from kdcli.training.step import Distiller
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ROWS_AT_ONCE = 16
+
+
+def factoriser_of(
+    job: Job, task: Task, model: "PreTrainedModel", processor: Any, section: StudentSection, context: Context
+) -> Factoriser | None:
+    """Return what chooses the factors of a low-rank student of `model`; None for other forms, and for the plain SVD.
+
+    task: its training rows are looked at. Their statistics are kept in the cache.
+    """
+    inputs, gradients = section.init in ("activations", "both"), section.init in ("gradients", "both")
+    if section.form != "low-rank" or not (inputs or gradients or section.ranks == "spread"):
+        return None
+    batches = _batches(task, processor, section.init_samples, job)
+    loss = _loss(model, task, context) if gradients or section.ranks == "spread" else None
+
+    def collect(model: "PreTrainedModel", loss: Any = None, layer: int | None = None) -> dict[MatrixKey, Statistics]:
+        with placed(model, job.resolved.loop.device) as place:
+            moved = ({name: tensor.to(place) for name, tensor in batch.items()} for batch in batches)
+            return collect_statistics(model, moved, loss, layer=layer)
+
+    tensors = [hash_of_tensors(batch) for batch in batches]
+    of = {
+        "model": hash_of_model(model),
+        "inputs": tensors,
+        "kind": task.kind.name,
+        "loss": loss is not None,
+        "format": 1,
+    }
+    name = fingerprint(of)
+    path = cache_dir() / "statistics" / f"{name}.safetensors"
+    kept = kept_tensors(path, None, of=name, console=job.console)
+    statistics = from_tensors(kept) if kept is not None else collect(model, loss)
+    main_does(lambda: keep_tensors(path, to_tensors(statistics), of=name) if kept is None else None)
+    again = (lambda student, layer: collect(student, layer=layer)) if section.sequential else None
+    return Factoriser(inputs, gradients, statistics, again)
+
+
+def _batches(task: Task, processor: Any, samples: int, job: Job) -> list[Batch]:
+    """Return some training rows as batches; the same for every run of one seed."""
+    seed = job.resolved.loop.seed
+    chosen = np.random.default_rng(seed).permutation(len(task.train))[:samples]
+    rows = task.train.select(np.sort(chosen))
+    encoded = task.kind.prepare(
+        replace(task, train=rows, selection=rows), processor, job.recipe.task.max_length, seed=seed
+    )
+    features = encoded.train
+    # Of text many blocks may come from one document.
+    order = np.random.default_rng(seed).permutation(len(features))[:samples]
+    order = order[np.argsort(array_of(features, "length")[order], kind="stable")]
+    parts = np.split(order, range(ROWS_AT_ONCE, len(order), ROWS_AT_ONCE))
+    return [encoded.collator(features.__getitems__(part.tolist())) for part in parts]
+
+
+def _loss(model: "PreTrainedModel", task: Task, context: Context) -> Callable[[Batch], Tensor]:
+    """Return the loss of the gold answers as a function of a batch."""
+    distiller = Distiller(model, [context.gold_term()], kind=task.kind)
+
+    def loss(batch: Batch) -> Tensor:
+        distiller.eval()
+        # The loss itself is formed in training only; the model stays in eval mode.
+        distiller.training = True
+        return distiller(batch)["loss"]
+
+    return loss
