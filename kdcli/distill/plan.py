@@ -8,7 +8,7 @@ from kdcli.distill.resolve import Resolved, placed
 from kdcli.distill.student import stage_loop
 from kdcli.machine import resolve_precision
 from kdcli.models.counts import count_parameters
-from kdcli.models.overparam import overparameterise, teacher_factors
+from kdcli.models.overparam import candidates, overparameterise, teacher_factors
 from kdcli.models.shape import shape_of
 from kdcli.models.student import StudentBuild, build_student
 from kdcli.tasks.base import Task
@@ -223,7 +223,9 @@ def _chains(student: Follower, model: "PreTrainedModel") -> PlannedChains:
     assert student.overparam is not None
     # Of shapes alone: nothing is decomposed.
     wide, section, matched, unmatched = shape_only(model), student.overparam, 0, 0
-    report = overparameterise(wide, section)
+    # Which matrices are selected is not known yet: as many as will be.
+    chosen = list(candidates(wide, section))[: section.matrices] if section.matrices is not None else None
+    report = overparameterise(wide, section, chosen)
     if section.aux_weight > 0:
         found, skipped = teacher_factors(student.follows, wide, student.context.pairs, section)
         matched, unmatched = len(found), len(skipped)

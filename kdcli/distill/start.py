@@ -38,8 +38,8 @@ def factoriser_of(
     inputs, gradients = section.init in ("activations", "both"), section.init in ("gradients", "both")
     if section.form != "low-rank" or not (inputs or gradients or section.ranks == "spread"):
         return None
-    batches = _batches(task, processor, section.init_samples, job)
-    loss = _loss(model, task, context) if gradients or section.ranks == "spread" else None
+    batches = sample_batches(task, processor, section.init_samples, job)
+    loss = task_loss(model, task, context) if gradients or section.ranks == "spread" else None
 
     def collect(model: "PreTrainedModel", loss: Any = None, layer: int | None = None) -> dict[MatrixKey, Statistics]:
         with placed(model, job.resolved.loop.device) as place:
@@ -63,7 +63,7 @@ def factoriser_of(
     return Factoriser(inputs, gradients, statistics, again)
 
 
-def _batches(task: Task, processor: Any, samples: int, job: Job) -> list[Batch]:
+def sample_batches(task: Task, processor: Any, samples: int, job: Job) -> list[Batch]:
     """Return some training rows as batches; the same for every run of one seed."""
     seed = job.resolved.loop.seed
     chosen = np.random.default_rng(seed).permutation(len(task.train))[:samples]
@@ -79,7 +79,7 @@ def _batches(task: Task, processor: Any, samples: int, job: Job) -> list[Batch]:
     return [encoded.collator(features.__getitems__(part.tolist())) for part in parts]
 
 
-def _loss(model: "PreTrainedModel", task: Task, context: Context) -> Callable[[Batch], Tensor]:
+def task_loss(model: "PreTrainedModel", task: Task, context: Context) -> Callable[[Batch], Tensor]:
     """Return the loss of the gold answers as a function of a batch."""
     distiller = Distiller(model, [context.gold_term()], kind=task.kind)
 

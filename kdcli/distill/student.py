@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
+from kdcli.distill.chains import Chain, over_parameterise
 from kdcli.distill.job import Job
 from kdcli.distill.prepare import Follower
 from kdcli.distill.resolve import Resolved, trains_head
@@ -23,14 +24,12 @@ from kdcli.files import atomic_folder, remove, write_json
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.methods.base import Stage, Term
 from kdcli.models.counts import count_parameters
-from kdcli.models.factoriser import Factoriser
 from kdcli.models.hashing import hash_of_model, hash_of_tokenizer, hash_of_weights
-from kdcli.models.overparam import OverparamReport, contract_model, overparameterise, teacher_factors
+from kdcli.models.overparam import contract_model
 from kdcli.models.save import round_to_stored
 from kdcli.models.shape import shape_of
 from kdcli.models.student import StudentBuild, build_student
 from kdcli.objectives.cores import TensorObjective
-from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import Request
 from kdcli.tasks.base import Task
 from kdcli.terminal import warn
@@ -40,41 +39,12 @@ from kdcli.training.settings import LoopSettings
 from kdcli.training.step import Distiller
 from kdcli.training.teacher_cache import known_outputs
 from kdcli.training.teacher_states import KeptStates, StageStates, StatesCollator, keep_states
-from kdcli.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RECORD = "record.json"
 """What a finished stage's training was like, beside its weights."""
-
-
-@dataclass
-class Chain:
-    """The over-parameterised student: what was done, and the teacher's tensors to compare with."""
-
-    report: OverparamReport
-    teacher: dict[Any, tuple[torch.Tensor, ...]]
-    section: OverparamSection
-
-
-def over_parameterise(
-    job: Job, build: StudentBuild, teacher: "PreTrainedModel", follower: Follower, factoriser: Factoriser | None
-) -> Chain | None:
-    """Put chains in place of a student's matrices; None where the recipe has no `[overparam]` for it."""
-    if (section := follower.overparam) is None:
-        return None
-    factors: dict[Any, tuple[torch.Tensor, ...]] = {}
-    report = overparameterise(build.model, section)
-    if report.skipped:
-        few = "; ".join(report.skipped[:3]) + ("; ..." if len(report.skipped) > 3 else "")
-        job.tell(f"overparam: {counted(len(report.skipped), 'matrix', 'matrices')} without chains: {few}")
-    if section.aux_weight > 0:
-        factors, skipped = teacher_factors(teacher, build.model, follower.context.pairs, section, factoriser)
-        if skipped:
-            few = ", ".join(map(str, skipped[:6])) + (" ..." if len(skipped) > 6 else "")
-            job.tell(f"overparam: no teacher tensors for {counted(len(skipped), 'matrix', 'matrices')}: {few}")
-    return Chain(report, factors, section)
 
 
 @dataclass
@@ -136,7 +106,7 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
         "student": folder,
     }
     with job.timed("overparam"):
-        chain = over_parameterise(job, build, teacher.model, follower, factoriser)
+        chain = over_parameterise(job, task, teacher, follower, build, factoriser, folder=folder)
     with job.timed(f"{folder} train".strip()):
         training = _train(job, task, teacher, follower, build, stages, chain, folder=folder, identity=identity)
     contraction = None

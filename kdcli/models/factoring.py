@@ -37,6 +37,17 @@ def is_target(layer: int, matrix: str, section: OverparamSection) -> bool:
 
 def check_factors(section: OverparamSection) -> None:
     """Raise InputError for settings of `[overparam]` that contradict themselves, whatever the model is."""
+    if (section.select == "all") != (section.matrices is None):
+        counted = section.matrices is not None
+        raise InputError(
+            "a number of matrices is given, but nothing selects them"
+            if counted
+            else f"overparam.select = {section.select!r} needs a number of matrices",
+            where="overparam.matrices",
+            hint='set overparam.select = "static", or leave it out'
+            if counted
+            else "such as 8, for all blocks together",
+        )
     if section.scale is not None and section.factorization != "mpo":
         raise InputError(
             f"a scale needs middle tensors, which factorization {section.factorization!r} does not have",

@@ -1,7 +1,7 @@
 """Over-parameterising a model's block matrices, and contracting them again (OPDF, arXiv 2411.06448)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,11 @@ class _Place:
     @property
     def name(self) -> str:
         return f"{self.key[0]}.{self.key[1]}"
+
+    @property
+    def whole(self) -> MatrixKey:
+        """The block matrix that this is, or is a factor of."""
+        return self.key[0], self.matrix.name
 
     @property
     def layer(self) -> nn.Linear:
@@ -209,6 +214,13 @@ def check_chains(
     pairs: (student block, teacher block), counted from 1. Looks at shapes, never at weights.
     """
     wanted, _ = _wanted(student, section)
+    count = len({place.whole for place, _ in wanted})
+    if section.matrices is not None and section.matrices > count:
+        raise InputError(
+            f"{section.matrices} matrices cannot be selected: {count} of the student can be chains",
+            where="overparam.matrices",
+            hint=f'use up to {count}; overparam.select = "all" takes all',
+        )
     if section.aux_weight > 0 and not _comparable(wanted, section, teacher, dict(pairs)):
         raise InputError(
             "overparam.aux_weight is above 0, but no matrix of the student has a teacher matrix of its shape",
@@ -233,9 +245,20 @@ def _comparable(
     return False
 
 
-def overparameterise(model: "PreTrainedModel", section: OverparamSection) -> OverparamReport:
+def candidates(model: "PreTrainedModel", section: OverparamSection) -> dict[MatrixKey, list[Tensor]]:
+    """Return the weights of every block matrix that `section` allows a chain: of a low-rank one both its factors."""
+    found: dict[MatrixKey, list[Tensor]] = {}
+    for place, _ in _wanted(model, section)[0]:
+        found.setdefault(place.whole, []).append(place.weight.detach())
+    return found
+
+
+def overparameterise(
+    model: "PreTrainedModel", section: OverparamSection, chosen: Collection[MatrixKey] | None = None
+) -> OverparamReport:
     """Put chains in place of the block matrices that `section` names, in place; the function is unchanged.
 
+    chosen: of these matrices, those that get one; left out, all.
     A weight that several of these layers share becomes one chain that they share; one that is shared with
     another part of the model stays dense, and so do low-rank factors of a rank without fitting factors.
     Raises InputError, with the model untouched, when it is over-parameterised already, when a dimension has
@@ -245,6 +268,8 @@ def overparameterise(model: "PreTrainedModel", section: OverparamSection) -> Ove
         raise InputError("the model is over-parameterised already", hint="contract it first")
     before = count_parameters(model)
     wanted, skipped = _wanted(model, section)
+    if chosen is not None:
+        wanted = [(place, shape) for place, shape in wanted if place.whole in chosen]
     holders = _holders(model)
     # As they are before any fused module is split.
     layers = [place.layer for place, _ in wanted]

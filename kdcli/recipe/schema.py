@@ -538,6 +538,14 @@ class OverparamSection(Section):
     svd_dtype: Literal["float32", "float64"] = Field(
         default="float64", description="Number type that the decompositions are computed in."
     )
+    select: Literal["all", "static"] = Field(
+        default="all",
+        description='Which of these matrices become chains: all, or ("static", of OPF) as many as `matrices` says: '
+        "those whose weights, set to zero, change the student's loss on training rows most before it is trained.",
+    )
+    matrices: PositiveInt | None = Field(
+        default=None, description="Number of matrices that become chains, where these are selected."
+    )
     train: Literal["all", "auxiliary"] = Field(
         default="all",
         description="Which tensors of a chain train: all of them, or all but the central one, which stays as it starts "

@@ -146,7 +146,8 @@ class LGTMScheme(Scheme):
         if setting.overparam is not None:
             # Every block of the teacher can be some student block's pattern, whichever of these are chains. What the
             # student freezes, the teacher does not.
-            overparameterise(self._teacher, setting.overparam.model_copy(update={"layers": None, "train": "all"}))
+            every = {"layers": None, "train": "all", "select": "all", "matrices": None}
+            overparameterise(self._teacher, setting.overparam.model_copy(update=every))
         if not self.learning.influence:
             return rows
         kept, held = split(rows, self.learning.held_out, seed=setting.loop.seed)

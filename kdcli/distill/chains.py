@@ -1,0 +1,112 @@
+"""Chains in place of a student's matrices: which of them, and the teacher's tensors to compare them with."""
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcli.distill.job import Job
+from kdcli.distill.prepare import Follower
+from kdcli.distill.start import sample_batches, task_loss
+from kdcli.distill.teacher import Teacher
+from kdcli.files import write_json
+from kdcli.models.factoriser import Factoriser
+from kdcli.models.importance import most_important, zeroing_importance
+from kdcli.models.overparam import OverparamReport, candidates, overparameterise, teacher_factors
+from kdcli.models.student import StudentBuild
+from kdcli.recipe.schema import OverparamSection
+from kdcli.signals import MatrixKey
+from kdcli.tasks.base import Task
+from kdcli.tasks.predict import placed
+from kdcli.training.distributed import agree, main_does
+from kdcli.words import counted
+
+MEASURED = 128
+"""Training rows that the importance of matrices is measured on: each matrix takes a pass over them."""
+
+
+@dataclass
+class Chain:
+    """The over-parameterised student: what was done, and the teacher's tensors to compare with."""
+
+    report: OverparamReport
+    teacher: dict[Any, tuple[Tensor, ...]]
+    section: OverparamSection
+
+
+def over_parameterise(
+    job: Job,
+    task: Task,
+    teacher: Teacher,
+    follower: Follower,
+    build: StudentBuild,
+    factoriser: Factoriser | None,
+    *,
+    folder: str,
+) -> Chain | None:
+    """Put chains in place of a student's matrices; None where the recipe has no `[overparam]` for it.
+
+    factoriser: what its low-rank factors come from, so that the teacher's can come from the same. folder: of its
+    checkpoints.
+    """
+    if (section := follower.overparam) is None:
+        return None
+    chosen = _chosen(job, task, teacher, follower, section, build, folder) if section.matrices is not None else None
+    factors: dict[Any, tuple[Tensor, ...]] = {}
+    report = overparameterise(build.model, section, chosen)
+    if report.skipped:
+        few = "; ".join(report.skipped[:3]) + ("; ..." if len(report.skipped) > 3 else "")
+        job.tell(f"overparam: {counted(len(report.skipped), 'matrix', 'matrices')} without chains: {few}")
+    if section.aux_weight > 0:
+        pairs = follower.context.pairs
+        factors, skipped = teacher_factors(teacher.model, build.model, pairs, section, factoriser)
+        if skipped:
+            few = ", ".join(map(str, skipped[:6])) + (" ..." if len(skipped) > 6 else "")
+            job.tell(f"overparam: no teacher tensors for {counted(len(skipped), 'matrix', 'matrices')}: {few}")
+    return Chain(report, factors, section)
+
+
+def _chosen(
+    job: Job,
+    task: Task,
+    teacher: Teacher,
+    follower: Follower,
+    section: OverparamSection,
+    build: StudentBuild,
+    folder: str,
+) -> Collection[MatrixKey]:
+    """Return the matrices that become chains; a resumed run takes those that were chosen when it began."""
+    path = job.run.checkpoints / folder / "matrices.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if job.resume and path.exists() else None
+    if (agreed := agree(known)) is not None:
+        return [(layer, name) for layer, name in agreed]
+    importance = _importance(job, task, teacher, follower, section, build)
+    assert section.matrices is not None
+    # Measured on several devices, two matrices might change places.
+    chosen = agree(most_important(importance, section.matrices))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    main_does(partial(write_json, path, chosen))
+    listed = ", ".join(f"{layer}.{name} {importance[(layer, name)]:.3g}" for layer, name in chosen[:6])
+    more = ", ..." if len(chosen) > 6 else ""
+    job.tell(f"overparam: chains for {len(chosen)} of {len(importance)} matrices, by importance: {listed}{more}")
+    return chosen
+
+
+def _importance(
+    job: Job, task: Task, teacher: Teacher, follower: Follower, section: OverparamSection, build: StudentBuild
+) -> dict[MatrixKey, float]:
+    """Return how much the loss of the gold answers of some training rows changes without each matrix."""
+    batches = sample_batches(task, teacher.tokenizer, MEASURED, job)
+    total = sum(len(batch["input_ids"]) for batch in batches)
+    of_batch = task_loss(build.model, task, follower.context)
+    with placed(build.model, job.resolved.loop.device) as device:
+        moved = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+
+        def loss() -> Tensor:
+            return torch.stack([of_batch(batch) * (len(batch["input_ids"]) / total) for batch in moved]).sum()
+
+        return zeroing_importance(candidates(build.model, section), loss)
