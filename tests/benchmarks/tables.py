@@ -17,8 +17,10 @@ than 0.2 %. A quarter and an eighth of the block weights stand in the tables of 
 parameters than the rows around them: no whole blocks make these shares, and blocks without a part of their neurons
 would be a poor baseline.
 
-Sizes with `--cpu`: a part of the training rows, at most 64 tokens, batches of 32. The methods of the last
-table, which take factorised training, run on SST-2 only.
+`makd` is as recipes/methods has it; the tables of its starts and ranks have the other values beside it.
+
+Sizes with `--cpu`: a part of the training rows, at most 64 tokens, batches of 32. The methods that take
+factorised training run on SST-2 only, the starts of `makd`'s factors on STS-B and SST-2 only.
 
 Sizes without: whole training sets (of SST-2 20,000 sentences), at most 128 tokens, bf16, on one GPU. A step of such
 small models is bound by the launches of its kernels, not by arithmetic, so batches are large and steps few: 156 to 237
@@ -172,6 +174,8 @@ class Outcome:
 
 HALF, THIRD, SIXTH = "Half of the block weights", "A third of the block weights", "A sixth of the block weights"
 CHAINS = "Methods that take factorised training, half of the block weights"
+STARTS = "Starts of the factors of `makd`, half of the block weights"
+RANKS = "Ranks of `makd`, half of the block weights"
 
 
 def _blocks(table: str, number: int, *recipes: str) -> list[Row]:
@@ -195,16 +199,21 @@ OTHERS = ("tinybert", "distilbert", "minilm")
 ADAPTIVE = ("theseus", "adkd", "dbkd", "lgtm")
 STAGES: list[list[Row]] = [
     [MAKD, KD],
+    [Row(RANKS, '`ranks = "spread"`', "makd", ('student.ranks="spread"',))],
     _blocks(HALF, 3, *OTHERS),
     [_low_rank(THIRD, "0.25", "`makd`, a quarter"), _low_rank(THIRD, "0.3333"), KD_THIRD],
     [_low_rank(SIXTH, "0.125", "`makd`, an eighth"), _low_rank(SIXTH, "0.1667"), KD_SIXTH],
+    [
+        Row(STARTS, f'`init = "{start}"`', "makd", (f'student.init="{start}"',))
+        for start in ("svd", "activations", "gradients")
+    ],
     [Row(CHAINS, f"`{recipe}`", recipe) for recipe in ADAPTIVE],
     _blocks(THIRD, 2, *OTHERS),
     _blocks(SIXTH, 1, *OTHERS),
     *map(_variants, ADAPTIVE),
 ]
 """All rows, in the order that they run in: those of a stage together, task by task and seed by seed."""
-BASELINES = {HALF: KD, THIRD: KD_THIRD, SIXTH: KD_SIXTH, CHAINS: KD}
+BASELINES = {HALF: KD, THIRD: KD_THIRD, SIXTH: KD_SIXTH, CHAINS: KD, RANKS: MAKD, STARTS: MAKD}
 """The tables, and the row that differences are taken from in each; it may be one of another table."""
 
 COMMON = ('train.select="last"', "train.eval_every=100000", "teacher.seed=42", "teacher.finetune.learning_rate=1e-4")
@@ -218,7 +227,7 @@ CPU = Profile(
         "stsb": Size(2_000, 32, 3, 6, ON_STSB),
     },
     (*COMMON, "task.max_length=64", 'train.device="cpu"'),
-    {CHAINS: ("sst2",)},
+    {STARTS: ("stsb", "sst2"), CHAINS: ("sst2",)},
 )
 GPU = Profile(
     {
