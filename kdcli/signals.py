@@ -94,8 +94,8 @@ class Signals:
     segments: Tensor | None = None
     predictions: list[Prediction] = field(default_factory=list)
     path: list[tuple[Tensor, list[Prediction]]] = field(default_factory=list)
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-    matrices: dict[MatrixKey, Tensor] = field(default_factory=dict)
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)
+    matrices: Mapping[MatrixKey, Tensor] = field(default_factory=dict)
     windows: dict[int, Tensor] = field(default_factory=dict)
     linear: dict[MatrixKey, tuple[Tensor, Tensor]] = field(default_factory=dict)
     local: dict[MatrixKey, Tensor] = field(default_factory=dict)

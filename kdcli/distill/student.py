@@ -38,7 +38,7 @@ from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.settings import LoopSettings
 from kdcli.training.step import Distiller
 from kdcli.training.teacher_cache import known_outputs
-from kdcli.training.teacher_states import KeptStates, StageStates, StatesCollator, keep_states
+from kdcli.training.teacher_states import KeptStates, StatesCollator, keep_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -191,7 +191,7 @@ def _train(
                 device=loop.device,
                 console=job.console,
             )
-            states = StageStates(kept, request)
+            states = kept
         distiller = make_distiller(build.model, terms, scheme, rows, factors=factors, states=states)
         if finished:
             load_weights(distiller, final)
@@ -200,7 +200,7 @@ def _train(
         else:
             record = fit(
                 distiller,
-                train=rows if states is None else states.kept.placed(rows),
+                train=rows if states is None else states.placed(rows),
                 selection=encoded.selection,
                 collator=collator if states is None else StatesCollator(collator, states),
                 metrics=None if task.kind.chosen_by_loss else scorer(task, encoded.selection),
@@ -252,7 +252,7 @@ def make_distiller(
     rows: Any,
     *,
     factors: dict[Any, tuple[torch.Tensor, ...]] | None = None,
-    states: StageStates | None = None,
+    states: KeptStates | None = None,
 ) -> Distiller:
     """Return the step of a stage; a fixed teacher gives its outputs once, before training, where that saves work.
 

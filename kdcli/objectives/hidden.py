@@ -1,6 +1,6 @@
 """The hidden-state objective: outputs of blocks, token by token."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def token_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, match_norm: boo
     return mean_token_mse([(student, teacher)], mask, match_norm=match_norm)
 
 
-def mean_token_mse(pairs: Sequence[tuple[Tensor, Tensor]], mask: Tensor, *, match_norm: bool = False) -> Tensor:
+def mean_token_mse(pairs: Iterable[tuple[Tensor, Tensor]], mask: Tensor, *, match_norm: bool = False) -> Tensor:
     """Return the mean of `token_mse` over pairs of (student, teacher), whose widths may differ from pair to pair."""
     found = [_SquaredError.apply(student, teacher.detach(), match_norm) for student, teacher in pairs]
     # Means of all pairs in one operation each: on a GPU every operation costs a launch.
@@ -117,10 +117,12 @@ class HiddenObjective(Objective):
             self.pairs = tuple(self.redraw(epoch))
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
-        compared = []
+        return mean_token_mse(self._compared(student, teacher), student.mask, match_norm=self.match_norm)
+
+    def _compared(self, student: Signals, teacher: Signals) -> Iterator[tuple[Tensor, Tensor]]:
+        # One pair at a time: the teacher's may be read from a disk.
         for s, t in self.pairs:
             state = student.hidden[s].float()
             if self.bridges is not None:
                 state = self.bridges["shared" if self.shared else str(s)](state)
-            compared.append((state, teacher.hidden[t]))
-        return mean_token_mse(compared, student.mask, match_norm=self.match_norm)
+            yield state, teacher.hidden[t]

@@ -1,6 +1,6 @@
 """The matrix objective: outputs of single linear maps (MaKD's finest level)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -42,8 +42,9 @@ class MatrixObjective(Objective):
         return Request(linear=wanted) if self.local else Request(matrices=wanted)
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
-        if self.local:
-            compared = [(student.local[s], teacher.linear[t][1]) for s, t in self.pairs]
-        else:
-            compared = [(student.matrices[s], teacher.matrices[t]) for s, t in self.pairs]
-        return mean_token_mse(compared, student.mask, match_norm=self.match_norm)
+        return mean_token_mse(self._compared(student, teacher), student.mask, match_norm=self.match_norm)
+
+    def _compared(self, student: Signals, teacher: Signals) -> Iterator[tuple[Tensor, Tensor]]:
+        # One pair at a time: the teacher's may be read from a disk.
+        for s, t in self.pairs:
+            yield (student.local[s], teacher.linear[t][1]) if self.local else (student.matrices[s], teacher.matrices[t])

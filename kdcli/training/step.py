@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from kdcli.tasks.kind import TaskKind
     from kdcli.training.teacher_cache import KnownOutputs
-    from kdcli.training.teacher_states import StageStates
+    from kdcli.training.teacher_states import KeptStates
 
 
 class Distiller(nn.Module):
@@ -37,7 +37,7 @@ class Distiller(nn.Module):
         kind: "TaskKind",
         teacher: "PreTrainedModel | None" = None,
         teacher_outputs: "KnownOutputs | None" = None,
-        teacher_states: "StageStates | None" = None,
+        teacher_states: "KeptStates | None" = None,
         teacher_factors: Mapping[MatrixKey, tuple[Tensor, ...]] | None = None,
     ) -> None:
         """kind: of the task. teacher_outputs: what a fixed teacher gives for each example. teacher_states: what is

@@ -1,9 +1,10 @@
 """What a fixed teacher computes inside for fixed inputs, computed once and kept on disk (`teacher.cache = "all"`)."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,17 +39,17 @@ Key = int | MatrixKey
 TABLE, RECORD = "states.bin", "record.json"
 
 PLACE = "teacher_states_at"
-"""A column of the training rows: where in the table the states of a row's first token are."""
-
-STATES = "teacher_states"
-"""The states of a batch, (batch, seq, width), 0 at padding."""
+"""Of a training row where its states begin, counted in tokens; of a batch that and the length of each row."""
 
 _DTYPES = {"fp32": (torch.float32, np.float32), "bf16": (torch.bfloat16, np.int16)}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of a table of states, which has a row a token. widths: of each state, in the table's order."""
+    """What is kept of each row: one state after the other, each of them a token after the other.
+
+    widths: of each state, in their order.
+    """
 
     widths: dict[Key, int]
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -62,15 +63,15 @@ class Layout:
     def torch_dtype(self) -> torch.dtype:
         return _DTYPES[self.dtype][0]
 
-    @property
-    def columns(self) -> dict[Key, slice]:
-        """The columns of each state."""
+    @cached_property
+    def columns(self) -> dict[Key, int]:
+        """The sum of the widths before each state's."""
         ends = np.cumsum(list(self.widths.values())).tolist()
-        return {key: slice(end - width, end) for (key, width), end in zip(self.widths.items(), ends, strict=True)}
+        return {key: end - width for (key, width), end in zip(self.widths.items(), ends, strict=True)}
 
 
 def layout_of(teacher: "PreTrainedModel", request: Request, dtype: Literal["fp32", "bf16"]) -> Layout:
-    """Return the table that holds what is asked for of the inside of a teacher; of its shapes alone."""
+    """Return what is kept where this is asked for of the inside of a teacher; of its shapes alone."""
     widths: dict[Key, int] = {
         (layer, name): block_matrix(teacher, layer, name).weight.shape[0] for layer, name in sorted(request.matrices)
     }
@@ -80,9 +81,9 @@ def layout_of(teacher: "PreTrainedModel", request: Request, dtype: Literal["fp32
 
 @dataclass
 class KeptStates:
-    """The table of a teacher's states on disk: of every training row its real tokens, one after the other.
+    """A teacher's states on disk: of every training row its real tokens.
 
-    starts: (rows,), the place of each training row's first token, in the order of the rows. heads: of the teacher.
+    starts: (rows,), the tokens before each training row's, in the order of the rows. heads: of the teacher.
     bands: of each block with a window how many keys a query attends to before and after itself.
     """
 
@@ -93,79 +94,88 @@ class KeptStates:
     bands: dict[int, tuple[int, int]]
 
     @cached_property
-    def table(self) -> np.ndarray:
-        """The table, (tokens, width), mapped into memory: what is not read stays on the disk."""
-        dtype = _DTYPES[self.layout.dtype][1]
-        return np.memmap(self.path, dtype, "r").reshape(-1, sum(self.layout.widths.values()))
+    def numbers(self) -> np.memmap:
+        """All of them, flat, mapped into memory: what is not read stays on the disk."""
+        return np.memmap(self.path, _DTYPES[self.layout.dtype][1], "r")
+
+    @cached_property
+    def width(self) -> int:
+        """The numbers of one token."""
+        return sum(self.layout.widths.values())
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process maps the file itself.
-        return {key: value for key, value in self.__dict__.items() if key != "table"}
+        return {key: value for key, value in self.__dict__.items() if key != "numbers"}
 
     def placed(self, rows: Dataset) -> Dataset:
-        """Return the training rows with their places in the table, which a `StatesCollator` reads."""
+        """Return the training rows with the places of their states, which a `StatesCollator` reads."""
         return rows.add_column(PLACE, self.starts)  # type: ignore[call-arg]
 
+    def expect(self, places: list[tuple[int, int]]) -> None:
+        """Let the operating system read the states of rows from the disk meanwhile, as far as it can do so."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            file, item = self.numbers._mmap, self.numbers.itemsize  # type: ignore[attr-defined]
+            for place, length in places:
+                first = place * self.width * item // mmap.PAGESIZE * mmap.PAGESIZE
+                file.madvise(mmap.MADV_WILLNEED, first, (place + length) * self.width * item - first)
 
-@dataclass
-class StageStates:
-    """What the terms of one stage ask for of the kept states."""
+    def read(self, key: Key, batch: Mapping[str, Any]) -> Tensor:
+        """Return one state of a batch of a `StatesCollator`, (batch, seq, width), on its device; 0 at padding."""
+        mask, numbers, width = batch["attention_mask"], self.numbers, self.layout.widths[key]
+        # From pinned memory the copy to a GPU does not hold up the host.
+        found = torch.empty(*mask.shape, width, dtype=self.layout.torch_dtype, pin_memory=mask.is_cuda)
+        target = (found.view(torch.int16) if self.layout.dtype == "bf16" else found).numpy()
+        for row, (place, length) in enumerate(batch[PLACE]):
+            first = place * self.width + length * self.layout.columns[key]
+            target[row, :length].reshape(-1)[:] = numbers[first : first + length * width]
+            target[row, length:] = 0
+        return found.to(mask.device, non_blocking=True)
 
-    kept: KeptStates
-    request: Request
-    columns: dict[Key, slice] = field(init=False)
-    """Of each state its columns in a batch."""
-    runs: list[tuple[slice, slice]] = field(init=False)
-    """(columns of the table, columns of a batch): neighbours are read in one piece."""
+    def signals(self, batch: Mapping[str, Any]) -> Signals:
+        """Return the teacher's signals on a batch of a `StatesCollator`, as its own pass would give them.
 
-    def __post_init__(self) -> None:
-        wanted = self.request.hidden | self.request.matrices
-        layout = Layout({key: width for key, width in self.kept.layout.widths.items() if key in wanted})
-        self.columns, self.runs = layout.columns, []
-        for key, target in self.columns.items():
-            source = self.kept.layout.columns[key]
-            if self.runs and self.runs[-1][0].stop == source.start:
-                before, there = self.runs.pop()
-                source, target = slice(before.start, source.stop), slice(there.start, target.stop)
-            self.runs.append((source, target))
-
-    def read(self, places: Sequence[int], lengths: Sequence[int], seq: int) -> Tensor:
-        """Return the states of rows, (rows, seq, width); 0 behind each one's last token."""
-        table = self.kept.table
-        found = np.empty((len(places), seq, self.runs[-1][1].stop), table.dtype)
-        for number, (place, length) in enumerate(zip(places, lengths, strict=True)):
-            for source, target in self.runs:
-                found[number, :length, target] = table[place : place + length, source]
-            found[number, length:] = 0
-        states = torch.from_numpy(found)
-        return states.view(torch.bfloat16) if self.kept.layout.dtype == "bf16" else states
-
-    def signals(self, batch: Mapping[str, Tensor]) -> Signals:
-        """Return the teacher's signals on a batch of a `StatesCollator`, as its own pass would give them."""
-        states, mask = batch[STATES], batch["attention_mask"]
-        parts = {key: states[..., columns] for key, columns in self.columns.items()}
+        A state is read when it is asked for, and not held: beside the student no memory is needed for all of them.
+        """
+        mask, keys = batch["attention_mask"], self.layout.widths
+        read = partial(self.read, batch=batch)
         return Signals(
             mask=mask,
-            heads=self.kept.heads,
+            heads=self.heads,
             segments=batch.get("segments"),
-            hidden={key: part for key, part in parts.items() if isinstance(key, int)},
-            matrices={key: part for key, part in parts.items() if not isinstance(key, int)},
-            windows={layer: _window(mask, *band) for layer, band in self.kept.bands.items()},
+            hidden=_Lazily([key for key in keys if isinstance(key, int)], read),
+            matrices=_Lazily([key for key in keys if not isinstance(key, int)], read),
+            windows={layer: _window(mask, *band) for layer, band in self.bands.items()},
         )
+
+
+class _Lazily(Mapping[Any, Tensor]):
+    """Tensors by key that are read when they are asked for."""
+
+    def __init__(self, keys: list[Any], read: Callable[[Any], Tensor]) -> None:
+        self.keys_, self.read = keys, read
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return self.read(key)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.keys_)
+
+    def __len__(self) -> int:
+        return len(self.keys_)
 
 
 @dataclass
 class StatesCollator:
-    """Adds the teacher's states to batches of training rows; others (`placed` or not) stay what they are."""
+    """Tells in batches of training rows where the teacher's states are; other batches stay what they are."""
 
     collator: Any
-    states: StageStates
+    kept: KeptStates
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(rows)
         if PLACE in rows[0]:
-            places, lengths = ([row[name] for row in rows] for name in (PLACE, "length"))
-            batch[STATES] = self.states.read(places, lengths, batch["attention_mask"].shape[1])
+            batch[PLACE] = [(row[PLACE], row["length"]) for row in rows]
+            self.kept.expect(batch[PLACE])
         return batch
 
     def begin_epoch(self, epoch: int) -> None:
@@ -202,7 +212,7 @@ def keep_states(
         "inputs": hash_of_dataset(rows),
         "states": [[*key, width] if isinstance(key, tuple) else [key, width] for key, width in layout.widths.items()],
         "dtype": layout.dtype,
-        "format": 1,
+        "format": 2,
     }
     size = int(lengths.sum()) * layout.token_bytes
 
@@ -267,7 +277,7 @@ def _write(
     batch_size: int,
     device: str,
 ) -> dict[str, Any]:
-    """Write the table in the order of the pass, longest rows first; return what is known of it only now."""
+    """Write the states in the order of the pass, longest rows first; return what is known of it only now."""
     lengths, digest = array_of(rows, "length"), xxhash.xxh3_128()
     capture = Capture(teacher, replace(request, factors=False), kind)
     outputs: list[Any] = []
@@ -284,15 +294,12 @@ def _write(
                 with capture as running:
                     signals = running.run(batch)
                 real = _real(lengths[numbers], batch["attention_mask"])
-                table = _table(signals, layout)[real].to(layout.torch_dtype)
-                if not table.isfinite().all():
-                    raise NotFiniteError(
-                        "the hidden states or matrix outputs of the teacher contain NaN or inf",
-                        hint="its weights are damaged, or too large for the precision that it runs in",
-                    )
-                content = table.cpu().contiguous().view(torch.uint8).numpy().data
-                digest.update(content)
-                file.write(content)  # type: ignore[arg-type]
+                states = _arrays(signals, layout, real)
+                for row, length in enumerate(lengths[numbers]):
+                    for state in states:
+                        content = state[row, :length].data
+                        digest.update(content)
+                        file.write(content)
                 for layer, window in signals.windows.items():
                     bands[layer] = _wider(bands.get(layer, (0, 0)), window, real)
                 for name, parts in found.items():
@@ -315,12 +322,18 @@ def _real(lengths: np.ndarray, mask: Tensor) -> Tensor:
     return torch.arange(mask.shape[1], device=mask.device) < torch.from_numpy(lengths).to(mask.device)[:, None]
 
 
-def _table(signals: Signals, layout: Layout) -> Tensor:
-    """Return the states side by side, (batch, seq, width)."""
+def _arrays(signals: Signals, layout: Layout, real: Tensor) -> list[np.ndarray]:
+    """Return the states of a batch as they are kept, (batch, seq, width) each, all finite at real tokens."""
     states = [signals.hidden[key] if isinstance(key, int) else signals.matrices[key] for key in layout.widths]
     if (widths := [state.shape[-1] for state in states]) != list(layout.widths.values()):
         raise ValueError(f"the teacher's states are {widths} wide, not {list(layout.widths.values())}")
-    return torch.cat([state.float() for state in states], -1)
+    kept = [state.to(layout.torch_dtype).contiguous() for state in states]
+    if not torch.stack([state[real].isfinite().all() for state in kept]).all():
+        raise NotFiniteError(
+            "the hidden states or matrix outputs of the teacher contain NaN or inf",
+            hint="its weights are damaged, or too large for the precision that it runs in",
+        )
+    return [(state.view(torch.int16) if layout.dtype == "bf16" else state).cpu().numpy() for state in kept]
 
 
 def _wider(band: tuple[int, int], window: Tensor, real: Tensor) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from kdcli.distill.prepare import prepare
 from kdcli.distill.recipe import load_recipe
 from kdcli.errors import InputError
 from kdcli.methods.base import Term
+from kdcli.models.capture import Capture
 from kdcli.models.families import family_of
 from kdcli.models.finite import NotFiniteError
 from kdcli.objectives.attention import AttentionObjective
@@ -35,7 +36,7 @@ from kdcli.tasks.classification import KIND as CLASSIFICATION
 from kdcli.tasks.encode import Collator
 from kdcli.training.step import Distiller
 from kdcli.training.teacher_cache import known_outputs
-from kdcli.training.teacher_states import STATES, KeptStates, StageStates, StatesCollator, keep_states, layout_of
+from kdcli.training.teacher_states import PLACE, KeptStates, StatesCollator, keep_states, layout_of
 
 WORDS = tokenizer()
 COLLATOR = Collator(WORDS)
@@ -71,9 +72,9 @@ def keep(teacher: PreTrainedModel, request: Request, folder: Path, dtype: Any = 
     )
 
 
-def batch_of(kept: KeptStates, request: Request) -> dict[str, Tensor]:
-    collator = StatesCollator(COLLATOR, StageStates(kept, request))
-    return collator([kept.placed(ROWS)[i] for i in BATCH])
+def batch_of(kept: KeptStates) -> dict[str, Any]:
+    rows = kept.placed(ROWS)
+    return StatesCollator(COLLATOR, kept)([rows[i] for i in BATCH])
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -84,13 +85,13 @@ def test_terms_and_their_gradients_are_those_beside_a_running_teacher(family: st
     kept = keep(teacher, request, tmp_path / "states")
     known = known_outputs(teacher, ROWS, COLLATOR, batch_size=8)
     found = []
-    for options in ({"teacher": teacher}, {"teacher_states": StageStates(kept, request), "teacher_outputs": known}):
+    for options in ({"teacher": teacher}, {"teacher_states": kept, "teacher_outputs": known}):
         # A window that is wider than any text leaves the teacher's alone.
         student = tiny(family, seed=1, **({"local_attention": 64} if family == "modernbert" else {})).train()
         terms = [Term(str(number), objective) for number, objective in enumerate(objectives)]
         distiller = Distiller(student, terms, kind=CLASSIFICATION, **options)
         torch.manual_seed(0)
-        result = distiller(batch_of(kept, request) if "teacher_states" in options else COLLATOR(ROWS.select(BATCH)))
+        result = distiller(batch_of(kept) if "teacher_states" in options else COLLATOR(ROWS.select(BATCH)))
         result["loss"].backward()
         gradients = [p.grad for p in student.parameters() if p.grad is not None]
         found.append((torch.stack(list(result.values())).detach(), torch.cat([g.flatten() for g in gradients])))
@@ -98,36 +99,32 @@ def test_terms_and_their_gradients_are_those_beside_a_running_teacher(family: st
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
 
 
-def test_a_stage_gets_what_it_asks_for_of_what_all_stages_keep(tmp_path: Path):
+def test_states_are_those_of_a_pass_by_itself_without_padding(tmp_path: Path):
     teacher = tiny("bert")
-    everything = request_of(*every_objective(teacher))
-    kept = keep(teacher, everything, tmp_path / "states")
-    part = Request(hidden=frozenset({0, 2}), matrices=frozenset({(1, "value"), (2, "ffn_in")}))
-    whole, some = batch_of(kept, everything), batch_of(kept, part)
-    assert some[STATES].shape == (6, 16, 32 + 64 + 2 * 32)
-    signals, all_signals = StageStates(kept, part).signals(some), StageStates(kept, everything).signals(whole)
-    assert signals.hidden.keys() == {0, 2} and signals.matrices.keys() == {(1, "value"), (2, "ffn_in")}
-    for layer, states in signals.hidden.items():
-        assert torch.equal(states, all_signals.hidden[layer])
-    for key, states in signals.matrices.items():
-        assert torch.equal(states, all_signals.matrices[key])
-
-
-def test_padding_takes_no_room_and_reads_as_zero(tmp_path: Path):
-    teacher, request = tiny("bert"), Request(hidden=frozenset({1, 2}))
+    request = Request(hidden=frozenset({0, 2}), matrices=frozenset({(1, "value"), (2, "ffn_in")}))
     kept = keep(teacher, request, tmp_path / "states")
-    assert kept.path.stat().st_size == sum(ROWS["length"]) * 2 * 32 * 4
-    batch = batch_of(kept, request)
-    assert (batch[STATES][batch["attention_mask"] == 0] == 0).all()
-    assert (batch[STATES][batch["attention_mask"] == 1] != 0).any(-1).all()
+    assert kept.path.stat().st_size == sum(ROWS["length"]) * (32 + 64 + 2 * 32) * 4
+    batch = batch_of(kept)
+    inputs = ("input_ids", "attention_mask")
+    signals, real = kept.signals(batch), batch["attention_mask"] == 1
+    assert set(signals.hidden) == {0, 2} and set(signals.matrices) == {(1, "value"), (2, "ffn_in")}
+    for states in (*signals.hidden.values(), *signals.matrices.values()):
+        assert (states[~real] == 0).all() and (states[real] != 0).any(-1).all()
+    for row, place in enumerate(BATCH):
+        length, capture = ROWS[place]["length"], Capture(teacher, request, CLASSIFICATION)
+        with torch.no_grad(), capture:
+            expected = capture.run({name: COLLATOR([ROWS[place]])[name][:, :length] for name in inputs})
+        capture.close()
+        torch.testing.assert_close(signals.hidden[2][row, :length], expected.hidden[2][0])
+        torch.testing.assert_close(signals.matrices[(2, "ffn_in")][row, :length], expected.matrices[(2, "ffn_in")][0])
 
 
 def test_bf16_takes_half_the_room_and_is_the_nearest_number(tmp_path: Path):
     teacher, request = tiny("bert"), Request(hidden=frozenset({2}))
     exact, half = keep(teacher, request, tmp_path / "a"), keep(teacher, request, tmp_path / "b", "bf16")
     assert half.path.stat().st_size * 2 == exact.path.stat().st_size
-    states = batch_of(half, request)[STATES]
-    assert torch.equal(states, batch_of(exact, request)[STATES].bfloat16())
+    states = half.signals(batch_of(half)).hidden[2]
+    assert torch.equal(states, exact.signals(batch_of(exact)).hidden[2].bfloat16())
 
 
 def test_a_teacher_whose_states_are_kept_never_runs(tmp_path: Path):
@@ -136,16 +133,15 @@ def test_a_teacher_whose_states_are_kept_never_runs(tmp_path: Path):
     kept = keep(teacher, request, tmp_path / "states")
     passes: list[int] = []
     teacher.bert.embeddings.register_forward_hook(lambda *_: passes.append(1))
-    options: dict[str, Any] = {"teacher": teacher, "teacher_states": StageStates(kept, request)}
+    options: dict[str, Any] = {"teacher": teacher, "teacher_states": kept}
     distiller = Distiller(tiny("bert", seed=1).train(), [Term("hidden", objective)], kind=CLASSIFICATION, **options)
-    distiller(batch_of(kept, request))
+    distiller(batch_of(kept))
     assert not passes and distiller.teacher_capture is None
 
 
 def test_rows_that_were_not_kept_get_no_states(tmp_path: Path):
-    request = Request(hidden=frozenset({2}))
-    kept = keep(tiny("bert"), request, tmp_path / "states")
-    assert STATES not in StatesCollator(COLLATOR, StageStates(kept, request))([ROWS[0]])
+    kept = keep(tiny("bert"), Request(hidden=frozenset({2})), tmp_path / "states")
+    assert PLACE not in StatesCollator(COLLATOR, kept)([ROWS[0]])
 
 
 def test_predictions_come_from_the_same_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -158,12 +154,12 @@ def test_predictions_come_from_the_same_pass(tmp_path: Path, monkeypatch: pytest
 
 
 def test_another_process_maps_the_file_itself(tmp_path: Path):
-    request = Request(hidden=frozenset({2}))
-    kept = keep(tiny("bert"), request, tmp_path / "states")
-    batch = batch_of(kept, request)
+    kept = keep(tiny("bert"), Request(hidden=frozenset({2})), tmp_path / "states")
+    batch = batch_of(kept)
+    expected = kept.signals(batch).hidden[2]
     sent = pickle.dumps(kept)
     assert len(sent) < kept.path.stat().st_size / 2
-    assert torch.equal(batch_of(pickle.loads(sent), request)[STATES], batch[STATES])
+    assert torch.equal(pickle.loads(sent).signals(batch).hidden[2], expected)
 
 
 @pytest.mark.parametrize("damage", ["none", "cut", "one bit", "no table", "no record", "its record", "a file"])
