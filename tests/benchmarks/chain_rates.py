@@ -1,6 +1,6 @@
 """Chains of tensors: the best score and the width of the plateau over learning rates, by the rule and matched.
 
-KDCLI_DATA_DIR=... python tests/benchmarks/chain_rates.py [--steps 40] [--seeds 1] [--output bench] [--until 12:45]
+KDCLI_DATA_DIR=... python tests/benchmarks/chain_rates.py [--tasks sst2 stsb] [--steps 150] [--seeds 3] [--until 12:45]
 
 A grid of lengths x learning rates x ways x tasks x seeds, resumable: a cell that is finished in the output folder is
 not run again, and a table is written after each. Cells come by priority: a whole seed before the next one, and in it
@@ -43,9 +43,9 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     rates = sorted(options.rates)
     middle = [*rates[1:-1], rates[-1], rates[0]]
     for seed in range(1, options.seeds + 1):
-        for length in [None, *sorted(options.lengths, key=lambda length: abs(length - 3))]:
+        for length in [None, *sorted(options.lengths, key=lambda length: (length != 3, -length))]:
             for rate in middle:
-                for task in TASKS:
+                for task in options.tasks:
                     for way in WAYS if length is not None else ("plain",):
                         yield Cell(task, length, way, rate, seed)
 
@@ -62,7 +62,13 @@ def document(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         "method": "kd",
         "teacher": {"model": encoder(), "finetune": {"epochs": options.teacher_epochs, "learning_rate": 1e-4}},
         "student": {"form": "depth", "layers": options.layers},
-        "train": {"max_steps": options.steps, "learning_rate": cell.rate, "select": "last", "log_every": 10},
+        "train": {
+            "max_steps": options.steps,
+            "batch_size": options.batch_size,
+            "learning_rate": cell.rate,
+            "select": "last",
+            "log_every": 10,
+        },
         "seed": cell.seed,
     }
     if cell.length is not None:
@@ -73,11 +79,13 @@ def document(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
 def table(done: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """Return the cells that are done as Markdown tables: a task each, a row for a length and a way."""
     lines = [
-        f"3-block students of the 6-block, 384-wide encoder with `kd`, {options.steps} steps of 32 of "
-        f"{options.samples:,} rows, {options.validation} validation rows; 100 x score; mean over the seeds done. "
+        f"Students of {options.layers} blocks of the 6-block, 384-wide encoder, `kd`, {options.steps} steps of "
+        f"{options.batch_size} of {options.samples:,} rows, {options.validation} validation rows; 100 x score; mean "
+        "over the seeds done. "
         "Plateau: the rates within 1 point of the row's best."
     ]
-    for task, metric in TASKS.items():
+    for task in options.tasks:
+        metric = TASKS[task]
         rates = sorted(options.rates)
         lines += ["", f"{task}, {metric}:", ""]
         lines.append("| L | rate of the chains | " + " | ".join(f"{r:g}" for r in rates) + " | best | plateau |")
@@ -102,13 +110,15 @@ def table(done: list[dict[str, Any]], options: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--validation", type=int, default=800)
     parser.add_argument("--max-length", type=int, default=32)
     parser.add_argument("--teacher-epochs", type=float, default=3.0)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lengths", type=int, nargs="+", default=[0, 1, 3, 8])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3])
     parser.add_argument("--until", help="start no cell after this time of day in UTC, as 12:45")
