@@ -3,16 +3,19 @@
 import copy
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from chains import factors_of
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModel, BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from kdcli.errors import InputError
 from kdcli.models.blocks import block_matrix
 from kdcli.models.counts import count_parameters
+from kdcli.models.factoriser import Factoriser
 from kdcli.models.lowrank import LowRankLinear, factorise
 from kdcli.models.overparam import (
     contract_model,
@@ -23,6 +26,7 @@ from kdcli.models.overparam import (
     teacher_factors,
 )
 from kdcli.models.probe import probe, probe_batch
+from kdcli.models.statistics import collect_statistics
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.tensors.mpo import contract, decompose
 from kdcli.tensors.parametrization import chain_of, is_overparameterised
@@ -352,6 +356,35 @@ def test_a_low_rank_student_is_paired_with_the_teachers_factors_of_its_rank(mode
     overparameterise(student, section)
     found, skipped = teacher_factors(model, student, [(1, 1), (2, 2)], section)
     assert not skipped and set(found) == set(factors_of(student))
+    for key, chain in factors_of(student).items():
+        assert all(torch.equal(a, b) for a, b in zip(chain, found[key], strict=True)), key
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_low_rank_students_chains_start_as_the_teachers_whatever_its_factors_start_from(
+    model: PreTrainedModel, sequential: bool
+):
+    """The teacher's matrix is factored as the student's was: the loss between the chains starts at zero."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 120, (8, 12), generator=generator)
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+
+    def loss(batch: Any) -> Tensor:
+        return functional.cross_entropy(model(**batch).logits, torch.arange(8) % 2)
+
+    def again(student: PreTrainedModel, layer: int) -> Any:
+        return collect_statistics(student, batches, layer=layer)
+
+    statistics = collect_statistics(model, batches, loss)
+    factoriser = Factoriser(True, True, statistics, again if sequential else None)
+    student, section = copy.deepcopy(model), OverparamSection(length=1)
+    factorise(student, StudentSection(form="low-rank", rank=12), section, factoriser)
+    assert not torch.allclose(probe(student), probe(low_rank(model, 12)), atol=1e-3)
+    expected = probe(student)
+    overparameterise(student, section)
+    torch.testing.assert_close(probe(student), expected, atol=1e-4, rtol=1e-4)
+    found, skipped = teacher_factors(model, student, [(1, 1), (2, 2)], section, factoriser)
+    assert not skipped
     for key, chain in factors_of(student).items():
         assert all(torch.equal(a, b) for a, b in zip(chain, found[key], strict=True)), key
 
