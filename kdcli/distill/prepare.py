@@ -237,8 +237,5 @@ def _shadow(
         # The ranks depend on weights that are not there yet; what a method asks of a shape does not depend on them.
         written = section.model_dump(exclude={"energy"}, exclude_unset=True)
         section = StudentSection.model_validate({**written, "rank": 1})
-    if section.ranks == "spread":
-        # What each matrix gets depends on a pass over training rows; together they get as much as with even ranks.
-        section = section.model_copy(update={"ranks": "even", "rank_multiple": section.rank_multiple or 8})
     with torch.device("meta"):
         return build_student(teacher, section, seed=0, overparam=overparam)

@@ -251,7 +251,7 @@ def plan_ranks(
         allowed = int((section.budget if section.budget is not None else 0.5) * dense + 1e-6)
         if section.budget == 1.0:
             return dict.fromkeys(shapes)
-    multiple = section.rank_multiple or (1 if losses is None else 8)
+    multiple = section.rank_multiple or (8 if section.ranks == "spread" else 1)
     best: dict[MatrixKey, int | None] | None = None
     for rank in range(multiple, _below(largest) + 1, multiple):
         candidate = ranks_at(shapes, rank)
@@ -351,7 +351,8 @@ def factorise(
         fixed_params=fixed,
         weights={key: linear.weight.detach() for key, linear in linears.items()},
         overparam=overparam,
-        losses=factoriser.losses(linears) if section.ranks == "spread" else None,
+        # What each gets follows from rows that a shape knows nothing of; together they get about as much as evenly.
+        losses=factoriser.losses(linears) if section.ranks == "spread" and not _is_shape(linears) else None,
     )
     layer = 0
     for key, rank in ranks.items():
@@ -365,8 +366,9 @@ def factorise(
     dense = [key for key, rank in ranks.items() if rank is None]
     kept = sum(factored_count(shapes[key], ranks[key]) for key in shapes)
     whole = sum(factored_count(shape, None) for shape in shapes.values())
+    about = "about " if section.ranks == "spread" and _is_shape(linears) else ""
     span = str(used[0]) if len(used) == 1 else f"{used[0]} to {used[-1]}" if used else "none"
-    notes.append(f"rank {span}: {kept:,} of {whole:,} block weights ({kept / whole:.1%})")
+    notes.append(f"{about}rank {span}: {kept:,} of {whole:,} block weights ({kept / whole:.1%})")
     if section.init in _STARTS or section.ranks == "spread":
         what = [_STARTS[section.init]] if section.init in _STARTS else []
         what += ["ranks by the loss"] if section.ranks == "spread" else []
@@ -374,6 +376,10 @@ def factorise(
     if dense:
         notes.append(f"dense, since factors would save nothing there: {counted(len(dense), 'matrix', 'matrices')}")
     return notes
+
+
+def _is_shape(linears: Mapping[MatrixKey, nn.Linear]) -> bool:
+    return any(linear.weight.is_meta for linear in linears.values())
 
 
 def _factorise_embeddings(model: "PreTrainedModel", rank: int) -> str:
