@@ -381,7 +381,9 @@ class StudentSection(Section):
         "budget.",
     )
     embedding_rank: Width | None = Field(
-        default=None, description="low-rank: rank of the word embeddings' factors. Left out, they stay dense."
+        default=None,
+        description="low-rank: rank of the word embeddings' factors, which a head that shares the embeddings shares, "
+        "too. Left out, they stay dense.",
     )
     ranks: Literal["even", "spread"] | None = Field(
         default=None,
