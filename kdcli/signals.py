@@ -9,6 +9,9 @@ from torch import Tensor
 MatrixKey = tuple[int, str]
 """(block 1..L, name): the name is one of `kdcli.models.families.MATRICES`."""
 
+EMBEDDINGS = "embeddings"
+"""The name, beside block 0, of what makes the embedding output."""
+
 
 @dataclass
 class Prediction:
@@ -35,6 +38,7 @@ class Request:
     the last one after the norm that follows it in some families. `attention`: blocks whose queries and keys are
     compared as an attention map. `linear`: matrices whose input and own output are kept, before any rotation or norm
     that follows. `local`: (matrix, another model's matrix) whose outputs on that one's inputs are formed.
+    `projections`: maps whose trained projections are asked for, (0, EMBEDDINGS) among them.
     `all_positions`: predictions at every real token, not just at those with a gold answer.
     `gradients` says how often the logits are differentiated by hidden[0]: 1 keeps the graph between them, 2 one whose
     gradient can be learned from; `path` is the number of points between a zero embedding and hidden[0] at which the
@@ -48,6 +52,7 @@ class Request:
     linear: frozenset[MatrixKey] = frozenset()
     local: frozenset[tuple[MatrixKey, MatrixKey]] = frozenset()
     factors: bool = False
+    projections: frozenset[MatrixKey] = frozenset()
     all_positions: bool = False
     gradients: int = 0
     path: int = 1
@@ -61,6 +66,7 @@ class Request:
             self.linear | other.linear,
             self.local | other.local,
             self.factors or other.factors,
+            self.projections | other.projections,
             self.all_positions or other.all_positions,
             max(self.gradients, other.gradients),
             max(self.path, other.path),
@@ -85,6 +91,8 @@ class Signals:
     linear[(l, name)]: (input, output) of that map, (batch, seq, in) and (batch, seq, out) with its bias.
     local[(l, name)]: output of that map, with its bias, on another model's input, (batch, seq, out).
     factors[(l, name)]: the tensor chain of that matrix, only for over-parameterised weights.
+    projections[(l, name)]: (teacher's width, student's), only of a student whose weights are projections of its
+    teacher's: what the teacher gives there, times it, compares with the student.
     path: (scaled embedding output, predictions) for alpha = 1/K, ..., 1, where a gradient's path is asked for.
     heads: number of attention heads.
     """
@@ -100,6 +108,7 @@ class Signals:
     linear: dict[MatrixKey, tuple[Tensor, Tensor]] = field(default_factory=dict)
     local: dict[MatrixKey, Tensor] = field(default_factory=dict)
     factors: Mapping[MatrixKey, tuple[Tensor, ...]] = field(default_factory=dict)
+    projections: Mapping[MatrixKey, Tensor] = field(default_factory=dict)
     _scores: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def split_heads(self, layer: int, name: str, heads: int | None = None) -> Tensor:

@@ -184,7 +184,7 @@ def _followers(
             section = with_start(section, has_loss=head != BASE and not resolved.from_base)
             overparam = resolved.recipe.overparam if name == "student" else None
             build = _shadow(base if resolved.from_base else nearest, section, overparam, labelling)
-            context = context_of(nearest, build.model, build.form, task, resolved.recipe)
+            context = context_of(nearest, build, task, resolved.recipe)
             stages = stages_of(resolved, context, build.model, nearest if teacher.known else None, examples)
         states = plan_states(resolved.recipe, task.kind, stages, nearest)
         followers.append(Follower(name, section, overparam, build, nearest, context, stages, states))

@@ -15,6 +15,7 @@ from kdcli.methods.layer_maps import uniform
 from kdcli.models.heads import BASE, Head
 from kdcli.models.load import load_config
 from kdcli.models.shape import shape_of
+from kdcli.models.student import StudentBuild
 from kdcli.recipe.schema import FORM_FIELDS, Recipe, StudentSection
 from kdcli.tasks import registry as kinds
 from kdcli.tasks.base import Task
@@ -149,22 +150,21 @@ def _found(student: StudentSection, base: Path) -> StudentSection:
     return student.model_copy(update={"model": source_of(student.model, base)})
 
 
-def context_of(
-    teacher: "PreTrainedModel", student: "PreTrainedModel", form: str, task: Task, recipe: Recipe
-) -> Context:
+def context_of(teacher: "PreTrainedModel", build: StudentBuild, task: Task, recipe: Recipe) -> Context:
     """Return what a method may know of the two models: their shapes, never their weights."""
     from kdcli.models.lowrank import LowRankEmbedding
 
-    teacher_shape, student_shape = shape_of(teacher.config), shape_of(student.config)
+    teacher_shape, student_shape = shape_of(teacher.config), shape_of(build.model.config)
     return Context(
         teacher=teacher_shape,
         student=student_shape,
-        student_form=form,
+        student_form=build.form,
         kind=task.kind,
         pairs=uniform(student_shape.layers, teacher_shape.layers),
         seed=recipe.seed,
         augmented=recipe.task.augment is not None,
-        factored_embeddings=any(isinstance(module, LowRankEmbedding) for module in student.modules()),
+        projected=build.projected,
+        factored_embeddings=any(isinstance(module, LowRankEmbedding) for module in build.model.modules()),
     )
 
 

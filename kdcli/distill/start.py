@@ -1,4 +1,4 @@
-"""What a low-rank student's factors start from: a pass of the teacher over some training rows."""
+"""What the weights of a student start from: a pass of the teacher over some training rows."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,8 +12,13 @@ from kdcli.distill.job import Job
 from kdcli.files import cache_dir, fingerprint
 from kdcli.methods.base import Context
 from kdcli.models.factoriser import Factoriser
+from kdcli.models.families import family_of
 from kdcli.models.hashing import hash_of_model, hash_of_tensors
+from kdcli.models.projections import moments_of, project
 from kdcli.models.statistics import Batch, Statistics, collect_statistics, from_tensors, to_tensors
+from kdcli.models.student import StudentBuild
+from kdcli.objectives.hidden import ProjectionObjective
+from kdcli.objectives.term import Term
 from kdcli.recipe.schema import StudentSection
 from kdcli.signals import MatrixKey
 from kdcli.tasks.base import Task
@@ -61,6 +66,26 @@ def factoriser_of(
     main_does(lambda: keep_tensors(path, to_tensors(statistics), of=name) if kept is None else None)
     again = (lambda student, layer: collect(student, layer=layer)) if section.sequential else None
     return Factoriser(inputs, gradients, statistics, again)
+
+
+def start_projections(
+    job: Job, task: Task, model: "PreTrainedModel", processor: Any, build: StudentBuild, section: StudentSection
+) -> list[Term]:
+    """Make a student's weights projections of `model`'s, in place; return the terms that align both by the same ones.
+
+    task: its training rows are looked at.
+    """
+    assert build.teacher_layers is not None
+    batches = sample_batches(task, processor, section.init_samples, job)
+    with placed(model, job.resolved.loop.device) as place:
+        moved = ({name: tensor.to(place) for name, tensor in batch.items()} for batch in batches)
+        moments = moments_of(model, moved)
+    project(model, build.model, build.teacher_layers, moments)
+    family = family_of(model.config)
+    # Turned by their positions, queries and keys pass through no projection any more.
+    names = [name for name in family.matrices if not (family.rotary and name in ("query", "key"))]
+    pairs = [(number, layer + 1) for number, layer in enumerate(build.teacher_layers, 1)]
+    return [Term("alignment", ProjectionObjective(pairs, names), section.alignment)]
 
 
 def sample_batches(task: Task, processor: Any, samples: int, job: Job) -> list[Batch]:

@@ -16,7 +16,7 @@ from kdcli.distill.chains import Chain, over_parameterise
 from kdcli.distill.job import Job
 from kdcli.distill.prepare import Follower
 from kdcli.distill.resolve import Resolved, trains_head
-from kdcli.distill.start import factoriser_of
+from kdcli.distill.start import factoriser_of, start_projections
 from kdcli.distill.states import FOLDER, can_be_kept, checkpoints_of, teacher_request
 from kdcli.distill.teacher import Teacher
 from kdcli.evaluation.score import scorer
@@ -32,6 +32,7 @@ from kdcli.models.student import StudentBuild, build_student
 from kdcli.objectives.cores import TensorObjective
 from kdcli.signals import Request
 from kdcli.tasks.base import Task
+from kdcli.tensors.projection import merge_projections
 from kdcli.terminal import warn
 from kdcli.training.distributed import agree, main_does
 from kdcli.training.schemes.base import Scheme, Setting
@@ -92,6 +93,10 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
         build = build_student(source, follower.section, seed=seed, **options)
     for note in build.notes:
         job.tell(f"{name}: {note}")
+    alignment: list[Term] = []
+    if build.projected:
+        with job.timed(f"{folder} start".strip()):
+            alignment = start_projections(job, task, source, teacher.tokenizer, build, follower.section)
     plain_hash = hash_of_weights(build.model)
     # Once more, with the weights of its own that a method brings: they are drawn after the student's.
     stages = resolved.method.build(resolved.options, follower.context)
@@ -108,7 +113,10 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
     with job.timed("overparam"):
         chain = over_parameterise(job, task, teacher, follower, build, factoriser, folder=folder)
     with job.timed(f"{folder} train".strip()):
-        training = _train(job, task, teacher, follower, build, stages, chain, folder=folder, identity=identity)
+        training = _train(
+            job, task, teacher, follower, build, stages, chain, alignment, folder=folder, identity=identity
+        )
+    merge_projections(build.model)
     contraction = None
     if chain is not None:
         with job.timed("contract"):
@@ -131,11 +139,15 @@ def _train(
     build: StudentBuild,
     stages: list[Stage],
     chain: Chain | None,
+    alignment: list[Term],
     *,
     folder: str,
     identity: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Train a student stage by stage, and return a record of each. folder: of its checkpoints and curves."""
+    """Train a student stage by stage, and return a record of each. folder: of its checkpoints and curves.
+
+    alignment: terms beside the method's own, wherever there is a teacher to compare with.
+    """
     from kdcli.training.trainer import fit, load_weights
 
     resolved, title = job.resolved, f"{folder}: " if folder else ""
@@ -172,6 +184,8 @@ def _train(
                 start=teacher.base if "teacher" in resolved.from_base else None,
             )
         )
+        if scheme.teacher() is not None:
+            terms += alignment
         factors = {**chain.teacher, **scheme.teacher_tensors()} if chain is not None and chain.teacher else None
         work = checkpoints / f"{number}-{stage.name}"
         final = work / "final"

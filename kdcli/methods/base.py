@@ -27,8 +27,9 @@ class Context:
     """What a method may know: shapes, never weights. `pairs` are (student block, teacher block) from 1.
 
     kind: of the task; a method asks what it provides, never which it is. seed: the recipe's, for what a method draws
-    itself. augmented: whether copies of rows with other words are trained on. factored_embeddings: whether the
-    student's word embeddings are low-rank factors.
+    itself. projected: whether the student's weights are trained projections of the teacher's, by which hidden states of
+    different widths compare. augmented: whether copies of rows with other words are trained on. factored_embeddings:
+    whether the student's word embeddings are low-rank factors.
     """
 
     teacher: ModelShape
@@ -38,6 +39,7 @@ class Context:
     pairs: list[tuple[int, int]]
     seed: int = 0
     augmented: bool = False
+    projected: bool = False
     factored_embeddings: bool = False
 
     @property

@@ -1,7 +1,7 @@
 """HS transfer: hidden states of the student's blocks follow those of the teacher's, by any layer map."""
 
 import difflib
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -12,6 +12,7 @@ from kdcli.methods.terms import (
     PredictionWeights,
     Temperature,
     Weight,
+    bridging,
     need_equal_heads,
     needs_bridge,
     prediction_terms,
@@ -21,8 +22,6 @@ from kdcli.methods.terms import (
 from kdcli.recipe.schema import NonNegativeInt, Seed, Share
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from kdcli.objectives.base import Objective
 
 NAMES = (*MAPS, "emd")
@@ -131,9 +130,8 @@ def check(options: HSOptions, context: Context) -> None:
         )
 
 
-def _hidden(options: HSOptions, context: Context, bridge: "bool | nn.Linear") -> "Objective":
-    from torch import nn
-
+def _hidden(options: HSOptions, context: Context, how: dict[str, Any]) -> "Objective":
+    """Return the objective of the blocks. how: `bridging`, with the map itself where all share one."""
     from kdcli.objectives.hidden import HiddenObjective
     from kdcli.objectives.transport import EMDObjective
 
@@ -141,18 +139,17 @@ def _hidden(options: HSOptions, context: Context, bridge: "bool | nn.Linear") ->
         return EMDObjective(
             (context.student.layers, context.teacher.layers),
             attention=options.emd.attention,
-            bridge=bridge if isinstance(bridge, nn.Linear) else None,
+            bridge=how["bridge"] or None,
             learn_weights=options.emd.learn_weights,
             separate=options.emd.separate,
         )
     random = options.layer_map == "random"
     return HiddenObjective(
         _pairs(options, context),
-        widths=(context.student.hidden, context.teacher.hidden),
-        bridge=bridge,
         match_norm=options.match_norm,
         redraw=(lambda epoch: _pairs(options, context, epoch)) if random else None,
         teacher_layers=range(1, context.teacher.layers + 1) if random else (),
+        **how,
     )
 
 
@@ -162,14 +159,14 @@ def build(options: HSOptions, context: Context) -> list[Stage]:
 
     from kdcli.objectives.hidden import HiddenObjective
 
-    widths = context.student.hidden, context.teacher.hidden
-    bridge: bool | nn.Linear = needs_bridge(options.bridge, context)
-    if bridge and options.layer_map == "emd":
+    how = bridging(options.bridge, context)
+    if options.layer_map == "emd":
         # BERT-EMD's is TinyBERT's: one for all blocks and the embeddings.
-        bridge = nn.Linear(*widths)
-    embedding = HiddenObjective([(0, 0)], widths=widths, bridge=bridge, match_norm=options.match_norm)
+        bridge = nn.Linear(*how["widths"]) if needs_bridge(options.bridge, context) else False
+        how = {"widths": how["widths"], "bridge": bridge}
+    embedding = HiddenObjective([(0, 0)], match_norm=options.match_norm, **how)
     terms = [
-        Term("hidden", _hidden(options, context, bridge), options.weights.hidden),
+        Term("hidden", _hidden(options, context, how), options.weights.hidden),
         Term("embedding", embedding, options.weights.embedding),
         *prediction_terms(context, options.weights, options.alpha, options.temperature),
     ]

@@ -1,7 +1,7 @@
 """What several methods share: the terms of a prediction beside their own, and checks of two models' shapes."""
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
@@ -139,3 +139,16 @@ def needs_bridge(bridge: bool | None, context: Context) -> bool:
             hint="leave it out, or make the student as wide as the teacher",
         )
     return differ if bridge is None else bridge
+
+
+def bridging(bridge: bool | None, context: Context) -> dict[str, Any]:
+    """Return how hidden states become comparable, as arguments of `HiddenObjective`.
+
+    Left out, those of a student of projections go through these, and nothing else is learnt.
+    """
+    projected = context.projected and bridge is None
+    return {
+        "widths": (context.student.hidden, context.teacher.hidden),
+        "bridge": needs_bridge(bridge, context) and not projected,
+        "projected": projected,
+    }

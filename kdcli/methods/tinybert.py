@@ -8,6 +8,7 @@ from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import (
     Temperature,
     Weight,
+    bridging,
     need_dividing_depth,
     need_equal_heads,
     need_shares_of_one,
@@ -73,9 +74,8 @@ def _inside(options: TinyBERTOptions, context: Context) -> list[Term]:
     pairs = [(m, m * depth // blocks) for m in range(blocks + 1)]
     hidden = HiddenObjective(
         pairs,
-        widths=(context.student.hidden, context.teacher.hidden),
-        bridge=needs_bridge(options.bridge, context),
         shared=True,
+        **bridging(options.bridge, context),
     )
     # Objectives are means over blocks, the published terms are sums.
     return weighted(

@@ -15,6 +15,7 @@ from kdcli.models.blocks import BlockMatrix, block_matrix, block_of, body_of, em
 from kdcli.models.families import family_of
 from kdcli.models.inputs import model_inputs
 from kdcli.models.overparam import linears_of
+from kdcli.models.projections import projections_of
 from kdcli.models.shape import shape_of
 from kdcli.signals import MatrixKey, Prediction, Request, Signals
 from kdcli.tensors.parametrization import chain_of, tensors_of
@@ -174,6 +175,7 @@ class Capture:
             linear=dict(self._linear),
             local=self._on_inputs_of(other) if other is not None else {},
             factors=self.factors(),
+            projections=projections_of(self.model, sorted(self.request.projections)),
             path=path,
         )
 

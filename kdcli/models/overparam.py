@@ -25,7 +25,7 @@ from kdcli.tensors.mpo import auxiliary_indices, central_index, decompose
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 from kdcli.models.probe import probe
-from kdcli.tensors.parametrization import MPOWeight, chain_of, is_overparameterised, tensors_of
+from kdcli.tensors.parametrization import MPOWeight, chain_of, is_overparameterised, plain_weight, tensors_of
 
 
 @dataclass(frozen=True)
@@ -341,26 +341,12 @@ def contract_model(model: "PreTrainedModel", *, check: bool = True) -> ContractR
             }
         )
         # Layers that shared a chain share the plain weight again.
-        plain[id(chain)] = _detach(module, plain.get(id(chain)))
+        plain[id(chain)] = plain_weight(module, plain.get(id(chain)))
     merge_split(model)
     difference = None
     if reference is not None:
         difference = float((probe(model) - reference).abs().max())
     return ContractReport(rows, before, count_parameters(model), difference)
-
-
-@torch.no_grad()
-def _detach(linear: nn.Module, weight: nn.Parameter | None) -> nn.Parameter:
-    """Give a layer a plain weight back (its own value, unless one is given), in its old place before the bias."""
-    if weight is None:
-        value = linear.weight.detach().clone()  # type: ignore[union-attr, operator]
-        weight = nn.Parameter(value, requires_grad=any(t.requires_grad for t in tensors_of(linear)))
-    parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
-    del linear.weight
-    bias = linear._parameters.pop("bias", None)
-    linear.weight = weight
-    linear.register_parameter("bias", bias)
-    return weight
 
 
 def overparam_state(model: nn.Module) -> dict[str, Any]:

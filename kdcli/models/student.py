@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdcli.errors import InputError
-from kdcli.models.blocks import blocks_of
+from kdcli.models.blocks import blocks_of, module_at
 from kdcli.models.factoriser import Factoriser
 from kdcli.models.families import Family, family_of
 from kdcli.models.fused import SplitLinear
@@ -18,7 +18,7 @@ from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, factorise
 from kdcli.models.probe import check_numbers
 from kdcli.models.reinit import start_again
 from kdcli.models.save import stored_type
-from kdcli.models.shape import shape_of
+from kdcli.models.shape import ModelShape, shape_of
 from kdcli.models.sizes import check_heads
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.words import counted
@@ -29,12 +29,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class StudentBuild:
-    """A new student, the 0-based teacher blocks that its blocks are copies of, and notes for the user."""
+    """A new student, the 0-based teacher blocks that its blocks are copies of, and notes for the user.
+
+    projected: its weights are yet to become projections of the teacher's (`kdcli.models.projections.project`).
+    """
 
     model: "PreTrainedModel"
     form: str
     teacher_layers: list[int] | None = None
     notes: list[str] = field(default_factory=list)
+    projected: bool = False
 
 
 def build_student(
@@ -86,6 +90,12 @@ def _build(
     if section.form == "depth":
         return _depth(teacher, section)
     if section.form == "width":
+        if section.init == "projections" and overparam is not None:
+            raise InputError(
+                "weights that are projections of the teacher's have no chains of their own",
+                where="student.init",
+                hint='set student.init = "teacher", or leave [overparam] out',
+            )
         return _width(teacher, section)
     if section.form == "checkpoint":
         return _checkpoint(teacher, section, labelling)
@@ -190,6 +200,8 @@ def _width(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
     if isinstance(layers, list):
         raise InputError("a width student takes a number of layers, not a list", where="student.layers")
     intermediate = section.intermediate_size or round(shape.intermediate * hidden / shape.hidden)
+    if section.init == "projections":
+        _check_projected(shape, hidden, heads, intermediate, layers)
     kept = chosen_layers(StudentSection(form="depth", layers=min(layers, shape.layers)), shape.layers)
     config, names = copy.deepcopy(teacher.config), family.sizes
     _set_blocks(config, family, [*kept, *(layer % shape.layers for layer in range(shape.layers, layers))])
@@ -204,9 +216,42 @@ def _width(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
     notes = [f"{counted(layers, 'block')}, width {hidden}, {counted(heads, 'head')}, feed-forward width {intermediate}"]
     if section.init == "random":
         return StudentBuild(student.eval(), "width", None, notes)
+    if section.init == "projections":
+        if module_at(teacher, family.projection) is not None and module_at(student, family.projection) is None:
+            raise InputError(
+                f"{family.title} has no map after embeddings as wide as its blocks; the teacher's would be lost",
+                where="student.hidden_size",
+                hint=f"use another width than {hidden}",
+            )
+        notes.append("its weights are trained projections of the teacher's, merged at the end")
+        return StudentBuild(student.eval(), "width", kept, notes, projected=True)
     _slice_into(teacher, student, kept)
     notes.append("initialised with leading slices of the teacher's weights")
     return StudentBuild(student.eval(), "width", kept, notes)
+
+
+def _check_projected(teacher: ModelShape, hidden: int, heads: int, intermediate: int, layers: int) -> None:
+    """Raise InputError for a size above the teacher's: a projection has nothing to fill it from."""
+    sizes = {
+        "hidden_size": (hidden, teacher.hidden, "features"),
+        "heads": (heads, teacher.heads, "heads"),
+        "intermediate_size": (intermediate, teacher.intermediate, "feed-forward features"),
+        "layers": (layers, teacher.layers, "blocks"),
+    }
+    for name, (wanted, most, what) in sizes.items():
+        if wanted > most:
+            raise InputError(
+                f"a student of projections has at most the teacher's {most} {what}, not {wanted}",
+                where=f"student.{name}",
+                hint=f'use at most {most}, or student.init = "teacher"',
+            )
+    own, most = hidden // heads, teacher.hidden // teacher.heads
+    if own > most:
+        raise InputError(
+            f"a student of projections has heads of at most the teacher's {most} features, not {own}",
+            where="student.heads",
+            hint=f"use at least {-(-hidden // most)} heads",
+        )
 
 
 def _slice_into(teacher: "PreTrainedModel", student: "PreTrainedModel", kept: list[int]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kdcli.objectives.base import Objective, example_mean, token_mean
-from kdcli.signals import Request, Signals
+from kdcli.signals import EMBEDDINGS, MatrixKey, Request, Signals
 
 CHUNK_ELEMENTS = 2**18
 """Features that are worked on at a time on a CPU: few enough to stay in its cache from one pass to the next."""
@@ -76,6 +76,8 @@ class HiddenObjective(Objective):
     Layers count from 0 (the embedding output). With `bridge`, a learned linear map (student width, teacher
     width) comes before the comparison: one a student layer, or a single one with a bias when `shared` (TinyBERT); a
     map that is given is shared with whatever else holds it.
+    With `projected` the teacher's state is compared in the student's space instead: times the projection that trained
+    the student's weights there (Low-Rank Clone, arXiv 2505.12781), which gets no gradient from it.
     With `redraw` every epoch has pairs of its own, redraw(epoch); they stay within the student layers of `pairs`
     and `teacher_layers`, all of which are then captured (RAIL-KD).
     """
@@ -87,6 +89,7 @@ class HiddenObjective(Objective):
         widths: tuple[int, int] | None = None,
         bridge: bool | nn.Linear = False,
         shared: bool = False,
+        projected: bool = False,
         match_norm: bool = False,
         redraw: Callable[[int], Sequence[tuple[int, int]]] | None = None,
         teacher_layers: Iterable[int] = (),
@@ -98,6 +101,7 @@ class HiddenObjective(Objective):
         self.layers = frozenset(s for s, _ in pairs), frozenset(t for _, t in pairs) | frozenset(teacher_layers)
         self.match_norm = match_norm
         self.shared = shared or isinstance(bridge, nn.Linear)
+        self.projected = projected
         self.bridges: nn.ModuleDict | None = None
         if isinstance(bridge, nn.Linear):
             self.bridges = nn.ModuleDict({"shared": bridge})
@@ -107,7 +111,8 @@ class HiddenObjective(Objective):
             self.bridges = nn.ModuleDict({name: nn.Linear(*widths, bias=shared) for name in names})
 
     def student_request(self) -> Request:
-        return Request(hidden=self.layers[0])
+        written = frozenset(map(_written_by, self.layers[0])) if self.projected else frozenset()
+        return Request(hidden=self.layers[0], projections=written)
 
     def teacher_request(self) -> Request:
         return Request(hidden=self.layers[1])
@@ -122,7 +127,44 @@ class HiddenObjective(Objective):
     def _compared(self, student: Signals, teacher: Signals) -> Iterator[tuple[Tensor, Tensor]]:
         # One pair at a time: the teacher's may be read from a disk.
         for s, t in self.pairs:
-            state = student.hidden[s].float()
+            state, reference = student.hidden[s].float(), teacher.hidden[t]
+            if self.projected:
+                reference = reference.float() @ student.projections[_written_by(s)].detach()
             if self.bridges is not None:
                 state = self.bridges["shared" if self.shared else str(s)](state)
-            yield state, teacher.hidden[t]
+            yield state, reference
+
+
+def _written_by(layer: int) -> MatrixKey:
+    """Return the map that hidden[layer] comes from."""
+    return (layer, "ffn_out") if layer else (0, EMBEDDINGS)
+
+
+class ProjectionObjective(Objective):
+    """Relative squared error of the outputs of a student's matrices, mean over matrices and pairs of blocks.
+
+    The teacher's outputs are compared in the student's space, times the projections that trained its weights there, so
+    that nothing else is learnt; they get no gradient from it. Each error is divided by the mean square of what it is
+    compared with. Source: the activation clone of Low-Rank Clone (arXiv 2505.12781, section 3), there not relative.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[int, int]], names: Sequence[str]) -> None:
+        """pairs: (student block, teacher block); names: of the matrices."""
+        super().__init__()
+        self.pairs, self.names = tuple(pairs), tuple(names)
+
+    def student_request(self) -> Request:
+        keys = frozenset((s, name) for s, _ in self.pairs for name in self.names)
+        return Request(matrices=keys, projections=keys)
+
+    def teacher_request(self) -> Request:
+        return Request(matrices=frozenset((t, name) for _, t in self.pairs for name in self.names))
+
+    def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
+        return mean_token_mse(self._compared(student, teacher), student.mask, match_norm=True)
+
+    def _compared(self, student: Signals, teacher: Signals) -> Iterator[tuple[Tensor, Tensor]]:
+        for s, t in self.pairs:
+            for name in self.names:
+                projection = student.projections[(s, name)].detach()
+                yield student.matrices[(s, name)].float(), teacher.matrices[(t, name)].float() @ projection

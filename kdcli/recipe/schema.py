@@ -329,7 +329,7 @@ FORM_FIELDS: dict[Form, tuple[str, ...]] = {
         "init_samples",
         "sequential",
     ),
-    "width": ("hidden_size", "intermediate_size", "heads", "layers", "init"),
+    "width": ("hidden_size", "intermediate_size", "heads", "layers", "init", "init_samples", "alignment"),
     "checkpoint": ("model", "layers", "select"),
 }
 """The fields of `[student]` that each form has."""
@@ -337,7 +337,7 @@ FORM_FIELDS: dict[Form, tuple[str, ...]] = {
 STARTS: dict[Form, tuple[str, ...]] = {
     "depth": ("teacher", "random"),
     "low-rank": ("svd", "activations", "gradients", "both"),
-    "width": ("teacher", "random"),
+    "width": ("teacher", "random", "projections"),
     "checkpoint": (),
 }
 """The values of `init` that each form has."""
@@ -396,7 +396,7 @@ class StudentSection(Section):
         "ranks, otherwise 1.",
     )
     init_samples: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
-        default=256, description="low-rank: how many training rows are looked at for the start of the factors."
+        default=256, description="low-rank, width with projections: how many training rows are looked at for the start."
     )
     sequential: bool = Field(
         default=False,
@@ -411,13 +411,20 @@ class StudentSection(Section):
         default=None, description="width: width of the feed-forward layer. Left out, the teacher's."
     )
     heads: Heads | None = Field(default=None, description="width: attention heads. Left out, the teacher's.")
-    init: Literal["teacher", "random", "svd", "activations", "gradients", "both"] | None = Field(
+    init: Literal["teacher", "random", "svd", "activations", "gradients", "both", "projections"] | None = Field(
         default=None,
         description="What the weights start from. depth, width: the teacher's weights (for width, slices of them), or "
-        "at random: a depth student's blocks, all of a width student. low-rank: the factors that are closest to a "
-        'matrix ("svd"), to what it makes of its inputs for training rows ("activations"), to a matrix whose rows '
-        'weigh as much as the loss changes with them ("gradients"), or the last two together ("both"). Left out, '
-        '"teacher"; for low-rank "both", or "activations" where nothing has a loss.',
+        "at random: a depth student's blocks, all of a width student. width also trained projections of the teacher's "
+        'weights, from principal directions of its activations, merged at the end ("projections"). low-rank: the '
+        'factors that are closest to a matrix ("svd"), to what it makes of its inputs for training rows '
+        '("activations"), to a matrix whose rows weigh as much as the loss changes with them ("gradients"), or the '
+        'last two together ("both"). Left out, "teacher"; for low-rank "both", or "activations" where nothing has a '
+        "loss.",
+    )
+    alignment: NonNegativeFloat = Field(
+        default=1.0,
+        description='width, init = "projections": weight of a term that compares the output of every block matrix with '
+        "the teacher's, through the same projections.",
     )
     # checkpoint
     model: str | None = Field(
@@ -446,6 +453,9 @@ class StudentSection(Section):
             raise ValueError(f"give one of budget, rank, params and energy, not {' and '.join(sizes)}")
         if self.ranks == "spread" and (self.rank is not None or self.energy is not None):
             raise ValueError('ranks = "spread" divides a budget or params, so it cannot stand beside a rank or energy')
+        others = {"width": ("alignment", "init_samples")}.get(self.form or "", ("alignment",))
+        if self.init != "projections" and (idle := [name for name in others if name in self.model_fields_set]):
+            raise ValueError(f'{" and ".join(idle)}: only a width student with init = "projections" has this')
         if self.form == "checkpoint" and self.model is None:
             raise ValueError('form = "checkpoint" needs model = "FOLDER OR HUB NAME"')
         return self

@@ -59,3 +59,20 @@ def chains_of(model: nn.Module) -> list[tuple[MPOShape, tuple[nn.Parameter, ...]
 def is_overparameterised(model: nn.Module) -> bool:
     """True when some layer's weight is a chain."""
     return any(chain_of(module) is not None for module in model.modules())
+
+
+@torch.no_grad()
+def plain_weight(layer: nn.Module, weight: nn.Parameter | None = None) -> nn.Parameter:
+    """Give a layer a plain weight back (its own value, unless one is given), in its old place before the bias."""
+    if weight is None:
+        holder = layer.parametrizations["weight"]  # type: ignore[index, union-attr]
+        trained = any(tensor.requires_grad for tensor in holder.parameters())  # type: ignore[union-attr]
+        weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=trained)  # type: ignore[union-attr, operator]
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    del layer.weight
+    biased = "bias" in layer._parameters
+    bias = layer._parameters.pop("bias", None)
+    layer.weight = weight
+    if biased:
+        layer.register_parameter("bias", bias)
+    return weight
