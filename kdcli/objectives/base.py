@@ -34,6 +34,15 @@ class Objective(nn.Module):
         """Take note that epoch `epoch` (from 0) of `epochs` begins; for terms that change over time."""
 
 
+def times(saved: Tensor, factor: Tensor) -> Tensor:
+    """Return a product in a backward pass: in the place of `saved`, unless the graph, which has it, is kept.
+
+    The gradients of all terms exist at the same time: a second copy of them would cost more than the product.
+    """
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return saved * factor if kept() else saved.mul_(factor)
+
+
 def example_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Return the mean of `values` (..., batch, seq) over each example's real tokens, (..., batch)."""
     mask = mask.to(values.dtype)

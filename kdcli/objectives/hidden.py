@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kdcli.objectives.base import Objective, example_mean, token_mean
+from kdcli.objectives.base import Objective, example_mean, times, token_mean
 from kdcli.signals import EMBEDDINGS, MatrixKey, Request, Signals
 
 CHUNK_ELEMENTS = 2**18
@@ -30,11 +30,13 @@ class _SquaredError(torch.autograd.Function):
         for start in range(0, len(own), max(1, rows)):
             part = slice(start, start + rows)
             reference = other[part].float()
-            gap = own[part].float() - reference
+            if own.dtype == torch.float32:
+                gap = torch.sub(own[part], reference, out=difference[part])
+            else:
+                difference[part] = gap = own[part].float() - reference
             error[part] = torch.linalg.vector_norm(gap, dim=-1)
             if sized:
                 size[part] = torch.linalg.vector_norm(reference, dim=-1)
-            difference[part] = gap
         error, size = (norm.square_().div_(width).view(student.shape[:-1]) for norm in (error, size))
         ctx.save_for_backward(difference)
         ctx.mark_non_differentiable(size)
@@ -46,7 +48,7 @@ class _SquaredError(torch.autograd.Function):
         (difference,) = ctx.saved_tensors
         width = difference.shape[-1]
         scale = (gradient.reshape(-1, 1) * (2.0 / width)).to(difference.dtype)
-        return (difference * scale).view(*gradient.shape, width), None, None
+        return times(difference, scale).view(*gradient.shape, width), None, None
 
 
 def token_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, match_norm: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kdcli.objectives.base import Objective, common_window, key_bias, own_keys
+from kdcli.objectives.base import Objective, common_window, key_bias, own_keys, times
 from kdcli.objectives.hidden import token_mse
 from kdcli.signals import Request, Signals
 
@@ -23,7 +23,7 @@ SELF_RELATIONS: dict[Relation, float] = {(name, name): 1.0 for name in ("query",
 CHUNK_ELEMENTS = 2**22
 """Scores that are held at a time: more costs memory without being any faster."""
 
-CACHED_ELEMENTS = 2**19
+CACHED_ELEMENTS = 2**18
 """The same on a CPU: few enough to stay in its cache from one pass to the next."""
 
 
@@ -68,10 +68,10 @@ class RelationKL(torch.autograd.Function):
         value = queries.new_zeros(())
         for start in range(0, heads, chunk):
             part = slice(start, start + chunk)
-            q, k = queries[:, part], keys[:, part]
-            own = ((q * scale) @ k.transpose(-1, -2)).add_(bias)
-            target = (teacher_queries[:, part] * teacher_scale) @ teacher_keys[:, part].transpose(-1, -2)
-            target.add_(bias)
+            # Heads lie side by side: each product would make a copy of its own.
+            q, k = queries[:, part].contiguous(), keys[:, part].contiguous()
+            own = ((q * scale) @ k.mT).add_(bias)
+            target = ((teacher_queries[:, part] * teacher_scale) @ teacher_keys[:, part].mT).add_(bias)
             student, teacher = torch.softmax(own, dim=-1), torch.softmax(target, dim=-1)
             # sum p_T (log p_T - log p_S), of which the logarithms are score - log sum exp.
             constant = _log_sum_exp(target, teacher) - _log_sum_exp(own, student)
@@ -79,10 +79,9 @@ class RelationKL(torch.autograd.Function):
             value = value + (rows * weight).sum()
             if differentiate:
                 error = student.sub_(teacher)
-                # A row's weight goes to the narrow vectors, not to all of its scores; and narrow x square is the
-                # order in which matrix products of this shape are fast.
-                query_gradient[:, part] = (k.mT @ error.mT).mT * (weight * scale)
-                key_gradient[:, part] = ((q * (weight * scale)).mT @ error).mT
+                # A row's weight goes to the narrow vectors, not to all of its scores.
+                query_gradient[:, part] = (error @ k).mul_(weight * scale)
+                key_gradient[:, part] = error.mT @ (q * (weight * scale))
         ctx.save_for_backward(query_gradient, key_gradient)
         return value
 
@@ -90,7 +89,7 @@ class RelationKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query_gradient, key_gradient = ctx.saved_tensors
-        return gradient * query_gradient, gradient * key_gradient, None, None, None, None, None, None
+        return times(query_gradient, gradient), times(key_gradient, gradient), None, None, None, None, None, None
 
 
 def relation_kl(
