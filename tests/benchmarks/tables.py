@@ -199,7 +199,7 @@ OTHERS = ("tinybert", "distilbert", "minilm")
 ADAPTIVE = ("theseus", "adkd", "dbkd", "lgtm")
 STAGES: list[list[Row]] = [
     [MAKD, KD],
-    [Row(RANKS, '`ranks = "spread"`', "makd", ('student.ranks="spread"',))],
+    [Row(RANKS, '`ranks = "even"`', "makd", ('student.ranks="even"',))],
     _blocks(HALF, 3, *OTHERS),
     [_low_rank(THIRD, "0.25", "`makd`, a quarter"), _low_rank(THIRD, "0.3333"), KD_THIRD],
     [_low_rank(SIXTH, "0.125", "`makd`, an eighth"), _low_rank(SIXTH, "0.1667"), KD_SIXTH],

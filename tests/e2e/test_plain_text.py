@@ -110,7 +110,8 @@ def test_makd_needs_no_head_without_its_model_level(recipe: Path):
     body.save_pretrained(folder)
     train_tokenizer(reviews()["train"]["text"][:300], 300).save_pretrained(folder)
     write_recipe(recipe, changed(RECIPE, "method", "teacher", method={"name": "makd", "weights": {"model": 0.0}},
-        teacher={"model": "body", "finetune": False}, student={"form": "low-rank", "rank": 4, "init": "svd"}))  # fmt: skip
+        teacher={"model": "body", "finetune": False},
+        student={"form": "low-rank", "rank": 4, "init": "svd"}))  # fmt: skip
     record = run_recipe(recipe, "train.max_steps=2")
     assert record["student_head"] == "base" and record["loss"]["after"] < record["loss"]["before"]
     with pytest.raises(InputError, match="no trained head for predicting masked tokens"):
