@@ -582,6 +582,18 @@ def test_without_a_teacher_model_a_black_box_must_be_named(tmp_path: Path):
     assert scheme.teacher_outputs().tables["logits"].shape == (5, 3)
 
 
+def test_what_is_asked_follows_from_the_noises_own_options(tmp_path: Path):
+    asked = {}
+    for number, options in enumerate(({}, {"noise_seed": 1}, {"ratio": 0.4}, {"noise_seed": 0})):
+        name = f"notes_down_{number}"
+        module(
+            tmp_path, name, "asked = []\ndef decide(texts):\n    asked.extend(texts)\n    return [0 for _ in texts]\n"
+        )
+        stage(black_box={"callable": f"{name}:decide"}, **options).scheme.begin(setting_of(task_of(), tmp_path))
+        asked[number] = sorted(sys.modules[name].asked)
+    assert asked[0] == asked[3] and asked[0] != asked[1] and asked[0] != asked[2]
+
+
 @pytest.mark.parametrize("synonyms", [False, True])
 def test_synonyms_bring_in_words_that_no_example_has(tmp_path: Path, synonyms: bool):
     name = f"hears_{'synonyms' if synonyms else 'nothing'}"

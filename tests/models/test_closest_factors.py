@@ -207,6 +207,17 @@ def test_ranks_of_matrices_of_one_size_are_the_best_there_are(seed: int):
     assert len(set(found.values())) > 1
 
 
+def test_the_budget_goes_where_a_weight_is_worth_most():
+    shapes = {(1, "query"): (64, 64), (1, "key"): (32, 16)}
+    # A rank of the larger matrix is worth twice as much, and costs more than twice as much.
+    losses = {(1, "query"): torch.full((64,), 2.0), (1, "key"): torch.full((16,), 1.0)}
+    allowed = 8 * 128 + 4 * 48
+    found = spread_ranks(shapes, {(1, "query"): 8, (1, "key"): 4}, allowed, losses, 1)
+    # As factors it may have up to 10, dense it costs two thirds more than these.
+    assert found[(1, "key")] is None or found[(1, "key")] == 10
+    assert found[(1, "query")] is not None and found[(1, "query")] < 8
+
+
 def test_ranks_keep_a_minimum_their_multiple_and_the_budget():
     shapes = {(1, "query"): (64, 64), (1, "ffn_in"): (128, 64), (1, "ffn_out"): (64, 128), (2, "query"): (64, 64)}
     losses = {key: falling(number, 64) for number, key in enumerate(shapes)}

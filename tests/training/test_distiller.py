@@ -130,6 +130,8 @@ def test_the_gradient_is_that_of_the_written_out_loss():
 def test_the_teacher_is_neither_registered_nor_saved_nor_trained_nor_switched():
     teacher, student = pair()
     before = copy.deepcopy(teacher.state_dict())
+    # As a teacher is left by its fine-tuning.
+    teacher.train()
     distiller = Distiller(
         student,
         [*many_terms(), Term("maps", AttributionObjective(Categorical()))],

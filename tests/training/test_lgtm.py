@@ -366,6 +366,36 @@ def test_dropout_does_not_reach_the_influence():
         assert torch.equal(one, other)
 
 
+def test_the_look_ahead_clips_gradients_as_the_trainer_does():
+    teacher, student = pair()
+    found = []
+    for limit in (1e-3, 1e3):
+        scheme, place = begun(teacher, student, Learning(CLASSIFICATION), max_grad_norm=limit)
+        batch, optimizer = batch_of(place), adamw(student, 0.05)
+        start = copy.deepcopy(student.state_dict())
+        step_once(student, optimizer, batch)
+        trained = scheme.trained(optimizer)
+        loss = functional.cross_entropy(student(**model_inputs(student, batch)).logits, batch["labels"])
+        gradients = torch.autograd.grad(loss, list(student.parameters()), allow_unused=True, retain_graph=True)
+        found.append(scheme.direction(loss, 0, optimizer))
+        # By hand: the clipped gradient, the optimizer's own step, and the held-out loss there.
+        ahead = copy.deepcopy(student).eval()
+        mover = adamw(ahead, 0.05)
+        mover.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for parameter, gradient in zip(ahead.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        nn.utils.clip_grad_norm_(ahead.parameters(), limit)
+        mover.step()
+        mover.zero_grad()
+        held = scheme.held.batch(0, CPU)
+        functional.cross_entropy(ahead(**model_inputs(ahead, held)).logits, held["labels"]).backward()
+        expected = [p.grad if p.grad is not None else torch.zeros_like(p) for p in ahead.parameters()]
+        assert len(trained) == len(expected)
+        assert distance(found[-1], expected) < 1e-3
+        student.load_state_dict(start)
+    assert distance(found[0], found[1]) > 0.01
+
+
 def reference(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
@@ -644,6 +674,11 @@ def test_the_teacher_of_a_chained_student_trains_as_chains_which_the_auxiliary_l
     scheme.before_step(0, batch_of(place), adamw(student))
     seen = distiller.teacher_signals(batch_of(place)).factors
     assert all(not torch.equal(seen[key][k], before[key][k]) for key in before for k in range(3))
+    # The teacher's chains of one middle tensor are slowed down as the student's are.
+    chains = {id(tensor) for chain in live.values() for tensor in chain}
+    for group in scheme.optimizer.param_groups:
+        slow = any(id(parameter) in chains for parameter in group["params"])
+        assert group["lr"] == pytest.approx(scheme.teacher_rate(0) / (2.3 if slow else 1.0))
     assert all(torch.equal(value, given[name]) for name, value in teacher.state_dict().items())
 
 
