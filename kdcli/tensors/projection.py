@@ -137,30 +137,57 @@ class ProjectedWeight(nn.Module):
     weight = write^T W read, with write (out, student's out) and read (in, student's in); either may be missing. Of a
     fused weight of `parts` equal shares, each share has a `write` of its own, one below the other.
     W is in no checkpoint: it comes from the teacher again.
+
+    What is trained is each projection divided by its pace. A step of Adam moves all its elements by the rate, and times
+    W these moves add up: the weight would move many times as far as one that is trained itself. With its pace, a step
+    in which all moves agree moves the weight by the rate on average.
     """
 
     teacher: Tensor
+    paces: Tensor
 
     def __init__(self, teacher: Tensor, *, write: Tensor | None, read: Tensor | None, parts: int = 1) -> None:
         super().__init__()
         self.register_buffer("teacher", teacher.detach().clone(), persistent=False)
         self.parts = parts
         self.sides = tuple(name for name, side in (("write", write), ("read", read)) if side is not None)
-        self._start = tuple(side.to(teacher) for side in (write, read) if side is not None)
+        given = {"write": write, "read": read}
+        self._start = tuple(side.to(teacher) for side in given.values() if side is not None)
+        moves = {"write": self._read(self.teacher, read), "read": self._written(self.teacher, write).T}
+        paces = [1.0 / (moves[name].abs().sum(0).mean() / parts ** (name == "write")) for name in self.sides]
+        self.register_buffer("paces", torch.stack(paces).to(teacher))
 
-    def forward(self, *projections: Tensor) -> Tensor:
-        given = dict(zip(self.sides, projections, strict=True))
-        weight = self.teacher
+    def _written(self, weight: Tensor, write: Tensor | None) -> Tensor:
+        if write is None:
+            return weight
+        shares, own = (each.unflatten(0, (self.parts, -1)) for each in (weight, write.to(weight)))
+        return (own.transpose(1, 2) @ shares).flatten(0, 1)
+
+    def _read(self, weight: Tensor, read: Tensor | None) -> Tensor:
+        return weight if read is None else weight @ read.to(weight)
+
+    def side(self, name: str, trained: Tensor) -> Tensor:
+        """Return the projection "write" or "read" from what is trained of it."""
+        return trained * self.paces[self.sides.index(name)]
+
+    def forward(self, *trained: Tensor) -> Tensor:
+        given = {name: self.side(name, one) for name, one in zip(self.sides, trained, strict=True)}
+        write, read, weight = given.get("write"), given.get("read"), self.teacher
         # Rounded to 16 bits, it would be another weight than the one that is merged.
         with torch.autocast(weight.device.type, enabled=False):
-            if "write" in given:
-                shares, write = (each.unflatten(0, (self.parts, -1)) for each in (weight, given["write"]))
-                weight = (write.transpose(1, 2) @ shares).flatten(0, 1)
-            return weight @ given["read"] if "read" in given else weight
+            if write is None or read is None or self._written_first(write, read):
+                return self._read(self._written(weight, write), read)
+            return self._written(self._read(weight, read), write)
+
+    def _written_first(self, write: Tensor, read: Tensor) -> bool:
+        """True where fewer numbers are multiplied when W is multiplied with `write` first."""
+        (outs, ins), own_outs, own_ins = self.teacher.shape, write.shape[1] * self.parts, read.shape[1]
+        first = write.shape[1] * outs * ins + own_outs * ins * own_ins
+        return first <= outs * ins * own_ins + write.shape[1] * outs * own_ins
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Return where the projections start, whatever the weight: it is overwritten."""
-        return self._start
+        return tuple(one / pace for one, pace in zip(self._start, self.paces, strict=True))
 
 
 def attach(layer: nn.Module, weight: ProjectedWeight) -> None:
@@ -173,7 +200,8 @@ def share(layer: nn.Module, source: nn.Module) -> None:
     """Put the very projections of `source` behind the weight of a layer that shared its plain weight."""
     projected = projected_of(source)
     assert projected is not None
-    attach(layer, ProjectedWeight(projected.teacher[:0], write=None, read=projected.teacher[:0]))
+    one = projected.teacher[:1]
+    attach(layer, ProjectedWeight(one, write=None, read=one.T))
     layer.parametrizations["weight"] = source.parametrizations["weight"]  # type: ignore[index, operator, union-attr]
 
 
@@ -186,11 +214,12 @@ def projected_of(layer: nn.Module) -> ProjectedWeight | None:
 
 
 def side_of(layer: nn.Module, side: str) -> Tensor | None:
-    """Return the trained projection "write" or "read" of a layer; None where it has none."""
+    """Return the projection "write" or "read" of a layer; None where it has none."""
     projected = projected_of(layer)
     if projected is None or side not in projected.sides:
         return None
-    return getattr(layer.parametrizations["weight"], f"original{projected.sides.index(side)}")  # type: ignore[index, union-attr]
+    trained = getattr(layer.parametrizations["weight"], f"original{projected.sides.index(side)}")  # type: ignore[index, union-attr]
+    return projected.side(side, trained)
 
 
 def projected_layers(model: nn.Module) -> Iterator[nn.Module]:

@@ -238,4 +238,11 @@ def test_a_projected_weight_is_the_product_of_its_sides_share_by_share():
     writes = [torch.randn(6, 3), torch.randn(6, 3)]
     both = ProjectedWeight(teacher, write=torch.cat(writes), read=read, parts=2)
     expected = torch.cat([write.T @ part @ read for write, part in zip(writes, teacher.chunk(2), strict=True)])
-    assert torch.allclose(both(torch.cat(writes), read), expected, atol=1e-5)
+    trained = both.right_inverse(teacher)
+    assert torch.allclose(both(*trained), expected, atol=1e-5)
+    # A step in which all moves agree moves the weight by the rate on average: sides of one sign let all agree.
+    both = ProjectedWeight(teacher.abs(), write=torch.cat(writes).abs(), read=read.abs(), parts=2)
+    trained = both.right_inverse(teacher)
+    for place in range(2):
+        moved = [one + 1e-3 * (number == place) for number, one in enumerate(trained)]
+        assert float((both(*moved) - both(*trained)).mean()) == pytest.approx(1e-3, rel=1e-2)
