@@ -4,26 +4,33 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from kdcli.distill.job import Job
-from kdcli.distill.prepare import Follower
+from kdcli.distill.prepare import Follower, shape_only
 from kdcli.distill.start import sample_batches, task_loss
 from kdcli.distill.teacher import Teacher
 from kdcli.files import write_json
+from kdcli.models.counts import count_parameters
 from kdcli.models.factoriser import Factoriser
 from kdcli.models.importance import most_important, zeroing_importance
-from kdcli.models.overparam import OverparamReport, candidates, overparameterise, teacher_factors
+from kdcli.models.overparam import OverparamReport, candidates, chain_rows, overparameterise, teacher_factors
 from kdcli.models.student import StudentBuild
 from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import MatrixKey
 from kdcli.tasks.base import Task
 from kdcli.tasks.predict import placed
 from kdcli.training.distributed import agree, main_does
+from kdcli.training.growing import GrowingChains
+from kdcli.training.settings import LoopSettings
 from kdcli.words import counted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MEASURED = 128
 """Training rows that the importance of matrices is measured on: each matrix takes a pass over them."""
@@ -36,6 +43,11 @@ class Chain:
     report: OverparamReport
     teacher: dict[Any, tuple[Tensor, ...]]
     section: OverparamSection
+
+    def complete(self, model: "PreTrainedModel") -> None:
+        """Report all chains of a model that has been trained: some may have come meanwhile."""
+        self.report.rows = chain_rows(model)
+        self.report.after = count_parameters(model)
 
 
 def over_parameterise(
@@ -55,19 +67,38 @@ def over_parameterise(
     """
     if (section := follower.overparam) is None:
         return None
-    chosen = _chosen(job, task, teacher, follower, section, build, folder) if section.matrices is not None else None
     factors: dict[Any, tuple[Tensor, ...]] = {}
-    report = overparameterise(build.model, section, chosen)
+    compared = build.model
+    if section.select == "dynamic":
+        # None yet, but any of them may come.
+        compared = shape_only(build.model)
+        overparameterise(compared, section)
+        count = count_parameters(build.model)
+        report = OverparamReport([], count, count)
+    else:
+        static = section.select == "static"
+        chosen = _chosen(job, task, teacher, follower, section, build, folder) if static else None
+        report = overparameterise(build.model, section, chosen)
     if report.skipped:
         few = "; ".join(report.skipped[:3]) + ("; ..." if len(report.skipped) > 3 else "")
         job.tell(f"overparam: {counted(len(report.skipped), 'matrix', 'matrices')} without chains: {few}")
     if section.aux_weight > 0:
         pairs = follower.context.pairs
-        factors, skipped = teacher_factors(teacher.model, build.model, pairs, section, factoriser)
+        factors, skipped = teacher_factors(teacher.model, compared, pairs, section, factoriser)
         if skipped:
             few = ", ".join(map(str, skipped[:6])) + (" ..." if len(skipped) > 6 else "")
             job.tell(f"overparam: no teacher tensors for {counted(len(skipped), 'matrix', 'matrices')}: {few}")
     return Chain(report, factors, section)
+
+
+def growing_chains(
+    chain: Chain | None, build: StudentBuild, loop: LoopSettings, console: Console
+) -> GrowingChains | None:
+    """Return what chooses matrices while a stage trains; None where none are chosen so. loop: of the stage."""
+    if chain is None or chain.section.select != "dynamic":
+        return None
+    assert loop.max_steps is not None
+    return GrowingChains(build.model, chain.section, steps=loop.max_steps, console=console)
 
 
 def _chosen(

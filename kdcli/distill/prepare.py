@@ -22,6 +22,7 @@ from kdcli.distill.states import StatesPlan, plan_states
 from kdcli.distill.teacher import TeacherStart, labelling_of, start_teacher
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Stage
+from kdcli.models.blocks import iter_block_matrices
 from kdcli.models.families import family_of
 from kdcli.models.heads import BASE, Head, Labelling
 from kdcli.models.load import check_same_tokens, check_tokenizer
@@ -151,7 +152,26 @@ def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:
         check_lengths(models, recipe.export.sequence_lengths, "export.sequence_lengths")
     if recipe.overparam is not None and resolved.student.energy is None:
         check_chains(student.model, recipe.overparam, student.follows, student.context.pairs)
+    if recipe.overparam is not None and recipe.overparam.select == "dynamic":
+        _check_growth(student)
     return Prepared(resolved, task, downstream, head, labelling, teacher, followers, filler)
+
+
+def _check_growth(student: Follower) -> None:
+    """Raise InputError where matrices cannot become chains in the middle of a training."""
+    reason = None
+    if processes() > 1:
+        reason = "which several processes could not follow"
+    elif any(stage.scheme is not None and stage.scheme.keeps_parameters for stage in student.stages):
+        reason = "while the method remembers the student's parameters"
+    elif any(matrix.is_fused for _, matrix in iter_block_matrices(student.model)):
+        reason = f"and {family_of(student.model.config).title} has several of them in one"
+    if reason is not None:
+        raise InputError(
+            f'overparam.select = "dynamic" replaces matrices in the middle of a training, {reason}',
+            where="overparam.select",
+            hint='use "static", or leave it out',
+        )
 
 
 def _check_loops(resolved: Resolved, teacher: TeacherStart) -> None:

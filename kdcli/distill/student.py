@@ -7,12 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 from rich.console import Console
 from transformers import set_seed
 
-from kdcli.distill.chains import Chain, over_parameterise
+from kdcli.distill.chains import Chain, growing_chains, over_parameterise
 from kdcli.distill.job import Job
 from kdcli.distill.prepare import Follower
 from kdcli.distill.resolve import Resolved, trains_head
@@ -119,6 +118,7 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
     merge_projections(build.model)
     contraction = None
     if chain is not None:
+        chain.complete(build.model)
         with job.timed("contract"):
             contraction = contract_model(build.model).to_json()
     return Distilled(
@@ -225,6 +225,7 @@ def _train(
                 console=job.console,
                 identity=of,
                 scheme=scheme,
+                growing=growing_chains(chain, build, loop, job.console),
                 resume=job.resume,
             )
             records.append({"stage": stage.name, **record})
@@ -316,9 +317,9 @@ def _is_usable(final: Path, identity: dict[str, Any], console: Console) -> bool:
 
 
 def _keep_stage(final: Path, identity: dict[str, Any], distiller: Distiller, record: dict[str, Any]) -> None:
-    from kdcli.training.trainer import WEIGHTS
+    from kdcli.training.trainer import save_weights
 
     with atomic_folder(final, ours=True) as folder:
-        safetensors.torch.save_model(distiller, str(folder / WEIGHTS))
+        save_weights(distiller, folder)
         write_json(folder / RECORD, record)
         write_manifest(folder, identity)

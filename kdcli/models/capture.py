@@ -57,9 +57,6 @@ class Capture:
         self.request = request
         self.kind = kind
         self.heads = shape_of(model.config).heads
-        self.chains: dict[MatrixKey, nn.Module] = {}
-        if request.factors:
-            self.chains = {key: linear for key, linear in linears_of(model) if chain_of(linear) is not None}
         self._active = False
         self._scale: float | None = None
         self._positions: Tensor | None = None
@@ -224,7 +221,9 @@ class Capture:
 
     def factors(self) -> dict[MatrixKey, tuple[Tensor, ...]]:
         """Return the live tensors of every chain, where these are asked for."""
-        return {key: tensors_of(linear) for key, linear in self.chains.items()}
+        if not self.request.factors:
+            return {}
+        return {key: tensors_of(linear) for key, linear in linears_of(self.model) if chain_of(linear) is not None}
 
     def close(self) -> None:
         """Remove all hooks."""

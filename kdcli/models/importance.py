@@ -14,7 +14,7 @@ def zeroing_importance(
 ) -> dict[MatrixKey, float]:
     """Return |loss - loss with its weights zeroed| of every matrix. loss: of the model, each time it is called.
 
-    matrices: the weights of each, views of the model's own; they are zeroed in place and put back as they were.
+    matrices: the weights of each, or views of them; they are zeroed in place and put back as they were.
     """
     whole = loss()
     changes = []

@@ -246,11 +246,17 @@ def _comparable(
 
 
 def candidates(model: "PreTrainedModel", section: OverparamSection) -> dict[MatrixKey, list[Tensor]]:
-    """Return the weights of every block matrix that `section` allows a chain: of a low-rank one both its factors."""
+    """Return the plain weights that `section` allows chains for by block matrix: of a low-rank one both its factors."""
     found: dict[MatrixKey, list[Tensor]] = {}
     for place, _ in _wanted(model, section)[0]:
-        found.setdefault(place.whole, []).append(place.weight.detach())
+        if chain_of(place.layer) is None:
+            found.setdefault(place.whole, []).append(place.weight)
     return found
+
+
+def lengths_of(model: "PreTrainedModel", section: OverparamSection) -> set[int]:
+    """Return the lengths of all chains that `section` allows a model, whether they are there or not."""
+    return {shape.length for _, shape in _wanted(model, section)[0]}
 
 
 def overparameterise(
@@ -267,6 +273,21 @@ def overparameterise(
     if is_overparameterised(model):
         raise InputError("the model is over-parameterised already", hint="contract it first")
     before = count_parameters(model)
+    skipped = add_chains(model, section, chosen)
+    rows = chain_rows(model)
+    if not rows:
+        raise InputError(
+            "no matrix is left to over-parameterise",
+            where="overparam",
+            hint=f"left out: {'; '.join(skipped[:3])}" if skipped else None,
+        )
+    return OverparamReport(rows, before, count_parameters(model), skipped)
+
+
+def add_chains(
+    model: "PreTrainedModel", section: OverparamSection, chosen: Collection[MatrixKey] | None = None
+) -> list[str]:
+    """Put chains in place of plain block matrices, beside those that are there; return what stays plain, with why."""
     wanted, skipped = _wanted(model, section)
     if chosen is not None:
         wanted = [(place, shape) for place, shape in wanted if place.whole in chosen]
@@ -275,7 +296,6 @@ def overparameterise(
     layers = [place.layer for place, _ in wanted]
     weights = [layer.weight for layer in layers]
     ours = {id(layer) for layer, (place, _) in zip(layers, wanted, strict=True) if not place.matrix.is_fused}
-    rows: list[MatrixReport] = []
     first: dict[int, _Place] = {}
     for (place, shape), layer, weight in zip(wanted, layers, weights, strict=True):
         if holders[id(weight)] - ours - {id(layer)}:
@@ -292,25 +312,27 @@ def overparameterise(
             _attach(alone, MPOWeight(shape, section.gauge, section.svd_dtype))
             if section.train == "auxiliary":
                 tensors_of(alone)[central_index(len(shape))].requires_grad_(False)
-            rows.append(
-                MatrixReport(
-                    block=place.key[0],
-                    matrix=place.key[1],
-                    shape=shape.matrix,
-                    out_factors=shape.out_factors,
-                    in_factors=shape.in_factors,
-                    bonds=shape.bond_dims(),
-                    dense=math.prod(shape.matrix),
-                    chain=shape.parameter_count(),
-                )
+    return skipped
+
+
+def chain_rows(model: "PreTrainedModel") -> list[MatrixReport]:
+    """Return a row for every chain in the blocks of a model; one that several layers share counts once."""
+    rows: dict[int, MatrixReport] = {}
+    for (layer, name), linear in linears_of(model):
+        if (chain := chain_of(linear)) is not None:
+            shape = chain.shape
+            row = MatrixReport(
+                block=layer,
+                matrix=name,
+                shape=shape.matrix,
+                out_factors=shape.out_factors,
+                in_factors=shape.in_factors,
+                bonds=shape.bond_dims(),
+                dense=math.prod(shape.matrix),
+                chain=shape.parameter_count(),
             )
-    if not rows:
-        raise InputError(
-            "no matrix is left to over-parameterise",
-            where="overparam",
-            hint=f"left out: {'; '.join(skipped[:3])}" if skipped else None,
-        )
-    return OverparamReport(rows, before, count_parameters(model), skipped)
+            rows.setdefault(id(chain), row)
+    return list(rows.values())
 
 
 def contract_model(model: "PreTrainedModel", *, check: bool = True) -> ContractReport:
@@ -388,6 +410,13 @@ def restore_overparam(model: nn.Module, state: dict[str, Any]) -> None:
         if shape.matrix != (linear.out_features, linear.in_features):
             raise ValueError(f"the chain of {path} does not fit its layer")
         _attach(linear, MPOWeight(shape, entry.get("gauge", "symmetric")), blank=True)
+
+
+def set_chains(model: nn.Module, state: dict[str, Any]) -> None:
+    """Give `model` the chains that `overparam_state` described, and no others; loading values is for the caller."""
+    if overparam_state(model) != state:
+        contract_model(model, check=False)  # type: ignore[arg-type]
+        restore_overparam(model, state)
 
 
 def teacher_factors(

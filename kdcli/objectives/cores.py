@@ -82,5 +82,7 @@ class TensorObjective(Objective):
         return Request(factors=True)
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
+        if not teacher.factors:
+            return torch.zeros((), device=student.mask.device)
         weight = 1.0 / len(teacher.factors) if self.reduction == "mean" else 1.0
         return _weighted_squares([(weight, student.factors[key], chain) for key, chain in teacher.factors.items()])

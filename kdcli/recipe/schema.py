@@ -550,13 +550,22 @@ class OverparamSection(Section):
     svd_dtype: Literal["float32", "float64"] = Field(
         default="float64", description="Number type that the decompositions are computed in."
     )
-    select: Literal["all", "static"] = Field(
+    select: Literal["all", "static", "dynamic"] = Field(
         default="all",
-        description='Which of these matrices become chains: all, or ("static", of OPF) as many as `matrices` says: '
-        "those whose weights, set to zero, change the student's loss on training rows most before it is trained.",
+        description="Which of these matrices become chains: all, or (OPF) as many as `matrices` says. Static: those "
+        "whose weights, set to zero, change the student's loss on training rows most before it is trained. Dynamic: a "
+        "few every so many steps, those of the greatest sum of |gradient x weight| so far.",
     )
     matrices: PositiveInt | None = Field(
         default=None, description="Number of matrices that become chains, where these are selected."
+    )
+    select_count: PositiveInt = Field(
+        default=2, description='Number of matrices that become chains at once, with select = "dynamic".'
+    )
+    select_every: PositiveInt | None = Field(
+        default=None,
+        description='Steps between two such choices, with select = "dynamic". Left out, all are made in the first '
+        "third of a training.",
     )
     train: Literal["all", "auxiliary"] = Field(
         default="all",

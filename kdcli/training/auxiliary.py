@@ -19,15 +19,16 @@ def auxiliary_share(distiller: Distiller) -> Tensor | None:
     Returns a scalar on the tensors' device.
     """
     found = [name for name, objective in distiller.objectives.items() if isinstance(objective, TensorObjective)]
-    if not found or not distiller.teacher_factors:
+    teacher = distiller.compared_factors()
+    if not found or not teacher:
         return None
     [name] = found
     student = distiller.student_capture.factors()
-    tensors = list({id(t): t for key in distiller.teacher_factors for t in student[key] if t.requires_grad}.values())
+    tensors = list({id(t): t for key in teacher for t in student[key] if t.requires_grad}.values())
     nothing = torch.zeros(0)
     with torch.enable_grad():
         value = distiller.weights[name] * distiller.objectives[name](
-            Signals(nothing, 0, factors=student), Signals(nothing, 0, factors=distiller.teacher_factors), {}
+            Signals(nothing, 0, factors=student), Signals(nothing, 0, factors=teacher), {}
         )
         own = torch.autograd.grad(value, tensors, allow_unused=True, materialize_grads=True)
     whole = [t.grad if t.grad is not None else torch.zeros_like(t) for t in tensors]

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -10,6 +11,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from kdcli.training.growing import GrowingChains
+from kdcli.training.settings import LoopSettings
 from kdcli.training.step import Distiller
 
 
@@ -31,6 +34,21 @@ class LogAtCheckpoints(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_save:
             control.should_log = True
+
+
+class GrowChains(TrainerCallback):
+    """Puts the next chains in place after a step, before anything is logged, scored or written."""
+
+    def __init__(
+        self, growing: GrowingChains, distiller: Distiller, optimizer: torch.optim.Optimizer, loop: LoopSettings
+    ) -> None:
+        self.growing = growing
+        self.distiller = distiller
+        self.optimizer = optimizer
+        self.loop = loop
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.growing.grow(state.global_step, self.distiller, self.optimizer, self.loop)
 
 
 class Patience(TrainerCallback):

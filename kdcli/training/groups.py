@@ -1,6 +1,6 @@
 """Which parameters AdamW trains at which rate: matrices, vectors, and chains of tensors by their length."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +11,23 @@ from kdcli.tensors.parametrization import chains_of
 from kdcli.training.settings import LoopSettings
 
 
-def chains_by_length(model: nn.Module) -> dict[int, list[nn.Parameter]]:
-    """Return the trainable tensors of a model's chains by the number of middle tensors of their chain, in its order."""
-    found: dict[int, list[nn.Parameter]] = {}
+def chains_by_length(model: nn.Module, lengths: Collection[int] = ()) -> dict[int, list[nn.Parameter]]:
+    """Return the trainable tensors of a model's chains by the number of middle tensors of their chain, in its order.
+
+    lengths: those that have a list although there may be no such chain.
+    """
+    found: dict[int, list[nn.Parameter]] = {length: [] for length in lengths}
     for shape, chain in chains_of(model):
         found.setdefault(shape.length, []).extend(tensor for tensor in chain if tensor.requires_grad)
     return dict(sorted(found.items()))
 
 
-def parameter_groups(model: nn.Module, loop: LoopSettings) -> list[dict[str, Any]]:
-    """Return AdamW's groups: matrices with weight decay, vectors without, and chains of each length at their rate."""
-    chains = chains_by_length(model)
+def parameter_groups(model: nn.Module, loop: LoopSettings, lengths: Collection[int] = ()) -> list[dict[str, Any]]:
+    """Return AdamW's groups: matrices with weight decay, vectors without, and chains of each length at their rate.
+
+    lengths: of chains that may come later; with any, groups may be empty, so that their number stays.
+    """
+    chains = chains_by_length(model, lengths)
     ours = {id(tensor) for tensors in chains.values() for tensor in tensors}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
     groups: list[dict[str, Any]] = [
@@ -33,7 +39,16 @@ def parameter_groups(model: nn.Module, loop: LoopSettings) -> list[dict[str, Any
             for length, tensors in chains.items()
         ),
     ]
-    return [group for group in groups if group["params"]]
+    return [group for group in groups if group["params"] or lengths]
+
+
+def regroup(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Give an optimizer's groups the parameters of `groups`; what it remembers of others goes, new ones start blank."""
+    for group, given in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = given["params"]
+    kept = {parameter for group in groups for parameter in group["params"]}
+    for parameter in [parameter for parameter in optimizer.state if parameter not in kept]:
+        del optimizer.state[parameter]
 
 
 class MatchedSteps:
@@ -44,7 +59,8 @@ class MatchedSteps:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.chains = chains_of(model)
+        self.model = model
+        self._chains = chains_of(model)
         self._before: list[list[Tensor]] = []
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -53,16 +69,18 @@ class MatchedSteps:
         optimizer.register_step_post_hook(self._match)
 
     def _keep(self, *_: Any) -> None:
-        self._before = [[tensor.detach().clone() for tensor in chain] for _, chain in self.chains]
+        # Chains may have come since the last step.
+        self._chains = chains_of(self.model)
+        self._before = [[tensor.detach().clone() for tensor in chain] for _, chain in self._chains]
 
     def _match(self, *_: Any) -> None:
-        for (shape, chain), before in zip(self.chains, self._before, strict=True):
+        for (shape, chain), before in zip(self._chains, self._before, strict=True):
             match_step(shape, before, chain, trained=_trained(chain))
         self._before = []
 
     def match(self, after: Mapping[nn.Parameter, Tensor]) -> None:
         """Scale a step that was made on copies. after: by the parameters that they are copies of, changed in place."""
-        for shape, chain in self.chains:
+        for shape, chain in self._chains:
             match_step(shape, chain, [after.get(tensor, tensor) for tensor in chain], trained=_trained(chain))
 
 

@@ -93,6 +93,11 @@ class Distiller(nn.Module):
         if self.teacher_capture is not None:
             self.teacher_capture.close()
 
+    def compared_factors(self) -> dict[MatrixKey, tuple[Tensor, ...]]:
+        """Return the teacher's tensors beside the chains that the student has now."""
+        own = self.student_capture.factors() if self.teacher_factors else {}
+        return {key: chain for key, chain in self.teacher_factors.items() if key in own}
+
     def teacher_signals(self, batch: Mapping[str, Tensor]) -> Signals:
         """Return the teacher's signals on `batch`, without gradient of its weights."""
         if self.teacher_states is not None:
@@ -104,7 +109,7 @@ class Distiller(nn.Module):
                 signals = capture.run(batch)
         if self.teacher_outputs is not None:
             signals.predictions = self.kind.predictions(self.teacher_outputs.of(batch), batch)
-        signals.factors = self.teacher_factors
+        signals.factors = self.compared_factors()
         return signals
 
     def without_gradient(self, batch: Mapping[str, Tensor]) -> list[str]:

@@ -1,6 +1,7 @@
 """The training loop: the Hugging Face Trainer around a `Distiller`."""
 
 import contextlib
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -27,16 +28,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from kdcli.data.rows import array_of
 from kdcli.errors import RunError
 from kdcli.faults import writing
+from kdcli.files import write_json
 from kdcli.interrupts import finishing
 from kdcli.machine import computing_device, resolve_precision
 from kdcli.manifest import MANIFEST, check_manifest, is_sealed, require, write_manifest
 from kdcli.models.counts import count_parameters
 from kdcli.models.finite import first_not_finite
+from kdcli.models.overparam import overparam_state, set_chains
 from kdcli.terminal import tell, warn
 from kdcli.training.auxiliary import AUXILIARY, auxiliary_share
-from kdcli.training.callbacks import EvaluateAtEnd, LogAtCheckpoints, Patience, TellEpochs
+from kdcli.training.callbacks import EvaluateAtEnd, GrowChains, LogAtCheckpoints, Patience, TellEpochs
 from kdcli.training.distributed import agree, main_does, rng_file, wait_for_all
 from kdcli.training.groups import MatchedSteps, parameter_groups
+from kdcli.training.growing import GrowingChains
 from kdcli.training.progress import ProgressDisplay
 from kdcli.training.sampler import EpochSampler
 from kdcli.training.schemes.base import Scheme
@@ -46,7 +50,14 @@ from kdcli.training.step import Distiller
 WEIGHTS = "model.safetensors"
 
 
+CHAINS = "chains.json"
+"""Which matrices were chains when the weights beside it were written."""
+
+
 SCHEME = "scheme.pt"
+
+
+GROWTH = "growth.pt"
 
 
 PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
@@ -69,9 +80,11 @@ class DistillationTrainer(Trainer):
         log_dir: Path | None,
         display: ProgressDisplay,
         identity: Any,
+        growing: GrowingChains | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.growing = growing
         self.settings = settings
         self.identity = identity
         self.scheme = scheme
@@ -114,11 +127,13 @@ class DistillationTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            groups = parameter_groups(self.model, self.settings)
+            groups = parameter_groups(self.model, self.settings, self.growing.lengths if self.growing else ())
             rate = self.settings.learning_rate
             self.optimizer = torch.optim.AdamW(groups, lr=rate, fused=True, **self.settings.adam)
             if self.settings.chain_learning_rate == "matched":
                 MatchedSteps(self.model).attach(self.optimizer)
+            if self.growing is not None:
+                self.add_callback(GrowChains(self.growing, self.model, self.optimizer, self.settings))
         return self.optimizer
 
     def training_step(
@@ -128,9 +143,12 @@ class DistillationTrainer(Trainer):
         assert self.optimizer is not None
         self.scheme.before_step(self.state.global_step, inputs, self.optimizer)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._logs_next() and self.accelerator.sync_gradients:  # type: ignore[union-attr]
+        if self.accelerator.sync_gradients:  # type: ignore[union-attr]
             # All gradients of the step are there, and not clipped yet.
-            self._auxiliary = auxiliary_share(self.model)
+            if self._logs_next():
+                self._auxiliary = auxiliary_share(self.model)
+            if self.growing is not None:
+                self.growing.measure()
         return loss
 
     def _logs_next(self) -> bool:
@@ -184,7 +202,7 @@ class DistillationTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir or ".")
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_model(self.model, str(folder / WEIGHTS))
+            save_weights(self.model, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.checkpoint(self.state.global_step)
@@ -193,6 +211,8 @@ class DistillationTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save and (state := self.scheme.state_dict()):
                 torch.save(state, folder / SCHEME)
+            if self.args.should_save and self.growing is not None:
+                torch.save(self.growing.state_dict(), folder / GROWTH)
             # Every process has written its random state.
             wait_for_all()
             main_does(lambda: self._seal(folder))
@@ -216,6 +236,8 @@ class DistillationTrainer(Trainer):
         load_weights(self.model, folder)
         if (folder / SCHEME).exists():
             self.scheme.load_state_dict(torch.load(folder / SCHEME, map_location=self.args.device, weights_only=True))
+        if self.growing is not None:
+            self.growing.load_state_dict(torch.load(folder / GROWTH, weights_only=True))
 
     def was_finished(self, checkpoint: Path) -> bool:
         """Return whether `checkpoint` was the last of its training, and take over how that ended if so.
@@ -243,8 +265,16 @@ def _diverged(seen: str) -> RunError:
     return RunError(f"training has diverged: {seen}", hint='lower the learning rate, or set train.precision = "fp32"')
 
 
+def save_weights(distiller: Distiller, folder: Path) -> None:
+    """Write what `load_weights` reads: all weights, and which matrices of the student are chains."""
+    safetensors.torch.save_model(distiller, str(folder / WEIGHTS))
+    write_json(folder / CHAINS, overparam_state(distiller.student))
+
+
 def load_weights(distiller: Distiller, folder: Path) -> None:
-    """Load the weights of a checkpoint folder into `distiller`, every key or none."""
+    """Load the weights of a folder into `distiller`, every key or none; its student gets the chains that it had."""
+    if (path := folder / CHAINS).exists():
+        set_chains(distiller.student, json.loads(path.read_text(encoding="utf-8")))
     device = next(distiller.parameters()).device
     safetensors.torch.load_model(distiller, folder / WEIGHTS, strict=True, device=str(device))
 
@@ -306,6 +336,7 @@ def fit(
     console: Console,
     identity: Any = None,
     scheme: Scheme | None = None,
+    growing: GrowingChains | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
     """Train `distiller` in place and return what happened: steps, seconds, history, best score.
@@ -313,7 +344,7 @@ def fit(
     train, selection: encoded data sets. metrics: from the outputs for `selection` to named scores; None scores by the
     loss on it. Checkpoints go to `folder`; with `resume`, training goes on from the newest one that is whole and was
     written under the same `identity` (plain values that say which training this is); else old ones are removed.
-    scheme: begun already.
+    scheme: begun already. growing: puts chains in place of the student's matrices as it trains, in one process only.
     Raises InputError when the batch cannot be split over the processes, and RunError when training diverges.
     """
     arguments = _arguments(settings, folder, len(train), evaluates=selection is not None, by_loss=metrics is None)
@@ -338,6 +369,7 @@ def fit(
         log_dir=log_dir,
         display=display,
         identity=identity,
+        growing=growing,
     )
     if settings.patience is not None and selection is not None:
         trainer.add_callback(Patience(settings.patience))

@@ -72,7 +72,13 @@ def document(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         "seed": cell.seed,
     }
     if cell.length is not None:
-        recipe["overparam"] = {"length": cell.length, "learning_rate": cell.way}
+        recipe["overparam"] = {
+            "length": cell.length,
+            "learning_rate": cell.way,
+            "targets": options.targets,
+            "aux_weight": options.aux_weight,
+            "svd_dtype": "float32",
+        }
     return recipe
 
 
@@ -80,8 +86,8 @@ def table(done: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """Return the cells that are done as Markdown tables: a task each, a row for a length and a way."""
     lines = [
         f"Students of {options.layers} blocks of the 6-block, 384-wide encoder, `kd`, {options.steps} steps of "
-        f"{options.batch_size} of {options.samples:,} rows, {options.validation} validation rows; 100 x score; mean "
-        "over the seeds done. "
+        f"{options.batch_size} of {options.samples:,} rows, {options.validation} validation rows; chains for "
+        f"{' and '.join(options.targets)}, aux_weight {options.aux_weight:g}; 100 x score; mean over the seeds done. "
         "Plateau: the rates within 1 point of the row's best."
     ]
     for task in options.tasks:
@@ -116,6 +122,8 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=32)
     parser.add_argument("--teacher-epochs", type=float, default=3.0)
     parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--targets", nargs="+", default=["attention", "ffn"], choices=["attention", "ffn"])
+    parser.add_argument("--aux-weight", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from tiny_recipes import run_recipe, tiny_recipe, write_recipe
 from training.stages import Killed, kill_after
 
@@ -62,3 +64,42 @@ def test_a_number_that_selects_nothing_is_refused_before_the_run(tmp_path: Path,
     with pytest.raises(InputError, match=message) as caught:
         run_distill(load_recipe(path, []), recipe_path=path, output=tmp_path / "runs", console=Console(quiet=True))
     assert caught.value.where == "overparam.matrices"
+
+
+def test_matrices_that_become_chains_in_training_are_in_the_record_of_the_run(tmp_path: Path):
+    section = {"length": 1, "select": "dynamic", "matrices": 3, "select_count": 2, "select_every": 1}
+    document = run_recipe(recipe(tmp_path, overparam=section, train={"max_steps": 4}))
+    assert len(set(chained(document))) == len(document["contraction"]["matrices"]) == 3
+    assert document["overparam"]["parameters_after"] > document["overparam"]["parameters_before"]
+    assert document["contraction"]["max_abs_difference"] < 1e-4
+
+
+def test_a_second_stage_goes_on_with_the_chains_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    section = {"length": 1, "select": "dynamic", "matrices": 4, "select_count": 1, "select_every": 3}
+    train = {"max_steps": 12, "eval_every": 2, "keep_checkpoints": True, "select": "last"}
+    path = recipe(tmp_path, overparam=section, train=train, method={"name": "tinybert"})
+    whole = run_recipe(path, "name=whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, 2, "2-prediction")
+        run_recipe(path, "name=parts")
+    document = run_recipe(path, "name=parts", resume=True)
+    assert len(chained(whole)) == 4 and chained(document) == chained(whole)
+    folders = [tmp_path / "runs" / name / "student" / "model.safetensors" for name in ("whole", "parts")]
+    weights = [load_file(folder) for folder in folders]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": {"name": "lgtm"}}, "remembers the student's parameters"),
+        ({"teacher": {"scratch": {"family": "modernbert"}}}, "several of them in one"),
+    ],
+)
+def test_where_matrices_cannot_change_in_training_they_are_not_chosen_there(
+    tmp_path: Path, changes: dict[str, Any], message: str
+):
+    path = recipe(tmp_path, overparam={"select": "dynamic", "matrices": 2}, **changes)
+    with pytest.raises(InputError, match=message) as caught:
+        run_recipe(path)
+    assert caught.value.where == "overparam.select"

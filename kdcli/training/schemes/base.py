@@ -60,6 +60,9 @@ class Scheme:
     steps_are_alike = True
     """False when it changes from step to step which of the student's parameters get a gradient."""
 
+    keeps_parameters = False
+    """True when it remembers which parameters the student has: these must stay the same until it ends."""
+
     def check(
         self,
         loop: "LoopSettings",

@@ -88,6 +88,7 @@ class LGTMScheme(Scheme):
     """
 
     teacher_is_fixed = False
+    keeps_parameters = True
     unkept = "its teacher learns, so that its states change from step to step"
 
     def __init__(self, learning: Learning) -> None:
