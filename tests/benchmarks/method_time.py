@@ -29,6 +29,7 @@ from common import encoder, report
 from rich.console import Console
 
 from kdcli.distill.resolve import context_of, resolve
+from kdcli.distill.states import teacher_request
 from kdcli.distill.student import make_distiller
 from kdcli.machine import resolve_precision
 from kdcli.methods import registry
@@ -45,6 +46,7 @@ from kdcli.tasks.load import load_task
 from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.settings import LoopSettings
 from kdcli.training.step import Distiller
+from kdcli.training.teacher_states import KeptStates
 
 Step = Callable[[int], None]
 OPTIONS: dict[str, dict[str, Any]] = {"theseus": {"schedule": "constant", "replacing_rate": 0.5}}
@@ -114,9 +116,12 @@ class World:
 
         return step
 
-    def method(self, name: str, section: StudentSection) -> dict[str, list[Step]]:
+    def method(
+        self, name: str, section: StudentSection, kept: Callable[[Request], KeptStates] | None = None
+    ) -> dict[str, list[Step]]:
         """Return of every stage of a method a step, and the passes that it cannot do without (on plain text).
 
+        kept: makes the states that a stage reads from the disk, in place of a teacher that runs.
         Stages are called "tinybert 1" and "tinybert 2", a single one as the method.
         """
         recipe = Recipe.model_validate(
@@ -129,22 +134,23 @@ class World:
             }
         )
         resolved = resolve(recipe, Path("made-up.toml"))
-        assert resolved.student.form is not None
-        shadow = build_student(self.teacher, resolved.student, seed=0).model
-        context = context_of(self.teacher, shadow, resolved.student.form, self.task, resolved.recipe)
+        shadow = build_student(self.teacher, resolved.student, seed=0)
+        context = context_of(self.teacher, shadow, self.task, resolved.recipe)
         resolved.method.check(resolved.options, context)
         stages = resolved.method.build(resolved.options, context)
         found = {}
         for number, stage in enumerate(stages, 1):
             # Later stages do the same work on any student.
             student = build_student(self.teacher, resolved.student, seed=0).model
-            steps = [self.step_of(*self.begun(student, stage, resolved.loop))]
+            steps = [self.step_of(*self.begun(student, stage, resolved.loop, kept))]
             if self.task.kind.scored_by_loss:
                 steps += self.captured(build_student(self.teacher, resolved.student, seed=0).model, stage.terms)
             found[name if len(stages) == 1 else f"{name} {number}"] = steps
         return found
 
-    def begun(self, student: Any, stage: Stage, loop: LoopSettings) -> tuple[Distiller, Scheme]:
+    def begun(
+        self, student: Any, stage: Stage, loop: LoopSettings, kept: Callable[[Request], KeptStates] | None = None
+    ) -> tuple[Distiller, Scheme]:
         """Return what trains in a stage."""
         scheme = stage.scheme or Scheme()
         rows = scheme.begin(
@@ -161,7 +167,8 @@ class World:
                 console=Console(quiet=True),
             )
         )
-        distiller = make_distiller(student, list(stage.terms), scheme, rows)
+        states = kept(teacher_request(list(stage.terms))) if kept is not None else None
+        distiller = make_distiller(student, list(stage.terms), scheme, rows, states=states)
         distiller.student.train()
         return distiller, scheme
 
