@@ -1,4 +1,4 @@
-"""MaKD on SST-2: retention at half of the block weights, and at a quarter against logits only.
+"""MaKD on SST-2: retention at half, a quarter and an eighth of the block weights, a quarter against logits only.
 
 KDCLI_DATA_DIR=... python tests/benchmarks/makd_sst2.py [--samples 20000] [--epochs 2] [--output bench]
 """
@@ -38,6 +38,7 @@ def main() -> None:
     for name, weights in VARIANTS.items():
         seeds = options.ablation_seeds if weights else options.seeds
         table.append((f"quarter: {name}", 0.25, {"name": "makd", **({"weights": weights} if weights else {})}, seeds))
+    table.append(("eighth: makd", 0.125, {"name": "makd"}, options.seeds))
     for name, budget, method, seeds in table:
         if options.only is not None and name not in options.only:
             continue
