@@ -5,7 +5,7 @@
 Both train a low-rank student of half of the block weights; kd has the teacher's logits. All steps alternate in one
 process, in fp32 on a CPU; reading the states, of other rows each time, is part of a step. Processor seconds stand
 beside those of the clock: on a machine that does other work, too, they say more. The first pass, which keeps the
-states, is not a step. Ends with 1 when the ratio of the median processor seconds with states in fp32 is above --max-ratio.
+states, is not a step. Ends with 1 when the ratio of processor seconds with states in fp32 is above --max-ratio.
 """
 
 import argparse
