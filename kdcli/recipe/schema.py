@@ -454,11 +454,15 @@ class StudentSection(Section):
         if self.ranks == "spread" and (self.rank is not None or self.energy is not None):
             raise ValueError('ranks = "spread" divides a budget or params, so it cannot stand beside a rank or energy')
         others = {"width": ("alignment", "init_samples")}.get(self.form or "", ("alignment",))
-        if self.init != "projections" and (idle := [name for name in others if name in self.model_fields_set]):
+        if self.init != "projections" and (idle := [n for n in others if getattr(self, n) != self._default(n)]):
             raise ValueError(f'{" and ".join(idle)}: only a width student with init = "projections" has this')
         if self.form == "checkpoint" and self.model is None:
             raise ValueError('form = "checkpoint" needs model = "FOLDER OR HUB NAME"')
         return self
+
+    @classmethod
+    def _default(cls, key: str) -> Any:
+        return cls.model_fields[key].default
 
     def _as_written(self, key: str) -> str:
         return f'init = "{self.init}"' if key == "init" else key
@@ -466,7 +470,7 @@ class StudentSection(Section):
     def unsupported_fields(self, form: Form) -> list[str]:
         """Return the fields with another value than their default that this form does not have."""
         others = dict.fromkeys(key for keys in FORM_FIELDS.values() for key in keys if key not in FORM_FIELDS[form])
-        fields = [key for key in others if getattr(self, key) != type(self).model_fields[key].default]
+        fields = [key for key in others if getattr(self, key) != self._default(key)]
         if self.init is not None and self.init not in STARTS[form] and "init" not in fields:
             fields.append("init")
         return fields
@@ -557,7 +561,7 @@ class OverparamSection(Section):
         "few every so many steps, those of the greatest sum of |gradient x weight| so far.",
     )
     matrices: PositiveInt | None = Field(
-        default=None, description="Number of matrices that become chains, where these are selected."
+        default=None, description="Number of matrices that become chains. Give it with select, and only then."
     )
     select_count: PositiveInt = Field(
         default=2, description='Number of matrices that become chains at once, with select = "dynamic".'
