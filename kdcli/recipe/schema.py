@@ -577,7 +577,7 @@ class OverparamSection(Section):
         "(MPOP, arXiv 2106.02205).",
     )
     learning_rate: PositiveFloat | Literal["matched", "by-length"] = Field(
-        default="by-length",
+        default="matched",
         description='Learning rate of the chains: a number; "by-length", the student\'s / (1.5 + 0.8 L) for a chain '
         "with L middle tensors, since a step on all tensors moves the matrix about that much further; or "
         '"matched", the student\'s, with every step scaled so that the matrix moves as far as a plain one would.',

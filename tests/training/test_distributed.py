@@ -19,7 +19,7 @@ from kdcli.data.reviews import LABELS
 TRAIN = {"max_steps": 8, "batch_size": 16, "eval_every": 4}
 RECIPE = tiny_recipe("teacher", task={"train_samples": 200, "validation_samples": 64}, teacher=FOLDER, train=TRAIN)
 MAKD = changed(RECIPE, "student", method="makd", student={"budget": 0.5}, overparam={"length": 1})
-MATCHED = changed(MAKD, overparam={"learning_rate": "matched"})
+BY_LENGTH = changed(MAKD, overparam={"learning_rate": "by-length"})
 # Its first stage leaves the head out; in the second every parameter is used.
 TINYBERT = changed(RECIPE, method="tinybert")
 # Which blocks are used, and so which parameters, is drawn in every step.
@@ -37,7 +37,9 @@ def distill(folder: Path, name: str, *launcher: str, extra: tuple[str, ...] = ()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [MAKD, MATCHED, TINYBERT, THESEUS], ids=["makd", "matched", "tinybert", "theseus"])
+@pytest.mark.parametrize(
+    "method", [MAKD, BY_LENGTH, TINYBERT, THESEUS], ids=["makd", "by-length", "tinybert", "theseus"]
+)
 def test_without_dropout_two_processes_agree_with_one(folder: Path, method: dict[str, Any]):
     write_recipe(folder / "recipe.toml", method)
     one = distill(folder, "one")

@@ -189,8 +189,11 @@ def test_the_rate_of_a_chain_follows_from_its_own_length(tmp_path: Path, section
             assert rates[id(tensor)] == pytest.approx(1e-3 / (1.5 + 0.8 * length))
 
 
-def test_a_recipe_without_a_rate_for_its_chains_leaves_it_to_their_lengths():
+def test_a_recipe_says_the_rate_of_its_chains_or_leaves_it_to_every_step_or_their_lengths():
     recipe = tiny_recipe(overparam={"length": 3, "scale": 6.0}, train={"learning_rate": 1e-3})
+    loop = LoopSettings.from_train(Recipe.model_validate(recipe), {})
+    assert loop.chain_learning_rate == "matched" and loop.chain_rate(0) == loop.chain_rate(8) == 1e-3
+    recipe["overparam"]["learning_rate"] = "by-length"
     loop = LoopSettings.from_train(Recipe.model_validate(recipe), {})
     assert [loop.chain_rate(length) for length in (0, 8)] == pytest.approx([1e-3 / 1.5, 1e-3 / 7.9])
     recipe["overparam"]["learning_rate"] = 2e-5
