@@ -161,7 +161,7 @@ def test_blocks_in_turn_are_looked_at_behind_the_factors_of_those_before():
     model = tiny("bert", layers=3)
     matrices = dict(iter_block_matrices(model))
     plain = {key: statistics_of(inputs_of(matrix.weight.shape[1])) for key, matrix in matrices.items()}
-    fresh = {key: statistics_of(2.0 + inputs_of(matrix.weight.shape[1])) for key, matrix in matrices.items()}
+    fresh = {key: statistics_of(inputs_of(matrix.weight.shape[1]).flip(1)) for key, matrix in matrices.items()}
     seen: list[tuple[int, list[int]]] = []
 
     def look_again(student: nn.Module, layer: int) -> dict[MatrixKey, Statistics]:
