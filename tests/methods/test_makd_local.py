@@ -177,6 +177,13 @@ def test_a_shorter_student_gets_the_inputs_of_the_block_that_it_follows(family: 
     assert loss.item() == 0.0 if block == 2 else loss.item() > 0.1
 
 
+def test_blocks_that_several_numbers_name_keep_apart():
+    # The student's second block follows the teacher's fourth, though inputs of the teacher's second are there, too.
+    teacher = tiny("bert", layers=4)
+    student = build_student(teacher, StudentSection(form="depth", layers=[1, 3]), seed=0).model
+    assert local_loss(student, teacher).item() == 0.0
+
+
 def test_no_layer_learns_from_another_one():
     teacher = teacher_of()
     student, other = student_of(teacher), student_of(teacher)

@@ -72,6 +72,14 @@ def test_the_first_step_moves_every_weight_by_the_students_own_rate(tmp_path: Pa
         assert 0.9e-5 < rms(after - before) < 1.02e-5, name
 
 
+def test_a_frozen_central_tensor_does_not_slow_the_others_down(tmp_path: Path):
+    student, watch = tiny("bert", layers=1, seed=1, **OFF), Watch()
+    overparameterise(student, OverparamSection(length=1, aux_weight=0.0, train="auxiliary"))
+    go(tmp_path, student, scheme=watch, max_steps=1, learning_rate=1e-5)
+    for name, before, after in zip(range(6), watch.weights[0], weights(student), strict=True):
+        assert 0.9e-5 < rms(after - before) < 1.02e-5, name
+
+
 def test_a_layers_rate_does_not_move_what_another_one_is(tmp_path: Path):
     """Without matching, the same step moves the weights behind longer chains further."""
     moved = []
