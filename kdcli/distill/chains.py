@@ -133,8 +133,8 @@ def _importance(
     """Return how much the loss of the gold answers of some training rows changes without each matrix."""
     batches = sample_batches(task, teacher.tokenizer, MEASURED, job)
     total = sum(len(batch["input_ids"]) for batch in batches)
-    of_batch = task_loss(build.model, task, follower.context)
-    with placed(build.model, job.resolved.loop.device) as device:
+    of_model = task_loss(build.model, task, follower.context)
+    with placed(build.model, job.resolved.loop.device) as device, of_model as of_batch:
         moved = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
         def loss() -> Tensor:

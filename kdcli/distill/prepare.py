@@ -202,6 +202,12 @@ def _followers(
                 _check_base(teacher, section, resolved)
             # What the student is cut from answers the task, but for the base of the teacher and a body alone.
             section = with_start(section, has_loss=head != BASE and not resolved.from_base)
+            if section.sequential and (family := family_of(nearest.config)).repeated:
+                raise InputError(
+                    f"the blocks of {family.title} are one, run again and again, so none comes after another",
+                    where="student.sequential",
+                    hint="leave it out",
+                )
             overparam = resolved.recipe.overparam if name == "student" else None
             build = _shadow(base if resolved.from_base else nearest, section, overparam, labelling)
             context = context_of(nearest, build, task, resolved.recipe)

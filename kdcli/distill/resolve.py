@@ -185,8 +185,22 @@ def with_start(section: StudentSection, *, has_loss: bool) -> StudentSection:
                 where=f"student.{name}",
                 hint='use init = "activations" or "svd"' if name == "init" else 'use ranks = "even"',
             )
-    divides = section.rank is None and section.energy is None and section.budget != 1.0
+    if section.budget == 1.0:
+        # Nothing is factorised.
+        return section.model_copy(update={"init": "svd", "ranks": "even"})
+    divides = section.rank is None and section.energy is None
     ranks = section.ranks or ("spread" if has_loss and divides else "even")
+    looks = start != "svd" or ranks == "spread"
+    idle = {
+        "sequential": section.sequential and start not in ("activations", "both"),
+        "init_samples": section.init_samples != StudentSection.model_fields["init_samples"].default and not looks,
+    }
+    if unused := [name for name, is_idle in idle.items() if is_idle]:
+        raise InputError(
+            f'init = "{start}" does not look at the inputs of training rows',
+            where=f"student.{unused[0]}",
+            hint='leave it out, or use init = "both" or "activations"',
+        )
     return section.model_copy(update={"init": start, "ranks": ranks})
 
 

@@ -1,6 +1,8 @@
 """What the weights of a student start from: a pass of the teacher over some training rows."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from kdcli.data.rows import array_of
 from kdcli.distill.job import Job
-from kdcli.files import cache_dir, fingerprint
+from kdcli.files import cache_dir, fingerprint, write_json
 from kdcli.methods.base import Context
 from kdcli.models.factoriser import Factoriser
 from kdcli.models.families import family_of
@@ -24,7 +26,7 @@ from kdcli.signals import MatrixKey
 from kdcli.tasks.base import Task
 from kdcli.tasks.predict import placed
 from kdcli.tensor_file import keep_tensors, kept_tensors
-from kdcli.training.distributed import main_does
+from kdcli.training.distributed import agree, main_does
 from kdcli.training.step import Distiller
 
 if TYPE_CHECKING:
@@ -34,17 +36,23 @@ ROWS_AT_ONCE = 16
 
 
 def factoriser_of(
-    job: Job, task: Task, model: "PreTrainedModel", processor: Any, section: StudentSection, context: Context
+    job: Job,
+    task: Task,
+    model: "PreTrainedModel",
+    processor: Any,
+    section: StudentSection,
+    context: Context,
+    folder: str,
 ) -> Factoriser | None:
     """Return what chooses the factors of a low-rank student of `model`; None for other forms, and for the plain SVD.
 
-    task: its training rows are looked at. Their statistics are kept in the cache.
+    task: its training rows are looked at. Their statistics are kept in the cache. folder: of its checkpoints.
     """
     inputs, gradients = section.init in ("activations", "both"), section.init in ("gradients", "both")
     if section.form != "low-rank" or not (inputs or gradients or section.ranks == "spread"):
         return None
     batches = sample_batches(task, processor, section.init_samples, job)
-    loss = task_loss(model, task, context) if gradients or section.ranks == "spread" else None
+    needs_loss = gradients or section.ranks == "spread"
 
     def collect(model: "PreTrainedModel", loss: Any = None, layer: int | None = None) -> dict[MatrixKey, Statistics]:
         with placed(model, job.resolved.loop.device) as place:
@@ -56,16 +64,32 @@ def factoriser_of(
         "model": hash_of_model(model),
         "inputs": tensors,
         "kind": task.kind.name,
-        "loss": loss is not None,
+        "loss": needs_loss,
         "format": 1,
     }
     name = fingerprint(of)
     path = cache_dir() / "statistics" / f"{name}.safetensors"
     kept = kept_tensors(path, None, of=name, console=job.console)
-    statistics = from_tensors(kept) if kept is not None else collect(model, loss)
+    if kept is not None:
+        statistics = from_tensors(kept)
+    else:
+        with task_loss(model, task, context) if needs_loss else nullcontext() as loss:
+            statistics = collect(model, loss)
     main_does(lambda: keep_tensors(path, to_tensors(statistics), of=name) if kept is None else None)
     again = (lambda student, layer: collect(student, layer=layer)) if section.sequential else None
-    return Factoriser(inputs, gradients, statistics, again)
+    return Factoriser(inputs, gradients, statistics, again, lambda ranks: _settled(job, folder, ranks))
+
+
+def _settled(job: Job, folder: str, ranks: dict[MatrixKey, int | None]) -> dict[MatrixKey, int | None]:
+    """Return the ranks that all processes take; a resumed run those of its beginning."""
+    path = job.run.checkpoints / folder / "ranks.json"
+    known: Any = json.loads(path.read_text(encoding="utf-8")) if job.resume and path.exists() else None
+    if (agreed := agree(known)) is None:
+        # Measured on another device, two ranks might come out otherwise.
+        agreed = agree([[layer, name, rank] for (layer, name), rank in ranks.items()])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        main_does(lambda: write_json(path, agreed))
+    return {(layer, name): rank for layer, name, rank in agreed}
 
 
 def start_projections(
@@ -104,8 +128,9 @@ def sample_batches(task: Task, processor: Any, samples: int, job: Job) -> list[B
     return [encoded.collator(features.__getitems__(part.tolist())) for part in parts]
 
 
-def task_loss(model: "PreTrainedModel", task: Task, context: Context) -> Callable[[Batch], Tensor]:
-    """Return the loss of the gold answers as a function of a batch."""
+@contextmanager
+def task_loss(model: "PreTrainedModel", task: Task, context: Context) -> Iterator[Callable[[Batch], Tensor]]:
+    """Yield the loss of the gold answers as a function of a batch."""
     distiller = Distiller(model, [context.gold_term()], kind=task.kind)
 
     def loss(batch: Batch) -> Tensor:
@@ -114,4 +139,7 @@ def task_loss(model: "PreTrainedModel", task: Task, context: Context) -> Callabl
         distiller.training = True
         return distiller(batch)["loss"]
 
-    return loss
+    try:
+        yield loss
+    finally:
+        distiller.close()

@@ -86,7 +86,7 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
     set_seed(seed)
     source = teacher.model if teacher.base is None else teacher.base
     with job.timed(f"{folder} start".strip()):
-        factoriser = factoriser_of(job, task, source, teacher.tokenizer, follower.section, follower.context)
+        factoriser = factoriser_of(job, task, source, teacher.tokenizer, follower.section, follower.context, folder)
     with job.timed(name):
         options: Any = {"overparam": follower.overparam, "labelling": job.prepared.labelling, "factoriser": factoriser}
         build = build_student(source, follower.section, seed=seed, **options)

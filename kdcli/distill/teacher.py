@@ -286,7 +286,8 @@ def _finetuned(
         identity=identity,
     )
 
-    model.eval()
+    # Where it was trained it is not left: what follows starts from models on the CPU.
+    model.eval().to("cpu")  # type: ignore[arg-type]
     _calibrated(recipe, task, model, tokenizer)
     written: list[Path] = []
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from kdcli.models.hashing import hash_of_tensors
 from kdcli.models.statistics import Statistics
 from kdcli.signals import MatrixKey
 from kdcli.tensors.mpo import signed_svd
@@ -85,18 +86,20 @@ class Factoriser:
     """Chooses the factors of block matrices.
 
     statistics: of the model that they are taken from, by block and matrix. look_again: returns those of one
-    block as the student's own factors before it make its inputs; None where they stay.
+    block as the student's own factors before it make its inputs; None where they stay. settle: takes ranks that were
+    spread, and returns those that count.
     """
 
     by_inputs: bool = False
     by_gradients: bool = False
     statistics: dict[MatrixKey, Statistics] = field(default_factory=dict)
     look_again: "Callable[[PreTrainedModel, int], Mapping[MatrixKey, Statistics]] | None" = None
-    _found: dict[MatrixKey, Decomposition] = field(default_factory=dict)
+    settle: "Callable[[dict[MatrixKey, int | None]], dict[MatrixKey, int | None]]" = lambda ranks: ranks
+    _found: dict[MatrixKey, tuple[str, Decomposition]] = field(default_factory=dict)
 
     def enter(self, student: "PreTrainedModel", layer: int) -> None:
-        """Prepare for block `layer` (1..L) of a student whose blocks before it have their factors."""
-        if self.look_again is None or layer == 1:
+        """Prepare for block `layer` (1..L) of a student that has its factors before it."""
+        if self.look_again is None:
             return
         for key, of in self.look_again(student, layer).items():
             given = self.statistics[key]
@@ -104,13 +107,19 @@ class Factoriser:
             self._found.pop(key, None)
 
     def decomposition(self, key: MatrixKey, linear: nn.Linear) -> Decomposition:
-        """Return the terms of the matrix `key`, whose layer is given; it is decomposed once."""
-        if key not in self._found:
-            of = self.statistics.get(key)
+        """Return the terms of the matrix `key`, whose layer is given; each weight is decomposed once."""
+        # The matrix of another model may be asked for under the same name.
+        content = hash_of_tensors({"weight": linear.weight.detach()})
+        if key not in self._found or self._found[key][0] != content:
+            of = self._of(key, linear)
             moments = self._moments(of, linear) if of is not None and self.by_inputs else None
             rows = of.importance if of is not None and self.by_gradients else None
-            self._found[key] = decompose_by_inputs(linear.weight, moments, rows)
-        return self._found[key]
+            self._found[key] = content, decompose_by_inputs(linear.weight, moments, rows)
+        return self._found[key][1]
+
+    def _of(self, key: MatrixKey, linear: nn.Linear) -> Statistics | None:
+        found = self.statistics.get(key)
+        return found.to(linear.weight.device) if found is not None else None
 
     @staticmethod
     def _moments(of: Statistics, linear: nn.Linear) -> Tensor:
@@ -122,7 +131,7 @@ class Factoriser:
         return {key: self._losses(key, linear) for key, linear in linears.items()}
 
     def _losses(self, key: MatrixKey, linear: nn.Linear) -> Tensor:
-        found, of = self.decomposition(key, linear), self.statistics.get(key)
+        found, of = self.decomposition(key, linear), self._of(key, linear)
         if of is None or of.sensitivity is None:
             raise ValueError("what a rank is worth to the loss is not known: it needs gradients")
         moments = self._moments(of, linear)
@@ -138,8 +147,10 @@ class Factoriser:
 
     def shift(self, key: MatrixKey, linear: nn.Linear, rank: int) -> Tensor | None:
         """Return the mean of what those factors leave out of the output, (out,), which a bias can give back."""
-        of, weight = self.statistics.get(key), linear.weight
-        if of is None or weight.is_meta:
+        if linear.weight.is_meta or not (self.by_inputs or self.by_gradients):
+            return None
+        of, weight = self._of(key, linear), linear.weight
+        if of is None:
             return None
         left, right = self.decomposition(key, linear).cut(rank)
         mean = of.mean.double()

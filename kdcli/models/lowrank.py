@@ -251,16 +251,21 @@ def plan_ranks(
         allowed = int((section.budget if section.budget is not None else 0.5) * dense + 1e-6)
         if section.budget == 1.0:
             return dict.fromkeys(shapes)
-    multiple = section.rank_multiple or _usual_multiple(shapes, section)
-    best: dict[MatrixKey, int | None] | None = None
-    for rank in range(multiple, _below(largest) + 1, multiple):
-        candidate = ranks_at(shapes, rank)
-        if _cost(shapes, candidate) <= allowed and all(splits(key, kept) for key, kept in candidate.items()):
-            best = candidate
-    if best is None:
-        everywhere = f"rank {multiple} everywhere"
-        raise InputError(f"a budget of {allowed:,} block weights is under {everywhere}", where="student.budget")
-    return best if losses is None else spread_ranks(shapes, best, allowed, losses, multiple, splits)
+    usual = _usual_multiples(shapes) if losses is not None else (1,)
+    multiples = (section.rank_multiple,) if section.rank_multiple is not None else usual
+    for multiple in multiples:
+        best: dict[MatrixKey, int | None] | None = None
+        for rank in range(multiple, _below(largest) + 1, multiple):
+            candidate = ranks_at(shapes, rank)
+            if _cost(shapes, candidate) <= allowed and all(splits(key, kept) for key, kept in candidate.items()):
+                best = candidate
+        if best is not None:
+            return best if losses is None else spread_ranks(shapes, best, allowed, losses, multiple, splits)
+    raise InputError(
+        f"{allowed:,} block weights are under rank {multiples[-1]} everywhere",
+        where="student.params" if section.params is not None else "student.budget",
+        hint="allow more" + (", or a smaller rank_multiple" if multiples[-1] > 1 else ""),
+    )
 
 
 def spread_ranks(
@@ -314,10 +319,9 @@ def _cost(shapes: Mapping[MatrixKey, Shape], ranks: Mapping[MatrixKey, int | Non
     return sum(factored_count(shapes[key], rank) for key, rank in ranks.items())
 
 
-def _usual_multiple(shapes: Mapping[MatrixKey, Shape], section: StudentSection) -> int:
-    """Return 8 for spread ranks, whose sizes are to stay those that processors like; 1 where matrices are small."""
-    narrowest = min(break_even_rank(*shape) for shape in shapes.values())
-    return 8 if section.ranks == "spread" and narrowest >= 64 else 1
+def _usual_multiples(shapes: Mapping[MatrixKey, Shape]) -> tuple[int, ...]:
+    """Return what spread ranks are multiples of, the first that fits: 8, which processors like."""
+    return (8, 4, 2, 1) if min(break_even_rank(*shape) for shape in shapes.values()) >= 64 else (1,)
 
 
 def _below(value: float) -> int:
@@ -361,10 +365,14 @@ def factorise(
         losses=factoriser.losses(linears) if section.ranks == "spread" and not _is_shape(linears) else None,
     )
     layer = 0
+    if section.ranks == "spread" and not _is_shape(linears):
+        ranks = factoriser.settle(ranks)
     for key, rank in ranks.items():
         if key[0] != layer:
             layer = key[0]
-            factoriser.enter(model, layer)
+            # Before the first block only factors of the embeddings can have changed anything.
+            if layer > 1 or section.embedding_rank is not None:
+                factoriser.enter(model, layer)
         if rank is not None:
             factors, shift = factoriser.factors(key, linears[key], rank), factoriser.shift(key, linears[key], rank)
             matrices[key].replace(LowRankLinear.from_linear(linears[key], rank, factors, shift))
@@ -375,7 +383,7 @@ def factorise(
     about = "about " if section.ranks == "spread" and _is_shape(linears) else ""
     span = str(used[0]) if len(used) == 1 else f"{used[0]} to {used[-1]}" if used else "none"
     notes.append(f"{about}rank {span}: {kept:,} of {whole:,} block weights ({kept / whole:.1%})")
-    if section.init in _STARTS or section.ranks == "spread":
+    if used and (section.init in _STARTS or section.ranks == "spread"):
         what = [_STARTS[section.init]] if section.init in _STARTS else []
         what += ["ranks by the loss"] if section.ranks == "spread" else []
         notes.append(f"{' and '.join(what)} of up to {counted(section.init_samples, 'training row')}")

@@ -41,6 +41,11 @@ class Statistics:
         given = (self.mean, self.covariance, self.importance, self.sensitivity)
         return all(bool(torch.isfinite(tensor).all()) for tensor in given if tensor is not None)
 
+    def to(self, device: torch.device) -> "Statistics":
+        """Return them on `device`."""
+        given = (self.mean, self.covariance, self.importance, self.sensitivity)
+        return Statistics(*(tensor.to(device) if tensor is not None else None for tensor in given))  # type: ignore[arg-type]
+
     @property
     def moments(self) -> Tensor:
         """E[x x^T], (in, in), fp64."""

@@ -451,6 +451,8 @@ class StudentSection(Section):
         sizes = [k for k in ("budget", "rank", "params", "energy") if getattr(self, k) is not None]
         if len(sizes) > 1:
             raise ValueError(f"give one of budget, rank, params and energy, not {' and '.join(sizes)}")
+        if self.rank_multiple is not None and (self.rank is not None or self.energy is not None):
+            raise ValueError("rank_multiple is of ranks that a budget or params gives, not of a rank or energy")
         if self.ranks == "spread" and (self.rank is not None or self.energy is not None):
             raise ValueError('ranks = "spread" divides a budget or params, so it cannot stand beside a rank or energy')
         others = {"width": ("alignment", "init_samples")}.get(self.form or "", ("alignment",))

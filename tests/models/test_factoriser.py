@@ -208,3 +208,14 @@ def test_ranks_that_chains_cannot_be_made_of_are_passed_over():
     losses = {key: falling(1.0, 0.9) for key in SHAPES}
     ranks = spread_ranks(SHAPES, dict.fromkeys(SHAPES, 4), 600, losses, 1, lambda key, rank: rank in (None, 4, 6, 9))
     assert set(ranks.values()) <= {None, 4, 6, 9}
+
+
+def test_the_matrix_of_another_model_is_another_matrix(world: tuple[nn.Linear, Tensor, Statistics]):
+    linear, _, of = world
+    other = nn.Linear(10, 14)
+    factoriser = Factoriser(by_inputs=True, statistics={KEY: of})
+    first = factoriser.factors(KEY, linear, 3)
+    second = factoriser.factors(KEY, other, 3)
+    fresh = Factoriser(by_inputs=True, statistics={KEY: of}).factors(KEY, other, 3)
+    assert all(torch.equal(a, b) for a, b in zip(second, fresh, strict=True))
+    assert not torch.allclose(first[0] @ first[1], second[0] @ second[1])
