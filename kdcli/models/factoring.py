@@ -48,6 +48,13 @@ def check_factors(section: OverparamSection) -> None:
             if counted
             else "such as 8, for all blocks together",
         )
+    for name in ("select_every", "select_count"):
+        if section.select != "dynamic" and getattr(section, name) != type(section).model_fields[name].default:
+            raise InputError(
+                f"{name} is of chains that come while the student trains, and overparam.select is {section.select!r}",
+                where=f"overparam.{name}",
+                hint=f'set overparam.select = "dynamic", or leave {name} out',
+            )
     if section.scale is not None and section.factorization != "mpo":
         raise InputError(
             f"a scale needs middle tensors, which factorization {section.factorization!r} does not have",
