@@ -11,19 +11,27 @@ from rich.console import Console
 from torch import Tensor
 
 from kdcli.distill.job import Job
-from kdcli.distill.prepare import Follower, shape_only
+from kdcli.distill.prepare import Follower, hides_teacher, shape_only
 from kdcli.distill.start import sample_batches, task_loss
 from kdcli.distill.teacher import Teacher
 from kdcli.files import write_json
 from kdcli.models.counts import count_parameters
 from kdcli.models.factoriser import Factoriser
 from kdcli.models.importance import most_important, zeroing_importance
-from kdcli.models.overparam import OverparamReport, candidates, chain_rows, overparameterise, teacher_factors
+from kdcli.models.overparam import (
+    OverparamReport,
+    candidates,
+    chain_rows,
+    count_chained,
+    overparameterise,
+    teacher_factors,
+)
 from kdcli.models.student import StudentBuild
 from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import MatrixKey
 from kdcli.tasks.base import Task
 from kdcli.tasks.predict import placed
+from kdcli.terminal import warn
 from kdcli.training.distributed import agree, main_does
 from kdcli.training.growing import GrowingChains
 from kdcli.training.settings import LoopSettings
@@ -44,10 +52,17 @@ class Chain:
     teacher: dict[Any, tuple[Tensor, ...]]
     section: OverparamSection
 
-    def complete(self, model: "PreTrainedModel") -> None:
-        """Report all chains of a model that has been trained: some may have come meanwhile."""
+    def complete(self, model: "PreTrainedModel", console: Console) -> None:
+        """Report all chains of a model that has been trained: some may have come meanwhile, or fewer than asked for."""
         self.report.rows = chain_rows(model)
         self.report.after = count_parameters(model)
+        made, wanted = count_chained(self.report.rows), self.section.matrices
+        if self.section.select == "dynamic" and wanted is not None and made < wanted:
+            warn(
+                console,
+                f"overparam: {made} of {wanted} matrices had become chains in the weights that are kept; "
+                'train.select = "last" without train.patience keeps all',
+            )
 
 
 def over_parameterise(
@@ -83,8 +98,9 @@ def over_parameterise(
         few = "; ".join(report.skipped[:3]) + ("; ..." if len(report.skipped) > 3 else "")
         job.tell(f"overparam: {counted(len(report.skipped), 'matrix', 'matrices')} without chains: {few}")
     if section.aux_weight > 0:
-        pairs = follower.context.pairs
-        factors, skipped = teacher_factors(teacher.model, compared, pairs, section, factoriser)
+        source = teacher.base if hides_teacher(job.resolved) else teacher.model
+        assert source is not None
+        factors, skipped = teacher_factors(source, compared, follower.tensor_pairs, section, factoriser)
         if skipped:
             few = ", ".join(map(str, skipped[:6])) + (" ..." if len(skipped) > 6 else "")
             job.tell(f"overparam: no teacher tensors for {counted(len(skipped), 'matrix', 'matrices')}: {few}")

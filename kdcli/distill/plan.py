@@ -3,9 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from kdcli.distill.prepare import Follower, Prepared, shape_only
+from kdcli.distill.prepare import Follower, Prepared, shape_only, stage_loop
 from kdcli.distill.resolve import Resolved, placed
-from kdcli.distill.student import stage_loop
 from kdcli.machine import resolve_precision
 from kdcli.models.counts import count_parameters
 from kdcli.models.overparam import candidates, overparameterise, teacher_factors
@@ -227,7 +226,7 @@ def _chains(student: Follower, model: "PreTrainedModel") -> PlannedChains:
     chosen = list(candidates(wide, section))[: section.matrices] if section.matrices is not None else None
     report = overparameterise(wide, section, chosen)
     if section.aux_weight > 0:
-        found, skipped = teacher_factors(student.follows, wide, student.context.pairs, section)
+        found, skipped = teacher_factors(student.tensors_of, wide, student.tensor_pairs, section)
         matched, unmatched = len(found), len(skipped)
     tensors = section.length + 2 if section.factorization == "mpo" else 2
     return PlannedChains(len(report.rows), tensors, count_parameters(wide), matched, unmatched)
@@ -237,8 +236,7 @@ def _sizes(prepared: Prepared) -> tuple[dict[str, int], int]:
     """Return the sizes of a task's parts, and how many training examples there are."""
     task, augment = prepared.task, prepared.resolved.recipe.task.augment
     unit = f" {task.kind.features}" if task.kind.features is not None else ""
-    # At most: a row of few words may not give so many different copies.
-    examples = prepared.examples(task.train) * (1 + augment.copies if augment is not None else 1)
+    examples = prepared.training_examples
     report = {name: len(rows) for name, rows in task.report.items()} if not task.kind.scored_by_loss else {}
     name = f"train{unit}" if augment is None else f"train{unit} with copies"
     aside = {"calibration": len(task.calibration)} if task.calibration is not None else {}

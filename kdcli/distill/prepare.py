@@ -6,7 +6,8 @@ answers with no label, a full disk.
 
 import copy
 import itertools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,8 @@ from kdcli.recipe.schema import FinetuneSection, OverparamSection, Recipe, Stude
 from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
 from kdcli.training.distributed import processes
-from kdcli.training.settings import check_batch, check_device
+from kdcli.training.growing import check_turns
+from kdcli.training.settings import LoopSettings, check_batch, check_device
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,7 +47,8 @@ class Follower:
     """The assistant or the student as it will be built: its shape and its stages; its weights mean nothing.
 
     build: on the meta device, unless it is a checkpoint. follows: the same of the model that teaches it.
-    overparam: the chains that it is trained as. states: what is kept on disk of the model that teaches it.
+    overparam: the chains that it is trained as; tensors_of: the shape of the model whose tensors they are compared
+    with, in `tensor_pairs` of blocks. states: what is kept on disk of the model that teaches it.
     """
 
     name: str
@@ -56,6 +59,8 @@ class Follower:
     context: Context
     stages: list[Stage]
     states: StatesPlan | None
+    tensors_of: "PreTrainedModel"
+    tensor_pairs: list[tuple[int, int]]
 
     @property
     def model(self) -> "PreTrainedModel":
@@ -97,6 +102,12 @@ class Prepared:
     def examples(self, rows: "Dataset") -> int:
         """Return how many examples rows of the task give a model."""
         return self.task.kind.examples(rows, self.teacher.tokenizer, self.resolved.recipe.task.max_length)
+
+    @cached_property
+    def training_examples(self) -> int:
+        """The most examples that a student is trained on: a row of few words may not give so many different copies."""
+        augment = self.resolved.recipe.task.augment
+        return self.examples(self.task.train) * (1 + augment.copies if augment is not None else 1)
 
     @cached_property
     def state_bytes(self) -> dict[str, int]:
@@ -151,10 +162,40 @@ def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:
         models = {"teacher": teacher.model.config, "student": student.model.config}
         check_lengths(models, recipe.export.sequence_lengths, "export.sequence_lengths")
     if recipe.overparam is not None and resolved.student.energy is None:
-        check_chains(student.model, recipe.overparam, student.follows, student.context.pairs)
+        check_chains(student.model, recipe.overparam, student.tensors_of, student.tensor_pairs)
+    prepared = Prepared(resolved, task, downstream, head, labelling, teacher, followers, filler)
     if recipe.overparam is not None and recipe.overparam.select == "dynamic":
         _check_growth(student)
-    return Prepared(resolved, task, downstream, head, labelling, teacher, followers, filler)
+        check_turns(recipe.overparam, steps_of(student, resolved, prepared.training_examples))
+    return prepared
+
+
+def stage_loop(resolved: Resolved, stage: Stage, total: int, examples: int) -> LoopSettings:
+    """Return the loop of one stage: its share of the steps, or its own epochs, and its own learning rate.
+
+    Its own schedule is a default: what the recipe says comes first.
+    """
+    loop, written = resolved.loop, resolved.recipe.train
+    if stage.epochs is not None and loop.max_steps is None:
+        steps = math.ceil(stage.epochs * math.ceil(examples / loop.batch_size))
+    else:
+        steps = max(1, round(stage.share * total))
+    rate = stage.learning_rate or loop.learning_rate
+    chain = loop.chain_learning_rate
+    return replace(
+        loop,
+        max_steps=steps,
+        learning_rate=rate,
+        scheduler=written.scheduler or stage.scheduler or loop.scheduler,
+        warmup=stage.warmup if stage.warmup is not None and written.warmup is None else loop.warmup,
+        chain_learning_rate=chain * rate / loop.learning_rate if isinstance(chain, float) else chain,
+    )
+
+
+def steps_of(follower: Follower, resolved: Resolved, examples: int) -> list[int]:
+    """Return the optimizer steps of each of a follower's stages. examples: that it is trained on."""
+    total = resolved.loop.steps(examples)
+    return [stage_loop(resolved, stage, total, examples).max_steps or 0 for stage in follower.stages]
 
 
 def _check_growth(student: Follower) -> None:
@@ -213,9 +254,26 @@ def _followers(
             context = context_of(nearest, build, task, resolved.recipe)
             stages = stages_of(resolved, context, build.model, nearest if teacher.known else None, examples)
         states = plan_states(resolved.recipe, task.kind, stages, nearest)
-        followers.append(Follower(name, section, overparam, build, nearest, context, stages, states))
+        tensors_of, pairs = nearest, context.pairs
+        if hides_teacher(resolved):
+            if overparam is not None and overparam.aux_weight > 0 and not teacher.trains:
+                raise InputError(
+                    f"{resolved.method.name} shows the student nothing of the fine-tuned teacher but its labels, and "
+                    "there is no base model whose tensors its own could be compared with",
+                    where="overparam.aux_weight",
+                    hint="set aux_weight = 0",
+                )
+            tensors_of = base
+            if build.teacher_layers is not None:
+                pairs = [(number, layer + 1) for number, layer in enumerate(build.teacher_layers, 1)]
+        followers.append(Follower(name, section, overparam, build, nearest, context, stages, states, tensors_of, pairs))
         nearest = build.model
     return followers
+
+
+def hides_teacher(resolved: Resolved) -> bool:
+    """True when the student must know nothing of its teacher's weights, only of what they were before fine-tuning."""
+    return resolved.from_base == {"student"}
 
 
 def _check_base(teacher: TeacherStart, section: StudentSection, resolved: Resolved) -> None:

@@ -1,7 +1,6 @@
 """A student: built, over-parameterised, trained stage by stage, contracted."""
 
 import json
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,8 @@ from transformers import set_seed
 
 from kdcli.distill.chains import Chain, growing_chains, over_parameterise
 from kdcli.distill.job import Job
-from kdcli.distill.prepare import Follower
-from kdcli.distill.resolve import Resolved, trains_head
+from kdcli.distill.prepare import Follower, stage_loop
+from kdcli.distill.resolve import trains_head
 from kdcli.distill.start import factoriser_of, start_projections
 from kdcli.distill.states import FOLDER, can_be_kept, checkpoints_of, teacher_request
 from kdcli.distill.teacher import Teacher
@@ -35,7 +34,6 @@ from kdcli.tensors.projection import merge_projections
 from kdcli.terminal import warn
 from kdcli.training.distributed import agree, main_does
 from kdcli.training.schemes.base import Scheme, Setting
-from kdcli.training.settings import LoopSettings
 from kdcli.training.step import Distiller
 from kdcli.training.teacher_cache import known_outputs
 from kdcli.training.teacher_states import KeptStates, StatesCollator, keep_states
@@ -118,7 +116,7 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
     merge_projections(build.model)
     contraction = None
     if chain is not None:
-        chain.complete(build.model)
+        chain.complete(build.model, job.console)
         with job.timed("contract"):
             contraction = contract_model(build.model).to_json()
     return Distilled(
@@ -236,28 +234,6 @@ def _train(
     build.model.eval().to("cpu")  # type: ignore[arg-type]
     teacher.model.to("cpu")  # type: ignore[arg-type]
     return records
-
-
-def stage_loop(resolved: Resolved, stage: Stage, total: int, examples: int) -> LoopSettings:
-    """Return the loop of one stage: its share of the steps, or its own epochs, and its own learning rate.
-
-    Its own schedule is a default: what the recipe says comes first.
-    """
-    loop, written = resolved.loop, resolved.recipe.train
-    if stage.epochs is not None and loop.max_steps is None:
-        steps = math.ceil(stage.epochs * math.ceil(examples / loop.batch_size))
-    else:
-        steps = max(1, round(stage.share * total))
-    rate = stage.learning_rate or loop.learning_rate
-    chain = loop.chain_learning_rate
-    return replace(
-        loop,
-        max_steps=steps,
-        learning_rate=rate,
-        scheduler=written.scheduler or stage.scheduler or loop.scheduler,
-        warmup=stage.warmup if stage.warmup is not None and written.warmup is None else loop.warmup,
-        chain_learning_rate=chain * rate / loop.learning_rate if isinstance(chain, float) else chain,
-    )
 
 
 def make_distiller(

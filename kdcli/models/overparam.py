@@ -335,6 +335,11 @@ def chain_rows(model: "PreTrainedModel") -> list[MatrixReport]:
     return list(rows.values())
 
 
+def count_chained(rows: Sequence[MatrixReport]) -> int:
+    """Return the number of block matrices that have chains: two factors of a low-rank one count as one."""
+    return len({(row.block, row.matrix.partition(".")[0]) for row in rows})
+
+
 def contract_model(model: "PreTrainedModel", *, check: bool = True) -> ContractReport:
     """Multiply every chain back into its layer's plain weight, in place; a dense model stays as it is.
 

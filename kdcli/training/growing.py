@@ -1,14 +1,17 @@
 """Chains that take the places of matrices while a student trains: first where they matter most (OPF, dynamic)."""
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from kdcli.errors import InputError
 from kdcli.models.importance import most_important
-from kdcli.models.overparam import add_chains, candidates, chain_rows, lengths_of
+from kdcli.models.overparam import add_chains, candidates, chain_rows, count_chained, lengths_of
 from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import MatrixKey
 from kdcli.tensors.mpo import central_index
@@ -21,6 +24,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def steps_between(section: OverparamSection, missing: int, steps: int) -> int:
+    """Return the steps between two choices in a stage of `steps`, at whose start `missing` chains are still to come.
+
+    Unless `select_every` says otherwise, all are chosen within the first third of it.
+    """
+    turns = max(1, math.ceil(missing / section.select_count))
+    return section.select_every or max(1, steps // (3 * turns))
+
+
+def check_turns(section: OverparamSection, stages: Sequence[int]) -> None:
+    """Raise InputError when the stages end before all chains are chosen. stages: the steps of each, in order."""
+    assert section.matrices is not None
+    made = 0
+    for steps in stages:
+        missing = section.matrices - made
+        if missing > 0:
+            made += section.select_count * (steps // steps_between(section, missing, steps))
+    if made >= section.matrices:
+        return
+    total, turns = sum(stages), math.ceil(section.matrices / section.select_count)
+    message = f"{section.matrices} matrices should become chains, and {total} steps of training are enough for {made}"
+    # The greatest number of steps between two choices that leaves enough of them.
+    most = bisect_right(range(1, max(stages) + 1), -turns, key=lambda every: -sum(n // every for n in stages))
+    if most:
+        raise InputError(
+            f"{message} with select_every = {section.select_every} and select_count = {section.select_count}",
+            where="overparam.select_every",
+            hint=f"use up to {most}, or leave it out",
+        )
+    raise InputError(
+        f"{message}, {section.select_count} after a step",
+        where="overparam.matrices",
+        hint=f"use up to {section.select_count * total}, or set select_count to {math.ceil(section.matrices / total)} "
+        "or more",
+    )
+
+
 class GrowingChains:
     """Every so many steps, the `select_count` most important matrices that are plain become chains, up to `matrices`.
 
@@ -31,20 +71,19 @@ class GrowingChains:
     """
 
     def __init__(self, student: "PreTrainedModel", section: OverparamSection, *, steps: int, console: Console) -> None:
-        """steps: of the training; unless `select_every` says otherwise, all are chosen within the first third of it."""
+        """steps: of the training. student: with the chains of the stages before."""
         assert section.matrices is not None
         self.student = student
         self.section = section
         self.console = console
-        turns = math.ceil(section.matrices / section.select_count)
-        self.every = section.select_every or max(1, steps // (3 * turns))
         self.lengths = lengths_of(student, section)
         self.importance: dict[MatrixKey, Tensor] = {}
         self._look()
+        self.every = steps_between(section, section.matrices - self.chained, steps)
 
     def _look(self) -> None:
         self._plain = candidates(self.student, self.section)
-        self.chained = len({(row.block, row.matrix.partition(".")[0]) for row in chain_rows(self.student)})
+        self.chained = count_chained(chain_rows(self.student))
         if self.section.train == "auxiliary":
             # Chains that a checkpoint brought train in all tensors.
             for _, chain in chains_of(self.student):

@@ -12,11 +12,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from kdcli.distill.plan import make_plan
-from kdcli.distill.prepare import prepare
+from kdcli.distill.prepare import prepare, stage_loop
 from kdcli.distill.recipe import load_recipe
 from kdcli.distill.resolve import resolve
 from kdcli.distill.run import run_distill
-from kdcli.distill.student import stage_loop
 from kdcli.errors import InputError
 from kdcli.methods.base import Stage
 from kdcli.models.save import save_model
