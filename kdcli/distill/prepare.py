@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.data.rows import array_of
+from kdcli.distill.alignment import aligned, alignment_of
 from kdcli.distill.downstream import tasks_of
 from kdcli.distill.filler import FillerStart, start_filler
 from kdcli.distill.resolve import Resolved, context_of, for_task, head_needed, placed, resolve, stages_of, with_start
 from kdcli.distill.states import StatesPlan, plan_states
 from kdcli.distill.teacher import TeacherStart, labelling_of, start_teacher
 from kdcli.errors import InputError
-from kdcli.methods.base import Context, Stage
+from kdcli.methods.base import Context, Stage, Term
 from kdcli.models.blocks import iter_block_matrices
 from kdcli.models.families import family_of
 from kdcli.models.heads import BASE, Head, Labelling
@@ -47,6 +48,7 @@ class Follower:
     """The assistant or the student as it will be built: its shape and its stages; its weights mean nothing.
 
     build: on the meta device, unless it is a checkpoint. follows: the same of the model that teaches it.
+    alignment: the terms of its stages that are not the method's.
     overparam: the chains that it is trained as; tensors_of: the shape of the model whose tensors they are compared
     with, in `tensor_pairs` of blocks. states: what is kept on disk of the model that teaches it.
     """
@@ -57,6 +59,7 @@ class Follower:
     build: StudentBuild
     follows: "PreTrainedModel"
     context: Context
+    alignment: list[Term]
     stages: list[Stage]
     states: StatesPlan | None
     tensors_of: "PreTrainedModel"
@@ -253,6 +256,8 @@ def _followers(
             build = _shadow(base if resolved.from_base else nearest, section, overparam, labelling)
             context = context_of(nearest, build, task, resolved.recipe)
             stages = stages_of(resolved, context, build.model, nearest if teacher.known else None, examples)
+            alignment = alignment_of(nearest, build, section)
+            stages = aligned(stages, alignment, known=teacher.known)
         states = plan_states(resolved.recipe, task.kind, stages, nearest)
         tensors_of, pairs = nearest, context.pairs
         if hides_teacher(resolved):
@@ -266,7 +271,9 @@ def _followers(
             tensors_of = base
             if build.teacher_layers is not None:
                 pairs = [(number, layer + 1) for number, layer in enumerate(build.teacher_layers, 1)]
-        followers.append(Follower(name, section, overparam, build, nearest, context, stages, states, tensors_of, pairs))
+        followers.append(
+            Follower(name, section, overparam, build, nearest, context, alignment, stages, states, tensors_of, pairs)
+        )
         nearest = build.model
     return followers
 

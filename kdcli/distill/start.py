@@ -14,13 +14,10 @@ from kdcli.distill.job import Job
 from kdcli.files import cache_dir, fingerprint, write_json
 from kdcli.methods.base import Context
 from kdcli.models.factoriser import Factoriser
-from kdcli.models.families import family_of
 from kdcli.models.hashing import hash_of_model, hash_of_tensors
 from kdcli.models.projections import moments_of, project
 from kdcli.models.statistics import Batch, Statistics, collect_statistics, from_tensors, to_tensors
 from kdcli.models.student import StudentBuild
-from kdcli.objectives.hidden import ProjectionObjective
-from kdcli.objectives.term import Term
 from kdcli.recipe.schema import StudentSection
 from kdcli.signals import MatrixKey
 from kdcli.tasks.base import Task
@@ -94,8 +91,8 @@ def _settled(job: Job, folder: str, ranks: dict[MatrixKey, int | None]) -> dict[
 
 def start_projections(
     job: Job, task: Task, model: "PreTrainedModel", processor: Any, build: StudentBuild, section: StudentSection
-) -> list[Term]:
-    """Make a student's weights projections of `model`'s, in place; return the terms that align both by the same ones.
+) -> None:
+    """Make a student's weights projections of `model`'s, in place.
 
     task: its training rows are looked at.
     """
@@ -105,11 +102,6 @@ def start_projections(
         moved = ({name: tensor.to(place) for name, tensor in batch.items()} for batch in batches)
         moments = moments_of(model, moved)
     project(model, build.model, build.teacher_layers, moments)
-    family = family_of(model.config)
-    # Turned by their positions, queries and keys pass through no projection any more.
-    names = [name for name in family.matrices if not (family.rotary and name in ("query", "key"))]
-    pairs = [(number, layer + 1) for number, layer in enumerate(build.teacher_layers, 1)]
-    return [Term("alignment", ProjectionObjective(pairs, names), section.alignment)]
 
 
 def sample_batches(task: Task, processor: Any, samples: int, job: Job) -> list[Batch]:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
+from kdcli.distill.alignment import aligned
 from kdcli.distill.chains import Chain, growing_chains, over_parameterise
 from kdcli.distill.job import Job
 from kdcli.distill.prepare import Follower, stage_loop
@@ -90,13 +91,13 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
         build = build_student(source, follower.section, seed=seed, **options)
     for note in build.notes:
         job.tell(f"{name}: {note}")
-    alignment: list[Term] = []
     if build.projected:
         with job.timed(f"{folder} start".strip()):
-            alignment = start_projections(job, task, source, teacher.tokenizer, build, follower.section)
+            start_projections(job, task, source, teacher.tokenizer, build, follower.section)
     plain_hash = hash_of_weights(build.model)
     # Once more, with the weights of its own that a method brings: they are drawn after the student's.
     stages = resolved.method.build(resolved.options, follower.context)
+    stages = aligned(stages, follower.alignment, known=teacher.known)
     # Checkpoints of another recipe, other data or another teacher belong to another training.
     identity = {
         "recipe": job.recipe.model_dump(),
@@ -110,9 +111,7 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
     with job.timed("overparam"):
         chain = over_parameterise(job, task, teacher, follower, build, factoriser, folder=folder)
     with job.timed(f"{folder} train".strip()):
-        training = _train(
-            job, task, teacher, follower, build, stages, chain, alignment, folder=folder, identity=identity
-        )
+        training = _train(job, task, teacher, follower, build, stages, chain, folder=folder, identity=identity)
     merge_projections(build.model)
     contraction = None
     if chain is not None:
@@ -137,15 +136,11 @@ def _train(
     build: StudentBuild,
     stages: list[Stage],
     chain: Chain | None,
-    alignment: list[Term],
     *,
     folder: str,
     identity: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Train a student stage by stage, and return a record of each. folder: of its checkpoints and curves.
-
-    alignment: terms beside the method's own, wherever there is a teacher to compare with.
-    """
+    """Train a student stage by stage, and return a record of each. folder: of its checkpoints and curves."""
     from kdcli.training.trainer import fit, load_weights
 
     resolved, title = job.resolved, f"{folder}: " if folder else ""
@@ -182,8 +177,6 @@ def _train(
                 start=teacher.base if "teacher" in resolved.from_base else None,
             )
         )
-        if scheme.teacher() is not None:
-            terms += alignment
         factors = {**chain.teacher, **scheme.teacher_tensors()} if chain is not None and chain.teacher else None
         work = checkpoints / f"{number}-{stage.name}"
         final = work / "final"

@@ -10,6 +10,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_recipes import run_recipe, tiny_recipe, write_recipe
 
+from kdcli.distill.plan import make_plan
 from kdcli.distill.prepare import prepare
 from kdcli.distill.recipe import load_recipe
 from kdcli.errors import InputError
@@ -99,16 +100,41 @@ def test_other_methods_train_it_too(tmp_path: Path, method: str):
     assert not is_projected(load_model(str(tmp_path / "runs" / "r" / "student"), SEQUENCE_CLASSIFICATION))
 
 
+@pytest.mark.parametrize("method", ["kd", "hs"])
+def test_kept_states_hold_what_the_alignment_compares(tmp_path: Path, method: str):
+    kept, plain = (
+        write_recipe(tmp_path / f"{name}.toml", recipe({"name": method}, teacher={"cache": cache}))
+        for name, cache in (("kept", "all"), ("plain", True))
+    )
+    plan = make_plan(prepare(load_recipe(kept, []), kept))
+    # Its weight stands among those of the method's terms.
+    assert [stage.terms["alignment"] for stage in plan.stages] == [1.0]
+    [states] = plan.states
+    assert states.bytes > 0
+    first, second = (run_recipe(path)["training"][0]["history"][0] for path in (kept, plain))
+    assert first["alignment"] == pytest.approx(second["alignment"], rel=1e-4)
+    found, other = (load_file(tmp_path / "runs" / name / "student" / "model.safetensors") for name in ("kept", "plain"))
+    for name, weight in other.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-5)
+
+
+def test_without_a_teacher_beside_it_a_student_is_aligned_with_nothing(tmp_path: Path):
+    path = write_recipe(tmp_path / "r.toml", recipe({"name": "dbkd"}))
+    [stage] = make_plan(prepare(load_recipe(path, []), path)).stages
+    assert stage.terms and "alignment" not in stage.terms
+
+
 @pytest.mark.parametrize(
     ("changes", "place"),
     [
+        ({"method": {"name": "dbkd"}, "student": {"alignment": 0.5}}, "student.alignment"),
         ({"overparam": {"length": 1}}, "student.init"),
         ({"student": {"hidden_size": 64}}, "student.hidden_size"),
         ({"student": {"layers": 3}}, "student.layers"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path, changes: dict[str, Any], place: str):
-    path = write_recipe(tmp_path / "r.toml", recipe({"name": "kd"}, **changes))
+    path = write_recipe(tmp_path / "r.toml", recipe(**{"method": {"name": "kd"}, **changes}))
     with pytest.raises(InputError) as found:
         prepare(load_recipe(path, []), path)
     assert found.value.where == place

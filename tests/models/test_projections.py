@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from kdcli.errors import InputError
-from kdcli.models.blocks import iter_block_matrices
+from kdcli.models.blocks import block_matrix, iter_block_matrices
 from kdcli.models.counts import count_parameters
 from kdcli.models.families import FAMILIES
 from kdcli.models.probe import probe
@@ -112,6 +112,78 @@ def test_the_start_is_nearer_to_the_teacher_than_slices():
         errors.append(sum(float((a - b).square().sum()) for a, b in pairs))
     print(errors)
     assert errors[0] < 0.7 * errors[1]
+
+
+def spaces_of(student: Any, layer: int) -> dict[str, Tensor]:
+    """Return what stands between a teacher's vectors and those of a block of its student, by who gives them."""
+    keys = [(layer, name) for name in FAMILIES[student.config.model_type].matrices]
+    return {name: side.detach().double() for (_, name), side in projections_of(student, keys).items()}
+
+
+def test_a_narrow_head_keeps_the_size_of_its_scores():
+    teacher = tiny("bert", hidden=48)
+    generator = torch.Generator().manual_seed(0)
+
+    def basis(width: int, count: int) -> Tensor:
+        # Without a mean over features: a layer norm then stays in the space.
+        first = torch.randn(width, count, generator=generator)
+        return torch.linalg.qr(first - first.mean(0))[0]
+
+    # Hidden states, queries and keys of half as many directions as features: a student of half the width has all.
+    hidden = basis(48, 24)
+    with torch.no_grad():
+        for table in teacher.bert.embeddings.modules():
+            if isinstance(table, torch.nn.Embedding):
+                table.weight.copy_(table.weight @ hidden @ hidden.T)
+        for key, matrix in iter_block_matrices(teacher):
+            if key[1] in ("attention_output", "ffn_out"):
+                matrix.weight.copy_(hidden @ hidden.T @ matrix.weight)
+        for layer in (1, 2):
+            heads = torch.block_diag(*((one := basis(12, 6)) @ one.T for _ in range(4)))
+            for name in ("query", "key"):
+                module = block_matrix(teacher, layer, name).module
+                module.weight.copy_(heads @ module.weight)
+                module.bias.copy_(heads @ torch.randn(48, generator=generator))
+    student = projected(teacher, hidden_size=24, heads=4).model
+    for layer in (1, 2):
+        seen: list[Tensor] = []
+        hook = block_matrix(teacher, layer, "query").module.register_forward_pre_hook(
+            lambda _, given, seen=seen: seen.append(given[0])
+        )
+        with torch.no_grad():
+            teacher(**batches(1)[0])
+        hook.remove()
+        scores = []
+        narrow = seen[0] @ spaces_of(student, layer)["attention_output"].float()
+        for model, vectors in ((teacher, seen[0]), (student, narrow)):
+            with torch.no_grad():
+                query, key = (
+                    block_matrix(model, layer, name).module(vectors).unflatten(-1, (4, -1)).transpose(1, 2)
+                    for name in ("query", "key")
+                )
+            scores.append(query @ key.transpose(2, 3) / query.shape[-1] ** 0.5)
+        error = (scores[0] - scores[1]).norm() / scores[0].norm()
+        assert error < 1e-2, error
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "deberta-v2"])
+def test_every_matrix_starts_with_the_mean_of_its_teacher_s_output(family: str):
+    teacher = tiny(family)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, matrix in iter_block_matrices(teacher):
+            matrix.module.bias.copy_(torch.randn(matrix.module.bias.shape, generator=generator))
+    student = projected(teacher, hidden_size=24, heads=3, intermediate_size=40).model
+    moments = moments_of(teacher, batches())
+    paths = {module: path for path, module in teacher.named_modules()}
+    giver = {"attention_output": "value", "ffn_out": "ffn_in"}
+    for (layer, name), own in iter_block_matrices(student):
+        spaces, other = spaces_of(student, layer), block_matrix(teacher, layer, name)
+        mean = moments[paths[other.module]].mean
+        expected = spaces[name].T @ (other.weight.double() @ mean + other.of(other.module.bias))
+        given = spaces[giver.get(name, "attention_output")].T @ mean
+        found = own.weight.double() @ given + own.of(own.module.bias)
+        assert (found - expected).norm() < 1e-4 * expected.norm(), (layer, name)
 
 
 def test_two_starts_are_equal_bit_for_bit():

@@ -55,6 +55,8 @@ class Scheme:
 
     teacher_is_fixed = True
     """False when the teacher learns: none of its outputs may be cached."""
+    runs_teacher = True
+    """False when no teacher runs beside the student, so that there is nothing for other terms to compare it with."""
     unkept: str | None = None
     """Why the states inside its teacher cannot be kept; None where they can."""
     steps_are_alike = True

@@ -35,6 +35,7 @@ class DecisionScheme(Scheme):
     Source: Zhou et al. 2023 (DBKD).
     """
 
+    runs_teacher = False
     unkept = "it learns from decisions alone, and asks for no states of a teacher"
 
     def __init__(
