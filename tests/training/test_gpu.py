@@ -100,6 +100,17 @@ def test_the_losses_are_those_of_a_cpu(case: str, world: Path, tmp_path: Path):
     assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-3, abs=1e-6)
 
 
+@on_a_gpu
+def test_a_low_rank_student_starts_from_a_teacher_that_was_just_trained_there(world: Path, tmp_path: Path):
+    rows = {"name": "rows", "data": str(world / "rows.csv"), "text": "text", "validation_fraction": 0.2}
+    tuning = {"model": str(world / "teacher"), "finetune": {"max_steps": 2}}
+    recipe = tiny_recipe(
+        "task", "teacher", "student", task=rows, teacher=tuning, student={"budget": 0.5}, method="makd"
+    )
+    record = run_recipe(write_recipe(tmp_path / "recipe.toml", recipe), "train.device=cuda")
+    assert record["status"] == "done"
+
+
 SWITCH = torch.cuda.set_sync_debug_mode.__name__
 
 
