@@ -43,7 +43,8 @@ CHAINS: dict[str, dict[str, Any] | None] = {
 }
 # Its students are cut from what the teacher was before its fine-tuning.
 TEACHERS: dict[str, dict[str, Any]] = {"dbkd": {"finetune": {"max_steps": 1, "batch_size": 8}}}
-STUDENTS = {"makd": {"form": "low-rank", "budget": 0.5}}
+# Of the start that follows from the teacher alone, so that a student can be built again beside the trained one.
+STUDENTS = {"makd": {"form": "low-rank", "budget": 0.5, "init": "svd", "ranks": "even"}}
 CLASSIFIER = "sequence-classification"
 TWISTS = {"but", "although", "even", "not", "never", "hardly", "far", "anything"}
 QUIET = Console(quiet=True)
