@@ -61,7 +61,7 @@ def match_step(shape: MPOShape, before: Tensors, after: Tensors, *, trained: int
     square of Adam's step over all trained tensors of the chain, at the learning rate of a dense weight, stands for
     that of its step on the weight. (The learning rate alone would not: noise would move the weight in full steps.)
 
-    The factor is computed anew in every step from the step alone, on the tensors' device; nothing is remembered.
+    The factor of every step follows from the step alone, on the tensors' device; nothing is remembered.
     """
     moves = torch._foreach_sub(after, before)
     step = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(moves))) / trained**0.5
