@@ -137,6 +137,7 @@ def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_a_model_is_fetched_by_name_and_no_pickle_with_it(
     folder: Path, expected: list, tmp_path: Path, hub: tuple[str, list[str]]
 ):
