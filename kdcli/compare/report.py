@@ -395,8 +395,8 @@ def _cells(block: Block, seeds: int) -> Iterable[dict[str, str]]:
         yield {
             "": row.label,
             "score": _score(row.summary, seeds),
-            "difference": _difference(row.difference) if row.label != block.baseline else "baseline",
-            TO_PLAIN: _difference(row.to_plain),
+            "difference": difference_text(row.difference) if row.label != block.baseline else "baseline",
+            TO_PLAIN: difference_text(row.to_plain),
             "kept": f"{row.retention:.1%}" if row.retention is not None else "",
             "parameters in training": _count(row.trained),
             "at inference": _count(row.parameters),
@@ -411,7 +411,8 @@ def _score(summary: Summary | None, seeds: int) -> str:
     return f"{100 * summary.mean:.2f}{spread}" + (f" ({summary.count} of {seeds})" if summary.count < seeds else "")
 
 
-def _difference(difference: Difference | None) -> str:
+def difference_text(difference: Difference | None) -> str:
+    """Return a mean difference of 100 with its 95 % interval; nothing where there is none."""
     if difference is None:
         return ""
     text = f"{100 * difference.mean:+.2f}"

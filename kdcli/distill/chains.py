@@ -1,9 +1,7 @@
 """Chains in place of a student's matrices: which of them, and the teacher's tensors to compare them with."""
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +12,6 @@ from kdcli.distill.job import Job
 from kdcli.distill.prepare import Follower, hides_teacher, shape_only
 from kdcli.distill.start import sample_batches, task_loss
 from kdcli.distill.teacher import Teacher
-from kdcli.files import write_json
 from kdcli.models.counts import count_parameters
 from kdcli.models.factoriser import Factoriser
 from kdcli.models.importance import most_important, zeroing_importance
@@ -32,7 +29,6 @@ from kdcli.signals import MatrixKey
 from kdcli.tasks.base import Task
 from kdcli.tasks.predict import placed
 from kdcli.terminal import warn
-from kdcli.training.distributed import agree, main_does
 from kdcli.training.growing import GrowingChains
 from kdcli.training.settings import LoopSettings
 from kdcli.words import counted
@@ -127,20 +123,18 @@ def _chosen(
     folder: str,
 ) -> Collection[MatrixKey]:
     """Return the matrices that become chains; a resumed run takes those that were chosen when it began."""
+
+    def choose() -> list[MatrixKey]:
+        importance = _importance(job, task, teacher, follower, section, build)
+        assert section.matrices is not None
+        chosen = most_important(importance, section.matrices)
+        listed = ", ".join(f"{layer}.{name} {importance[(layer, name)]:.3g}" for layer, name in chosen[:6])
+        more = ", ..." if len(chosen) > 6 else ""
+        job.tell(f"overparam: chains for {len(chosen)} of {len(importance)} matrices, by importance: {listed}{more}")
+        return chosen
+
     path = job.run.checkpoints / folder / "matrices.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if job.resume and path.exists() else None
-    if (agreed := agree(known)) is not None:
-        return [(layer, name) for layer, name in agreed]
-    importance = _importance(job, task, teacher, follower, section, build)
-    assert section.matrices is not None
-    # Measured on several devices, two matrices might change places.
-    chosen = agree(most_important(importance, section.matrices))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    main_does(partial(write_json, path, chosen))
-    listed = ", ".join(f"{layer}.{name} {importance[(layer, name)]:.3g}" for layer, name in chosen[:6])
-    more = ", ..." if len(chosen) > 6 else ""
-    job.tell(f"overparam: chains for {len(chosen)} of {len(importance)} matrices, by importance: {listed}{more}")
-    return chosen
+    return [(layer, name) for layer, name in job.settled(path, choose)]
 
 
 def _importance(

@@ -1,8 +1,10 @@
 """What the parts of one run share, and how a run that ends early is left behind."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,10 +14,11 @@ from kdcli.distill.prepare import Prepared
 from kdcli.distill.resolve import Resolved
 from kdcli.errors import InputError
 from kdcli.faults import writing
+from kdcli.files import write_json
 from kdcli.recipe.schema import Recipe
 from kdcli.runs import Run
 from kdcli.terminal import tell
-from kdcli.training.distributed import is_main, main_does
+from kdcli.training.distributed import agree, is_main, main_does
 
 
 @dataclass
@@ -40,6 +43,16 @@ class Job:
     def timed(self, part: str) -> AbstractContextManager[None]:
         """Note the seconds that a block takes."""
         return runs.timed(self.seconds, part)
+
+    def settled(self, path: Path, choose: Callable[[], Any]) -> Any:
+        """Return a choice, as JSON has it, that all processes take; a resumed run takes the one kept at `path`."""
+        known: Any = json.loads(path.read_text(encoding="utf-8")) if self.resume and path.exists() else None
+        if (agreed := agree(known)) is None:
+            # Measured on several devices, it might come out otherwise.
+            agreed = agree(choose())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            main_does(lambda: write_json(path, agreed))
+        return agreed
 
     def tell(self, message: str) -> None:
         """Print a line for the user."""

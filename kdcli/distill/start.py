@@ -1,6 +1,5 @@
 """What the weights of a student start from: a pass of the teacher over some training rows."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from kdcli.data.rows import array_of
 from kdcli.distill.job import Job
-from kdcli.files import cache_dir, fingerprint, write_json
+from kdcli.files import cache_dir, fingerprint
 from kdcli.methods.base import Context
 from kdcli.models.factoriser import Factoriser
 from kdcli.models.hashing import hash_of_model, hash_of_tensors
@@ -23,7 +22,7 @@ from kdcli.signals import MatrixKey
 from kdcli.tasks.base import Task
 from kdcli.tasks.predict import placed
 from kdcli.tensor_file import keep_tensors, kept_tensors
-from kdcli.training.distributed import agree, main_does
+from kdcli.training.distributed import main_does
 from kdcli.training.step import Distiller
 
 if TYPE_CHECKING:
@@ -80,12 +79,7 @@ def factoriser_of(
 def _settled(job: Job, folder: str, ranks: dict[MatrixKey, int | None]) -> dict[MatrixKey, int | None]:
     """Return the ranks that all processes take; a resumed run those of its beginning."""
     path = job.run.checkpoints / folder / "ranks.json"
-    known: Any = json.loads(path.read_text(encoding="utf-8")) if job.resume and path.exists() else None
-    if (agreed := agree(known)) is None:
-        # Measured on another device, two ranks might come out otherwise.
-        agreed = agree([[layer, name, rank] for (layer, name), rank in ranks.items()])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        main_does(lambda: write_json(path, agreed))
+    agreed = job.settled(path, lambda: [[layer, name, rank] for (layer, name), rank in ranks.items()])
     return {(layer, name): rank for layer, name, rank in agreed}
 
 

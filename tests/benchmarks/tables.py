@@ -44,6 +44,7 @@ from typing import Any
 
 from common import encoder, need_data
 
+from kdcli.compare.report import difference_text
 from kdcli.compare.statistics import Difference, paired_difference, summarise
 from kdcli.files import write_json
 from kdcli.markdown import table_row
@@ -418,12 +419,9 @@ def _score(scores: dict[int, float], seeds: int) -> str:
 
 
 def _difference(difference: Difference | None) -> str:
-    if difference is None:
-        return ""
-    text = f"{100 * difference.mean:+.2f}"
-    if difference.low is None or difference.high is None:
+    text = difference_text(difference)
+    if difference is None or difference.low is None or difference.high is None:
         return text
-    text += f" [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
     return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
 
 

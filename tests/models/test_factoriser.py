@@ -1,7 +1,5 @@
 """Factors that are closest for real inputs: the optimum of their error, the SVD where inputs say nothing."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from families import NAMES, tiny
@@ -9,7 +7,7 @@ from torch import Tensor, nn
 
 from kdcli.models.blocks import iter_block_matrices
 from kdcli.models.factoriser import Factoriser, decompose_by_inputs
-from kdcli.models.lowrank import break_even_rank, factored_count, factorise, spread_ranks, svd_factors
+from kdcli.models.lowrank import factorise, spread_ranks
 from kdcli.models.probe import probe
 from kdcli.models.statistics import Statistics, collect_statistics
 from kdcli.recipe.schema import StudentSection
@@ -33,56 +31,6 @@ def error(up: Tensor, down: Tensor, wanted: Tensor, inputs: Tensor, rows: Tensor
     return ((wanted - inputs @ (up @ down).T).square() * rows).sum(1).mean()
 
 
-def descended(factors: list[Tensor], value: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Return the least value that a descent from these factors finds."""
-    for factor in factors:
-        factor.requires_grad_()
-    optimiser = torch.optim.LBFGS(factors, max_iter=150, line_search_fn="strong_wolfe", tolerance_change=1e-14)
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        found = value(*factors)
-        found.backward()
-        return found
-
-    optimiser.step(closure)
-    return float(closure().detach())
-
-
-@pytest.mark.parametrize("rank", [3])
-@pytest.mark.parametrize("weighed", [False, True])
-@pytest.mark.parametrize("centred", [False, True])
-def test_no_descent_finds_better_factors(world: tuple[nn.Linear, Tensor, Statistics], rank, weighed, centred):
-    linear, inputs, of = world
-    inputs = (inputs - inputs.mean(0) if centred else inputs).double()
-    weight = linear.weight.detach().double()
-    rows = of.importance.double() if weighed and of.importance is not None else torch.ones(14, dtype=torch.float64)
-    moments = inputs.T @ inputs / len(inputs)
-    up, down = decompose_by_inputs(weight, moments, rows if weighed else None).cut(rank)
-    wanted = inputs @ weight.T
-    ours = float(error(up, down, wanted, inputs, rows))
-    for seed in range(3):
-        torch.manual_seed(seed)
-        factors = [torch.randn(14, rank, dtype=torch.float64), torch.randn(rank, 10, dtype=torch.float64)]
-        if seed == 2:
-            factors = [up.clone(), down.clone()]
-        assert descended(factors, lambda a, b: error(a, b, wanted, inputs, rows)) >= ours * (1 - 1e-4) - 1e-12
-    plain = svd_factors(weight, rank)
-    assert float(error(*plain, wanted, inputs, rows)) > 1.05 * ours
-
-
-def test_without_inputs_it_is_the_svd_and_with_equal_ones_too():
-    torch.manual_seed(1)
-    weight = torch.randn(9, 13, dtype=torch.float64)
-    up, down = svd_factors(weight, 4)
-    for moments in (None, 3.0 * torch.eye(13, dtype=torch.float64)):
-        found = decompose_by_inputs(weight, moments).cut(4)
-        torch.testing.assert_close(found[0] @ found[1], up @ down)
-        # Both vectors of a term are as long as in the SVD.
-        torch.testing.assert_close(found[0].norm(dim=0), up.norm(dim=0))
-        torch.testing.assert_close(found[1].norm(dim=1), down.norm(dim=1))
-
-
 def test_weights_of_rows_are_those_of_fwsvd():
     torch.manual_seed(2)
     weight, importance = torch.randn(9, 5, dtype=torch.float64), torch.rand(9, dtype=torch.float64) + 0.1
@@ -101,21 +49,6 @@ def test_what_is_lost_is_what_the_losses_of_the_terms_add_up_to(world: tuple[nn.
     lost = float(error(up, down, wanted, inputs.double(), torch.ones(14)))
     assert lost == pytest.approx(float(found.losses[4:].sum()), rel=1e-3)
     assert (found.losses.diff() <= 0).all()
-
-
-@pytest.mark.parametrize("biased", [True, False])
-def test_the_bias_gives_back_the_mean_of_what_is_lost(world: tuple[nn.Linear, Tensor, Statistics], biased):
-    linear, inputs, of = world
-    if not biased:
-        linear.bias = None
-    factoriser = Factoriser(by_inputs=True, statistics={KEY: of})
-    (up, down), shift = factoriser.factors(KEY, linear, 3), factoriser.shift(KEY, linear, 3)
-    missing = inputs.double() @ (linear.weight.double() - up.double() @ down.double()).T
-    torch.testing.assert_close(shift, missing.mean(0), atol=1e-5, rtol=1e-3)
-    # With a bias what is left is least about its mean, without one about zero.
-    centre = inputs.mean(0) if biased else torch.zeros(10)
-    wanted = decompose_by_inputs(linear.weight, (inputs - centre).T.double() @ (inputs - centre).double() / 400).cut(3)
-    torch.testing.assert_close((up @ down).double(), wanted[0] @ wanted[1], atol=1e-4, rtol=1e-3)
 
 
 def test_directions_that_no_input_has_are_ordered_by_the_weight():
@@ -165,44 +98,6 @@ SHAPES: dict[MatrixKey, tuple[int, int]] = {(1, "query"): (16, 16), (1, "ffn_in"
 
 def falling(start: float, share: float) -> Tensor:
     return start * share ** torch.arange(16.0)
-
-
-def test_the_budget_goes_where_terms_take_most_from_the_loss():
-    losses = {(1, "query"): falling(1.0, 0.5), (1, "ffn_in"): falling(100.0, 0.9), (1, "ffn_out"): falling(1e-6, 0.9)}
-    even = dict.fromkeys(SHAPES, 4)
-    allowed = sum(factored_count(shape, 4) for shape in SHAPES.values())
-    ranks = spread_ranks(SHAPES, even, allowed, losses, 1)
-    assert sum(factored_count(SHAPES[key], rank) for key, rank in ranks.items()) <= allowed
-    # What is worth nothing keeps a quarter of what it had.
-    assert ranks[(1, "ffn_out")] == 1
-
-    def left(ranks: dict[MatrixKey, int | None]) -> float:
-        return sum(float(losses[key][rank:].sum()) for key, rank in ranks.items() if rank is not None)
-
-    best = min(
-        (
-            candidate
-            for query in range(1, 8)
-            for wide in range(1, 11)
-            for narrow in range(1, 11)
-            for candidate in [{(1, "query"): query, (1, "ffn_in"): wide, (1, "ffn_out"): narrow}]
-            if sum(factored_count(SHAPES[key], rank) for key, rank in candidate.items()) <= allowed
-        ),
-        key=left,
-    )
-    # Weight by weight is optimal but for the last step, which may not fit.
-    assert left(ranks) <= 1.1 * left(best)
-    assert left(ranks) < 0.8 * left(even)
-
-
-@pytest.mark.parametrize("multiple", [1, 2, 4])
-def test_spread_ranks_are_multiples_below_break_even_or_none(multiple):
-    losses = {key: falling(10.0**number, 0.95) for number, key in enumerate(SHAPES)}
-    even: dict[MatrixKey, int | None] = dict.fromkeys(SHAPES, 4)
-    ranks = spread_ranks(SHAPES, even, 6 * 32 + 8 * 48 * 2, losses, multiple)
-    for key, rank in ranks.items():
-        assert rank is None or (rank % multiple == 0 and rank < break_even_rank(*SHAPES[key]))
-    assert ranks[(1, "ffn_out")] is None or (ranks[(1, "ffn_out")] or 0) > 4
 
 
 def test_ranks_that_chains_cannot_be_made_of_are_passed_over():
