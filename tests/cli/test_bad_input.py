@@ -2,12 +2,13 @@
 
 import json
 import struct
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bad_input import Cases
 from conftest import ROWS, World
 from families import tiny, tokenizer
 from onnx import TensorProto, helper
@@ -16,20 +17,8 @@ from safetensors.torch import load_file, save_file
 from kdcli.models.save import save_model
 from kdcli.runs import open_run
 
-Prepare = Callable[[World], list[str]]
-"""Puts the wrong thing into the working folder, and returns the arguments of the program."""
-
-CASES: dict[str, tuple[Prepare, tuple[str, ...]]] = {}
-"""name -> (what to prepare, words that the message must have)."""
-
-
-def case(*words: str) -> Callable[[Prepare], Prepare]:
-    def add(prepare: Prepare) -> Prepare:
-        assert prepare.__name__ not in CASES and words
-        CASES[prepare.__name__] = (prepare, words)
-        return prepare
-
-    return add
+CASES = Cases()
+case = CASES.add
 
 
 def edit_config(folder: Path, *, file: str = "config.json", **changes: object) -> None:
@@ -1188,22 +1177,11 @@ def a_teacher_that_learns_from_held_out_rows_of_one(world: World) -> list[str]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_wrong_input_is_told_in_one_message_and_leaves_nothing_behind(name: str, world: World, own_cache: Path):
-    prepare, words = CASES[name]
-    arguments = prepare(world)
-    before = world.listing()
-    outcome = world.call(*arguments)
-    assert outcome.code == 2, outcome.err
-    assert outcome.out == ""
-    assert "Traceback" not in outcome.err
-    assert [line.startswith("error:") for line in outcome.err.splitlines()].count(True) == 1
-    assert [word for word in words if word not in outcome.err] == [], outcome.err
-    assert world.listing() == before
-    assert list(own_cache.iterdir()) == []
-    if arguments[0] == "distill":
-        # The dry run refuses what the run refuses, in the same words.
-        planned = world.call(*arguments, "--dry-run")
-        assert (planned.code, planned.out, planned.err) == (2, "", outcome.err)
+    CASES.check(name, world, own_cache)
 
 
 def test_there_are_enough_cases():
-    assert len(CASES) >= 100
+    files = [import_module(file.stem) for file in Path(__file__).parent.glob("test_bad_*.py")]
+    names = [name for file in files for name in file.CASES]
+    assert len(names) >= 100
+    assert len(set(names)) == len(names)
