@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from kdcli.data.columns import Columns, need_column
+from kdcli.models.classes import class_names_of
 from kdcli.tasks.labels import (
     align_outputs,
     all_labels,
@@ -20,6 +21,7 @@ from kdcli.tasks.labels import (
     to_ids,
 )
 from kdcli.tasks.numbers import are_numbers, check_commas, different, note_of_numbers
+from kdcli.tasks.replies import ranked, softmax
 from kdcli.tasks.text_inputs import TextFields, TextKind, gold
 
 if TYPE_CHECKING:
@@ -112,6 +114,20 @@ class Classification(TextKind):
     def decode(self, outputs: dict[str, Any], features: "Dataset", rows: "Dataset") -> "np.ndarray":
         """Return the class numbers, (n,)."""
         return outputs["logits"].argmax(-1)
+
+    def replies(
+        self, model: Any, rows: "Dataset", processor: Any, *, top: int | None = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """Return the label and its probability for each row."""
+        outputs, _ = self.outputs(model, rows, processor, **options)
+        names, found = class_names_of(model.config), []
+        for row in softmax(outputs["logits"]):
+            best = ranked(names, row, top or 1)
+            found.append({**best[0], **({"top": best} if top is not None else {})})
+        return found
+
+    def show(self, reply: dict[str, Any]) -> str:
+        return f"{reply['label']} {reply['probability']:.3f}"
 
     def score(
         self, answers: "np.ndarray", rows: "Dataset", labels: Sequence[str], metrics: Sequence[str]

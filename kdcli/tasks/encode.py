@@ -20,7 +20,7 @@ IDS = {"input_ids": pa.list_(pa.int32()), "attention_mask": pa.list_(pa.int8()),
 
 
 def encode(dataset: "Dataset", tokenizer: Any, max_length: int) -> "Dataset":
-    """Return the columns index, input_ids, attention_mask, [token_type_ids], labels and length, as `stored` keeps them.
+    """Return the columns index, input_ids, attention_mask, [token_type_ids, labels] and length, as `stored` keeps them.
 
     Pairs are cut from their longer side first, to `max_length` tokens with the special ones.
     """
@@ -57,7 +57,8 @@ def _encoded(batch: dict[str, list[Any]], tokenizer: Any, longest: int) -> pa.Re
     for name in INPUTS:
         if name in encoded:
             columns[name] = pa.array(encoded[name], IDS[name])
-    columns["labels"] = pa.array(batch["label"])
+    if "label" in batch:
+        columns["labels"] = pa.array(batch["label"])
     columns["length"] = pa.array([len(ids) for ids in encoded["input_ids"]], pa.int32())
     return pa.RecordBatch.from_pydict(columns)
 

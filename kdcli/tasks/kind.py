@@ -5,9 +5,10 @@ instance from another package as an entry point `kdcli.tasks`. No other module a
 
 Each kind says its name, title, head, fields, what it provides, and its metrics; and writes `distribution`, `read` (rows
 from columns), `configure` (a new head), `check`, `encode` and `collator` (features and batches), `predictions` (tables
-of distributions, for every objective), `decode` (answers) and `score`. The rest has a default that fits most. Kinds
-whose examples are texts with one answer each begin with `kdcli.tasks.text_inputs.TextKind`, as `classification.py`
-does.
+of distributions, for every objective), `decode` (answers) and `score`. For `kdcli predict` it writes `inputs` (what an
+example is made of), `read_inputs` (rows without gold answers), `replies` (what a model answers, as plain values) and
+`show` (a line for a terminal). The rest has a default that fits most. Kinds whose examples are texts with one answer
+each begin with `kdcli.tasks.text_inputs.TextKind`, as `classification.py` does.
 """
 
 from abc import ABC, abstractmethod
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kdcli.errors import InputError
 from kdcli.models.classes import class_names_of
 from kdcli.models.heads import Head
 from kdcli.recipe.schema import Section, TaskSection
@@ -93,6 +95,10 @@ class TaskKind(ABC):
     """The columns of rows that hold text, in their order; rows may lack some of them (the second text of a pair)."""
     features: ClassVar[str | None] = None
     """What features are called in a plan, where they are no rows."""
+    answer: ClassVar[str] = "label"
+    """The key of replies that holds the answer itself: two models agree where it is the same."""
+    vector: ClassVar[str | None] = None
+    """The key of replies that holds an array of as many numbers each, for a .npy file; None where there is none."""
 
     @property
     def chosen_by_loss(self) -> bool:
@@ -230,10 +236,16 @@ class TaskKind(ABC):
 
     def answers(self, model: Any, rows: "Dataset", processor: Any, *, max_length: int, ask: Any, **options: Any) -> Any:
         """Return a model's answer to each row. ask, options: `predict` or what does the same, and its options."""
+        outputs, features = self.outputs(model, rows, processor, max_length=max_length, ask=ask, **options)
+        return self.decode(outputs, features, rows)
+
+    def outputs(
+        self, model: Any, rows: "Dataset", processor: Any, *, max_length: int, ask: Any, **options: Any
+    ) -> "tuple[dict[str, Any], Dataset]":
+        """Return a model's outputs by name for all features of rows, and those. ask, options: as in `answers`."""
         features = self.encode(rows, processor, max_length)
         form = {"outputs": self.head.outputs, "per_token": self.head.per_token}
-        outputs = ask(model, features, self.collator(processor), **form, **options)
-        return self.decode(outputs, features, rows)
+        return ask(model, features, self.collator(processor), **form, **options), features
 
     def decode(self, outputs: "dict[str, Any]", features: "Dataset", rows: "Dataset") -> Any:
         """Return an answer a row, in any form that `score` takes. outputs: of `predict`, by name."""
@@ -253,3 +265,42 @@ class TaskKind(ABC):
     def chance(self, sets: "Sequence[Dataset]", labels: Sequence[str], metric: str) -> float | None:
         """Return the mean over sets that answers without any knowledge reach; None where that is not known."""
         return None
+
+    # What a model answers to examples without gold answers
+
+    def inputs(self, fields: Any) -> dict[str, str]:
+        """Return what an example is made of, in order, by its name in rows; each with the column of own data it is in.
+
+        A text that is typed stands for one of them: several are given one after the other.
+        """
+        raise InputError(self._unasked)
+
+    def read_inputs(self, columns: "Columns", fields: Any, source: str, notes: list[str]) -> "pa.Table":
+        """Return rows as `read` does, without gold answers, also where the data has some. The arguments are its own.
+
+        columns: those that `inputs` names, and others. `encode` takes such rows, too.
+        """
+        raise InputError(self._unasked)
+
+    def replies(
+        self, model: Any, rows: "Dataset", processor: Any, *, top: int | None = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """Return what a model answers to each row, in the types that JSON has; all replies have the same keys.
+
+        `answer` is one of the keys; under `vector` stands an array. top: how many of the best answers are listed under
+        the key "top", each with its probability or score, the best first; None leaves the key out.
+        options: as in `answers`.
+        """
+        raise InputError(self._unasked)
+
+    def show(self, reply: dict[str, Any]) -> str:
+        """Return a reply as one line for people, without its "top"."""
+        return str(reply[self.answer])
+
+    def beside(self, reply: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+        """Return how a reply compares with another model's to the same row: whether they agree, or by how much not."""
+        return {"agree": reply[self.answer] == other[self.answer]}
+
+    @property
+    def _unasked(self) -> str:
+        return f"models of {self.name} tasks are not asked for answers"

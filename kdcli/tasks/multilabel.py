@@ -8,6 +8,7 @@ from pydantic import Field
 
 from kdcli.data.columns import Column, Columns, is_missing, need_column
 from kdcli.errors import InputError, cut
+from kdcli.models.classes import class_names_of
 from kdcli.recipe.schema import TaskSection
 from kdcli.tasks.labels import (
     align_outputs,
@@ -20,6 +21,7 @@ from kdcli.tasks.labels import (
     named_outputs,
     to_ids,
 )
+from kdcli.tasks.replies import ranked
 from kdcli.tasks.text_inputs import TextFields, TextKind, gold
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ class MultiLabel(TextKind):
     metrics = ("f1_micro", "f1_macro", "exact_match", "lrap", "auroc_macro")
     usual_metrics = ("f1_micro", "f1_macro", "exact_match")
     calibration = 0.1
+    answer = "labels"
 
     @property
     def distribution(self) -> "Distribution":
@@ -175,6 +178,22 @@ class MultiLabel(TextKind):
         """Return the answers by the threshold with the best F1 that the model itself expects: no label is looked at."""
         expected = _probabilities(outputs["logits"])
         return Answers(expected, expected >= best_threshold(expected.ravel(), expected.ravel()))
+
+    def replies(
+        self, model: Any, rows: "Dataset", processor: Any, *, top: int | None = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """Return the labels that a model chooses for each row, in its order, and their probabilities."""
+        answers = self.answers(model, rows, processor, **options)
+        names, found = class_names_of(model.config), []
+        for row, chosen in zip(answers.probabilities, answers.chosen, strict=True):
+            mine = [i for i in range(len(names)) if chosen[i]]
+            reply = {"labels": [names[i] for i in mine], "probabilities": [float(row[i]) for i in mine]}
+            found.append({**reply, **({"top": ranked(names, row, top)} if top is not None else {})})
+        return found
+
+    def show(self, reply: dict[str, Any]) -> str:
+        pairs = zip(reply["labels"], reply["probabilities"], strict=True)
+        return ", ".join(f"{label} {probability:.3f}" for label, probability in pairs) or "(no label)"
 
     def score(
         self, answers: Answers, rows: "Dataset", labels: Sequence[str], metrics: Sequence[str]

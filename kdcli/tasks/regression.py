@@ -30,6 +30,7 @@ class Regression(TextKind):
     metrics = ("pearson", "spearman", "mse", "mae")
     usual_metrics = ("pearson", "spearman")
     errors = frozenset({"mse", "mae"})
+    answer = "score"
 
     @property
     def distribution(self) -> "Distribution":
@@ -76,6 +77,18 @@ class Regression(TextKind):
     def decode(self, outputs: dict[str, Any], features: "Dataset", rows: "Dataset") -> "np.ndarray":
         """Return the numbers, (n,), in double precision."""
         return outputs["logits"].reshape(-1).astype("float64")
+
+    def replies(
+        self, model: Any, rows: "Dataset", processor: Any, *, top: int | None = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """Return the score of each row; there is no second best."""
+        return [{"score": float(number)} for number in self.answers(model, rows, processor, **options)]
+
+    def show(self, reply: dict[str, Any]) -> str:
+        return f"{reply['score']:.3f}"
+
+    def beside(self, reply: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+        return {"difference": reply["score"] - other["score"]}
 
     def score(
         self, answers: "np.ndarray", rows: "Dataset", labels: Sequence[str], metrics: Sequence[str]

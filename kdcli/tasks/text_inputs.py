@@ -110,6 +110,14 @@ class TextKind(TaskKind):
         values = columns.get(fields.label or "label", Column())
         return not all(map(is_missing, values))
 
+    def inputs(self, fields: Any) -> dict[str, str]:
+        return dict(zip(TEXTS, fields.columns or TEXTS[:1], strict=False))
+
+    def read_inputs(self, columns: Columns, fields: Any, source: str, notes: list[str]) -> "pa.Table":
+        import pyarrow as pa
+
+        return pa.table(read_texts(columns, list(self.inputs(fields).values()), source))
+
     def check(self, task: "Task", processor: Any, max_length: int) -> None:
         from kdcli.tasks.encode import check_room
 
