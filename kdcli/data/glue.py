@@ -1,45 +1,11 @@
 """The nine GLUE tasks: columns, labels, metrics and sets, as the hub's `nyu-mll/glue` has them."""
 
-import os
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
-from kdcli.data.columns import Columns
-from kdcli.data.sets import NamedSet
-from kdcli.errors import InputError
+from kdcli.data.sets import VALIDATION, NamedSet, read_set
 
 HUB = "nyu-mll/glue"
-
-VALIDATION = {"validation": "validation"}
-"""The name of a set in reports, and its name in the data."""
-
-
-def _read(name: str, report: Mapping[str, str], seed: int) -> dict[str, Columns]:
-    """Return a task's splits from the folder glue/NAME of the data folder, or else from the hub."""
-    from kdcli.data.files import read_file, read_hub
-
-    wanted = {"train": "train", **report}
-    found: dict[str, Columns] = {}
-    root = os.environ.get("KDCLI_DATA_DIR")
-    if root is not None:
-        for split in wanted.values():
-            path = Path(root) / "glue" / name / f"{split}.parquet"
-            if path.is_file():
-                found[split] = read_file(path, "KDCLI_DATA_DIR")
-    if "train" not in found or not any(split in found for split in report.values()):
-        try:
-            found = {**read_hub(HUB, name, "task.name"), **found}
-        except InputError as error:
-            missing = [f"{split}.parquet" for split in wanted.values() if split not in found]
-            place = f"{root}/glue/{name}" if root else "KDCLI_DATA_DIR (not set)"
-            raise InputError(
-                f"task {name}: {', '.join(missing)} not found in {place}, and the hub's {HUB} cannot be reached",
-                where="task.name",
-                hint=error.message,
-            ) from error
-    return {target: found[split] for target, split in wanted.items() if split in found}
-
 
 def _row(
     name: str,
@@ -50,7 +16,8 @@ def _row(
 ) -> NamedSet:
     kind = "classification" if labels else "regression"
     fields = {"text": list(columns), **({"labels": list(labels)} if labels else {})}
-    return NamedSet(name, kind, fields, metrics, f"GLUE {name}", partial(_read, name, report))
+    read = partial(read_set, name, f"glue/{name}", HUB, name, report)
+    return NamedSet(name, kind, fields, metrics, f"GLUE {name}", read)
 
 
 _ENTAILMENT = ("entailment", "not_entailment")

@@ -89,8 +89,6 @@ class TaskKind(ABC):
     but fine-tuned by `[[finetune]]`, and handed over without a head that nothing trained."""
     inputs_change: ClassVar[bool] = False
     """True where inputs are drawn again in every epoch (dynamic masking): no output of the teacher may be cached."""
-    calibration: ClassVar[float] = 0.0
-    """Share of the training rows that no model is trained on: those that `calibrate` is given."""
     text_columns: ClassVar[tuple[str, ...]] = ()
     """The columns of rows that hold text, in their order; rows may lack some of them (the second text of a pair)."""
     features: ClassVar[str | None] = None
@@ -99,6 +97,13 @@ class TaskKind(ABC):
     """The key of replies that holds the answer itself: two models agree where it is the same."""
     vector: ClassVar[str | None] = None
     """The key of replies that holds an array of as many numbers each, for a .npy file; None where there is none."""
+
+    def with_fields(self, fields: Any) -> "TaskKind":
+        """Return this kind as it works with a task's own fields, for a kind whose features or answers depend on them.
+
+        `Task.kind` is what this returns; `self` is the kind as it is listed.
+        """
+        return self
 
     @property
     def chosen_by_loss(self) -> bool:
@@ -152,6 +157,10 @@ class TaskKind(ABC):
         from kdcli.data.tables import split
 
         return split(rows, fraction, seed, self.strata(rows))
+
+    def calibration(self, train: "pa.Table") -> float:
+        """Return the share of the training rows that no model is trained on: those that `calibrate` is given."""
+        return 0.0
 
     def strata(self, rows: "pa.Table") -> "np.ndarray | None":
         """Return whole numbers (n,) whose shares a split shall keep; None for none."""

@@ -41,7 +41,7 @@ def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path, li
     metrics = kind.usual_metrics
     if named is not None:
         raw, source, metrics = named.read(section.split_seed), named.source, named.metrics
-        fields = kind.fields.model_validate(named.fields)
+        fields = kind.fields.model_validate({**section.fields, **named.fields})
         sources = {name: f"{source} {name}" for name in raw}
     else:
         if not section.is_own and section.type is None:
@@ -139,8 +139,8 @@ def _task(
     metrics = _metrics(section.metrics, kind, metrics)
     train, calibration = subset(train, section.train_samples, section.split_seed), None
     # Of a handful of rows none are set aside.
-    if trains and round(len(train) * kind.calibration):
-        train, calibration = split(train, kind.calibration, section.split_seed)
+    if trains and round(len(train) * (share := kind.calibration(train))):
+        train, calibration = split(train, share, section.split_seed)
     validation = {
         name: subset(rows, section.validation_samples, section.split_seed) for name, rows in validation.items()
     }
@@ -181,7 +181,7 @@ def _task(
         splits["calibration"] = calibration
     return Task(
         name=section.name,
-        kind=kind,
+        kind=kind.with_fields(fields),
         fields=fields,
         label_names=labels,
         metrics=metrics,

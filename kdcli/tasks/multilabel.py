@@ -26,6 +26,7 @@ from kdcli.tasks.text_inputs import TextFields, TextKind, gold
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
     from datasets import Dataset
 
     from kdcli.objectives.distribution import Distribution
@@ -89,7 +90,6 @@ class MultiLabel(TextKind):
     provides = frozenset({"labels", "one-per-example", "text"})
     metrics = ("f1_micro", "f1_macro", "exact_match", "lrap", "auroc_macro")
     usual_metrics = ("f1_micro", "f1_macro", "exact_match")
-    calibration = 0.1
     answer = "labels"
 
     @property
@@ -149,6 +149,9 @@ class MultiLabel(TextKind):
     def has_answers(self, columns: Columns, fields: Any) -> bool:
         names = fields.label if isinstance(fields.label, list) else [fields.label or "label"]
         return any(not is_missing(cell) and cell != [] for name in names for cell in columns.get(name, Column()))
+
+    def calibration(self, train: "pa.Table") -> float:
+        return 0.1
 
     def count(self, rows: Any, labels: Sequence[str]) -> "np.ndarray":
         return gold(rows).sum(0).astype("int64")

@@ -158,33 +158,35 @@ def read_texts(columns: Columns, names: Sequence[str], source: str) -> "dict[str
 
 def text_columns(columns: Columns, names: Sequence[str], source: str) -> "dict[str, pa.ChunkedArray]":
     """Return the columns `names` as text and text_pair. Raises InputError for a row without one of them."""
+    return {target: text_column(columns, name, "text", source) for target, name in zip(TEXTS, names, strict=False)}
+
+
+def text_column(columns: Columns, name: str, field: str, source: str) -> "pa.ChunkedArray":
+    """Return a column as text. field: of `[task]`, which names it. Raises InputError for a row without a text."""
     import pyarrow as pa
 
-    text, rows = pa.large_string(), {}
-    for target, name in zip(TEXTS, names, strict=False):
-        values = need_column(columns, name, "text", source)
-        parts: list[pa.Array] = []
-        first = 1
-        for part in values.parts:
-            if isinstance(part, pa.Array) and part.type in (text, pa.string()) and not part.null_count:
-                parts.append(part.cast(text))
-            else:
-                parts += (pa.array(chunk, text) for chunk in chunked(_texts(Column([part]), first, name, source)))
-            first += len(part)
-        rows[target] = pa.chunked_array(parts, text)
-    return rows
+    text = pa.large_string()
+    values = need_column(columns, name, field, source)
+    parts: list[pa.Array] = []
+    first = 1
+    for part in values.parts:
+        if isinstance(part, pa.Array) and part.type in (text, pa.string()) and not part.null_count:
+            parts.append(part.cast(text))
+        else:
+            found = _texts(Column([part]), first, name, f"task.{field}", source)
+            parts += (pa.array(chunk, text) for chunk in chunked(found))
+        first += len(part)
+    return pa.chunked_array(parts, text)
 
 
-def _texts(values: Column, first: int, name: str, source: str) -> Iterator[str]:
+def _texts(values: Column, first: int, name: str, where: str, source: str) -> Iterator[str]:
     """Yield the values as text. first: the number of the first row. Raises InputError for what is none."""
     for row, value in enumerate(values, first):
         if value is None or value != value:
-            raise InputError(f"{source}: row {row} has no {name!r}", where="task.text")
+            raise InputError(f"{source}: row {row} has no {name!r}", where=where)
         if isinstance(value, list | dict | bytes):
-            raise InputError(
-                f"{source}: {name!r} of row {row} is {shape_of_value(value)}, not a text", where="task.text"
-            )
-        yield readable(str(value), row, source, "task.text")
+            raise InputError(f"{source}: {name!r} of row {row} is {shape_of_value(value)}, not a text", where=where)
+        yield readable(str(value), row, source, where)
 
 
 def gold(rows: Any) -> "np.ndarray":
