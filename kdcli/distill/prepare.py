@@ -164,6 +164,16 @@ def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:
     if recipe.export.onnx:
         models = {"teacher": teacher.model.config, "student": student.model.config}
         check_lengths(models, recipe.export.sequence_lengths, "export.sequence_lengths")
+    if (
+        recipe.overparam is not None
+        and recipe.overparam.select == "static"
+        and (head == BASE or not task.kind.has_gold)
+    ):
+        raise InputError(
+            'overparam.select = "static" needs the loss of gold answers, and there are none that the student predicts',
+            where="overparam.select",
+            hint='use "dynamic", or leave it out',
+        )
     if recipe.overparam is not None and resolved.student.energy is None:
         check_chains(student.model, recipe.overparam, student.tensors_of, student.tensor_pairs)
     prepared = Prepared(resolved, task, downstream, head, labelling, teacher, followers, filler)
@@ -245,7 +255,7 @@ def _followers(
             if resolved.from_base:
                 _check_base(teacher, section, resolved)
             # What the student is cut from answers the task, but for the base of the teacher and a body alone.
-            section = with_start(section, has_loss=head != BASE and not resolved.from_base)
+            section = with_start(section, has_loss=head != BASE and task.kind.has_gold and not resolved.from_base)
             if section.sequential and (family := family_of(nearest.config)).repeated:
                 raise InputError(
                     f"the blocks of {family.title} are one, run again and again, so none comes after another",

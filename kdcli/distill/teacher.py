@@ -108,6 +108,12 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path) -> Teac
     section = recipe.teacher
     source = source_of(section.model, base) if section.model is not None else None
     trains = needs_training(recipe, source, head)
+    if trains and not task.kind.has_gold:
+        raise InputError(
+            f"{task.name} is a {task.kind.name} task, which has no gold answers to train a teacher on",
+            where="teacher",
+            hint=f"give {task.kind.head.title}, with finetune left out",
+        )
     if trains and section.labels is not None:
         raise InputError(
             "teacher.labels names the classes of a trained head, and this teacher gets a new one",

@@ -43,9 +43,14 @@ class Context:
     factored_embeddings: bool = False
 
     @property
-    def has_labels(self) -> bool:
-        """True where rows have gold labels; plain text has masked tokens at most."""
-        return "labels" in self.kind.provides
+    def plain_text(self) -> bool:
+        """True where what is predicted are masked tokens over a vocabulary."""
+        return "vocabulary" in self.kind.provides
+
+    @property
+    def has_gold(self) -> bool:
+        """True where rows have gold answers; where they have none there is no gold term."""
+        return self.kind.has_gold
 
     def output_term(self, weight: float = 1.0, temperature: float = 1.0, **options: Any) -> Term:
         """Return the divergence from the teacher's predictions. options: those of `OutputObjective`."""
@@ -53,11 +58,20 @@ class Context:
 
         return Term("output", OutputObjective(self.kind.distribution, temperature, **options), weight)
 
-    def gold_term(self, weight: float = 1.0, name: str = "task") -> Term:
-        """Return the loss of the gold answers: labels, or masked tokens."""
+    def gold_term(self, weight: float = 1.0) -> Term:
+        """Return the loss of the gold answers: "task" for labels, "mlm" for masked tokens."""
         from kdcli.objectives.gold import GoldObjective
 
-        return Term(name, GoldObjective(self.kind.distribution), weight)
+        return Term("mlm" if self.plain_text else "task", GoldObjective(self.kind.distribution), weight)
+
+    def prediction_terms(self, weight: float, alpha: float, temperature: float) -> list[Term]:
+        """Return the teacher's predictions and the gold answers, alpha to 1 - alpha.
+
+        Without gold answers the teacher's predictions have all the weight.
+        """
+        if not self.has_gold:
+            return [self.output_term(weight, temperature)]
+        return [self.output_term(weight * alpha, temperature), self.gold_term(weight * (1.0 - alpha))]
 
 
 @dataclass

@@ -33,9 +33,8 @@ class DistilBERTOptions(Options):
 
 def check(options: DistilBERTOptions, context: Context) -> None:
     """Raise InputError when vocabularies or widths differ."""
-    refuse_unsupported(options, context, labels=(), text=("positions",))
-    if "vocabulary" in context.kind.provides:
-        need_equal_vocabulary(context)
+    refuse_unsupported(options, context, text=("positions",), gold=("weights.task",))
+    need_equal_vocabulary(context)
     teacher, student = context.teacher.hidden, context.student.hidden
     if options.weights.cosine > 0 and teacher != student:
         raise InputError(
@@ -51,11 +50,11 @@ def build(options: DistilBERTOptions, context: Context) -> list[Stage]:
     from kdcli.objectives.cosine import CosineObjective
 
     weights = options.weights
-    everywhere = not context.has_labels and options.positions == "all"
+    everywhere = context.plain_text and options.positions == "all"
     last = CosineObjective([(context.student.layers, context.teacher.layers)])
     terms = [
         context.output_term(weights.output, options.temperature, all_positions=everywhere),
-        context.gold_term(weights.task, "task" if context.has_labels else "mlm"),
+        *([context.gold_term(weights.task)] if context.has_gold else []),
         Term("cosine", last, weights.cosine),
     ]
     return [Stage("distil", weighted(terms))]

@@ -9,6 +9,7 @@ from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.layer_maps import MAPS, Pairs, layer_map
 from kdcli.methods.terms import (
+    WHERE_PREDICTED,
     PredictionWeights,
     Temperature,
     Weight,
@@ -72,11 +73,14 @@ class HSOptions(Options):
     match_norm: bool = Field(default=False, description="Measure errors relative to the size of the teacher's states.")
     weights: Weights = Field(default=Weights(), description="How much each part weighs; 0 switches a part off.")
     alpha: Share = Field(
-        default=0.5, description="Tasks with labels: share of the teacher's prediction; the gold labels have the rest."
+        default=0.5,
+        description="All tasks but plain text: share of the teacher's prediction; the gold labels have the rest. "
+        "Without any it has no effect.",
     )
     temperature: Temperature = Field(
         default=1.0,
-        description="Tasks with labels: temperature that softens teacher and student logits before they are compared.",
+        description="All tasks but plain text: temperature that softens teacher and student logits before they are "
+        "compared.",
     )
 
     @field_validator("layer_map")
@@ -98,7 +102,7 @@ def _pairs(options: HSOptions, context: Context, epoch: int = 0) -> Pairs:
 
 def check(options: HSOptions, context: Context) -> None:
     """Raise InputError when the map does not fit both depths, leaves blocks untrained, or options contradict."""
-    refuse_unsupported(options, context, labels=("alpha", "temperature", "weights.prediction"), text=("weights.mlm",))
+    refuse_unsupported(options, context, **WHERE_PREDICTED)
     for name, owner in (("consecutive", "uniform-consecutive"), ("seed", "random"), ("emd", "emd")):
         if name in options.model_fields_set and options.layer_map != owner:
             raise InputError(
@@ -122,7 +126,7 @@ def check(options: HSOptions, context: Context) -> None:
             )
         return
     top = max((s for s, _ in _pairs(options, context)), default=0)
-    if not context.has_labels and options.weights.mlm == 0 and top < context.student.layers:
+    if context.plain_text and options.weights.mlm == 0 and top < context.student.layers:
         raise InputError(
             f"nothing trains the student's blocks above {top}: no teacher block is mapped to them",
             where="method.layer_map",
@@ -178,8 +182,8 @@ METHOD = Method(
     title="Hidden states, by a choice of layer maps",
     paper="Udagawa, Trivedi, Merler, Bhattacharjee (2023): A Comparative Analysis of Task-Agnostic Distillation "
     f"Methods for Compressing Transformer Language Models. arXiv 2310.08797; emd: {EMD_PAPER}",
-    formula="mean_(i, j) MSE(W_i h_S[i], h_T[j]) (+ w_p (alpha T^2 KL + (1 - alpha) CE) with labels)",
-    signals="hidden states; with labels also logits and gold labels",
+    formula="mean_(i, j) MSE(W_i h_S[i], h_T[j]) (+ w_p (alpha T^2 KL + (1 - alpha) CE), not on plain text)",
+    signals="hidden states; but for plain text also logits and gold labels",
     constraints='none; "all" needs equal depths, "last-k", "uniform+last" and "random" a student no deeper',
     cost="the teacher's forward pass up to its highest mapped block a step",
     options=HSOptions,

@@ -14,6 +14,7 @@ from kdcli.methods.terms import (
     need_equal_vocabulary,
     need_shares_of_one,
     refuse_idle,
+    refuse_unsupported,
     weighted,
 )
 from kdcli.recipe.schema import PositiveFloat, Share
@@ -107,7 +108,8 @@ def check(options: MaKDOptions, context: Context) -> None:
         )
     if options.weights.layer > 0 and options.terms.attention > 0:
         need_equal_heads(context, otherwise="method.terms.attention = 0")
-    if options.weights.model > 0 and not context.has_labels:
+    refuse_unsupported(options, context, gold=("alpha",))
+    if options.weights.model > 0:
         need_equal_vocabulary(context)
     if options.schedule == "joint":
         refuse_idle(options, ("shares", "final_learning_rate"), 'with schedule = "joint"', 'set schedule = "staged"')
@@ -173,14 +175,8 @@ def build(options: MaKDOptions, context: Context) -> list[Stage]:
             ),
         ]
 
-    def model_level() -> list[Term]:
-        weight = options.weights.model
-        return [
-            context.output_term(weight * options.alpha, options.temperature),
-            context.gold_term(weight * (1.0 - options.alpha), "task" if context.has_labels else "mlm"),
-        ]
-
-    matrix, layer, model = levels = matrix_level(local=inputs == "teacher"), layer_level(), model_level()
+    model = context.prediction_terms(options.weights.model, options.alpha, options.temperature)
+    matrix, layer, _ = levels = matrix_level(local=inputs == "teacher"), layer_level(), model
     terms = weighted(matrix + layer + model)
     if options.schedule == "joint":
         return [Stage("distil", terms)]

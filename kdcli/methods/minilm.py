@@ -4,6 +4,7 @@ from pydantic import Field
 
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import (
+    WHERE_PREDICTED,
     PredictionWeights,
     Temperature,
     Weight,
@@ -27,17 +28,20 @@ class MiniLMOptions(Options):
 
     weights: Weights = Field(default=Weights(), description="How much each part weighs; 0 switches a part off.")
     alpha: Share = Field(
-        default=0.5, description="Tasks with labels: share of the teacher's prediction; the gold labels have the rest."
+        default=0.5,
+        description="All tasks but plain text: share of the teacher's prediction; the gold labels have the rest. "
+        "Without any it has no effect.",
     )
     temperature: Temperature = Field(
         default=1.0,
-        description="Tasks with labels: temperature that softens teacher and student logits before they are compared.",
+        description="All tasks but plain text: temperature that softens teacher and student logits before they are "
+        "compared.",
     )
 
 
 def check(options: MiniLMOptions, context: Context) -> None:
     """Raise InputError when the numbers of heads differ."""
-    refuse_unsupported(options, context, labels=("alpha", "temperature", "weights.prediction"), text=("weights.mlm",))
+    refuse_unsupported(options, context, **WHERE_PREDICTED)
     need_equal_heads(context, otherwise="the method minilmv2, which needs no equal heads")
 
 
@@ -63,8 +67,8 @@ METHOD = Method(
     paper="Wang, Wei, Dong, Bao, Yang, Zhou (2020): MiniLM: Deep Self-Attention Distillation for Task-Agnostic "
     "Compression of Pre-Trained Transformers. arXiv 2002.10957",
     formula="KL(A_T || A_S) + KL(R_T || R_S) of the last blocks, A = softmax(Q K^T / sqrt(d_k)), "
-    "R = softmax(V V^T / sqrt(d_k)) (+ w_p (alpha T^2 KL + (1 - alpha) CE) with labels)",
-    signals="queries, keys and values of the last block; with labels also logits and gold labels",
+    "R = softmax(V V^T / sqrt(d_k)) (+ w_p (alpha T^2 KL + (1 - alpha) CE), not on plain text)",
+    signals="queries, keys and values of the last block; but for plain text also logits and gold labels",
     constraints="as many heads as the teacher; any depth and width. For a student of at most half the depth and "
     "width an [assistant] of the teacher's depth and the student's width helps",
     cost="one teacher forward pass a step",

@@ -8,6 +8,7 @@ from pydantic import Field
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import (
+    WHERE_PREDICTED,
     PredictionWeights,
     Temperature,
     Weight,
@@ -64,11 +65,14 @@ class MiniLMv2Options(Options):
     )
     weights: Weights = Field(default=Weights(), description="How much each part weighs; 0 switches a part off.")
     alpha: Share = Field(
-        default=0.5, description="Tasks with labels: share of the teacher's prediction; the gold labels have the rest."
+        default=0.5,
+        description="All tasks but plain text: share of the teacher's prediction; the gold labels have the rest. "
+        "Without any it has no effect.",
     )
     temperature: Temperature = Field(
         default=1.0,
-        description="Tasks with labels: temperature that softens teacher and student logits before they are compared.",
+        description="All tasks but plain text: temperature that softens teacher and student logits before they are "
+        "compared.",
     )
 
 
@@ -108,7 +112,7 @@ def teacher_layer(options: MiniLMv2Options, context: Context) -> int:
 
 def check(options: MiniLMv2Options, context: Context) -> None:
     """Raise InputError for heads that divide no width, a block that is not there, or options that contradict."""
-    refuse_unsupported(options, context, labels=("alpha", "temperature", "weights.prediction"), text=("weights.mlm",))
+    refuse_unsupported(options, context, **WHERE_PREDICTED)
     relation_heads(options, context)
     teacher_layer(options, context)
     given = {name: weight for name, weight in options.relations.model_dump().items() if weight > 0}
@@ -164,10 +168,10 @@ METHOD = Method(
     paper="Wang, Bao, Huang, Dong, Wei (2021): MiniLMv2: Multi-Head Self-Attention Relation Distillation for "
     "Compressing Pretrained Transformers. arXiv 2012.15828",
     formula="sum_(X = Q, K, V) KL(R_T || R_S), R = softmax(X X^T / sqrt(d_r)) over d / d_r relation heads "
-    "(+ w_p (alpha T^2 KL + (1 - alpha) CE) with labels)",
-    signals="queries, keys and values of one block; with labels also logits and gold labels",
+    "(+ w_p (alpha T^2 KL + (1 - alpha) CE), not on plain text)",
+    signals="queries, keys and values of one block; but for plain text also logits and gold labels",
     constraints="relation heads that divide both widths; any depth, width and number of heads",
-    cost="the teacher's forward pass up to that block a step; with labels its prediction once, and cached",
+    cost="the teacher's forward pass up to that block a step; but for plain text its prediction once, and cached",
     options=MiniLMv2Options,
     build=build,
     check=check,

@@ -37,7 +37,7 @@ def build(options: ODOptions, context: Context) -> list[Stage]:
     everywhere = options.positions == "all"
     terms = [
         context.output_term(options.weights.output, options.temperature, all_positions=everywhere),
-        context.gold_term(options.weights.mlm, "mlm"),
+        context.gold_term(options.weights.mlm),
     ]
     return [Stage("distil", weighted(terms))]
 

@@ -17,18 +17,25 @@ Temperature = Annotated[float, Field(gt=0.0, le=1000.0)]
 class PredictionWeights(Options):
     """What the prediction weighs."""
 
-    prediction: Weight = Field(default=1.0, description="Tasks with labels: weight of logits and gold labels.")
+    prediction: Weight = Field(
+        default=1.0, description="All tasks but plain text: weight of the teacher's prediction and the gold labels."
+    )
     mlm: Weight = Field(default=0.0, description="Plain text: weight of the masked tokens.")
 
 
 def prediction_terms(context: Context, weights: PredictionWeights, alpha: float, temperature: float) -> list[Term]:
     """Return the teacher's prediction and the gold labels, alpha to 1 - alpha; on plain text the masked tokens."""
-    if not context.has_labels:
-        return [context.gold_term(weights.mlm, "mlm")]
-    return [
-        context.output_term(weights.prediction * alpha, temperature),
-        context.gold_term(weights.prediction * (1.0 - alpha)),
-    ]
+    if context.plain_text:
+        return [context.gold_term(weights.mlm)]
+    return context.prediction_terms(weights.prediction, alpha, temperature)
+
+
+WHERE_PREDICTED: dict[str, Iterable[str]] = {
+    "tasks": ("alpha", "temperature", "weights.prediction"),
+    "text": ("weights.mlm",),
+    "gold": ("alpha",),
+}
+"""Where the options of `prediction_terms` have an effect, for `refuse_unsupported`."""
 
 
 def weighted(terms: Iterable[Term]) -> list[Term]:
@@ -44,27 +51,37 @@ def weighted(terms: Iterable[Term]) -> list[Term]:
 
 
 def refuse_unsupported(
-    options: BaseModel, context: Context, *, labels: Iterable[str], text: Iterable[str] = ()
+    options: BaseModel,
+    context: Context,
+    *,
+    tasks: Iterable[str] = (),
+    text: Iterable[str] = (),
+    gold: Iterable[str] = (),
 ) -> None:
     """Raise InputError for an option that has no effect on this kind of task.
 
-    labels, text: options (`alpha`, `weights.mlm`) that only tasks with labels, or only plain text, have.
+    tasks, text: options (`temperature`, `weights.mlm`) that plain text does not have, or only plain text has. gold:
+    those (`alpha`) that need gold answers.
     """
-    unsupported = text if context.has_labels else labels
-    for name in unsupported:
+    if context.plain_text:
+        refuse_idle(options, tasks, "on plain text")
+    else:
+        refuse_idle(options, text, "without masked tokens")
+    if not context.has_gold:
+        refuse_idle(options, gold, "without gold labels")
+
+
+def refuse_idle(options: BaseModel, names: Iterable[str], where_it_is_idle: str, hint: str = "leave it out") -> None:
+    """Raise InputError for options that were given where they have no effect, such as "beside recorded decisions".
+
+    names: `alpha`, or `weights.mlm` of an inner table.
+    """
+    for name in names:
         inner: BaseModel = options
         *path, last = name.split(".")
         for part in path:
             inner = getattr(inner, part)
         if last in inner.model_fields_set:
-            kind = "a task with labels" if context.has_labels else "plain text"
-            raise InputError(f"{name} has no effect on {kind}", where=f"method.{name}", hint="leave it out")
-
-
-def refuse_idle(options: BaseModel, names: Iterable[str], where_it_is_idle: str, hint: str = "leave it out") -> None:
-    """Raise InputError for options that were given where they have no effect, such as "beside recorded decisions"."""
-    for name in names:
-        if name in options.model_fields_set:
             raise InputError(f"{name} has no effect {where_it_is_idle}", where=f"method.{name}", hint=hint)
 
 
@@ -92,7 +109,9 @@ def need_dividing_depth(context: Context, why: str) -> None:
 
 
 def need_equal_vocabulary(context: Context) -> None:
-    """Raise InputError when both models do not predict the same words."""
+    """Raise InputError when both models predict words, and not the same ones."""
+    if not context.plain_text:
+        return
     teacher, student = context.teacher.vocab, context.student.vocab
     if teacher != student:
         raise InputError(

@@ -29,7 +29,7 @@ class Weights(Options):
 
 
 class TinyBERTOptions(Options):
-    """Two stages on a task with labels; on plain text the first one alone (general distillation)."""
+    """Two stages; on plain text the first one alone (general distillation)."""
 
     weights: Weights = Field(
         default=Weights(), description="First stage: how much each part weighs; 0 switches a part off."
@@ -58,7 +58,9 @@ class TinyBERTOptions(Options):
 
 def check(options: TinyBERTOptions, context: Context) -> None:
     """Raise InputError when depths do not divide, or heads differ."""
-    refuse_unsupported(options, context, labels=("shares", "final_learning_rate", "alpha", "temperature"))
+    refuse_unsupported(
+        options, context, tasks=("shares", "final_learning_rate", "alpha", "temperature"), gold=("alpha",)
+    )
     need_dividing_depth(context, "tinybert follows every c-th teacher block")
     if options.weights.attention > 0:
         need_equal_heads(context, otherwise="method.weights.attention = 0")
@@ -89,12 +91,12 @@ def _inside(options: TinyBERTOptions, context: Context) -> list[Term]:
 def build(options: TinyBERTOptions, context: Context) -> list[Stage]:
     """Return the stages: the inside of the model, then its prediction; on plain text only the first."""
 
-    if not context.has_labels:
+    if context.plain_text:
         return [Stage("general", _inside(options, context))]
     alpha = options.alpha
     if alpha is None:
         alpha = 0.0 if context.kind.distribution.is_point else 1.0
-    prediction = [context.output_term(alpha, options.temperature), context.gold_term(1.0 - alpha)]
+    prediction = context.prediction_terms(1.0, alpha, options.temperature)
     first, second = options.shares
     return [
         Stage("intermediate", _inside(options, context), first, scheduler="constant", warmup=0.0),

@@ -111,6 +111,11 @@ class TaskKind(ABC):
         return self.scored_by_loss or not self.scored_by_outputs
 
     @property
+    def has_gold(self) -> bool:
+        """Whether rows have gold answers: labels, or the masked tokens of plain text."""
+        return not self.provides.isdisjoint({"labels", "vocabulary"})
+
+    @property
     @abstractmethod
     def distribution(self) -> "Distribution":
         """What one row of logits parametrises."""

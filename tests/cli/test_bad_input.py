@@ -1120,9 +1120,9 @@ def an_export_after_plain_text(world: World) -> list[str]:
     return ["distill", text_recipe(world, export={"onnx": True})]
 
 
-@case("method.name: kd works on classification and multi-label and regression tasks", "mine is a text task")
+@case("method.name: theseus works on classification and multi-label and regression tasks", "mine is a text task")
 def a_method_that_needs_labels_on_plain_text(world: World) -> list[str]:
-    return ["distill", text_recipe(world), "--set", "method=kd"]
+    return ["distill", text_recipe(world), "--set", "method=theseus"]
 
 
 @case("my.doc is none of ", ".txt")
