@@ -7,6 +7,7 @@ from kdcli.data.sets import VALIDATION, NamedSet, read_set
 
 HUB = "nyu-mll/glue"
 
+
 def _row(
     name: str,
     columns: tuple[str, ...],

@@ -32,8 +32,9 @@ def named_sets() -> dict[str, NamedSet]:
     """Return all sets by their names."""
     from kdcli.data.glue import GLUE
     from kdcli.data.reviews import REVIEWS
+    from kdcli.data.squad import SQUAD
 
-    return {**GLUE, REVIEWS.name: REVIEWS}
+    return {**GLUE, **SQUAD, REVIEWS.name: REVIEWS}
 
 
 def read_set(

@@ -24,11 +24,12 @@ def encode(dataset: "Dataset", tokenizer: Any, max_length: int) -> "Dataset":
 
     Pairs are cut from their longer side first, to `max_length` tokens with the special ones.
     """
-    longest = _longest(tokenizer, max_length)
+    longest = longest_input(tokenizer, max_length)
     return stored(_encoded(batch, tokenizer, longest) for batch in batches_of(dataset))
 
 
-def _longest(tokenizer: Any, max_length: int) -> int:
+def longest_input(tokenizer: Any, max_length: int) -> int:
+    """Return the tokens of the longest input: `max_length`, or what the tokenizer's model takes, if that is less."""
     return min(max_length, getattr(tokenizer, "model_max_length", max_length))
 
 
@@ -38,7 +39,7 @@ def check_room(tokenizer: Any, max_length: int, *, pair: bool) -> None:
     Below their number the library cuts nothing at all, without a word.
     """
     special, texts = tokenizer.num_special_tokens_to_add(pair), 2 if pair else 1
-    longest = _longest(tokenizer, max_length)
+    longest = longest_input(tokenizer, max_length)
     if longest < special + texts:
         raise InputError(
             f"max_length {longest} leaves no room for text: {special} tokens of a {'pair' if pair else 'text'} are "

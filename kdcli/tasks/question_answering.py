@@ -1,0 +1,347 @@
+"""Extractive question answering: the answer to a question is a part of a context, or there is none in it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from kdcli.data.columns import Column, Columns
+from kdcli.errors import InputError
+from kdcli.models.heads import Head
+from kdcli.recipe.schema import TaskSection, Times, Tokens
+from kdcli.tasks.kind import Fields, TaskKind
+from kdcli.tasks.references import any_given, column_of, references
+from kdcli.tasks.squad_score import scores_of
+from kdcli.words import counted
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from datasets import Dataset
+    from torch import Tensor
+
+    from kdcli.objectives.distribution import Distribution
+    from kdcli.signals import Prediction
+    from kdcli.tasks.base import Task
+    from kdcli.tasks.spans import Spans
+
+QUESTION_ANSWERING = Head(
+    "question-answering",
+    "a model that marks answers in a context",
+    "marking answers in a context",
+    "AutoModelForQuestionAnswering",
+    ("ForQuestionAnswering",),
+    "question-answering",
+    outputs=("start_logits", "end_logits"),
+    per_token=True,
+)
+
+THRESHOLD = "kdcli_no_answer_threshold"
+"""The setting in config.json: how far the score of no answer is above the best answer's where none is given."""
+
+USUAL = 0.0
+"""The threshold of a model that has none of its own, on rows some of which have no answer."""
+
+LOW = -1e30
+"""The logit of a position where no answer begins or ends; finite also at any temperature."""
+
+
+class SpanFields(Fields):
+    """The columns of own data, and how contexts are cut into windows and answers out of contexts."""
+
+    question: str | None = Field(default=None, description="The column of questions. Left out, the one named question.")
+    context: str | None = Field(
+        default=None, description="The column of texts that hold the answers. Left out, the one named context."
+    )
+    answer: str | None = Field(
+        default=None,
+        description="The column of answers: a text, a list of texts that are all right (the first one is trained on), "
+        "or the hub's {text, answer_start}; an empty one where the context holds no answer. Left out, answers or "
+        "answer, whichever is there.",
+    )
+    answer_start: str | None = Field(
+        default=None,
+        description="The column of the places where answers begin, in characters of the context from 0. Left out, "
+        "answer_start, where there is such a column; else an answer is searched for in its context.",
+    )
+    stride: Tokens | None = Field(
+        default=None,
+        description="Tokens that neighbouring windows of a long context share. Left out, 128, or a third of "
+        "max_length where that is less.",
+    )
+    max_answer: Times = Field(default=30, description="The most tokens of an answer.")
+    n_best: Times = Field(default=20, description="Answers of each row that are kept for `kdcli predict`.")
+
+    def check(self, task: TaskSection) -> None:
+        given = [name for name in ("question", "context", "answer", "answer_start") if getattr(self, name) is not None]
+        if given and not task.is_own:
+            raise ValueError(f"{given[0]} = ... needs data, train or hub")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answers: for each row its best spans and their texts, (rows,) lists, the best first.
+
+    threshold: how far the score of no answer may be above the best span's; None where there always is an answer.
+    """
+
+    spans: "Spans"
+    texts: list[list[str]]
+    threshold: float | None
+
+    @property
+    def best(self) -> list[str]:
+        """The text of the best span of each row; empty for a context without tokens."""
+        return [texts[0] if texts else "" for texts in self.texts]
+
+    @property
+    def margins(self) -> "np.ndarray":
+        """How far the score of no answer is above that of the best span, (rows,)."""
+        return self.spans.no_answer - self.spans.scores[:, 0]
+
+    @property
+    def chosen(self) -> list[str]:
+        """The answer to each row, empty where there is none."""
+        if self.threshold is None:
+            return self.best
+        return ["" if lacks else text for lacks, text in zip(self.margins > self.threshold, self.best, strict=True)]
+
+
+class QuestionAnswering(TaskKind):
+    """A question, and the part of a context that answers it."""
+
+    name = "question-answering"
+    title = "the part of a context that answers a question, if there is one"
+    head = QUESTION_ANSWERING
+    fields = SpanFields
+    provides = frozenset({"labels"})
+    metrics = ("f1", "exact_match", "has_answer_f1", "has_answer_exact_match", "no_answer_accuracy")
+    usual_metrics = ("f1", "exact_match")
+    text_columns = ("question", "context")
+    features = "windows"
+
+    def __init__(self, fields: SpanFields | None = None) -> None:
+        """fields: of the task; None for their defaults."""
+        self.own = fields or SpanFields()
+
+    def with_fields(self, fields: Any) -> "QuestionAnswering":
+        return QuestionAnswering(fields)
+
+    @property
+    def distribution(self) -> "Distribution":
+        from kdcli.objectives.distribution import Categorical
+
+        return Categorical()
+
+    # Rows
+
+    def recognises(self, columns: Columns, fields: Any, source: str, notes: list[str]) -> bool:
+        """True for columns of questions, contexts and answers."""
+        wanted = (fields.question or "question", fields.context or "context", column_of(columns, fields.answer))
+        return all(name in columns for name in wanted)
+
+    def read(
+        self, columns: Columns, fields: Any, source: str, notes: list[str], labels: tuple[str, ...] | None = None
+    ) -> "tuple[pa.Table, tuple[str, ...]]":
+        """Return question, context, label (all right answers, none where there is none) and start (a character)."""
+        import pyarrow as pa
+
+        rows = self._texts(columns, fields, source, notes)
+        contexts = iter(Column(rows["context"].chunks))
+        found = list(references(columns, fields.answer, fields.answer_start, contexts, source, train=labels is None))
+        texts, starts = zip(*found, strict=True)
+        if labels is None and not any(texts):
+            raise InputError(f"{source}: no row has an answer", where="task.answer")
+        label = pa.array(texts, pa.list_(pa.large_string()))
+        return pa.table({**rows, "label": label, "start": pa.array(starts, pa.int64())}), ()
+
+    def _texts(self, columns: Columns, fields: Any, source: str, notes: list[str]) -> "dict[str, pa.ChunkedArray]":
+        from kdcli.tasks.text_inputs import text_column
+
+        rows = {name: text_column(columns, getattr(fields, name) or name, name, source) for name in self.text_columns}
+        empty = {
+            name: [row for row, text in enumerate(Column(rows[name].chunks), 1) if not text.strip()] for name in rows
+        }
+        if numbers := empty["context"]:
+            raise InputError(
+                f"{source}: {counted(len(numbers), 'row')} without a context, the first is row {numbers[0]}",
+                where="task.context",
+                hint="remove them",
+            )
+        if numbers := empty["question"]:
+            notes.append(f"{source}: {counted(len(numbers), 'row')} without a question, the first is row {numbers[0]}")
+        return rows
+
+    def read_for(
+        self, config: Any, columns: Columns, fields: Any, source: str, notes: list[str], names: Sequence[str] | None
+    ) -> "tuple[pa.Table, tuple[str, ...]]":
+        return self.read(columns, fields, source, notes, ())
+
+    def has_answers(self, columns: Columns, fields: Any) -> bool:
+        return any_given(columns.get(column_of(columns, fields.answer), Column()))
+
+    def calibration(self, train: "pa.Table") -> float:
+        """Return 0.1 where some rows have no answer: how far their score must be above the others' is then chosen."""
+        return 0.1 if not _answerable(train).all() else 0.0
+
+    def hold_out(self, rows: "pa.Table", fraction: float, seed: int) -> "tuple[pa.Table, pa.Table]":
+        """Return a seeded split by context, where there are enough of them: no context is on both sides."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        from kdcli.data.tables import split
+
+        contexts = rows.column("context").unique()
+        if not 0 < round(len(contexts) * fraction) < len(contexts):
+            return super().hold_out(rows, fraction, seed)
+        _, held = split(pa.table({"context": contexts}), fraction, seed)
+        chosen = pc.is_in(rows.column("context"), value_set=held.column("context").combine_chunks())
+        return rows.filter(pc.invert(chosen)), rows.filter(chosen)
+
+    # A model and what it reads
+
+    def configure(self, labels: Sequence[str]) -> dict[str, Any]:
+        return {"num_labels": 2, "problem_type": None}
+
+    def check(self, task: "Task", processor: Any, max_length: int) -> None:
+        from kdcli.tasks.windows import room_of
+
+        room_of(processor, max_length, self.own.stride)
+
+    def encode(self, rows: "Dataset", processor: Any, max_length: int) -> "Dataset":
+        """Return windows: see `encode_windows`."""
+        from kdcli.tasks.windows import encode_windows
+
+        return encode_windows(rows, processor, max_length, self.own.stride)
+
+    def collator(self, processor: Any) -> "Callable[[list[dict[str, Any]]], dict[str, Tensor]]":
+        from kdcli.tasks.windows import WindowCollator
+
+        return WindowCollator(processor)
+
+    def examples(self, rows: "Dataset", processor: Any, max_length: int) -> int:
+        return len(self.encode(rows, processor, max_length))
+
+    def drawn(self, fields: Any) -> dict[str, Any]:
+        return fields.model_dump(include={"stride"})
+
+    # What a model predicts
+
+    def predictions(
+        self, output: Any, batch: "Mapping[str, Tensor]", *, everywhere: bool = False
+    ) -> "list[Prediction]":
+        """Return two tables, of the first and the last token, with a row a window over its positions.
+
+        An answer begins and ends at a token of the context, or both at the position that stands for no answer in this
+        window: the target of a window that does not hold the whole answer, also where another one does. All others
+        have a logit of -1e30. Each window weighs the same, so a row weighs as many times as it has windows.
+        """
+        import torch
+
+        from kdcli.signals import Prediction
+        from kdcli.tasks.windows import CANDIDATES
+
+        tables = []
+        for side, logits in enumerate((output.start_logits, output.end_logits)):
+            target = batch["labels"][:, side] if "labels" in batch else None
+            tables.append(Prediction(torch.where(batch[CANDIDATES], logits.float(), LOW), target=target))
+        return tables
+
+    def answers(self, model: Any, rows: "Dataset", processor: Any, *, max_length: int, ask: Any, **options: Any) -> Any:
+        """Return a model's answers by its own threshold, or the usual one (`decode`) where it has none."""
+        found = super().answers(model, rows, processor, max_length=max_length, ask=ask, **options)
+        own = getattr(model.config, THRESHOLD, None)
+        return found if own is None else replace(found, threshold=own)
+
+    def decode(self, outputs: dict[str, Any], features: "Dataset", rows: "Dataset") -> Answers:
+        """Return the answers; where some rows have none, by the threshold 0: the more likely of the two."""
+        from kdcli.data.rows import values_of
+        from kdcli.tasks.spans import best_spans
+
+        options = {"longest": self.own.max_answer, "most": self.own.n_best}
+        spans = best_spans(outputs["start_logits"], outputs["end_logits"], windows_of(features), len(rows), **options)
+        texts = []
+        for context, begins, ends in zip(values_of(rows, "context"), spans.begins, spans.ends, strict=True):
+            pairs = zip(begins.tolist(), ends.tolist(), strict=True)
+            texts.append([context[begin:end].strip() for begin, end in pairs if end > begin])
+        lacking = "start" in rows.column_names and not _answerable(rows).all()
+        return Answers(spans, texts, USUAL if lacking else None)
+
+    def calibrate(self, model: Any, rows: "Dataset", processor: Any, **options: Any) -> dict[str, Any]:
+        """Return the threshold with the best F1 on these rows."""
+        import numpy as np
+
+        from kdcli.tasks.spans import best_threshold
+
+        found = self.answers(model, rows, processor, **options)
+        f1 = np.array([pair[1] for pair in _scores(found.best, rows, unanswerable=True)])
+        return {THRESHOLD: best_threshold(found.margins, f1, ~_answerable(rows))}
+
+    def score(
+        self, answers: Answers, rows: "Dataset", labels: Sequence[str], metrics: Sequence[str]
+    ) -> dict[str, float]:
+        """Return the named metrics, by the rules of SQuAD v2.0 where some rows have no answer, else of v1.1.
+
+        Those of the rows with an answer, and of those without, are 0 where there are none.
+        """
+        import numpy as np
+
+        answerable = _answerable(rows)
+        exact, f1 = np.array(list(_scores(answers.chosen, rows, unanswerable=not answerable.all()))).T
+        found = {
+            "f1": f1,
+            "exact_match": exact,
+            "has_answer_f1": f1[answerable],
+            "has_answer_exact_match": exact[answerable],
+            "no_answer_accuracy": exact[~answerable],
+        }
+        return {name: float(found[name].mean()) if len(found[name]) else 0.0 for name in metrics}
+
+    def chance(self, sets: "Sequence[Dataset]", labels: Sequence[str], metric: str) -> float:
+        """Return what the empty answer to every question reaches."""
+        import numpy as np
+
+        if metric.startswith("has_answer"):
+            return 0.0
+        shares = [float((~_answerable(rows)).mean()) for rows in sets]
+        return float(np.mean([float(share > 0) for share in shares] if metric == "no_answer_accuracy" else shares))
+
+
+def windows_of(features: "Dataset") -> Any:
+    """Return what decoding needs of windows."""
+    import numpy as np
+
+    from kdcli.data.rows import array_of, values_of
+    from kdcli.tasks.spans import Windows
+
+    begins, ends = ([np.asarray(value, np.int64) for value in values_of(features, name)] for name in ("begins", "ends"))
+    return Windows(
+        row=array_of(features, "row"),
+        first=array_of(features, "first"),
+        none=array_of(features, "none"),
+        begins=np.concatenate(begins),
+        ends=np.concatenate(ends),
+        counts=np.array([len(window) for window in begins]),
+    )
+
+
+def _answerable(rows: Any) -> "np.ndarray":
+    """Return which rows (of a table or a data set) have an answer, (n,), boolean."""
+    import pyarrow as pa
+
+    from kdcli.data.rows import array_of
+
+    starts = rows.column("start").to_numpy() if isinstance(rows, pa.Table) else array_of(rows, "start")
+    return starts >= 0  # type: ignore[no-any-return]
+
+
+def _scores(texts: Sequence[str], rows: "Dataset", *, unanswerable: bool) -> Iterator[tuple[float, float]]:
+    """Yield exact match and F1 of each text."""
+    from kdcli.data.rows import values_of
+
+    for text, references_of_row in zip(texts, values_of(rows, "label"), strict=True):
+        yield scores_of(text, references_of_row, unanswerable=unanswerable)
+
+
+KIND = QuestionAnswering()
