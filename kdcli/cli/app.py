@@ -17,6 +17,7 @@ COMMANDS: Table = {
     "overparam": ("kdcli.cli.overparam:overparam", "Put tensor chains in place of a model's block matrices."),
     "contract": ("kdcli.cli.contract:contract", "Multiply tensor chains back into the plain model."),
     "convert": ("kdcli.cli.convert:convert", "Write a pickled model's weights as safetensors."),
+    "trim": ("kdcli.cli.trim:trim", "Leave out the pieces of a vocabulary that text does not use."),
     "eval": ("kdcli.cli.eval:evaluate", "Score a model on a task."),
     "export": ("kdcli.cli.export:export", "Write a model as ONNX, check it, time it."),
     "methods": ("kdcli.cli.methods:methods", "List the methods, or explain one."),

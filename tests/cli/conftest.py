@@ -52,6 +52,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "half": lambda: tiny("bert", **NAMED).to(torch.bfloat16),
     "headless": lambda: tiny("bert").base_model,
     "narrow": partial(tiny, "bert", **NAMED, vocab_size=100),
+    "roomy": partial(tiny, "bert", **NAMED, vocab_size=400),
     "prime": partial(tiny, "bert", **NAMED, hidden=116),
     "chains": _chains,
     "filler": _filler,

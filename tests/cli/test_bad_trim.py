@@ -1,0 +1,94 @@
+"""Wrong input of `kdcli trim` and `[student.vocabulary]`."""
+
+import json
+from pathlib import Path
+
+import pytest
+from bad_input import Cases
+from conftest import World
+
+CASES = Cases()
+case = CASES.add
+
+
+@case("--text: no file at", "nothing.txt", "the working folder")
+def a_text_that_is_not_there(world: World) -> list[str]:
+    world.model()
+    return ["trim", "./teacher", "--text", "nothing.txt", "--out", "made"]
+
+
+@case("--text: empty.txt holds no text")
+def a_text_without_text(world: World) -> list[str]:
+    world.model()
+    return ["trim", "./teacher", "--text", world.write("empty.txt", " \n\n"), "--out", "made"]
+
+
+@case("--text: the text uses no piece of the tokenizer", "that the model is to read")
+def a_text_in_another_script(world: World) -> list[str]:
+    world.model()
+    return ["trim", "./teacher", "--text", world.write("greek.txt", "Ελληνικά κείμενα\n"), "--out", "made"]
+
+
+@case("--text: the text uses no piece of the tokenizer 1,000 times or more", "smaller --min-count")
+def a_count_that_no_piece_reaches(world: World) -> list[str]:
+    world.model()
+    text = world.write("text.txt", "a fine film\n")
+    return ["trim", "./teacher", "--text", text, "--min-count", "1000", "--out", "made"]
+
+
+@case("--keep: 5 pieces are fewer than the", "use at least")
+def fewer_pieces_than_special_tokens(world: World) -> list[str]:
+    world.model()
+    return ["trim", "./teacher", "--text", "rows.csv", "--keep", "5", "--out", "made"]
+
+
+@case("--text: rows.csv has no column 'message'", "'text', 'label'", "--column NAME")
+def a_column_that_is_not_there(world: World) -> list[str]:
+    world.model()
+    return ["trim", "./teacher", "--text", "rows.csv", "--column", "message", "--out", "made"]
+
+
+@case("--text: texts holds none of .txt, .csv")
+def a_folder_without_text(world: World) -> list[str]:
+    world.model()
+    world.write("texts/notes.md", "# no text\n")
+    return ["trim", "./teacher", "--text", "texts", "--out", "made"]
+
+
+@case("--held-out: no file at", "nothing.csv")
+def held_out_text_that_is_not_there(world: World) -> list[str]:
+    world.model()
+    return ["trim", "./teacher", "--text", "rows.csv", "--held-out", "nothing.csv", "--out", "made"]
+
+
+@case("MODEL: the tokenizer has", "embeddings for 100", "the model was trained with")
+def a_tokenizer_of_another_model(world: World) -> list[str]:
+    world.model("narrow")
+    return ["trim", "./teacher", "--text", "rows.csv", "--out", "made"]
+
+
+@case("ByT5Tokenizer is a tokenizer of Python code alone", "fast tokenizer")
+def a_slow_tokenizer(world: World) -> list[str]:
+    folder = world.model("roomy")
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("a\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    return ["trim", "./teacher", "--text", "rows.csv", "--out", "made"]
+
+
+@case("teacher has no tokenizer files")
+def no_tokenizer(world: World) -> list[str]:
+    folder = world.model()
+    (folder / "tokenizer.json").unlink()
+    return ["trim", "./teacher", "--text", "rows.csv", "--out", "made"]
+
+
+@case("--force does not replace it", "give another --out")
+def the_model_in_place_of_itself(world: World) -> list[str]:
+    world.model()
+    return ["trim", "./teacher", "--text", "rows.csv", "--out", "teacher", "--force"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_input_of_trimming_is_told(name: str, world: World, own_cache: Path):
+    CASES.check(name, world, own_cache)
