@@ -85,13 +85,19 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` atomically: a reader sees the old file or the new one, never a half."""
+    with atomic_file(path) as new, new.open("wb") as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a new file that becomes `path` when the block ends without an error."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(path) as folder:
             new = folder / path.name
-            with new.open("wb") as file:
-                file.write(content)
-                file.flush()
+            yield new
+            with new.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(new, path)
 

@@ -19,6 +19,7 @@ COMMANDS: Table = {
     "convert": ("kdcli.cli.convert:convert", "Write a pickled model's weights as safetensors."),
     "trim": ("kdcli.cli.trim:trim", "Leave out the pieces of a vocabulary that text does not use."),
     "eval": ("kdcli.cli.eval:evaluate", "Score a model on a task."),
+    "predict": ("kdcli.cli.predict:predict", "Answer texts with a model, for every type of task."),
     "export": ("kdcli.cli.export:export", "Write a model as ONNX, check it, time it."),
     "methods": ("kdcli.cli.methods:methods", "List the methods, or explain one."),
     "tasks": ("kdcli.cli.tasks:tasks", "List the types of tasks, or explain one."),

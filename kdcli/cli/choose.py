@@ -1,4 +1,4 @@
-"""What `eval` and `export` share: which model, which task, when the user leaves them out."""
+"""What `eval`, `predict` and `export` share: which model, which task, when the user leaves them out."""
 
 import contextlib
 import csv
@@ -105,12 +105,11 @@ def _student_to_use(run: Run, task: str | None) -> str:
     return str(run.tuned(task or tasks[0]))
 
 
-def teacher_of_run(choice: Choice) -> str:
-    """Return the folder of the teacher that a student was distilled from.
+def teacher_of_run(choice: Choice, where: str, hint: str) -> str:
+    """Return the folder of the teacher that a student was distilled from. where, hint: of errors.
 
     Raises InputError for a model outside a run, for a run whose teacher has no score, and when the folder is gone.
     """
-    where, hint = "--fail-under-retention", "name a model to compare with: --teacher MODEL"
     if choice.run is None:
         raise InputError(f"{choice.model} belongs to no run, so its teacher is not known", where=where, hint=hint)
     record = finished(choice.run)
@@ -237,6 +236,21 @@ def readable_length(config: Any, wanted: int) -> int:
     positions = longest_input(config)
     # Batches are padded to a multiple of 8.
     return wanted if positions is None else min(wanted, positions // 8 * 8)
+
+
+def length_for(config: Any, name: str, asked: int | None, usual: int) -> int:
+    """Return how many tokens of a text are given to a model: those of `--max-length`, or the usual ones.
+
+    Raises InputError where the model, by the name, has positions for fewer than were asked for.
+    """
+    limit = readable_length(config, asked or usual)
+    if asked is not None and limit < asked:
+        raise InputError(
+            f"{asked} tokens are more than {name} has positions for",
+            where="--max-length",
+            hint=f"use at most {limit}",
+        )
+    return limit
 
 
 def load_contestant(name: str, where: str = "MODEL") -> tuple[Any, Any]:

@@ -119,7 +119,7 @@ def evaluate(
     choice = choose_model(model, task)
     of_run = fail_under_retention is not None and teacher is None
     if of_run:
-        teacher = teacher_of_run(choice)
+        teacher = teacher_of_run(choice, "--fail-under-retention", "name a model to compare with: --teacher MODEL")
     base = Path()
     if data is None:
         section, evaluate_section, base = choose_task(choice, task, protocol=protocol.value if protocol else None)
@@ -131,7 +131,7 @@ def evaluate(
         section = section.model_copy(update={"max_length": own.max_length if own is not None else 128})
     from rich.table import Table
 
-    from kdcli.cli.choose import load_contestant, readable_length
+    from kdcli.cli.choose import length_for, load_contestant
     from kdcli.distill.record import finished
     from kdcli.evaluation.result import described_set
     from kdcli.evaluation.score import evaluate_model, primary_score
@@ -164,14 +164,8 @@ def evaluate(
     document: dict = {"task": loaded.name, "primary": loaded.primary, "metrics": {}}
     scores = {}
     for role, (name, one, words) in models.items():
-        limit = readable_length(one.config, max_length or section.max_length)
+        limit = length_for(one.config, name, max_length, section.max_length)
         place = "MODEL" if one is contestant else "--teacher"
-        if max_length is not None and limit < max_length:
-            raise InputError(
-                f"{max_length} tokens are more than {name} has positions for",
-                where="--max-length",
-                hint=f"use at most {limit}",
-            )
         check_head(one, loaded.kind.head, name, place)
         owner = Owner(
             name,

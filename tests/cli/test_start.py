@@ -61,6 +61,10 @@ def start(folder: Path, *arguments: str) -> Started:
         (["--help"], 0),
         (["--version"], 0),
         (["distill", "--help"], 0),
+        (["predict", "--help"], 0),
+        (["predict"], 2),
+        (["predict", "a text", "--input", "texts.txt"], 2),
+        (["predict", "a text", "--output", "recipe.toml"], 2),
         (["methods", "--json"], 0),
         (["methods", "makd"], 0),
         (["methods", "unknown"], 2),
@@ -105,12 +109,15 @@ def test_a_run_says_what_it_is_before_torch_is_imported_and_plans_without_the_lo
 
 
 @pytest.mark.slow
-def test_eval_and_export_import_what_they_use(tmp_path: Path) -> None:
+def test_eval_predict_and_export_import_what_they_use(tmp_path: Path) -> None:
     save_model(tiny("bert", id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}), tmp_path / "m", tokenizer())
     (tmp_path / "rows.csv").write_text("text,label\na fine film,yes\na dull film,no\n")
     scored = start(tmp_path, "eval", "m", "--data", "rows.csv", "--text", "text", "--label", "label", "--json")
     assert scored.code == 0, scored.said
     assert not scored.modules & {"transformers.trainer", "onnx", "onnxruntime", "matplotlib", "tensorboard"}
+    answered = start(tmp_path, "predict", "m", "a fine film", "--json")
+    assert answered.code == 0, answered.said
+    assert not answered.modules & {"transformers.trainer", "onnx", "onnxruntime", "sklearn", "scipy", "matplotlib"}
     written = start(tmp_path, "export", "m", "--onnx", "--no-latency", "--out", "served", "--json")
     assert written.code == 0, written.said
     assert not written.modules & {"transformers.trainer", "datasets", "sklearn", "pandas", "matplotlib", "tensorboard"}

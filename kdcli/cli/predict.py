@@ -1,0 +1,285 @@
+"""kdcli predict"""
+
+import contextlib
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdcli.words import counted
+
+if TYPE_CHECKING:
+    from kdcli.cli.choose import Choice
+    from kdcli.evaluation.answerer import Answerer
+    from kdcli.recipe.schema import TaskSection
+    from kdcli.tasks.kind import TaskKind
+
+
+class Device(StrEnum):
+    """Where a PyTorch model computes."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def predict(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [TEXT]...",
+            help="A model folder, ONNX folder, run or hub name; default: the newest run's student. Then texts, each in "
+            'quotes; "-" reads them from standard input, one a line.',
+            show_default=False,
+        ),
+    ] = None,
+    input_: Annotated[
+        str | None,
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="FILE",
+            help='The examples: a .txt file with one text a line, CSV, JSONL or Parquet; "-" is standard input.',
+        ),
+    ] = None,
+    json_input: Annotated[
+        bool, typer.Option("--json-input", help="Lines of standard input are JSON: objects, or texts.")
+    ] = False,
+    text: Annotated[
+        str | None, typer.Option("--text", help="Text column of --input, or two with a comma; default: the run's own.")
+    ] = None,
+    pair: Annotated[bool, typer.Option("--pair", help="Each example is a pair of texts.")] = False,
+    with_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="NAME=TEXT",
+            help="An input that is the same for all examples, such as context=@story.txt (@: the text of a file).",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="A field of the model's type of task (`kdcli tasks NAME` lists them), such as the column of an input.",
+        ),
+    ] = None,
+    of_type: Annotated[
+        str | None, typer.Option("--type", help="Type of task; default: the run's own, or the model's.")
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option("--delimiter", help="What separates the columns of --input; default: found out.")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option("--encoding", help="Encoding of --input, such as latin-1; default: UTF-8.")
+    ] = None,
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            "--beside",
+            metavar="MODEL",
+            help='A second model that answers, too, and whether both agree; "teacher" is the run\'s own.',
+        ),
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option("--top", min=1, max=1_000_000, help="List the best answers, at most this many.")
+    ] = None,
+    echo: Annotated[bool, typer.Option("--echo", help="Write the inputs before each reply.")] = False,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, max=65_536, help="1 answers each line of a pipe as it comes.")
+    ] = 64,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            "--max-length", min=1, max=1_000_000, help="Tokens of a text that are read; default: the run's own, or 128."
+        ),
+    ] = None,
+    device: Annotated[Device, typer.Option("--device")] = Device.auto,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write .jsonl, .csv or, for embeddings, .npy."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines: one document an example.")] = False,
+) -> int:
+    """Answer texts with a model.
+
+    \b
+    Examples:
+      kdcli predict "a fine film"
+      kdcli predict runs/sst2-makd "a fine film" "a dull one" --beside teacher
+      kdcli predict runs/qa "Who wrote it?" --with context=@story.txt --top 3
+      jq -r .text rows.jsonl | kdcli predict MODEL - --json
+      kdcli predict MODEL --input rows.csv --text message --output replies.csv
+      kdcli predict runs/embeddings --input texts.txt --output vectors.npy
+    """
+    from kdcli.errors import InputError
+    from kdcli.files import expanded
+
+    model, texts = _model_and_texts(arguments or [])
+    if texts and input_ is not None:
+        raise InputError("reads the examples, without texts among the arguments", where="--input")
+    if texts == ["-"]:
+        texts, input_ = [], "-"
+    if not texts and input_ is None and not with_:
+        raise InputError(
+            "nothing to answer",
+            where="TEXT",
+            hint='give texts, --input FILE, or "-" for standard input; a text of one word needs MODEL before it',
+        )
+    place = expanded(input_, "--input") if input_ not in (None, "-") else None
+    of_lines = input_ == "-" or (place is not None and place.suffix.lower() == ".txt")
+    of_table = place is not None and not of_lines
+    for option, given, fits, needs in (
+        ("--text", text is not None, of_table, "--input FILE with columns"),
+        ("--delimiter", delimiter is not None, of_table, "--input FILE with columns"),
+        ("--encoding", encoding is not None, input_ is not None, "--input FILE"),
+        ("--json-input", json_input, input_ == "-", "standard input"),
+        ("--force", force, output is not None, "--output FILE"),
+    ):
+        if given and not fits:
+            raise InputError(f"needs {needs}", where=option)
+    if pair and text is not None:
+        raise InputError("the columns of a pair are two with a comma, without --pair", where="--text")
+    from kdcli.cli.predict_outputs import check_output
+
+    if output is not None:
+        output = expanded(output, "--output")
+        check_output(output, place, force=force)
+    from kdcli.cli.choose import choose_model, choose_task, section_of_data
+    from kdcli.cli.predict_inputs import fixed_inputs
+
+    fixed = fixed_inputs(with_ or ())
+    choice = choose_model(model)
+    own = choose_task(choice, None)[0] if choice.run is not None else None
+    section = section_of_data(
+        place or Path("texts"),
+        own,
+        text="text,text_pair" if pair else text,
+        label=None,
+        delimiter=delimiter,
+        encoding=encoding,
+        changes=set_ or (),
+    )
+    second = _second_model(choice, beside) if beside is not None else None
+    from kdcli.cli.console import emit, info
+    from kdcli.cli.predict_inputs import Examples, as_given
+    from kdcli.cli.predict_outputs import Agreement, Row, output_file, stdout_lines
+    from kdcli.models.finite import at_fault
+
+    usual = own.max_length if own is not None else section.max_length
+    how: dict[str, Any] = {"asked": max_length, "usual": usual, "batch_size": batch_size, "device": device.value}
+    answerer = _answerer(choice, of_type, **how)
+    other = _answerer_beside(answerer, *second, **how) if second is not None else None
+    kind, agreement, count = answerer.kind, Agreement(), 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(as_given(of_table=of_table))
+        examples = Examples(kind, _fields(kind, section, own), fixed)
+        # Many together are sorted by length; what comes through a pipe is not kept waiting.
+        size = batch_size if input_ == "-" else 16 * batch_size
+        if of_lines:
+            parts = examples.of_lines(input_ or "", encoding, size, as_json=json_input)
+        else:
+            rows = examples.of_file(place, section) if place is not None else examples.of_texts(texts)
+            parts = (rows.slice(start, size) for start in range(0, len(rows), size))
+        if output is not None:
+            write = stack.enter_context(output_file(output, kind, echo=echo, beside=other is not None))
+        else:
+            write = stack.enter_context(stdout_lines(as_json=as_json, echo=echo))
+        for part in parts:
+            while examples.notes:
+                info(f"note: {examples.notes.pop(0)}")
+            with at_fault("MODEL"):
+                replies = answerer.replies(part, top=top)
+            theirs: list[dict[str, Any] | None] = [None] * len(replies)
+            if other is not None:
+                with at_fault("--beside"):
+                    theirs = [*other.replies(part, top=top)]
+            answered = [Row(kind, *row) for row in zip(examples.shown(part), replies, theirs, strict=True)]
+            write(answered)
+            count += len(answered)
+            agreement.add(answered)
+    if output is not None:
+        document = {"model": answerer.name, "output": str(output), "rows": count}
+        emit(document, table=f"{output}: {counted(count, 'row')}", as_json=as_json)
+    for words in agreement.told():
+        info(words)
+    return 0
+
+
+def _second_model(choice: "Choice", beside: str) -> tuple[str, list[str] | None, dict[str, Any]]:
+    """Return the model of `--beside`, what its outputs are called, and what its run decided about it."""
+    from kdcli.cli.choose import choose_model, teacher_of_run
+    from kdcli.distill.record import finished
+
+    if beside != "teacher":
+        return choose_model(beside).model, None, {}
+    name = teacher_of_run(choice, "--beside", "name it: --beside MODEL")
+    assert choice.run is not None and choice.recipe is not None
+    return name, choice.recipe.teacher.labels, finished(choice.run).teacher_settings
+
+
+def _answerer(choice: "Choice", wanted: str | None, *, asked: int | None, usual: int, **how: Any) -> "Answerer":
+    """Return the model that answers. asked, usual: tokens of a text."""
+    from kdcli.cli.choose import length_for, load_contestant
+    from kdcli.distill.record import finished
+    from kdcli.evaluation.answerer import Answerer
+    from kdcli.tasks.heads import kind_of_model
+
+    model, tokenizer = load_contestant(choice.model)
+    of_the_run = finished(choice.run).task.kind if choice.run is not None else None
+    kind = kind_of_model(model, choice.model, "MODEL", wanted=wanted, usual=of_the_run)
+    return Answerer(choice.model, kind, model, tokenizer, length_for(model.config, choice.model, asked, usual), **how)
+
+
+def _answerer_beside(
+    first: "Answerer",
+    name: str,
+    called: list[str] | None,
+    settings: dict[str, Any],
+    *,
+    asked: int | None,
+    usual: int,
+    **how: Any,
+) -> "Answerer":
+    """Return a second model with the answers of the first one. called, settings: of `_second_model`."""
+    from kdcli.cli.choose import length_for, load_contestant
+    from kdcli.cli.console import info
+    from kdcli.evaluation.answerer import Answerer
+    from kdcli.models.classes import class_names_of
+    from kdcli.tasks.base import Owner
+    from kdcli.tasks.heads import check_head
+
+    kind, where = first.kind, "--beside"
+    model, tokenizer = load_contestant(name, where)
+    check_head(model, kind.head, name, where)
+    owner = Owner(name, where, None, "name a model that was trained on the same task")
+    model = kind.align(model, class_names_of(first.model.config), owner, called)
+    model.config.update(settings)
+    for note in owner.notes:
+        info(f"note: {note}")
+    return Answerer(name, kind, model, tokenizer, length_for(model.config, name, asked, usual), **how)
+
+
+def _fields(kind: "TaskKind", section: "TaskSection", own: "TaskSection | None") -> Any:
+    """Return the fields of a kind. own: the task of the model's run, which may be a set with fields of its own."""
+    from kdcli.tasks import registry
+
+    named = registry.set_of(own) if own is not None else None
+    if named is not None and named.kind == kind.name:
+        section = section.model_copy(update={**named.fields, **section.fields})
+    return registry.fields_of(kind, section)
+
+
+def _model_and_texts(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Return the model and the texts among the arguments. What cannot name a model is a text."""
+    if not arguments:
+        return None, []
+    first, *rest = arguments
+    # No hub name has a space in it; a folder's name may.
+    if first == "-" or ((not first.strip() or len(first.split()) > 1) and not os.path.lexists(first)):
+        return None, arguments
+    return first, rest
