@@ -124,8 +124,9 @@ class TextKind(TaskKind):
         check_room(processor, max_length, pair="text_pair" in task.train.column_names)
 
     def encode(self, rows: "Dataset", processor: Any, max_length: int) -> "Dataset":
-        from kdcli.tasks.encode import encode
+        from kdcli.tasks.encode import check_room, encode
 
+        check_room(processor, max_length, pair="text_pair" in rows.column_names)
         return encode(rows, processor, max_length)
 
     def collator(self, processor: Any) -> "Callable[[list[dict[str, Any]]], dict[str, Tensor]]":
