@@ -171,13 +171,13 @@ def predict(
     from kdcli.models.finite import at_fault
 
     usual = own.max_length if own is not None else section.max_length
-    how: dict[str, Any] = {"asked": max_length, "usual": usual, "batch_size": batch_size, "device": device.value}
-    answerer = _answerer(choice, of_type, **how)
+    how: dict[str, Any] = {"max_length": max_length, "usual": usual, "batch_size": batch_size, "device": device.value}
+    answerer, fields = _answerer(choice, of_type, section, own, **how)
     other = _answerer_beside(answerer, *second, **how) if second is not None else None
     kind, agreement, count = answerer.kind, Agreement(), 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_given(of_table=of_table))
-        examples = Examples(kind, _fields(kind, section, own), fixed)
+        examples = Examples(kind, fields, fixed)
         # Many together are sorted by length; what comes through a pipe is not kept waiting.
         size = batch_size if input_ == "-" else 16 * batch_size
         if of_lines:
@@ -222,33 +222,34 @@ def _second_model(choice: "Choice", beside: str) -> tuple[str, list[str] | None,
     return name, choice.recipe.teacher.labels, finished(choice.run).teacher_settings
 
 
-def _answerer(choice: "Choice", wanted: str | None, *, asked: int | None, usual: int, **how: Any) -> "Answerer":
-    """Return the model that answers. asked, usual: tokens of a text."""
-    from kdcli.cli.choose import length_for, load_contestant
+def _answerer(
+    choice: "Choice", wanted: str | None, section: "TaskSection", own: "TaskSection | None", **how: Any
+) -> "tuple[Answerer, Any]":
+    """Return the model that answers, and the fields of its kind. own: the task of its run; how: as `_asked` takes it.
+
+    Where that is a set with fields of its own, those count that `section` does not have.
+    """
+    from kdcli.cli.choose import load_contestant
     from kdcli.distill.record import finished
-    from kdcli.evaluation.answerer import Answerer
+    from kdcli.tasks import registry
     from kdcli.tasks.heads import kind_of_model
 
     model, tokenizer = load_contestant(choice.model)
     of_the_run = finished(choice.run).task.kind if choice.run is not None else None
     kind = kind_of_model(model, choice.model, "MODEL", wanted=wanted, usual=of_the_run)
-    return Answerer(choice.model, kind, model, tokenizer, length_for(model.config, choice.model, asked, usual), **how)
+    named = registry.set_of(own) if own is not None else None
+    if named is not None and named.kind == kind.name:
+        section = section.model_copy(update={**named.fields, **section.fields})
+    fields = registry.fields_of(kind, section)
+    return _asked(choice.model, kind.with_fields(fields), model, tokenizer, **how), fields
 
 
 def _answerer_beside(
-    first: "Answerer",
-    name: str,
-    called: list[str] | None,
-    settings: dict[str, Any],
-    *,
-    asked: int | None,
-    usual: int,
-    **how: Any,
+    first: "Answerer", name: str, called: list[str] | None, settings: dict[str, Any], **how: Any
 ) -> "Answerer":
     """Return a second model with the answers of the first one. called, settings: of `_second_model`."""
-    from kdcli.cli.choose import length_for, load_contestant
+    from kdcli.cli.choose import load_contestant
     from kdcli.cli.console import info
-    from kdcli.evaluation.answerer import Answerer
     from kdcli.models.classes import class_names_of
     from kdcli.tasks.base import Owner
     from kdcli.tasks.heads import check_head
@@ -261,17 +262,17 @@ def _answerer_beside(
     model.config.update(settings)
     for note in owner.notes:
         info(f"note: {note}")
-    return Answerer(name, kind, model, tokenizer, length_for(model.config, name, asked, usual), **how)
+    return _asked(name, kind, model, tokenizer, **how)
 
 
-def _fields(kind: "TaskKind", section: "TaskSection", own: "TaskSection | None") -> Any:
-    """Return the fields of a kind. own: the task of the model's run, which may be a set with fields of its own."""
-    from kdcli.tasks import registry
+def _asked(
+    name: str, kind: "TaskKind", model: Any, tokenizer: Any, *, max_length: int | None, usual: int, **how: Any
+) -> "Answerer":
+    """Return a model as it is asked. max_length: what the user wants. usual: tokens of a text otherwise."""
+    from kdcli.cli.choose import length_for
+    from kdcli.evaluation.answerer import Answerer
 
-    named = registry.set_of(own) if own is not None else None
-    if named is not None and named.kind == kind.name:
-        section = section.model_copy(update={**named.fields, **section.fields})
-    return registry.fields_of(kind, section)
+    return Answerer(name, kind, model, tokenizer, length_for(model.config, name, max_length, usual), **how)
 
 
 def _model_and_texts(arguments: list[str]) -> tuple[str | None, list[str]]:
