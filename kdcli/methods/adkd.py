@@ -47,7 +47,8 @@ def build(options: ADKDOptions, context: Context) -> list[Stage]:
     """Return one stage with the three terms."""
     from kdcli.objectives.attribution import AttributionObjective
 
-    maps = AttributionObjective(context.kind.distribution, top_k=options.top_k, steps=options.steps)
+    one_each = "one-per-example" in context.kind.provides
+    maps = AttributionObjective(context.kind.distribution, one_each=one_each, top_k=options.top_k, steps=options.steps)
     return [
         Stage(
             "distil",
@@ -67,15 +68,15 @@ METHOD = Method(
     paper="Wu, Chen, Quan, Wang, Wang (2023): AD-KD: Attribution-Driven Knowledge Distillation for Language Model "
     "Compression. arXiv 2305.10010",
     formula="(1 - alpha) CE(z_S, y) + alpha KL(softmax(z_T / T) || softmax(z_S / T)) + beta sum_c "
-    "mean_t (a_T - a_S)^2, a_t = |dF_c/dE_t * E_t| / |a|, F_c = -log p_c",
+    "mean_t (a_T - a_S)^2, a_t = |dF_c/dE_t * E_t| / |a|, F_c = -log p_c; for several predictions r an example, which "
+    "the paper has not: F = -sum_r log p(y_r), one for each table of them (starts and ends of spans)",
     signals="gradients at the embedding output, logits, gold labels",
     constraints="none; top_k at most the teacher's width",
     cost="a forward and a backward pass of the teacher a step, a second derivative of the student; "
-    "K times with steps = K, C backward passes with C > 2 classes",
+    "K times with steps = K, C backward passes with C > 2 classes of one prediction an example, one a table otherwise",
     options=ADKDOptions,
     build=build,
     check=check,
-    needs=frozenset({"labels", "one-per-example"}),
     student={"form": "depth"},
     train={"epochs": 6.0, "learning_rate": 4e-5, "warmup": 0.0, "weight_decay": 0.0},
 )

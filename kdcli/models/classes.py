@@ -69,6 +69,8 @@ def final_classifier_name(model: "PreTrainedModel") -> str | None:
     heads = [
         name
         for name, module in model.named_modules()
-        if name.startswith("classifier") and isinstance(module, nn.Linear) and module.out_features == classes
+        if name.startswith(("classifier", "qa_outputs"))
+        and isinstance(module, nn.Linear)
+        and module.out_features == classes
     ]
     return heads[-1] if heads else None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdcli.objectives.base import Objective, token_mean
 from kdcli.objectives.distribution import Distribution
-from kdcli.signals import Request, Signals
+from kdcli.signals import Prediction, Request, Signals
 
 Path = Sequence[tuple[Tensor, Tensor]]
 """(scaled embedding output, logits) for alpha = 1/K, ..., 1; each pair connected by an autograd graph."""
@@ -49,15 +49,24 @@ def attribution_loss(student_maps: Tensor, teacher_maps: Tensor, mask: Tensor) -
 
 
 class AttributionObjective(Objective):
-    """Squared difference of attribution maps, summed over views.
+    """Squared difference of attribution maps, summed over views and tables of predictions.
 
-    A view is a score of the predictions whose gradient gives the map, as the distribution has it. steps: points of
-    integrated gradients; 1 is gradient x input. top_k: features of the teacher's that count; all of the student's do.
+    A view is a score of the predictions whose gradient gives the map. With one prediction an example these are the
+    distribution's views (Wu et al. 2023, section 3.2). With several (`one_each` False; an extension of the paper) each
+    table has one view, F = sum over an example's rows r of -log p(y_r): of a span the log-likelihoods of its gold start
+    and of its gold end, of a row of tags that of all its gold tags. A view a class would cost a backward pass each, and
+    the classes of a span are its positions. Scores are sums over examples, so no map depends on the rest of a batch.
+
+    steps: points of integrated gradients; 1 is gradient x input. top_k: features of the teacher's that count; all of
+    the student's do.
     """
 
-    def __init__(self, distribution: Distribution, *, top_k: int | None = None, steps: int = 1) -> None:
+    def __init__(
+        self, distribution: Distribution, *, one_each: bool = True, top_k: int | None = None, steps: int = 1
+    ) -> None:
         super().__init__()
         self.distribution = distribution
+        self.one_each = one_each
         self.top_k = top_k
         self.steps = steps
 
@@ -68,17 +77,23 @@ class AttributionObjective(Objective):
         return Request(logits=True, hidden=frozenset({0}), gradients=1, path=self.steps)
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
-        own, others = _path_of(student), _path_of(teacher)
-        (table,) = student.predictions
-        assert table.target is not None
         terms = []
-        for score in self.distribution.views(table.logits.shape[-1], table.target):
-            target = saliency(path_gradient(others, score).detach(), others[-1][0].detach(), self.top_k)
-            gradient = path_gradient(own, score, create_graph=True)
-            terms.append(attribution_loss(saliency(gradient, own[-1][0]), target, student.mask))
+        for number, table in enumerate(student.predictions):
+            own, others = _path_of(student, number), _path_of(teacher, number)
+            for score in self._views(table):
+                target = saliency(path_gradient(others, score).detach(), others[-1][0].detach(), self.top_k)
+                gradient = path_gradient(own, score, create_graph=True)
+                terms.append(attribution_loss(saliency(gradient, own[-1][0]), target, student.mask))
         return torch.stack(terms).sum()
 
+    def _views(self, table: Prediction) -> list[Callable[[Tensor], Tensor]]:
+        assert table.target is not None
+        if self.one_each:
+            return self.distribution.views(table.logits.shape[-1], table.target)
+        return [self.distribution.gold_view(table.target)]
 
-def _path_of(signals: Signals) -> Path:
+
+def _path_of(signals: Signals, number: int) -> Path:
+    """Return the path of one table of predictions."""
     points = signals.path or [(signals.hidden[0], signals.predictions)]
-    return [(embedding, table.logits) for embedding, (table,) in points]
+    return [(embedding, tables[number].logits) for embedding, tables in points]

@@ -52,7 +52,11 @@ class Distribution(ABC):
 
         Each is a function from logits (n, classes) to a scalar, the sum over rows: here the loss of the gold answer.
         """
-        return [lambda logits: self.nll(logits, target) * len(target)]
+        return [self.gold_view(target)]
+
+    def gold_view(self, target: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the loss of the gold answers as a function from logits (n, classes) to a scalar, the sum over rows."""
+        return lambda logits: self.nll(logits, target) * len(target)
 
 
 class Categorical(Distribution):

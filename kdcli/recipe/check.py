@@ -48,10 +48,12 @@ def task_schema(kind: Kind) -> type[TaskSection]:
         def _of_kind(self) -> Self:
             scored = ("metrics", "test", "test_samples") if kind.scored_by_loss else ()
             absent = [name for name in scored if getattr(self, name) is not None]
-            if self.augment is not None and "text" not in kind.provides:
-                absent.append("augment")
             if absent:
                 raise ValueError(f'type = "{kind.name}" has no {", ".join(absent)}')
+            if self.augment is not None and "text" not in kind.provides:
+                raise ValueError(
+                    f'augment needs texts that keep their answers where words change; type = "{kind.name}" has none'
+                )
             self.check(self)
             return self
 

@@ -37,7 +37,7 @@ CAPABILITIES = {
     "labels": "gold labels",
     "classes": "one class out of several",
     "one-per-example": "one prediction an example",
-    "text": "texts as they were written",
+    "text": "texts that keep their answers where words change",
     "vocabulary": "predictions over a vocabulary",
 }
 """What a kind may provide and a method may need, in words that follow "needs"."""

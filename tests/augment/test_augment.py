@@ -491,7 +491,7 @@ def test_plain_text_and_later_fine_tuning_take_no_copies():
     text = {"name": "own", "type": "text", "data": "x.txt"}
     base = {"method": "minilm", "teacher": {"model": "x"}}
     _, [problem] = problems_in({**base, "task": {**text, "augment": {"model": "x"}}}, SCHEMAS)
-    assert problem.name == "task" and problem.message == 'type = "text" has no augment'
+    assert problem.name == "task" and problem.message.endswith('words change; type = "text" has none')
     with pytest.raises(ValueError, match="augment"):
         Recipe.model_validate(
             {**base, "task": text, "finetune": [{"task": {"name": "rte", "augment": {"model": "x"}}}]}

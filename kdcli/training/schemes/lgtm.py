@@ -318,13 +318,19 @@ class LGTMScheme(Scheme):
 
 
 def split(rows: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
-    """Return (rows to train on, rows held out) of two rows or more, drawn by the seed, each in the old order.
+    """Return (features to train on, features held out) of two or more, drawn by the seed, each in the old order.
 
-    Neither is empty.
+    Neither is empty. Features of one row (the column `row`, where a row gives several) stay together, unless there is
+    but one row.
     """
-    count = min(max(1, round(share * len(rows))), len(rows) - 1)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).numpy()
-    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
+    owners = array_of(rows, "row") if "row" in rows.column_names else np.arange(len(rows))
+    units, unit = np.unique(owners, return_inverse=True)
+    if len(units) == 1:
+        units = unit = np.arange(len(rows))
+    count = min(max(1, round(share * len(units))), len(units) - 1)
+    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed)).numpy()
+    held = np.isin(unit, order[:count])
+    return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
 
 
 class HeldOut:
