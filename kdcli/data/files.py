@@ -14,11 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from kdcli.data.columns import CHUNK, Column, Columns, chunked, packed
+from kdcli.data.conll import ENDINGS, read_conll
 from kdcli.data.rows import TEXT, stored_table
 from kdcli.errors import InputError
 from kdcli.words import counted
 
 READABLE = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON lines", ".json": "JSON", ".parquet": "Parquet"}
+READABLE |= dict.fromkeys(ENDINGS, "CoNLL")
 SEPARATORS = {"CSV": (",", ";", "\t", "|"), "TSV": ("\t", ";", ",", "|")}
 """What can stand between two columns, the usual one first."""
 
@@ -32,7 +34,7 @@ def read_file(
     encoding: str | None = None,
     notes: list[str] | None = None,
 ) -> Columns:
-    """Return the columns of a CSV, TSV, JSON(L) or Parquet file. Raises InputError when it cannot be read.
+    """Return the columns of a CSV, TSV, JSON(L), Parquet or CoNLL file. Raises InputError when it cannot be read.
 
     beside: other kinds of files that the caller reads itself, for the message. delimiter: what stands between the
     columns of CSV and TSV; None finds it out. encoding: of text; None is UTF-8. notes: takes what a user should know.
@@ -55,6 +57,9 @@ def read_file(
             columns = {name: Column(table.column(name).chunks) for name in schema.names}
         elif kind in SEPARATORS:
             columns = _read_csv(path, kind, delimiter, encoding, where, notes)
+        elif kind == "CoNLL":
+            with open_text(path, encoding) as file:
+                columns = read_conll(path, file, where)
         else:
             columns = _read_json(path, kind, encoding, where)
     except UnicodeError as error:

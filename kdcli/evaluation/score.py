@@ -77,7 +77,9 @@ def scorer(task: Task, features: "Dataset") -> Callable[[dict[str, np.ndarray]],
                 for name, rows in outputs.items()
             }
         answers = task.kind.decode(found, features, task.selection)
-        return task.kind.score(answers, task.selection, task.label_names, task.metrics)
+        scores = task.kind.score(answers, task.selection, task.label_names, task.metrics)
+        # A kind may give more beside one of them.
+        return {name: scores[name] for name in task.metrics}
 
     return score
 

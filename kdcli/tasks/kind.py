@@ -167,6 +167,10 @@ class TaskKind(ABC):
         """Return the share of the training rows that no model is trained on: those that `calibrate` is given."""
         return 0.0
 
+    def metrics_for(self, labels: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return which metrics fit a task with these labels, and the usual ones among them."""
+        return self.metrics, self.usual_metrics
+
     def strata(self, rows: "pa.Table") -> "np.ndarray | None":
         """Return whole numbers (n,) whose shares a split shall keep; None for none."""
         return None
@@ -266,7 +270,7 @@ class TaskKind(ABC):
         raise NotImplementedError(f"{self.name} is scored by its loss")
 
     def score(self, answers: Any, rows: "Dataset", labels: Sequence[str], metrics: Sequence[str]) -> dict[str, float]:
-        """Return the named metrics of answers to rows."""
+        """Return the named metrics of answers to rows, and others that belong to one of them (`f1/person`)."""
         raise NotImplementedError(f"{self.name} is scored by its loss")
 
     def calibrate(self, model: Any, rows: "Dataset", processor: Any, **options: Any) -> dict[str, Any]:

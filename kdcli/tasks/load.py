@@ -38,9 +38,9 @@ def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path, li
     """
     notes: list[str] = []
     kind, named = registry.kind_of(section), registry.set_of(section)
-    metrics = kind.usual_metrics
+    usual: tuple[str, ...] | None = None
     if named is not None:
-        raw, source, metrics = named.read(section.split_seed), named.source, named.metrics
+        raw, source, usual = named.read(section.split_seed), named.source, named.metrics
         fields = kind.fields.model_validate({**section.fields, **named.fields})
         sources = {name: f"{source} {name}" for name in raw}
     else:
@@ -49,7 +49,6 @@ def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path, li
         raw, source = kind.splits(section, registry.fields_of(kind, section), base, notes)
         if section.type is None:
             kind = registry.recognise(raw["train"], section, source, notes)
-            metrics = kind.usual_metrics
         fields = registry.fields_of(kind, section)
         sources = {name: getattr(section, name, None) or source for name in raw}
         if section.hub is not None and "test" in raw and not kind.has_answers(raw["test"], fields):
@@ -67,7 +66,7 @@ def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path, li
         kind=kind,
         fields=fields,
         labels=labels,
-        metrics=metrics,
+        usual=usual,
         train=train,
         validation=held,
         test=test,
@@ -105,12 +104,15 @@ def _chunks(rows: Any, column: str) -> Iterable[list[Any]]:
     return chunks_of(rows, column) if hasattr(rows, "column_names") else chunked(rows[column])
 
 
-def _metrics(wanted: Sequence[str] | None, kind: TaskKind, usual: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the metrics of a task. Raises InputError for one that does not fit."""
+def _metrics(
+    wanted: Sequence[str] | None, kind: TaskKind, labels: Sequence[str], usual: tuple[str, ...] | None
+) -> tuple[str, ...]:
+    """Return the metrics of a task. usual: those of its set. Raises InputError for one that does not fit."""
+    every, usual_ones = kind.metrics_for(labels)
     if wanted is None:
-        return usual
-    fitting = [name for name in kind.metrics if name not in kind.errors]
-    wrong = [name for name in wanted if name not in kind.metrics]
+        return usual or usual_ones
+    fitting = [name for name in every if name not in kind.errors]
+    wrong = [name for name in wanted if name not in every]
     if wrong or not wanted or wanted[0] in kind.errors:
         said = f"metrics names none of a {kind.name} task"
         if wanted:
@@ -127,16 +129,16 @@ def _task(
     kind: TaskKind,
     fields: Any,
     labels: tuple[str, ...],
-    metrics: tuple[str, ...],
     train: pa.Table,
     validation: dict[str, pa.Table],
     source: str,
     test: pa.Table | None = None,
+    usual: tuple[str, ...] | None = None,
     limit: int | None = None,
     notes: Sequence[str] = (),
     trains: bool = True,
 ) -> Task:
-    metrics = _metrics(section.metrics, kind, metrics)
+    metrics = _metrics(section.metrics, kind, labels, usual)
     train, calibration = subset(train, section.train_samples, section.split_seed), None
     # Of a handful of rows none are set aside.
     if trains and round(len(train) * (share := kind.calibration(train))):
@@ -226,7 +228,6 @@ def load_rows(
         kind=kind,
         fields=fields,
         labels=labels,
-        metrics=kind.usual_metrics,
         train=rows,
         validation={"rows": rows},
         source=path,

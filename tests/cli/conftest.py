@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import tiny, tokenizer
 from tiny_recipes import changed, write_recipe
-from transformers import AutoModelForTokenClassification
+from transformers import AutoModelForMultipleChoice, AutoModelForTokenClassification
 
 from kdcli.cli.app import run
 from kdcli.models.overparam import overparameterise
@@ -49,6 +49,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "regressor": partial(tiny, "bert", labels=1, problem_type="regression"),
     "multi-label": partial(tiny, "bert", **NAMED, problem_type="multi_label_classification"),
     "tagger": lambda: AutoModelForTokenClassification.from_config(tiny("roberta", **NAMED).config),
+    "chooser": lambda: AutoModelForMultipleChoice.from_config(tiny("roberta").config),
     "half": lambda: tiny("bert", **NAMED).to(torch.bfloat16),
     "headless": lambda: tiny("bert").base_model,
     "narrow": partial(tiny, "bert", **NAMED, vocab_size=100),

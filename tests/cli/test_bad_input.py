@@ -897,12 +897,12 @@ def eval_of_a_base_model(world: World) -> list[str]:
     return ["eval", str(world.model("headless", "headless")), "--task", "reviews"]
 
 
-@case("tagger is a token classifier; kdcli knows a classifier of texts")
-def export_of_a_token_classifier(world: World) -> list[str]:
-    return ["export", str(world.model("tagger", "tagger")), "--onnx", "--out", "served", "--no-latency"]
+@case("chooser is a multiple-choice model; kdcli knows a classifier of texts")
+def export_of_a_multiple_choice_model(world: World) -> list[str]:
+    return ["export", str(world.model("chooser", "chooser")), "--onnx", "--out", "served", "--no-latency"]
 
 
-@case("tagger is a token classifier; kdcli knows a classifier of texts")
+@case("tagger has no trained head for classifying texts (it is a token classifier)")
 def eval_of_a_token_classifier(world: World) -> list[str]:
     return ["eval", str(world.model("tagger", "tagger")), "--task", "reviews"]
 

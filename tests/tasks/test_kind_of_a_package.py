@@ -24,12 +24,12 @@ from pydantic import Field
 
 from kdcli.data.rows import batches_of, stored, values_of
 from kdcli.models.families import Family, Matrix
-from kdcli.models.heads import Head
 from kdcli.objectives.distribution import Categorical, row_weights
 from kdcli.signals import Prediction
 from kdcli.tasks.encode import IDS, Collator
 from kdcli.tasks.kind import Fields, TaskKind
 from kdcli.tasks.labels import align_outputs, in_order, named_outputs, to_ids
+from kdcli.tasks.token_classification import TOKEN_CLASSIFICATION
 
 
 class TagFields(Fields):
@@ -40,15 +40,7 @@ class TagFields(Fields):
 class Tagging(TaskKind):
     name = "tagging"
     title = "a tag for each word"
-    head = Head(
-        "token-classification",
-        "a classifier of tokens",
-        "classifying tokens",
-        "AutoModelForTokenClassification",
-        ("ForTokenClassification",),
-        "token-classification",
-        per_token=True,
-    )
+    head = TOKEN_CLASSIFICATION
     fields = TagFields
     provides = frozenset({"labels", "classes"})
     metrics = usual_metrics = ("word_accuracy",)
