@@ -13,6 +13,7 @@ from kdcli.errors import InputError
 from kdcli.files import expanded
 from kdcli.models import families
 from kdcli.models.families import Family
+from kdcli.models.heads import SENTENCE_EMBEDDING
 from kdcli.models.sizes import check_room, check_sizes
 
 KDCLI_MODEL_TYPE = "kdcli (pip install kdcli, then import kdcli)"
@@ -47,7 +48,7 @@ class Stored(NamedTuple):
 class Checkpoint:
     """A model's configuration as written, and the tensors of its files by their names of today.
 
-    revision: of a hub name; None is the newest.
+    revision: of a hub name; None is the newest. pooled: whether modules beside it make sentence embeddings of it.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     tensors: Mapping[str, Stored]
     revision: str | None = None
+    pooled: bool = False
 
     @property
     def structure(self) -> dict[str, Any] | None:
@@ -63,7 +65,9 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str | None:
-        """The class that the model was saved from, as config.json says."""
+        """The class that the model was saved from, as config.json says; that of the whole, where modules follow."""
+        if self.pooled:
+            return SENTENCE_EMBEDDING.architecture[0]
         names = self.config.get("architectures")
         return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
@@ -98,10 +102,13 @@ def _todays(key: str) -> str:
 
 
 def local_folder(name: str | Path) -> Path | None:
-    """Return the folder that `name` means, or None for a hub name. Raises InputError for a broken path."""
+    """Return the folder that `name` means, or None for a hub name. Raises InputError for a broken path.
+
+    In the old layout of sentence-transformers it is the one that the transformer is in.
+    """
     path = expanded(name)
     if path.is_dir():
-        return path
+        return path if (path / "config.json").exists() else _nested(path) or path
     text = str(name)
     if path.exists():
         raise InputError(f"{text} is a file; a model is a folder with config.json and model.safetensors")
@@ -117,7 +124,7 @@ def read_config(name: str | Path, revision: str | None = None) -> dict[str, Any]
         path = folder / "config.json"
         _refuse_adapter(folder)
         if not path.is_file():
-            raise InputError(f"{folder} has no config.json", hint=_nested(folder) or "give a Hugging Face model folder")
+            raise InputError(f"{folder} has no config.json", hint="give a Hugging Face model folder")
         contained(folder, path.name)
     else:
         from huggingface_hub import hf_hub_download
@@ -179,10 +186,11 @@ def _refuse_adapter(folder: Path) -> None:
         )
 
 
-def _nested(folder: Path) -> str | None:
-    """Return where the transformer of a sentence-transformers folder of the old layout is."""
-    inner = next((path for path in sorted(folder.glob("*_Transformer")) if (path / "config.json").is_file()), None)
-    return f"it is a sentence-transformers folder of the old layout: give {inner}" if inner is not None else None
+def _nested(folder: Path) -> Path | None:
+    """Return the folder of the transformer in a sentence-transformers folder of the old layout."""
+    if not (folder / "modules.json").is_file():
+        return None
+    return next((path for path in sorted(folder.glob("*_Transformer")) if (path / "config.json").is_file()), None)
 
 
 def is_structured(config: Mapping[str, Any]) -> bool:
@@ -218,7 +226,9 @@ def open_checkpoint(name: str | Path, revision: str | None = None, *, any_family
     tensors = _tensors(files)
     if family is not None:
         check_room(config, family, {key: one.shape for key, one in tensors.items()}, f"{name}: config.json")
-    return Checkpoint(str(name), config, tuple(files), tensors, revision)
+    from kdcli.models.sentence_folder import has_pooling
+
+    return Checkpoint(str(name), config, tuple(files), tensors, revision, has_pooling(name, revision))
 
 
 def _weight_files(name: str | Path, revision: str | None) -> list[Path]:

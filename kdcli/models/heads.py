@@ -1,6 +1,8 @@
 """What stands on a model's body: which heads there are, new ones, and models that start again from random weights."""
 
 import copy
+import importlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,7 +21,9 @@ class Head:
     name, title, purpose: for people; the purpose follows "a head for". auto: the class of the library that makes body
     and head. architecture: how the class that a config.json names (`architectures`) ends, and `unlike` how one ends
     that is another in spite of that; never names of weights. pipeline_tag: for the model card. outputs: of a forward
-    pass and of the ONNX graph; per_token where each token has a row of its own in them.
+    pass and of the ONNX graph; per_token where each token has a row of its own in them. module: where `auto` is.
+    on_any_body: True where it needs no weights of its own, so that every body has it. library: that a model with it is
+    loaded by, for the model card.
     """
 
     name: str
@@ -31,6 +35,9 @@ class Head:
     unlike: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ("logits",)
     per_token: bool = False
+    module: str = "transformers"
+    on_any_body: bool = False
+    library: str = "transformers"
 
     def is_of(self, architecture: str) -> bool:
         """True when a class of that name has this head."""
@@ -38,9 +45,7 @@ class Head:
 
     def auto_class(self) -> Any:
         """Return the class of the library that makes body and head."""
-        import transformers
-
-        return getattr(transformers, self.auto)
+        return getattr(importlib.import_module(self.module), self.auto)
 
 
 BASE = Head(
@@ -55,6 +60,23 @@ BASE = Head(
     per_token=True,
 )
 """No head: what is given are the hidden states of the last block."""
+
+SENTENCE_EMBEDDING = Head(
+    "sentence-embedding",
+    "a model of sentence embeddings",
+    "sentence embeddings",
+    "AutoModelForSentenceEmbedding",
+    ("ForSentenceEmbedding",),
+    "sentence-similarity",
+    outputs=("sentence_embedding",),
+    module="kdcli.models.embedding",
+    on_any_body=True,
+    library="sentence-transformers",
+)
+"""Pooling over the last hidden states, and the modules after it, one vector a text."""
+
+SENTENCE_SETTINGS = "sentence_embedding"
+"""What this head adds to a body's configuration: see `kdcli.models.embedding`."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +118,11 @@ def with_new_head(
     from kdcli.models.lowrank import LowRankEmbedding, decoders_of, tie_decoders
 
     if head == BASE:
-        return copy.deepcopy(model.base_model)  # type: ignore[return-value]
+        body = copy.deepcopy(model.base_model)
+        _forget_head(body.config)
+        return body  # type: ignore[return-value]
     config = copy.deepcopy(model.config)
+    _forget_head(config)
     for name, value in settings.items():
         setattr(config, name, value)
     family_of(config)
@@ -110,6 +135,17 @@ def with_new_head(
     else:
         headed.tie_weights()
     return headed  # type: ignore[no-any-return]
+
+
+def _forget_head(config: Any) -> None:
+    """Remove what a head of sentence embeddings added to a configuration, in place."""
+    if hasattr(config, SENTENCE_SETTINGS):
+        delattr(config, SENTENCE_SETTINGS)
+
+
+def without_pooler(kind: type) -> dict[str, bool]:
+    """Return the arguments that make a base model of a class without a pooler; none where it has no pooler."""
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
 
 
 def _on_body(headed: "PreTrainedModel", model: "PreTrainedModel") -> "PreTrainedModel":

@@ -3,7 +3,6 @@
 A model is loaded whole or not at all: no parameter that its file lacks is made up, unless a new head is asked for.
 """
 
-import inspect
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,8 +23,9 @@ from kdcli.models.checkpoint import (
 )
 from kdcli.models.classes import final_classifier_name
 from kdcli.models.families import family_of
-from kdcli.models.heads import BASE, Head, with_new_head
+from kdcli.models.heads import BASE, SENTENCE_EMBEDDING, Head, with_new_head, without_pooler
 from kdcli.models.quiet import quiet_transformers
+from kdcli.models.sentence_folder import note_reading, with_modules
 from kdcli.models.shape import longest_input
 from kdcli.words import counted
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 OTHERS = (
+    ("ForSentenceEmbedding", SENTENCE_EMBEDDING.title),
     ("ElectraForPreTraining", "a discriminator of replaced tokens"),
     ("ForTokenClassification", "a token classifier"),
     ("ForQuestionAnswering", "a question-answering model"),
@@ -66,8 +67,8 @@ PRETRAINED = (
 
 
 def has_head(name: str | Path, head: Head, *, revision: str | None = None, trust_remote_code: bool = False) -> bool:
-    """True when a checkpoint has a trained head; a body is there in any case."""
-    return _has(open_checkpoint(name, revision, any_family=trust_remote_code), head)
+    """True when a checkpoint has a trained head, or one without weights; a body is there in any case."""
+    return head.on_any_body or _has(open_checkpoint(name, revision, any_family=trust_remote_code), head)
 
 
 def _has(checkpoint: Checkpoint, head: Head) -> bool:
@@ -81,6 +82,8 @@ def _has(checkpoint: Checkpoint, head: Head) -> bool:
     named = checkpoint.architecture or ""
     if re.search(r"For[A-Z]|Model$", named):
         return head.is_of(named)
+    if head.on_any_body:
+        return False
     try:
         empty = _empty_model(checkpoint, head)
     except InputError:
@@ -155,6 +158,9 @@ def load_model(
     is unknown, or when it has no such head and none was asked for.
     """
     checkpoint = open_checkpoint(name, revision, any_family=trust_remote_code)
+    if new_head is None and head == SENTENCE_EMBEDDING and (checkpoint.pooled or not _has(checkpoint, head)):
+        body = load_model(name, BASE, revision=revision, trust_remote_code=trust_remote_code)
+        return with_modules(body, name, revision)
     if new_head is None and not _has(checkpoint, head):
         raise InputError(
             refusal_of_head(name, head, revision=revision),
@@ -219,11 +225,6 @@ def _bare(config: "PretrainedConfig", head: Head, tensors: Mapping[str, Stored])
     if head != BASE or any(_is_pooler(key) for key in tensors) or not (arguments := without_pooler(type(model))):
         return model
     return auto.from_config(config, dtype=torch.float32, **arguments)  # type: ignore[no-any-return]
-
-
-def without_pooler(kind: type) -> dict[str, bool]:
-    """Return the arguments that make a base model of a class without a pooler; none where it has no pooler."""
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
 
 
 def _is_pooler(key: str) -> bool:
@@ -488,7 +489,11 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
             if folder is None:
                 # Its errors say more of a name that is none.
                 read_config(name, revision)
-            return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder or name, revision=revision or "main", trust_remote_code=False
+            )
+            note_reading(tokenizer, name, revision)
+            return tokenizer
         except InputError:
             raise
         except Exception as error:

@@ -11,9 +11,11 @@ from torch import nn
 from kdcli.errors import RunError
 from kdcli.models.checkpoint import KDCLI_MODEL_TYPE, LOCAL
 from kdcli.models.fused import SplitLinear
+from kdcli.models.heads import BASE, SENTENCE_EMBEDDING, with_new_head
 from kdcli.models.inputs import INPUTS, inputs_of
 from kdcli.models.lowrank import LowRankDecoder, LowRankEmbedding, LowRankLinear
 from kdcli.models.quiet import quiet_transformers
+from kdcli.models.sentence_folder import save_modules
 
 if TYPE_CHECKING:
     import torch
@@ -116,6 +118,8 @@ def _leave_out(path: Path, keys: Collection[str], **others: Any) -> None:
 def save_model(model: "PreTrainedModel", folder: Path, tokenizer: Any = None) -> None:
     """Write config.json, model.safetensors and the tokenizer's files into an existing folder, in `stored_type`.
 
+    A model of sentence embeddings becomes a folder of sentence-transformers.
+
     A model with factors or chains in place of matrices gets a configuration that a plain loader refuses,
     instead of one that it would fill with fresh random weights; `kdcli.load_model` restores it to the bit.
     """
@@ -124,6 +128,10 @@ def save_model(model: "PreTrainedModel", folder: Path, tokenizer: Any = None) ->
 
     structure = structure_of(model)
     kind = stored_type(model)
+    if SENTENCE_EMBEDDING.is_of(type(model).__name__):
+        save_modules(model, folder, kind if "overparam" not in structure else torch.float32)
+        model = with_new_head(model, BASE)
+        structure = structure_of(model)
     # Rounded chains would give another weight, not a rounded one.
     if kind != torch.float32 and "overparam" not in structure:
         model = copy.deepcopy(model).to(dtype=kind)  # type: ignore[call-arg]

@@ -12,8 +12,8 @@ from kdcli.models.blocks import blocks_of, module_at
 from kdcli.models.factoriser import Factoriser
 from kdcli.models.families import Family, family_of
 from kdcli.models.fused import SplitLinear
-from kdcli.models.heads import Labelling
-from kdcli.models.load import has_head, load_model, without_pooler
+from kdcli.models.heads import Labelling, without_pooler
+from kdcli.models.load import has_head, load_model
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, factorise
 from kdcli.models.probe import check_numbers
 from kdcli.models.reinit import start_again

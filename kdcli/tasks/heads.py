@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import InputError
-from kdcli.models.heads import BASE, Head, head_of
+from kdcli.models.heads import BASE, SENTENCE_EMBEDDING, Head, head_of
 from kdcli.tasks import registry
 from kdcli.tasks.kind import TaskKind
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def heads() -> list[Head]:
-    """Return the heads of all kinds that work."""
-    return list(dict.fromkeys(kind.head for kind in registry.usable()[0]))
+    """Return the heads of all kinds that work, and that of the folders of sentence-transformers."""
+    return list(dict.fromkeys([*(kind.head for kind in registry.usable()[0]), SENTENCE_EMBEDDING]))
 
 
 def head_named(name: str) -> Head:

@@ -555,13 +555,6 @@ def an_adapter_in_place_of_a_model(world: World) -> list[str]:
     return ["distill", world.recipe()]
 
 
-@case("has no config.json", "sentence-transformers", "old layout", "0_Transformer")
-def sentence_transformers_of_the_old_layout(world: World) -> list[str]:
-    world.write("teacher/modules.json", "[]")
-    world.write("teacher/0_Transformer/config.json", '{"model_type": "bert"}')
-    return ["distill", world.recipe()]
-
-
 @case("id2label is an array", '{"0": "first class"')
 def names_of_classes_as_an_array(world: World) -> list[str]:
     edit_config(world.model(), id2label=["no", "yes"])

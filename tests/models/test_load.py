@@ -140,7 +140,8 @@ def test_a_trained_head_is_kept_and_replaced_only_where_a_new_one_is_asked_for(f
 
 def test_the_real_encoder_loads_and_is_no_classifier(encoder: Path):
     assert not has_head(encoder, CLASSIFIER)
-    model = load_model(encoder)
+    assert type(load_model(encoder)).__name__ == "BertForSentenceEmbedding"
+    model = load_model(encoder, BASE.name)
     reference = AutoModel.from_pretrained(encoder, dtype=torch.float32).eval()
     inputs = load_tokenizer(encoder)(["a small test of a real model"], return_tensors="pt")
     with torch.no_grad():

@@ -1,0 +1,144 @@
+"""Models of sentence embeddings: folders of sentence-transformers in and out, compared with that library itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import NAMES, tiny, tokenizer
+
+from kdcli.models.embedding import ASSUMED, POOLING, append_dense, dimension_of, settings_of
+from kdcli.models.hashing import hash_of_weights
+from kdcli.models.heads import BASE, SENTENCE_EMBEDDING, head_of, with_new_head
+from kdcli.models.load import has_head, load_any, load_model, load_tokenizer
+from kdcli.models.save import save_model
+from kdcli.models.sentence_folder import longest_text, prompt_of
+
+TEXTS = ["so dull", "a film that is far better than one might think, with great actors", "not at all a bad one"]
+
+
+def embedder(family: str = "bert", settings: dict[str, Any] | None = None, **extra: Any) -> Any:
+    """Return a tiny model of sentence embeddings, with a Dense module and a normalisation after other pooling."""
+    body = with_new_head(tiny(family, **extra), BASE)
+    return with_new_head(body, SENTENCE_EMBEDDING, {"sentence_embedding": {**ASSUMED, **(settings or {})}})
+
+
+def encoded(model: Any, texts: list[str] = TEXTS, prompt: str = "") -> torch.Tensor:
+    batch = tokenizer()([prompt + text for text in texts], padding=True, return_tensors="pt")
+    types = {"token_type_ids": batch["token_type_ids"]} if getattr(model.config, "type_vocab_size", 0) > 1 else {}
+    with torch.inference_mode():
+        found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **types)
+    return found.sentence_embedding
+
+
+def library(folder: Path) -> Any:
+    """Return what sentence-transformers loads."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+def test_the_real_folder_gives_what_the_library_gives_and_so_does_the_folder_that_is_written(
+    encoder: Path, tmp_path: Path
+):
+    model, words = load_model(encoder, SENTENCE_EMBEDDING), load_tokenizer(encoder)
+    batch = words(TEXTS, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        ours = model(**batch).sentence_embedding
+    assert settings_of(model)["max_seq_length"] == 256
+    assert longest_text(words, 512) == 256
+    assert torch.allclose(ours, torch.tensor(library(encoder).encode(TEXTS)), atol=1e-6)
+    save_model(model, tmp_path, words)
+    again = library(tmp_path)
+    assert torch.allclose(ours, torch.tensor(again.encode(TEXTS)), atol=1e-6)
+    assert again.max_seq_length == 256
+    assert torch.equal(load_model(tmp_path, SENTENCE_EMBEDDING)(**batch).sentence_embedding, ours)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_every_family_is_written_as_the_library_reads_it(family: str, tmp_path: Path):
+    torch.manual_seed(1)
+    model = embedder(family, {"pooling": ["mean"], "modules": [{"type": "Normalize"}]})
+    append_dense(model, torch.randn(24, 32), torch.randn(24))
+    save_model(model, tmp_path, tokenizer())
+    ours = encoded(model)
+    assert ours.shape == (3, 24) and dimension_of(model) == 24
+    assert torch.allclose(ours, torch.tensor(library(tmp_path).encode(TEXTS)), atol=1e-6)
+    loaded = load_any(tmp_path, [SENTENCE_EMBEDDING])
+    assert head_of(loaded, [SENTENCE_EMBEDDING]) == SENTENCE_EMBEDDING
+    assert torch.equal(encoded(loaded), ours)
+    assert settings_of(loaded) == settings_of(model)
+    assert hash_of_weights(loaded) == hash_of_weights(model)
+
+
+@pytest.mark.parametrize("modes", [*([mode] for mode in POOLING), ["cls", "mean"], ["mean", "cls"]])
+def test_every_pooling_is_the_librarys(modes: list[str], tmp_path: Path):
+    model = embedder(settings={"pooling": modes})
+    save_model(model, tmp_path, tokenizer())
+    ours = encoded(model)
+    assert ours.shape == (3, 32 * len(modes))
+    assert torch.allclose(ours, torch.tensor(library(tmp_path).encode(TEXTS)), atol=1e-6)
+    assert settings_of(load_model(tmp_path, SENTENCE_EMBEDDING))["pooling"] == modes
+
+
+def test_a_plain_body_gets_the_mean_as_in_the_library(tmp_path: Path):
+    body = with_new_head(tiny("bert"), BASE)
+    save_model(body, tmp_path, tokenizer())
+    state = torch.random.get_rng_state()
+    model = load_model(tmp_path, SENTENCE_EMBEDDING)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert (settings_of(model)["pooling"], settings_of(model)["modules"]) == (["mean"], [])
+    assert torch.allclose(encoded(model), torch.tensor(library(tmp_path).encode(TEXTS)), atol=1e-6)
+    assert has_head(tmp_path, SENTENCE_EMBEDDING)
+    # A body is not taken for more than it is, unless that is asked for.
+    assert head_of(load_any(tmp_path, [SENTENCE_EMBEDDING]), [SENTENCE_EMBEDDING]) == BASE
+
+
+def test_prompts_length_and_similarity_are_kept(tmp_path: Path):
+    settings = {
+        "prompts": {"query": "find: ", "passage": "text: "},
+        "default_prompt_name": "passage",
+        "similarity_fn_name": "dot",
+        "max_seq_length": 7,
+        "do_lower_case": True,
+    }
+    model = embedder(settings=settings)
+    save_model(model, tmp_path, tokenizer())
+    read, again = load_tokenizer(tmp_path), library(tmp_path)
+    assert [prompt_of(read), prompt_of(read, "query"), prompt_of(read, "document")] == ["text: ", "find: ", "text: "]
+    assert longest_text(read, 100) == 7
+    assert (again.similarity_fn_name, again.max_seq_length, again.default_prompt_name) == ("dot", 7, "passage")
+    batch = read(["text: " + text for text in TEXTS], truncation=True, max_length=7, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        ours = model(**batch).sentence_embedding
+    assert torch.allclose(ours, torch.tensor(again.encode(TEXTS)), atol=1e-6)
+    assert settings_of(load_model(tmp_path, SENTENCE_EMBEDDING)) == settings_of(model)
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_the_librarys_own_folders_load(newer: bool, tmp_path: Path):
+    from sentence_transformers import SentenceTransformer, models
+
+    body = with_new_head(tiny("bert"), BASE)
+    save_model(body, tmp_path / "body", tokenizer())
+    parts = [models.Transformer(str(tmp_path / "body")), models.Pooling(32, "cls"), models.Dense(32, 8)]
+    theirs = SentenceTransformer(modules=parts, device="cpu")
+    folder = tmp_path / "folder"
+    theirs.save(str(folder))
+    if not newer:
+        # As before 2021: the transformer has a folder of its own.
+        inner = folder / "0_Transformer"
+        inner.mkdir()
+        for path in list(folder.iterdir()):
+            if path.is_file() and path.name not in ("modules.json", "config_sentence_transformers.json"):
+                path.rename(inner / path.name)
+        lines = json.loads((folder / "modules.json").read_text())
+        lines[0]["path"] = "0_Transformer"
+        (folder / "modules.json").write_text(json.dumps(lines))
+    model = load_model(folder, SENTENCE_EMBEDDING)
+    assert torch.allclose(encoded(model), torch.tensor(theirs.encode(TEXTS)), atol=1e-6)
+    assert load_tokenizer(folder)("so dull")["input_ids"] == tokenizer()("so dull")["input_ids"]
+    assert [dict(module) for module in settings_of(model)["modules"]] == [
+        {"type": "Dense", "out_features": 8, "bias": True, "activation": "Tanh"}
+    ]
