@@ -133,7 +133,7 @@ def evaluate(
 
     from kdcli.cli.choose import length_for, load_contestant
     from kdcli.distill.record import finished
-    from kdcli.evaluation.result import described_set
+    from kdcli.evaluation.result import described_set, mean_over_sets
     from kdcli.evaluation.score import evaluate_model, primary_score
     from kdcli.gates import Limits
     from kdcli.models.finite import at_fault
@@ -186,6 +186,9 @@ def evaluate(
         scores[role] = primary_score(values, loaded.primary)
         document["metrics" if role != "teacher" else "teacher_metrics"] = values
         document["model" if role != "teacher" else "teacher"] = name
+    sides = {"metrics": "mean", "teacher_metrics": "teacher_mean"}
+    means = {to: mean_over_sets(document[key]) for key, to in sides.items() if key in document}
+    document |= {name: values for name, values in means.items() if values}
     document["rows"] = {name: len(rows) for name, rows in loaded.report.items()}
     score = next(iter(scores.values()))
     document["score"] = score
@@ -199,6 +202,9 @@ def evaluate(
             if teacher is not None:
                 row.append(shown(metric, document["teacher_metrics"][name][metric]))
             table.add_row(f"{metric} ({described_set(name, len(loaded.report[name]))})", *row)
+    for metric in means["mean"]:
+        cells = [shown(metric, values[metric]) for values in means.values()]
+        table.add_row(f"{metric} (mean of {len(loaded.report)} sets)", *cells)
     limits = Limits(fail_under, fail_under_retention)
     gates = limits.gates(loaded.primary, score, document.get("retention"))
     emit({**document, "gates": [gate.to_json() for gate in gates]}, table=table, as_json=as_json)

@@ -54,6 +54,9 @@ def _teacher_beside_student(result: "Result") -> Table:
         for metric in metrics:
             values = [side.metrics[name][metric] for side in known.values()]
             row(f"{metric} ({sets[name]})", partial(shown, metric), values)
+    for metric in result.student.mean:
+        values = [side.mean[metric] for side in known.values()]
+        row(f"{metric} (mean of {len(sets)} sets)", partial(shown, metric), values)
     row("parameters", "{:,}".format, [side.parameters for side in known.values()])
     row("megabytes", "{:.1f}".format, [side.megabytes for side in known.values()])
     return table
@@ -90,6 +93,8 @@ def plan(plan: "Plan") -> Table:
     table.add_column(overflow="fold")
     task, teacher, assistant, student = plan.task, plan.teacher, plan.assistant, plan.student
     table.add_row("task", f"{task.name} ({task.kind}): {_sizes(task.sizes)}")
+    for part in task.parts:
+        table.add_row(f"part {part.name}", f"train {part.examples:,}, {part.share:.1%} of each step")
     if task.classes is not None:
         table.add_row("classes", f"{task.classes.number:,}; fewest training rows: {_sizes(task.classes.rarest)}")
     for note in task.notes:

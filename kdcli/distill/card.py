@@ -29,6 +29,10 @@ def _scored_card(record: FinishedRun) -> str:
                 table_row([escaped(label), *(shown(m, side.metrics[n][m]) for side in sides.values())])
                 for label, n, m in cells
             ),
+            *(
+                table_row([f"{m} (mean of {len(sets)} sets)", *(shown(m, side.mean[m]) for side in sides.values())])
+                for m in result.student.mean
+            ),
             table_row(["parameters", *(f"{side.parameters:,}" for side in sides.values())]),
             table_row(["megabytes", *(f"{side.megabytes:.1f}" for side in sides.values())]),
         ]

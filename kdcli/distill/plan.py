@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from kdcli.data.mixing import shares
 from kdcli.distill.prepare import Follower, Prepared, shape_only, stage_loop
 from kdcli.distill.resolve import Resolved, placed
 from kdcli.machine import resolve_precision
@@ -25,8 +26,20 @@ class Classes:
 
 
 @dataclass(frozen=True)
+class PlannedPart:
+    """examples: for training. share: of the examples of every step."""
+
+    name: str
+    examples: int
+    share: float
+
+
+@dataclass(frozen=True)
 class PlannedTask:
-    """sizes: examples (of plain text: blocks) of each part. notes: what a user should know about data and teacher."""
+    """sizes: examples (of plain text: blocks) of each set. notes: what a user should know about data and teacher.
+
+    parts: of a task that is made of several.
+    """
 
     name: str
     kind: str
@@ -34,6 +47,7 @@ class PlannedTask:
     sizes: dict[str, int]
     classes: Classes | None
     notes: list[str]
+    parts: list[PlannedPart]
 
 
 @dataclass(frozen=True)
@@ -166,7 +180,13 @@ def make_plan(prepared: Prepared) -> Plan:
         name=resolved.name,
         seed=recipe.seed,
         task=PlannedTask(
-            task.name, task.kind.name, task.description["fingerprint"], sizes, classes_of(task), prepared.notes
+            task.name,
+            task.kind.name,
+            task.description["fingerprint"],
+            sizes,
+            classes_of(task),
+            prepared.notes,
+            _parts(task, prepared.examples_of_parts),
         ),
         method=PlannedMethod(
             resolved.method.name, resolved.method.title, resolved.options.model_dump(), prepared.method_notes
@@ -240,7 +260,13 @@ def _sizes(prepared: Prepared) -> tuple[dict[str, int], int]:
     report = {name: len(rows) for name, rows in task.report.items()} if not task.kind.scored_by_loss else {}
     name = f"train{unit}" if augment is None else f"train{unit} with copies"
     aside = {"calibration": len(task.calibration)} if task.calibration is not None else {}
-    return {name: examples, **aside, f"selection{unit}": prepared.examples(task.selection), **report}, examples
+    return {name: examples, **aside, f"selection{unit}": sum(prepared.examples(task.selection)), **report}, examples
+
+
+def _parts(task: Task, examples: list[int]) -> list[PlannedPart]:
+    """Return the parts of a task. examples: of each."""
+    weights = shares(examples, task.mixing_temperature).tolist()
+    return [PlannedPart(*part) for part in zip(task.parts, examples, weights, strict=bool(task.parts))]
 
 
 def classes_of(task: Task, most: int = 5) -> Classes | None:

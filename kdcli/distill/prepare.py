@@ -8,9 +8,9 @@ import copy
 import itertools
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from kdcli.models.student import StudentBuild, build_student
 from kdcli.recipe.schema import FinetuneSection, OverparamSection, Recipe, StudentSection
 from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
+from kdcli.tasks.parts import sets_of
 from kdcli.training.distributed import processes
 from kdcli.training.growing import check_turns
 from kdcli.training.settings import LoopSettings, check_batch, check_device
@@ -102,15 +103,21 @@ class Prepared:
         """Load the user's code and files that the method works with, such as a black box."""
         self.resolved.method.load_sources(self.resolved.options, self.task, self.resolved.base)
 
-    def examples(self, rows: "Dataset") -> int:
-        """Return how many examples rows of the task give a model."""
-        return self.task.kind.examples(rows, self.teacher.tokenizer, self.resolved.recipe.task.max_length)
+    def examples(self, rows: "Dataset") -> list[int]:
+        """Return how many examples rows of the task give a model, of each of its parts."""
+        return examples_of(self.task, rows, self.teacher.tokenizer, self.resolved.recipe.task.max_length)
 
     @cached_property
-    def training_examples(self) -> int:
-        """The most examples that a student is trained on: a row of few words may not give so many different copies."""
+    def examples_of_parts(self) -> list[int]:
+        """The most examples of each part that a student is trained on: not all rows may give so many copies."""
         augment = self.resolved.recipe.task.augment
-        return self.examples(self.task.train) * (1 + augment.copies if augment is not None else 1)
+        each = 1 + augment.copies if augment is not None else 1
+        return [count * each for count in self.examples(self.task.train)]
+
+    @property
+    def training_examples(self) -> int:
+        """The most examples that a student is trained on."""
+        return sum(self.examples_of_parts)
 
     @cached_property
     def state_bytes(self) -> dict[str, int]:
@@ -183,6 +190,11 @@ def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:
     return prepared
 
 
+def examples_of(task: Task, rows: "Dataset", processor: Any, max_length: int) -> list[int]:
+    """Return how many examples rows of a task give a model, of each of its parts."""
+    return [task.kind.examples(part, processor, max_length) for part in sets_of(rows)]
+
+
 def stage_loop(resolved: Resolved, stage: Stage, total: int, examples: int) -> LoopSettings:
     """Return the loop of one stage: its share of the steps, or its own epochs, and its own learning rate.
 
@@ -246,7 +258,11 @@ def _followers(
 ) -> list[Follower]:
     """Return the assistant, if any, and the student, each beside the model that it follows."""
     base = nearest = shape_only(teacher.model)
-    examples = partial(task.kind.examples, task.train, teacher.tokenizer, resolved.recipe.task.max_length)
+    length = resolved.recipe.task.max_length
+
+    def examples() -> int:
+        return sum(examples_of(task, task.train, teacher.tokenizer, length))
+
     followers = []
     for name, section in resolved.sections.items():
         with placed(name):

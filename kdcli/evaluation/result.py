@@ -26,8 +26,13 @@ class Side:
     metrics: Metrics
     score: float | None
 
+    @property
+    def mean(self) -> dict[str, float]:
+        """The mean of each metric over the report sets; none where there is one set."""
+        return mean_over_sets(self.metrics)
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), **({"mean": self.mean} if self.mean else {})}
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,13 @@ class Result:
                 }
             ),
         }
+
+
+def mean_over_sets(metrics: Metrics) -> dict[str, float]:
+    """Return the mean of each metric over several report sets; none where there is one set."""
+    if len(metrics) < 2:
+        return {}
+    return {name: mean(values[name] for values in metrics.values()) for name in next(iter(metrics.values()))}
 
 
 def described_set(name: str, rows: int | None) -> str:

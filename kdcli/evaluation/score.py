@@ -10,6 +10,7 @@ from kdcli.evaluation.result import Side
 from kdcli.models.counts import count_parameters
 from kdcli.models.save import stored_type
 from kdcli.tasks.base import Task
+from kdcli.tasks.parts import pairs_of
 from kdcli.tasks.predict import predict
 
 if TYPE_CHECKING:
@@ -63,11 +64,12 @@ def calibrate(model: Any, tokenizer: Any, task: Task, *, owner: str, **options: 
 
 
 def scorer(task: Task, features: "Dataset") -> Callable[[dict[str, np.ndarray]], dict[str, float]]:
-    """Return the function from a model's outputs for the selection rows to the task's metrics.
+    """Return the function from a model's outputs for the selection rows to the task's metrics: of parts, their mean.
 
     features: those rows, encoded. Where each token has a row of its own, the outputs are padded to one length.
     """
     lengths = array_of(features, "length")
+    parts = list(pairs_of(features, task.selection))
 
     def score(outputs: dict[str, np.ndarray]) -> dict[str, float]:
         found: Any = outputs
@@ -76,12 +78,19 @@ def scorer(task: Task, features: "Dataset") -> Callable[[dict[str, np.ndarray]],
                 name: [row[:length] for row, length in zip(rows, lengths, strict=True)]
                 for name, rows in outputs.items()
             }
-        answers = task.kind.decode(found, features, task.selection)
-        scores = task.kind.score(answers, task.selection, task.label_names, task.metrics)
+        scores = []
+        for places, own, rows in parts:
+            outputs_of_part = {name: _taken(values, places) for name, values in found.items()}
+            answers = task.kind.decode(outputs_of_part, own, rows)
+            scores.append(task.kind.score(answers, rows, task.label_names, task.metrics))
         # A kind may give more beside one of them.
-        return {name: scores[name] for name in task.metrics}
+        return {name: float(np.mean([values[name] for values in scores])) for name in task.metrics}
 
     return score
+
+
+def _taken(values: Any, places: np.ndarray) -> Any:
+    return [values[place] for place in places] if isinstance(values, list) else values[places]
 
 
 def primary_score(scores: dict[str, dict[str, float]], primary: str) -> float:

@@ -8,9 +8,11 @@ from typing import Any, ClassVar, Protocol, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from kdcli.errors import InputError
+from kdcli.recipe.fields import nearest
 from kdcli.recipe.locate import Keys
+from kdcli.recipe.parts import fields_of_parts, table_of_part
 from kdcli.recipe.problems import Problem, problems_of, unknown_field
-from kdcli.recipe.schema import Recipe, TaskSection
+from kdcli.recipe.schema import SOURCES, PartSection, Recipe, TaskSection
 
 
 class Kind(Protocol):
@@ -54,7 +56,9 @@ def task_schema(kind: Kind) -> type[TaskSection]:
                 raise ValueError(
                     f'augment needs texts that keep their answers where words change; type = "{kind.name}" has none'
                 )
-            self.check(self)
+            # Of parts each is checked as a task of its own.
+            if self.part is None:
+                self.check(self)
             return self
 
     return WholeTask
@@ -93,9 +97,12 @@ def _tasks(document: dict[str, Any]) -> Iterator[tuple[Keys, dict[str, Any]]]:
 
 def _kind_of(table: Mapping[str, Any], schemas: Schemas) -> Kind:
     """Return the kind of a table that need not be valid."""
-    told: dict[str, Any] = {key: table.get(key) for key in ("name", "type", "data", "train", "hub")}
+    told: dict[str, Any] = {key: table.get(key) for key in ("name", "type", *SOURCES)}
     told = {"name": "", **{key: value for key, value in told.items() if isinstance(value, str)}}
-    return schemas.kind(TaskSection.model_construct(None, **told))
+    parts = table.get("part")
+    tables = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    named = [PartSection.model_construct(None, **part) for part in tables]
+    return schemas.kind(TaskSection.model_construct(None, **told, part=named or None))
 
 
 def _problems_of_task(table: dict[str, Any], path: Keys, schemas: Schemas) -> list[Problem] | None:
@@ -111,6 +118,29 @@ def _problems_of_task(table: dict[str, Any], path: Keys, schemas: Schemas) -> li
         schema.model_validate(table)
     except ValidationError as error:
         return told(problems_of(schema, error, prefix=path), table, kind, schemas.kinds())
+    found: list[Problem] = []
+    for number, part in enumerate(table.get("part") or []):
+        found += _problems_of_part(table, part, (*path, "part", f"[{number}]"), kind)
+    return told(found, table, kind, schemas.kinds())
+
+
+def _problems_of_part(table: Mapping[str, Any], part: Mapping[str, Any], prefix: Keys, kind: Kind) -> list[Problem]:
+    """Return the problems of one part, at `prefix`, of a task whose table is valid otherwise."""
+    allowed = fields_of_parts(kind.fields)
+    wrong = [
+        Problem((*prefix, name), "holds for all parts: it belongs into [task]")
+        if name in TaskSection.model_fields or name in kind.fields.model_fields
+        else Problem((*prefix, name), "unknown field", nearest([(name,) for name in allowed], (name,)))
+        for name in part
+        if name not in allowed
+    ]
+    if wrong:
+        return wrong
+    schema = task_schema(kind)
+    try:
+        schema.model_validate(table_of_part(table, part, kind.fields))
+    except ValidationError as error:
+        return problems_of(schema, error, prefix=prefix)
     return []
 
 

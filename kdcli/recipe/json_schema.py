@@ -6,7 +6,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from kdcli.recipe.schema import Recipe, ScratchSection, TaskSection
+from kdcli.recipe.parts import columns_of_parts
+from kdcli.recipe.schema import PartSection, Recipe, ScratchSection, TaskSection
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -25,7 +26,7 @@ def recipe_schema(
     families: names of families of models. The schema refuses unknown fields, wrong types and values out of range; what
     fields must be to each other is checked by kdcli alone.
     """
-    own = (Recipe, TaskSection, ScratchSection)
+    own = (Recipe, TaskSection, PartSection, ScratchSection)
     roots = [(schema, "validation") for schema in (*own, *methods.values(), *kinds.values())]
     references, document = models_json_schema(roots, ref_template="#/$defs/{model}")  # type: ignore[arg-type]
     tables = {key: _tidy(table) for key, table in document["$defs"].items()}
@@ -39,10 +40,13 @@ def recipe_schema(
         }
     task = tables[_key(references[(TaskSection, "validation")])]
     task["properties"]["type"] = {"description": task["properties"]["type"]["description"], "enum": list(kinds)}
-    task["additionalProperties"] = False
+    part = tables[_key(references[(PartSection, "validation")])]
+    task["additionalProperties"] = part["additionalProperties"] = False
     for fields in kinds.values():
         for name, field in tables[_key(references[(fields, "validation")])].get("properties", {}).items():
             task["properties"][name] = _either(task["properties"].get(name, field), field)
+            if name in columns_of_parts(fields):
+                part["properties"][name] = task["properties"][name]
     untyped = {name for kind in recognised for name in kinds[kind].model_fields}
     typed = (
         {name for fields in kinds.values() for name in fields.model_fields} - untyped - set(TaskSection.model_fields)

@@ -108,6 +108,55 @@ def parse_encoding(text: str) -> str:
     return text
 
 
+SOURCES = ("data", "train", "hub")
+"""The fields of `[task]` that say where rows of one's own come from."""
+
+
+class PartSection(Section):
+    """`[[task.part]]`: one of several sets of rows that make up a task, such as a language.
+
+    Beside these fields stand names of columns, where they differ from those in `[task]`.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: Name = Field(
+        description="What the part is called, such as german; its scores have that name. Without rows of its own, the "
+        "name of a set that kdcli knows."
+    )
+    data: str | None = Field(
+        default=None,
+        description="One file with all rows of the part, as in [task]. Left out, the rows come from train, hub or a "
+        "known set.",
+    )
+    train: str | None = Field(
+        default=None,
+        description="The file of its training rows. Left out, the rows come from data, hub or a known set.",
+    )
+    validation: str | None = Field(
+        default=None, description="The file of its validation rows, beside `train`. Left out, a part is held out."
+    )
+    test: str | None = Field(
+        default=None, description="The file of its test rows, beside `train`. Left out, the validation rows are scored."
+    )
+    hub: str | None = Field(
+        default=None,
+        description="A data set on the Hugging Face hub. Left out, the rows come from data, train or a known set.",
+    )
+    hub_config: str | None = Field(
+        default=None, description="The configuration of the hub's data set. Left out, its default one."
+    )
+    delimiter: str | None = Field(
+        default=None, description="The character between two columns of its CSV files. Left out, that of [task]."
+    )
+    encoding: str | None = Field(default=None, description="The encoding of its text files. Left out, that of [task].")
+
+    @property
+    def is_own(self) -> bool:
+        """True when the rows are the user's own."""
+        return any(getattr(self, name, None) for name in SOURCES)
+
+
 class TaskSection(Named, Section):
     """`[task]`, or `task = "NAME"`: a GLUE task, the built-in `reviews`, or the user's own data.
 
@@ -176,6 +225,17 @@ class TaskSection(Named, Section):
     test_samples: PositiveInt | None = Field(
         default=None, description="Use this many test rows, drawn at random. Left out, all."
     )
+    part: Annotated[list[PartSection], Field(min_length=1, max_length=1000)] | None = Field(
+        default=None,
+        description="Several sets of rows, such as one a language, in place of `data`: each has its own scores, and "
+        "their mean chooses the checkpoint and is gated. Left out, the task is one set.",
+    )
+    mixing_temperature: Annotated[float, Field(ge=1.0, le=1e6)] | None = Field(
+        default=None,
+        description="How much small parts are trained on: of n examples, in proportion to n^(1 / this). 1 takes each "
+        "row once an epoch; XLM-R's exponent alpha = 0.3 is 3.33, that of multilingual BERT, 0.7, is 1.43; 1e6 takes "
+        "all parts alike. Left out, 1.",
+    )
     augment: AugmentSection | None = Field(
         default=None, description="More training rows for the student. Left out, none."
     )
@@ -185,7 +245,11 @@ class TaskSection(Named, Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        sources = [key for key in ("data", "train", "hub") if getattr(self, key) is not None]
+        sources = [key for key in SOURCES if getattr(self, key) is not None]
+        if self.part is not None:
+            _check_parts(self)
+        elif self.mixing_temperature is not None:
+            raise ValueError("mixing_temperature needs parts: [[task.part]] tables")
         if len(sources) > 1:
             raise ValueError(f"give one of data, train and hub, not {' and '.join(sources)}")
         if (self.validation or self.test) and self.train is None:
@@ -197,12 +261,23 @@ class TaskSection(Named, Section):
     @property
     def is_own(self) -> bool:
         """True when the rows are the user's own."""
-        return any((self.data, self.train, self.hub))
+        return any((self.data, self.train, self.hub, self.part))
 
     @property
     def fields(self) -> dict[str, Any]:
         """The fields of the kind as written; its own schema checks them."""
         return dict(self.__pydantic_extra__ or {})
+
+
+def _check_parts(task: TaskSection) -> None:
+    """Raise ValueError where `[task]` says what its parts say, or two of them have one name."""
+    given = [key for key in (*SOURCES, "validation", "test", "hub_config") if getattr(task, key) is not None]
+    if given:
+        raise ValueError(f"the rows are those of its parts: {given[0]} belongs into a [[task.part]]")
+    names = [same_folder(part.name) for part in task.part or ()]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise ValueError(f"part[{names.index(name)}] and part[{number}] have one name; give one of them another")
 
 
 class ScratchSection(Section):

@@ -17,6 +17,8 @@ class Task:
     label_names: of the labels in order, none where they have no names. metrics: the first one chooses checkpoints.
     `selection` chooses checkpoints; `report` holds the sets that are scored. `calibration` are training rows that no
     model is trained on, for a kind that decides something on them. `notes` are what a user should know about the data.
+    parts: names of the sets that it is made of, none where it is one; the rows of `train` and `selection` then have the
+    column `part`, a number from 0. mixing_temperature: as in `kdcli.data.mixing.shares`.
     """
 
     name: str
@@ -30,6 +32,8 @@ class Task:
     description: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     calibration: "Dataset | None" = None
+    parts: tuple[str, ...] = ()
+    mixing_temperature: float = 1.0
 
     @property
     def primary(self) -> str:

@@ -14,6 +14,7 @@ each begin with `kdcli.tasks.text_inputs.TextKind`, as `classification.py` does.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -45,6 +46,9 @@ CAPABILITIES = {
 
 class Fields(Section):
     """Base of a kind's own fields, which stand beside the common ones in `[task]`."""
+
+    of_parts: ClassVar[frozenset[str]] = frozenset({"text", "label"})
+    """The names of columns among them, which a `[[task.part]]` may have in place of those of `[task]`."""
 
     def check(self, task: TaskSection) -> None:
         """Raise ValueError where these fields do not go together with the common ones."""
@@ -175,6 +179,13 @@ class TaskKind(ABC):
         """Return whole numbers (n,) whose shares a split shall keep; None for none."""
         return None
 
+    def join(self, labels: "Sequence[tuple[str, ...]]") -> tuple[str, ...]:
+        """Return the labels of all parts of a task together, in order. labels: of the training rows of each."""
+        from kdcli.tasks.labels import in_order
+
+        first, *others = labels
+        return first if all(other == first for other in others) else in_order(set().union(*labels))
+
     def count(self, rows: Any, labels: Sequence[str]) -> "np.ndarray | None":
         """Return how many rows have each of the labels; None where rows have no such labels."""
         return None
@@ -212,8 +223,14 @@ class TaskKind(ABC):
 
     def prepare(self, task: "Task", processor: Any, max_length: int, *, seed: int = 0) -> Encoded:
         """Return a task's rows as features. seed: of what is drawn while encoding."""
-        train, selection = (self.encode(rows, processor, max_length) for rows in (task.train, task.selection))
+        train, selection = (self.feed(rows, processor, max_length) for rows in (task.train, task.selection))
         return Encoded(train, selection, self.collator(processor))
+
+    def feed(self, rows: "Dataset", processor: Any, max_length: int) -> "Dataset":
+        """Return rows as features; those of the parts of a task one part after the other, with the column `part`."""
+        from kdcli.tasks.parts import encode
+
+        return encode(partial(self.encode, processor=processor, max_length=max_length), rows)
 
     def texts(self, rows: "Dataset") -> "Iterator[str]":
         """Yield all text of rows, for a tokenizer that is made from it."""

@@ -2,20 +2,25 @@
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from kdcli.data.columns import Column, chunked
+from kdcli.data.columns import Column, Columns, chunked
 from kdcli.data.files import read_file
+from kdcli.data.mixing import apportioned
 from kdcli.data.rows import chunks_of
 from kdcli.data.sets import named_sets
 from kdcli.data.tables import dataset_of, halves, split, subset
 from kdcli.errors import InputError
+from kdcli.recipe.parts import fields_of_parts, section_of_part
 from kdcli.recipe.schema import EvaluateSection, TaskSection
-from kdcli.tasks import registry
+from kdcli.tasks import parts, registry
 from kdcli.tasks.base import Task
 from kdcli.tasks.kind import TaskKind
 from kdcli.tasks.labels import listed
@@ -28,6 +33,42 @@ FEW = 10
 """Rows below which a score is remarked on."""
 
 
+@dataclass
+class _Rows:
+    """What `[task]`, or a part of it, holds. raw: its splits, as far as they are not read yet; sources: where each is
+    from. part: its name; place: of its table in the recipe.
+    """
+
+    kind: TaskKind
+    fields: Any
+    usual: tuple[str, ...] | None
+    raw: dict[str, Columns]
+    source: str
+    sources: dict[str, str]
+    part: str | None = None
+    place: str = "task"
+
+    def read(
+        self, split: str, notes: list[str], labels: tuple[str, ...] | None = None
+    ) -> tuple[pa.Table, tuple[str, ...]]:
+        """Return the rows of a split and the labels, those given or its own. Errors name the part."""
+        with self.placed():
+            return self.kind.read(self.raw[split], self.fields, self.sources[split], notes, labels)
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """Let errors about fields of `[task]` that the part may have name those of the part."""
+        try:
+            yield
+        except InputError as error:
+            table, _, field = (error.where or "task").partition(".")
+            inner = re.match(r"\w*", field)[0]  # type: ignore[index]
+            if self.part is None or table != "task" or inner not in ("", *fields_of_parts(self.kind.fields)):
+                raise
+            where = f"{self.place}.{field}" if field else self.place
+            raise InputError(error.message, where=where, hint=error.hint) from error
+
+
 def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path, limit: int | None = None) -> Task:
     """Return the task that a recipe's `[task]` names.
 
@@ -37,43 +78,103 @@ def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path, li
     Raises InputError when the data is missing, empty or does not fit.
     """
     notes: list[str] = []
-    kind, named = registry.kind_of(section), registry.set_of(section)
-    usual: tuple[str, ...] | None = None
-    if named is not None:
-        raw, source, usual = named.read(section.split_seed), named.source, named.metrics
-        fields = kind.fields.model_validate({**section.fields, **named.fields})
-        sources = {name: f"{source} {name}" for name in raw}
-    else:
-        if not section.is_own and section.type is None:
-            raise _unknown(section.name)
-        raw, source = kind.splits(section, registry.fields_of(kind, section), base, notes)
-        if section.type is None:
-            kind = registry.recognise(raw["train"], section, source, notes)
-        fields = registry.fields_of(kind, section)
-        sources = {name: getattr(section, name, None) or source for name in raw}
-        if section.hub is not None and "test" in raw and not kind.has_answers(raw["test"], fields):
-            # Many sets keep the answers of their test split to themselves: nothing can be scored on such a split.
-            del raw["test"]
-    # What was read is let go of, split by split.
-    train, labels = kind.read(raw.pop("train"), fields, sources["train"], notes)
-    held = {name: kind.read(raw.pop(name), fields, sources[name], notes, labels)[0] for name in list(raw)}
-    test = held.pop("test", None)
-    if not held:
-        train, held["validation"] = kind.hold_out(train, section.validation_fraction, section.split_seed)
+    opened = list(_open_parts(section, base, notes)) if section.part is not None else [_open(section, base, notes)]
+    kind = opened[0].kind
+    read, labels = _read_training(opened, notes)
+    train, validation, test = [], [], []
+    for part, rows in zip(opened, read, strict=True):
+        # What was read is let go of, split by split.
+        held = {}
+        for name in list(part.raw):
+            held[name] = part.read(name, notes, labels)[0]
+            del part.raw[name]
+        test.append(held.pop("test", None))
+        if not held:
+            with part.placed():
+                rows, held["validation"] = kind.hold_out(rows, section.validation_fraction, section.split_seed)
+        train.append(rows)
+        validation.append(held)
     return _task(
         section,
         evaluate,
         kind=kind,
-        fields=fields,
+        fields=registry.fields_of(kind, section) if section.part is not None else opened[0].fields,
         labels=labels,
-        usual=usual,
+        usual=opened[0].usual if len({part.usual for part in opened}) == 1 else None,
         train=train,
-        validation=held,
+        validation=validation,
         test=test,
-        source=source,
+        source=", ".join(dict.fromkeys(part.source for part in opened)),
         limit=limit,
         notes=notes,
     )
+
+
+def _open(section: TaskSection, base: Path, notes: list[str]) -> _Rows:
+    """Return what `[task]` without parts holds, nothing of it read as rows yet."""
+    kind, named = registry.kind_of(section), registry.set_of(section)
+    if named is not None:
+        raw = named.read(section.split_seed)
+        fields = kind.fields.model_validate({**section.fields, **named.fields})
+        sources = {name: f"{named.source} {name}" for name in raw}
+        return _Rows(kind, fields, named.metrics, raw, named.source, sources)
+    if not section.is_own and section.type is None:
+        raise _unknown(section.name)
+    raw, source = kind.splits(section, registry.fields_of(kind, section), base, notes)
+    if section.type is None:
+        kind = registry.recognise(raw["train"], section, source, notes)
+    fields = registry.fields_of(kind, section)
+    sources = {name: getattr(section, name, None) or source for name in raw}
+    if section.hub is not None and "test" in raw and not kind.has_answers(raw["test"], fields):
+        # Many sets keep the answers of their test split to themselves: nothing can be scored on such a split.
+        del raw["test"]
+    return _Rows(kind, fields, None, raw, source, sources)
+
+
+def _open_parts(section: TaskSection, base: Path, notes: list[str]) -> Iterator[_Rows]:
+    """Yield what each part of a task holds. Raises InputError where two are of different kinds."""
+    first: _Rows | None = None
+    kind = registry.kind_of(section)
+    for number, part in enumerate(section.part or ()):
+        place = f"task.part[{number}]"
+        found = _Rows(kind, None, None, {}, "", {}, part.name, place)
+        with found.placed():
+            opened = _open(section_of_part(section, part, kind.fields), base, notes)
+        sources = {name: f"part {part.name}: {source}" for name, source in opened.sources.items()}
+        rows = replace(opened, sources=sources, part=part.name, place=place)
+        first = first or rows
+        if rows.kind is not first.kind:
+            raise InputError(
+                f"{part.name} is a {rows.kind.name} task, and {first.part} a {first.kind.name} task",
+                where=place,
+                hint="all parts of a task are of one kind: give task.type",
+            )
+        yield rows
+
+
+def _read_training(opened: list[_Rows], notes: list[str]) -> tuple[list[pa.Table], tuple[str, ...]]:
+    """Return the training rows of all parts, and the labels that they have together."""
+    found: list[tuple[pa.Table, tuple[str, ...]] | None] = []
+    problem: InputError | None = None
+    for part in opened:
+        try:
+            found.append(part.read("train", notes))
+        except InputError as error:
+            # What is too little for a task of its own, such as one class, need not be so beside other parts.
+            problem = problem or error
+            found.append(None)
+    own = [labels for each in found if each is not None for labels in [each[1]]]
+    if problem is not None and not own:
+        raise problem
+    labels = opened[0].kind.join(own)
+    tables = []
+    for part, each in zip(opened, found, strict=True):
+        rows, before = each if each is not None else (None, ())
+        if rows is None or before != labels:
+            rows, _ = part.read("train", notes, labels)
+        del part.raw["train"]
+        tables.append(rows)
+    return tables, labels
 
 
 def _unknown(name: str) -> InputError:
@@ -129,67 +230,86 @@ def _task(
     kind: TaskKind,
     fields: Any,
     labels: tuple[str, ...],
-    train: pa.Table,
-    validation: dict[str, pa.Table],
+    train: list[pa.Table],
+    validation: list[dict[str, pa.Table]],
+    test: list[pa.Table | None],
     source: str,
-    test: pa.Table | None = None,
     usual: tuple[str, ...] | None = None,
     limit: int | None = None,
     notes: Sequence[str] = (),
     trains: bool = True,
 ) -> Task:
+    """Return a task. train, validation, test: of each of its parts; of a task without parts, of the one that it is."""
+    names = [part.name for part in section.part or ()]
     metrics = _metrics(section.metrics, kind, labels, usual)
-    train, calibration = subset(train, section.train_samples, section.split_seed), None
-    # Of a handful of rows none are set aside.
-    if trains and round(len(train) * (share := kind.calibration(train))):
-        train, calibration = split(train, share, section.split_seed)
-    validation = {
-        name: subset(rows, section.validation_samples, section.split_seed) for name, rows in validation.items()
-    }
-    selection = next(iter(validation.values()))
+    seed = section.split_seed
+    sizes = apportioned(section.train_samples, [len(rows) for rows in train])
+    train = [subset(rows, size, seed) for rows, size in zip(train, sizes, strict=True)]
+    calibration: list[pa.Table] = []
+    for number, rows in enumerate(train if trains else ()):
+        # Of a handful of rows none are set aside.
+        if round(len(rows) * (share := kind.calibration(rows))):
+            train[number], aside = split(rows, share, seed)
+            calibration.append(aside)
+    validation = [
+        {name: subset(rows, section.validation_samples, seed) for name, rows in sets.items()} for sets in validation
+    ]
+    selection = [next(iter(sets.values())) for sets in validation]
     report, protocol = validation, str(evaluate.protocol)
+    tested = [rows is not None for rows in test]
+    remarks = []
     if kind.scored_by_loss:
         protocol = "held-out loss"
     elif protocol == "half-dev":
-        if test is not None:
+        if any(tested):
             raise InputError(
                 "half of the validation set would be reported, and the test set never be looked at",
                 where="evaluate.protocol",
                 hint='leave out task.test, or use protocol = "dev", which reports the test set where there is one',
             )
-        selection = halves(selection)[0]
-        report = {name: halves(rows)[1] for name, rows in validation.items()}
-    elif test is not None:
-        report = {"test": subset(test, section.test_samples, section.split_seed)}
-    if section.test_samples is not None and test is None:
+        selection = [halves(rows)[0] for rows in selection]
+        report = [{name: halves(rows)[1] for name, rows in sets.items()} for sets in validation]
+    elif any(tested):
+        report = [
+            {"test": subset(rows, section.test_samples, seed)} if rows is not None else sets
+            for rows, sets in zip(test, validation, strict=True)
+        ]
+        if lacking := [name for name, has in zip(names, tested, strict=False) if not has]:
+            remarks.append(
+                f"no test set of {listed(lacking)}: reported are validation rows, which also choose the checkpoint"
+            )
+    if section.test_samples is not None and not any(tested):
         raise InputError(
             "there is no test set that it could be a part of",
             where="task.test_samples",
             hint="task.validation_samples cuts the validation set",
         )
-    remarks = []
+    reported = _named_sets(report, names)
     if not kind.scored_by_loss:
-        sets = {next(iter(validation)): selection, **report}
+        chosen_on = [{next(iter(sets)): rows} for sets, rows in zip(validation, selection, strict=True)]
+        sets = {**_named_sets(chosen_on, names), **reported}
         few = {name: rows.num_rows for name, rows in sets.items() if rows.num_rows < FEW}
-        remarks = [
+        remarks += [
             f"the {name} set has {counted(count, 'row')} only: a score on it says little" for name, count in few.items()
         ]
-    if trains and labels and (counts := kind.count(train, labels)) is not None and not counts.all():
+    joined = parts.joined(train)
+    if trains and labels and (counts := kind.count(joined, labels)) is not None and not counts.all():
         absent = [label for label, count in zip(labels, counts, strict=True) if not count]
         remarks.append(f"no training rows of {counted(len(absent), 'class', 'classes')}: {listed(absent)}")
-    report = {name: subset(rows, limit, section.split_seed) for name, rows in report.items()}
-    splits = {"train": train, "selection": selection, **{f"report-{k}": v for k, v in report.items()}}
-    if calibration is not None:
-        splits["calibration"] = calibration
+    reported = {name: subset(rows, limit, seed) for name, rows in reported.items()}
+    splits = {"train": joined, "selection": parts.joined(selection)}
+    splits |= {f"report-{name}": rows for name, rows in reported.items()}
+    if calibration:
+        splits["calibration"] = pa.concat_tables(calibration)
     return Task(
         name=section.name,
         kind=kind.with_fields(fields),
         fields=fields,
         label_names=labels,
         metrics=metrics,
-        train=dataset_of(train),
-        selection=dataset_of(selection),
-        report={name: dataset_of(rows) for name, rows in report.items()},
+        train=dataset_of(splits["train"]),
+        selection=dataset_of(splits["selection"]),
+        report={name: dataset_of(rows) for name, rows in reported.items()},
         description={
             "source": source,
             "protocol": protocol,
@@ -199,8 +319,21 @@ def _task(
             "fingerprint": fingerprint_of({**splits, "labels": {"names": list(labels)}}),
         },
         notes=tuple(dict.fromkeys([*notes, *remarks])),
-        calibration=dataset_of(calibration) if calibration is not None else None,
+        calibration=dataset_of(splits["calibration"]) if calibration else None,
+        parts=tuple(names),
+        mixing_temperature=section.mixing_temperature or 1.0,
     )
+
+
+def _named_sets(sets: Sequence[Mapping[str, pa.Table]], names: Sequence[str]) -> dict[str, pa.Table]:
+    """Return all sets of all parts under one name each: of validation rows the part's, of others with the set's."""
+    if not names:
+        return dict(sets[0])
+    return {
+        name if split == "validation" else f"{name} {split}": rows
+        for name, each in zip(names, sets, strict=True)
+        for split, rows in each.items()
+    }
 
 
 def load_rows(
@@ -228,8 +361,9 @@ def load_rows(
         kind=kind,
         fields=fields,
         labels=labels,
-        train=rows,
-        validation={"rows": rows},
+        train=[rows],
+        validation=[{"rows": rows}],
+        test=[None],
         source=path,
         limit=limit,
         notes=notes,

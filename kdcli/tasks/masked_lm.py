@@ -109,10 +109,12 @@ class MaskedLM(TaskKind):
 
         from kdcli.data.rows import values_of
         from kdcli.tasks.packing import Masker, check_packing
+        from kdcli.tasks.parts import sets_of
 
         Masker(processor, **_masking(task.fields), seed=0, counts=torch.ones(len(processor)))
         for rows in (task.train, task.selection):
-            check_packing(values_of(rows, "text"), processor, max_length)
+            for part in sets_of(rows):
+                check_packing(values_of(part, "text"), processor, max_length)
 
     def encode(self, rows: "Dataset", processor: Any, max_length: int) -> "Dataset":
         """Return documents packed into blocks."""
@@ -131,7 +133,7 @@ class MaskedLM(TaskKind):
         """Return blocks: those of training are masked when they are collated, the held-out ones once and for all."""
         from kdcli.tasks.packing import Masker, TextCollator, mask_once, token_counts
 
-        train, held = (self.encode(rows, processor, max_length) for rows in (task.train, task.selection))
+        train, held = (self.feed(rows, processor, max_length) for rows in (task.train, task.selection))
         masking = _masking(task.fields)
         counts = token_counts(train, len(processor)) if masking["smoothing"] > 0 else None
         masker = Masker(processor, **masking, seed=seed, counts=counts)

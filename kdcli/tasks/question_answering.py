@@ -50,6 +50,8 @@ LOW = -1e30
 class SpanFields(Fields):
     """The columns of own data, and how contexts are cut into windows and answers out of contexts."""
 
+    of_parts = frozenset({"question", "context", "answer", "answer_start"})
+
     question: str | None = Field(default=None, description="The column of questions. Left out, the one named question.")
     context: str | None = Field(
         default=None, description="The column of texts that hold the answers. Left out, the one named context."

@@ -90,9 +90,13 @@ def set_of(section: TaskSection) -> NamedSet | None:
 def kind_of(section: TaskSection) -> TaskKind:
     """Return the kind of `[task]`: the one that it names, or that of its set; else the usual one.
 
-    Where `type` is left out, a user's own data may turn out to be of another kind: see `recognise`.
+    Where `type` is left out, a user's own data may turn out to be of another kind: see `recognise`. Parts are of the
+    kind of the first known set among them.
     """
     named = set_of(section)
+    if section.type is None:
+        known = (named_sets().get(part.name) for part in section.part or () if not part.is_own)
+        named = next((one for one in known if one is not None), named)
     return get(named.kind if named is not None else section.type or USUAL)
 
 

@@ -48,7 +48,11 @@ def finetune(
         selection=None,
         collator=encoded.collator,
         metrics=None,
-        settings=replace(LoopSettings.from_finetune(settings, train, seed=seed), metric=task.primary),
+        settings=replace(
+            LoopSettings.from_finetune(settings, train, seed=seed),
+            metric=task.primary,
+            mixing_temperature=task.mixing_temperature,
+        ),
         folder=work,
         log_dir=log,
         title=title,

@@ -41,6 +41,7 @@ class LoopSettings:
     log_every: int | None = None
     metric: str = ""
     eval_batch_size: int = 64
+    mixing_temperature: float = 1.0
     chain_learning_rate: float | Literal["matched", "by-length"] = "by-length"
 
     @property

@@ -25,7 +25,6 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from kdcli.data.rows import array_of
 from kdcli.errors import RunError
 from kdcli.faults import writing
 from kdcli.files import write_json
@@ -42,7 +41,7 @@ from kdcli.training.distributed import agree, main_does, rng_file, wait_for_all
 from kdcli.training.groups import MatchedSteps, parameter_groups
 from kdcli.training.growing import GrowingChains
 from kdcli.training.progress import ProgressDisplay
-from kdcli.training.sampler import EpochSampler
+from kdcli.training.sampler import EpochSampler, sampler_of
 from kdcli.training.schemes.base import Scheme
 from kdcli.training.settings import LoopSettings, check_batch, check_device
 from kdcli.training.step import Distiller
@@ -118,12 +117,7 @@ class DistillationTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        return EpochSampler(
-            array_of(dataset, "length"),
-            self.settings.batch_size,
-            seed=self.settings.seed,
-            group=self.settings.group_by_length,
-        )
+        return sampler_of(dataset, self.settings)  # type: ignore[arg-type]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from kdcli.methods import registry
 from kdcli.models import families
@@ -16,6 +16,7 @@ from kdcli.recipe.fields import Entry, fields_of, fields_of_kinds
 from kdcli.recipe.json_schema import recipe_schema
 from kdcli.recipe.schema import Recipe
 from kdcli.tasks import registry as kinds
+from kdcli.tasks.kind import Fields
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = recipe_schema(
@@ -158,11 +159,11 @@ def test_the_families_of_a_teacher_from_scratch_are_those_that_there_are():
 
 
 def test_a_field_of_a_kind_of_task_is_one_of_its_table():
-    class First(BaseModel):
+    class First(Fields):
         own: int = Field(default=1, description="A number.")
         both: str = Field(default="", description="A column.")
 
-    class Second(BaseModel):
+    class Second(Fields):
         both: list[str] = Field(default=[], description="Columns.")
 
     options = {"kd": registry.get("kd").options}

@@ -26,7 +26,7 @@ from kdcli.tensors.parametrization import chain_of, tensors_of
 from kdcli.terminal import tell
 from kdcli.training.distributed import state
 from kdcli.training.groups import MatchedSteps, parameter_groups
-from kdcli.training.sampler import EpochSampler
+from kdcli.training.sampler import sampler_of
 from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.words import counted
 
@@ -341,7 +341,7 @@ class HeldOut:
         self.rows = rows
         self.collator = setting.collator
         self.size = loop.batch_size
-        self.sampler = EpochSampler(array_of(rows, "length"), self.size, seed=loop.seed, group=loop.group_by_length)
+        self.sampler = sampler_of(rows, loop)
         share = self.size // processes.num_processes
         self.part = slice(processes.process_index * share, (processes.process_index + 1) * share)
         self._pass: int | None = None

@@ -1,0 +1,157 @@
+"""Tasks of several sets: how their rows are joined, mixed and scored."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from families import tokenizer
+from tiny_recipes import run_recipe, tiny_recipe, write_recipe
+
+from kdcli.evaluation.score import scorer
+from kdcli.recipe.schema import EvaluateSection, TaskSection
+from kdcli.tasks.base import Task
+from kdcli.tasks.load import load_task
+
+WORDS = tokenizer()
+
+
+def rows(path: Path, labels: list, text: str = "text", label: str = "label") -> str:
+    """Write rows as JSON lines, their text made of the file's name, and return the file's name."""
+    path.write_text(
+        "".join(json.dumps({text: f"{path.stem} {i}", label: value}) + "\n" for i, value in enumerate(labels))
+    )
+    return path.name
+
+
+def load(base: Path, *parts: dict[str, Any], protocol: str = "dev", limit: int | None = None, **fields: Any) -> Task:
+    document = {"name": "mood", "text": "text", "part": list(parts), **fields}
+    evaluate = EvaluateSection(protocol=protocol)  # type: ignore[arg-type]
+    return load_task(TaskSection.model_validate(document), evaluate, base=base, limit=limit)
+
+
+def labels_of(task: Task) -> dict[str, str]:
+    return {text: task.label_names[label] for text, label in zip(task.train["text"], task.train["label"], strict=True)}
+
+
+def sets_of(base: Path, **counts: int) -> list[dict[str, Any]]:
+    """Return a part for each name, with so many training rows and half as many validation rows."""
+    made = []
+    for name, count in counts.items():
+        rows(base / f"{name}.jsonl", ["yes", "no"] * (count // 2))
+        rows(base / f"{name}-dev.jsonl", ["yes", "no"] * (count // 4))
+        made.append({"name": name, "train": f"{name}.jsonl", "validation": f"{name}-dev.jsonl"})
+    return made
+
+
+def test_labels_are_those_of_all_parts_in_one_order(tmp_path: Path):
+    rows(tmp_path / "de.jsonl", ["c", "a"] * 10)
+    rows(tmp_path / "en.jsonl", ["b", "c"] * 10)
+    rows(tmp_path / "fr.jsonl", ["b"] * 20)
+    parts = [{"name": name, "data": f"{name}.jsonl"} for name in ("de", "en", "fr")]
+    task = load(tmp_path, *parts)
+    assert task.label_names == ("a", "b", "c")
+    found = labels_of(task)
+    assert len(found) == 54
+    for text, label in found.items():
+        name, number = text.split()
+        assert label == {"de": "ca", "en": "bc", "fr": "bb"}[name][int(number) % 2]
+    # Numbers are ordered as numbers, over all parts.
+    rows(tmp_path / "de.jsonl", [10, 9] * 10)
+    rows(tmp_path / "en.jsonl", [100, 9] * 10)
+    assert load(tmp_path, *parts[:2]).label_names == ("9", "10", "100")
+
+
+def test_each_part_may_have_other_columns(tmp_path: Path):
+    rows(tmp_path / "de.jsonl", ["yes", "no"] * 10)
+    rows(tmp_path / "en.jsonl", ["no", "yes"] * 10, "tweet", "mood")
+    task = load(
+        tmp_path,
+        {"name": "de", "data": "de.jsonl"},
+        {"name": "en", "data": "en.jsonl", "text": "tweet", "label": "mood"},
+    )
+    assert {text.split()[0] for text in task.train["text"]} == {"de", "en"}
+    assert labels_of(task)["en 2"] == "no"
+
+
+def test_samples_and_held_out_rows_keep_the_shares(tmp_path: Path):
+    parts = sets_of(tmp_path, de=40, en=400)
+    whole = load(tmp_path, *parts)
+    assert np.bincount(whole.train["part"]).tolist() == [40, 400]
+    assert {name: len(each) for name, each in whole.report.items()} == {"de": 20, "en": 200}
+    assert np.bincount(whole.selection["part"]).tolist() == [20, 200]
+    few = load(tmp_path, *parts, train_samples=110, validation_samples=16)
+    # Of the training rows so many in all; of the validation rows so many of each set that is scored.
+    assert np.bincount(few.train["part"]).tolist() == [10, 100]
+    assert {name: len(each) for name, each in few.report.items()} == {"de": 16, "en": 16}
+    assert {name: len(each) for name, each in load(tmp_path, *parts, limit=12).report.items()} == {"de": 12, "en": 12}
+    held = load(tmp_path, *({"name": p["name"], "data": p["train"]} for p in parts), validation_fraction=0.25)
+    assert np.bincount(held.train["part"]).tolist() == [30, 300]
+    assert {name: len(each) for name, each in held.report.items()} == {"de": 10, "en": 100}
+
+
+def test_half_of_each_part_chooses_under_half_dev(tmp_path: Path):
+    task = load(tmp_path, *sets_of(tmp_path, de=40, en=80), protocol="half-dev")
+    assert np.bincount(task.selection["part"]).tolist() == [10, 20]
+    assert {name: list(each["text"]) for name, each in task.report.items()} == {
+        "de": [f"de-dev {i}" for i in range(10, 20)],
+        "en": [f"en-dev {i}" for i in range(20, 40)],
+    }
+
+
+def test_test_sets_are_reported_with_their_part(tmp_path: Path):
+    de, en = sets_of(tmp_path, de=40, en=40)
+    rows(tmp_path / "de-test.jsonl", ["yes", "no"] * 15)
+    task = load(tmp_path, {**de, "test": "de-test.jsonl"}, en)
+    assert {name: len(each) for name, each in task.report.items()} == {"de test": 30, "en": 20}
+    assert any(note.startswith("no test set of en:") for note in task.notes)
+
+
+def test_one_set_cut_in_two_is_that_set(tmp_path: Path):
+    """Joined parts without a temperature are trained on as one file with all their rows is."""
+    values = ["yes", "no", "no", "yes"] * 12
+    lines = [json.dumps({"text": f"text {i}", "label": value}) + "\n" for i, value in enumerate(values)]
+    for name, part in {"all": lines, "first": lines[:16], "rest": lines[16:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    own = {"name": "mood", "text": "text", "train_samples": None, "validation_samples": None}
+    one = {**own, "train": "all.jsonl", "validation": "all.jsonl"}
+    two = {**own, "part": [{"name": n, "train": f"{n}.jsonl", "validation": f"{n}.jsonl"} for n in ("first", "rest")]}
+    hashes = []
+    for name, task in {"one": one, "two": two, "three": {**two, "mixing_temperature": 3.0}}.items():
+        done = run_recipe(write_recipe(tmp_path / f"{name}.toml", tiny_recipe(task={**task})))
+        hashes.append(done["hashes"]["student"])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_the_mean_over_parts_chooses_the_checkpoint(tmp_path: Path):
+    task = load(tmp_path, *sets_of(tmp_path, de=16, en=160))
+    features = task.kind.prepare(task, WORDS, 16).selection
+    truth = np.array(task.selection["label"])
+    part = np.array(task.selection["part"])
+    # All of the small part is right, nothing of the large one.
+    answers = np.where(part == 0, truth, 1 - truth)
+    scores = scorer(task, features)({"logits": np.eye(2)[answers]})
+    assert scores["accuracy"] == 0.5
+
+
+def test_plain_text_is_packed_part_by_part(tmp_path: Path):
+    for name, words in {"de": "fish fish fish", "en": "night night night"}.items():
+        (tmp_path / f"{name}.txt").write_text("\n\n".join([words] * 30))
+    section = TaskSection.model_validate(
+        {
+            "name": "words",
+            "type": "text",
+            "part": [{"name": "de", "data": "de.txt"}, {"name": "en", "data": "en.txt"}],
+        }
+    )
+    task = load_task(section, EvaluateSection(), base=tmp_path)
+    encoded = task.kind.prepare(task, WORDS, 16)
+    for features, rows in ((encoded.train, task.train), (encoded.selection, task.selection)):
+        assert len(set(features["index"])) == len(features)
+        counts = [
+            len(task.kind.encode(rows.filter(lambda row, k=k: row["part"] == k), WORDS, 16))  # type: ignore[misc]
+            for k in (0, 1)
+        ]
+        assert np.bincount(features["part"]).tolist() == counts
+    texts = [WORDS.decode(ids) for ids in encoded.train["input_ids"]]
+    assert {("fish" in text, "night" in text) for text in texts} == {(True, False), (False, True)}
