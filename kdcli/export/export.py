@@ -10,13 +10,15 @@ from kdcli.errors import GateError, InputError
 from kdcli.export.graph import export_onnx, input_names, operators, plain_copy
 from kdcli.export.latency import LatencyReport, measure
 from kdcli.export.parity import TOLERANCE, parity
+from kdcli.export.script import SCRIPT, script_of
 from kdcli.export.session import MODEL, OnnxModel
 from kdcli.files import atomic_folder
 from kdcli.machine import default_threads
 from kdcli.models.heads import head_of
 from kdcli.models.probe import probe_batch
 from kdcli.tasks.base import Task
-from kdcli.tasks.heads import heads
+from kdcli.tasks.heads import heads, kind_of_model
+from kdcli.tasks.kind import TaskKind
 from kdcli.words import counted
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ class ExportResult:
     inputs: str
     operators: dict[str, int]
     latency: LatencyReport | None
+    script: str | None = None
+    """The name of the script in the folder that answers texts with the graph."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -40,6 +44,7 @@ class ExportResult:
             "megabytes": round(self.megabytes, 3),
             "parity": {"max_abs_difference": self.difference, "tolerance": TOLERANCE, "inputs": self.inputs},
             "operators": self.operators,
+            "script": self.script,
             "latency": self.latency.to_json() if self.latency is not None else None,
         }
 
@@ -90,8 +95,21 @@ def export_model(
                 report = _latency(
                     plain, session, teacher, tokenizer, batch_sizes, sequence_lengths, threads, runs, Path(work)
                 )
+        kind = task.kind if task is not None else _kind_of(plain)
+        fields = task.fields if task is not None else None
+        script = script_of(kind, fields or kind.fields(), plain.config, tokenizer, max_length) if kind else None
+        if script is not None:
+            (temporary / SCRIPT).write_text(script, encoding="utf-8")
         size, nodes = session.megabytes, operators(temporary / MODEL)
-    return ExportResult(folder, size, difference, source, nodes, report)
+    return ExportResult(folder, size, difference, source, nodes, report, script and SCRIPT)
+
+
+def _kind_of(model: "PreTrainedModel") -> TaskKind | None:
+    """Return the kind of task that a model is for; None where several fit, or none."""
+    try:
+        return kind_of_model(model, "the model", "MODEL")
+    except InputError:
+        return None
 
 
 def _real_batches(model: Any, tokenizer: Any, task: Task | None, max_length: int) -> tuple[list[Any], str]:

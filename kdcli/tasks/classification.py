@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     from kdcli.tasks.base import Owner
 
 
+SCRIPT = """\
+labels = json.load(open(f"{sys.path[0]}/config.json", encoding="utf-8"))["id2label"]
+for row in logits:
+    shares = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+    print(json.dumps({"label": labels[str(shares.argmax())], "probability": float(shares.max())}))
+"""
+
+
 class ClassFields(TextFields):
     """The columns of own data, and the classes."""
 
@@ -125,6 +133,9 @@ class Classification(TextKind):
             best = ranked(names, row, top or 1)
             found.append({**best[0], **({"top": best} if top is not None else {})})
         return found
+
+    def script_of_logits(self, config: Any) -> str:
+        return SCRIPT
 
     def show(self, reply: dict[str, Any]) -> str:
         return f"{reply['label']} {reply['probability']:.3f}"

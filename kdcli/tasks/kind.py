@@ -7,8 +7,9 @@ Each kind says its name, title, head, fields, what it provides, and its metrics;
 from columns), `configure` (a new head), `check`, `encode` and `collator` (features and batches), `predictions` (tables
 of distributions, for every objective), `decode` (answers) and `score`. For `kdcli predict` it writes `inputs` (what an
 example is made of), `read_inputs` (rows without gold answers), `replies` (what a model answers, as plain values) and
-`show` (a line for a terminal). The rest has a default that fits most. Kinds whose examples are texts with one answer
-each begin with `kdcli.tasks.text_inputs.TextKind`, as `classification.py` does.
+`show` (a line for a terminal); for `kdcli export`, `script` (the same from an ONNX folder alone). The rest has a
+default that fits most. Kinds whose examples are texts with one answer each begin with
+`kdcli.tasks.text_inputs.TextKind`, as `classification.py` does.
 """
 
 from abc import ABC, abstractmethod
@@ -335,6 +336,16 @@ class TaskKind(ABC):
     def beside(self, reply: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         """Return how a reply compares with another model's to the same row: whether they agree, or by how much not."""
         return {"agree": reply[self.answer] == other[self.answer]}
+
+    def script(self, fields: Any, config: Any, max_length: int) -> str | None:
+        """Return Python lines that answer texts with an exported graph, as JSON lines; None where there are none.
+
+        They follow `HEAD` of `kdcli.export.script`, which defines what they begin with: `tokenizer`, `session`, and
+        `NAMES`, the attribute of an encoding for each input of the graph. Both together have at most 20 lines, and
+        use no library but NumPy beside what the head imports. The texts are the script's arguments, one after the
+        other as in `inputs`; the replies have the main keys of `replies`.
+        """
+        return None
 
     @property
     def _unasked(self) -> str:

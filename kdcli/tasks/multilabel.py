@@ -42,6 +42,14 @@ FEW = 5
 """Rows with a label below which it gets no threshold of its own."""
 
 
+SCRIPT = """\
+config = json.load(open(f"{sys.path[0]}/config.json", encoding="utf-8"))
+for row in 1 / (1 + np.exp(-logits)):
+    chosen = np.flatnonzero(row >= np.array(config.get("THRESHOLDS", USUAL)))
+    print(json.dumps({"labels": [config["id2label"][str(i)] for i in chosen], "probabilities": row[chosen].tolist()}))
+"""
+
+
 class MultiFields(TextFields):
     """The columns of own data, and how the labels are written in them."""
 
@@ -193,6 +201,9 @@ class MultiLabel(TextKind):
             reply = {"labels": [names[i] for i in mine], "probabilities": [float(row[i]) for i in mine]}
             found.append({**reply, **({"top": ranked(names, row, top)} if top is not None else {})})
         return found
+
+    def script_of_logits(self, config: Any) -> str:
+        return SCRIPT.replace("THRESHOLDS", THRESHOLDS).replace("USUAL", str(USUAL))
 
     def show(self, reply: dict[str, Any]) -> str:
         pairs = zip(reply["labels"], reply["probabilities"], strict=True)

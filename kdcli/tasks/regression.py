@@ -84,6 +84,9 @@ class Regression(TextKind):
         """Return the score of each row; there is no second best."""
         return [{"score": float(number)} for number in self.answers(model, rows, processor, **options)]
 
+    def script_of_logits(self, config: Any) -> str:
+        return 'for row in logits:\n    print(json.dumps({"score": float(row[0])}))\n'
+
     def show(self, reply: dict[str, Any]) -> str:
         return f"{reply['score']:.3f}"
 

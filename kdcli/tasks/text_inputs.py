@@ -37,6 +37,14 @@ TEXTS = ("text", "text_pair")
 """The columns of rows for one text, or the two of a pair."""
 
 
+SCRIPT = """\
+tokenizer.enable_truncation({length})
+encodings = tokenizer.encode_batch({texts})
+feed = {{node.name: np.array([getattr(e, NAMES[node.name]) for e in encodings]) for node in session.get_inputs()}}
+[logits] = session.run(["logits"], feed)
+"""
+
+
 class TextFields(Fields):
     """The columns of own data: one or two of text, and the labels."""
 
@@ -133,6 +141,15 @@ class TextKind(TaskKind):
         from kdcli.tasks.encode import Collator
 
         return Collator(processor)
+
+    def script(self, fields: Any, config: Any, max_length: int) -> str:
+        pair = len(self.inputs(fields)) > 1
+        texts = "list(zip(sys.argv[1::2], sys.argv[2::2]))" if pair else "sys.argv[1:]"
+        return SCRIPT.format(length=max_length, texts=texts) + self.script_of_logits(config)
+
+    def script_of_logits(self, config: Any) -> str:
+        """Return the lines of `script` that print a reply for each row of `logits`, an array (n, classes)."""
+        raise NotImplementedError
 
     def predictions(
         self, output: Any, batch: "Mapping[str, Tensor]", *, everywhere: bool = False
