@@ -46,6 +46,15 @@ def types_of(tags: Iterable[str]) -> list[str]:
     return sorted({parts_of(tag)[1] for tag in tags if tag != OUTSIDE})
 
 
+def completed(tags: Iterable[str]) -> set[str]:
+    """Return tags and, where they write spans, those of each type with each prefix that one of them has."""
+    tags = set(tags)
+    spans = tags - {OUTSIDE}
+    if scheme_of(tags) is None or spans == {tag[:1] for tag in spans}:
+        return tags
+    return tags | {f"{tag[:1]}-{kind}" for tag in spans for kind in types_of(spans)}
+
+
 def spans_of(tags: Sequence[str], scheme: Scheme) -> list[Span]:
     """Return the spans of a sequence of tags, in order."""
     return _lenient(tags) if scheme == "IOB" else _complete(tags)

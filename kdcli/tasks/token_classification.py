@@ -1,5 +1,6 @@
 """Token classification: a tag for each word of a text, such as names in it, phrases or parts of speech."""
 
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from pydantic import Field
 
 from kdcli.data.columns import Column, Columns, is_missing, need_column, shape_of_value
 from kdcli.errors import InputError, cut
+from kdcli.models.classes import class_names_of
 from kdcli.models.heads import Head
 from kdcli.recipe.schema import TaskSection
 from kdcli.tasks.kind import Fields, TaskKind
@@ -16,6 +18,7 @@ from kdcli.tasks.labels import (
     all_labels,
     are_numbers_of,
     counted_labels,
+    in_order,
     known_labels,
     labels_of_model,
     named_labels,
@@ -26,10 +29,12 @@ from kdcli.tasks.labels import (
 from kdcli.tasks.tag_spans import (
     OUTSIDE,
     beginnings,
+    completed,
     incomplete,
     joined,
     scheme_of,
     scores_by_type,
+    spans_of,
     types_of,
 )
 from kdcli.words import counted
@@ -110,6 +115,7 @@ class TokenClassification(TaskKind):
     metrics = ("f1", "precision", "recall", "f1_macro", "accuracy")
     usual_metrics = ("f1", "accuracy")
     features = "windows"
+    answer = "tags"
     stride: int | None = None
 
     @property
@@ -143,7 +149,10 @@ class TokenClassification(TaskKind):
         words, rows, found = self._found(columns, fields, source, notes, known := known_labels(fields.labels))
         training = labels is None
         found = counted_labels(found, known) or found
-        labels = labels or all_labels(found, known, source, notes)
+        if labels is None:
+            # The spans of a type may all have one word here, and several elsewhere.
+            labels = all_labels(found, known, source, notes)
+            labels = labels if known else in_order(completed(labels))
         owner: Any = {"where": "task.labels", "owner": "is not in task.labels"} if known else {}
         numbers = to_ids(found, labels, source, rows=rows, **owner)
         check_scheme(words, found, labels, source, notes if training else [])
@@ -275,6 +284,58 @@ class TokenClassification(TaskKind):
             scores |= {f"f1/{kind}": by_type[kind].f1 if kind in by_type else 0.0 for kind in types_of(labels)}
         return scores
 
+    # What a model answers to examples without gold answers
+
+    def inputs(self, fields: Any) -> dict[str, str]:
+        return {"words": "words" if fields.text is None else str(fields.text)}
+
+    def read_inputs(self, columns: Columns, fields: Any, source: str, notes: list[str]) -> "pa.Table":
+        """Return rows with the columns words and text: what was one text, which is cut into words; else null."""
+        import pyarrow as pa
+
+        name = _place(columns, fields.text, WORDS)
+        cells = list(need_column(columns, name, "text", source))
+        texts = [cell if isinstance(cell, str) else None for cell in cells]
+        found = Column([[cell if text is None else _split(cell) for cell, text in zip(cells, texts, strict=True)]])
+        words = read_words({name: found}, fields, source)
+        return pa.table({"words": _array(words), "text": pa.array(texts, pa.large_string())})
+
+    def replies(
+        self, model: Any, rows: "Dataset", processor: Any, *, top: int | None = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """Return the words and a tag for each; and the spans that tags write, with their places in the text.
+
+        Places are characters of the text, or of the words with spaces between them where words were given; and words.
+        """
+        from kdcli.data.rows import values_of
+
+        outputs, features = self.outputs(model, rows, processor, **options)
+        labels, found = class_names_of(model.config), []
+        scheme, numbers = scheme_of(labels), filled(self.decode(outputs, features, rows), labels)
+        for words, text, row in zip(values_of(rows, "words"), values_of(rows, "text"), numbers, strict=True):
+            tags = [labels[number] for number in row]
+            reply: dict[str, Any] = {"words": words, "tags": tags}
+            if scheme is not None:
+                text = " ".join(words) if text is None else text
+                places = _places(words, text)
+                reply["spans"] = [
+                    {
+                        "type": kind,
+                        "text": text[places[first][0] : places[last][1]],
+                        "start": places[first][0],
+                        "end": places[last][1],
+                        "words": [first, last + 1],
+                    }
+                    for kind, first, last in spans_of(tags, scheme)
+                ]
+            found.append(reply)
+        return found
+
+    def show(self, reply: dict[str, Any]) -> str:
+        if "spans" in reply:
+            return ", ".join(f"{span['text']} [{span['type']}]" for span in reply["spans"]) or "no spans"
+        return " ".join(f"{word}/{tag}" for word, tag in zip(reply["words"], reply["tags"], strict=True))
+
     def chance(self, sets: "Sequence[Dataset]", labels: Sequence[str], metric: str) -> float:
         """Return the accuracy of each set's most frequent tag; of spans 0, as none is found."""
         import numpy as np
@@ -295,6 +356,23 @@ def filled(answers: "Sequence[np.ndarray]", labels: Sequence[str]) -> "list[np.n
     return [np.where(row < 0, usual, row) for row in answers]
 
 
+def _split(text: str) -> list[str]:
+    """Return the words of a text: what stands between white space, without the punctuation and symbols in it, which are
+    words of their own."""
+    apart = "".join(f" {sign} " if unicodedata.category(sign)[0] in "PS" else sign for sign in text)
+    return apart.split()
+
+
+def _places(words: Sequence[str], text: str) -> list[tuple[int, int]]:
+    """Return where words that follow one another in a text begin and end, in characters."""
+    places, end = [], 0
+    for word in words:
+        start = text.index(word, end)
+        end = start + len(word)
+        places.append((start, end))
+    return places
+
+
 def _labels(rows: Any) -> "list[np.ndarray]":
     """Return the tags' numbers of each row (of a table or a data set)."""
     import numpy as np
@@ -311,13 +389,14 @@ def _table(words: list[list[str]], numbers: "np.ndarray") -> "pa.Table":
     import numpy as np
     import pyarrow as pa
 
-    ends = np.cumsum([0, *map(len, words)])
-    return pa.table(
-        {
-            "words": pa.array(words, pa.list_(pa.large_string())),
-            "label": pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(numbers)),
-        }
-    )
+    ends = pa.array(np.cumsum([0, *map(len, words)]), pa.int32())
+    return pa.table({"words": _array(words), "label": pa.ListArray.from_arrays(ends, pa.array(numbers))})
+
+
+def _array(words: list[list[str]]) -> "pa.Array":
+    import pyarrow as pa
+
+    return pa.array(words, pa.list_(pa.large_string()))
 
 
 # Columns
