@@ -236,7 +236,7 @@ def _answerer(
 
     model, tokenizer = load_contestant(choice.model)
     of_the_run = finished(choice.run).task.kind if choice.run is not None else None
-    kind = kind_of_model(model, choice.model, "MODEL", wanted=wanted, usual=of_the_run)
+    kind = kind_of_model(model, choice.model, "MODEL", wanted=wanted, usual=of_the_run, scored=False)
     named = registry.set_of(own) if own is not None else None
     if named is not None and named.kind == kind.name:
         section = section.model_copy(update={**named.fields, **section.fields})

@@ -34,16 +34,18 @@ def check_head(model: Any, head: Head, name: object, where: str) -> None:
 
 
 def kind_of_model(
-    model: Any, name: object, where: str, *, wanted: str | None = None, usual: str | None = None
+    model: Any, name: object, where: str, *, wanted: str | None = None, usual: str | None = None, scored: bool = True
 ) -> TaskKind:
-    """Return the kind that a trained model is for, by its head and its configuration.
+    """Return the kind that a trained model is for, by its head and its configuration. scored: by answers to rows.
 
     wanted: the one that a user names. usual: the one that is taken where it and others fit, such as that of its run.
     Raises InputError where none fits, where several do, and where the one that is wanted does not.
     """
     found, config = head_of(model, heads()), model.config
     kinds = registry.usable()[0]
-    fitting = [kind for kind in kinds if kind.head == found and not kind.scored_by_loss and kind.fits(config)]
+    fitting = [
+        kind for kind in kinds if kind.head == found and not (scored and kind.scored_by_loss) and kind.fits(config)
+    ]
     asked = registry.get(wanted) if wanted is not None else None
     for kind in fitting:
         if kind == asked or (asked is None and (len(fitting) == 1 or kind.name == usual)):

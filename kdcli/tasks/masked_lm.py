@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, field_validator
 
 from kdcli.data.columns import Column, Columns
-from kdcli.errors import InputError
+from kdcli.errors import InputError, cut
 from kdcli.models.heads import Head
 from kdcli.recipe.schema import Fraction, NonNegativeFloat, TaskSection
 from kdcli.tasks.kind import Encoded, Fields, TaskKind
+from kdcli.words import counted
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
     from datasets import Dataset
     from torch import Tensor
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from kdcli.objectives.distribution import Distribution
     from kdcli.signals import Prediction
     from kdcli.tasks.base import Task
+
+FEW = 8
+"""Texts with masks that are answered at a time."""
 
 MASKED_LM = Head(
     "masked-lm",
@@ -69,6 +74,7 @@ class MaskedLM(TaskKind):
     text_columns = ("text",)
     metrics = usual_metrics = ("loss",)
     scored_by_loss = general = True
+    answer = "words"
     inputs_change = True
     features = "blocks"
 
@@ -167,6 +173,69 @@ class MaskedLM(TaskKind):
         if not everywhere:
             return [Prediction(logits, weights, target)]
         return [Prediction(logits, weights, target, batch["masked_among_real"], row_weights(masked, *shape))]
+
+    # Texts with masks in them
+
+    def inputs(self, fields: Any) -> dict[str, str]:
+        return {"text": fields.column}
+
+    def read_inputs(self, columns: Columns, fields: Any, source: str, notes: list[str]) -> "pa.Table":
+        import pyarrow as pa
+
+        from kdcli.tasks.text_inputs import read_texts
+
+        return pa.table(read_texts(columns, [fields.column], source))
+
+    def replies(
+        self, model: Any, rows: "Dataset", processor: Any, *, top: int | None = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """Return the most probable word at each mask of each text, and the text with them.
+
+        A mask is written as [MASK], or as the tokenizer writes it. Raises InputError for a text without any.
+        """
+        import numpy as np
+
+        from kdcli.data.rows import values_of
+        from kdcli.tasks.encode import Collator, encode
+        from kdcli.tasks.replies import softmax
+
+        mask, length, ask = processor.mask_token, options.pop("max_length"), options.pop("ask")
+        texts = [text.replace("[MASK]", mask) for text in values_of(rows, "text")]
+        features = encode(rows.remove_columns("text").add_column("text", texts), processor, length)
+        found = []
+        # A table over the vocabulary for each token is large: that of a few rows at a time.
+        for start in range(0, len(features), FEW):
+            part = features.select(range(start, min(start + FEW, len(features))))
+            logits = ask(model, part, Collator(processor), outputs=self.head.outputs, per_token=True, **options)[
+                "logits"
+            ]
+            for text, ids, table in zip(texts[start:], part["input_ids"], logits, strict=False):
+                places = np.flatnonzero(np.array(ids) == processor.mask_token_id)
+                if not len(places):
+                    raise InputError(
+                        f"no {mask} within {counted(length, 'token')} of {cut(repr(text))}",
+                        hint=f"write {mask} where a word is to be predicted",
+                    )
+                found.append(_filled(text, softmax(table[places]), processor, top))
+        return found
+
+    def show(self, reply: dict[str, Any]) -> str:
+        pairs = zip(reply["words"], reply["probabilities"], strict=True)
+        return ", ".join(f"{word} {probability:.3f}" for word, probability in pairs)
+
+
+def _filled(text: str, shares: "np.ndarray", processor: Any, top: int | None) -> dict[str, Any]:
+    """Return the reply to a text. shares: (masks, vocabulary)."""
+    best, numbers = [], (-shares).argsort(axis=1, kind="stable")[:, : top or 1]
+    for mask, (row, ids) in enumerate(zip(shares, numbers, strict=True), 1):
+        best += [{"mask": mask, "word": processor.decode([i]).strip(), "probability": float(row[i])} for i in ids]
+    first = best[:: numbers.shape[1]]
+    for entry in first:
+        text = text.replace(processor.mask_token, entry["word"], 1)
+    words = {
+        name: [entry[key] for entry in first] for name, key in (("words", "word"), ("probabilities", "probability"))
+    }
+    return {**words, "text": text, **({"top": best} if top is not None else {})}
 
 
 def _masking(fields: MaskingFields) -> dict[str, float]:

@@ -152,6 +152,12 @@ def a_model_without_a_head(world: World) -> list[str]:
     return ["predict", "headless", "a film"]
 
 
+@case("no [MASK] within", "'a film'", "write [MASK] where")
+def a_text_without_a_mask(world: World) -> list[str]:
+    world.model("filler", "filler")
+    return ["predict", "filler", "a [MASK]", "a film"]
+
+
 @case("vectors.npy takes vectors, and a classification model gives none")
 def vectors_of_a_classifier(world: World) -> list[str]:
     world.model()

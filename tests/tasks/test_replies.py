@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from families import tiny, tokenizer
+from transformers import AutoModelForMaskedLM
 
 from kdcli.data.columns import Column
 from kdcli.data.tables import dataset_of
@@ -63,6 +64,24 @@ def test_several_labels_are_those_from_the_models_own_thresholds():
     assert [entry["probability"] for entry in reply["top"]] == pytest.approx(sorted(shares)[:0:-1], abs=1e-6)
     model.config.kdcli_thresholds = [1.0, 1.0, 1.0]
     assert kind.show(replies(kind, model, {"text": TEXTS[:1]})[0]) == "(no label)"
+
+
+def test_a_masked_language_model_answers_the_words_at_the_masks():
+    torch.manual_seed(0)
+    kind, words = registry.get("text"), tokenizer()
+    model = AutoModelForMaskedLM.from_config(tiny("bert").config).eval()
+    texts = ["a [MASK] film , so [MASK]", "the [MASK]"] * 5
+    found = replies(kind, model, {"text": texts}, top=2)
+    for text, reply in zip(texts, found, strict=True):
+        inputs = words(text.replace("[MASK]", words.mask_token), return_tensors="pt")
+        with torch.no_grad():
+            shares = model(**inputs).logits[inputs["input_ids"] == words.mask_token_id].softmax(-1)
+        assert reply["probabilities"] == pytest.approx(shares.max(-1).values.tolist(), abs=1e-6)
+        assert reply["words"] == [words.decode([i]) for i in shares.argmax(-1).tolist()]
+        assert [entry["mask"] for entry in reply["top"]] == sorted([1, 2][: len(shares)] * 2)
+    assert found[1]["text"] == f"the {found[1]['words'][0]}"
+    with pytest.raises(InputError, match=r"no \[MASK\] within 32 tokens of 'a film'"):
+        replies(kind, model, {"text": ["a film"]})
 
 
 def test_rows_need_no_gold_answers_and_lose_them_where_they_have_some():
