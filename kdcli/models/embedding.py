@@ -124,10 +124,9 @@ class _Embedding(PreTrainedModel):
 
     def __init__(self, config: "PretrainedConfig") -> None:
         super().__init__(config)
-        if getattr(config, SENTENCE_SETTINGS, None) is None:
-            setattr(config, SENTENCE_SETTINGS, copy.deepcopy(ASSUMED))
+        settings = copy.deepcopy(getattr(config, SENTENCE_SETTINGS, ASSUMED))
+        setattr(config, SENTENCE_SETTINGS, settings)
         config.architectures = [type(self).__name__]
-        settings = getattr(config, SENTENCE_SETTINGS)
         setattr(self, self.base_model_prefix, self.body_class(config, **without_pooler(self.body_class)))
         self.pooling = tuple(settings["pooling"])
         self.after_pooling = nn.ModuleList()
@@ -239,7 +238,7 @@ def append_dense(
     device = next(model.parameters()).device
     for one in added:
         modules.append(module_of(one, in_features).to(device).train(model.training))
-    settings_of(model)["modules"] += added
+    settings_of(model)["modules"] = [*settings_of(model)["modules"], *added]
     linear = modules[-len(added)].linear
     with torch.no_grad():
         linear.weight.copy_(weight)

@@ -126,12 +126,11 @@ def save_model(model: "PreTrainedModel", folder: Path, tokenizer: Any = None) ->
     import safetensors.torch
     import torch
 
+    if SENTENCE_EMBEDDING.is_of(type(model).__name__):
+        save_modules(model, folder, stored_type(model))
+        model = with_new_head(model, BASE)
     structure = structure_of(model)
     kind = stored_type(model)
-    if SENTENCE_EMBEDDING.is_of(type(model).__name__):
-        save_modules(model, folder, kind if "overparam" not in structure else torch.float32)
-        model = with_new_head(model, BASE)
-        structure = structure_of(model)
     # Rounded chains would give another weight, not a rounded one.
     if kind != torch.float32 and "overparam" not in structure:
         model = copy.deepcopy(model).to(dtype=kind)  # type: ignore[call-arg]

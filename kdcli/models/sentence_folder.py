@@ -4,7 +4,6 @@
 `0_Transformer`), a pooling, and any number of linear maps (Dense) and normalisations, each in a folder of its own.
 """
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,7 +120,7 @@ def with_modules(body: "PreTrainedModel", name: str | Path, revision: str | None
     files = _files(name, revision)
     modules = _modules(files)
     if files.find(MODULES) is None:
-        return on_body(body, copy.deepcopy(ASSUMED), {})
+        return on_body(body, ASSUMED, {})
     if (unknown := [module.kind for module in modules if module.kind not in KNOWN]) or not modules:
         what = f"has the module {unknown[0]}, which kdcli cannot run" if unknown else f"has an empty {MODULES}"
         raise InputError(f"{name} {what}", hint=f"supported are {', '.join(KNOWN)}")

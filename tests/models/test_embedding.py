@@ -7,13 +7,21 @@ from typing import Any
 import pytest
 import torch
 from families import NAMES, tiny, tokenizer
+from safetensors.torch import load_file
 
+from kdcli.models.capture import Capture
+from kdcli.models.counts import count_parameters
 from kdcli.models.embedding import ASSUMED, POOLING, append_dense, dimension_of, settings_of
-from kdcli.models.hashing import hash_of_weights
+from kdcli.models.hashing import hash_of_model, hash_of_weights
 from kdcli.models.heads import BASE, SENTENCE_EMBEDDING, head_of, with_new_head
 from kdcli.models.load import has_head, load_any, load_model, load_tokenizer
-from kdcli.models.save import save_model
+from kdcli.models.overparam import contract_model, overparameterise
+from kdcli.models.save import round_to_stored, save_model
 from kdcli.models.sentence_folder import longest_text, prompt_of
+from kdcli.models.student import build_student
+from kdcli.recipe.schema import OverparamSection, StudentSection
+from kdcli.signals import Request
+from kdcli.tasks import registry
 
 TEXTS = ["so dull", "a film that is far better than one might think, with great actors", "not at all a bad one"]
 
@@ -142,3 +150,82 @@ def test_the_librarys_own_folders_load(newer: bool, tmp_path: Path):
     assert [dict(module) for module in settings_of(model)["modules"]] == [
         {"type": "Dense", "out_features": 8, "bias": True, "activation": "Tanh"}
     ]
+
+
+FORMS = {
+    "depth": StudentSection(form="depth", layers=1),
+    "width": StudentSection(form="width", hidden_size=16, layers=2),
+    "low-rank": StudentSection(form="low-rank", rank=8, embedding_rank=8),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", NAMES)
+def test_students_of_every_form_keep_the_teachers_modules(family: str, form: str, tmp_path: Path):
+    teacher = embedder(family, {"modules": [{"type": "Normalize"}]})
+    append_dense(teacher, torch.randn(24, 32, generator=torch.Generator().manual_seed(0)))
+    student = build_student(teacher, FORMS[form], seed=0).model
+    assert settings_of(student) == settings_of(teacher) and dimension_of(student) == 24
+    # ALBERT runs one block as often as it has blocks.
+    assert count_parameters(student) < count_parameters(teacher) or (family, form) == ("albert", "depth")
+    whole = student.after_pooling[1].linear.weight
+    assert torch.equal(whole, teacher.after_pooling[1].linear.weight[:, : whole.shape[1]])
+    save_model(student, tmp_path, tokenizer())
+    ours = encoded(student)
+    assert torch.equal(encoded(load_any(tmp_path, [SENTENCE_EMBEDDING])), ours)
+    # Factors are read by kdcli's own classes, which its import adds to the library's.
+    assert torch.allclose(ours, torch.tensor(library(tmp_path).encode(TEXTS)), atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "albert"])
+def test_chains_are_stored_and_contracted(family: str, tmp_path: Path):
+    model = embedder(family)
+    before = encoded(model)
+    overparameterise(model, OverparamSection(length=3))
+    save_model(model, tmp_path, tokenizer())
+    loaded = load_any(tmp_path, [SENTENCE_EMBEDDING])
+    assert torch.equal(encoded(loaded), encoded(model))
+    contract_model(loaded)
+    assert torch.allclose(encoded(loaded), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_hidden_states_and_matrices_are_captured_as_below_any_head(family: str):
+    model = embedder(family)
+    request = Request(hidden=frozenset({0, 1, 2}), matrices=frozenset({(2, "query"), (1, "ffn_out")}))
+    batch = dict(tokenizer()(TEXTS, padding=True, return_tensors="pt"))
+    kind = registry.get("text")
+    with torch.no_grad():
+        found = []
+        for one in (model, with_new_head(model, BASE)):
+            capture = Capture(one, request, kind)
+            with capture:
+                found.append(capture.run(batch))
+    for signals in found:
+        assert sorted(signals.hidden) == [0, 1, 2] and len(signals.matrices) == 2
+    assert all(torch.equal(found[0].hidden[layer], found[1].hidden[layer]) for layer in (0, 1, 2))
+    assert all(torch.equal(found[0].matrices[key], found[1].matrices[key]) for key in found[0].matrices)
+
+
+def test_what_makes_another_embedding_has_another_hash():
+    models = [
+        embedder(),
+        embedder(settings={"pooling": ["cls"]}),
+        embedder(settings={"modules": [{"type": "Normalize"}]}),
+    ]
+    assert len({hash_of_weights(model) for model in models}) == 1
+    assert len({hash_of_model(model) for model in models}) == 3
+    append_dense(models[0], torch.randn(8, 32))
+    assert [dimension_of(embedder()), dimension_of(models[0])] == [32, 8]
+    assert not hasattr(with_new_head(models[0], BASE).config, "sentence_embedding")
+
+
+def test_half_precision_is_kept_in_all_files(tmp_path: Path):
+    model = embedder()
+    append_dense(model, torch.randn(8, 32))
+    model.config.dtype = torch.bfloat16
+    round_to_stored(model)
+    save_model(model, tmp_path, tokenizer())
+    assert load_file(tmp_path / "2_Dense" / "model.safetensors")["linear.weight"].dtype == torch.bfloat16
+    loaded = load_model(tmp_path, SENTENCE_EMBEDDING)
+    assert loaded.config.dtype == torch.bfloat16 and torch.equal(encoded(loaded), encoded(model))
