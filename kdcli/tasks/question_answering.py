@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
@@ -11,6 +11,7 @@ from kdcli.errors import InputError
 from kdcli.models.heads import Head
 from kdcli.recipe.schema import TaskSection, Times, Tokens
 from kdcli.tasks.kind import Fields, TaskKind
+from kdcli.tasks.labels import named_outputs
 from kdcli.tasks.references import any_given, column_of, references
 from kdcli.tasks.squad_score import scores_of
 from kdcli.words import counted
@@ -73,7 +74,10 @@ class SpanFields(Fields):
         "max_length where that is less.",
     )
     max_answer: Times = Field(default=30, description="The most tokens of an answer.")
-    n_best: Times = Field(default=20, description="Answers of each row that are kept for `kdcli predict`.")
+    n_best: Times = Field(
+        default=20,
+        description="Answers of each row that share its probability, and the most of them that `kdcli predict` lists.",
+    )
 
     def check(self, task: TaskSection) -> None:
         given = [name for name in ("question", "context", "answer", "answer_start") if getattr(self, name) is not None]
@@ -81,21 +85,29 @@ class SpanFields(Fields):
             raise ValueError(f"{given[0]} = ... needs data, train or hub")
 
 
+class Part(NamedTuple):
+    """A part of a context: its text, and the characters where it begins and ends."""
+
+    text: str
+    begin: int
+    end: int
+
+
 @dataclass(frozen=True)
 class Answers:
-    """What a model answers: for each row its best spans and their texts, (rows,) lists, the best first.
+    """What a model answers: for each row its best spans, the best first, and the parts of the context that they are.
 
     threshold: how far the score of no answer may be above the best span's; None where there always is an answer.
     """
 
     spans: "Spans"
-    texts: list[list[str]]
+    parts: list[list[Part]]
     threshold: float | None
 
     @property
     def best(self) -> list[str]:
         """The text of the best span of each row; empty for a context without tokens."""
-        return [texts[0] if texts else "" for texts in self.texts]
+        return [parts[0].text if parts else "" for parts in self.parts]
 
     @property
     def margins(self) -> "np.ndarray":
@@ -103,11 +115,14 @@ class Answers:
         return self.spans.no_answer - self.spans.scores[:, 0]
 
     @property
+    def lacking(self) -> "np.ndarray":
+        """Which rows get no answer, (rows,), boolean."""
+        return self.margins > (float("inf") if self.threshold is None else self.threshold)
+
+    @property
     def chosen(self) -> list[str]:
         """The answer to each row, empty where there is none."""
-        if self.threshold is None:
-            return self.best
-        return ["" if lacks else text for lacks, text in zip(self.margins > self.threshold, self.best, strict=True)]
+        return ["" if lacks else text for lacks, text in zip(self.lacking, self.best, strict=True)]
 
 
 class QuestionAnswering(TaskKind):
@@ -122,6 +137,7 @@ class QuestionAnswering(TaskKind):
     usual_metrics = ("f1", "exact_match")
     text_columns = ("question", "context")
     features = "windows"
+    answer = "answer"
 
     def __init__(self, fields: SpanFields | None = None) -> None:
         """fields: of the task; None for their defaults."""
@@ -204,7 +220,8 @@ class QuestionAnswering(TaskKind):
     # A model and what it reads
 
     def configure(self, labels: Sequence[str]) -> dict[str, Any]:
-        return {"num_labels": 2, "problem_type": None}
+        """Return two outputs, which the library gives no names."""
+        return {**named_outputs(("LABEL_0", "LABEL_1")), "problem_type": None}
 
     def check(self, task: "Task", processor: Any, max_length: int) -> None:
         from kdcli.tasks.windows import room_of
@@ -258,17 +275,55 @@ class QuestionAnswering(TaskKind):
 
     def decode(self, outputs: dict[str, Any], features: "Dataset", rows: "Dataset") -> Answers:
         """Return the answers; where some rows have none, by the threshold 0: the more likely of the two."""
+        import numpy as np
+
         from kdcli.data.rows import values_of
         from kdcli.tasks.spans import best_spans
 
         options = {"longest": self.own.max_answer, "most": self.own.n_best}
         spans = best_spans(outputs["start_logits"], outputs["end_logits"], windows_of(features), len(rows), **options)
-        texts = []
-        for context, begins, ends in zip(values_of(rows, "context"), spans.begins, spans.ends, strict=True):
-            pairs = zip(begins.tolist(), ends.tolist(), strict=True)
-            texts.append([context[begin:end].strip() for begin, end in pairs if end > begin])
+        counts = np.isfinite(spans.scores).sum(1)
+        columns = (values_of(rows, "context"), spans.begins, spans.ends, counts)
+        parts = [
+            [_part(context, *pair) for pair in zip(begins[:count].tolist(), ends[:count].tolist(), strict=True)]
+            for context, begins, ends, count in zip(*columns, strict=True)
+        ]
         lacking = "start" in rows.column_names and not _answerable(rows).all()
-        return Answers(spans, texts, USUAL if lacking else None)
+        return Answers(spans, parts, USUAL if lacking else None)
+
+    def inputs(self, fields: Any) -> dict[str, str]:
+        return {name: getattr(fields, name) or name for name in self.text_columns}
+
+    def read_inputs(self, columns: Columns, fields: Any, source: str, notes: list[str]) -> "pa.Table":
+        import pyarrow as pa
+
+        return pa.table(self._texts(columns, fields, source, notes))
+
+    def replies(
+        self, model: Any, rows: "Dataset", processor: Any, *, top: int | None = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """Return the answer to each row, empty where there is none, its place in the context and its probability.
+
+        The probability is shared by the `n_best` best answers and, of a model with a threshold, by there being none.
+        """
+        import numpy as np
+
+        from kdcli.tasks.replies import softmax
+
+        answers, found = self.answers(model, rows, processor, **options), []
+        spans, none = answers.spans, {"answer": "", "start": None, "end": None}
+        for row, (parts, lacks) in enumerate(zip(answers.parts, answers.lacking, strict=True)):
+            each = [{"answer": text, "start": begin, "end": end} for text, begin, end in parts]
+            scores = spans.scores[row, : len(each)]
+            if answers.threshold is not None or not each:
+                each, scores = [*each, none], np.append(scores, spans.no_answer[row])
+            ranked = [{**each[i], "probability": p} for i, p in _ranked(softmax(scores))]
+            best = next(reply for reply in ranked if (reply["start"] is None) == bool(lacks or not parts))
+            found.append({**best, **({"top": ranked[:top]} if top is not None else {})})
+        return found
+
+    def show(self, reply: dict[str, Any]) -> str:
+        return f"{reply['answer'] or '(no answer)'} {reply['probability']:.3f}"
 
     def calibrate(self, model: Any, rows: "Dataset", processor: Any, **options: Any) -> dict[str, Any]:
         """Return the threshold with the best F1 on these rows."""
@@ -278,7 +333,9 @@ class QuestionAnswering(TaskKind):
 
         found = self.answers(model, rows, processor, **options)
         f1 = np.array([pair[1] for pair in _scores(found.best, rows, unanswerable=True)])
-        return {THRESHOLD: best_threshold(found.margins, f1, ~_answerable(rows))}
+        # Of a context without tokens no span has a score.
+        margins = np.clip(found.margins, -1e6, 1e6)
+        return {THRESHOLD: best_threshold(margins, f1, ~_answerable(rows))}
 
     def score(
         self, answers: Answers, rows: "Dataset", labels: Sequence[str], metrics: Sequence[str]
@@ -336,6 +393,18 @@ def _answerable(rows: Any) -> "np.ndarray":
 
     starts = rows.column("start").to_numpy() if isinstance(rows, pa.Table) else array_of(rows, "start")
     return starts >= 0  # type: ignore[no-any-return]
+
+
+def _part(context: str, begin: int, end: int) -> Part:
+    """Return a part of a context without white space around it: some tokens hold the space before a word."""
+    text = context[begin:end]
+    begin += len(text) - len(text.lstrip())
+    return Part(text.strip(), begin, begin + len(text.strip()))
+
+
+def _ranked(probabilities: "np.ndarray") -> list[tuple[int, float]]:
+    """Return the places of probabilities and those, the highest first."""
+    return [(int(i), float(probabilities[i])) for i in (-probabilities).argsort(kind="stable")]
 
 
 def _scores(texts: Sequence[str], rows: "Dataset", *, unanswerable: bool) -> Iterator[tuple[float, float]]:

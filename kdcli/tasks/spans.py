@@ -95,14 +95,21 @@ def _by_window(
             right[i, :count] = ends[number][first : first + count]
         # (window, start, length - 1)
         table = left[:, :, None] + np.lib.stride_tricks.sliding_window_view(right, longest, axis=1)
-        flat = table.reshape(len(chosen), -1)
-        kept = min(most, flat.shape[1])
-        best = np.argpartition(flat, -kept, axis=1)[:, -kept:]
-        score = np.take_along_axis(flat, best, axis=1)
+        # The best spans begin where the best of each start are.
+        begins = _highest(table.max(2), most)
+        table = np.take_along_axis(table, begins[:, :, None], axis=1).reshape(len(chosen), -1)
+        best = _highest(table, most)
+        score = np.take_along_axis(table, best, axis=1)
+        start = np.take_along_axis(begins, best // longest, axis=1)
         window = np.broadcast_to(np.arange(place, place + len(chosen))[:, None], best.shape)
         real = np.isfinite(score)
-        start, length = np.divmod(best[real], longest)
-        yield window[real], score[real].astype(np.float64), start, start + length
+        yield window[real], score[real].astype(np.float64), start[real], (start + best % longest)[real]
+
+
+def _highest(table: np.ndarray, most: int) -> np.ndarray:
+    """Return the places of the highest numbers of each row, (n, most or fewer), in any order."""
+    most = min(most, table.shape[1])
+    return np.argpartition(table, -most, axis=1)[:, -most:]
 
 
 def best_threshold(margins: np.ndarray, f1: np.ndarray, unanswerable: np.ndarray) -> float:
