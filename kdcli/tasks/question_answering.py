@@ -9,7 +9,7 @@ from pydantic import Field
 from kdcli.data.columns import Column, Columns
 from kdcli.errors import InputError
 from kdcli.models.heads import Head
-from kdcli.recipe.schema import TaskSection, Times, Tokens
+from kdcli.recipe.schema import NonNegativeInt, TaskSection, Times
 from kdcli.tasks.kind import Fields, TaskKind
 from kdcli.tasks.labels import named_outputs
 from kdcli.tasks.references import any_given, column_of, references
@@ -68,7 +68,7 @@ class SpanFields(Fields):
         description="The column of the places where answers begin, in characters of the context from 0. Left out, "
         "answer_start, where there is such a column; else an answer is searched for in its context.",
     )
-    stride: Tokens | None = Field(
+    stride: NonNegativeInt | None = Field(
         default=None,
         description="Tokens that neighbouring windows of a long context share. Left out, 128, or a third of "
         "max_length where that is less.",

@@ -39,20 +39,21 @@ def room_of(tokenizer: Any, max_length: int, stride: int | None) -> tuple[int, i
         )
     longest = longest_input(tokenizer, max_length)
     room = longest - tokenizer.num_special_tokens_to_add(pair=True)
-    question, shared = room // 2, min(STRIDE, longest // 3) if stride is None else stride
-    if room - question <= max(shared, 1):
-        least = 2 * max(shared, 1) + longest - room + 1
-        if stride is None:
-            raise InputError(
-                f"max_length {longest} leaves no room for a question and a context",
-                where="task.max_length",
-                hint=f"use at least {STRIDE}",
-            )
+    question = room // 2
+    if room < 2:
         raise InputError(
-            f"windows of {longest} tokens cannot share {stride}: {longest - room} are special ones, and up to "
-            f"{question} the question's",
+            f"max_length {longest} leaves no room for a question and a context: {longest - room} tokens are special",
+            where="task.max_length",
+            hint=f"use at least {longest - room + 2}; {3 * STRIDE} is usual",
+        )
+    free = room - question - 1
+    shared = min(STRIDE, longest // 3, free) if stride is None else stride
+    if shared > free:
+        raise InputError(
+            f"windows of {longest} tokens cannot share {stride}: {longest - room} are special, and up to {question} "
+            "the question's",
             where="task.stride",
-            hint=f"use at most {room - question - 1}, or max_length = {least}",
+            hint=f"use at most {free}, or max_length = {2 * shared + 1 + longest - room}",
         )
     return longest, question, shared
 
