@@ -128,7 +128,7 @@ def _problems_of_part(table: Mapping[str, Any], part: Mapping[str, Any], prefix:
     """Return the problems of one part, at `prefix`, of a task whose table is valid otherwise."""
     allowed = fields_of_parts(kind.fields)
     wrong = [
-        Problem((*prefix, name), "holds for all parts: it belongs into [task]")
+        Problem((*prefix, name), "holds for all parts", "write it in [task]")
         if name in TaskSection.model_fields or name in kind.fields.model_fields
         else Problem((*prefix, name), "unknown field", nearest([(name,) for name in allowed], (name,)))
         for name in part

@@ -240,6 +240,17 @@ class TaskSection(Named, Section):
         default=None, description="More training rows for the student. Left out, none."
     )
 
+    @field_validator("part")
+    @classmethod
+    def _own_names(cls, value: list[PartSection] | None) -> list[PartSection] | None:
+        names = [same_folder(part.name) for part in value or ()]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise ValueError(
+                    f"part[{names.index(name)}] and part[{number}] have one name; give one of them another"
+                )
+        return value
+
     _delimiter = field_validator("delimiter")(lambda text: text if text is None else parse_delimiter(text))
     _encoding = field_validator("encoding")(lambda text: text if text is None else parse_encoding(text))
 
@@ -270,14 +281,10 @@ class TaskSection(Named, Section):
 
 
 def _check_parts(task: TaskSection) -> None:
-    """Raise ValueError where `[task]` says what its parts say, or two of them have one name."""
+    """Raise ValueError where `[task]` says what its parts say."""
     given = [key for key in (*SOURCES, "validation", "test", "hub_config") if getattr(task, key) is not None]
     if given:
         raise ValueError(f"the rows are those of its parts: {given[0]} belongs into a [[task.part]]")
-    names = [same_folder(part.name) for part in task.part or ()]
-    for number, name in enumerate(names):
-        if name in names[:number]:
-            raise ValueError(f"part[{names.index(name)}] and part[{number}] have one name; give one of them another")
 
 
 class ScratchSection(Section):

@@ -61,12 +61,11 @@ class _Rows:
         try:
             yield
         except InputError as error:
-            table, _, field = (error.where or "task").partition(".")
-            inner = re.match(r"\w*", field)[0]  # type: ignore[index]
-            if self.part is None or table != "task" or inner not in ("", *fields_of_parts(self.kind.fields)):
+            if self.part is None:
                 raise
-            where = f"{self.place}.{field}" if field else self.place
-            raise InputError(error.message, where=where, hint=error.hint) from error
+            own = re.compile(rf"\btask(?=$|\.(?:{'|'.join(fields_of_parts(self.kind.fields))})\b)")
+            where, hint = own.sub(self.place, error.where or "task"), error.hint and own.sub(self.place, error.hint)
+            raise InputError(error.message, where=where, hint=hint) from error
 
 
 def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path, limit: int | None = None) -> Task:
