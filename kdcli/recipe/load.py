@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from kdcli.errors import InputError, cut
 from kdcli.files import expanded
 from kdcli.recipe.check import Schemas, problems_in, unknown_in
-from kdcli.recipe.fields import show
+from kdcli.recipe.fields import is_place, show
 from kdcli.recipe.locate import Keys, line_of, lines_of_keys
 from kdcli.recipe.problems import Problem, problems_of
 from kdcli.recipe.schema import Recipe
@@ -140,10 +140,24 @@ def _apply(document: dict[str, Any], override: str, option: str, schemas: Schema
 
 
 def _table_of(document: dict[str, Any], path: Keys, where: str) -> dict[str, Any]:
-    """Return the table of the document that a field belongs to, made where it is not there yet."""
-    table = document
+    """Return the table of the document that a field belongs to, made where it is not there yet.
+
+    A table in a list, `finetune[0]`, is one that is there.
+    """
+    table: Any = document
     for depth, part in enumerate(path[:-1], 1):
+        if isinstance(table, list):
+            number = int(part[1:-1])
+            if number >= len(table) or not isinstance(table[number], dict):
+                tables = f"{sum(isinstance(inner, dict) for inner in table)} tables, which count from 0"
+                raise InputError(f"{Problem(path[: depth - 1], '').name} has {tables}", where=where)
+            table[number] = dict(table[number])
+            table = table[number]
+            continue
         inner: Any = table.get(part)
+        if isinstance(inner, list) and depth + 1 < len(path) and is_place(path[depth]):
+            table[part] = table = list(inner)
+            continue
         if depth == 1 and part in ("task", "method") and isinstance(inner, str):
             inner = {"name": inner}
         elif path[:depth] == ("teacher", "finetune") and isinstance(inner, bool):

@@ -129,9 +129,19 @@ def pairs_in_one_part_only(world: World) -> list[str]:
     return parts(world, DE, f'{EN}\ntext = ["text", "text"]')
 
 
-@case("task.part[0]", "--set", "part", "not a table")
-def option_for_a_part(world: World) -> list[str]:
-    return [*parts(world, DE, EN), "--set", "task.part[0].data=fr.jsonl"]
+@case("--set task.part[2].data=fr.jsonl: ", "task.part has 2 tables, which count from 0")
+def option_for_a_part_that_is_not_there(world: World) -> list[str]:
+    return [*parts(world, DE, EN), "--set", "task.part[2].data=fr.jsonl"]
+
+
+@case("--set task.part[1].data=fr.jsonl: task.part[1].data", "no file at", "fr.jsonl")
+def option_with_a_wrong_file_for_a_part(world: World) -> list[str]:
+    return [*parts(world, DE, EN), "--set", "task.part[1].data=fr.jsonl"]
+
+
+@case("--set task.part[1]=fr.jsonl: ", "task.part is [a table, a table], not a table")
+def option_for_a_whole_part(world: World) -> list[str]:
+    return [*parts(world, DE, EN), "--set", "task.part[1]=fr.jsonl"]
 
 
 @case("recipe.toml:10: task.part[0].label", "part de: de.jsonl has one class only")
