@@ -2,7 +2,7 @@
 
 import yaml
 
-from kdcli.distill.record import FinishedRun
+from kdcli.distill.record import FinishedRun, TaskRecord
 from kdcli.evaluation.result import Loss, described_set
 from kdcli.markdown import code, escaped, table_row
 from kdcli.tasks.heads import head_named
@@ -52,7 +52,7 @@ A smaller transformer for the task {code(task.name)}, distilled with kdcli {reco
 - teacher: {escaped(record.teacher_origin)}
 - method: {escaped(method.name)}, {escaped(method.title)}
 - student form: {record.student_form}{over}
-- data: {escaped(task.source)}, {task.sizes["train"]:,} training examples{copies}, protocol {protocol}
+- data: {escaped(task.source)}, {task.sizes["train"]:,} training examples{copies}, protocol {protocol}{_parts(task)}
 
 {rows}
 {kept}
@@ -71,6 +71,13 @@ is one sample of the training's randomness.
 
 {escaped(method.paper)}
 """
+
+
+def _parts(task: TaskRecord) -> str:
+    """Return the line about the parts of a task; nothing where it is one."""
+    if not task.parts:
+        return ""
+    return f"\n- parts: {escaped(', '.join(task.parts))}, mixed with temperature {task.mixing_temperature:g}"
 
 
 def _front_matter(method: str, pipeline: str, *, plain: bool) -> str:
@@ -123,7 +130,7 @@ A smaller general transformer, distilled on plain text with kdcli {record.versio
 - teacher: {escaped(record.teacher_origin)}{taught}
 - student: {record.student_form}, {result.student.parameters:,} parameters
 - method: {escaped(method.name)}, {escaped(method.title)}
-- text: {escaped(task.source)}, {task.sizes["train"]:,} documents{fell}
+- text: {escaped(task.source)}, {task.sizes["train"]:,} documents{_parts(task)}{fell}
 {table}
 ## Loading
 

@@ -26,7 +26,7 @@ class AugmentRecord:
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """kind: of task, by its name. sizes: rows of each part."""
+    """kind: of task, by its name. sizes: rows of each set. parts: names of those that it is made of, if any."""
 
     name: str
     kind: str
@@ -34,6 +34,8 @@ class TaskRecord:
     sizes: dict[str, int]
     protocol: str
     augment: AugmentRecord | None = None
+    parts: list[str] = field(default_factory=list)
+    mixing_temperature: float = 1.0
 
 
 @dataclass(frozen=True)

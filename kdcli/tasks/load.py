@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -291,12 +292,12 @@ def _task(
         remarks += [
             f"the {name} set has {counted(count, 'row')} only: a score on it says little" for name, count in few.items()
         ]
-    joined = parts.joined(train)
-    if trains and labels and (counts := kind.count(joined, labels)) is not None and not counts.all():
+    joined = parts.joined if section.part is not None else itemgetter(0)
+    splits = {"train": joined(train), "selection": joined(selection)}
+    if trains and labels and (counts := kind.count(splits["train"], labels)) is not None and not counts.all():
         absent = [label for label, count in zip(labels, counts, strict=True) if not count]
         remarks.append(f"no training rows of {counted(len(absent), 'class', 'classes')}: {listed(absent)}")
     reported = {name: subset(rows, limit, seed) for name, rows in reported.items()}
-    splits = {"train": joined, "selection": parts.joined(selection)}
     splits |= {f"report-{name}": rows for name, rows in reported.items()}
     if calibration:
         splits["calibration"] = pa.concat_tables(calibration)
@@ -316,6 +317,7 @@ def _task(
             "sizes": {name: len(rows) for name, rows in splits.items()},
             "max_length": section.max_length,
             "fingerprint": fingerprint_of({**splits, "labels": {"names": list(labels)}}),
+            **({"parts": names, "mixing_temperature": section.mixing_temperature or 1.0} if names else {}),
         },
         notes=tuple(dict.fromkeys([*notes, *remarks])),
         calibration=dataset_of(splits["calibration"]) if calibration else None,

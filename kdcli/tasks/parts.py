@@ -20,9 +20,10 @@ ROW = "row"
 
 
 def joined(tables: Sequence[pa.Table]) -> pa.Table:
-    """Return the rows of all parts one after the other, with the column `part`; those of a single table as they are."""
-    if len(tables) == 1:
-        return tables[0]
+    """Return the rows of all parts one after the other, with the column `part`.
+
+    Raises InputError where a part has other columns than the first.
+    """
     for number, table in enumerate(tables):
         if set(table.column_names) != set(tables[0].column_names):
             raise InputError(

@@ -24,7 +24,7 @@ class EpochSampler(Sampler[int]):
     state, so that a resumed or a distributed run sees the same batches. The last batch is completed with
     examples from the epoch's start, so that all batches are equal and shares of a batch average to the whole.
 
-    parts, temperature: of every example the number of its part, and how the parts are mixed (`data.mixing.shares`). An
+    parts, temperature: of every example the number of its part, and how these are mixed (`data.mixing.shares`). An
     epoch has as many examples as there are, of each part its share. Those of a part come in passes over all of it,
     which go on from one epoch to the next: no example is taken twice before all others of its part were taken once.
     """
@@ -46,7 +46,7 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
         self.parts: list[np.ndarray] = []
         self.quotas: list[int] = []
-        if parts is not None and temperature != 1.0:
+        if parts is not None:
             self.parts = [np.flatnonzero(parts == number).astype(np.int32) for number in np.unique(parts)]
             self.quotas = quotas(len(parts), shares([len(part) for part in self.parts], temperature))
 
@@ -86,7 +86,7 @@ class EpochSampler(Sampler[int]):
 
 def sampler_of(features: "Dataset", loop: "LoopSettings") -> EpochSampler:
     """Return the sampler of encoded training rows, whose parts, if any, are mixed as the settings say."""
-    parts = array_of(features, PART) if PART in features.column_names else None
+    parts = array_of(features, PART) if loop.mixing_temperature != 1.0 else None
     return EpochSampler(
         array_of(features, "length"),
         loop.batch_size,

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bad_input import Cases
@@ -83,8 +82,7 @@ def temperature_0(world: World) -> list[str]:
 
 @case("mixing_temperature needs parts")
 def temperature_without_parts(world: World) -> list[str]:
-    arguments = parts(world, task='text = "text"\ndata = "de.jsonl"\nmixing_temperature = 2')
-    return arguments
+    return parts(world, task='text = "text"\ndata = "de.jsonl"\nmixing_temperature = 2')
 
 
 @case("task.part", "must be an array of 1 to 1000 tables")

@@ -1,14 +1,17 @@
 """How much each part of a task is trained on, and in which order its examples come."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcli.data.mixing import apportioned, quotas, shares
-from kdcli.training.sampler import EpochSampler
+from kdcli.training.sampler import EpochSampler, sampler_of
+from kdcli.training.settings import LoopSettings
 
 SIZES = [7, 40, 353]
 PARTS = np.repeat(np.arange(3), SIZES)
@@ -51,10 +54,14 @@ def test_a_total_keeps_the_shares_and_leaves_no_part_out():
 
 
 def test_temperature_1_gives_the_order_of_one_set():
-    plain = EpochSampler(LENGTHS, 16, seed=1)
+    features = Dataset.from_dict({"length": LENGTHS, "part": PARTS})
+    loop = LoopSettings(16, "fp32", "cpu", group_by_length=True, workers=0, select="best", seed=1)
+    whole = EpochSampler(LENGTHS, 16, seed=1)
     for epoch in range(3):
-        assert (epoch_of(mixed(1.0), epoch) == epoch_of(plain, epoch)).all()
-    assert (epoch_of(mixed(3.0), 0) != epoch_of(plain, 0)).any()
+        assert (epoch_of(sampler_of(features, loop), epoch) == epoch_of(whole, epoch)).all()
+    hot = sampler_of(features, replace(loop, mixing_temperature=3.0))
+    assert (epoch_of(hot, 2) == epoch_of(mixed(3.0), 2)).all()
+    assert (epoch_of(hot, 2) != epoch_of(whole, 2)).any()
 
 
 @pytest.mark.parametrize("temperature", [1.43, 3.33, 1e6])
