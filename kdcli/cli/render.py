@@ -115,6 +115,9 @@ def plan(plan: "Plan") -> Table:
     table.add_row("student", f"{student.form}, {student.parameters:,} parameters{share}")
     for note in student.notes:
         table.add_row("", note)
+    if (words := plan.vocabulary) is not None:
+        pieces, sizes = (" -> ".join(f"{one:,}" for one in both) for both in (words.pieces, words.megabytes))
+        table.add_row("vocabulary", f"{pieces} pieces, {sizes} MB")
     if (chains := plan.overparam) is not None:
         table.add_row(
             "overparam",

@@ -91,6 +91,7 @@ def trim(
             min_count=min_count,
             characters=characters,
             held_out=apart,
+            told=notes,
             place=lambda field: f"--{field.replace('_', '-')}",
         )
         small, head = trimmed(loaded, trimming.kept), head_of(loaded, heads())
@@ -113,7 +114,7 @@ def trim(
     for name in ("pieces", "parameters", "megabytes", "vocabulary_megabytes"):
         before, after = document[name]
         table.add_row(name.replace("_", " "), f"{before:,}", f"{after:,}")
-    for note in (*notes, *trimming.notes):
+    for note in trimming.notes:
         info(f"note: {note}")
     emit(document, table=table, as_json=as_json)
     info(f"{out}: outputs within {difference:.1e} of {model}'s on {len(trimming.sample)} of {len(texts):,} texts")

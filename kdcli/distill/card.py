@@ -51,7 +51,7 @@ A smaller transformer for the task {code(task.name)}, distilled with kdcli {reco
 
 - teacher: {escaped(record.teacher_origin)}
 - method: {escaped(method.name)}, {escaped(method.title)}
-- student form: {record.student_form}{over}
+- student form: {record.student_form}{over}{_vocabulary(record)}
 - data: {escaped(task.source)}, {task.sizes["train"]:,} training examples{copies}, protocol {protocol}{_parts(task)}
 
 {rows}
@@ -88,6 +88,15 @@ def _front_matter(method: str, pipeline: str, *, plain: bool) -> str:
         "tags": ["knowledge-distillation", method],
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _vocabulary(record: FinishedRun) -> str:
+    if (words := record.vocabulary) is None:
+        return ""
+    return (
+        f"\n- vocabulary: {words.pieces[1]:,} of the teacher's {words.pieces[0]:,} pieces, those that text uses; "
+        f"{words.megabytes[1]:.1f} of {words.megabytes[0]:.1f} megabytes"
+    )
 
 
 def _loading(auto: str, *, plain: bool) -> str:
@@ -128,7 +137,7 @@ def _general_card(record: FinishedRun, loss: Loss) -> str:
 A smaller general transformer, distilled on plain text with kdcli {record.versions["kdcli"]}, to be fine-tuned.
 
 - teacher: {escaped(record.teacher_origin)}{taught}
-- student: {record.student_form}, {result.student.parameters:,} parameters
+- student: {record.student_form}, {result.student.parameters:,} parameters{_vocabulary(record)}
 - method: {escaped(method.name)}, {escaped(method.title)}
 - text: {escaped(task.source)}, {task.sizes["train"]:,} documents{_parts(task)}{fell}
 {table}

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kdcli.distill.job import Job
+    from kdcli.distill.student import Distilled
+    from kdcli.distill.teacher import Teacher
 
 
 def tasks_of(recipe: Recipe, base: Path) -> list[Task]:
@@ -35,9 +37,7 @@ def tasks_of(recipe: Recipe, base: Path) -> list[Task]:
     return tasks
 
 
-def score_on_tasks(
-    job: "Job", student: "PreTrainedModel", teacher: "PreTrainedModel", tokenizer: Any
-) -> list[TaskScores]:
+def score_on_tasks(job: "Job", student: "Distilled", teacher: "Teacher") -> list[TaskScores]:
     """Fine-tune and score the student, and what it is compared with, on every task of `[[finetune]]`.
 
     The student of the first seed is kept in the run. Neither model is changed.
@@ -51,7 +51,8 @@ def score_on_tasks(
             for name in names:
                 torch.manual_seed(seed)
                 settings = task.kind.configure(task.label_names)
-                model = with_new_head(teacher if name == "teacher" else student, task.kind.head, settings)
+                source = teacher if name == "teacher" else student
+                model, tokenizer = with_new_head(source.model, task.kind.head, settings), source.tokenizer
                 if name == "scratch":
                     reinitialise(model)
                 finetune(

@@ -11,6 +11,7 @@ from kdcli.models.counts import count_parameters
 from kdcli.models.overparam import candidates, overparameterise, teacher_factors
 from kdcli.models.shape import shape_of
 from kdcli.models.student import StudentBuild, build_student
+from kdcli.models.vocabulary import trimmed, vocabulary_megabytes
 from kdcli.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -98,6 +99,14 @@ class PlannedStudent:
 
 
 @dataclass(frozen=True)
+class PlannedVocabulary:
+    """The teacher's and the student's: pieces, and the megabytes of their embeddings and of an output a piece."""
+
+    pieces: tuple[int, int]
+    megabytes: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class PlannedTuning:
     task: str
     sizes: dict[str, int]
@@ -146,6 +155,7 @@ class Plan:
     teacher: PlannedTeacher
     assistant: PlannedAssistant | None
     student: PlannedStudent
+    vocabulary: PlannedVocabulary | None
     finetune: list[PlannedTuning]
     overparam: PlannedChains | None
     pairs: list[tuple[int, int]]
@@ -198,6 +208,7 @@ def make_plan(prepared: Prepared) -> Plan:
         ),
         assistant=assistant,
         student=PlannedStudent(build.form, parameters, build.notes, build.teacher_layers),
+        vocabulary=_vocabulary(prepared, build.model),
         finetune=[
             PlannedTuning(
                 tuned.name,
@@ -226,15 +237,29 @@ def _builds(prepared: Prepared) -> list[StudentBuild]:
     followers, model = prepared.followers, prepared.teacher.model
     if all(follower.section.energy is None for follower in followers):
         return [follower.build for follower in followers]
+    if prepared.kept is not None:
+        model = trimmed(model, prepared.kept)
     builds = []
     for follower in followers:
         with placed(follower.name):
             seed = prepared.resolved.recipe.seed
-            options: Any = {"overparam": follower.overparam, "labelling": prepared.labelling}
+            options: Any = {
+                "overparam": follower.overparam,
+                "labelling": prepared.labelling,
+                "kept": prepared.kept,
+            }
             builds.append(build_student(model, follower.section, seed=seed, **options))
         if not prepared.resolved.from_base:
             model = builds[-1].model
     return builds
+
+
+def _vocabulary(prepared: Prepared, student: "PreTrainedModel") -> PlannedVocabulary | None:
+    """Return how a student's vocabulary is smaller than its teacher's; None where it is the same."""
+    if (trimming := prepared.trimming) is None:
+        return None
+    sizes = vocabulary_megabytes(prepared.teacher.model), vocabulary_megabytes(student)
+    return PlannedVocabulary((trimming.pieces, len(trimming.kept)), sizes)
 
 
 def _chains(student: Follower, model: "PreTrainedModel") -> PlannedChains:

@@ -22,6 +22,7 @@ from kdcli.distill.filler import FillerStart, start_filler
 from kdcli.distill.resolve import Resolved, context_of, for_task, head_needed, placed, resolve, stages_of, with_start
 from kdcli.distill.states import StatesPlan, plan_states
 from kdcli.distill.teacher import TeacherStart, labelling_of, start_teacher
+from kdcli.distill.vocabulary import plan_vocabulary
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Stage, Term
 from kdcli.models.blocks import iter_block_matrices
@@ -31,6 +32,7 @@ from kdcli.models.load import check_same_tokens, check_tokenizer
 from kdcli.models.overparam import check_chains
 from kdcli.models.shape import check_lengths
 from kdcli.models.student import StudentBuild, build_student
+from kdcli.models.vocabulary import Trimming, trimmed
 from kdcli.recipe.schema import FinetuneSection, OverparamSection, Recipe, StudentSection
 from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
@@ -40,6 +42,7 @@ from kdcli.training.growing import check_turns
 from kdcli.training.settings import LoopSettings, check_batch, check_device
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
     from transformers import PreTrainedModel
 
@@ -87,7 +90,8 @@ class Prepared:
     """A recipe that has been checked: its task, the start of its teacher, and the shapes of what follows it.
 
     downstream: the tasks of `[[finetune]]`. head: what stands on the teacher's body. labelling: of the outputs of a
-    student from a checkpoint. filler: the masked language model of `[task.augment]`.
+    student from a checkpoint. filler: the masked language model of `[task.augment]`. trimming: of the vocabulary of
+    what follows the teacher.
     """
 
     resolved: Resolved
@@ -98,6 +102,17 @@ class Prepared:
     teacher: TeacherStart
     followers: list[Follower]
     filler: FillerStart | None
+    trimming: Trimming | None
+
+    @property
+    def tokenizer(self) -> Any:
+        """What the models that follow the teacher read by."""
+        return self.teacher.tokenizer if self.trimming is None else self.trimming.tokenizer
+
+    @property
+    def kept(self) -> "np.ndarray | None":
+        """The ids of the teacher's vocabulary that they have; None for all."""
+        return None if self.trimming is None else self.trimming.kept
 
     def load_sources(self) -> None:
         """Load the user's code and files that the method works with, such as a black box."""
@@ -105,7 +120,7 @@ class Prepared:
 
     def examples(self, rows: "Dataset") -> list[int]:
         """Return how many examples rows of the task give a model, of each of its parts."""
-        return examples_of(self.task, rows, self.teacher.tokenizer, self.resolved.recipe.task.max_length)
+        return examples_of(self.task, rows, self.tokenizer, self.resolved.recipe.task.max_length)
 
     @cached_property
     def examples_of_parts(self) -> list[int]:
@@ -125,7 +140,7 @@ class Prepared:
         if all(follower.states is None for follower in self.followers):
             return {}
         section, kind = self.resolved.recipe.task, self.task.kind
-        encoded = kind.prepare(self.task, self.teacher.tokenizer, section.max_length, seed=self.resolved.loop.seed)
+        encoded = kind.prepare(self.task, self.tokenizer, section.max_length, seed=self.resolved.loop.seed)
         tokens = int(array_of(encoded.train, "length").sum())
         tokens *= 1 + (section.augment.copies if section.augment is not None else 0)
         return {
@@ -136,7 +151,8 @@ class Prepared:
     def notes(self) -> list[str]:
         """What a user should know about the data, of the tasks of `[[finetune]]` with their names, and the teacher."""
         downstream = [f"{task.name}: {note}" for task in self.downstream for note in task.notes]
-        return [*self.task.notes, *downstream, *self.teacher.notes]
+        vocabulary = [f"vocabulary: {note}" for note in self.trimming.notes] if self.trimming is not None else []
+        return [*self.task.notes, *downstream, *self.teacher.notes, *vocabulary]
 
     @property
     def method_notes(self) -> list[str]:
@@ -166,7 +182,8 @@ def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:
             other.kind.check(other, teacher.tokenizer, section.task.max_length)
     filler = start_filler(recipe, task, base) if recipe.task.augment is not None else None
     labelling = labelling_of(task.kind, task.label_names, head)
-    followers = _followers(teacher, resolved, task, head, labelling)
+    trimming = plan_vocabulary(resolved, task, downstream, teacher)
+    followers = _followers(teacher, resolved, task, head, labelling, trimming)
     student = followers[-1]
     if recipe.export.onnx:
         models = {"teacher": teacher.model.config, "student": student.model.config}
@@ -183,7 +200,7 @@ def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:
         )
     if recipe.overparam is not None and resolved.student.energy is None:
         check_chains(student.model, recipe.overparam, student.tensors_of, student.tensor_pairs)
-    prepared = Prepared(resolved, task, downstream, head, labelling, teacher, followers, filler)
+    prepared = Prepared(resolved, task, downstream, head, labelling, teacher, followers, filler, trimming)
     if recipe.overparam is not None and recipe.overparam.select == "dynamic":
         _check_growth(student)
         check_turns(recipe.overparam, steps_of(student, resolved, prepared.training_examples))
@@ -254,14 +271,22 @@ def _check_loops(resolved: Resolved, teacher: TeacherStart) -> None:
 
 
 def _followers(
-    teacher: TeacherStart, resolved: Resolved, task: Task, head: Head, labelling: Labelling
+    teacher: TeacherStart,
+    resolved: Resolved,
+    task: Task,
+    head: Head,
+    labelling: Labelling,
+    trimming: Trimming | None,
 ) -> list[Follower]:
     """Return the assistant, if any, and the student, each beside the model that it follows."""
-    base = nearest = shape_only(teacher.model)
-    length = resolved.recipe.task.max_length
+    base, tokenizer, kept = shape_only(teacher.model), teacher.tokenizer, None
+    if trimming is not None:
+        tokenizer, kept = trimming.tokenizer, trimming.kept
+        base = trimmed(base, kept)
+    nearest, length = base, resolved.recipe.task.max_length
 
     def examples() -> int:
-        return sum(examples_of(task, task.train, teacher.tokenizer, length))
+        return sum(examples_of(task, task.train, tokenizer, length))
 
     followers = []
     for name, section in resolved.sections.items():
@@ -279,7 +304,7 @@ def _followers(
                     hint="leave it out",
                 )
             overparam = resolved.recipe.overparam if name == "student" else None
-            build = _shadow(base if resolved.from_base else nearest, section, overparam, labelling)
+            build = _shadow(base if resolved.from_base else nearest, section, overparam, labelling, kept)
             context = context_of(nearest, build, task, resolved.recipe)
             stages = stages_of(resolved, context, build.model, nearest if teacher.known else None, examples)
             alignment = alignment_of(nearest, build, section)
@@ -345,11 +370,15 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def _shadow(
-    teacher: "PreTrainedModel", section: StudentSection, overparam: OverparamSection | None, labelling: Labelling
+    teacher: "PreTrainedModel",
+    section: StudentSection,
+    overparam: OverparamSection | None,
+    labelling: Labelling,
+    kept: "np.ndarray | None",
 ) -> StudentBuild:
     """Return a student of the right shape. Its weights mean nothing, unless it is a checkpoint."""
     if section.form == "checkpoint":
-        return build_student(teacher, section, seed=0, labelling=labelling)
+        return build_student(teacher, section, seed=0, labelling=labelling, kept=kept)
     if section.energy is not None:
         # The ranks depend on weights that are not there yet; what a method asks of a shape does not depend on them.
         written = section.model_dump(exclude={"energy"}, exclude_unset=True)

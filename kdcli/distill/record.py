@@ -53,6 +53,14 @@ class ChainRecord:
 
 
 @dataclass(frozen=True)
+class VocabularyRecord:
+    """Of a trimmed vocabulary, before and after: pieces, and the megabytes of all weights with a row a piece."""
+
+    pieces: tuple[int, int]
+    megabytes: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class SecondsRecord:
     train: float
     assistant_train: Annotated[float, Field(alias="assistant train")] = 0.0
@@ -93,6 +101,7 @@ class FinishedRun:
     seconds: SecondsRecord
     hashes: Hashes
     overparam: ChainRecord | None
+    vocabulary: VocabularyRecord | None = None
     export: ExportRecord | None = None
     interrupted: bool = False
 

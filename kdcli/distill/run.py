@@ -21,6 +21,7 @@ from kdcli.distill.score import score_student, score_teacher
 from kdcli.distill.states import check_room
 from kdcli.distill.student import distil
 from kdcli.distill.teacher import make_teacher
+from kdcli.distill.vocabulary import with_vocabulary
 from kdcli.distill.write import document_of, write_graph, write_student
 from kdcli.errors import ExitCode
 from kdcli.evaluation.result import Result
@@ -130,11 +131,11 @@ def run_distill(
             teacher_scores = score_teacher(job, task, teacher)
         teacher = replace(teacher, base=base)
         task = add_copies_to(task, job)
-        nearest, trained = teacher, []
+        nearest, trained = with_vocabulary(job, task, teacher), []
         for follower in prepared.followers:
             trained.append(distil(job, task, nearest, follower))
             this_attempt.keep()
-            nearest = replace(teacher, model=trained[-1].model, path=None)
+            nearest = replace(nearest, model=trained[-1].model, path=None)
         *assistants, student = trained
         student = student.handed_over(task)
         with job.timed("evaluate"):

@@ -51,11 +51,11 @@ def score_student(job: Job, task: Task, teacher: Teacher, metrics: Metrics, stud
             describe_model(teacher.model),
             describe_model(student.model),
             loss=held_out_loss(student.training),
-            finetune=score_on_tasks(job, student.model, teacher.model, teacher.tokenizer),
+            finetune=score_on_tasks(job, student, teacher),
         )
     calibrate(
         student.model,
-        teacher.tokenizer,
+        student.tokenizer,
         task,
         max_length=job.recipe.task.max_length,
         batch_size=job.recipe.evaluate.batch_size,
@@ -65,7 +65,7 @@ def score_student(job: Job, task: Task, teacher: Teacher, metrics: Metrics, stud
     return Result(
         task.primary,
         describe_model(teacher.model, task, metrics) if teacher.known else None,
-        describe_model(student.model, task, _scores(job, student.model, teacher.tokenizer, task)),
+        describe_model(student.model, task, _scores(job, student.model, student.tokenizer, task)),
         {name: len(rows) for name, rows in task.report.items()},
     )
 

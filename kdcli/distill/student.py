@@ -48,7 +48,10 @@ RECORD = "record.json"
 
 @dataclass
 class Distilled:
-    """A student at the end of its training, contracted. head_trained: some term needed its predictions."""
+    """A student at the end of its training, contracted.
+
+    head_trained: some term needed its predictions. tokenizer: what it reads by.
+    """
 
     build: StudentBuild
     head_trained: bool
@@ -56,6 +59,7 @@ class Distilled:
     overparam: dict[str, Any] | None
     contraction: dict[str, Any] | None
     training: list[dict[str, Any]]
+    tokenizer: Any
 
     @property
     def model(self) -> "PreTrainedModel":
@@ -88,6 +92,7 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
         factoriser = factoriser_of(job, task, source, teacher.tokenizer, follower.section, follower.context, folder)
     with job.timed(name):
         options: Any = {"overparam": follower.overparam, "labelling": job.prepared.labelling, "factoriser": factoriser}
+        options["kept"] = job.prepared.kept
         build = build_student(source, follower.section, seed=seed, **options)
     for note in build.notes:
         job.tell(f"{name}: {note}")
@@ -125,6 +130,7 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
         chain.report.to_json() if chain is not None else None,
         contraction,
         training,
+        teacher.tokenizer,
     )
 
 

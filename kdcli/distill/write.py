@@ -7,6 +7,7 @@ from kdcli.distill.job import Job
 from kdcli.distill.record import finished_of
 from kdcli.distill.student import Distilled
 from kdcli.distill.teacher import Teacher
+from kdcli.distill.vocabulary import vocabulary_of
 from kdcli.evaluation.result import Result
 from kdcli.files import atomic_folder
 from kdcli.manifest import write_manifest
@@ -41,6 +42,7 @@ def document_of(
         "student_form": student.build.form,
         "student_head": head.name if (head := head_of(student.model, heads())) is not None else None,
         "teacher_layers": student.build.teacher_layers,
+        "vocabulary": vocabulary_of(job, teacher, student),
         "assistant": assistant.to_json() if assistant is not None else None,
         "overparam": student.overparam,
         "contraction": student.contraction,
@@ -66,7 +68,7 @@ def write_student(job: Job, document: dict[str, Any], teacher: Teacher, student:
         document = {**document, "teacher_path": str(run.path / "teacher")}
     card = model_card(finished_of({**run.document, **document}, run))
     with atomic_folder(run.student, ours=True) as folder:
-        save_model(student.model, folder, teacher.tokenizer)
+        save_model(student.model, folder, student.tokenizer)
         (folder / CARD).write_text(card, encoding="utf-8")
     run.note_files(run.student)
     run.update(document)
@@ -82,7 +84,7 @@ def write_graph(job: Job, task: Task, teacher: Teacher, student: Distilled) -> "
     run.forget_files(run.onnx)
     result = export_model(
         student.model,
-        teacher.tokenizer,
+        student.tokenizer,
         run.onnx,
         task=task,
         max_length=job.recipe.task.max_length,

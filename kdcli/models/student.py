@@ -20,10 +20,12 @@ from kdcli.models.reinit import start_again
 from kdcli.models.save import stored_type
 from kdcli.models.shape import ModelShape, shape_of
 from kdcli.models.sizes import check_heads
+from kdcli.models.vocabulary import trimmed
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.words import counted
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -49,15 +51,16 @@ def build_student(
     overparam: OverparamSection | None = None,
     labelling: Labelling | None = None,
     factoriser: Factoriser | None = None,
+    kept: "np.ndarray | None" = None,
 ) -> StudentBuild:
     """Return a student of `section.form` made from `teacher`, which is not changed.
 
     overparam: the chains that it will be trained as, which not every rank has factors for. labelling: of the outputs
     of a student from a checkpoint, which needs it. factoriser: chooses the factors of a low-rank student; left out, the
-    SVD's.
+    SVD's. kept: the ids of the vocabulary that `teacher` was trimmed to, and a student from a checkpoint is to be.
     Raises InputError when the sizes asked for do not fit the teacher.
     """
-    build = _build(teacher, section, seed, overparam, labelling, factoriser)
+    build = _build(teacher, section, seed, overparam, labelling, factoriser, kept)
     if section.dtype is not None:
         build.model.config.dtype = getattr(torch, section.dtype)
     if (kind := stored_type(build.model)) != torch.float32:
@@ -72,6 +75,7 @@ def _build(
     overparam: OverparamSection | None,
     labelling: Labelling | None,
     factoriser: Factoriser | None,
+    kept: "np.ndarray | None",
 ) -> StudentBuild:
     torch.manual_seed(seed)
     reads = section.form in ("depth", "low-rank") or (section.form == "width" and section.init != "random")
@@ -98,7 +102,7 @@ def _build(
             )
         return _width(teacher, section)
     if section.form == "checkpoint":
-        return _checkpoint(teacher, section, labelling)
+        return _checkpoint(teacher, section, labelling, kept)
     raise InputError("the student has no form", where="student.form")
 
 
@@ -274,7 +278,9 @@ def _slice_into(teacher: "PreTrainedModel", student: "PreTrainedModel", kept: li
                 own[window].copy_(given[window])
 
 
-def _checkpoint(teacher: "PreTrainedModel", section: StudentSection, labelling: Labelling | None) -> StudentBuild:
+def _checkpoint(
+    teacher: "PreTrainedModel", section: StudentSection, labelling: Labelling | None, kept: "np.ndarray | None"
+) -> StudentBuild:
     assert section.model is not None and labelling is not None
     notes = [f"from {section.model}"]
     if has_head(section.model, labelling.head):
@@ -283,6 +289,8 @@ def _checkpoint(teacher: "PreTrainedModel", section: StudentSection, labelling: 
     else:
         student = load_model(section.model, labelling.head, new_head=labelling.settings)
         notes.append("with a new head: it has none of the kind that is needed")
+    if kept is not None and kept[-1] < student.config.vocab_size:
+        student = trimmed(student, kept)
     if student.config.vocab_size != teacher.config.vocab_size:
         raise InputError(
             f"the student's vocabulary has {student.config.vocab_size:,} tokens, the teacher's "

@@ -1,7 +1,7 @@
 """A model with fewer pieces: its embeddings, the output layer over them, and the ids in its configuration."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ TOLERANCE = 1e-4
 APART = 10
 """Where no text is held out, every tenth one of the corpus tells how the pieces of the others do on new text."""
 
+OTHERS = f"every {APART}th text, with the pieces of the others"
 SAMPLE = 32
 """How many texts a model reads before and after."""
 
@@ -38,8 +39,8 @@ class Trimming:
 
     kept: their old ids; the new ones are their places. pieces: of the tokenizer before. rows: of the embeddings before.
     texts, tokens: of the corpus. sample: some of its texts that are cut as before. left_out: how others are cut, where
-    pieces that the corpus uses are left out. held_out: how text is cut that did not choose the pieces; None where there
-    is too little. apart: it was a part of the corpus, and the pieces those of the other part.
+    pieces that the corpus uses are left out. held_out: how text is cut that did not choose the pieces, and
+    held_out_text which that is; None where there is too little. told: what is to know of the files of text.
     """
 
     tokenizer: Any
@@ -51,7 +52,8 @@ class Trimming:
     sample: tuple[str, ...]
     left_out: Changes | None
     held_out: Changes | None
-    apart: bool
+    held_out_text: str
+    told: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return what a program should know: numbers before and after, and what is cut otherwise."""
@@ -67,14 +69,13 @@ class Trimming:
     @property
     def notes(self) -> list[str]:
         """What a user should know."""
-        found = [f"{len(self.kept):,} of {self.pieces:,} pieces stay, from {counted(self.texts, 'text')}"]
+        found = [*self.told, f"{len(self.kept):,} of {self.pieces:,} pieces stay, from {counted(self.texts, 'text')}"]
         if self.rows > self.pieces:
             found.append(f"{counted(self.rows - self.pieces, 'row')} of embeddings without a piece: left out")
         if self.left_out is not None:
             found.append(f"of that text, {self.left_out.in_words}")
         if self.held_out is not None:
-            where = f"of every {APART}th text, with the pieces of the others" if self.apart else "of the held-out text"
-            found.append(f"{where}, {self.held_out.in_words}")
+            found.append(f"of {self.held_out_text}, {self.held_out.in_words}")
         return found
 
 
@@ -87,12 +88,16 @@ def trim_vocabulary(
     min_count: int = 1,
     characters: bool = True,
     held_out: Sequence[str] | None = None,
+    held_out_text: str = "the held-out text",
+    needed: Iterable[int] = (),
+    told: Sequence[str] = (),
     place: Callable[[str], str] = str,
 ) -> Trimming:
     """Choose the pieces that texts use, make a tokenizer of them, and check that it cuts these texts as before.
 
     config: of the model that reads them. keep, min_count, characters: as in `Pieces.choose`. held_out: texts that do
-    not choose, and of which it is only told how they are cut. place: what messages call `text` and `keep`.
+    not choose, and of which it is only told how they are cut; held_out_text: which they are. needed: ids that stay in
+    any case. told: as in `Trimming`. place: what messages call `text`, `keep` and `min_count`.
     Raises InputError where no piece would stay, or fewer than must; RunError where a text is cut otherwise whose pieces
     all stay.
     """
@@ -102,7 +107,7 @@ def trim_vocabulary(
         "keep": keep,
         "min_count": min_count,
         "characters": characters,
-        "needed": needed_ids(config),
+        "needed": {*needed_ids(config), *needed},
         "place": place,
     }
     kept = pieces.choose(pieces.counts(corpus), **options)
@@ -110,7 +115,6 @@ def trim_vocabulary(
     restricted = keep is not None or min_count > 1
     same = np.flatnonzero(~check_cut(corpus, made, kept, restricted=restricted))
     sample = same[:: max(1, len(same) // SAMPLE)][:SAMPLE]
-    apart = held_out is None
     return Trimming(
         made,
         kept,
@@ -121,7 +125,8 @@ def trim_vocabulary(
         tuple(texts[number] for number in sample),
         changes_of(texts, tokenizer, made, kept) if len(same) < len(texts) else None,
         _on_a_part(pieces, texts, options) if held_out is None else changes_of(held_out, tokenizer, made, kept),
-        apart,
+        OTHERS if held_out is None else held_out_text,
+        tuple(told),
     )
 
 

@@ -75,7 +75,7 @@ def _options(overrides: list[str] | None, variant: Sequence[str]) -> list[tuple[
 MOST_TOLD = 20
 """Problems that one message tells."""
 
-_PATHS = {"data", "train", "validation", "test", "model", "tokenizer", "decisions", "augment.text"}
+_PATHS = {"data", "train", "validation", "test", "model", "tokenizer", "decisions", "augment.text", "vocabulary.text"}
 """Fields that may hold a path, by their own name, or with that of their table where another table has it, too."""
 
 
@@ -92,7 +92,7 @@ def portable(recipe: Recipe, name: str, base: Path) -> dict[str, Any]:
         if isinstance(value, dict):
             return whole(value, key)
         if isinstance(value, list):
-            return [whole(part, key) if isinstance(part, dict) else part for part in value]
+            return [whole(part, key) if isinstance(part, dict) else moved(owner, key, part) for part in value]
         if not {key, f"{owner}.{key}"} & _PATHS or not isinstance(value, str):
             return value
         # A hub's name, or a column's, is no path.

@@ -425,6 +425,31 @@ STARTS: dict[Form, tuple[str, ...]] = {
 """The values of `init` that each form has."""
 
 
+class VocabularySection(Section):
+    """`[student.vocabulary]`: the student has only the pieces of the teacher's vocabulary that text uses."""
+
+    text: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="Files (.txt with a text a line, CSV, JSON lines, Parquet), folders of such files, and hub sets "
+        "whose pieces stay. Left out, the task's training text, with that of [[finetune]].",
+    )
+    columns: list[str] = Field(
+        default=["text"], min_length=1, description="Columns of tables with text, for text that is given here."
+    )
+    keep: Annotated[int, Field(gt=0, le=PARAMETERS)] | None = Field(
+        default=None, description="The most pieces, those that the text uses most. Left out, all that it uses."
+    )
+    min_count: Annotated[int, Field(ge=1, le=1_000_000_000)] = Field(
+        default=1, description="How often the text must use a piece that stays."
+    )
+    characters: bool = Field(
+        default=True,
+        description="Whether a piece stays for each character of the used ones, so that no new word of these "
+        "characters is unknown.",
+    )
+
+
 class StudentSection(Section):
     """`[student]`: the form of the smaller model; `[assistant]`: that of a model between teacher and student."""
 
@@ -515,6 +540,11 @@ class StudentSection(Section):
     # all forms
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="Number type of the student's file. Left out, that of the teacher's file."
+    )
+    vocabulary: VocabularySection | None = Field(
+        default=None,
+        description="The pieces of the teacher's vocabulary that the student has, and an assistant before it. Left "
+        "out, all.",
     )
 
     @field_validator("params")
@@ -841,4 +871,10 @@ class Recipe(Section):
     def _black_box(self) -> Self:
         if self.teacher.black_box and self.evaluate.fail_under_retention is not None:
             raise ValueError("evaluate.fail_under_retention needs a teacher with a score; a black box has none")
+        return self
+
+    @model_validator(mode="after")
+    def _one_vocabulary(self) -> Self:
+        if self.assistant is not None and self.assistant.vocabulary is not None:
+            raise ValueError("assistant.vocabulary: an assistant reads what its student reads; set student.vocabulary")
         return self

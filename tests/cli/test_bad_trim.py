@@ -89,6 +89,46 @@ def the_model_in_place_of_itself(world: World) -> list[str]:
     return ["trim", "./teacher", "--text", "rows.csv", "--out", "teacher", "--force"]
 
 
+# In a recipe
+
+
+@case("student.vocabulary.text: no file at", "nothing.txt", "the recipe's folder")
+def text_of_a_recipe_that_is_not_there(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(student={"vocabulary": {"text": ["nothing.txt"]}})]
+
+
+@case("student.vocabulary.text: ", "rows.csv has no column 'message'", "name them in columns")
+def a_column_of_a_recipe_that_is_not_there(world: World) -> list[str]:
+    world.model()
+    vocabulary = {"text": ["rows.csv"], "columns": ["message"]}
+    return ["distill", world.recipe(student={"vocabulary": vocabulary})]
+
+
+@case("student.vocabulary.keep: 5 pieces are fewer than the")
+def fewer_pieces_in_a_recipe_than_special_tokens(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(student={"vocabulary": {"keep": 5}})]
+
+
+@case("student.vocabulary.text: the text uses no piece of the tokenizer 1,000", "smaller student.vocabulary.min_count")
+def a_count_in_a_recipe_that_no_piece_reaches(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(student={"vocabulary": {"min_count": 1000}})]
+
+
+@case("student.vocabulary.text: must be an array of strings, not []")
+def no_text_at_all(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(student={"vocabulary": {"text": []}})]
+
+
+@case("assistant.vocabulary", "set student.vocabulary")
+def a_vocabulary_of_an_assistant(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(assistant={"form": "depth", "layers": 1, "vocabulary": {}})]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_wrong_input_of_trimming_is_told(name: str, world: World, own_cache: Path):
     CASES.check(name, world, own_cache)

@@ -133,14 +133,14 @@ def test_a_wrong_row_is_noticed():
 def test_what_is_told_of_text():
     model, words = tiny("bert"), tokenizer()
     _, trimming = trim(model, words)
-    assert trimming.left_out is None and trimming.held_out is not None and trimming.apart
+    assert trimming.left_out is None and trimming.held_out is not None
     assert trimming.held_out.texts == 2
     notes = "\n".join(trimming.notes)
     assert f"{len(trimming.kept)} of {len(words)} pieces stay, from 20 texts" in notes
     assert f"{ROWS - len(words)} rows of embeddings without a piece: left out" in notes
     assert "of every 10th text" in notes
     _, trimming = trim(model, words, held_out=TEXTS[300:400], keep=95, characters=False)
-    assert trimming.held_out is not None and trimming.held_out.texts == 100 and not trimming.apart
+    assert trimming.held_out is not None and trimming.held_out.texts == 100
     assert trimming.left_out is not None and 0 < trimming.left_out.changed_texts < 20
     # Only texts that are read as before can be compared.
     assert len(trimming.sample) == 20 - trimming.left_out.changed_texts
