@@ -143,7 +143,7 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path) -> Teac
     model, notes = _with_head(recipe, task, source, head)
     # A model's own tokenizer is that of its revision.
     words = (source_of(section.tokenizer, base), None) if section.tokenizer else (source, section.revision)
-    tokenizer = load_tokenizer(*words)
+    tokenizer = task.kind.tokenizer(load_tokenizer(*words))
     check_tokenizer(model, tokenizer, recipe.task.max_length)
     check_numbers(model, "student.model" if section.black_box else "teacher.model")
     if section.black_box:

@@ -77,6 +77,8 @@ def export_model(
     head = head_of(model, heads())
     if head is None:
         raise InputError(f"no type of task has the head of {type(plain).__name__}: what it gives is not known")
+    kind = task.kind if task is not None else _kind_of(plain)
+    tokenizer = kind.tokenizer(tokenizer) if kind is not None else tokenizer
     batches, source = _real_batches(plain, tokenizer, task, max_length)
     with atomic_folder(folder, force=force, ours=ours) as temporary:
         export_onnx(plain, tokenizer, temporary, opset=opset, outputs=head.outputs)
@@ -95,7 +97,6 @@ def export_model(
                 report = _latency(
                     plain, session, teacher, tokenizer, batch_sizes, sequence_lengths, threads, runs, Path(work)
                 )
-        kind = task.kind if task is not None else _kind_of(plain)
         fields = task.fields if task is not None else None
         script = script_of(kind, fields or kind.fields(), plain.config, tokenizer, max_length) if kind else None
         if script is not None:

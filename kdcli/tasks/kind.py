@@ -210,6 +210,10 @@ class TaskKind(ABC):
 
     # What a model reads
 
+    def tokenizer(self, tokenizer: Any) -> Any:
+        """Return a tokenizer as it is saved beside models of this kind, so that other programs read rows alike."""
+        return tokenizer
+
     @abstractmethod
     def check(self, task: "Task", processor: Any, max_length: int) -> None:
         """Raise InputError where rows cannot be encoded, or nothing of them would be left; encodes a few at most."""

@@ -7,8 +7,10 @@ characters, say).
 """
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -141,13 +143,44 @@ def cut(pieces: Sequence[int], room: int, stride: int) -> list[tuple[int, int, i
     return [(*span, *own) for span, own in zip(spans, pairwise(borders), strict=True)]
 
 
-def _spelling(tokenizer: Any) -> Callable[[str], str]:
-    """Return how a word is given to a tokenizer: byte-level ones tell a word's beginning by the space before it."""
+def with_space_before_words(tokenizer: Any) -> Any:
+    """Return a tokenizer that cuts a word of a list as it cuts it inside a text, whatever program calls it.
+
+    Byte-level ones tell where a word begins by the space before it, which lists of words have not. Other tokenizers are
+    returned as they are.
+    """
+    if not _lacks_spaces(tokenizer):
+        return tokenizer
+    from kdcli.models.load import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer.save_pretrained(folder)
+        # Some classes read the one file, some the other.
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            document = json.loads((folder / file).read_text(encoding="utf-8"))
+            for step in _splitters(document.get("pre_tokenizer")) if file == "tokenizer.json" else [document]:
+                if file != "tokenizer.json" or step["type"] == "ByteLevel":
+                    step["add_prefix_space"] = True
+            (folder / file).write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+        return load_tokenizer(folder)
+
+
+def _splitters(state: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the steps of a tokenizer's splitting, by its state in tokenizer.json."""
+    return (state or {}).get("pretokenizers", [state] if state else [])
+
+
+def _lacks_spaces(tokenizer: Any) -> bool:
+    """True for a byte-level tokenizer that puts no space before a word."""
     splitter = tokenizer.backend_tokenizer.pre_tokenizer
-    state = json.loads(splitter.__getstate__()) if splitter is not None else {}
-    steps = state.get("pretokenizers", [state])
-    bare = any(step.get("type") == "ByteLevel" and not step.get("add_prefix_space") for step in steps)
-    return (lambda word: f" {word}" if word else word) if bare else (lambda word: word)
+    steps = _splitters(json.loads(splitter.__getstate__())) if splitter is not None else []
+    return any(step["type"] == "ByteLevel" and not step["add_prefix_space"] for step in steps)
+
+
+def _spelling(tokenizer: Any) -> Callable[[str], str]:
+    """Return how a word is given to a tokenizer."""
+    return (lambda word: f" {word}" if word else word) if _lacks_spaces(tokenizer) else (lambda word: word)
 
 
 class WordCollator(Collator):

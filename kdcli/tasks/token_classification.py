@@ -205,6 +205,12 @@ class TokenClassification(TaskKind):
 
     # What a model reads
 
+    def tokenizer(self, tokenizer: Any) -> Any:
+        from kdcli.tasks.pieces import check_tokenizer, with_space_before_words
+
+        check_tokenizer(tokenizer)
+        return with_space_before_words(tokenizer)
+
     def check(self, task: "Task", processor: Any, max_length: int) -> None:
         from kdcli.tasks.encode import check_room
         from kdcli.tasks.pieces import check_tokenizer

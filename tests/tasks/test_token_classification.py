@@ -16,15 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_recipes import run_recipe, tiny_recipe, write_recipe
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from training.stages import Killed, kill_after
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerFast
 from transformers.modeling_outputs import TokenClassifierOutput
 
+from kdcli.cli.app import run
 from kdcli.data.columns import Column
 from kdcli.data.tables import dataset_of
 from kdcli.errors import InputError
 from kdcli.evaluation.score import evaluate_model
 from kdcli.models.classes import class_names_of
-from kdcli.models.save import save_model
+from kdcli.models.load import load_tokenizer
+from kdcli.models.save import save_model, save_tokenizer
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.base import Owner, Task
 from kdcli.tasks.heads import kind_of_model, load_model
@@ -247,6 +250,24 @@ def test_byte_level_pieces_of_words_are_those_of_the_text(prefix: bool):
     assert "labels" not in feature
 
 
+@pytest.mark.parametrize("name", ["TokenizersBackend", "RobertaTokenizer"])
+def test_a_saved_tokenizer_cuts_words_as_they_were_learnt(name: str, tmp_path: Path):
+    byte_level(prefix=False).save_pretrained(tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "tokenizer_config.json").read_text())
+    (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}))
+    old = load_tokenizer(tmp_path / "old")
+    rows = Dataset.from_dict({"index": [0], "words": [["film", "don't", "film"]]})
+    [learnt] = encode_words(rows, old, 64)
+    new = KIND.tokenizer(old)
+    save_tokenizer(new, tmp_path, tiny("bert").config)
+    for one in (new, load_tokenizer(tmp_path)):
+        assert one(rows[0]["words"], is_split_into_words=True)["input_ids"] == learnt["input_ids"]
+        assert encode_words(rows, one, 64)["input_ids"][0] == learnt["input_ids"]
+    found = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(rows[0]["words"], is_pretokenized=True)
+    assert found.ids == learnt["input_ids"]
+    assert KIND.tokenizer(WORDS) is WORDS
+
+
 def test_a_slow_tokenizer_is_refused(tmp_path: Path):
     task = load(tmp_path, lines(tmp_path / "a.jsonl", TEXTS, TAGS))
 
@@ -363,9 +384,60 @@ def recipe(world: Path, name: str, **changes: Any) -> Path:
     return write_recipe(world / f"{name}.toml", tiny_recipe("task", name=name, task=task, **changes))
 
 
-@pytest.mark.parametrize("method", ["kd", "makd"])
-def test_a_run_learns_from_windows(method: str, world: Path):
-    result = run_recipe(recipe(world, method, method=method), force=True)
-    assert result["task"]["kind"] == KIND.name and result["student_head"] == "token-classification"
-    metrics = result["student"]["metrics"]["validation"]
-    assert set(metrics) == {"f1", "accuracy", "f1/thing", "f1/view"}
+WAYS: dict[str, dict[str, Any]] = {
+    "kd": {},
+    "makd": {"method": "makd"},
+    "hs": {"method": "hs"},
+    "minilmv2": {"method": "minilmv2"},
+    "tinybert": {"method": "tinybert"},
+    "opdf": {"overparam": {"length": 2}},
+    "low-rank": {"student": {"form": "low-rank", "layers": None, "budget": 0.5}},
+}
+SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way not in ("kd", "makd")]
+
+
+@pytest.mark.parametrize("way", ["kd", "makd", *SLOW])
+def test_a_run_is_the_same_whatever_is_cached_of_the_teacher(way: str, world: Path):
+    """Rows are cut into windows, so there are more features than rows."""
+    results = []
+    for cache in (True, False, "all"):
+        changes = {**WAYS[way], "teacher": {"cache": cache}}
+        result = run_recipe(recipe(world, f"{way}-{cache}".lower(), **changes), force=True)
+        results.append(result["student"]["metrics"]["validation"])
+        assert result["task"]["kind"] == KIND.name and result["student_head"] == "token-classification"
+    assert results[1] == results[0] and results[2] == results[0]
+    assert set(results[0]) == {"f1", "accuracy", "f1/thing", "f1/view"}
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(world: Path, monkeypatch: pytest.MonkeyPatch):
+    loop = {"max_steps": 6, "eval_every": 2}
+    whole = run_recipe(recipe(world, "whole", train=loop), force=True)
+    path = recipe(world, "halved", train=loop)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, 4)
+        run_recipe(path)
+    assert run_recipe(path, resume=True)["student"]["metrics"] == whole["student"]["metrics"]
+
+
+@pytest.mark.slow
+def test_a_run_is_exported_evaluated_and_asked(world: Path, capsys: pytest.CaptureFixture[str]):
+    run_recipe(
+        recipe(world, "served", export={"onnx": True, "runs": 1, "batch_sizes": [1], "sequence_lengths": [8]}),
+        force=True,
+    )
+    place = str(world / "runs" / "served")
+
+    def call(*arguments: str) -> Any:
+        code = run([*arguments, "--json"])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return [json.loads(line) for line in out.splitlines()] if arguments[0] == "predict" else json.loads(out)
+
+    scores = call("eval", place)
+    graph = call("eval", f"{place}/onnx", "--data", str(world / "rows.jsonl"))
+    plain = call("eval", f"{place}/student", "--data", str(world / "rows.jsonl"), "--text", "tokens")
+    assert graph["metrics"] == plain["metrics"] and scores["primary"] == "f1"
+    [reply] = call("predict", f"{place}/onnx", "the film was good.")
+    assert reply == call("predict", place, "the film was good.")[0]
+    assert reply["words"] == ["the", "film", "was", "good", "."] and len(reply["tags"]) == 5
