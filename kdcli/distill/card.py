@@ -5,6 +5,7 @@ import yaml
 from kdcli.distill.record import FinishedRun, TaskRecord
 from kdcli.evaluation.result import Loss, described_set
 from kdcli.markdown import code, escaped, table_row
+from kdcli.models.heads import Head
 from kdcli.tasks.heads import head_named
 from kdcli.tasks.metrics import shown
 from kdcli.words import counted
@@ -41,10 +42,10 @@ def _scored_card(record: FinishedRun) -> str:
     copies = f" and {counted(task.augment.added, 'copy', 'copies')} with other words" if task.augment else ""
     protocol = code(task.protocol)
     head = head_named(record.student_head)
-    loading = _loading(head.auto, plain=record.is_plain)
+    loading = _loading(head, plain=record.is_plain)
     retention = result.retention
     kept = f"\nThe student keeps {retention:.1%} of the teacher's {result.primary}.\n" if retention is not None else ""
-    return f"""{_front_matter(method.name, head.pipeline_tag, plain=record.is_plain)}
+    return f"""{_front_matter(method.name, head, plain=record.is_plain)}
 # {escaped(record.name)}
 
 A smaller transformer for the task {code(task.name)}, distilled with kdcli {record.versions["kdcli"]}.
@@ -80,12 +81,12 @@ def _parts(task: TaskRecord) -> str:
     return f"\n- parts: {escaped(', '.join(task.parts))}, mixed with temperature {task.mixing_temperature:g}"
 
 
-def _front_matter(method: str, pipeline: str, *, plain: bool) -> str:
+def _front_matter(method: str, head: Head, *, plain: bool) -> str:
     """Return what the hub reads of a card, between its two lines of dashes."""
     fields = {
-        "library_name": "transformers" if plain else "kdcli",
-        "pipeline_tag": pipeline,
-        "tags": ["knowledge-distillation", method],
+        "library_name": head.library if plain else "kdcli",
+        "pipeline_tag": head.pipeline_tag,
+        "tags": [*([head.library] if head.library != "transformers" else []), "knowledge-distillation", method],
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
 
@@ -99,11 +100,17 @@ def _vocabulary(record: FinishedRun) -> str:
     )
 
 
-def _loading(auto: str, *, plain: bool) -> str:
+def _loading(head: Head, *, plain: bool) -> str:
     needed = "" if plain else "import kdcli  # the weights are low-rank factors: pip install kdcli\n"
+    if head.library == "sentence-transformers":
+        return (
+            f"{needed}from sentence_transformers import SentenceTransformer\n\n"
+            'model = SentenceTransformer("FOLDER")\n'
+            'embeddings = model.encode(["a text", "another one"])'
+        )
     return (
-        f"{needed}from transformers import {auto}, AutoTokenizer\n\n"
-        f'model = {auto}.from_pretrained("FOLDER")\n'
+        f"{needed}from transformers import {head.auto}, AutoTokenizer\n\n"
+        f'model = {head.auto}.from_pretrained("FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
     )
 
@@ -131,7 +138,7 @@ def _general_card(record: FinishedRun, loss: Loss) -> str:
     table = f"\n| fine-tuned on | model | mean | seeds |\n| --- | --- | ---: | ---: |\n{tuned}" if tuned else ""
     taught = f", {result.teacher.parameters:,} parameters" if result.teacher is not None else ""
     head = head_named(record.student_head)
-    return f"""{_front_matter(method.name, head.pipeline_tag, plain=record.is_plain)}
+    return f"""{_front_matter(method.name, head, plain=record.is_plain)}
 # {escaped(record.name)}
 
 A smaller general transformer, distilled on plain text with kdcli {record.versions["kdcli"]}, to be fine-tuned.
@@ -144,7 +151,7 @@ A smaller general transformer, distilled on plain text with kdcli {record.versio
 ## Loading
 
 ```python
-{_loading(head.auto, plain=record.is_plain)}
+{_loading(head, plain=record.is_plain)}
 ```
 
 ## Limits

@@ -24,6 +24,7 @@ from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokeni
 from kdcli.models.probe import check_numbers
 from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
+from kdcli.models.sentence_folder import note_on_pooling
 from kdcli.recipe.schema import FinetuneSection, Recipe
 from kdcli.tasks.base import Owner, Task
 from kdcli.tasks.kind import TaskKind
@@ -169,6 +170,7 @@ def _with_head(recipe: Recipe, task: Task, source: str, head: Head) -> tuple["Pr
         model = load()
         try:
             owner = Owner(section.model or source)
+            owner.notes.extend(note_on_pooling(source, head, section.revision))
             task.kind.align(model, task.label_names, owner, section.labels)
             return model, tuple(owner.notes)
         except InputError:

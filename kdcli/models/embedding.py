@@ -39,6 +39,9 @@ ASSUMED: dict[str, Any] = {
 }
 """What a body without modules of its own gets, as in sentence-transformers: the mean over its tokens, and no more."""
 
+READING = ("max_seq_length", "do_lower_case", "prompts", "default_prompt_name", "similarity_fn_name")
+"""What of that says how texts are read, and how embeddings are compared."""
+
 
 def _first(states: Tensor, mask: Tensor) -> Tensor:
     return _at(states, mask.int().argmax(1))
@@ -215,6 +218,13 @@ def on_body(body: PreTrainedModel, settings: dict[str, Any], weights: dict[str, 
     setattr(model, model.base_model_prefix, body)
     model.load_state_dict(weights, strict=False, assign=True)
     return model.eval()
+
+
+def read_alike(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Let a student of sentence embeddings read texts as its teacher does, in place; no other models are changed."""
+    own, given = (getattr(model.config, SENTENCE_SETTINGS, None) for model in (student, teacher))
+    if own is not None and given is not None:
+        own.update(copy.deepcopy({name: given[name] for name in READING}))
 
 
 def append_dense(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import InputError
 from kdcli.models.checkpoint import contained, local_folder
+from kdcli.models.heads import SENTENCE_EMBEDDING, SENTENCE_SETTINGS, Head, without_pooler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,6 +107,13 @@ def _modules(files: _Files) -> list[Module]:
 def has_pooling(name: str | Path, revision: str | None = None) -> bool:
     """True for a folder or hub name of a model of sentence embeddings: its modules.json lists a pooling."""
     return any(module.kind == "Pooling" for module in _modules(_files(name, revision)))
+
+
+def note_on_pooling(name: str | Path, head: Head, revision: str | None = None) -> list[str]:
+    """Return what a user should know about the embeddings of a model: that no file says how they are made."""
+    if head != SENTENCE_EMBEDDING or has_pooling(name, revision):
+        return []
+    return [f"{name} has no {MODULES}: its embeddings are the mean over a text's tokens, as in sentence-transformers"]
 
 
 def with_modules(body: "PreTrainedModel", name: str | Path, revision: str | None = None) -> "PreTrainedModel":
@@ -281,7 +289,6 @@ def save_modules(model: "PreTrainedModel", folder: Path, dtype: Any) -> None:
     from safetensors.torch import save_file
 
     from kdcli.models.embedding import ACTIVATIONS, settings_of
-    from kdcli.models.heads import without_pooler
     from kdcli.models.shape import shape_of
 
     settings, width = settings_of(model), shape_of(model.config).hidden
@@ -328,8 +335,6 @@ def _write(path: Path, content: Any) -> None:
 
 def note_reading(tokenizer: Any, name: str | Path, revision: str | None = None) -> None:
     """Let a tokenizer know what its model's folder says of prompts, of length and of upper case, in place."""
-    from kdcli.models.heads import SENTENCE_SETTINGS
-
     files = _files(name, revision)
     modules = _modules(files)
     if any(module.kind == "Pooling" for module in modules):

@@ -9,6 +9,7 @@ import torch
 
 from kdcli.errors import InputError
 from kdcli.models.blocks import blocks_of, module_at
+from kdcli.models.embedding import read_alike
 from kdcli.models.factoriser import Factoriser
 from kdcli.models.families import Family, family_of
 from kdcli.models.fused import SplitLinear
@@ -18,6 +19,7 @@ from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, factorise
 from kdcli.models.probe import check_numbers
 from kdcli.models.reinit import start_again
 from kdcli.models.save import stored_type
+from kdcli.models.sentence_folder import note_on_pooling
 from kdcli.models.shape import ModelShape, shape_of
 from kdcli.models.sizes import check_heads
 from kdcli.models.vocabulary import trimmed
@@ -61,6 +63,7 @@ def build_student(
     Raises InputError when the sizes asked for do not fit the teacher.
     """
     build = _build(teacher, section, seed, overparam, labelling, factoriser, kept)
+    read_alike(build.model, teacher)
     if section.dtype is not None:
         build.model.config.dtype = getattr(torch, section.dtype)
     if (kind := stored_type(build.model)) != torch.float32:
@@ -285,7 +288,7 @@ def _checkpoint(
     notes = [f"from {section.model}"]
     if has_head(section.model, labelling.head):
         student = load_model(section.model, labelling.head)
-        notes += labelling.align(student, section.model)
+        notes += [*note_on_pooling(section.model, labelling.head), *labelling.align(student, section.model)]
     else:
         student = load_model(section.model, labelling.head, new_head=labelling.settings)
         notes.append("with a new head: it has none of the kind that is needed")

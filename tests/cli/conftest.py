@@ -42,6 +42,15 @@ def _filler() -> Any:
     return AutoModelForMaskedLM.from_config(tiny("bert", layers=1).config).eval()
 
 
+def _embedder() -> Any:
+    from kdcli.models.embedding import append_dense
+    from kdcli.models.heads import SENTENCE_EMBEDDING, with_new_head
+
+    model = with_new_head(tiny("bert"), SENTENCE_EMBEDDING)
+    append_dense(model, torch.eye(24, 32), normalize=True)
+    return model
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "teacher": partial(tiny, "bert", **NAMED),
     "unnamed": partial(tiny, "bert"),
@@ -57,6 +66,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "prime": partial(tiny, "bert", **NAMED, hidden=116),
     "chains": _chains,
     "filler": _filler,
+    "embedder": _embedder,
 }
 
 

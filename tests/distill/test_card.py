@@ -78,3 +78,18 @@ def test_the_front_matter_of_a_card_is_data(record: FinishedRun):
     front, body = parts(model_card(replace(record, method=method)))
     assert front["tags"] == ["knowledge-distillation", method.name]
     assert {element.tag for element in body.iter()} <= HTML
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_model_of_embeddings_is_one_of_sentence_transformers(record: FinishedRun, plain: bool):
+    form = "depth" if plain else "low-rank"
+    one = replace(record, student_head="sentence-embedding", student_form=form)
+    assert one.is_plain == plain
+    front, body = parts(model_card(one))
+    assert front == {
+        "library_name": "sentence-transformers" if plain else "kdcli",
+        "pipeline_tag": "sentence-similarity",
+        "tags": ["sentence-transformers", "knowledge-distillation", "kd"],
+    }
+    loading = "".join(body.find("body/pre" if body.find("pre") is None else "pre").itertext())
+    assert 'SentenceTransformer("FOLDER")' in loading and ("import kdcli" in loading) == (not plain)

@@ -13,7 +13,7 @@ from kdcli.models.capture import Capture
 from kdcli.models.counts import count_parameters
 from kdcli.models.embedding import ASSUMED, POOLING, append_dense, dimension_of, settings_of
 from kdcli.models.hashing import hash_of_model, hash_of_weights
-from kdcli.models.heads import BASE, SENTENCE_EMBEDDING, head_of, with_new_head
+from kdcli.models.heads import BASE, SENTENCE_EMBEDDING, Labelling, head_of, with_new_head
 from kdcli.models.load import has_head, load_any, load_model, load_tokenizer
 from kdcli.models.overparam import contract_model, overparameterise
 from kdcli.models.save import round_to_stored, save_model
@@ -229,3 +229,15 @@ def test_half_precision_is_kept_in_all_files(tmp_path: Path):
     assert load_file(tmp_path / "2_Dense" / "model.safetensors")["linear.weight"].dtype == torch.bfloat16
     loaded = load_model(tmp_path, SENTENCE_EMBEDDING)
     assert loaded.config.dtype == torch.bfloat16 and torch.equal(encoded(loaded), encoded(model))
+
+
+def test_a_student_from_another_encoder_reads_texts_as_its_teacher_does(tmp_path: Path):
+    reading = {"prompts": {"all": "find: "}, "default_prompt_name": "all", "max_seq_length": 9}
+    teacher = embedder(settings={**reading, "pooling": ["cls"]})
+    save_model(with_new_head(tiny("bert", seed=1), BASE), tmp_path, tokenizer())
+    section = StudentSection(form="checkpoint", model=str(tmp_path))
+    labelling = Labelling(SENTENCE_EMBEDDING, {}, lambda model, name: [])
+    build = build_student(teacher, section, seed=0, labelling=labelling)
+    assert {name: settings_of(build.model)[name] for name in reading} == reading
+    assert settings_of(build.model)["pooling"] == ["mean"]
+    assert any("has no modules.json: its embeddings are the mean" in note for note in build.notes)
