@@ -50,17 +50,24 @@ def read_documents(
         return found, section.train
     if section.data is not None:
         path, where, source = placed_at(section.data, base, "task.data"), "task.data", section.data
-    elif (root := os.environ.get("KDCLI_DATA_DIR")) is not None and (Path(root) / "lm" / section.name).is_dir():
-        path, where, source = Path(root) / "lm" / section.name, "task.name", f"lm/{section.name}"
+    elif (folder := corpus_folder(section.name)) is not None:
+        path, where, source = folder, "task.name", f"lm/{section.name}"
     else:
         raise InputError(
-            f"text task {section.name!r}: there is no text",
+            f"{section.type or 'text'} task {section.name!r}: there is no text",
             where="task",
             hint="give task.data (a file or a folder of .txt files), task.train or task.hub",
         )
     if path.is_dir():
         return _read_folder(path, section, column, where, notes), source
     return {"train": _read(path, section, column, where, notes)}, source
+
+
+def corpus_folder(name: str) -> Path | None:
+    """Return the folder lm/NAME of the data folder, where it is there."""
+    root = os.environ.get("KDCLI_DATA_DIR")
+    folder = Path(root) / "lm" / name if root is not None else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def _read_folder(

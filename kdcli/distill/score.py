@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def score_teacher(job: Job, task: Task, teacher: Teacher) -> Metrics:
     """Return the teacher's scores; none on plain text, nor of a black box. Warns of one that has learnt nothing."""
-    if task.kind.scored_by_loss or not teacher.known:
+    if task.scored_by_loss or not teacher.known:
         return {}
     # Many students have the same teacher: what it predicts for the report sets is cached like all its predictions.
     ask = partial(cached_predictions, use_cache=bool(job.recipe.teacher.cache), console=job.console)
@@ -45,7 +45,7 @@ def score_student(job: Job, task: Task, teacher: Teacher, metrics: Metrics, stud
 
     On plain text the student has a held-out loss, and the scores of what is fine-tuned from it.
     """
-    if task.kind.scored_by_loss:
+    if task.scored_by_loss:
         return Result(
             "loss",
             describe_model(teacher.model),

@@ -23,6 +23,7 @@ from kdcli.files import atomic_folder, remove, write_json
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.methods.base import Stage, Term
 from kdcli.models.counts import count_parameters
+from kdcli.models.embedding import append_dense, settings_of
 from kdcli.models.hashing import hash_of_model, hash_of_tokenizer, hash_of_weights
 from kdcli.models.overparam import contract_model
 from kdcli.models.save import round_to_stored
@@ -118,6 +119,7 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
     with job.timed(f"{folder} train".strip()):
         training = _train(job, task, teacher, follower, build, stages, chain, folder=folder, identity=identity)
     merge_projections(build.model)
+    keep_bridges(build.model, stages, teacher.model)
     contraction = None
     if chain is not None:
         chain.complete(build.model, job.console)
@@ -132,6 +134,15 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
         training,
         teacher.tokenizer,
     )
+
+
+def keep_bridges(student: "PreTrainedModel", stages: list[Stage], teacher: "PreTrainedModel") -> None:
+    """Put the maps that objectives keep behind the student's embedding, and a norm where the teacher ends with one."""
+    terms = [term for stage in stages for term in stage.terms if term.weight > 0]
+    for bridge in dict.fromkeys(term.objective.kept for term in terms):
+        if bridge is not None:
+            normalizes = {"type": "Normalize"} in settings_of(teacher)["modules"][-1:]
+            append_dense(student, bridge.weight, bridge.bias, normalize=normalizes)
 
 
 def _train(
@@ -203,7 +214,9 @@ def _train(
                 console=job.console,
             )
             states = kept
-        distiller = make_distiller(build.model, terms, scheme, rows, factors=factors, states=states)
+        distiller = make_distiller(
+            build.model, terms, scheme, rows, held=encoded.selection, factors=factors, states=states
+        )
         if finished:
             load_weights(distiller, final)
             distiller.close()
@@ -241,35 +254,40 @@ def make_distiller(
     scheme: Scheme,
     rows: Any,
     *,
+    held: Any = None,
     factors: dict[Any, tuple[torch.Tensor, ...]] | None = None,
     states: KeptStates | None = None,
 ) -> Distiller:
     """Return the step of a stage; a fixed teacher gives its outputs once, before training, where that saves work.
 
-    states: what is kept of its inside.
+    rows, held: encoded, for training and for choosing a checkpoint. states: what is kept of its inside.
     """
     setting, teacher, known = scheme.setting, scheme.teacher(), scheme.teacher_outputs()
     kind = setting.task.kind
     request = teacher_request(terms)
     asked_again = setting.cache and not kind.inputs_change and request.logits and not request.gradients
     saves = states is not None or (teacher is not None and _saves(request, teacher))
+    held_known = None
     if known is None and teacher is not None and asked_again and scheme.teacher_is_fixed and saves:
-        known = known_outputs(
+        ask = partial(
+            known_outputs,
             teacher,
-            rows,
-            setting.collator,
+            collator=setting.collator,
             outputs=kind.head.outputs,
             per_token=kind.head.per_token,
             batch_size=setting.loop.eval_batch_size,
             console=setting.console,
             device=setting.loop.device,
         )
+        known = ask(dataset=rows)
+        held_known = ask(dataset=held) if held is not None and kind.chosen_by_loss else None
     return Distiller(
         student,
         terms,
         kind=kind,
         teacher=teacher,
         teacher_outputs=known,
+        held_outputs=held_known,
         teacher_states=states,
         teacher_factors=factors,
     )

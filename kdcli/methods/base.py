@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from kdcli.errors import InputError
 from kdcli.models.shape import ModelShape
 from kdcli.objectives.term import Term
 
@@ -53,9 +54,20 @@ class Context:
         return self.kind.has_gold
 
     def output_term(self, weight: float = 1.0, temperature: float = 1.0, **options: Any) -> Term:
-        """Return the divergence from the teacher's predictions. options: those of `OutputObjective`."""
+        """Return the divergence from the teacher's predictions. options: those of `OutputObjective`.
+
+        Raises InputError for embeddings of two widths: these have no angle between them.
+        """
         from kdcli.objectives.output import OutputObjective
 
+        teacher, student = self.teacher.embedding, self.student.embedding
+        if weight > 0 and teacher != student:
+            raise InputError(
+                f"embeddings can be compared between equal widths, not {teacher} of the teacher and {student} of the "
+                "student",
+                where="method",
+                hint='use method "embedding", which has a map between them, or take weight from the prediction',
+            )
         return Term("output", OutputObjective(self.kind.distribution, temperature, **options), weight)
 
     def gold_term(self, weight: float = 1.0) -> Term:

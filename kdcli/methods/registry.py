@@ -7,7 +7,21 @@ from kdcli.errors import InputError
 from kdcli.methods.base import Method
 from kdcli.offers import Offers
 
-BUILT_IN = ("kd", "makd", "od", "hs", "minilm", "minilmv2", "tinybert", "distilbert", "theseus", "lgtm", "dbkd", "adkd")
+BUILT_IN = (
+    "kd",
+    "makd",
+    "od",
+    "hs",
+    "minilm",
+    "minilmv2",
+    "tinybert",
+    "distilbert",
+    "theseus",
+    "lgtm",
+    "dbkd",
+    "adkd",
+    "embedding",
+)
 OFFERS = Offers("kdcli.methods", "method", Method, BUILT_IN, where="method.name")
 
 

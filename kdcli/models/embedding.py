@@ -198,10 +198,9 @@ def settings_of(model_or_config: Any) -> dict[str, Any]:
 
 def dimension_of(model_or_config: Any) -> int:
     """Return how wide the embeddings of a model are, by its configuration."""
-    config = getattr(model_or_config, "config", model_or_config)
-    settings = settings_of(config)
-    widths = [module["out_features"] for module in settings["modules"] if module["type"] == "Dense"]
-    return widths[-1] if widths else len(settings["pooling"]) * shape_of(config).hidden
+    found = shape_of(getattr(model_or_config, "config", model_or_config)).embedding
+    assert found is not None
+    return found
 
 
 def on_body(body: PreTrainedModel, settings: dict[str, Any], weights: dict[str, Tensor]) -> PreTrainedModel:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from kdcli.errors import InputError
 from kdcli.models.families import family_of
+from kdcli.models.heads import SENTENCE_SETTINGS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a transformer: blocks, widths, heads, vocabulary, positions. gated: whether blocks have a gate."""
+    """Sizes of a transformer: blocks, widths, heads, vocabulary, positions.
+
+    gated: whether blocks have a gate. embedding: the width of a text's embedding; None for a model that gives none.
+    """
 
     family: str
     layers: int
@@ -23,6 +27,7 @@ class ModelShape:
     vocab: int
     max_positions: int
     gated: bool = False
+    embedding: int | None = None
 
 
 def longest_input(config: "PretrainedConfig") -> int | None:
@@ -49,7 +54,16 @@ def shape_of(config: "PretrainedConfig") -> ModelShape:
         vocab=getattr(config, names.vocabulary),
         max_positions=getattr(config, names.positions),
         gated=family.ffn_gate is not None,
+        embedding=_embedding(config, getattr(config, names.hidden)),
     )
+
+
+def _embedding(config: "PretrainedConfig", hidden: int) -> int | None:
+    settings = getattr(config, SENTENCE_SETTINGS, None)
+    if settings is None:
+        return None
+    widths = [module["out_features"] for module in settings["modules"] if "out_features" in module]
+    return widths[-1] if widths else len(settings["pooling"]) * hidden
 
 
 def check_lengths(configs: Mapping[str, "PretrainedConfig"], lengths: Sequence[int], where: str) -> None:

@@ -12,11 +12,16 @@ class Objective(nn.Module):
     """One differentiable term that compares student and teacher.
 
     It sees tensors and masks, never a model or a recipe. Parameters of its own (bridges between widths)
-    are trained with the student and thrown away at the end.
+    are trained with the student and thrown away at the end, but for `kept`.
 
     Every reduction is a mean over the real tokens of each example, then over the examples of the batch:
     padding does not change it, and equal shares of a batch on several devices average to the whole.
     """
+
+    @property
+    def kept(self) -> nn.Linear | None:
+        """A trained map from the student's embedding to the teacher's width that becomes a part of the student."""
+        return None
 
     def student_request(self) -> Request:
         """What must be captured from the student."""

@@ -116,6 +116,22 @@ class Bernoulli(Distribution):
         return [lambda z, c=c: -functional.logsigmoid(z.float()[:, c]).sum() for c in range(classes)]  # type: ignore[misc]
 
 
+class Direction(Distribution):
+    """A point on the unit sphere: the direction of an embedding, of whatever length. logits: (n, width).
+
+    There is no gold answer: what a text's embedding should be only another model says.
+    """
+
+    def nll(self, logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Raise TypeError: an embedding has no gold answer."""
+        raise TypeError("an embedding has no gold answer to be compared with")
+
+    def distance(self, student: Tensor, teacher: Tensor, weights: Tensor | None, temperature: float) -> Tensor:
+        """Return 1 - cos divided by T^2, so that no temperature changes the scaled divergence. Widths must be equal."""
+        rows = 1.0 - functional.cosine_similarity(student.float(), teacher.float(), dim=-1)
+        return _weighted(rows, weights) / temperature**2
+
+
 def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
     return rows.mean() if weights is None else (rows * weights).sum()
 

@@ -40,6 +40,11 @@ class Task:
         """The first metric."""
         return self.metrics[0]
 
+    @property
+    def scored_by_loss(self) -> bool:
+        """Whether the only score of a student is its distillation loss on held-out rows: nothing has gold answers."""
+        return self.kind.scored_by_loss or not self.report
+
 
 @dataclass(frozen=True)
 class Owner:

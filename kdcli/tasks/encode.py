@@ -50,18 +50,20 @@ def check_room(tokenizer: Any, max_length: int, *, pair: bool) -> None:
 
 
 def _encoded(batch: dict[str, list[Any]], tokenizer: Any, longest: int) -> pa.RecordBatch:
-    pair = batch.get("text_pair")
-    encoded = tokenizer(
-        batch["text"], pair, truncation="longest_first" if pair is not None else True, max_length=longest
-    )
     columns = {"index": pa.array(batch["index"], pa.int64())}
-    for name in INPUTS:
-        if name in encoded:
-            columns[name] = pa.array(encoded[name], IDS[name])
+    columns |= token_columns(tokenizer, batch["text"], batch.get("text_pair"), max_length=longest)
     if "label" in batch:
         columns["labels"] = pa.array(batch["label"])
-    columns["length"] = pa.array([len(ids) for ids in encoded["input_ids"]], pa.int32())
     return pa.RecordBatch.from_pydict(columns)
+
+
+def token_columns(
+    tokenizer: Any, texts: list[str], pairs: list[str] | None = None, *, max_length: int
+) -> dict[str, pa.Array]:
+    """Return what a model reads of texts, or pairs: input_ids, attention_mask, [token_type_ids] and length."""
+    encoded = tokenizer(texts, pairs, truncation="longest_first" if pairs is not None else True, max_length=max_length)
+    columns = {name: pa.array(encoded[name], IDS[name]) for name in INPUTS if name in encoded}
+    return {**columns, "length": pa.array([len(ids) for ids in encoded["input_ids"]], pa.int32())}
 
 
 class Collator:

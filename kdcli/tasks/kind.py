@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kdcli.data.columns import Columns
+    from kdcli.data.sets import NamedSet
     from kdcli.objectives.distribution import Distribution
     from kdcli.signals import Prediction
     from kdcli.tasks.base import Owner, Task
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 CAPABILITIES = {
     "labels": "gold labels",
     "classes": "one class out of several",
+    "embedding": "embeddings of texts",
     "one-per-example": "one prediction an example",
     "text": "texts that keep their answers where words change",
     "vocabulary": "predictions over a vocabulary",
@@ -87,8 +89,9 @@ class TaskKind(ABC):
     scored_by_loss: ClassVar[bool] = False
     """True where there is no metric: a student's only score is its distillation loss on held-out rows."""
     scored_by_outputs: ClassVar[bool] = True
-    """False where `answers` needs more than the outputs of one forward pass (a model that generates, say): checkpoints
-    are then chosen by the distillation loss on held-out rows, and the metrics are those of what is chosen."""
+    """False where `answers` needs more than the outputs of one forward pass (a model that generates, say), or held-out
+    rows have no gold answers: checkpoints are then chosen by the distillation loss on held-out rows, and the metrics
+    are those of what is chosen."""
     general: ClassVar[bool] = False
     """True where students are general: they are not scored or exported themselves (so `scored_by_loss` is true, too),
     but fine-tuned by `[[finetune]]`, and handed over without a head that nothing trained."""
@@ -161,6 +164,20 @@ class TaskKind(ABC):
     def has_answers(self, columns: "Columns", fields: Any) -> bool:
         """False for a split without gold answers, such as some test sets on the hub."""
         return True
+
+    def reads(self, named: "NamedSet") -> bool:
+        """Return whether a set that recipes name has rows of this kind."""
+        return named.kind == self.name
+
+    def is_scored(self, rows: "pa.Table") -> bool:
+        """Return whether models can be scored on held-out rows: these have gold answers."""
+        return True
+
+    def draw(self, rows: "pa.Table", size: int | None, seed: int) -> "pa.Table":
+        """Return a fixed random subset of rows that are scored; None takes all."""
+        from kdcli.data.tables import subset
+
+        return subset(rows, size, seed)
 
     def hold_out(self, rows: "pa.Table", fraction: float, seed: int) -> "tuple[pa.Table, pa.Table]":
         """Return a seeded split of the training rows, for data without a validation set."""

@@ -117,7 +117,7 @@ def _open(section: TaskSection, base: Path, notes: list[str]) -> _Rows:
         raw = named.read(section.split_seed)
         fields = kind.fields.model_validate({**section.fields, **named.fields})
         sources = {name: f"{named.source} {name}" for name in raw}
-        return _Rows(kind, fields, named.metrics, raw, named.source, sources)
+        return _Rows(kind.with_fields(fields), fields, named.metrics, raw, named.source, sources)
     if not section.is_own and section.type is None:
         raise _unknown(section.name)
     raw, source = kind.splits(section, registry.fields_of(kind, section), base, notes)
@@ -128,7 +128,7 @@ def _open(section: TaskSection, base: Path, notes: list[str]) -> _Rows:
     if section.hub is not None and "test" in raw and not kind.has_answers(raw["test"], fields):
         # Many sets keep the answers of their test split to themselves: nothing can be scored on such a split.
         del raw["test"]
-    return _Rows(kind, fields, None, raw, source, sources)
+    return _Rows(kind.with_fields(fields), fields, None, raw, source, sources)
 
 
 def _open_parts(section: TaskSection, base: Path, notes: list[str]) -> Iterator[_Rows]:
@@ -143,7 +143,7 @@ def _open_parts(section: TaskSection, base: Path, notes: list[str]) -> Iterator[
         sources = {name: f"part {part.name}: {source}" for name, source in opened.sources.items()}
         rows = replace(opened, sources=sources, part=part.name, place=place)
         first = first or rows
-        if rows.kind is not first.kind:
+        if rows.kind.name != first.kind.name:
             raise InputError(
                 f"{part.name} is a {rows.kind.name} task, and {first.part} a {first.kind.name} task",
                 where=place,
@@ -255,10 +255,11 @@ def _task(
         {name: subset(rows, section.validation_samples, seed) for name, rows in sets.items()} for sets in validation
     ]
     selection = [next(iter(sets.values())) for sets in validation]
-    report, protocol = validation, str(evaluate.protocol)
+    report = [{name: rows for name, rows in sets.items() if kind.is_scored(rows)} for sets in validation]
+    protocol = str(evaluate.protocol)
     tested = [rows is not None for rows in test]
     remarks = []
-    if kind.scored_by_loss:
+    if kind.scored_by_loss or not (any(tested) or any(report)):
         protocol = "held-out loss"
     elif protocol == "half-dev":
         if any(tested):
@@ -271,7 +272,7 @@ def _task(
         report = [{name: halves(rows)[1] for name, rows in sets.items()} for sets in validation]
     elif any(tested):
         report = [
-            {"test": subset(rows, section.test_samples, seed)} if rows is not None else sets
+            {"test": kind.draw(rows, section.test_samples, seed)} if rows is not None else sets
             for rows, sets in zip(test, validation, strict=True)
         ]
         if lacking := [name for name, has in zip(names, tested, strict=False) if not has]:
@@ -297,13 +298,13 @@ def _task(
     if trains and labels and (counts := kind.count(splits["train"], labels)) is not None and not counts.all():
         absent = [label for label, count in zip(labels, counts, strict=True) if not count]
         remarks.append(f"no training rows of {counted(len(absent), 'class', 'classes')}: {listed(absent)}")
-    reported = {name: subset(rows, limit, seed) for name, rows in reported.items()}
+    reported = {name: kind.draw(rows, limit, seed) for name, rows in reported.items()}
     splits |= {f"report-{name}": rows for name, rows in reported.items()}
     if calibration:
         splits["calibration"] = pa.concat_tables(calibration)
     return Task(
         name=section.name,
-        kind=kind.with_fields(fields),
+        kind=kind,
         fields=fields,
         label_names=labels,
         metrics=metrics,
@@ -355,6 +356,7 @@ def load_rows(
     except ValueError as error:
         raise InputError(str(error), where="--data", hint="name the column of text: --text COLUMN") from error
     columns = read_file(Path(path), "--data", delimiter=section.delimiter, encoding=section.encoding, notes=notes)
+    kind = kind.with_fields(fields)
     rows, labels = kind.read_for(config, columns, fields, path, notes, names)
     return _task(
         section,

@@ -37,11 +37,13 @@ class Distiller(nn.Module):
         kind: "TaskKind",
         teacher: "PreTrainedModel | None" = None,
         teacher_outputs: "KnownOutputs | None" = None,
+        held_outputs: "KnownOutputs | None" = None,
         teacher_states: "KeptStates | None" = None,
         teacher_factors: Mapping[MatrixKey, tuple[Tensor, ...]] | None = None,
     ) -> None:
-        """kind: of the task. teacher_outputs: what a fixed teacher gives for each example. teacher_states: what is
-        kept of its inside; batches then come from a `StatesCollator`.
+        """kind: of the task. teacher_outputs: what a fixed teacher gives for each example; held_outputs: the same of
+        the held-out rows, where these have a loss. teacher_states: what is kept of its inside; batches then come from
+        a `StatesCollator`.
 
         Raises ValueError when two terms have one name: their values could not be told apart.
         """
@@ -63,6 +65,7 @@ class Distiller(nn.Module):
         # A plain dict hides the teacher from nn.Module's registration.
         self._fixed: dict[str, PreTrainedModel] = {}
         self.teacher_outputs = None if self.teacher_request.gradients else teacher_outputs
+        self.held_outputs = None if self.teacher_request.gradients else held_outputs
         self.teacher_states = None if self.teacher_request.gradients else teacher_states
         self.teacher_factors = dict(teacher_factors or {})
         if teacher is not None and self._teacher_must_run():
@@ -81,8 +84,9 @@ class Distiller(nn.Module):
         """Move what is not registered (the teacher and its cached outputs) to `device`."""
         for model in self._fixed.values():
             model.to(device)  # type: ignore[arg-type]
-        if self.teacher_outputs is not None:
-            self.teacher_outputs.to(device)
+        for known in (self.teacher_outputs, self.held_outputs):
+            if known is not None:
+                known.to(device)
         self.teacher_factors = {
             key: tuple(factor.to(device) for factor in chain) for key, chain in self.teacher_factors.items()
         }
@@ -107,8 +111,10 @@ class Distiller(nn.Module):
         else:
             with torch.set_grad_enabled(self.teacher_request.gradients > 0), self.teacher_capture as capture:
                 signals = capture.run(batch)
-        if self.teacher_outputs is not None:
-            signals.predictions = self.kind.predictions(self.teacher_outputs.of(batch), batch)
+        # Held-out rows have numbers of their own.
+        known = self.teacher_outputs if self.training or self.held_outputs is None else self.held_outputs
+        if known is not None:
+            signals.predictions = self.kind.predictions(known.of(batch), batch)
         signals.factors = self.compared_factors()
         return signals
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, distributions
 from torch.nn.functional import one_hot
 
-from kdcli.objectives.distribution import Bernoulli, Categorical, Distribution, Normal
+from kdcli.objectives.distribution import Bernoulli, Categorical, Direction, Distribution, Normal
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -84,3 +84,15 @@ def test_views_are_scores_of_rows_that_do_not_see_each_other():
     (of_two,) = Categorical().views(2, LABELS % 2)
     expected = -(logits[:, :2].log_softmax(-1) * one_hot(LABELS % 2, 2)).sum()
     torch.testing.assert_close(of_two(logits[:, :2]), expected)
+
+
+def test_directions_differ_by_their_angle_at_every_temperature_and_have_no_gold_answer():
+    student, teacher = draw(1, 5, 4).requires_grad_(), draw(2, 5, 4).requires_grad_()
+    cosines = (student / student.norm(dim=1, keepdim=True) * teacher / teacher.norm(dim=1, keepdim=True)).sum(1)
+    torch.testing.assert_close(Direction().divergence(student, teacher, temperature=3.0), (1 - cosines).mean())
+    torch.testing.assert_close(Direction().divergence(7 * student, teacher, WEIGHTS), ((1 - cosines) * WEIGHTS).sum())
+    assert Direction().divergence(3 * teacher, teacher).item() == pytest.approx(0.0, abs=1e-6)
+    Direction().divergence(student, teacher).backward()
+    assert student.grad is not None and teacher.grad is None
+    with pytest.raises(TypeError, match="no gold answer"):
+        Direction().nll(student, teacher)
