@@ -38,18 +38,19 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cells import AT_A_TIME, RECIPES, Cell, Outcome, Profile, Row, Size, Study
 from common import encoder, need_data
+from kinds import KINDS
 
 from kdcli.compare.report import difference_text
 from kdcli.compare.statistics import Difference, paired_difference, summarise
 from kdcli.files import write_json
 from kdcli.markdown import table_row
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "methods"
 METRICS = {
     "sst2": "SST-2, accuracy",
     "cola": "CoLA, MCC",
@@ -60,119 +61,6 @@ METRICS = {
 """The columns of the tables."""
 ORDER = ("stsb", "sst2", "cola", "mrpc", "rte")
 """The order that tasks run in."""
-UNFIT = {("dbkd", "stsb")}
-"""Recipes and tasks that do not go together: a regression has no decisions."""
-COSTS = {
-    "kd": 1.05,
-    "makd": 1.8,
-    "tinybert": 1.3,
-    "minilm": 1.6,
-    "distilbert": 1.5,
-    "theseus": 1.0,
-    "dbkd": 1.1,
-    "adkd": 3.6,
-    "lgtm": 9.4,
-}
-"""Seconds of a step, with fine-tuning of a student of 3 blocks = 1; chains add CHAIN_COST."""
-CHAIN_COST = 1.5
-STEP_SECONDS, CELL_SECONDS, AT_A_TIME = 0.01, 3.0, 5.0
-"""What the estimate assumes of a GPU: a plain step, what is done once a cell, processes that do not slow each other."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A student: a recipe of recipes/methods with some fields changed, FIELD=VALUE. table: the title of its table."""
-
-    table: str
-    label: str
-    recipe: str
-    changes: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """What its files are called: `makd-budget-0.5`."""
-        fields = (change.replace('"', "").split("=") for change in self.changes)
-        return "-".join([self.recipe, *(f"{field.rpartition('.')[2]}-{value}" for field, value in fields)])
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much of a task is trained on: rows, rows of a step, and passes over them of a student and of the teacher."""
-
-    rows: int
-    batch: int
-    epochs: int
-    teacher_epochs: int
-    changes: tuple[str, ...] = ()
-
-    @property
-    def steps(self) -> int:
-        """Steps of a student."""
-        return self.epochs * -(-self.rows // self.batch)
-
-
-@dataclass(frozen=True)
-class Profile:
-    """The size of every task, what every recipe is changed in, and the tables that have not all tasks."""
-
-    sizes: dict[str, Size]
-    changes: tuple[str, ...]
-    only: dict[str, tuple[str, ...]]
-
-    def runs(self, row: Row, task: str) -> bool:
-        """True where a row has a cell on a task."""
-        return (row.recipe, task) not in UNFIT and task in self.only.get(row.table, ORDER)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One student: a row on a task with one seed."""
-
-    row: Row
-    task: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.task}-{self.row.name}-seed{self.seed}"
-
-    def changes(self, profile: Profile) -> list[str]:
-        """Return all changes of its recipe, but for what depends on the machine."""
-        size = profile.sizes[self.task]
-        return [
-            f'task="{self.task}"',
-            f"task.train_samples={size.rows}",
-            f"train.batch_size={size.batch}",
-            f"train.epochs={size.epochs}",
-            f"teacher.finetune.epochs={size.teacher_epochs}",
-            f"seed={self.seed}",
-            *profile.changes,
-            *size.changes,
-            *self.row.changes,
-        ]
-
-    def seconds(self, profile: Profile) -> float:
-        """Return what it takes on a GPU alone, by the assumptions of the estimate."""
-        chains = any(change.startswith("overparam.") for change in self.row.changes)
-        return CELL_SECONDS + STEP_SECONDS * profile.sizes[self.task].steps * (
-            COSTS[self.row.recipe] + CHAIN_COST * chains
-        )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a cell gave, and what it was made from. seconds: of training, and of all; teacher's are not among them."""
-
-    cell: str
-    changes: list[str]
-    teacher: float
-    student: float
-    parameters: int
-    train_seconds: float
-    seconds: float
-    device: str
-
-
 HALF, THIRD, SIXTH = "Half of the block weights", "A third of the block weights", "A sixth of the block weights"
 CHAINS = "Methods that take factorised training, half of the block weights"
 STARTS = "Starts of the factors of `makd`, half of the block weights"
@@ -243,16 +131,7 @@ GPU = Profile(
 )
 
 
-def cells_of(profile: Profile, seeds: int = 3) -> list[Cell]:
-    """Return all cells, the most important ones first."""
-    return [
-        Cell(row, task, 42 + number)
-        for stage in STAGES
-        for task in ORDER
-        for number in range(seeds)
-        for row in stage
-        if profile.runs(row, task)
-    ]
+METHODS = Study(tuple(map(tuple, STAGES)), METRICS, ORDER, BASELINES, CPU, GPU)
 
 
 def next_cell(waiting: Sequence[Cell], running: Iterable[Cell], taught: Iterable[str]) -> Cell | None:
@@ -324,6 +203,9 @@ def run_cell(cell: Cell, profile: Profile, output: Path) -> Outcome:
         train_seconds=record.seconds.train,
         seconds=round(time.perf_counter() - begun - done.run.document["seconds"].get("teacher", 0.0), 2),
         device=str(record.versions["device"]),
+        megabytes=student.megabytes,
+        teacher_parameters=teacher.parameters,
+        teacher_megabytes=teacher.megabytes,
     )
     write_json(output / "cells" / f"{cell.name}.json", asdict(outcome))
     shutil.rmtree(folder)
@@ -371,29 +253,31 @@ def run_all(
 # The tables
 
 
-def tables(outcomes: dict[Cell, Outcome], seeds: int = 3) -> str:
+def tables(outcomes: dict[Cell, Outcome], seeds: int = 3, study: Study = METHODS) -> str:
     """Return the tables of whatever is finished, as Markdown: scores of 100, then paired differences."""
     devices = ", ".join(sorted({outcome.device for outcome in outcomes.values()}))
     head = [f"{len(outcomes)} students, on {devices or 'no device yet'}.", ""]
-    return "\n".join([*head, *(line for title in BASELINES for line in _table(title, outcomes, seeds))])
+    return "\n".join([*head, *(line for title in study.baselines for line in _table(title, outcomes, seeds, study))])
 
 
-def _table(title: str, outcomes: dict[Cell, Outcome], seeds: int) -> Iterator[str]:
-    own = [row for stage in STAGES for row in stage if row.table == title]
+def _table(title: str, outcomes: dict[Cell, Outcome], seeds: int, study: Study) -> Iterator[str]:
+    own = [row for stage in study.stages for row in stage if row.table == title]
     rows = [row for row in own if any(cell.row == row for cell in outcomes)]
     if not rows:
         return
-    baseline = BASELINES[title]
-    tasks = [task for task in METRICS if any(cell.row in rows and cell.task == task for cell in outcomes)]
+    baseline, metrics = study.baselines[title], study.metrics
+    tasks = [task for task in metrics if any(cell.row in rows and cell.task == task for cell in outcomes)]
     others = [row for row in rows if row != baseline]
-    yield from (f"### {title}", "", table_row(["", *(METRICS[task] for task in tasks), "parameters", "seconds"]))
-    yield table_row(["---", *["---:"] * (len(tasks) + 2)])
-    yield table_row(["teacher", *(_teacher(outcomes, task) for task in tasks), "", ""])
+    yield from (f"### {title}", "", table_row(["", *(metrics[task] for task in tasks), "parameters", "MB", "seconds"]))
+    yield table_row(["---", *["---:"] * (len(tasks) + 3)])
+    taught = [outcome for cell, outcome in outcomes.items() if cell.task in tasks]
+    sizes = f"{max(outcome.teacher_parameters for outcome in taught):,}", _megabytes(taught, "teacher_megabytes")
+    yield table_row(["teacher", *(_teacher(outcomes, task) for task in tasks), *sizes, ""])
     for row in [baseline, *others]:
         mine = [outcome for cell, outcome in outcomes.items() if cell.row == row]
         scores = [_score(_scores(outcomes, row, task), seeds) for task in tasks]
-        yield table_row([row.label, *scores, _parameters(mine), _seconds(mine)])
-    yield from ("", table_row([f"less {baseline.label}", *(METRICS[task].partition(",")[0] for task in tasks)]))
+        yield table_row([row.label, *scores, _parameters(mine), _megabytes(mine, "megabytes"), _seconds(mine)])
+    yield from ("", table_row([f"less {baseline.label}", *(metrics[task].partition(",")[0] for task in tasks)]))
     yield table_row(["---", *["---:"] * len(tasks)])
     for row in others:
         pairs = (paired_difference(_scores(outcomes, row, task), _scores(outcomes, baseline, task)) for task in tasks)
@@ -430,6 +314,10 @@ def _parameters(outcomes: list[Outcome]) -> str:
     return f"{max(outcome.parameters for outcome in outcomes):,}" if outcomes else ""
 
 
+def _megabytes(outcomes: list[Outcome], field: str) -> str:
+    return f"{max(getattr(outcome, field) for outcome in outcomes):.1f}" if outcomes else ""
+
+
 def _seconds(outcomes: list[Outcome]) -> str:
     summary = summarise(dict(enumerate(outcome.train_seconds for outcome in outcomes)))
     return f"{summary.mean:.0f}" if summary is not None else ""
@@ -437,20 +325,27 @@ def _seconds(outcomes: list[Outcome]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=["methods", "kinds"], default="methods", help="which set of tables")
     parser.add_argument("--output", type=Path, default=Path("bench/tables"))
     parser.add_argument("--cpu", action="store_true", help="sizes that finish on a CPU, and run there")
     parser.add_argument("--workers", type=int, help="processes side by side (default: 12, or 2 with --cpu)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each of them")
     parser.add_argument("--minutes", type=float, help="start no cell after these")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, help="how many, from 42 (default: 3 for methods, 2 for kinds)")
+    parser.add_argument("--tasks", nargs="+", help="these tasks alone")
     parser.add_argument("--plan", action="store_true", help="print the cells and what they cost, and run nothing")
     parser.add_argument("--report", action="store_true", help="print the tables of what is finished, and run nothing")
     options = parser.parse_args()
-    profile = CPU if options.cpu else GPU
-    cells = cells_of(profile, options.seeds)
+    study = {"methods": METHODS, "kinds": KINDS}[options.study]
+    profile = study.cpu if options.cpu or study.gpu is None else study.gpu
+    seeds = options.seeds or study.seeds
+    cells = [cell for cell in study.cells(profile, seeds) if cell.task in (options.tasks or study.order)]
     if options.plan:
         for cell in cells:
             print(cell.name)
+        if profile is not study.gpu:
+            print(f"{len(cells)} cells")
+            return
         seconds = sum(cell.seconds(profile) for cell in cells)
         print(f"{len(cells)} cells; {seconds:,.0f} seconds one by one on a GPU, {seconds / AT_A_TIME / 60:.1f} minutes")
         return
@@ -458,7 +353,7 @@ def main() -> None:
         need_data()
         workers = options.workers or (2 if options.cpu else 12)
         run_all(cells, profile, options.output, workers=workers, threads=options.threads, minutes=options.minutes)
-    print(tables(outcomes_of(options.output, cells, profile), options.seeds))
+    print(tables(outcomes_of(options.output, cells, profile), seeds, study))
 
 
 if __name__ == "__main__":

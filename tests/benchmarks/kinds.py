@@ -1,0 +1,89 @@
+"""The tables of further kinds of tasks: questions, tags of words, sentence embeddings, several languages.
+
+Rows are the same methods everywhere, each plain and with OPDF; students have 3 of the teacher's 6 blocks, or low-rank
+factors of as many parameters. The teacher of a task is fine-tuned once on the rows that its students get, but for
+sentence embeddings, whose teacher is used as it is.
+
+Sizes (a CPU only): small parts of the training and validation sets, chosen so that all cells take about an hour of one
+core per seed; they say how methods compare with this little training, and nothing about a task's published figures.
+"""
+
+import os
+
+from cells import Profile, Row, Size, Study
+
+QUESTIONS, TAGS = "Questions, answered from a context", "Tags of words"
+METHODS = ("kd", "hs", "minilmv2", "tinybert", "makd")
+METRICS = {
+    "squad_small": "SQuAD, part, F1",
+    "squad_v2_small": "SQuAD 2.0, part, F1",
+    "xquad_en": "XQuAD English, F1",
+    "wnut_17": "WNUT-17, span F1",
+    "conll2000": "CoNLL-2000, span F1",
+    "ud_en": "UD English, accuracy",
+    "ud_de": "UD German, accuracy",
+    "ud_es": "UD Spanish, accuracy",
+}
+GROUPS = {
+    QUESTIONS: ("squad_small", "squad_v2_small", "xquad_en"),
+    TAGS: ("wnut_17", "conll2000", "ud_en", "ud_de", "ud_es"),
+}
+ENTITIES = ("corporation", "creative-work", "group", "location", "person", "product")
+NAMES = ", ".join(f'"{name}"' for name in ("O", *(f"{letter}-{entity}" for entity in ENTITIES for letter in "BI")))
+
+
+def _rows(table: str, with_chains: bool) -> list[Row]:
+    label, chains = (" +OPDF, L = 1", ("overparam.length=1",)) if with_chains else ("", ())
+    students = {"makd": ("student.budget=0.5",)}
+    return [
+        Row(table, f"`{name}`{label}", name, students.get(name, ("student.layers=3",)) + chains) for name in METHODS
+    ]
+
+
+def _table(folder: str, fields: str) -> str:
+    data = f"{os.environ.get('KDCLI_DATA_DIR', 'data')}/{folder}"
+    name = {"ud_pos/en": "ud_en", "ud_pos/de": "ud_de", "ud_pos/es": "ud_es"}.get(folder, folder)
+    return f'{{name="{name}", train="{data}/train.parquet", validation="{data}/validation.parquet", {fields}}}'
+
+
+def _questions(folder: str, rows: int, teacher_epochs: int) -> Size:
+    table = _table(folder, 'type="question-answering", stride=48, validation_samples=200')
+    return Size(rows, 8, 1, teacher_epochs, ("task.max_length=192",), table)
+
+
+def _tags(folder: str, rows: int, teacher_epochs: int, fields: str = "") -> Size:
+    table = _table(folder, f'type="token-classification", validation_samples=400{fields}')
+    return Size(rows, 16, 2, teacher_epochs, ("task.max_length=64",), table)
+
+
+CPU = Profile(
+    {
+        "squad_small": _questions("squad_small", 600, 2),
+        "squad_v2_small": _questions("squad_v2_small", 600, 2),
+        "xquad_en": _questions("xquad_en", 600, 2),
+        "wnut_17": _tags("wnut_17", 1_200, 3, f", labels=[{NAMES}]"),
+        "conll2000": _tags("conll2000", 600, 3, ', label="chunk_tags"'),
+        "ud_en": _tags("ud_pos/en", 600, 3, ', label="pos"'),
+        "ud_de": _tags("ud_pos/de", 600, 3, ', label="pos"'),
+        "ud_es": _tags("ud_pos/es", 600, 3, ', label="pos"'),
+    },
+    (
+        'train.select="last"',
+        "train.eval_every=100000",
+        "train.learning_rate=3e-4",
+        'train.device="cpu"',
+        "teacher.seed=42",
+        "teacher.finetune.learning_rate=1e-4",
+    ),
+    GROUPS,
+)
+STAGES = tuple(tuple(row for table in GROUPS for row in _rows(table, chains)) for chains in (False, True))
+KINDS = Study(
+    STAGES,
+    METRICS,
+    tuple(METRICS),
+    {table: next(row for row in STAGES[0] if row.table == table) for table in GROUPS},
+    CPU,
+    seeds=2,
+    seeds_last=True,
+)
