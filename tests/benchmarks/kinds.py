@@ -29,12 +29,17 @@ GROUPS = {
     TAGS: ("wnut_17", "conll2000", "ud_en", "ud_de", "ud_es"),
 }
 ENTITIES = ("corporation", "creative-work", "group", "location", "person", "product")
-NAMES = ", ".join(f'"{name}"' for name in ("O", *(f"{letter}-{entity}" for entity in ENTITIES for letter in "BI")))
+CHUNKS = ("ADJP", "ADVP", "CONJP", "INTJ", "LST", "NP", "PP", "PRT", "SBAR", "UCP", "VP")
+
+
+def _span_tags(types: tuple[str, ...]) -> str:
+    names = ("O", *(f"{letter}-{kind}" for kind in types for letter in "BI"))
+    return ", ".join(f'"{name}"' for name in names)
 
 
 def _rows(table: str, with_chains: bool) -> list[Row]:
     label, chains = (" +OPDF, L = 1", ("overparam.length=1",)) if with_chains else ("", ())
-    students = {"makd": ("student.budget=0.5",)}
+    students = {"makd": ("student.budget=0.5", "student.init_samples=64")}
     return [
         Row(table, f"`{name}`{label}", name, students.get(name, ("student.layers=3",)) + chains) for name in METHODS
     ]
@@ -46,26 +51,22 @@ def _table(folder: str, fields: str) -> str:
     return f'{{name="{name}", train="{data}/train.parquet", validation="{data}/validation.parquet", {fields}}}'
 
 
-def _questions(folder: str, rows: int, teacher_epochs: int) -> Size:
-    table = _table(folder, 'type="question-answering", stride=48, validation_samples=200')
-    return Size(rows, 8, 1, teacher_epochs, ("task.max_length=192",), table)
+def _questions(folder: str) -> Size:
+    table = _table(folder, 'type="question-answering", stride=48, validation_samples=150')
+    return Size(640, 8, 1, 2, ("task.max_length=192", "teacher.finetune.batch_size=8"), table)
 
 
-def _tags(folder: str, rows: int, teacher_epochs: int, fields: str = "") -> Size:
-    table = _table(folder, f'type="token-classification", validation_samples=400{fields}')
-    return Size(rows, 16, 2, teacher_epochs, ("task.max_length=64",), table)
+def _tags(folder: str, fields: str = "", rows: int = 320) -> Size:
+    table = _table(folder, f'type="token-classification", validation_samples=200{fields}')
+    return Size(rows, 16, 2, 4, ("task.max_length=64", "teacher.finetune.batch_size=16"), table)
 
 
 CPU = Profile(
     {
-        "squad_small": _questions("squad_small", 600, 2),
-        "squad_v2_small": _questions("squad_v2_small", 600, 2),
-        "xquad_en": _questions("xquad_en", 600, 2),
-        "wnut_17": _tags("wnut_17", 1_200, 3, f", labels=[{NAMES}]"),
-        "conll2000": _tags("conll2000", 600, 3, ', label="chunk_tags"'),
-        "ud_en": _tags("ud_pos/en", 600, 3, ', label="pos"'),
-        "ud_de": _tags("ud_pos/de", 600, 3, ', label="pos"'),
-        "ud_es": _tags("ud_pos/es", 600, 3, ', label="pos"'),
+        **{name: _questions(name) for name in GROUPS[QUESTIONS]},
+        "wnut_17": _tags("wnut_17", f", labels=[{_span_tags(ENTITIES)}]", rows=960),
+        "conll2000": _tags("conll2000", f', label="chunk_tags", labels=[{_span_tags(CHUNKS)}]'),
+        **{f"ud_{name}": _tags(f"ud_pos/{name}", ', label="pos"') for name in ("en", "de", "es")},
     },
     (
         'train.select="last"',
@@ -73,7 +74,7 @@ CPU = Profile(
         "train.learning_rate=3e-4",
         'train.device="cpu"',
         "teacher.seed=42",
-        "teacher.finetune.learning_rate=1e-4",
+        "teacher.finetune.learning_rate=2e-4",
     ),
     GROUPS,
 )
