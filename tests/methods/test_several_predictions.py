@@ -1,0 +1,87 @@
+"""Methods of more than the prediction where an example has several predictions: spans of contexts, tags of words."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_recipes import run_recipe, tiny_recipe, write_recipe
+
+from kdcli.cli.app import run
+from kdcli.methods import registry
+from kdcli.tasks import registry as kinds
+
+WORDS = ["the", "film", "was", "dull", "but", "its", "plot", "seemed", "really", "gripping"]
+METHODS: dict[str, dict[str, Any]] = {
+    "adkd": {"steps": 2, "top_k": 20},
+    "lgtm": {"zero_classifiers": True, "held_out": 0.2},
+    "theseus": {"full_at": 1.0},
+}
+
+
+def _question(row: int) -> dict[str, Any]:
+    words = [WORDS[(row + place * (row % 3 + 1)) % 10] for place in range(24)]
+    first = len(" ".join([*words[: row % 24], ""]))
+    question = {"question": f"what was {WORDS[row % 10]}", "context": " ".join(words)}
+    return {**question, "answer": words[row % 24], "answer_start": first}
+
+
+def _tagged(row: int) -> dict[str, Any]:
+    words = [WORDS[(row + place * (row % 3 + 1)) % 10] for place in range(24)]
+    return {"tokens": words, "tags": [f"{word[0]}-word" for word in words]}
+
+
+DATA = {
+    "question-answering": (_question, {"max_length": 24, "stride": 4}),
+    "token-classification": (_tagged, {"max_length": 16, "stride": 4}),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows of both kinds, each longer than a window, and their recipes."""
+    folder = tmp_path_factory.mktemp("several")
+    for kind, (row, fields) in DATA.items():
+        for name, rows in (("train", range(24)), ("held", range(24, 32))):
+            text = "".join(json.dumps(row(number)) + "\n" for number in rows)
+            (folder / f"{kind}-{name}.jsonl").write_text(text)
+        files = {"train": f"{kind}-train.jsonl", "validation": f"{kind}-held.jsonl"}
+        task = {"name": "own", "type": kind, **files, **fields}
+        write_recipe(folder / f"{kind}.toml", tiny_recipe("task", task=task, train={"max_steps": 2}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        pytest.param(kind, method, marks=[] if method == "adkd" else pytest.mark.slow)
+        for kind in DATA
+        for method in METHODS
+    ],
+)
+def test_it_trains_a_student_on_windows(kind: str, method: str, world: Path):
+    options = [f"method.{name}={json.dumps(value)}" for name, value in METHODS[method].items()]
+    document = run_recipe(world / f"{kind}.toml", f"method={method}", *options, output=world / f"{kind}-{method}")
+    history = [entry for entry in document["training"][0]["history"] if "loss" in entry]
+    assert history and all(entry["loss"] > 0 for entry in history)
+    if method == "adkd":
+        assert all(0 < entry["attribution"] < 4 for entry in history)
+    assert 0 <= document["student"]["score"] <= 1
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_each_kind_says_which_methods_fit(kind: str, world: Path, capsys: Any):
+    fitting = {name for name in registry.names() if kind in kinds.providing(registry.get(name).needs)}
+    assert fitting == set(registry.names()) - {"dbkd", "od"} - OF_EMBEDDINGS
+    assert run(["distill", str(world / f"{kind}.toml"), "--dry-run", "--set", "method=dbkd"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "dbkd works on classification tasks: it needs one class out of several and one prediction an example" in error
+    )
+    assert f"own is a {kind} task" in error
+    augmented = 'task.augment={model="x"}'
+    assert run(["distill", str(world / f"{kind}.toml"), "--dry-run", "--set", augmented]) == 2
+    assert "augment needs texts that keep their answers where words change" in capsys.readouterr().err
+
+
+OF_EMBEDDINGS = {name for name in registry.names() if "embedding" in registry.get(name).needs}
