@@ -13,16 +13,13 @@ SCRIPT = "predict.py"
 HEAD = '''\
 """Answers as JSON lines: python {script} {usage}. Needs onnxruntime and tokenizers only."""
 
-import json
-import sys
-
+{imports}
 import numpy as np
 from onnxruntime import InferenceSession
 from tokenizers import Tokenizer
 
 NAMES = {{"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}}
 tokenizer = Tokenizer.from_file(f"{{sys.path[0]}}/tokenizer.json")
-tokenizer.enable_padding(pad_id={pad})
 session = InferenceSession(f"{{sys.path[0]}}/model.onnx")
 '''
 
@@ -32,8 +29,13 @@ def script_of(kind: TaskKind, fields: Any, config: "PretrainedConfig", tokenizer
 
     fields: the kind's own. max_length: tokens of an input.
     """
-    decoding = kind.script(fields, config, longest_input(tokenizer, max_length))
-    if decoding is None or not getattr(tokenizer, "is_fast", False):
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    decoding = kind.script(fields, config, tokenizer, longest_input(tokenizer, max_length))
+    if decoding is None:
         return None
     usage = "".join(f"{name.upper()} " for name in kind.inputs(fields)) + "..."
-    return HEAD.format(script=SCRIPT, usage=usage, pad=tokenizer.pad_token_id) + decoding
+    lines = decoding.splitlines(keepends=True)
+    imports = ["import json\n", "import sys\n", *(line for line in lines if line.startswith("import "))]
+    head = HEAD.format(script=SCRIPT, usage=usage, imports="".join(sorted(imports)))
+    return head + "".join(line for line in lines if line not in imports)

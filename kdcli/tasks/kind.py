@@ -358,13 +358,13 @@ class TaskKind(ABC):
         """Return how a reply compares with another model's to the same row: whether they agree, or by how much not."""
         return {"agree": reply[self.answer] == other[self.answer]}
 
-    def script(self, fields: Any, config: Any, max_length: int) -> str | None:
+    def script(self, fields: Any, config: Any, processor: Any, max_length: int) -> str | None:
         """Return Python lines that answer texts with an exported graph, as JSON lines; None where there are none.
 
         They follow `HEAD` of `kdcli.export.script`, which defines what they begin with: `tokenizer`, `session`, and
-        `NAMES`, the attribute of an encoding for each input of the graph. Both together have at most 20 lines, and
-        use no library but NumPy beside what the head imports. The texts are the script's arguments, one after the
-        other as in `inputs`; the replies have the main keys of `replies`.
+        `NAMES`, the attribute of an encoding for each input of the graph; lines that import modules go before it.
+        Both together have at most 20 lines, and use no library but NumPy beside what the head imports. The texts are
+        the script's arguments, one after the other as in `inputs`; the replies have the main keys of `replies`.
         """
         return None
 

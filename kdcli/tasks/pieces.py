@@ -149,7 +149,7 @@ def with_space_before_words(tokenizer: Any) -> Any:
     Byte-level ones tell where a word begins by the space before it, which lists of words have not. Other tokenizers are
     returned as they are.
     """
-    if not _lacks_spaces(tokenizer):
+    if not lacks_spaces(tokenizer):
         return tokenizer
     from kdcli.models.load import load_tokenizer
 
@@ -171,7 +171,7 @@ def _splitters(state: dict[str, Any] | None) -> list[dict[str, Any]]:
     return (state or {}).get("pretokenizers", [state] if state else [])
 
 
-def _lacks_spaces(tokenizer: Any) -> bool:
+def lacks_spaces(tokenizer: Any) -> bool:
     """True for a byte-level tokenizer that puts no space before a word."""
     splitter = tokenizer.backend_tokenizer.pre_tokenizer
     steps = _splitters(json.loads(splitter.__getstate__())) if splitter is not None else []
@@ -180,7 +180,7 @@ def _lacks_spaces(tokenizer: Any) -> bool:
 
 def _spelling(tokenizer: Any) -> Callable[[str], str]:
     """Return how a word is given to a tokenizer."""
-    return (lambda word: f" {word}" if word else word) if _lacks_spaces(tokenizer) else (lambda word: word)
+    return (lambda word: f" {word}" if word else word) if lacks_spaces(tokenizer) else (lambda word: word)
 
 
 class WordCollator(Collator):

@@ -48,6 +48,23 @@ LOW = -1e30
 """The logit of a position where no answer begins or ends; finite also at any temperature."""
 
 
+SCRIPT = """\
+tokenizer.enable_padding(pad_id=PAD)
+tokenizer.enable_truncation(LENGTH, stride=STRIDE, strategy="only_second")
+for question, context in zip(sys.argv[1::2], sys.argv[2::2]):
+    windows = [first := tokenizer.encode(question, context), *first.overflowing]
+    feed = {node.name: np.array([getattr(w, NAMES[node.name]) for w in windows]) for node in session.get_inputs()}
+    inside = np.array([w.sequence_ids for w in windows]) == 1
+    starts, ends = np.where(inside, logits := session.run(["start_logits", "end_logits"], feed), -np.inf)
+    near = np.tri(inside.shape[1], k=NEAR) > np.tri(inside.shape[1], k=-1)
+    scores = np.where(near, starts[:, :, None] + ends[:, None], -np.inf)
+    window, i, j = np.unravel_index(scores.argmax(), scores.shape)
+    lacks = np.sum(logits, axis=0)[:, 0].min() - scores.max() > THRESHOLD
+    begin, end = (0, 0) if lacks else (windows[window].offsets[i][0], windows[window].offsets[j][1])
+    print(json.dumps({"answer": context[begin:end].strip(), "start": begin, "end": end, "score": float(scores.max())}))
+"""
+
+
 class SpanFields(Fields):
     """The columns of own data, and how contexts are cut into windows and answers out of contexts."""
 
@@ -266,6 +283,19 @@ class QuestionAnswering(TaskKind):
             target = batch["labels"][:, side] if "labels" in batch else None
             tables.append(Prediction(torch.where(batch[CANDIDATES], logits.float(), LOW), target=target))
         return tables
+
+    def script(self, fields: Any, config: Any, processor: Any, max_length: int) -> str | None:
+        """Return the lines, for models with the position of no answer at the beginning."""
+        from kdcli.tasks.windows import room_of
+
+        if processor("a", "b")["input_ids"][0] not in (processor.cls_token_id, processor.bos_token_id):
+            return None
+        longest, _, stride = room_of(processor, max_length, self.own.stride)
+        values = {"PAD": processor.pad_token_id, "LENGTH": longest, "STRIDE": stride, "NEAR": self.own.max_answer - 1}
+        script = SCRIPT
+        for name, value in values.items():
+            script = script.replace(name, str(value))
+        return script.replace("THRESHOLD", str(getattr(config, THRESHOLD, "np.inf")))
 
     def answers(self, model: Any, rows: "Dataset", processor: Any, *, max_length: int, ask: Any, **options: Any) -> Any:
         """Return a model's answers by its own threshold, or the usual one (`decode`) where it has none."""

@@ -38,6 +38,7 @@ TEXTS = ("text", "text_pair")
 
 
 SCRIPT = """\
+tokenizer.enable_padding(pad_id={pad})
 tokenizer.enable_truncation({length})
 encodings = tokenizer.encode_batch({texts})
 feed = {{node.name: np.array([getattr(e, NAMES[node.name]) for e in encodings]) for node in session.get_inputs()}}
@@ -142,10 +143,10 @@ class TextKind(TaskKind):
 
         return Collator(processor)
 
-    def script(self, fields: Any, config: Any, max_length: int) -> str:
+    def script(self, fields: Any, config: Any, processor: Any, max_length: int) -> str:
         pair = len(self.inputs(fields)) > 1
         texts = "list(zip(sys.argv[1::2], sys.argv[2::2]))" if pair else "sys.argv[1:]"
-        return SCRIPT.format(length=max_length, texts=texts) + self.script_of_logits(config)
+        return SCRIPT.format(pad=processor.pad_token_id, length=max_length, texts=texts) + self.script_of_logits(config)
 
     def script_of_logits(self, config: Any) -> str:
         """Return the lines of `script` that print a reply for each row of `logits`, an array (n, classes)."""

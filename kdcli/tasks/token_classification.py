@@ -69,6 +69,37 @@ WRONG = 0.05
 REMEDY = "keep lists in JSON lines or Parquet; a file with a word and its tag a line is a .conll file"
 
 
+SCRIPT = """\
+labels = json.load(open(f"{sys.path[0]}/config.json", encoding="utf-8"))["id2label"]
+tokenizer.enable_truncation(LENGTH)
+for text in sys.argv[1:]:
+    encoding = tokenizer.encode(WORDS, is_pretokenized=True)
+    feed = {node.name: np.array([getattr(encoding, NAMES[node.name])]) for node in session.get_inputs()}
+    [[rows]] = session.run(["logits"], feed)
+    numbers = {word: row.argmax() for word, row in reversed(list(zip(encoding.word_ids, rows)))}
+    tags = [labels[str(numbers[i])] if i in numbers else "O" for i in range(len(text.split()))]
+"""
+"""The words of an argument are what stands between spaces. The tag of a word is that of its first piece."""
+
+TAGS_ALONE = """\
+    print(json.dumps({"words": text.split(), "tags": tags}))
+"""
+
+SPANS = """\
+import re
+    line = " ".join(tags) + " "
+    spans = [(m[m.lastindex], line[: m.start()].count(" "), line[: m.end()].count(" ") + 1) for m in re.finditer(r"PATTERN", line)]
+    print(json.dumps({"words": text.split(), "tags": tags, "spans": [{"type": t, "words": [i, j]} for t, i, j in spans]}))
+"""
+
+PATTERNS = {
+    "IOB": r"[BI]-(\S+)(?: I-\1(?!\S))*",
+    "IOBES": r"S-(\S+)|B-(\S+)(?: I-\2(?!\S))* E-\2(?!\S)",
+    "BILOU": r"U-(\S+)|B-(\S+)(?: I-\2(?!\S))* L-\2(?!\S)",
+}
+"""Spans in tags with spaces between them, as `spans_of` finds them."""
+
+
 class TagFields(Fields):
     """The columns of own data, and the tags."""
 
@@ -336,6 +367,16 @@ class TokenClassification(TaskKind):
                 ]
             found.append(reply)
         return found
+
+    def script(self, fields: Any, config: Any, processor: Any, max_length: int) -> str:
+        from kdcli.tasks.pieces import lacks_spaces
+
+        labels = class_names_of(config)
+        scheme = scheme_of(labels)
+        typed = scheme is not None and any("-" in label for label in labels)
+        script = SCRIPT + (SPANS.replace("PATTERN", PATTERNS[scheme or "IOB"]) if typed else TAGS_ALONE)
+        words = "text.split()" if spelling(processor)("a") == "a" else '[f" {word}" for word in text.split()]'
+        return script.replace("LENGTH", str(max_length)).replace("WORDS", words)
 
     def show(self, reply: dict[str, Any]) -> str:
         if "spans" in reply:
