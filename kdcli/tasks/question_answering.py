@@ -56,12 +56,11 @@ for question, context in zip(sys.argv[1::2], sys.argv[2::2]):
     feed = {node.name: np.array([getattr(w, NAMES[node.name]) for w in windows]) for node in session.get_inputs()}
     inside = np.array([w.sequence_ids for w in windows]) == 1
     starts, ends = np.where(inside, logits := session.run(["start_logits", "end_logits"], feed), -np.inf)
-    near = np.tri(inside.shape[1], k=NEAR) > np.tri(inside.shape[1], k=-1)
-    scores = np.where(near, starts[:, :, None] + ends[:, None], -np.inf)
+    scores = np.where(np.tri(n := len(starts[0]), k=NEAR) > np.tri(n, k=-1), starts[..., None] + ends[:, None], -np.inf)
     window, i, j = np.unravel_index(scores.argmax(), scores.shape)
     lacks = np.sum(logits, axis=0)[:, 0].min() - scores.max() > THRESHOLD
     begin, end = (0, 0) if lacks else (windows[window].offsets[i][0], windows[window].offsets[j][1])
-    print(json.dumps({"answer": context[begin:end].strip(), "start": begin, "end": end, "score": float(scores.max())}))
+    print(json.dumps({"answer": context[begin:end].strip(), "start": begin, "end": end}))
 """
 
 

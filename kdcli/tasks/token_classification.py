@@ -72,24 +72,24 @@ REMEDY = "keep lists in JSON lines or Parquet; a file with a word and its tag a 
 SCRIPT = """\
 labels = json.load(open(f"{sys.path[0]}/config.json", encoding="utf-8"))["id2label"]
 tokenizer.enable_truncation(LENGTH)
-for text in sys.argv[1:]:
+for words in map(str.split, sys.argv[1:]):
     encoding = tokenizer.encode(WORDS, is_pretokenized=True)
     feed = {node.name: np.array([getattr(encoding, NAMES[node.name])]) for node in session.get_inputs()}
     [[rows]] = session.run(["logits"], feed)
-    numbers = {word: row.argmax() for word, row in reversed(list(zip(encoding.word_ids, rows)))}
-    tags = [labels[str(numbers[i])] if i in numbers else "O" for i in range(len(text.split()))]
+    firsts = [encoding.word_ids.index(i) if i in encoding.word_ids else None for i in range(len(words))]
+    tags = ["O" if first is None else labels[str(rows[first].argmax())] for first in firsts]
 """
 """The words of an argument are what stands between spaces. The tag of a word is that of its first piece."""
 
 TAGS_ALONE = """\
-    print(json.dumps({"words": text.split(), "tags": tags}))
+    print(json.dumps({"words": words, "tags": tags}))
 """
 
 SPANS = """\
 import re
-    line = " ".join(tags) + " "
-    spans = [(m[m.lastindex], line[: m.start()].count(" "), line[: m.end()].count(" ") + 1) for m in re.finditer(r"PATTERN", line)]
-    print(json.dumps({"words": text.split(), "tags": tags, "spans": [{"type": t, "words": [i, j]} for t, i, j in spans]}))
+    found = re.finditer(r"PATTERN", line := " ".join(tags))
+    spans = [[m[m.lastindex], line.count(" ", 0, m.start()), line.count(" ", 0, m.end()) + 1] for m in found]
+    print(json.dumps({"words": words, "tags": tags, "spans": spans}))
 """
 
 PATTERNS = {
@@ -375,7 +375,7 @@ class TokenClassification(TaskKind):
         scheme = scheme_of(labels)
         typed = scheme is not None and any("-" in label for label in labels)
         script = SCRIPT + (SPANS.replace("PATTERN", PATTERNS[scheme or "IOB"]) if typed else TAGS_ALONE)
-        words = "text.split()" if spelling(processor)("a") == "a" else '[f" {word}" for word in text.split()]'
+        words = "words" if spelling(processor)("a") == "a" else '[f" {word}" for word in words]'
         return script.replace("LENGTH", str(max_length)).replace("WORDS", words)
 
     def show(self, reply: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The script beside an exported graph: short, without any library but ONNX Runtime and tokenizers, and right."""
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import tiny, tokenizer
+from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification
 
 from kdcli.data.columns import Column
 from kdcli.data.tables import dataset_of
 from kdcli.export.export import export_model
+from kdcli.export.script import script_of
 from kdcli.models.save import save_model
 from kdcli.tasks import registry
 from kdcli.tasks.heads import load_model
@@ -22,7 +26,7 @@ from kdcli.tasks.predict import predict
 
 TEXTS = ["a fine film", "a dull film , and so long that it is cut in the end , after many words", "dark"]
 LENGTH = 16
-ALLOWED = {"json", "sys", "numpy", "onnxruntime", "tokenizers"}
+ALLOWED = {"json", "sys", "numpy", "onnxruntime", "tokenizers", "re"}
 
 
 def code_lines(script: str) -> list[str]:
@@ -44,10 +48,38 @@ def answers_of_script(folder: Path, texts: Sequence[str]) -> list[dict[str, Any]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def replies(kind: TaskKind, fields: Any, model: Any, columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def replies(
+    kind: TaskKind,
+    fields: Any,
+    model: Any,
+    columns: Mapping[str, Sequence[Any]],
+    *,
+    words: Any = None,
+    length: int = LENGTH,
+) -> list[dict[str, Any]]:
     """Return what kdcli answers with the PyTorch model."""
     rows = kind.read_inputs({name: Column.of(values) for name, values in columns.items()}, fields, "here", [])
-    return kind.replies(model, dataset_of(rows), tokenizer(), max_length=LENGTH, ask=predict)
+    return kind.replies(model, dataset_of(rows), words or tokenizer(), max_length=length, ask=predict)
+
+
+def splits_bytes() -> Any:
+    """Return a small tokenizer that splits bytes, and tells a word by the space before it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    found = Tokenizer(models.BPE())
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=215, special_tokens=special, initial_alphabet=alphabet[:120])
+    found.train_from_iterator(TEXTS * 3, trainer)
+    pairs = [("</s>", 2), ("<s>", 1)]
+    found.post_processor = processors.RobertaProcessing(*pairs, trim_offsets=True, add_prefix_space=False)
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token", "mask_token"), special, strict=True))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=found, cls_token="<s>", sep_token="</s>", model_max_length=128, **names
+    )
 
 
 def near(value: Any) -> Any:
@@ -86,6 +118,66 @@ def test_the_script_answers_texts_as_kdcli_does(name: str, family: str, tmp_path
     found = answers_of_script(tmp_path / "out", TEXTS)
     assert found == [near(reply) for reply in replies(kind, kind.fields(), model, {"text": TEXTS})]
     assert len({json.dumps(reply) for reply in found}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("always", [True, False])
+def test_the_script_finds_answers_in_all_windows_of_a_context(family: str, always: bool, tmp_path: Path):
+    base = registry.get("question-answering")
+    fields = base.fields(stride=4, max_answer=5)
+    kind = base.with_fields(fields)
+    torch.manual_seed(1)
+    model = AutoModelForQuestionAnswering.from_config(tiny(family, layers=1).config).eval()
+    with torch.no_grad():
+        model.qa_outputs.weight.mul_(20.0)
+    rows = [(question, context) for question in ("a film ?", "so ?") for context in [*TEXTS, " ".join(TEXTS * 3)]]
+    questions, contexts = zip(*rows, strict=True)
+    if not always:
+        read = kind.read_inputs({"question": Column.of(questions), "context": Column.of(contexts)}, fields, "", [])
+        margins = kind.answers(model, dataset_of(read), tokenizer(), max_length=LENGTH, ask=predict).margins
+        model.config.kdcli_no_answer_threshold = float(sorted(margins)[3] + sorted(margins)[4]) / 2
+    result = export_model(model, tokenizer(), tmp_path / "out", task=None, max_length=LENGTH, latency=False)
+    assert result.script is not None
+    script = script_of(kind, fields, model.config, tokenizer(), LENGTH)
+    assert script is not None and "stride=4" in script and "k=4" in script
+    (tmp_path / "out" / "predict.py").write_text(script)
+    found = answers_of_script(tmp_path / "out", [text for row in rows for text in row])
+    expected = replies(kind, fields, model, {"question": questions, "context": contexts})
+    assert [row["answer"] for row in found] == [reply["answer"] for reply in expected]
+    for row, reply in zip(found, expected, strict=True):
+        if reply["answer"]:
+            assert (row["start"], row["end"]) == (reply["start"], reply["end"])
+    assert len({row["answer"] for row in found}) > 3
+    assert sum(reply["start"] is None for reply in expected) == (0 if always else 4)
+
+
+TAGS = ["O", "B-a", "I-a", "B-b", "I-b"]
+COMPLETE = [*TAGS, "E-a", "S-a", "E-b", "S-b"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "tags"), [("bert", TAGS), ("roberta", COMPLETE), ("distilbert", ["x", "y", "z"])])
+def test_the_script_tags_words_and_finds_spans(family: str, tags: list[str], tmp_path: Path):
+    kind = registry.get("token-classification")
+    torch.manual_seed(2)
+    config = tiny(family, layers=1, labels=len(tags), id2label=dict(enumerate(tags))).config
+    model = AutoModelForTokenClassification.from_config(config).eval()
+    with torch.no_grad():
+        model.classifier.weight.mul_(20.0)
+    words = splits_bytes() if family == "roberta" else tokenizer()
+    export_model(model, words, tmp_path / "out", task=None, max_length=64, latency=False)
+    texts = [" ".join(random.Random(seed).choices(" ".join(TEXTS).split(), k=12)) for seed in range(20)]
+    found = answers_of_script(tmp_path / "out", texts)
+    lists = [text.split() for text in texts]
+    expected = replies(kind, kind.fields(), model, {"words": lists}, words=words, length=64)
+    assert [(row["words"], row["tags"]) for row in found] == [(row["words"], row["tags"]) for row in expected]
+    if tags == ["x", "y", "z"]:
+        assert all("spans" not in row for row in (*found, *expected))
+        return
+    for row, reply in zip(found, expected, strict=True):
+        assert row["spans"] == [[span["type"], *span["words"]] for span in reply["spans"]]
+    assert sum(len(row["spans"]) for row in found) > 10
 
 
 @pytest.mark.slow
