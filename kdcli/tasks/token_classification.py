@@ -375,7 +375,7 @@ class TokenClassification(TaskKind):
         scheme = scheme_of(labels)
         typed = scheme is not None and any("-" in label for label in labels)
         script = SCRIPT + (SPANS.replace("PATTERN", PATTERNS[scheme or "IOB"]) if typed else TAGS_ALONE)
-        words = "words" if spelling(processor)("a") == "a" else '[f" {word}" for word in words]'
+        words = '[f" {word}" for word in words]' if lacks_spaces(processor) else "words"
         return script.replace("LENGTH", str(max_length)).replace("WORDS", words)
 
     def show(self, reply: dict[str, Any]) -> str:
