@@ -68,6 +68,8 @@ class Agreement:
     def add(self, rows: Sequence[Row]) -> None:
         for row in rows:
             for name, value in row.comparison.items():
+                if value is None:
+                    continue
                 self.values.setdefault(name, []).append(float(value))
                 if isinstance(value, bool):
                     self.yes_or_no.add(name)

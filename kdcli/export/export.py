@@ -108,7 +108,7 @@ def export_model(
 def _kind_of(model: "PreTrainedModel") -> TaskKind | None:
     """Return the kind of task that a model is for; None where several fit, or none."""
     try:
-        return kind_of_model(model, "the model", "MODEL")
+        return kind_of_model(model, "the model", "MODEL", scored=False)
     except InputError:
         return None
 

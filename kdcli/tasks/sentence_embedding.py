@@ -1,5 +1,6 @@
 """Sentence embeddings: a student follows its teacher's embeddings of texts that need no labels."""
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,18 @@ IDS = {
     "grade": ("score", "relevance"),
 }
 """The usual columns of relevances, BEIR's own first."""
+
+
+SCRIPT = """\
+tokenizer.enable_padding(pad_id=PAD)
+tokenizer.enable_truncation(LENGTH)
+encodings = tokenizer.encode_batch(TEXTS)
+feed = {node.name: np.array([getattr(e, NAMES[node.name]) for e in encodings]) for node in session.get_inputs()}
+[embeddings] = session.run(["sentence_embedding"], feed)
+units = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+for row, cosine in zip(embeddings, units @ units[0]):
+    print(json.dumps({"cosine_with_first": float(cosine), "embedding": row.tolist()}))
+"""
 
 
 class EmbeddingFields(Fields):
@@ -298,6 +311,20 @@ class SentenceEmbedding(TaskKind):
         """Return the embedding of each text, an array (width,)."""
         outputs, _ = self.outputs(model, rows, processor, **options)
         return [{"embedding": row} for row in outputs["sentence_embedding"]]
+
+    def script(self, fields: Any, config: Any, processor: Any, max_length: int) -> str:
+        from kdcli.models.sentence_folder import longest_text, prompt_of
+
+        prompt = prompt_of(processor)
+        values = {
+            "PAD": str(processor.pad_token_id),
+            "LENGTH": str(longest_text(processor, max_length)),
+            "TEXTS": f"[{json.dumps(prompt)} + text for text in sys.argv[1:]]" if prompt else "sys.argv[1:]",
+        }
+        script = SCRIPT
+        for name, value in values.items():
+            script = script.replace(name, value)
+        return script
 
     def show(self, reply: dict[str, Any]) -> str:
         found = reply["embedding"]

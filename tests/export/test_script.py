@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import tiny, tokenizer
@@ -18,7 +19,9 @@ from kdcli.data.columns import Column
 from kdcli.data.tables import dataset_of
 from kdcli.export.export import export_model
 from kdcli.export.script import script_of
+from kdcli.models.heads import with_new_head
 from kdcli.models.save import save_model
+from kdcli.models.sentence_folder import PROMPTS
 from kdcli.tasks import registry
 from kdcli.tasks.heads import load_model
 from kdcli.tasks.kind import TaskKind
@@ -178,6 +181,27 @@ def test_the_script_tags_words_and_finds_spans(family: str, tags: list[str], tmp
     for row, reply in zip(found, expected, strict=True):
         assert row["spans"] == [[span["type"], *span["words"]] for span in reply["spans"]]
     assert sum(len(row["spans"]) for row in found) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", ["", 'say "it": '])
+def test_the_script_embeds_texts_behind_their_prompt(prompt: str, tmp_path: Path):
+    kind = registry.get("sentence-embedding")
+    torch.manual_seed(3)
+    model = with_new_head(tiny("bert", layers=1), kind.head, kind.configure(()))
+    words = tokenizer()
+    if prompt:
+        settings = {"prompts": {"all": prompt}, "default_prompt_name": "all", "max_seq_length": 12}
+        setattr(words, PROMPTS, settings)
+    export_model(model, words, tmp_path / "out", task=None, max_length=LENGTH, latency=False)
+    assert ("enable_truncation(12)" in (tmp_path / "out" / "predict.py").read_text()) == bool(prompt)
+    found = answers_of_script(tmp_path / "out", TEXTS)
+    expected = [reply["embedding"] for reply in replies(kind, kind.fields(), model, {"text": TEXTS}, words=words)]
+    for row, vector in zip(found, expected, strict=True):
+        assert row["embedding"] == pytest.approx(vector.tolist(), abs=1e-5)
+        cosine = vector @ expected[0] / np.linalg.norm(vector) / np.linalg.norm(expected[0])
+        assert row["cosine_with_first"] == pytest.approx(float(cosine), abs=1e-5)
+    assert found[1]["cosine_with_first"] < 0.9999
 
 
 @pytest.mark.slow
