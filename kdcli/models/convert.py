@@ -7,6 +7,7 @@ from typing import Any
 
 from kdcli.errors import InputError
 from kdcli.models.checkpoint import BESIDE, SINGLE, contained, inside, local_folder, open_checkpoint
+from kdcli.models.sentence_folder import copy_settings, modules_beside
 
 PICKLE, PICKLES = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -14,32 +15,78 @@ PICKLE, PICKLES = "pytorch_model.bin", "pytorch_model.bin.index.json"
 def convert_pickle(name: str | Path, folder: Path) -> dict[str, Any]:
     """Write model.safetensors, the configuration and the tokenizer of a pickled model into an existing folder.
 
+    So are the modules of a model of sentence embeddings, each in its folder.
     Returns how many tensors there are, their bytes in millions, and their type.
     Raises InputError when there is no pickle, when it holds anything but tensors, or when a file leads out of
     the folder.
     """
-    from safetensors.torch import save_file
-
     source = local_folder(name) or _fetched(str(name))
-    tensors: dict[str, Any] = {}
-    for path in _pickles(source, name):
-        for key, value in _read(path).items():
-            # Tensors that share memory are written one by one.
-            tensors[key] = value.contiguous().clone()
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in BESIDE and not path.name.endswith(".index.json"):
-            shutil.copyfile(contained(source, path.name), folder / path.name)
-    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-    (folder / SINGLE).chmod((folder / "config.json").stat().st_mode & 0o777)
+    root, modules = modules_beside(source)
+    # Weights of modules alone may be a pickle.
+    older = [place for one in modules if _is_pickled(place := root / one.path)]
+    tensors = _converted(source, folder, name) if not older or _pickle_of(source) else _copied(source, folder)
+    for one in modules:
+        place, target = root / one.path, folder / one.path
+        if place.is_dir():
+            target.mkdir()
+            part = _converted(place, target, name) if place in older else _copied(place, target)
+            tensors |= {f"{one.path}.{key}": value for key, value in part.items()}
+    if modules:
+        copy_settings(root, folder)
     made = open_checkpoint(folder, any_family=True)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return {"tensors": len(tensors), "megabytes": round(size / 1e6, 3), "dtype": made.dtype}
 
 
+def _pickle_of(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in (PICKLE, PICKLES))
+
+
+def _is_pickled(folder: Path) -> bool:
+    return _pickle_of(folder) and not (folder / SINGLE).is_file()
+
+
+def _converted(source: Path, folder: Path, name: str | Path) -> dict[str, Any]:
+    """Write a pickle's tensors as safetensors, and the files beside it; return the tensors."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Any] = {}
+    for path in _pickles(source, name):
+        for key, value in _read(path).items():
+            # Tensors that share memory are written one by one.
+            tensors[key] = value.contiguous().clone()
+    _copy_beside(source, folder)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    (folder / SINGLE).chmod((folder / "config.json").stat().st_mode & 0o777)
+    return tensors
+
+
+def _copied(source: Path, folder: Path) -> dict[str, Any]:
+    """Copy the files of a folder that has no pickle, or none that is needed; return its tensors."""
+    from safetensors.torch import load_file
+
+    _copy_beside(source, folder)
+    if not (source / SINGLE).is_file():
+        return {}
+    shutil.copyfile(contained(source, SINGLE), folder / SINGLE)
+    return load_file(folder / SINGLE)
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in BESIDE and not path.name.endswith(".index.json"):
+            shutil.copyfile(contained(source, path.name), folder / path.name)
+
+
 def _fetched(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["pytorch_model*.bin", *(f"*{suffix}" for suffix in BESIDE)]
+    patterns = [
+        "pytorch_model*.bin",
+        "*/pytorch_model.bin",
+        "*/model.safetensors",
+        *(f"*{suffix}" for suffix in BESIDE),
+    ]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:

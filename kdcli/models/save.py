@@ -15,7 +15,7 @@ from kdcli.models.heads import BASE, SENTENCE_EMBEDDING, with_new_head
 from kdcli.models.inputs import INPUTS, inputs_of
 from kdcli.models.lowrank import LowRankDecoder, LowRankEmbedding, LowRankLinear
 from kdcli.models.quiet import quiet_transformers
-from kdcli.models.sentence_folder import save_modules
+from kdcli.models.sentence_folder import PROMPTS, save_modules
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, config: "PretrainedConfig") -> 
     tokenizer.save_pretrained(folder)
     taken = inputs_of(config)
     names = [name for name in tokenizer.model_input_names if name not in INPUTS or name in taken]
-    _leave_out(folder / "tokenizer_config.json", PASSING, model_input_names=names)
+    _leave_out(folder / "tokenizer_config.json", (*PASSING, PROMPTS), model_input_names=names)
 
 
 def save_config(config: "PretrainedConfig", folder: Path) -> None:

@@ -5,6 +5,7 @@
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ KNOWN = ("Transformer", "Pooling", "Dense", "Normalize")
 """The modules that kdcli can run, by their classes' names."""
 
 PROMPTS = "sentence_prompts"
-"""The attribute of a tokenizer that holds what its folder says of prompts and length."""
+"""The setting of a tokenizer that holds what its folder says of prompts and length: copies of it keep it."""
 
 ROLES = {"query": ("query",), "document": ("document", "passage", "corpus")}
 """What a text may be to its embedding, and the names of the prompts for it, the first one that there is."""
@@ -100,13 +101,39 @@ def _modules(files: _Files) -> list[Module]:
         kind, path = (entry.get(key) if isinstance(entry, dict) else None for key in ("type", "path"))
         if not isinstance(kind, str) or not isinstance(path, str):
             raise InputError(f"{files.name}: entry {number} of {MODULES} has no type and path")
-        found.append(Module(kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind, path))
+        found.append(Module(_kind(kind), path))
     return found
+
+
+def _kind(path: str) -> str:
+    """Return the name of a class of sentence-transformers, whose package differs by version; others as they are."""
+    return path.rpartition(".")[2] if path.startswith("sentence_transformers.") else path
 
 
 def has_pooling(name: str | Path, revision: str | None = None) -> bool:
     """True for a folder or hub name of a model of sentence embeddings: its modules.json lists a pooling."""
     return any(module.kind == "Pooling" for module in _modules(_files(name, revision)))
+
+
+def modules_beside(folder: Path) -> tuple[Path, list[Module]]:
+    """Return the folder that modules.json is in, and the modules that have a folder of their own beside a transformer.
+
+    Raises InputError for one that lies elsewhere.
+    """
+    files = _files(folder, None)
+    assert files.folder is not None
+    modules = [module for module in _modules(files) if module.kind != "Transformer" and module.path]
+    for module in modules:
+        contained(files.folder, module.path, MODULES)
+    return files.folder, modules
+
+
+def copy_settings(root: Path, folder: Path) -> None:
+    """Write modules.json, with the transformer at the root, and what is beside it into a folder."""
+    lines = json.loads((root / MODULES).read_text(encoding="utf-8"))
+    _write(folder / MODULES, [{**line, "path": ""} if _kind(line["type"]) == "Transformer" else line for line in lines])
+    if (root / MODEL).is_file():
+        shutil.copyfile(contained(root, MODEL), folder / MODEL)
 
 
 def note_on_pooling(name: str | Path, head: Head, revision: str | None = None) -> list[str]:
@@ -345,7 +372,7 @@ def note_reading(tokenizer: Any, name: str | Path, revision: str | None = None) 
     else:
         found = {}
     if found:
-        setattr(tokenizer, PROMPTS, found)
+        tokenizer.init_kwargs[PROMPTS] = found
         if found["do_lower_case"]:
             _lower(tokenizer)
 
@@ -364,14 +391,18 @@ def prompt_of(tokenizer: Any, role: str | None = None) -> str:
 
     role: "query" or "document" in a search; None for a text as such, which has the default prompt, if there is one.
     """
-    found = getattr(tokenizer, PROMPTS, None) or {"prompts": {}, "default_prompt_name": None}
-    prompts = found["prompts"]
+    found = _reading(tokenizer)
+    prompts = found.get("prompts", {})
     if role is not None:
         return next((prompts[name] for name in ROLES[role] if name in prompts), "")
-    return prompts.get(found["default_prompt_name"], "")  # type: ignore[no-any-return]
+    return prompts.get(found.get("default_prompt_name"), "")  # type: ignore[no-any-return]
 
 
 def longest_text(tokenizer: Any, max_length: int) -> int:
     """Return how many tokens of a text its model takes, `max_length` at most."""
-    said = (getattr(tokenizer, PROMPTS, None) or {}).get("max_seq_length")
-    return min(max_length, getattr(tokenizer, "model_max_length", max_length), said or max_length)
+    said = _reading(tokenizer).get("max_seq_length") or max_length
+    return min(max_length, getattr(tokenizer, "model_max_length", max_length), said)
+
+
+def _reading(tokenizer: Any) -> dict[str, Any]:
+    return getattr(tokenizer, "init_kwargs", {}).get(PROMPTS) or {}

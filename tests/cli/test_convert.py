@@ -120,3 +120,24 @@ def test_a_model_in_the_hubs_cache_is_converted_and_scored(world: World):
     shutil.copy(world.folder / "made" / "model.safetensors", snapshot)
     done = world.call("eval", snapshot, "--data", "rows.csv", "--text", "text")
     assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("layout", ["new", "old", "modules alone"])
+def test_the_modules_of_a_model_of_embeddings_are_converted(layout: str, world: World):
+    folder = world.model("embedder")
+    places = [folder / "2_Dense"] if layout == "modules alone" else [folder, folder / "2_Dense"]
+    before = load_model(folder)
+    for place in places:
+        torch.save(load_file(place / "model.safetensors"), place / "pytorch_model.bin")
+        (place / "model.safetensors").unlink()
+    if layout == "old":
+        (folder / "0_Transformer").mkdir()
+        for path in [path for path in folder.iterdir() if path.is_file() and path.name != "modules.json"]:
+            path.rename(folder / "0_Transformer" / path.name)
+        lines = json.loads((folder / "modules.json").read_text())
+        (folder / "modules.json").write_text(json.dumps([{**lines[0], "path": "0_Transformer"}, *lines[1:]]))
+    done = world.call("convert", "./teacher", "--out", "made", "--json")
+    assert done.code == 0, done.err
+    assert done.json["tensors"] == len(before.state_dict())
+    assert not list((world.folder / "made").rglob("*.bin"))
+    assert torch.equal(probe(load_model(world.folder / "made")), probe(before))

@@ -19,6 +19,7 @@ from kdcli.models.overparam import contract_model, overparameterise
 from kdcli.models.save import round_to_stored, save_model
 from kdcli.models.sentence_folder import longest_text, prompt_of
 from kdcli.models.student import build_student
+from kdcli.models.vocabulary import trim_vocabulary, trimmed
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.signals import Request
 from kdcli.tasks import registry
@@ -241,3 +242,17 @@ def test_a_student_from_another_encoder_reads_texts_as_its_teacher_does(tmp_path
     assert {name: settings_of(build.model)[name] for name in reading} == reading
     assert settings_of(build.model)["pooling"] == ["mean"]
     assert any("has no modules.json: its embeddings are the mean" in note for note in build.notes)
+
+
+def test_a_trimmed_model_gives_the_same_embeddings_to_the_library(tmp_path: Path):
+    settings = {"prompts": {"all": "find: "}, "default_prompt_name": "all", "max_seq_length": 20}
+    (tmp_path / "whole").mkdir()
+    save_model(embedder(settings=settings), tmp_path / "whole", tokenizer())
+    whole, words = load_model(tmp_path / "whole", SENTENCE_EMBEDDING), load_tokenizer(tmp_path / "whole")
+    plan = trim_vocabulary(words, whole.config, TEXTS)
+    assert len(plan.kept) < plan.pieces and prompt_of(plan.tokenizer) == "find: "
+    (tmp_path / "small").mkdir()
+    save_model(trimmed(whole, plan.kept), tmp_path / "small", plan.tokenizer)
+    assert "sentence_prompts" not in (tmp_path / "small" / "tokenizer_config.json").read_text()
+    found = [torch.tensor(library(tmp_path / name).encode(TEXTS, prompt="")) for name in ("whole", "small")]
+    assert torch.allclose(*found, atol=1e-6)
