@@ -76,6 +76,8 @@ def _after_finetuning(result: "Result", loss: "Loss") -> Table:
     table.add_row("parameters", *(f"{side.parameters:,}" for side in sides), *empty)
     table.add_row("megabytes", *(f"{side.megabytes:.1f}" for side in sides), *empty)
     if loss.before is not None and loss.after is not None:
+        for name, (before, after) in loss.parts.items():
+            table.add_row(f"held-out loss ({name})", "", f"{before:.4f} to {after:.4f}", *empty)
         table.add_row("held-out loss", "", f"{loss.before:.4f} to {loss.after:.4f}", *empty)
     return table
 

@@ -117,8 +117,10 @@ def _loading(head: Head, *, plain: bool) -> str:
 
 def _general_card(record: FinishedRun, loss: Loss) -> str:
     method, task, result = record.method, record.task, record.result
+    each = (f"{escaped(name)} {before:.4f}, {after:.4f}" for name, (before, after) in loss.parts.items())
+    parts = f", the mean of {'; '.join(each)}" if loss.parts else ""
     fell = (
-        f"\n- held-out loss of the distillation: {loss.before:.4f} before, {loss.after:.4f} after"
+        f"\n- held-out loss of the distillation: {loss.before:.4f} before, {loss.after:.4f} after{parts}"
         if loss.before is not None and loss.after is not None
         else ""
     )

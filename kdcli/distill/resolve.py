@@ -82,7 +82,8 @@ def for_task(resolved: Resolved, task: Task) -> Resolved:
     _check_kind(resolved.method, task.kind, resolved.recipe.task.name)
     resolved.method.check_sources(resolved.options, task, resolved.base)
     loop = _loop(resolved.recipe, resolved.method, task.kind)
-    return replace(resolved, loop=replace(loop, metric=task.primary, mixing_temperature=task.mixing_temperature))
+    mixture: dict[str, Any] = {"parts": task.parts, "mixing_temperature": task.mixing_temperature}
+    return replace(resolved, loop=replace(loop, metric=task.primary, **mixture))
 
 
 def _loop(recipe: Recipe, method: Method, kind: TaskKind | None) -> LoopSettings:

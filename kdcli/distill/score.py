@@ -1,6 +1,6 @@
 """The scores of a run: its teacher's before anything is distilled, and its student's beside them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ def score_student(job: Job, task: Task, teacher: Teacher, metrics: Metrics, stud
             "loss",
             describe_model(teacher.model),
             describe_model(student.model),
-            loss=held_out_loss(student.training),
+            loss=held_out_loss(student.training, task.parts),
             finetune=score_on_tasks(job, student, teacher),
         )
     calibrate(
@@ -90,7 +90,11 @@ def _scores(
     )
 
 
-def held_out_loss(training: list[dict[str, Any]]) -> Loss:
+def held_out_loss(training: list[dict[str, Any]], parts: Sequence[str] = ()) -> Loss:
     """Return the first and the last held-out loss of the last stage; None where it was not measured."""
-    losses = [entry["eval_loss"] for entry in training[-1].get("history", []) if "eval_loss" in entry]
-    return Loss(losses[0], losses[-1]) if losses else Loss(None, None)
+    entries = [entry for entry in training[-1].get("history", []) if "eval_loss" in entry]
+    if not entries:
+        return Loss(None, None)
+    first, last = entries[0], entries[-1]
+    each = {name: (first[f"eval_{name}_loss"], last[f"eval_{name}_loss"]) for name in parts}
+    return Loss(first["eval_loss"], last["eval_loss"], each)

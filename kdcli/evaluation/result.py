@@ -54,10 +54,18 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class Loss:
-    """The distillation loss on held-out data before and after the training; None where it was not measured."""
+    """The distillation loss on held-out data before and after the training; None where it was not measured.
+
+    parts: both, of each part of a task that is made of several, whose mean the loss is.
+    """
 
     before: float | None
     after: float | None
+    parts: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        found = asdict(self)
+        return found if self.parts else {name: value for name, value in found.items() if name != "parts"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ class Result:
                 {"rows": self.rows, "retention": self.retention}
                 if loss is None
                 else {
-                    "loss": asdict(loss),
+                    "loss": loss.to_json(),
                     "finetune": [scores.to_json() for scores in self.finetune],
                 }
             ),

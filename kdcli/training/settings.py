@@ -16,7 +16,7 @@ class LoopSettings:
     """Everything the loop needs to know. What is None depends on the number of steps, which `fit` finds out.
 
     `batch_size` counts the examples of one optimizer step over all processes and accumulation steps, so that
-    a recipe gives the same result on any number of devices.
+    a recipe gives the same result on any number of devices. parts, mixing_temperature: those of the task.
     """
 
     batch_size: int
@@ -41,6 +41,7 @@ class LoopSettings:
     log_every: int | None = None
     metric: str = ""
     eval_batch_size: int = 64
+    parts: Sequence[str] = ()
     mixing_temperature: float = 1.0
     chain_learning_rate: float | Literal["matched", "by-length"] = "by-length"
 

@@ -5,7 +5,9 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ from kdcli.manifest import MANIFEST, check_manifest, is_sealed, require, write_m
 from kdcli.models.counts import count_parameters
 from kdcli.models.finite import first_not_finite
 from kdcli.models.overparam import overparam_state, set_chains
+from kdcli.tasks.parts import sets_of
 from kdcli.terminal import tell, warn
 from kdcli.training.auxiliary import AUXILIARY, auxiliary_share
 from kdcli.training.callbacks import EvaluateAtEnd, GrowChains, LogAtCheckpoints, Patience, TellEpochs
@@ -173,6 +176,21 @@ class DistillationTrainer(Trainer):
         if "loss" in outputs:
             return outputs["loss"], None, None
         return None, {name: output.float() for name, output in outputs.items()}, inputs["index"]  # type: ignore[return-value]
+
+    def evaluation_loop(  # type: ignore[override]
+        self, dataloader: Any, *, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
+        """Return what the library does; where the loss is the score, that of each part of a task, and their mean."""
+        evaluate: Any = super().evaluation_loop
+        evaluate = partial(evaluate, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.compute_metrics is not None or not self.settings.parts:
+            return evaluate(dataloader)
+        loss = f"{metric_key_prefix}_loss"
+        found = [evaluate(self.get_eval_dataloader(part)) for part in sets_of(dataloader.dataset)]
+        losses = [output.metrics[loss] for output in found]
+        names = (f"{metric_key_prefix}_{name}_loss" for name in self.settings.parts)
+        metrics = {**found[0].metrics, loss: mean(losses), **dict(zip(names, losses, strict=True))}
+        return found[0]._replace(metrics=metrics, num_samples=sum(output.num_samples for output in found))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The mean of the last steps, and at the end that of all.

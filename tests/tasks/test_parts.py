@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from families import tokenizer
 from tiny_recipes import run_recipe, tiny_recipe, write_recipe
 
@@ -14,6 +15,7 @@ from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
 
 WORDS = tokenizer()
+NOT_OF_TEXT = ("train_samples", "validation_samples")
 
 
 def rows(path: Path, labels: list, text: str = "text", label: str = "label") -> str:
@@ -155,3 +157,89 @@ def test_plain_text_is_packed_part_by_part(tmp_path: Path):
         assert np.bincount(features["part"]).tolist() == counts
     texts = [WORDS.decode(ids) for ids in encoded.train["input_ids"]]
     assert {("fish" in text, "night" in text) for text in texts} == {(True, False), (False, True)}
+
+
+def test_a_general_student_has_a_loss_for_each_corpus(tmp_path: Path):
+    for name, word in {"de": "fish", "en": "night"}.items():
+        (tmp_path / f"{name}.txt").write_text("\n\n".join([f"{word} a good {word}"] * 60))
+    corpora = [{"name": name, "data": f"{name}.txt"} for name in ("de", "en")]
+    mood = {"name": "mood", "text": "text", "part": sets_of(tmp_path, first=40, second=40)}
+    recipe = tiny_recipe(
+        method={"name": "minilmv2", "relation_heads": 2},
+        task={"name": "words", "type": "text", "max_length": 16, "part": corpora, **dict.fromkeys(NOT_OF_TEXT)},
+        finetune=[{"task": mood, "max_steps": 1}],
+    )
+    done = run_recipe(write_recipe(tmp_path / "words.toml", recipe))
+    loss = done["loss"]
+    for moment, place in (("before", 0), ("after", 1)):
+        assert loss[moment] == pytest.approx(np.mean([loss["parts"][name][place] for name in ("de", "en")]))
+    card = (Path(done["paths"]["student"]) / "README.md").read_text()
+    assert f"the mean of de {loss['parts']['de'][0]:.4f}, {loss['parts']['de'][1]:.4f}; en" in card
+    [tuned] = done["finetune"]
+    assert set(tuned["metrics"]["student"][0]) == {"first", "second"}
+    sets = tuned["metrics"]["student"][0].values()
+    assert tuned["scores"]["student"] == pytest.approx([np.mean([each["accuracy"] for each in sets])])
+
+
+def spans(path: Path, count: int) -> None:
+    """Write questions on contexts of several windows, and those of other lengths in each file."""
+    lines = []
+    for number in range(count):
+        context = " ".join(["fish night"] * (4 + number % 7))
+        answers = {"text": [context[: 11 * (2 + number % 3) - 1]], "answer_start": [0]}
+        lines.append({"question": "who is it?", "context": context, "answers": answers})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def tags(path: Path, count: int) -> None:
+    """Write rows of words of several windows, with a tag each."""
+    lines = []
+    for number in range(count):
+        words = [["fish", "night", "a", "good"][(number + place) % 4] for place in range(12 + number % 9)]
+        lines.append({"tokens": words, "tags": ["B-X" if word == "fish" else "O" for word in words]})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(("type_", "write"), [("question-answering", spans), ("token-classification", tags)])
+def test_windows_of_parts_are_scored_as_if_each_part_were_alone(type_: str, write: Any, tmp_path: Path):
+    for name, count in {"de": 30, "en": 50}.items():
+        write(tmp_path / f"{name}.jsonl", count)
+    section = TaskSection.model_validate(
+        {
+            "name": "mine",
+            "type": type_,
+            "max_length": 16,
+            "part": [{"name": name, "data": f"{name}.jsonl"} for name in ("de", "en")],
+            "validation_fraction": 0.4,
+        }
+    )
+    task = load_task(section, EvaluateSection(), base=tmp_path)
+    features = task.kind.prepare(task, WORDS, 16).selection
+    assert len(features) > len(task.selection)
+    assert len(set(features["index"])) == len(features)
+    # Rows are numbered over all parts.
+    parts = np.array(task.selection["part"])
+    assert (parts[features["row"]] == features["part"]).all()
+    random = np.random.default_rng(0)
+    outputs = {
+        name: [random.normal(size=shape) for shape in shapes]
+        for name, shapes in {
+            name: [(length,) if type_ == "question-answering" else (length, 2) for length in features["length"]]
+            for name in task.kind.head.outputs
+        }.items()
+    }
+    longest = max(features["length"])
+    padded = {
+        name: np.stack([np.pad(row, [(0, longest - len(row)), *[(0, 0)] * (row.ndim - 1)]) for row in rows])
+        for name, rows in outputs.items()
+    }
+    expected = []
+    for number in (0, 1):
+        own = task.selection.select(np.flatnonzero(parts == number))
+        places = np.flatnonzero(np.array(features["part"]) == number)
+        alone = task.kind.encode(own, WORDS, 16)
+        assert len(alone) == len(places)
+        answers = task.kind.decode({name: [rows[i] for i in places] for name, rows in outputs.items()}, alone, own)
+        expected.append(task.kind.score(answers, own, task.label_names, task.metrics)[task.primary])
+    assert scorer(task, features)(padded)[task.primary] == pytest.approx(np.mean(expected))
+    assert expected[0] != expected[1]
