@@ -52,7 +52,8 @@ def score_on_tasks(job: "Job", student: "Distilled", teacher: "Teacher") -> list
                 torch.manual_seed(seed)
                 settings = task.kind.configure(task.label_names)
                 source = teacher if name == "teacher" else student
-                model, tokenizer = with_new_head(source.model, task.kind.head, settings), source.tokenizer
+                model = with_new_head(source.model, task.kind.head, settings)
+                tokenizer = task.kind.tokenizer(source.tokenizer)
                 if name == "scratch":
                     reinitialise(model)
                 finetune(

@@ -441,3 +441,29 @@ def test_a_run_is_exported_evaluated_and_asked(world: Path, capsys: pytest.Captu
     [reply] = call("predict", f"{place}/onnx", "the film was good.")
     assert reply == call("predict", place, "the film was good.")[0]
     assert reply["words"] == ["the", "film", "was", "good", "."] and len(reply["tags"]) == 5
+
+
+@pytest.mark.slow
+def test_a_general_student_is_fine_tuned_on_tags(world: Path):
+    (world / "text.txt").write_text("\n\n".join(["the film was good", "a very good plot", "the plot was a film"] * 20))
+    path = write_recipe(
+        world / "general.toml",
+        tiny_recipe(
+            "task",
+            method="minilmv2",
+            task={"name": "text", "type": "text", "data": "text.txt", "max_length": 16},
+            finetune=[
+                {
+                    "task": {"name": "own", "type": KIND.name, "data": "rows.jsonl", "max_length": 16},
+                    "max_steps": 150,
+                    "learning_rate": 3e-3,
+                    "against": ["scratch"],
+                }
+            ],
+        ),
+    )
+    result = run_recipe(path, force=True)
+    [scores] = result["finetune"]
+    # Each word has one tag.
+    assert scores["metric"] == "f1" and scores["mean"]["student"] > 0.9
+    assert set(scores["metrics"]["student"][0]["validation"]) == {"f1", "accuracy", "f1/thing", "f1/view"}
