@@ -418,6 +418,11 @@ def test_plan_and_run_count_windows_and_samples_are_rows(world: Path):
     assert [stage.steps for stage in plan.stages] == [stage["steps"] for stage in document["training"]] == [steps]
 
 
+def test_another_stride_is_another_teacher():
+    assert KIND.drawn(SpanFields(stride=4)) != KIND.drawn(SpanFields(stride=8))
+    assert KIND.drawn(SpanFields(n_best=4)) == KIND.drawn(SpanFields(n_best=8))
+
+
 def load(world: Path) -> dict[str, Any]:
     import tomllib
 
@@ -589,17 +594,20 @@ def test_named_sets_are_read_from_the_data_folder(name: str, world: Path, tmp_pa
 @pytest.mark.slow
 @pytest.mark.data
 def test_a_real_encoder_answers_real_questions(data_dir: Path, encoder: Path, tmp_path: Path):
-    files = {split: str(data_dir / "squad_small" / f"{split}.parquet") for split in ("train", "validation")}
+    for split in ("train", "validation"):
+        rows = pq.read_table(data_dir / "squad_small" / f"{split}.parquet")
+        short = [len(context.split()) < 90 for context in rows["context"].to_pylist()]
+        pq.write_table(rows.filter(short), tmp_path / f"{split}.parquet")
+    files = {split: f"{split}.parquet" for split in ("train", "validation")}
     recipe = tiny_recipe(
         *("task", "teacher"),
-        task={"name": "squad_small", "type": "question-answering", **files, "train_samples": 700,
-              "validation_samples": 60, "max_length": 192, "stride": 48},
-        teacher={"model": str(encoder), "finetune": {"epochs": 2, "learning_rate": 3e-4, "batch_size": 16}},
-        train={"max_steps": 2},
-    )  # fmt: skip
+        task={"name": "short", "type": "question-answering", **files, "max_length": 160},
+        teacher={"model": str(encoder), "finetune": {"epochs": 2, "learning_rate": 3e-4, "batch_size": 8}},
+        train={"max_steps": 1},
+    )
     document = run_recipe(write_recipe(tmp_path / "recipe.toml", recipe))
-    # Answers drawn at random have an F1 of about 0.05.
-    assert document["teacher"]["metrics"]["validation"]["f1"] > 0.2
+    # Spans of a few words that are drawn at random have an F1 of about 0.05.
+    assert document["teacher"]["metrics"]["validation"]["f1"] > 0.25, document["teacher"]["metrics"]
 
 
 def test_models_of_answers_are_saved_with_what_they_need(tmp_path: Path):
