@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from kdcli.recipe.parts import columns_of_parts
+from kdcli.recipe.parts import own_of_parts
 from kdcli.recipe.schema import PartSection, Recipe, ScratchSection, TaskSection
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -45,7 +45,7 @@ def recipe_schema(
     for fields in kinds.values():
         for name, field in tables[_key(references[(fields, "validation")])].get("properties", {}).items():
             task["properties"][name] = _either(task["properties"].get(name, field), field)
-            if name in columns_of_parts(fields):
+            if name in own_of_parts(fields):
                 part["properties"][name] = task["properties"][name]
     untyped = {name for kind in recognised for name in kinds[kind].model_fields}
     typed = (

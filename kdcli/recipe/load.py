@@ -75,7 +75,10 @@ def _options(overrides: list[str] | None, variant: Sequence[str]) -> list[tuple[
 MOST_TOLD = 20
 """Problems that one message tells."""
 
-_PATHS = {"data", "train", "validation", "test", "model", "tokenizer", "decisions", "augment.text", "vocabulary.text"}
+_PATHS = {
+    *("data", "train", "validation", "test", "pairs", "queries", "corpus", "relevances"),
+    *("model", "tokenizer", "decisions", "augment.text", "vocabulary.text"),
+}
 """Fields that may hold a path, by their own name, or with that of their table where another table has it, too."""
 
 

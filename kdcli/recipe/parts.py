@@ -9,14 +9,14 @@ WHOLE = frozenset({"part", "mixing_temperature", "augment"})
 """Fields of `[task]` that are about all parts together."""
 
 
-def columns_of_parts(fields: type[Any]) -> frozenset[str]:
+def own_of_parts(fields: type[Any]) -> frozenset[str]:
     """Return the fields of a kind, of all its `fields`, that a part may have in place of those of `[task]`."""
-    return frozenset(fields.of_parts & fields.model_fields.keys())
+    return frozenset((fields.columns_of_rows | fields.of_parts) & fields.model_fields.keys())
 
 
 def fields_of_parts(fields: type[Any]) -> frozenset[str]:
     """Return all fields that a part may have. fields: of its kind."""
-    return columns_of_parts(fields) | PartSection.model_fields.keys()
+    return own_of_parts(fields) | PartSection.model_fields.keys()
 
 
 def table_of_part(task: Mapping[str, Any], part: Mapping[str, Any], fields: type[Any]) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def table_of_part(task: Mapping[str, Any], part: Mapping[str, Any], fields: type
     """
     own = any(part.get(name) is not None for name in SOURCES)
     files = own and part.get("hub") is None
-    apart = WHOLE | (frozenset() if own else columns_of_parts(fields))
+    apart = WHOLE | (frozenset() if own else fields.columns_of_rows)
     apart |= frozenset() if files else {"delimiter", "encoding"}
     shared = {name: value for name, value in task.items() if name not in apart}
     return {**shared, **{name: value for name, value in part.items() if value is not None}}

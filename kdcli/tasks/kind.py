@@ -50,8 +50,10 @@ CAPABILITIES = {
 class Fields(Section):
     """Base of a kind's own fields, which stand beside the common ones in `[task]`."""
 
-    of_parts: ClassVar[frozenset[str]] = frozenset({"text", "label"})
-    """The names of columns among them, which a `[[task.part]]` may have in place of those of `[task]`."""
+    columns_of_rows: ClassVar[frozenset[str]] = frozenset({"text", "label"})
+    """Those that name columns of a task's own rows. A `[[task.part]]` may have them in place of those of `[task]`."""
+    of_parts: ClassVar[frozenset[str]] = frozenset()
+    """Others that a `[[task.part]]` may have."""
 
     def check(self, task: TaskSection) -> None:
         """Raise ValueError where these fields do not go together with the common ones."""

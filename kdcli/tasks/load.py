@@ -98,7 +98,7 @@ def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path, li
         section,
         evaluate,
         kind=kind,
-        fields=registry.fields_of(kind, section) if section.part is not None else opened[0].fields,
+        fields=opened[0].fields,
         labels=labels,
         usual=opened[0].usual if len({part.usual for part in opened}) == 1 else None,
         train=train,
@@ -285,6 +285,12 @@ def _task(
             where="task.test_samples",
             hint="task.validation_samples cuts the validation set",
         )
+    for number, sets in enumerate(report):
+        if {tuple(rows.column_names) for rows in sets.values()} != {tuple(r.column_names) for r in report[0].values()}:
+            raise InputError(
+                "is not scored as the first part is: on rows of the same columns, or not at all",
+                where=f"task.part[{number}]",
+            )
     reported = _named_sets(report, names)
     if not kind.scored_by_loss:
         chosen_on = [{next(iter(sets)): rows} for sets, rows in zip(validation, selection, strict=True)]

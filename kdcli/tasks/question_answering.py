@@ -67,7 +67,7 @@ for question, context in zip(sys.argv[1::2], sys.argv[2::2]):
 class SpanFields(Fields):
     """The columns of own data, and how contexts are cut into windows and answers out of contexts."""
 
-    of_parts = frozenset({"question", "context", "answer", "answer_start"})
+    columns_of_rows = frozenset({"question", "context", "answer", "answer_start"})
 
     question: str | None = Field(default=None, description="The column of questions. Left out, the one named question.")
     context: str | None = Field(

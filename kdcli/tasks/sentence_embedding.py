@@ -60,6 +60,9 @@ for row, cosine in zip(embeddings, units @ units[0]):
 class EmbeddingFields(Fields):
     """Which texts are trained on, and what models are scored on: pairs with a similarity, or queries and documents."""
 
+    columns_of_rows = frozenset({"text"})
+    of_parts = frozenset({"pairs", "pair", "label", "queries", "corpus", "relevances"})
+
     text: str | list[str] | None = Field(
         default=None,
         description="The text column of tables, or several, each of whose cells is a text of its own. Left out, the "

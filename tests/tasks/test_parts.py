@@ -9,6 +9,7 @@ import pytest
 from families import tokenizer
 from tiny_recipes import run_recipe, tiny_recipe, write_recipe
 
+from kdcli.errors import InputError
 from kdcli.evaluation.score import scorer
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.base import Task
@@ -243,3 +244,31 @@ def test_windows_of_parts_are_scored_as_if_each_part_were_alone(type_: str, writ
         expected.append(task.kind.score(answers, own, task.label_names, task.metrics)[task.primary])
     assert scorer(task, features)(padded)[task.primary] == pytest.approx(np.mean(expected))
     assert expected[0] != expected[1]
+
+
+def test_embeddings_of_each_part_are_scored_on_pairs_of_its_own(tmp_path: Path):
+    made = []
+    for name, count in {"de": 40, "en": 80}.items():
+        rows(tmp_path / f"{name}.jsonl", [0] * count)
+        pairs = [{"sentence1": f"a {i}", "sentence2": f"{name} {i}", "score": i} for i in range(count // 2)]
+        (tmp_path / f"{name}-pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        made.append({"name": name, "data": f"{name}.jsonl", "pairs": f"{name}-pairs.jsonl"})
+    task = load(tmp_path, *made, type="sentence-embedding", mixing_temperature=2.0)
+    assert {name: len(each) for name, each in task.report.items()} == {"de test": 20, "en test": 40}
+    assert np.bincount(task.train["part"]).tolist() == [36, 72]
+    assert set(task.report["en test"]["text_pair"]) == {f"en {i}" for i in range(40)}
+    features = task.kind.prepare(task, WORDS, 16).train
+    assert np.bincount(features["part"]).tolist() == [36, 72]
+    made[1].pop("pairs")
+    with pytest.raises(InputError, match="is not scored as the first part is") as error:
+        load(tmp_path, *made, type="sentence-embedding")
+    assert error.value.where == "task.part[1]"
+
+
+def test_a_known_set_may_be_a_part(tmp_path: Path):
+    rows(tmp_path / "own.jsonl", ["negative", "positive"] * 10)
+    # The columns in [task] are those of rows of one's own.
+    task = load(tmp_path, {"name": "own", "data": "own.jsonl"}, {"name": "reviews"}, train_samples=100)
+    assert task.label_names == ("negative", "positive")
+    assert list(task.report) == ["own", "reviews"]
+    assert set(task.train["part"]) == {0, 1}
