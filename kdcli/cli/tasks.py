@@ -25,9 +25,9 @@ def tasks(
 
     if name is None:
         kinds = usable(registry)
-        lines = [(kind.name, kind.title, ", ".join(kind.metrics)) for kind in kinds]
+        lines = [(kind.name, kind.title, ", ".join(kind.usual_metrics)) for kind in kinds]
         rows = [{"name": kind.name, "title": kind.title, "metrics": list(kind.metrics)} for kind in kinds]
-        emit({"tasks": rows}, table=render.columns(lines, ("name", "what it is", "metrics")), as_json=as_json)
+        emit({"tasks": rows}, table=render.columns(lines, ("name", "what it is", "usual metrics")), as_json=as_json)
         return 0
     kind = registry.get(name)
     entries = list(fields_of(kind.fields, ("task",)))

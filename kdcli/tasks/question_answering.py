@@ -145,7 +145,7 @@ class QuestionAnswering(TaskKind):
     """A question, and the part of a context that answers it."""
 
     name = "question-answering"
-    title = "the part of a context that answers a question, if there is one"
+    title = "the part of a context that answers a question"
     head = QUESTION_ANSWERING
     fields = SpanFields
     provides = frozenset({"labels"})
