@@ -93,9 +93,10 @@ def _choose(model: str | None, task: str | None = None) -> Choice:
 
 def _student_to_use(run: Run, task: str | None) -> str:
     """Return the folder of a run's student for a task: its own, or one that was fine-tuned from it."""
-    result = finished(run).result
-    if result.loss is None:
+    record = finished(run)
+    if not record.is_general:
         return str(run.student)
+    result = record.result
     tasks = [scores.task for scores in result.finetune]
     if not tasks or (task is not None and task not in tasks):
         raise InputError(

@@ -59,15 +59,16 @@ def distill(
         from kdcli.runs import find_run, place_of_run
 
         try:
-            limits_of(loaded, fail_under=fail_under, fail_under_retention=fail_under_retention)
+            limits = limits_of(loaded, fail_under=fail_under, fail_under_retention=fail_under_retention)
             place = place_of_run(loaded, recipe, output)
             run = find_run(*place, loaded.model_dump(exclude_none=True), force=force, resume=resume)
             with uncollected():
                 from kdcli.distill.plan import make_plan
-                from kdcli.distill.prepare import prepare
+                from kdcli.distill.prepare import check_scored, prepare
                 from kdcli.distill.states import check_room
 
                 prepared = prepare(loaded, recipe)
+                check_scored(limits, prepared.task)
                 check_room(prepared.state_bytes, run.checkpoints)
                 plan = make_plan(prepared)
         except InputError as error:
@@ -116,11 +117,11 @@ def _next_commands(result: "RunResult") -> list[str]:
     from kdcli.cli.console import shown_path
 
     run, tuned = shlex.quote(shown_path(result.run.path)), ""
-    if result.result.loss is not None:
+    if result.record.is_general:
         if not result.result.finetune:
             return []
         tuned = f" --task {shlex.quote(result.result.finetune[0].task)}"
-    commands = [f"kdcli eval {run}{tuned}"]
+    commands = [f"kdcli eval {run}{tuned}"] if tuned or result.result.loss is None else []
     return commands if result.onnx is not None else [*commands, f"kdcli export {run}{tuned}"]
 
 

@@ -138,7 +138,7 @@ def evaluate(
     from kdcli.gates import Limits
     from kdcli.models.finite import at_fault
     from kdcli.tasks.base import Owner
-    from kdcli.tasks.heads import check_head, kind_of_model
+    from kdcli.tasks.heads import check_head, kind_of_model, typed_for
     from kdcli.tasks.load import load_rows, load_task
     from kdcli.tasks.metrics import shown
 
@@ -152,7 +152,14 @@ def evaluate(
             loaded = load_rows(section, kind, contestant.config, names=names, limit=max_samples)
     else:
         called["MODEL"] = names
+        section = typed_for(section, contestant)
         loaded = load_task(section, evaluate_section, base=base, limit=max_samples)
+    if not loaded.report:
+        raise InputError(
+            f"{loaded.name} has nothing to score a model with",
+            where="--task",
+            hint="give the --task NAME of a set with gold answers, or --data FILE",
+        )
     for note in loaded.notes:
         info(f"note: {note}")
     models = {"student" if teacher else "score": (choice.model, contestant, tokenizer)}

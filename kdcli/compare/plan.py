@@ -255,7 +255,12 @@ def _entry(file: Path, overrides: list[str], variant: Variant, chosen: str | Non
             hint="add [[finetune]] tables with the tasks to score it on" if kind.general else None,
         )
     try:
-        planned = make_plan(prepare(recipe, file))
+        prepared = prepare(recipe, file)
+        if prepared.task.scored_by_loss and not recipe.finetune:
+            raise InputError(
+                f"{recipe.task.name} has no score to compare", where="task", hint=prepared.task.kind.unscored
+            )
+        planned = make_plan(prepared)
     except InputError as error:
         raise with_place(error, file, overrides, variant=variant) from error
     task = recipe.task.name

@@ -13,7 +13,8 @@ from kdcli.words import counted
 
 def model_card(record: FinishedRun) -> str:
     """Return README.md of a student: where it comes from, what it scores, how to load it."""
-    return _scored_card(record) if record.result.loss is None else _general_card(record, record.result.loss)
+    loss = record.result.loss
+    return _general_card(record, loss) if loss is not None and record.is_general else _scored_card(record)
 
 
 def _scored_card(record: FinishedRun) -> str:
@@ -53,7 +54,8 @@ A smaller transformer for the task {code(task.name)}, distilled with kdcli {reco
 - teacher: {escaped(record.teacher_origin)}
 - method: {escaped(method.name)}, {escaped(method.title)}
 - student form: {record.student_form}{over}{_vocabulary(record)}
-- data: {escaped(task.source)}, {task.sizes["train"]:,} training examples{copies}, protocol {protocol}{_parts(task)}
+- data: {escaped(task.source)}, {task.sizes["train"]:,} training examples{copies}, protocol {protocol}{_parts(task)}\
+{_fell(result.loss)}
 
 {rows}
 {kept}
@@ -79,6 +81,15 @@ def _parts(task: TaskRecord) -> str:
     if not task.parts:
         return ""
     return f"\n- parts: {escaped(', '.join(task.parts))}, mixed with temperature {task.mixing_temperature:g}"
+
+
+def _fell(loss: Loss | None) -> str:
+    """Return the line about the loss on held-out rows; nothing where it is no result, or was not measured."""
+    if loss is None or loss.before is None or loss.after is None:
+        return ""
+    each = (f"{escaped(name)} {before:.4f}, {after:.4f}" for name, (before, after) in loss.parts.items())
+    parts = f", the mean of {'; '.join(each)}" if loss.parts else ""
+    return f"\n- held-out loss of the distillation: {loss.before:.4f} before, {loss.after:.4f} after{parts}"
 
 
 def _front_matter(method: str, head: Head, *, plain: bool) -> str:
@@ -117,13 +128,6 @@ def _loading(head: Head, *, plain: bool) -> str:
 
 def _general_card(record: FinishedRun, loss: Loss) -> str:
     method, task, result = record.method, record.task, record.result
-    each = (f"{escaped(name)} {before:.4f}, {after:.4f}" for name, (before, after) in loss.parts.items())
-    parts = f", the mean of {'; '.join(each)}" if loss.parts else ""
-    fell = (
-        f"\n- held-out loss of the distillation: {loss.before:.4f} before, {loss.after:.4f} after{parts}"
-        if loss.before is not None and loss.after is not None
-        else ""
-    )
     tuned = "".join(
         table_row(
             [
@@ -148,7 +152,7 @@ A smaller general transformer, distilled on plain text with kdcli {record.versio
 - teacher: {escaped(record.teacher_origin)}{taught}
 - student: {record.student_form}, {result.student.parameters:,} parameters{_vocabulary(record)}
 - method: {escaped(method.name)}, {escaped(method.title)}
-- text: {escaped(task.source)}, {task.sizes["train"]:,} documents{_parts(task)}{fell}
+- text: {escaped(task.source)}, {task.sizes["train"]:,} documents{_parts(task)}{_fell(loss)}
 {table}
 ## Loading
 

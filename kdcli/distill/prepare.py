@@ -24,6 +24,7 @@ from kdcli.distill.states import StatesPlan, plan_states
 from kdcli.distill.teacher import TeacherStart, labelling_of, start_teacher
 from kdcli.distill.vocabulary import plan_vocabulary
 from kdcli.errors import InputError
+from kdcli.gates import Limits
 from kdcli.methods.base import Context, Stage, Term
 from kdcli.models.blocks import iter_block_matrices
 from kdcli.models.families import family_of
@@ -45,6 +46,17 @@ if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
     from transformers import PreTrainedModel
+
+
+def check_scored(limits: Limits, task: Task) -> None:
+    """Raise InputError for limits of a score where the rows of a task have no gold answers to score with."""
+    if task.scored_by_loss and (limits.score is not None or limits.retention is not None):
+        name = "fail_under" if limits.score is not None else "fail_under_retention"
+        raise InputError(
+            f"{task.name} has nothing to score a student with",
+            where=f"evaluate.{name}",
+            hint=task.kind.unscored or "leave it out",
+        )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pydantic import Field
 from kdcli.evaluation.result import Result
 from kdcli.records import Hashes, typed
 from kdcli.runs import RECORD, Run
+from kdcli.tasks import registry as kinds
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,11 @@ class FinishedRun:
     vocabulary: VocabularyRecord | None = None
     export: ExportRecord | None = None
     interrupted: bool = False
+
+    @property
+    def is_general(self) -> bool:
+        """True where the student is a general one, which is used through what is fine-tuned from it."""
+        return self.result.loss is not None and kinds.get(self.task.kind).general
 
     @property
     def is_plain(self) -> bool:

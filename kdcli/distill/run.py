@@ -14,7 +14,7 @@ from transformers import set_seed
 from kdcli import runs
 from kdcli.distill.filler import add_copies_to
 from kdcli.distill.job import Job, attempt
-from kdcli.distill.prepare import prepare
+from kdcli.distill.prepare import check_scored, prepare
 from kdcli.distill.recipe import limits_of
 from kdcli.distill.record import FinishedRun, finished
 from kdcli.distill.score import score_student, score_teacher
@@ -102,6 +102,7 @@ def run_distill(
         return _with_gates(before, limits)
 
     prepared = prepare(recipe, recipe_path)
+    check_scored(limits, prepared.task)
     check_room(prepared.state_bytes, before.checkpoints)
     prepared.load_sources()
     opened = runs.open_run(root, name, force=force, resume=resume, create=is_main())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import InputError
 from kdcli.models.heads import BASE, SENTENCE_EMBEDDING, Head, head_of
+from kdcli.recipe.schema import TaskSection
 from kdcli.tasks import registry
 from kdcli.tasks.kind import TaskKind
 
@@ -62,6 +63,18 @@ def kind_of_model(
         where=where,
         hint="if that is wrong, correct it",
     )
+
+
+def typed_for(section: TaskSection, model: Any) -> TaskSection:
+    """Return `[task]` with the type that a model is for, where it names a set that is read as several types.
+
+    A set of its own type stays so for every model with the head for that.
+    """
+    found, named = head_of(model, heads()), registry.set_of(section)
+    if named is None or section.type is not None or registry.get(named.kind).head == found:
+        return section
+    fitting = [kind.name for kind in registry.usable()[0] if kind.head == found and kind.reads(named)]
+    return section.model_copy(update={"type": fitting[0]}) if len(fitting) == 1 else section
 
 
 def _words(head: Head | None) -> str:

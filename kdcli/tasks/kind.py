@@ -94,6 +94,8 @@ class TaskKind(ABC):
     """False where `answers` needs more than the outputs of one forward pass (a model that generates, say), or held-out
     rows have no gold answers: checkpoints are then chosen by the distillation loss on held-out rows, and the metrics
     are those of what is chosen."""
+    unscored: ClassVar[str | None] = None
+    """What a user can do where rows have no gold answers, though there are metrics: a hint of messages."""
     general: ClassVar[bool] = False
     """True where students are general: they are not scored or exported themselves (so `scored_by_loss` is true, too),
     but fine-tuned by `[[finetune]]`, and handed over without a head that nothing trained."""

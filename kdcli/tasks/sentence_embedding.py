@@ -146,6 +146,7 @@ class SentenceEmbedding(TaskKind):
     usual_metrics: ClassVar[tuple[str, ...]] = PAIR_METRICS
     # The rows that are scored choose nothing: checkpoints are chosen by the loss on held-out text.
     scored_by_outputs = False
+    unscored = "give task.pairs, or task.queries, task.corpus and task.relevances"
     text_columns = ("text", "text_pair")
     answer = vector = "embedding"
 
