@@ -1,4 +1,4 @@
-"""Wrong folders of sentence-transformers: modules, settings and weights that cannot be followed."""
+"""Wrong texts, pairs, queries and relevances, and what asks more of embeddings than there is."""
 
 import json
 from pathlib import Path
@@ -7,179 +7,168 @@ from typing import Any
 import pytest
 from bad_input import Cases
 from conftest import World
-from safetensors.numpy import load_file, save_file
 
 CASES = Cases()
 case = CASES.add
 
-COMMAND = ["contract", "./teacher", "--out", "made"]
-
-
-def edit(world: World, file: str, **changes: Any) -> list[str]:
-    """Change settings in a file of a model of sentence embeddings; None removes one."""
-    path = world.model("embedder") / file
-    changed = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in changed.items() if value is not None}))
-    return COMMAND
-
-
-def with_module(world: World, number: int, **changes: str) -> list[str]:
-    """Change a line of modules.json: 0 is the transformer, 1 the pooling, 2 a Dense module, 3 the normalisation."""
-    path = world.model("embedder") / "modules.json"
-    lines = json.loads(path.read_text())
-    lines[number] |= changes
-    path.write_text(json.dumps(lines))
-    return COMMAND
-
-
-@case("unknown pooling 'median'", "1_Pooling/config.json", "cls, max, mean")
-def an_unknown_pooling(world: World) -> list[str]:
-    return edit(world, "1_Pooling/config.json", pooling_mode="median")
-
-
-@case("unknown pooling 'pooling_mode_attention'", "known are")
-def an_unknown_pooling_of_the_older_form(world: World) -> list[str]:
-    return edit(world, "1_Pooling/config.json", pooling_mode_mean_tokens=False, pooling_mode_attention=True)
-
-
-@case("1_Pooling/config.json says 48 features, and the transformer gives 32")
-def a_pooling_of_another_width(world: World) -> list[str]:
-    return edit(world, "1_Pooling/config.json", word_embedding_dimension=48)
-
-
-@case("1_Pooling/config.json leaves the tokens of prompts out of pooling", "use another teacher")
-def a_pooling_without_the_prompt(world: World) -> list[str]:
-    edit(world, "1_Pooling/config.json", include_prompt=False)
-    world.write("teacher/config_sentence_transformers.json", '{"prompts": {"query": "find: "}}')
-    return COMMAND
-
-
-@case("has no 1_Pooling/config.json, which modules.json names", "copy the whole folder")
-def a_pooling_that_is_not_there(world: World) -> list[str]:
-    (world.model("embedder") / "1_Pooling" / "config.json").unlink()
-    return COMMAND
-
-
-@case("has the module LSTM, which kdcli cannot run", "supported are Transformer, Pooling, Dense, Normalize")
-def an_unknown_module(world: World) -> list[str]:
-    return with_module(world, 2, type="sentence_transformers.models.LSTM")
-
-
-@case("has the module own_code.Dense, which kdcli cannot run")
-def a_module_of_ones_own(world: World) -> list[str]:
-    return with_module(world, 2, type="own_code.Dense")
-
-
-@case("modules.json lists Transformer, Pooling, Pooling, Normalize", "then the others")
-def two_poolings(world: World) -> list[str]:
-    return with_module(world, 2, type="sentence_transformers.models.Pooling")
-
-
-@case("'../elsewhere/config.json' lies outside the model's folder")
-def a_module_that_lies_elsewhere(world: World) -> list[str]:
-    world.write("elsewhere/config.json", "{}")
-    return with_module(world, 2, path="../elsewhere")
-
-
-@case("modules.json is not valid JSON")
-def broken_modules(world: World) -> list[str]:
-    (world.model("embedder") / "modules.json").write_text("[{]")
-    return COMMAND
-
-
-@case("modules.json is no list of settings")
-def modules_that_are_no_list(world: World) -> list[str]:
-    (world.model("embedder") / "modules.json").write_text("{}")
-    return COMMAND
-
-
-@case("entry 1 of modules.json has no type and path")
-def a_module_without_a_path(world: World) -> list[str]:
-    (world.model("embedder") / "modules.json").write_text(
-        '[{"type": "a.Transformer", "path": ""}, {"type": "b.Pooling"}]'
-    )
-    return COMMAND
-
-
-@case("2_Dense/config.json says 40 features, and the module before it gives 32")
-def a_dense_module_of_another_width(world: World) -> list[str]:
-    return edit(world, "2_Dense/config.json", in_features=40)
-
-
-@case("2_Dense/model.safetensors has linear.weight 24 x 32", "it should have linear.weight 20 x 32")
-def dense_weights_of_another_width(world: World) -> list[str]:
-    return edit(world, "2_Dense/config.json", out_features=20)
-
-
-@case("2_Dense/model.safetensors has weight 24 x 32", "it should have linear.weight 24 x 32")
-def dense_weights_of_another_name(world: World) -> list[str]:
-    path = world.model("embedder") / "2_Dense" / "model.safetensors"
-    save_file({"weight": load_file(path)["linear.weight"]}, path)
-    return COMMAND
-
-
-@case("2_Dense/model.safetensors is not a readable safetensors file")
-def damaged_dense_weights(world: World) -> list[str]:
-    path = world.model("embedder") / "2_Dense" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    return COMMAND
-
-
-@case("has no 2_Dense/model.safetensors", "kdcli convert")
-def dense_weights_in_a_pickle(world: World) -> list[str]:
-    path = world.model("embedder") / "2_Dense" / "model.safetensors"
-    path.rename(path.with_name("pytorch_model.bin"))
-    return COMMAND
-
-
-@case("unknown activation 'os.system'", "torch.nn.modules.activation.Tanh")
-def an_unknown_activation(world: World) -> list[str]:
-    return edit(world, "2_Dense/config.json", activation_function="os.system")
-
-
-@case("2_Dense/config.json sets use_residual, which kdcli cannot follow")
-def a_residual(world: World) -> list[str]:
-    return edit(world, "2_Dense/config.json", use_residual=True)
-
-
-@case("module_input_name 'token_embeddings'", "kdcli knows sentence_embedding alone")
-def a_dense_module_over_tokens(world: World) -> list[str]:
-    return edit(world, "2_Dense/config.json", module_input_name="token_embeddings")
-
-
-@case("sets truncate_dim, and kdcli takes whole embeddings", "add a Dense module")
-def shortened_embeddings(world: World) -> list[str]:
-    return edit(world, "config_sentence_transformers.json", truncate_dim=16)
-
-
-@case("names the default prompt 'web', which is none of its prompts", "it has none")
-def a_default_prompt_that_is_not_there(world: World) -> list[str]:
-    return edit(world, "config_sentence_transformers.json", default_prompt_name="web")
-
-
-@case("prompts in config_sentence_transformers.json is no table of texts")
-def prompts_that_are_no_texts(world: World) -> list[str]:
-    return edit(world, "config_sentence_transformers.json", prompts={"query": 3})
-
-
-@case("says max_seq_length '256', not a number of tokens")
-def a_length_that_is_no_number(world: World) -> list[str]:
-    return edit(world, "sentence_bert_config.json", max_seq_length="256")
-
-
-@case("sets query_expansion, which kdcli cannot follow", "remove it")
-def a_setting_of_the_transformer_that_is_not_known(world: World) -> list[str]:
-    return edit(world, "sentence_bert_config.json", query_expansion={"length": 32})
+QUERIES = [{"_id": "q1", "text": "a film"}, {"_id": "q2", "text": "a book"}]
+CORPUS = [{"_id": "d1", "text": "it is a film"}, {"_id": "d2", "text": "it is a book"}]
+RELEVANCES = [{"query-id": "q1", "corpus-id": "d1", "score": 1}]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_wrong_modules_are_told(name: str, world: World, own_cache: Path):
+def test_wrong_input_is_told(name: str, world: World, own_cache: Path):
     CASES.check(name, world, own_cache)
 
 
-def test_a_folder_that_is_right_is_taken(world: World):
-    world.model("embedder")
-    outcome = world.call(*COMMAND)
-    assert outcome.code == 0, outcome.err
-    made = {path.relative_to(world.folder / "made").as_posix() for path in (world.folder / "made").rglob("*.json")}
-    assert {"modules.json", "1_Pooling/config.json", "2_Dense/config.json"} <= made
+def lines(world: World, name: str, rows: list[dict[str, Any]]) -> str:
+    return world.write(name, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def distill(world: World, method: str = "embedding", **task: Any) -> list[str]:
+    """Return the arguments of a run on texts of its own."""
+    if "data" not in task:
+        world.write("text.txt", "\n".join(f"This is text number {i}." for i in range(30)))
+    own = {"name": "own", "type": "sentence-embedding", "data": "text.txt", **task}
+    changes: dict[str, Any] = {"task": own, "teacher": {"model": str(world.model())}}
+    return ["distill", world.recipe("task", "teacher", "method", method={"name": method}, **changes)]
+
+
+def pairs(world: World, **changed: Any) -> list[str]:
+    """Return the same with a file of pairs, of which the third is changed."""
+    rows = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "score": i / 5} for i in range(6)]
+    rows[2] |= changed
+    return distill(world, pairs=lines(world, "pairs.jsonl", rows))
+
+
+def retrieval(world: World, **changed: list[dict[str, Any]] | None) -> list[str]:
+    """Return the same with queries, documents and relevances; None leaves out a field."""
+    given: dict[str, Any] = {"queries": QUERIES, "corpus": CORPUS, "relevances": RELEVANCES, **changed}
+    fields = {name: lines(world, f"{name}.jsonl", rows) for name, rows in given.items() if rows is not None}
+    return distill(world, **fields)
+
+
+@case("text.txt has no text", "task")
+def nothing_but_marks_to_embed(world: World) -> list[str]:
+    return distill(world, data=world.write("text.txt", "* * *\n---\n"))
+
+
+@case("row 3: the similarity is 'high', not a number", "task.label")
+def similarity_in_words(world: World) -> list[str]:
+    return pairs(world, score="high")
+
+
+@case("row 3: the similarity is None, not a number", "task.label")
+def pair_without_similarity(world: World) -> list[str]:
+    return pairs(world, score=None)
+
+
+@case("row 3 has no 'sentence2'")
+def pair_of_one(world: World) -> list[str]:
+    return pairs(world, sentence2=None)
+
+
+@case("pairs.jsonl has no label column 'score'; it has 'sentence1', 'sentence2'", "task.label")
+def pairs_without_a_score(world: World) -> list[str]:
+    return distill(world, pairs=lines(world, "pairs.jsonl", [{"sentence1": "a", "sentence2": "b"}]))
+
+
+@case("pairs.jsonl has no pair column 'sentence1'", "task.pair")
+def pairs_with_other_columns(world: World) -> list[str]:
+    return distill(world, pairs=lines(world, "pairs.jsonl", [{"first": "a", "second": "b", "score": 1}]))
+
+
+@case("all similarities are equal", "task.pairs")
+def similarities_that_are_all_the_same(world: World) -> list[str]:
+    rows = [{"sentence1": f"a {i}", "sentence2": "b", "score": 1} for i in range(4)]
+    return distill(world, pairs=lines(world, "pairs.jsonl", rows))
+
+
+@case("'sst2' is neither a file nor a set of pairs with a similarity; such sets are: stsb", "task.pairs")
+def set_without_similarities(world: World) -> list[str]:
+    return distill(world, pairs="sst2")
+
+
+@case("label is of pairs, and there are none", "task.label")
+def similarity_column_without_pairs(world: World) -> list[str]:
+    return distill(world, label="score")
+
+
+@case("give pairs, or queries, corpus and relevances: one task has one kind of score")
+def pairs_beside_queries(world: World) -> list[str]:
+    return distill(world, pairs="stsb", corpus="corpus.jsonl")
+
+
+@case("pairs (or queries, corpus and relevances) name what models are scored on, not test")
+def texts_as_test_rows(world: World) -> list[str]:
+    arguments = distill(world)
+    path = world.folder / arguments[1]
+    path.write_text(path.read_text().replace('data = "text.txt"', 'train = "text.txt"\ntest = "text.txt"'))
+    return arguments
+
+
+@case("retrieval needs queries, corpus and relevances: there is no relevances", "task.relevances")
+def queries_without_relevances(world: World) -> list[str]:
+    return retrieval(world, relevances=None)
+
+
+@case("there are no queries", "task.queries")
+def corpus_without_queries(world: World) -> list[str]:
+    return retrieval(world, queries=None)
+
+
+@case("relevances.jsonl: row 2 names 'd9', which corpus.jsonl does not have", "task.relevances")
+def relevance_of_no_document(world: World) -> list[str]:
+    return retrieval(world, relevances=[*RELEVANCES, {"query-id": "q1", "corpus-id": "d9", "score": 1}])
+
+
+@case("relevances.jsonl: row 1 names 'q9', which queries.jsonl does not have", "task.relevances")
+def relevance_for_no_query(world: World) -> list[str]:
+    return retrieval(world, relevances=[{"query-id": "q9", "corpus-id": "d1", "score": 1}])
+
+
+@case("row 1: the relevance -1 is below 0", "task.relevances")
+def relevance_below_zero(world: World) -> list[str]:
+    return retrieval(world, relevances=[{**RELEVANCES[0], "score": -1}])
+
+
+@case("no query has a relevant document", "task.relevances")
+def queries_that_nothing_answers(world: World) -> list[str]:
+    return retrieval(world, relevances=[{**RELEVANCES[0], "score": 0}])
+
+
+@case("corpus.jsonl: row 3 has the id 'd1' a second time", "task.corpus")
+def document_with_the_id_of_another(world: World) -> list[str]:
+    return retrieval(world, corpus=[*CORPUS, CORPUS[0]])
+
+
+@case("queries.jsonl: row 2 has no text", "task.queries")
+def query_without_a_text(world: World) -> list[str]:
+    return retrieval(world, queries=[QUERIES[0], {"_id": "q2", "text": " "}])
+
+
+@case("'ndcg@10' cannot be the metric of a sentence-embedding task; known are spearman, pearson", "task.metrics")
+def metric_of_queries_for_pairs(world: World) -> list[str]:
+    rows = [{"sentence1": f"a {i}", "sentence2": "b", "score": i} for i in range(20)]
+    return distill(world, pairs=lines(world, "pairs.jsonl", rows), metrics=["ndcg@10"])
+
+
+@case("own has nothing to score a student with", "evaluate.fail_under", "give task.pairs")
+def limit_of_a_score_that_there_is_not(world: World) -> list[str]:
+    return [*distill(world), "--set", "evaluate.fail_under=0.5"]
+
+
+@case("similarities alone train no bridge", "method.bridge")
+def bridge_that_nothing_trains(world: World) -> list[str]:
+    weights = [f"method.weights.{name}={value}" for name, value in (("cosine", 0), ("similarity", 1))]
+    return [*distill(world), *(part for change in weights for part in ("--set", change)), "--set", "method.bridge=keep"]
+
+
+@case("theseus works on", "sentence-embedding task")
+def method_that_needs_labels(world: World) -> list[str]:
+    return distill(world, method="theseus")
+
+
+@case("embedding works on sentence-embedding tasks", "embeddings of texts")
+def embeddings_of_a_task_with_labels(world: World) -> list[str]:
+    return ["distill", world.recipe("method", method={"name": "embedding"})]

@@ -119,7 +119,7 @@ def test_columns_of_pairs_have_usual_names_or_those_that_are_given(world: Path):
 def test_the_sets_of_pairs_that_kdcli_knows_are_scored_on_by_name(data_dir: Path, tmp_path: Path):
     (tmp_path / "text.txt").write_text("\n".join(TEXTS))
     task = load(tmp_path, pairs="stsb")
-    assert len(task.report["test"]) == 1500 and set(task.train["text"]) < set(TEXTS)
+    assert len(task.report["test"]) == 1500 and all(any(own in text for text in TEXTS) for own in task.train["text"])
     # Its own name gives the sentences of its training pairs.
     own = load_task(TaskSection(name="stsb", type="sentence-embedding"), EvaluateSection(), base=tmp_path)
     assert own.report["test"][:] == task.report["test"][:]
