@@ -13,6 +13,7 @@ import os
 from cells import Profile, Row, Size, Study
 
 QUESTIONS, TAGS = "Questions, answered from a context", "Tags of words"
+SENTENCES, LANGUAGES = "Sentence embeddings, from text alone", "Tweets in eight languages, as parts of one task"
 METHODS = ("kd", "hs", "minilmv2", "tinybert", "makd")
 METRICS = {
     "squad_small": "SQuAD, part, F1",
@@ -23,10 +24,14 @@ METRICS = {
     "ud_en": "UD English, accuracy",
     "ud_de": "UD German, accuracy",
     "ud_es": "UD Spanish, accuracy",
+    "sentences": "STS-B, Spearman",
+    "tweets": "mean of the languages' F1",
 }
 GROUPS = {
     QUESTIONS: ("squad_small", "squad_v2_small", "xquad_en"),
     TAGS: ("wnut_17", "conll2000", "ud_en", "ud_de", "ud_es"),
+    SENTENCES: ("sentences",),
+    LANGUAGES: ("tweets",),
 }
 ENTITIES = ("corporation", "creative-work", "group", "location", "person", "product")
 CHUNKS = ("ADJP", "ADVP", "CONJP", "INTJ", "LST", "NP", "PP", "PRT", "SBAR", "UCP", "VP")
@@ -40,33 +45,52 @@ def _span_tags(types: tuple[str, ...]) -> str:
 def _rows(table: str, with_chains: bool) -> list[Row]:
     label, chains = (" +OPDF, L = 1", ("overparam.length=1",)) if with_chains else ("", ())
     students = {"makd": ("student.budget=0.5", "student.init_samples=64")}
-    return [
+    rows = [
         Row(table, f"`{name}`{label}", name, students.get(name, ("student.layers=3",)) + chains) for name in METHODS
     ]
+    if table == SENTENCES:
+        rows.append(Row(table, f"`embedding`{label}", "kd", ('method="embedding"', "student.layers=3", *chains)))
+    return rows
 
 
-def _table(folder: str, fields: str) -> str:
-    data = f"{os.environ.get('KDCLI_DATA_DIR', 'data')}/{folder}"
-    name = {"ud_pos/en": "ud_en", "ud_pos/de": "ud_de", "ud_pos/es": "ud_es"}.get(folder, folder)
-    return f'{{name="{name}", train="{data}/train.parquet", validation="{data}/validation.parquet", {fields}}}'
+DATA = os.environ.get("KDCLI_DATA_DIR", "data")
+PARTS = ("arabic", "english", "french", "german", "hindi", "italian", "portuguese", "spanish")
 
 
-def _questions(folder: str) -> Size:
-    table = _table(folder, 'type="question-answering", stride=48, validation_samples=150')
+def _files(folder: str) -> str:
+    return f'train="{DATA}/{folder}/train.parquet", validation="{DATA}/{folder}/validation.parquet"'
+
+
+def _questions(name: str) -> Size:
+    table = f'{{name="{name}", {_files(name)}, type="question-answering", stride=48, validation_samples=150}}'
     return Size(640, 8, 1, 2, ("task.max_length=192", "teacher.finetune.batch_size=8"), table)
 
 
-def _tags(folder: str, fields: str = "", rows: int = 320) -> Size:
-    table = _table(folder, f'type="token-classification", validation_samples=200{fields}')
+def _tags(name: str, folder: str, fields: str, rows: int = 320) -> Size:
+    table = f'{{name="{name}", {_files(folder)}, type="token-classification", validation_samples=200, {fields}}}'
     return Size(rows, 16, 2, 4, ("task.max_length=64", "teacher.finetune.batch_size=16"), table)
+
+
+def _sentences() -> Size:
+    table = f'{{name="sentences", type="sentence-embedding", data="{DATA}/lm/brown/train.parquet", pairs="stsb", validation_fraction=0.01}}'
+    return Size(3_200, 32, 1, 0, ("task.max_length=48", "teacher.finetune=false"), table)
+
+
+def _tweets() -> Size:
+    parts = ", ".join(f'{{name="{name}", {_files(f"tweet_sentiment/{name}")}}}' for name in PARTS)
+    table = f'{{name="tweets", text="text", metrics=["f1", "accuracy"], validation_samples=120, part=[{parts}]}}'
+    return Size(1_280, 16, 1, 3, ("task.max_length=48", "teacher.finetune.batch_size=16"), table)
 
 
 CPU = Profile(
     {
         **{name: _questions(name) for name in GROUPS[QUESTIONS]},
-        "wnut_17": _tags("wnut_17", f", labels=[{_span_tags(ENTITIES)}]", rows=960),
-        "conll2000": _tags("conll2000", f', label="chunk_tags", labels=[{_span_tags(CHUNKS)}]'),
-        **{f"ud_{name}": _tags(f"ud_pos/{name}", ', label="pos"') for name in ("en", "de", "es")},
+        "wnut_17": _tags("wnut_17", "wnut_17", f"labels=[{_span_tags(ENTITIES)}]", rows=960),
+        # The validation rows have a tag that the training rows have not.
+        "conll2000": _tags("conll2000", "conll2000", f'label="chunk_tags", labels=[{_span_tags(CHUNKS)}]'),
+        **{f"ud_{name}": _tags(f"ud_{name}", f"ud_pos/{name}", 'label="pos"') for name in ("en", "de", "es")},
+        "sentences": _sentences(),
+        "tweets": _tweets(),
     },
     (
         'train.select="last"',

@@ -2,7 +2,8 @@
 
     KDCLI_DATA_DIR=... python tests/benchmarks/tables.py --output tables --minutes 13
     KDCLI_DATA_DIR=... python tests/benchmarks/tables.py --output tables --cpu [--workers 2] [--threads 1]
-    python tests/benchmarks/tables.py --output tables [--cpu] --report
+    KDCLI_DATA_DIR=... python tests/benchmarks/tables.py --output tables --study kinds [--workers 1]
+    python tests/benchmarks/tables.py --output tables [--cpu] [--study kinds] --report
 
 A cell is one student: a row of a table, a task and a seed. Cells run in the order of their importance, several side by
 side (`--workers` processes of `--threads` threads, all on the same card), and each leaves one file in OUTPUT/cells: the
@@ -16,6 +17,9 @@ sixth of the block weights, and a low-rank student has the same share, so that t
 than 0.2 %. A quarter and an eighth of the block weights stand in the tables of the next larger size, with fewer
 parameters than the rows around them: no whole blocks make these shares, and blocks without a part of their neurons
 would be a poor baseline.
+
+`--study kinds` has the tables of further kinds of tasks (questions, tags, sentence embeddings, several languages), whose
+rows and sizes stand in kinds.py; what follows is about the other ones.
 
 `makd` is as recipes/methods has it; the tables of its starts and ranks have the other values beside it.
 

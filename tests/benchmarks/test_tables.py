@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from kinds import KINDS
 from scipy import stats
 from tables import (
     AT_A_TIME,
@@ -147,8 +148,16 @@ def test_cells_run_once_share_a_teacher_and_go_on_where_they_were_stopped(tmp_pa
     assert first.teacher == second.teacher and first.parameters < second.parameters
 
 
+def test_further_kinds_run_plain_before_chains_and_one_seed_before_the_next():
+    cells = KINDS.cells(KINDS.cpu)
+    assert len({cell.name for cell in cells}) == len(cells) == 2 * 2 * (5 * len(KINDS.metrics) + 1)
+    blocks = [(cell.seed, "+OPDF" in cell.row.label) for cell in cells]
+    assert list(dict.fromkeys(blocks)) == [(42, False), (42, True), (43, False), (43, True)]
+    assert blocks == sorted(blocks) and set(KINDS.order) == set(KINDS.cpu.sizes) == set(KINDS.metrics)
+
+
 def test_every_row_is_a_valid_recipe():
-    for profile in (CPU, GPU):
-        for cell in METHODS.cells(profile, seeds=1):
+    for study, profile in ((METHODS, CPU), (METHODS, GPU), (KINDS, KINDS.cpu)):
+        for cell in study.cells(profile, seeds=1):
             recipe = load_recipe(RECIPES / f"{cell.row.recipe}.toml", cell.changes(profile))
             assert recipe.task.name == cell.task and recipe.seed == 42 == recipe.teacher.seed
