@@ -298,7 +298,7 @@ class TokenClassification(TaskKind):
     def score(
         self, answers: "Sequence[np.ndarray]", rows: "Dataset", labels: Sequence[str], metrics: Sequence[str]
     ) -> dict[str, float]:
-        """Return the named metrics and, beside f1, that of each type of span.
+        """Return the named metrics and, beside f1, that of each type of span that gold tags have.
 
         f1, precision, recall: over the spans of all types. f1_macro: mean of F1 over the types that gold tags or
         answers have. accuracy: share of words.
@@ -318,7 +318,7 @@ class TokenClassification(TaskKind):
         found["accuracy"] = float((np.concatenate(answers) == np.concatenate(truth)).mean())
         scores = {name: found[name] for name in metrics}
         if "f1" in metrics:
-            scores |= {f"f1/{kind}": by_type[kind].f1 if kind in by_type else 0.0 for kind in types_of(labels)}
+            scores |= {f"f1/{kind}": one.f1 for kind, one in by_type.items() if one.gold}
         return scores
 
     # What a model answers to examples without gold answers
