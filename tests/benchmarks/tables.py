@@ -18,8 +18,8 @@ than 0.2 %. A quarter and an eighth of the block weights stand in the tables of 
 parameters than the rows around them: no whole blocks make these shares, and blocks without a part of their neurons
 would be a poor baseline.
 
-`--study kinds` has the tables of further kinds of tasks (questions, tags, sentence embeddings, several languages), whose
-rows and sizes stand in kinds.py; what follows is about the other ones.
+`--study kinds` has the tables of further kinds of tasks (questions, tags, sentence embeddings, several languages);
+their rows and sizes stand in kinds.py. What follows is about the other ones.
 
 `makd` is as recipes/methods has it; the tables of its starts and ranks have the other values beside it.
 
