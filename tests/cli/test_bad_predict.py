@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 from bad_input import Cases
 from conftest import ROWS, World
+from families import tiny, tokenizer
+
+from kdcli.models.heads import with_new_head
+from kdcli.models.save import save_model
+from kdcli.tasks import registry
 
 CASES = Cases()
 case = CASES.add
@@ -126,6 +131,14 @@ def json_of_a_file(world: World) -> list[str]:
 def half_a_pair(world: World) -> list[str]:
     world.model()
     return ["predict", "teacher", "--pair", "a film", "a film", "a film"]
+
+
+@case("TEXT: 1 text, and an example takes 2: question and context", "--with NAME=TEXT")
+def a_question_without_a_context(world: World) -> list[str]:
+    (world.folder / "spans").mkdir()
+    head = registry.get("question-answering").head
+    save_model(with_new_head(tiny("bert", layers=1), head), world.folder / "spans", tokenizer())
+    return ["predict", "spans", "Who?"]
 
 
 @case("--input: a line is one text, and an example takes 2: text and text_pair", "--with NAME=TEXT")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import World
@@ -15,7 +16,9 @@ from families import tiny, tokenizer
 from tiny_recipes import run_recipe, tiny_recipe, write_recipe
 
 from kdcli.cli.app import run
+from kdcli.models.heads import with_new_head
 from kdcli.models.save import save_model
+from kdcli.tasks import registry
 from kdcli.tasks.heads import load_model
 
 TEXTS = ["a fine film", "a dull film", "dark"]
@@ -161,6 +164,28 @@ def test_a_second_model_answers_beside_and_its_classes_are_put_into_order(world:
     world.call("predict", "teacher", *TEXTS, "--beside", "second", "--output", "both.csv")
     header = (world.folder / "both.csv").read_text().splitlines()[0]
     assert header == "label,probability,beside.label,beside.probability,agree"
+
+
+def test_embeddings_come_as_one_array_in_the_order_of_the_texts(world: World):
+    for name, layers in (("one", 2), ("other", 1)):
+        head = registry.get("sentence-embedding").head
+        (world.folder / name).mkdir()
+        save_model(with_new_head(tiny("bert", layers=layers), head), world.folder / name, tokenizer())
+    texts = [" ".join(["film"] * count) for count in (3, 9, 1, 5, 2)]
+    rows = documents(world.call("predict", "one", *texts, "--json", "--beside", "other").out)
+    expected = np.array([row["embedding"] for row in rows])
+    for source in (["-", "--batch-size", "2"], ["--input", world.write("texts.txt", "\n".join(texts))]):
+        type_in(world, "\n".join(texts))
+        assert world.call("predict", "one", *source, "--output", "found.npy", "--force").code == 0
+        found = np.load(world.folder / "found.npy", mmap_mode="r")
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    for row in rows:
+        own, others = (np.array(each["embedding"]) for each in (row, row["beside"]))
+        cosine = own @ others / np.linalg.norm(own) / np.linalg.norm(others)
+        assert row["cosine"] == pytest.approx(float(cosine), abs=1e-6)
+    refused = world.call("predict", "one", "film", "--beside", "other", "--output", "both.npy")
+    assert refused.code == 2 and "both.npy takes vectors alone" in refused.err
 
 
 @pytest.mark.slow
