@@ -154,7 +154,8 @@ METHOD = Method(
     "P(argmax_k (z_k + s xi_k) = i) is the share of decisions for i on the example and m - 1 noised copies",
     signals="decisions (labels) of the teacher on the examples and on noised copies, gold labels",
     constraints="none on the models; the teacher may be a black box that returns one label an example; a student is "
-    "cut from what the teacher was before its fine-tuning",
+    "cut from what the teacher was before its fine-tuning. Not for spans, tags, several labels or numbers: logits are "
+    "estimated from shares of decisions for one class of a text",
     cost="student only; before it m decisions an example, asked for once and kept",
     options=DBKDOptions,
     build=build,

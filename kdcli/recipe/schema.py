@@ -237,7 +237,9 @@ class TaskSection(Named, Section):
         "all parts alike. Left out, 1.",
     )
     augment: AugmentSection | None = Field(
-        default=None, description="More training rows for the student. Left out, none."
+        default=None,
+        description="More training rows for the student, where answers stay when a word changes: not for spans of a "
+        "context or for tags of words. Left out, none.",
     )
 
     @field_validator("part")

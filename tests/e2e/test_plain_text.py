@@ -42,9 +42,10 @@ def recipe(tmp_path: Path) -> Path:
     return write_recipe(tmp_path / "text.toml", RECIPE)
 
 
-def test_a_student_trained_to_predict_keeps_its_head_and_is_scored_on_tasks(recipe: Path):
+@pytest.mark.parametrize("method", ["distilbert", pytest.param("kd", marks=pytest.mark.slow)])
+def test_a_student_trained_to_predict_keeps_its_head_and_is_scored_on_tasks(method: str, recipe: Path):
     write_recipe(recipe, changed(RECIPE, student={"form": "depth", "layers": 1}, finetune=[LATER]))
-    record = run_recipe(recipe, "method=distilbert")
+    record = run_recipe(recipe, f"method={method}")
     assert record["loss"]["after"] < record["loss"]["before"]
     run = recipe.parent / "runs" / "text"
     model = AutoModelForMaskedLM.from_pretrained(run / "student")
