@@ -14,10 +14,11 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from families import NAMES, tiny, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seqeval.metrics import accuracy_score, f1_score
 from tiny_recipes import run_recipe, tiny_recipe, write_recipe
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from training.stages import Killed, kill_after
-from transformers import AutoModelForTokenClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from kdcli.cli.app import run
@@ -25,7 +26,10 @@ from kdcli.data.columns import Column
 from kdcli.data.tables import dataset_of
 from kdcli.errors import InputError
 from kdcli.evaluation.score import evaluate_model
+from kdcli.export.export import export_model
+from kdcli.export.session import OnnxModel
 from kdcli.models.classes import class_names_of
+from kdcli.models.heads import with_new_head
 from kdcli.models.load import load_tokenizer
 from kdcli.models.save import save_model, save_tokenizer
 from kdcli.recipe.schema import EvaluateSection, TaskSection
@@ -467,3 +471,48 @@ def test_a_general_student_is_fine_tuned_on_tags(world: Path):
     # Each word has one tag.
     assert scores["metric"] == "f1" and scores["mean"]["student"] > 0.9
     assert set(scores["metrics"]["student"][0]["validation"]) == {"f1", "accuracy", "f1/thing", "f1/view"}
+
+
+def test_a_students_score_is_what_transformers_and_seqeval_make_of_its_folder(world: Path):
+    """The teacher is a tagger of another program: its tags have another order, and other signs in their names."""
+    rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+    (world / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
+    teacher = tagger("bert", labels=["B_view", "o", "B_thing"], seed=3)
+    save_model(teacher, world / "foreign", WORDS)
+    task = {"name": "own", "type": KIND.name, "train": "rows.jsonl", "validation": "held.jsonl", "max_length": 64}
+    changes: dict[str, Any] = {"teacher": {"model": "foreign", "finetune": False}, "train": {"max_steps": 20}}
+    path = write_recipe(world / "folder.toml", tiny_recipe("task", "teacher", name="folder", task=task, **changes))
+    result = run_recipe(path, force=True)
+    folder = world / "runs" / "folder" / "student"
+    for model, side in (
+        (AutoModelForTokenClassification.from_pretrained(folder).eval(), "student"),
+        (teacher.eval(), "teacher"),
+    ):
+        answers = []
+        for row in rows[:20]:
+            words = AutoTokenizer.from_pretrained(folder)(row["tokens"], is_split_into_words=True, return_tensors="pt")
+            with torch.no_grad():
+                best = model(**words).logits[0].argmax(-1).tolist()
+            places = words.word_ids()
+            firsts = [place for place, word in enumerate(places) if word is not None and word != places[place - 1]]
+            answers.append([model.config.id2label[best[place]] for place in firsts])
+        spelled = [["O" if tag == "o" else tag.replace("_", "-") for tag in row] for row in answers]
+        truth = [row["tags"] for row in rows[:20]]
+        found = result[side]["metrics"]["validation"]
+        assert found["f1"] == pytest.approx(f1_score(truth, spelled), abs=1e-12) and found["f1"] > 0
+        assert found["accuracy"] == pytest.approx(accuracy_score(truth, spelled), abs=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", NAMES)
+def test_every_family_is_exported_with_the_logits_of_each_token(family: str, tmp_path: Path):
+    task = load(tmp_path, lines(tmp_path / "a.jsonl", TEXTS, TAGS), labels=NAMES_OF_TAGS)
+    model = tagger(family)
+    result = export_model(model, WORDS, tmp_path / "onnx", task=task, max_length=32, latency=False)
+    assert result.difference < 1e-4 and result.inputs == "12 examples of own"
+    graph = OnnxModel(tmp_path / "onnx")
+    assert evaluate_model(graph, WORDS, task, max_length=32) == evaluate_model(model, WORDS, task, max_length=32)
+    # With a head of its own, of other tags.
+    fresh = with_new_head(model, KIND.head, KIND.configure(["x", "y", "z"]))
+    ids = torch.arange(5, 17)[None]
+    assert fresh(ids).logits.shape == (1, 12, 3) and kind_of_model(fresh, "fresh", "MODEL") is KIND
