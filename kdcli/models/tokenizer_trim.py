@@ -116,7 +116,7 @@ class Pieces:
         names: list[str] = []
         if self.model.get("byte_fallback"):
             names += [f"<0x{byte:02X}>" for byte in range(256)]
-        if "ByteLevel" in json.dumps([self.document["normalizer"], self.document["pre_tokenizer"]]):
+        if self._has_spaces:
             from tokenizers.pre_tokenizers import ByteLevel
 
             names += ByteLevel.alphabet()
@@ -127,6 +127,11 @@ class Pieces:
             if all(scores[number] > lowest for number in found if number < len(scores)):
                 found.add(scores.index(lowest))
         return frozenset(found)
+
+    @cached_property
+    def _has_spaces(self) -> bool:
+        """True where pieces are of bytes, spaces among them."""
+        return "ByteLevel" in json.dumps([self.document["normalizer"], self.document["pre_tokenizer"]])
 
     @property
     def _unknown(self) -> int | None:
@@ -171,8 +176,17 @@ class Pieces:
         return Corpus(texts, np.concatenate(parts), np.cumsum(np.concatenate(lengths)))
 
     def counts(self, corpus: Corpus) -> np.ndarray:
-        """Return how often a corpus uses each id, (rows,). WordPiece also uses those it took in unknown words."""
+        """Return how often a corpus uses each id, (rows,).
+
+        WordPiece also uses those that it took in unknown words; bytes with spaces those of a text's first word
+        behind a space, as the word is read where words come one by one.
+        """
         counts = np.bincount(corpus.ids, minlength=self.rows)
+        if self._has_spaces:
+            words = {f" {text.split(maxsplit=1)[0]}" for text in corpus.texts if text.strip()}
+            for _, encodings in encoded(self.tokenizer, sorted(words)):
+                for encoding in encodings:
+                    counts[encoding.ids] += 1
         unknown = self._unknown
         if self.kind == "WordPiece" and unknown is not None and counts[unknown]:
             starts = np.concatenate([[0], corpus.ends[:-1]])

@@ -171,7 +171,7 @@ def trimmed(model: "PreTrainedModel", kept: np.ndarray) -> "PreTrainedModel":
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     made = copy.deepcopy(model, {**shared, **new})
     number = {int(old): place for place, old in enumerate(kept)}
-    for module in (_table(made), _holder(made)):
+    for module in {_table(made), _holder(made)}:
         module.num_embeddings = len(kept)
         if module.padding_idx is not None:
             module.padding_idx = number[module.padding_idx]

@@ -1,5 +1,6 @@
 """`[student.vocabulary]`: all that follows the teacher has fewer pieces, and learns what it would have learnt."""
 
+import json
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,23 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_pieces(folder: Path, monke
     assert parts["hashes"] == whole["hashes"] and parts["vocabulary"] == whole["vocabulary"]
     forced = run_recipe(path, output=folder / "parts", force=True)
     assert forced["hashes"] == whole["hashes"]
+
+
+def test_rows_set_aside_for_thresholds_are_read_too(folder: Path):
+    rows = [{"text": f"film {letter}", "tags": ["a"] if letter < "m" else ["b"]} for letter in "abcdefghijklmnopqrst"]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows * 2)))
+    task = {"name": "own", "type": "multi-label", "data": "rows.jsonl", "text": "text", "label": "tags"}
+    (folder / "labels").mkdir()
+    names = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+    save_model(tiny("bert", problem_type="multi_label_classification", **names), folder / "labels", tokenizer())
+    document = changed(BASE, "task", task=task, teacher={"model": "labels"})
+    path = write_recipe(folder / "recipe.toml", document)
+    prepared = prepare(load_recipe(path, []), path)
+    assert prepared.task.calibration is not None
+    own = {text for part in (prepared.task.train, prepared.task.calibration) for text in part["text"]}
+    words = prepared.tokenizer
+    assert all(words.tokenize(text) == tokenizer().tokenize(text) for text in own)
+    assert prepared.trimming.texts == len(prepared.task.train) + len(prepared.task.calibration)
 
 
 def test_copies_of_rows_are_told(folder: Path):

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from kdcli.data.reviews import reviews
-from kdcli.errors import InputError
-from kdcli.models.tokenizer_trim import Pieces, changes_of, check_cut
+from kdcli.errors import InputError, RunError
+from kdcli.models.tokenizer_trim import Corpus, Pieces, changes_of, check_cut
 
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
 TEXTS: list[str] = reviews()["train"]["text"]
@@ -225,6 +225,31 @@ def test_the_lowest_score_stays_so_that_unknown_costs_as_much_as_before():
     pieces = Pieces(full)
     cheaper = pieces.cut(kept[:-1])
     assert cheaper.tokenize("abcde") != ["ab", "c", "d", "e"]
+
+
+def test_words_that_come_one_by_one_are_cut_as_before():
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=list(SPECIAL.values()), initial_alphabet=alphabet)
+    made.train_from_iterator(TEXTS, trainer)
+    full = fast(made)
+    corpus = ["film that is good", "good"]
+    small, _ = trim(full, corpus)
+    for words in ([" film", " good"], [" good"], ["good"]):
+        one, other = (each(words, is_split_into_words=True)["input_ids"] for each in (full, small))
+        assert small.convert_ids_to_tokens(other) == full.convert_ids_to_tokens(one)
+
+
+def test_a_text_that_is_cut_otherwise_is_an_error():
+    full = unigram()
+    pieces, (made, kept) = Pieces(full), trim(full, CORPUS)
+    corpus = pieces.read(CORPUS)
+    wrong = corpus.ids.copy()
+    wrong[40] = kept[-2] if wrong[40] != kept[-2] else kept[-3]
+    number = int(np.searchsorted(corpus.ends, 40, side="right")) + 1
+    with pytest.raises(RunError, match=f"text {number} is cut otherwise by the trimmed tokenizer"):
+        check_cut(Corpus(corpus.texts, wrong, corpus.ends), made, kept)
 
 
 def test_an_unknown_word_stays_unknown():

@@ -93,6 +93,21 @@ def test_positions_stay_where_they_count_from_the_padding_token(family: str):
     assert small.config.pad_token_id == model.config.pad_token_id
 
 
+@pytest.mark.parametrize("rank", [None, 8])
+def test_a_padding_token_behind_all_others_moves(rank: int | None):
+    words = tokenizer()
+    words.add_special_tokens({"pad_token": "<padding>"})
+    model = tiny("bert", pad_token_id=words.pad_token_id)
+    if rank is not None:
+        factorise(model, StudentSection(form="low-rank", rank=4, embedding_rank=rank))
+    small, trimming = trim(model, words)
+    assert small.config.pad_token_id == trimming.tokenizer.pad_token_id == len(trimming.kept) - 1
+    table = small.get_input_embeddings()
+    assert table.padding_idx == getattr(table, "down", table).padding_idx == len(trimming.kept) - 1
+    assert table.num_embeddings == getattr(table, "down", table).num_embeddings == len(trimming.kept)
+    assert torch.allclose(logits(model, words), logits(small, trimming.tokenizer), atol=1e-6)
+
+
 def test_factors_of_embeddings_and_their_output_layer_shrink():
     model, words = masked_lm("bert", hidden=32), tokenizer()
     factorise(model, StudentSection(form="low-rank", rank=4, embedding_rank=8))
