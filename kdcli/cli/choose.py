@@ -185,7 +185,9 @@ def section_of_data(
     """
     kept: dict[str, Any] = {"metrics": own.metrics} if own is not None else {}
     if own is not None and own.is_own:
-        kept |= own.fields | {name: getattr(own, name) for name in ("delimiter", "encoding", "split_seed")}
+        # Of parts, the columns are those of the first one.
+        kept |= own.fields | (own.part[0].fields if own.part else {})
+        kept |= {name: getattr(own, name) for name in ("delimiter", "encoding", "split_seed")}
     for change in changes:
         keys, value = parts_of(change, "--set", "label=team")
         if len(keys) > 1 or keys[0] in TaskSection.model_fields:

@@ -156,6 +156,11 @@ class PartSection(Section):
         """True when the rows are the user's own."""
         return any(getattr(self, name, None) for name in SOURCES)
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of the kind as written."""
+        return dict(self.__pydantic_extra__ or {})
+
 
 class TaskSection(Named, Section):
     """`[task]`, or `task = "NAME"`: a GLUE task, the built-in `reviews`, or the user's own data.
@@ -228,7 +233,9 @@ class TaskSection(Named, Section):
     part: Annotated[list[PartSection], Field(min_length=1, max_length=1000)] | None = Field(
         default=None,
         description="Several sets of rows, such as one a language, in place of `data`: each has its own scores, and "
-        "their mean chooses the checkpoint and is gated. Left out, the task is one set.",
+        "their mean chooses the checkpoint and is gated. A part may name its columns where they differ from those in "
+        "[task]. `train_samples` are those of all parts together, which keep their shares; other samples are those of "
+        "each part. Left out, the task is one set.",
     )
     mixing_temperature: Annotated[float, Field(ge=1.0, le=1e6)] | None = Field(
         default=None,
