@@ -261,8 +261,8 @@ def comparison_plan(plan: "ComparisonPlan", root: Path) -> Table:
     return table
 
 
-def comparison(report: "Report") -> Table:
-    """Return the table of a finished comparison, a section a task."""
+def comparison(report: "Report") -> Group:
+    """Return the table of a finished comparison, a section a task; and of each task with several sets one of these."""
     from kdcli.compare.plan import said_seeds
     from kdcli.compare.report import heading_of
 
@@ -274,7 +274,14 @@ def comparison(report: "Report") -> Table:
         table.add_row(Text(heading_of(block), style="bold"))
         for cells in report.cells_of(block):
             table.add_row(*map(Text, cells))
-    return table
+    sets = []
+    for block in report.blocks:
+        if block.sets:
+            each = Table(*block.sets[0], title=f"{heading_of(block)}, set by set")
+            for cells in block.sets[1:]:
+                each.add_row(*map(Text, cells))
+            sets.append(each)
+    return Group(table, *sets)
 
 
 def columns(rows: Iterable[Sequence[str]], head: Sequence[str] | None = None) -> Table:

@@ -314,6 +314,7 @@ def _terms(recipe: Recipe, file: Path, planned: Plan) -> dict[str, Any]:
         **_flat("task", recipe.task.model_dump(include={"max_length", "metrics"})),
         **_flat("task", kind.drawn(fields_of(kind, recipe.task))),
         **_flat("teacher", teacher),
+        "task.mixing_temperature": recipe.task.mixing_temperature or 1.0,
         "task.augment": recipe.task.augment.model_dump() if recipe.task.augment is not None else None,
         "evaluate.protocol": recipe.evaluate.protocol,
         "finetune": [section.model_dump() for section in recipe.finetune] or None,

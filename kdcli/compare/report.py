@@ -3,8 +3,8 @@
 import csv
 import io
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from kdcli.compare.plan import NAME, STEPS, Cell, ComparisonPlan, Entry, Inequal
 from kdcli.compare.run import Failure, Results
 from kdcli.compare.statistics import Difference, Summary, paired_difference, summarise
 from kdcli.distill.record import FinishedRun
+from kdcli.evaluation.result import Metrics
 from kdcli.files import remove_leftovers, write_bytes, write_json, write_text
 from kdcli.markdown import escaped, table_row
 from kdcli.words import counted
@@ -33,7 +34,8 @@ FIELDS = (
 class Row:
     """A recipe on one task, or its average over tasks. seconds: of training, mean over whole trainings.
 
-    difference: to the baseline; to_plain: a variant's to its plain recipe.
+    difference: to the baseline; to_plain: a variant's to its plain recipe. sets: where the score is the mean of those
+    on several sets, such as the parts of the task, these, each the mean over seeds.
     """
 
     label: str
@@ -47,6 +49,7 @@ class Row:
     difference: Difference | None = None
     to_plain: Difference | None = None
     retention: float | None = None
+    sets: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -67,6 +70,7 @@ class Row:
             if self.entry.plain is not None
             else None,
             "retention": self.retention,
+            **({"sets": self.sets} if self.sets else {}),
             "parameters": {"training": self.trained, "inference": self.parameters},
             "seconds": self.seconds,
             "runs": self.runs,
@@ -75,7 +79,7 @@ class Row:
 
 @dataclass
 class Block:
-    """All rows of one task. teacher_score: None when the teacher was not scored."""
+    """All rows of one task. teacher_score: None when the teacher was not scored. teacher_sets: as a row's."""
 
     title: str
     metric: str
@@ -83,6 +87,15 @@ class Block:
     teacher_score: float | None
     teacher_parameters: int | None
     rows: list[Row]
+    teacher_sets: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sets(self) -> list[list[str]]:
+        """The table of the scores on each of several sets, its heading first; empty where there is one set."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row.sets))
+        scored = [("teacher", self.teacher_sets), *((row.label, row.sets) for row in self.rows)]
+        cells = [[label, *(_hundredths(sets.get(name)) for name in names)] for label, sets in scored if sets]
+        return [["", *names], *cells] if names else []
 
     def finish(self) -> "Block":
         """Fill in what follows from the scores."""
@@ -102,7 +115,11 @@ class Block:
             "task": self.title,
             "metric": self.metric,
             "baseline": self.baseline,
-            "teacher": {"score": self.teacher_score, "parameters": self.teacher_parameters},
+            "teacher": {
+                "score": self.teacher_score,
+                "parameters": self.teacher_parameters,
+                **({"sets": self.teacher_sets} if self.teacher_sets else {}),
+            },
             "rows": [row.to_json() for row in self.rows],
         }
 
@@ -170,6 +187,9 @@ class Report:
             lines += [table_row(self.columns), table_row(["---", *["---:"] * (len(self.columns) - 1)])]
             lines += [table_row([escaped(cells[0]), *cells[1:]]) for cells in self.cells_of(block)]
             lines.append("")
+            if block.sets:
+                head, *rows = ([escaped(cell) for cell in cells] for cells in block.sets)
+                lines += [table_row(head), table_row(["---", *["---:"] * (len(head) - 1)]), *map(table_row, rows), ""]
         return "\n".join([*lines, f"![score against parameters]({NAME}.svg)", ""])
 
     def csv(self) -> str:
@@ -244,16 +264,43 @@ def _teachers(plan: ComparisonPlan, results: Results, task: str) -> dict[str, st
     return {cell.name: results.records[cell.name].hashes.teacher for cell in cells}
 
 
-def _scores(record: FinishedRun) -> dict[str, tuple[str, float, float | None]]:
-    """Return {task: (metric, student's score, teacher's)} of a run; of one on plain text what was fine-tuned."""
+@dataclass(frozen=True)
+class _Scores:
+    """What a run's student scored on a task, and its teacher, if it was scored. sets: as a row's."""
+
+    metric: str
+    student: float
+    teacher: float | None
+    sets: dict[str, float]
+    teacher_sets: dict[str, float]
+
+
+def _scores(record: FinishedRun) -> dict[str, _Scores]:
+    """Return the scores of a run by task; of one on plain text of what was fine-tuned."""
     name, result = record.task.name, record.result
     if result.student.score is not None:
-        teacher = result.teacher.score if result.teacher is not None else None
-        return {name: (result.primary, result.student.score, teacher)}
+        student, teacher, metric = result.student, result.teacher, result.primary
+        score, sets = (teacher.score, teacher.metrics) if teacher is not None else (None, {})
+        each = (_sets([metrics], metric) for metrics in (student.metrics, sets))
+        return {name: _Scores(metric, result.student.score, score, *each)}
     return {
-        f"{name}, then {tuned.task}": (tuned.metric, tuned.mean["student"], tuned.mean.get("teacher"))
+        f"{name}, then {tuned.task}": _Scores(
+            tuned.metric,
+            tuned.mean["student"],
+            tuned.mean.get("teacher"),
+            *(_sets(tuned.metrics.get(model, []), tuned.metric) for model in ("student", "teacher")),
+        )
         for tuned in result.finetune
     }
+
+
+def _sets(runs: Sequence[Metrics], metric: str) -> dict[str, float]:
+    """Return the scores on several sets, each the mean over runs; none where there is one set."""
+    return _means([{name: values[metric] for name, values in run.items()} for run in runs if len(run) > 1])
+
+
+def _means(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.fmean(run[name] for run in runs) for name in runs[0]} if runs else {}
 
 
 def _blocks(plan: ComparisonPlan, results: Results, task: str) -> list[Block]:
@@ -265,19 +312,22 @@ def _blocks(plan: ComparisonPlan, results: Results, task: str) -> list[Block]:
     blocks = []
     for title in titles or [task]:
         found = [one[title] for mine in scores.values() for one in mine.values() if title in one]
-        scored = [teacher for _, _, teacher in found if teacher is not None]
+        scored = [one.teacher for one in found if one.teacher is not None]
         rows = []
         for entry in entries:
-            mine = {seed: one[title][1] for seed, one in scores[entry.label].items() if title in one}
-            rows.append(_row(entry, mine, runs[entry.label], results.root))
+            own = {seed: one[title] for seed, one in scores[entry.label].items() if title in one}
+            mine = {seed: one.student for seed, one in own.items()}
+            row = _row(entry, mine, runs[entry.label], results.root)
+            rows.append(replace(row, sets=_means([one.sets for one in own.values() if one.sets])))
         blocks.append(
             Block(
                 title=title,
-                metric=found[0][0] if found else "",
+                metric=found[0].metric if found else "",
                 baseline=plan.baselines[task],
                 teacher_score=statistics.fmean(scored) if scored else None,
                 teacher_parameters=teachers[0].parameters if teachers and teachers[0] else None,
                 rows=rows,
+                teacher_sets=_means([one.teacher_sets for one in found if one.teacher_sets]),
             ).finish()
         )
     return blocks
@@ -419,6 +469,10 @@ def difference_text(difference: Difference | None) -> str:
     if difference.low is None or difference.high is None:
         return text
     return f"{text} [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
+
+
+def _hundredths(score: float | None) -> str:
+    return "" if score is None else f"{100 * score:.2f}"
 
 
 def _count(number: int | None) -> str:

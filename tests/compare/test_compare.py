@@ -26,6 +26,7 @@ from kdcli.compare.report import Block, Report, Row, make_report
 from kdcli.compare.run import run_cells
 from kdcli.compare.statistics import paired_difference, summarise
 from kdcli.errors import InputError
+from kdcli.markdown import table_row
 from kdcli.models.save import save_model
 
 QUIET = Console(quiet=True)
@@ -268,6 +269,33 @@ def test_a_comparison_runs_reports_and_goes_on_where_it_stopped(
 
     assert run(["compare", *files, "--seeds", "2", "--set", "train.learning_rate=2e-3"]) == 2
     assert "from another recipe" in capsys.readouterr().err
+
+
+def test_scores_on_each_part_of_a_task_stand_below_their_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    rows = "\n".join(f"a film {number},{['negative', 'positive'][number % 2]}" for number in range(60))
+    (tmp_path / "rows.csv").write_text(f"text,label\n{rows}\n")
+    task = {"name": "films", "text": "text", "part": [{"name": "own", "data": "rows.csv"}, {"name": "reviews"}]}
+    files = [str(recipe(tmp_path, "kd", None, "task", task={**task, "train_samples": 96, "validation_samples": 20}))]
+    warm = recipe(tmp_path, "kd", "warm", "task", task={**task, "train_samples": 96, "mixing_temperature": 3.0})
+    with pytest.raises(InputError, match=r"task\.mixing_temperature is 1\.0 .kd. but 3\.0"):
+        plan_comparison([Path(files[0]), warm], seeds=1, console=QUIET)
+    assert run(["compare", *files, "--seeds", "2", "--json"]) == 0
+    [block] = json.loads(capsys.readouterr().out)["tasks"]
+    [kd] = block["rows"]
+    records = [json.loads(Path(path, "run.json").read_text()) for path in kd["runs"]]
+    for name in ("own", "reviews"):
+        expected = np.mean([record["student"]["metrics"][name]["accuracy"] for record in records])
+        assert kd["sets"][name] == pytest.approx(expected)
+    assert np.mean(list(kd["sets"].values())) == pytest.approx(kd["mean"])
+    assert np.mean(list(block["teacher"]["sets"].values())) == pytest.approx(block["teacher"]["score"])
+    written = (tmp_path / "comparison" / "comparison.md").read_text()
+    shown = [f"{100 * kd['sets'][name]:.2f}" for name in ("own", "reviews")]
+    assert table_row(["", "own", "reviews"]) in written and table_row(["kd", *shown]) in written
+    assert run(["compare", *files, "--seeds", "2"]) == 0
+    assert "films (accuracy), set by set" in capsys.readouterr().out
 
 
 @pytest.fixture
