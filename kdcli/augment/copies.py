@@ -48,6 +48,16 @@ def _kind(character: str) -> str:
     return "0" if category[0] == "N" or category == "Pc" else " "
 
 
+def text_of(cell: str | list[str]) -> str:
+    """Return a text as it is; of a list of words the text that they make."""
+    return cell if isinstance(cell, str) else " ".join(cell)
+
+
+def like(cell: str | list[str], text: str) -> str | list[str]:
+    """Return a text, or its words where `cell` is a list."""
+    return text if isinstance(cell, str) else text.split(" ")
+
+
 class Vocabulary:
     """The whole words among a tokenizer's tokens: no special tokens, pieces of words, numbers or punctuation.
 
@@ -91,19 +101,25 @@ def add_copies(
 ) -> Dataset:
     """Return the rows of `train` and then up to `copies` copies of each, in the rows' order, with new indices.
 
-    texts: the columns that hold text. candidates: for every text (words, top_k) token ids, -1 for none. A copy
-    replaces each word that has candidates with `probability` by one of them, all equally likely; of a pair one text
-    changes in each copy, both in turn, and the other one stays, as in the released code. White space, punctuation and
-    case around the words stay. A text equal to its row's or to that of an earlier copy is drawn again, at most 10
+    texts: the columns that hold text, or lists of words: there a word takes a word's place, and a row with white space
+    inside a word has no copies. candidates: for every text (words, top_k) token ids, -1 for none. A copy replaces each
+    word that has candidates with `probability` by one of them, all equally likely; of a pair one text changes in each
+    copy, both in turn, and the other one stays, as in the released code. White space, punctuation and case around the
+    words stay. A text equal to its row's or to that of an earlier copy is drawn again, at most 10
     times, and then the copy is left out. What is drawn depends on the seed and the row's index alone.
     """
     columns: dict[str, list[Any]] = {name: list(train[name]) for name in train.column_names}
     added: dict[str, list[Any]] = {name: [] for name in columns}
     for row, index in enumerate(columns["index"]):
         generator = random.Random(f"augment-{seed}-{index}")
-        own = [columns[name][row] for name in texts]
+        cells = [columns[name][row] for name in texts]
+        own = [text_of(cell) for cell in cells]
         pieces = [_pieces(text, candidates[text], vocabulary) for text in own]
-        changing = [place for place, text in enumerate(pieces) if any(options for _, options in text)]
+        changing = [
+            place
+            for place, text in enumerate(pieces)
+            if any(options for _, options in text) and like(cells[place], own[place]) == cells[place]
+        ]
         seen = [{text} for text in own]
         for number in range(copies if changing else 0):
             place = changing[number % len(changing)]
@@ -113,7 +129,7 @@ def add_copies(
                 continue
             seen[place].add(copy)
             for name, values in added.items():
-                values.append(copy if name == texts[place] else columns[name][row])
+                values.append(like(cells[place], copy) if name == texts[place] else columns[name][row])
     first = max(columns["index"]) + 1
     added["index"] = list(range(first, first + len(added["index"])))
     return Dataset.from_dict({name: values + added[name] for name, values in columns.items()}, features=train.features)

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from kdcli.augment.copies import MODEL, Vocabulary, add_copies, words_of
+from kdcli.augment.copies import MODEL, Vocabulary, add_copies, text_of, words_of
 from kdcli.augment.stop_words import ENGLISH, is_stop_word, normal
 from kdcli.augment.suggest import Suggester, by_sentence, chunks_of, fill_cache
 from kdcli.distill.teacher import TeacherStart, make_teacher, seed_of, start_teacher
@@ -69,7 +69,8 @@ def start_filler(recipe: Recipe, task: Task, base: Path) -> FillerStart:
     Vocabulary(tokenizer)
     fields = task.kind.columns_of_text(task.train)
     stop_words = stop_words_of(section)
-    words = (text[start:end] for name in fields for text in task.train[name] for start, end in words_of(text))
+    texts = (text_of(cell) for name in fields for cell in task.train[name])
+    words = (text[start:end] for text in texts for start, end in words_of(text))
     if all(is_stop_word(word, stop_words) for word in words):
         raise InputError("no training row has a word that can be replaced", where="task.augment")
     if headed:
@@ -155,7 +156,7 @@ def augment_task(task: Task, recipe: Recipe, source: str, *, console: Console) -
         stop_words=stop_words_of(section),
     )
     fields = task.kind.columns_of_text(task.train)
-    sentences = list(dict.fromkeys(text for name in fields for text in task.train[name]))
+    sentences = list(dict.fromkeys(text_of(cell) for name in fields for cell in task.train[name]))
     main_does(lambda: fill_cache(suggester, sentences, section.model, console))
     candidates: dict[str, Tensor] = {}
     digest = hashlib.sha256()

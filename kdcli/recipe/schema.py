@@ -246,7 +246,7 @@ class TaskSection(Named, Section):
     augment: AugmentSection | None = Field(
         default=None,
         description="More training rows for the student, where answers stay when a word changes: not for spans of a "
-        "context or for tags of words. Left out, none.",
+        "context. Left out, none.",
     )
 
     @field_validator("part")

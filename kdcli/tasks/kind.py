@@ -102,7 +102,8 @@ class TaskKind(ABC):
     inputs_change: ClassVar[bool] = False
     """True where inputs are drawn again in every epoch (dynamic masking): no output of the teacher may be cached."""
     text_columns: ClassVar[tuple[str, ...]] = ()
-    """The columns of rows that hold text, in their order; rows may lack some of them (the second text of a pair)."""
+    """The columns of rows that hold text, or lists of words, in their order; rows may lack some of them (the second
+    text of a pair)."""
     features: ClassVar[str | None] = None
     """What features are called in a plan, where they are no rows."""
     answer: ClassVar[str] = "label"

@@ -142,7 +142,8 @@ class TokenClassification(TaskKind):
     title = "a tag for each word"
     head = TOKEN_CLASSIFICATION
     fields = TagFields
-    provides = frozenset({"labels"})
+    provides = frozenset({"labels", "text"})
+    text_columns = ("words",)
     metrics = ("f1", "precision", "recall", "f1_macro", "accuracy")
     usual_metrics = ("f1", "accuracy")
     features = "windows"

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -485,6 +486,18 @@ def test_rows_without_words_are_no_rows_to_copy(folder: Path):
 def test_impossible_options_are_refused(bad: dict[str, Any]):
     with pytest.raises(ValueError):
         make_recipe("x", **bad)
+
+
+def test_words_take_the_place_of_words_and_keep_their_tags(folder: Path):
+    kind, rows = registry.get("token-classification"), [["A", "fine", "film", "'s", "1", "don't"], ["an old", "film"]]
+    train = Dataset.from_dict({"index": [0, 1], "words": rows, "label": [[0, 1, 2, 3, 4, 5], [6, 7]]})
+    made = augment(replace(TASK_OF_ONE_ROW, kind=kind, train=train, report={}), folder, probability=1.0).train
+    assert made.features == train.features and list(made["words"])[:2] == rows
+    copies = list(made.select(range(2, len(made))))
+    # Which word of a tag a blank inside a word belongs to nothing says: such a row is trained on as it is.
+    assert copies and all(copy["label"] == [0, 1, 2, 3, 4, 5] and copy["words"][3:5] == ["'s", "1"] for copy in copies)
+    assert all(len(copy["words"]) == 6 and " " not in "".join(copy["words"]) for copy in copies)
+    assert {copy["words"][1] for copy in copies} - {"fine"}
 
 
 def test_plain_text_and_later_fine_tuning_take_no_copies():

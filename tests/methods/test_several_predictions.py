@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import tokenizer
 from tiny_recipes import run_recipe, tiny_recipe, write_recipe
+from transformers import BertConfig, BertForMaskedLM
 
 from kdcli.cli.app import run
 from kdcli.methods import registry
+from kdcli.models.save import save_model
 from kdcli.tasks import registry as kinds
 
 WORDS = ["the", "film", "was", "dull", "but", "its", "plot", "seemed", "really", "gripping"]
@@ -69,6 +72,17 @@ def test_it_trains_a_student_on_windows(kind: str, method: str, world: Path):
     assert 0 <= document["student"]["score"] <= 1
 
 
+@pytest.mark.slow
+def test_a_student_of_tags_is_trained_on_copies_with_other_words_too(world: Path, tmp_path: Path):
+    config = BertConfig(
+        vocab_size=220, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+    )
+    save_model(BertForMaskedLM(config), tmp_path, tokenizer())
+    augment = f'task.augment={{model="{tmp_path}", copies=2, stop_words=[]}}'
+    document = run_recipe(world / "token-classification.toml", augment, output=world / "augmented")
+    assert document["task"]["augment"]["added"] == 2 * document["task"]["augment"]["rows"] == 48
+
+
 @pytest.mark.parametrize("kind", DATA)
 def test_each_kind_says_which_methods_fit(kind: str, world: Path, capsys: Any):
     fitting = {name for name in registry.names() if kind in kinds.providing(registry.get(name).needs)}
@@ -79,8 +93,11 @@ def test_each_kind_says_which_methods_fit(kind: str, world: Path, capsys: Any):
         "dbkd works on classification tasks: it needs one class out of several and one prediction an example" in error
     )
     assert f"own is a {kind} task" in error
-    augmented = 'task.augment={model="x"}'
-    assert run(["distill", str(world / f"{kind}.toml"), "--dry-run", "--set", augmented]) == 2
+
+
+def test_words_of_a_context_are_not_replaced_under_its_answer(world: Path, capsys: Any):
+    recipe = str(world / "question-answering.toml")
+    assert run(["distill", recipe, "--dry-run", "--set", 'task.augment={model="x"}']) == 2
     assert "augment needs texts that keep their answers where words change" in capsys.readouterr().err
 
 
