@@ -14,6 +14,7 @@ from cells import Profile, Row, Size, Study
 
 QUESTIONS, TAGS = "Questions, answered from a context", "Tags of words"
 SENTENCES, LANGUAGES = "Sentence embeddings, from text alone", "Tweets in eight languages, as parts of one task"
+OTHERS = "Methods that take factorised training, on tags of words"
 METHODS = ("kd", "hs", "minilmv2", "tinybert", "makd")
 METRICS = {
     "squad_small": "SQuAD, part, F1",
@@ -32,6 +33,7 @@ GROUPS = {
     TAGS: ("wnut_17", "conll2000", "ud_en", "ud_de", "ud_es"),
     SENTENCES: ("sentences",),
     LANGUAGES: ("tweets",),
+    OTHERS: ("conll2000",),
 }
 ENTITIES = ("corporation", "creative-work", "group", "location", "person", "product")
 CHUNKS = ("ADJP", "ADVP", "CONJP", "INTJ", "LST", "NP", "PP", "PRT", "SBAR", "UCP", "VP")
@@ -44,6 +46,8 @@ def _span_tags(types: tuple[str, ...]) -> str:
 
 def _rows(table: str, with_chains: bool) -> list[Row]:
     label, chains = (" +OPDF, L = 1", ("overparam.length=1",)) if with_chains else ("", ())
+    if table == OTHERS:
+        return [Row(table, f"`{name}`{label}", name, chains) for name in ("theseus", "adkd", "lgtm")]
     students = {"makd": ("student.budget=0.5", "student.init_samples=64")}
     rows = [
         Row(table, f"`{name}`{label}", name, students.get(name, ("student.layers=3",)) + chains) for name in METHODS
@@ -120,7 +124,7 @@ KINDS = Study(
         "ud_es",
         "squad_v2_small",
     ),
-    {table: next(row for row in STAGES[0] if row.table == table) for table in GROUPS},
+    {table: next(row for row in STAGES[0] if row.table == (TAGS if table == OTHERS else table)) for table in GROUPS},
     CPU,
     seeds=2,
     seeds_last=True,

@@ -150,7 +150,7 @@ def test_cells_run_once_share_a_teacher_and_go_on_where_they_were_stopped(tmp_pa
 
 def test_further_kinds_run_plain_before_chains_and_one_seed_before_the_next():
     cells = KINDS.cells(KINDS.cpu)
-    assert len({cell.name for cell in cells}) == len(cells) == 2 * 2 * (5 * len(KINDS.metrics) + 1)
+    assert len({cell.name for cell in cells}) == len(cells) == 2 * 2 * (5 * len(KINDS.metrics) + 1 + 3)
     blocks = [(cell.seed, "+OPDF" in cell.row.label) for cell in cells]
     assert list(dict.fromkeys(blocks)) == [(42, False), (42, True), (43, False), (43, True)]
     assert blocks == sorted(blocks) and set(KINDS.order) == set(KINDS.cpu.sizes) == set(KINDS.metrics)
