@@ -113,10 +113,12 @@ class Result:
 
 
 def mean_over_sets(metrics: Metrics) -> dict[str, float]:
-    """Return the mean of each metric over several report sets; none where there is one set."""
+    """Return the mean of each metric over several report sets that all have it; none where there is one set."""
     if len(metrics) < 2:
         return {}
-    return {name: mean(values[name] for values in metrics.values()) for name in next(iter(metrics.values()))}
+    first, *others = metrics.values()
+    shared = [name for name in first if all(name in values for values in others)]
+    return {name: mean(values[name] for values in metrics.values()) for name in shared}
 
 
 def described_set(name: str, rows: int | None) -> str:

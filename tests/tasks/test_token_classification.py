@@ -503,6 +503,21 @@ def test_a_students_score_is_what_transformers_and_seqeval_make_of_its_folder(wo
         assert found["accuracy"] == pytest.approx(accuracy_score(truth, spelled), abs=1e-12)
 
 
+def test_parts_may_have_other_types_of_spans(world: Path):
+    files = {}
+    for name, kind in (("one", "thing"), ("two", "place")):
+        tags = [[tag.replace("thing", kind) for tag in row] for row in TAGS]
+        files[name] = lines(world / f"{name}.jsonl", TEXTS, tags)
+    parts = [{"name": name, "train": file, "validation": file} for name, file in files.items()]
+    task = {"name": "own", "type": KIND.name, "max_length": 16, "part": parts}
+    names = ["B-place", "B-thing", "B-view", "I-place", "I-thing", "I-view", "O"]
+    path = write_recipe(world / "parts.toml", tiny_recipe("task", name="parts", task={**task, "labels": names}))
+    student = run_recipe(path, force=True)["student"]
+    assert set(student["metrics"]["one"]) == {"f1", "accuracy", "f1/thing", "f1/view"}
+    assert set(student["metrics"]["two"]) == {"f1", "accuracy", "f1/place", "f1/view"}
+    assert set(student["mean"]) == {"f1", "accuracy", "f1/view"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", NAMES)
 def test_every_family_is_exported_with_the_logits_of_each_token(family: str, tmp_path: Path):
