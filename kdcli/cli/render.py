@@ -159,7 +159,7 @@ def exported(result: "ExportResult") -> RenderableType:
     table.add_column()
     table.add_column(overflow="fold")
     table.add_row("graph", f"{result.folder / MODEL} ({result.megabytes:.1f} MB)")
-    table.add_row("parity", f"logits within {result.difference:.1e} of PyTorch's on {result.inputs}")
+    table.add_row("parity", f"outputs within {result.difference:.1e} of PyTorch's on {result.inputs}")
     return Group(table, *([latency(result.latency)] if result.latency is not None else []))
 
 

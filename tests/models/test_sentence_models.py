@@ -1,9 +1,12 @@
 """Models of sentence embeddings: folders of sentence-transformers in and out, compared with that library itself."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from families import NAMES, tiny, tokenizer
@@ -256,3 +259,49 @@ def test_a_trimmed_model_gives_the_same_embeddings_to_the_library(tmp_path: Path
     assert "sentence_prompts" not in (tmp_path / "small" / "tokenizer_config.json").read_text()
     found = [torch.tensor(library(tmp_path / name).encode(TEXTS, prompt="")) for name in ("whole", "small")]
     assert torch.allclose(*found, atol=1e-6)
+
+
+SCRIPT = """
+import sys
+{imports}
+from sentence_transformers import SentenceTransformer
+print(SentenceTransformer(sys.argv[1], device="cpu").encode(["so dull"]).tolist())
+"""
+
+
+@pytest.mark.slow
+def test_factors_are_read_by_the_library_after_kdcli_is_imported_and_else_named(tmp_path: Path):
+    student = build_student(embedder(), FORMS["low-rank"], seed=0).model
+    save_model(student, tmp_path, tokenizer())
+    outcomes = [
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT.format(imports=imports), str(tmp_path)], capture_output=True, text=True
+        )
+        for imports in ("", "import kdcli")
+    ]
+    assert outcomes[0].returncode != 0 and "pip install kdcli, then import kdcli" in outcomes[0].stderr
+    assert outcomes[1].returncode == 0, outcomes[1].stderr
+    assert torch.allclose(torch.tensor(json.loads(outcomes[1].stdout)), encoded(student, ["so dull"]), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_real_sentences_have_the_librarys_embeddings(encoder: Path, data_dir: Path, tmp_path: Path):
+    rows = pq.read_table(data_dir / "glue" / "stsb" / "validation.parquet").slice(0, 200).to_pydict()
+    texts = [*rows["sentence1"], *rows["sentence2"]]
+    words, teacher = load_tokenizer(encoder), load_model(encoder, SENTENCE_EMBEDDING)
+    student = build_student(teacher, StudentSection(form="depth", layers=3), seed=0).model
+    append_dense(student, torch.randn(256, 384, generator=torch.Generator().manual_seed(0)) / 20, normalize=True)
+    save_model(student, tmp_path, words)
+    for model, folder in ((teacher, encoder), (student, tmp_path)):
+        found = []
+        with torch.inference_mode():
+            for start in range(0, len(texts), 16):
+                batch = words(
+                    texts[start : start + 16],
+                    padding=True,
+                    truncation=True,
+                    max_length=longest_text(words, 512),
+                    return_tensors="pt",
+                )
+                found.append(model(**batch).sentence_embedding)
+        assert torch.allclose(torch.cat(found), torch.tensor(library(folder).encode(texts)), atol=1e-6)
