@@ -293,7 +293,10 @@ def _task(
             )
     reported = _named_sets(report, names)
     if not kind.scored_by_loss:
-        chosen_on = [{next(iter(sets)): rows} for sets, rows in zip(validation, selection, strict=True)]
+        chosen_on = [
+            {next(iter(sets)): rows} if kind.is_scored(rows) else {}
+            for sets, rows in zip(validation, selection, strict=True)
+        ]
         sets = {**_named_sets(chosen_on, names), **reported}
         few = {name: rows.num_rows for name, rows in sets.items() if rows.num_rows < FEW}
         remarks += [
