@@ -21,6 +21,7 @@ from kdcli.tasks import registry as kinds
 from kdcli.tasks.base import Task
 from kdcli.tasks.kind import CAPABILITIES, TaskKind
 from kdcli.training.settings import LoopSettings
+from kdcli.words import joined
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,10 +95,10 @@ def _loop(recipe: Recipe, method: Method, kind: TaskKind | None) -> LoopSettings
 def _check_kind(method: Method, kind: TaskKind, name: str) -> None:
     if lacking := sorted(method.needs - kind.provides):
         raise UnfitTaskError(
-            f"{method.name} works on {' and '.join(kinds.providing(method.needs))} tasks: it needs "
-            f"{' and '.join(CAPABILITIES[name] for name in lacking)}; {name} is a {kind.name} task",
+            f"{method.name} works on {joined(kinds.providing(method.needs))} tasks: it needs "
+            f"{joined([CAPABILITIES[name] for name in lacking])}; {name} is a {kind.name} task",
             where="method.name",
-            hint="`kdcli methods` lists what each one needs",
+            hint=f"use {', '.join(other.name for other in registry.usable()[0] if other.needs <= kind.provides)}",
         )
 
 

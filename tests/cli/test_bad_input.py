@@ -1113,7 +1113,7 @@ def an_export_after_plain_text(world: World) -> list[str]:
     return ["distill", text_recipe(world, export={"onnx": True})]
 
 
-@case("method.name: theseus works on classification and multi-label and regression tasks", "mine is a text task")
+@case("method.name: theseus works on classification, multi-label, ", "mine is a text task", "use kd, makd, od")
 def a_method_that_needs_labels_on_plain_text(world: World) -> list[str]:
     return ["distill", text_recipe(world), "--set", "method=theseus"]
 
