@@ -164,7 +164,7 @@ def test_rows_without_gold_answers_have_no_targets():
 
 def test_a_batch_of_rows_goes_on_where_the_last_one_ended(monkeypatch: pytest.MonkeyPatch):
     whole = encode(ROWS, WORDS, 64).to_dict()
-    monkeypatch.setattr("kdcli.data.rows.BATCH", 3)
+    monkeypatch.setattr("kdcli.data.rows.BATCH", 1)
     assert encode(ROWS, WORDS, 64).to_dict() == whole
 
 
