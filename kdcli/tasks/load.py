@@ -361,7 +361,7 @@ def load_rows(
     assert path is not None
     fields = registry.fields_of(kind, section)
     try:
-        fields.check(section)
+        fields.check(section.model_copy(update={"type": kind.name}))
     except ValueError as error:
         raise InputError(str(error), where="--data", hint="name the column of text: --text COLUMN") from error
     columns = read_file(Path(path), "--data", delimiter=section.delimiter, encoding=section.encoding, notes=notes)

@@ -170,11 +170,6 @@ class QuestionAnswering(TaskKind):
 
     # Rows
 
-    def recognises(self, columns: Columns, fields: Any, source: str, notes: list[str]) -> bool:
-        """True for columns of questions, contexts and answers."""
-        wanted = (fields.question or "question", fields.context or "context", column_of(columns, fields.answer))
-        return all(name in columns for name in wanted)
-
     def read(
         self, columns: Columns, fields: Any, source: str, notes: list[str], labels: tuple[str, ...] | None = None
     ) -> "tuple[pa.Table, tuple[str, ...]]":

@@ -69,7 +69,8 @@ class TextFields(Fields):
 
     def check(self, task: TaskSection) -> None:
         if task.is_own and self.text is None:
-            raise ValueError('own data needs text = "COLUMN" (or two columns)')
+            other = "; or type = ..., if it is of another type: `kdcli tasks` lists all" if task.type is None else ""
+            raise ValueError(f'own data needs text = "COLUMN" (or two columns){other}')
         given = [name for name in ("text", "label", "labels") if getattr(self, name, None) is not None]
         if given and not task.is_own:
             raise ValueError(f"{given[0]} = ... needs data, train or hub")
