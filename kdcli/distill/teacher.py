@@ -269,6 +269,7 @@ def _finetuned(
         "precision": resolve_precision(recipe.train.precision, recipe.train.device),
         "group_by_length": recipe.train.group_by_length,
         "seed": seed_of(recipe),
+        **({"mixing_temperature": task.mixing_temperature} if task.parts else {}),
         "format": 2,
     }
     folder = cache_dir() / "teachers" / fingerprint(identity)
