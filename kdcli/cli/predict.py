@@ -227,7 +227,7 @@ def _answerer(
 ) -> "tuple[Answerer, Any]":
     """Return the model that answers, and the fields of its kind. own: the task of its run; how: as `_asked` takes it.
 
-    Where that is a set with fields of its own, those count that `section` does not have.
+    Its fields, and those of the set that it names, count where `section` has none.
     """
     from kdcli.cli.choose import load_contestant
     from kdcli.distill.record import finished
@@ -237,9 +237,11 @@ def _answerer(
     model, tokenizer = load_contestant(choice.model)
     of_the_run = finished(choice.run).task.kind if choice.run is not None else None
     kind = kind_of_model(model, choice.model, "MODEL", wanted=wanted, usual=of_the_run, scored=False)
-    named = registry.set_of(own) if own is not None else None
-    if named is not None and named.kind == kind.name:
-        section = section.model_copy(update={**named.fields, **section.fields})
+    if own is not None:
+        named = registry.set_of(own)
+        given = {**(named.fields if named is not None and named.kind == kind.name else {}), **own.fields}
+        known = {name: value for name, value in given.items() if name in kind.fields.model_fields}
+        section = section.model_copy(update={**known, **section.fields})
     fields = registry.fields_of(kind, section)
     return _asked(choice.model, kind.with_fields(fields), model, tokenizer, **how), fields
 

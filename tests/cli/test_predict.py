@@ -245,6 +245,19 @@ def test_the_teacher_of_a_run_answers_as_it_does_alone(here: Path, capsys: pytes
 
 
 @pytest.mark.slow
+@pytest.mark.data
+def test_a_run_on_pairs_takes_texts_in_twos(data_dir: Path, tmp_path: Path, capsys: Any, monkeypatch: Any):
+    monkeypatch.chdir(tmp_path)
+    task = {"name": "rte", "train_samples": 48, "validation_samples": 24}
+    run_recipe(write_recipe(tmp_path / "rte.toml", tiny_recipe(task=task)))
+    typed, _ = answered(capsys, "runs/rte", *TEXTS, TEXTS[0])
+    (tmp_path / "rows.csv").write_text("sentence2,sentence1\na dull film,a fine film\na fine film,dark\n")
+    read, _ = answered(capsys, "runs/rte", "--input", "rows.csv")
+    assert len(typed) == 2 and typed == read and {row["label"] for row in typed} <= {"entailment", "not_entailment"}
+    assert run(["predict", "runs/rte", "a fine film"]) == 2
+
+
+@pytest.mark.slow
 def test_an_onnx_folder_answers_as_its_model_does(here: Path, capsys: pytest.CaptureFixture[str]):
     assert run(["export", "runs/first", "--no-latency"]) == 0
     texts = [" ".join(["a fine and dull film"] * count) for count in (1, 9, 3)]
