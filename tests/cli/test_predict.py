@@ -155,6 +155,7 @@ def test_a_second_model_answers_beside_and_its_classes_are_put_into_order(world:
     outcome = world.call("predict", "teacher", *TEXTS, "--beside", "second", "--json")
     rows = documents(outcome.out)
     for text, row in zip(TEXTS, rows, strict=True):
+        assert row["beside"]["label"] in ("no", "yes"), "as the first model calls them"
         assert row["beside"]["probability"] == pytest.approx(max(probabilities(second, text)), abs=1e-6)
         yes, no = probabilities(second, text)
         mine = probabilities(first, text)
