@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from families import tiny, tokenizer
 from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import ndcg_score
 from tiny_recipes import changed, run_recipe, tiny_recipe, write_recipe
 
 from kdcli.cli.app import run
@@ -24,6 +26,7 @@ from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
 from kdcli.tasks.predict import predict
+from kdcli.tasks.ranking import ranking_scores
 from kdcli.tasks.sentence_embedding import KIND
 
 TEXTS = reviews()["train"]["text"][:40]
@@ -151,6 +154,23 @@ def test_pairs_score_as_scipy_correlates_cosines_whatever_the_batches(world: Pat
         cosines = (first * second).sum(1)
         assert found["spearman"] == pytest.approx(spearmanr(cosines, rows["label"][:])[0], abs=1e-9)
         assert found["pearson"] == pytest.approx(pearsonr(cosines, rows["label"][:])[0], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_correlations_are_scipys_on_a_thousand_random_tables_with_ties():
+    draw = np.random.default_rng(0)
+    for number in range(1000):
+        count = int(draw.integers(3, 12))
+        answers = draw.normal(size=(count, 2, 3)).round(number % 3).astype(np.float32)
+        truth = np.concatenate([draw.integers(0, 4, count - 2), [4, 5]]).astype(float)
+        rows = Dataset.from_dict({"text_pair": [""] * count, "label": truth})
+        units = answers.astype(float) / np.maximum(np.linalg.norm(answers.astype(float), axis=2, keepdims=True), 1e-12)
+        cosines = (units[:, 0] * units[:, 1]).sum(1)
+        expected = (
+            [float(measure(cosines, truth)[0]) for measure in (spearmanr, pearsonr)] if np.ptp(cosines) else [0, 0]
+        )
+        found = KIND.score(answers, rows, (), ["spearman", "pearson"])
+        assert [*found.values()] == pytest.approx(expected, abs=1e-12), number
 
 
 def test_queries_and_documents_have_the_prompts_that_the_model_has_for_them(world: Path):
@@ -298,3 +318,11 @@ def test_the_real_encoder_scores_on_stsb_what_the_library_scores(
     model = SentenceTransformer(str(encoder), device="cpu")
     first, second = (model.encode(rows[name]) for name in ("sentence1", "sentence2"))
     assert found["score"] == pytest.approx(spearmanr((first * second).sum(1), rows["label"])[0], abs=1e-4)
+    # The second sentence of a pair that means nearly the same is what its first one looks for.
+    near = [i for i, label in enumerate(rows["label"]) if label >= 4][:300]
+    truth = np.zeros((len(near), len(second)))
+    truth[np.arange(len(near)), near] = [rows["label"][i] for i in near]
+    relevant = [(np.array([i]), np.array([rows["label"][i]])) for i in near]
+    ranks = ranking_scores(first[near], second, relevant)
+    assert ranks["ndcg@10"] == pytest.approx(ndcg_score(truth, first[near] @ second.T, k=10), abs=1e-6)
+    assert ranks["ndcg@10"] > 0.9
