@@ -285,6 +285,8 @@ def _task(
             where="task.test_samples",
             hint="task.validation_samples cuts the validation set",
         )
+    joined = parts.joined if section.part is not None else itemgetter(0)
+    splits = {"train": joined(train), "selection": joined(selection)}
     for number, sets in enumerate(report):
         if {tuple(rows.column_names) for rows in sets.values()} != {tuple(r.column_names) for r in report[0].values()}:
             raise InputError(
@@ -302,8 +304,6 @@ def _task(
         remarks += [
             f"the {name} set has {counted(count, 'row')} only: a score on it says little" for name, count in few.items()
         ]
-    joined = parts.joined if section.part is not None else itemgetter(0)
-    splits = {"train": joined(train), "selection": joined(selection)}
     if trains and labels and (counts := kind.count(splits["train"], labels)) is not None and not counts.all():
         absent = [label for label, count in zip(labels, counts, strict=True) if not count]
         remarks.append(f"no training rows of {counted(len(absent), 'class', 'classes')}: {listed(absent)}")
