@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 SCRIPT = "predict.py"
 
 HEAD = '''\
-"""Answers as JSON lines: python {script} {usage}. Needs onnxruntime and tokenizers only."""
+"""Answers as JSON lines: python {script} {usage}; needs onnxruntime and tokenizers only."""
 
 {imports}
 import numpy as np

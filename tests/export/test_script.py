@@ -226,3 +226,9 @@ def test_a_model_that_may_be_for_several_tasks_gets_no_script(tmp_path: Path):
     save_model(tiny("bert", layers=1, problem_type="other"), folder, tokenizer())
     result = export_model(load_model(folder), tokenizer(), tmp_path / "out", task=None, latency=False)
     assert result.script is None and not (tmp_path / "out" / "predict.py").exists()
+
+
+def test_the_readme_shows_the_script_of_a_classifier():
+    kind = registry.get("classification")
+    script = script_of(kind, kind.fields(), tiny("bert").config, tokenizer(), 128)
+    assert f"```python\n{script}```" in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
