@@ -252,6 +252,13 @@ def test_a_text_that_is_cut_otherwise_is_an_error():
         check_cut(Corpus(corpus.texts, wrong, corpus.ends), made, kept)
 
 
+def test_an_unknown_piece_behind_others_moves():
+    scores = [("a", -1.0), ("b", -2.0), ("c", -2.0), ("<unk>", 0.0)]
+    full = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(scores, 3)), unk_token="<unk>")
+    made, kept = trim(full, ["abz"])
+    assert kept.tolist() == [0, 1, 3] and made("abz")["input_ids"] == [0, 1, 2]
+
+
 def test_an_unknown_word_stays_unknown():
     made = Tokenizer(models.WordPiece({"[UNK]": 0, "ab": 1, "a": 2, "##bc": 3, "d": 4, "##e": 5}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()

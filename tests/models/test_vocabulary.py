@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 from families import NAMES, tiny, tokenizer
-from transformers import AutoModelForMaskedLM, AutoModelForTokenClassification, AutoTokenizer, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from kdcli.data.reviews import reviews
 from kdcli.errors import RunError
@@ -85,12 +92,20 @@ def test_positions_stay_where_they_count_from_the_padding_token(family: str):
     small, trimming = trim(model, words)
     assert small.config.pad_token_id == trimming.tokenizer.pad_token_id == 1
     assert torch.allclose(logits(model, words), logits(small, trimming.tokenizer), atol=1e-6)
-    # Also where what stands before it is no special token, and in no text.
-    model = tiny(family, pad_token_id=3) if family != "mpnet" else model
-    words = train_tokenizer(TEXTS[:200], 200, padding=model.config.pad_token_id)
-    words.mask_token = None
+
+
+@pytest.mark.parametrize("family", ["roberta", "mpnet"])
+def test_what_stands_before_the_padding_token_stays(family: str):
+    # Positions are counted from its number on, whatever is below it, and in no text.
+    own = list(tokenizer().get_vocab())
+    pieces = ["qqqq", "[PAD]", *(piece for piece in own if piece != "[PAD]")]
+    made = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]")
+    model = tiny(family, pad_token_id=1, bos_token_id=None, eos_token_id=None)
     small, trimming = trim(model, words)
-    assert small.config.pad_token_id == model.config.pad_token_id
+    assert "qqqq" in trimming.tokenizer.get_vocab() and trimming.tokenizer.pad_token_id == 1
+    assert torch.allclose(logits(model, words), logits(small, trimming.tokenizer), atol=1e-6)
 
 
 @pytest.mark.parametrize("rank", [None, 8])
