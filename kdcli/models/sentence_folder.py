@@ -386,6 +386,11 @@ def _lower(tokenizer: Any) -> None:
     backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer is not None else [])])
 
 
+def prompts_of(tokenizer: Any) -> list[str]:
+    """Return all texts that may stand before another, by its model's folder."""
+    return sorted({prompt for prompt in _reading(tokenizer).get("prompts", {}).values() if prompt})
+
+
 def prompt_of(tokenizer: Any, role: str | None = None) -> str:
     """Return what stands before a text, by its model's folder; "" for nothing.
 

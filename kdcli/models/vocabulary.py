@@ -15,6 +15,7 @@ from kdcli.models.families import family_of
 from kdcli.models.inputs import model_inputs
 from kdcli.models.lowrank import LowRankDecoder, LowRankEmbedding
 from kdcli.models.save import stored_type
+from kdcli.models.sentence_folder import prompts_of
 from kdcli.models.shape import longest_input, shape_of
 from kdcli.models.tokenizer_trim import Changes, Pieces, changes_of, check_cut
 from kdcli.words import counted
@@ -102,6 +103,7 @@ def trim_vocabulary(
     all stay.
     """
     pieces = Pieces(tokenizer)
+    given, texts = len(texts), [*texts, *prompts_of(tokenizer)]
     corpus = pieces.read(texts)
     options: dict[str, Any] = {
         "keep": keep,
@@ -120,7 +122,7 @@ def trim_vocabulary(
         kept,
         len(pieces.of_id),
         shape_of(config).vocab,
-        len(texts),
+        given,
         len(corpus.ids),
         tuple(texts[number] for number in sample),
         changes_of(texts, tokenizer, made, kept) if len(same) < len(texts) else None,

@@ -8,9 +8,15 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import ROWS, World
+from families import tiny, tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdcli.data.reviews import reviews
+from kdcli.models.embedding import ASSUMED
+from kdcli.models.heads import SENTENCE_EMBEDDING, SENTENCE_SETTINGS, with_new_head
+from kdcli.models.load import load_tokenizer
+from kdcli.models.save import save_model
+from kdcli.models.sentence_folder import prompt_of
 
 TEXTS: list[str] = reviews()["train"]["text"][:40]
 
@@ -78,6 +84,30 @@ def test_every_head_stays(kind: str, world: World):
     configs = [json.loads((world.folder / name / "config.json").read_text()) for name in ("teacher", "made")]
     assert configs[0]["architectures"] == configs[1]["architectures"]
     assert configs[0]["dtype"] == configs[1]["dtype"]
+
+
+def test_prompts_stay_readable(world: World):
+    words, read = tokenizer(), " ".join(TEXTS)
+    rare = next(piece for piece in words.get_vocab() if piece.isalpha() and len(piece) > 3 and piece not in read)
+    settings = {
+        "pooling": ["mean"],
+        "prompts": {"query": f"{rare.title()}: ", "document": ""},
+        "default_prompt_name": "query",
+        "do_lower_case": True,
+    }
+    model = with_new_head(tiny("bert"), SENTENCE_EMBEDDING, {SENTENCE_SETTINGS: {**ASSUMED, **settings}})
+    (world.folder / "sentences").mkdir()
+    save_model(model, world.folder / "sentences", words)
+    world.write("text.txt", "\n".join(TEXTS))
+    done = world.call("trim", "./sentences", "--text", "text.txt", "--out", "made", "--json")
+    assert done.code == 0, done.err
+    assert done.json["texts"] == len(TEXTS)
+    full, made = (load_tokenizer(world.folder / name) for name in ("sentences", "made"))
+    assert prompt_of(made) == prompt_of(full) == f"{rare.title()}: "
+    assert rare in made.get_vocab()
+    for text in TEXTS:
+        text = prompt_of(full) + text.upper()
+        assert made.tokenize(text) == full.tokenize(text)
 
 
 def test_chains_and_limits(world: World):
