@@ -251,7 +251,9 @@ class QuestionAnswering(TaskKind):
         return WindowCollator(processor)
 
     def examples(self, rows: "Dataset", processor: Any, max_length: int) -> int:
-        return len(self.encode(rows, processor, max_length))
+        from kdcli.tasks.windows import count_windows
+
+        return count_windows(rows, processor, max_length, self.own.stride)
 
     def drawn(self, fields: Any) -> dict[str, Any]:
         return fields.model_dump(include={"stride"})

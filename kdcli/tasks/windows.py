@@ -79,6 +79,27 @@ def encode_windows(rows: "Dataset", tokenizer: Any, max_length: int, stride: int
     return stored(encoded())
 
 
+def count_windows(rows: "Dataset", tokenizer: Any, max_length: int, stride: int | None) -> int:
+    """Return how many windows `encode_windows` makes; many rows may share a context, whose tokens are counted once."""
+    longest, most, shared = room_of(tokenizer, max_length, stride)
+    room = longest - tokenizer.num_special_tokens_to_add(pair=True)
+    total = 0
+    for batch in batches_of(rows):
+        questions, contexts = (
+            _lengths(texts, tokenizer) for texts in (_cut(batch["question"], tokenizer, most), batch["context"])
+        )
+        free = room - questions
+        total += len(free) + int(np.maximum(np.ceil((contexts - free) / (free - shared)), 0).sum())
+    return total
+
+
+def _lengths(texts: Sequence[str], tokenizer: Any) -> np.ndarray:
+    different = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    found = tokenizer(list(different), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    counts = np.array([len(ids) for ids in found["input_ids"]])
+    return counts[[different[text] for text in texts]]
+
+
 def _encoded(
     batch: dict[str, list[Any]], tokenizer: Any, longest: int, most: int, stride: int, *, row: int, index: int
 ) -> pa.RecordBatch:

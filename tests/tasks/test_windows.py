@@ -74,6 +74,7 @@ ROWS = rows_of(
 def test_targets_cut_the_answer_out_of_the_context(name: str, stride: int | None):
     words = TOKENIZERS[name]()
     windows = encode(ROWS, words, 80, stride)
+    assert len(windows) == QuestionAnswering(SpanFields(stride=stride)).examples(ROWS, words, 80)
     assert windows["index"][:] == list(range(len(windows))) and windows["row"][:] == sorted(windows["row"])
     assert set(windows["row"]) == {0, 1, 2, 3} and max(windows["length"]) <= 80
     seen: set[int] = set()
@@ -130,6 +131,7 @@ def test_one_window_is_the_same_with_any_stride(max_length: int):
 def test_long_questions_are_cut_and_leave_half_of_a_window_to_the_context():
     rows = rows_of(("who " * 200 + "?", LONG, ["a dog"]), ("unbelievably" * 90, LONG, ["a dog"]))
     windows = encode(rows, WORDS, 64, 8)
+    assert len(windows) == QuestionAnswering(SpanFields(stride=8)).examples(rows, WORDS, 64)
     room = 64 - WORDS.num_special_tokens_to_add(pair=True)
     assert min(len(begins) for begins in windows["begins"][:-1]) > 8
     for window in windows:
@@ -206,6 +208,7 @@ def test_targets_of_real_rows_cut_out_their_answers(name: str, data_dir: Path, e
     columns = read_file(data_dir / name / "validation.parquet", "data")
     rows = dataset_of(KIND.read(columns, SpanFields(), name, [])[0])
     windows = encode(rows, words, 128, 48)
+    assert len(windows) == QuestionAnswering(SpanFields(stride=48)).examples(rows, words, 128)
     held: set[int] = set()
     for window in windows:
         start, end = (place - window["first"] for place in window["labels"])
