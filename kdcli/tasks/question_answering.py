@@ -58,9 +58,12 @@ for question, context in zip(sys.argv[1::2], sys.argv[2::2]):
     starts, ends = np.where(inside, logits := session.run(["start_logits", "end_logits"], feed), -np.inf)
     scores = np.where(np.tri(n := len(starts[0]), k=NEAR) > np.tri(n, k=-1), starts[..., None] + ends[:, None], -np.inf)
     window, i, j = np.unravel_index(scores.argmax(), scores.shape)
-    lacks = np.sum(logits, axis=0)[:, 0].min() - scores.max() > THRESHOLD
-    begin, end = (0, 0) if lacks else (windows[window].offsets[i][0], windows[window].offsets[j][1])
-    print(json.dumps({"answer": context[begin:end].strip(), "start": begin, "end": end}))
+    begin, end = windows[window].offsets[i][0], windows[window].offsets[j][1]
+LACKS    print(json.dumps({"answer": context[begin:end].strip(), "start": begin, "end": end}))
+"""
+
+LACKS = """\
+    begin, end = (begin, end) if np.sum(logits, 0)[:, 0].min() - scores.max() <= THRESHOLD else (0, 0)
 """
 
 
@@ -287,11 +290,18 @@ class QuestionAnswering(TaskKind):
         if processor("a", "b")["input_ids"][0] not in (processor.cls_token_id, processor.bos_token_id):
             return None
         longest, _, stride = room_of(processor, max_length, self.own.stride)
-        values = {"PAD": processor.pad_token_id, "LENGTH": longest, "STRIDE": stride, "NEAR": self.own.max_answer - 1}
+        threshold = getattr(config, THRESHOLD, None)
+        values = {
+            "LACKS": "" if threshold is None else LACKS.replace("THRESHOLD", str(threshold)),
+            "PAD": processor.pad_token_id,
+            "LENGTH": longest,
+            "STRIDE": stride,
+            "NEAR": self.own.max_answer - 1,
+        }
         script = SCRIPT
         for name, value in values.items():
             script = script.replace(name, str(value))
-        return script.replace("THRESHOLD", str(getattr(config, THRESHOLD, "np.inf")))
+        return script
 
     def answers(self, model: Any, rows: "Dataset", processor: Any, *, max_length: int, ask: Any, **options: Any) -> Any:
         """Return a model's answers by its own threshold, or the usual one (`decode`) where it has none."""
