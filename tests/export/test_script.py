@@ -219,15 +219,6 @@ def test_the_script_of_a_pair_takes_texts_in_twos(tmp_path: Path):
     assert found == [near(reply) for reply in replies(task.kind, task.fields, model, columns)]
 
 
-def test_the_readme_shows_the_script_of_a_classifier():
-    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
-    shown = [block for block in re.findall("```python\n(.*?)```", readme, re.DOTALL) if "onnxruntime" in block]
-    if not shown:
-        pytest.skip("the README shows no script yet")
-    kind = registry.get("classification")
-    assert shown == [script_of(kind, kind.fields(), tiny("bert", layers=1).config, tokenizer(), 128)]
-
-
 @pytest.mark.slow
 def test_a_model_that_may_be_for_several_tasks_gets_no_script(tmp_path: Path):
     folder = tmp_path / "model"
