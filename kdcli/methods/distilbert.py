@@ -67,7 +67,7 @@ METHOD = Method(
     "lighter. arXiv 1910.01108",
     formula="5 T^2 KL(softmax(z_T / T) || softmax(z_S / T)) + 2 CE of the masked tokens (or labels) + "
     "1 (1 - cos(h_S[n], h_T[N]))",
-    signals="masked-LM logits, masked tokens, last hidden states; with labels the classifier's logits, gold labels",
+    signals="logits, gold labels (plain text: masked tokens), last hidden states",
     constraints="same vocabulary and width",
     cost="one teacher forward pass a step",
     options=DistilBERTOptions,

@@ -183,7 +183,7 @@ METHOD = Method(
     paper="Udagawa, Trivedi, Merler, Bhattacharjee (2023): A Comparative Analysis of Task-Agnostic Distillation "
     f"Methods for Compressing Transformer Language Models. arXiv 2310.08797; emd: {EMD_PAPER}",
     formula="mean_(i, j) MSE(W_i h_S[i], h_T[j]) (+ w_p (alpha T^2 KL + (1 - alpha) CE), not on plain text)",
-    signals="hidden states; but for plain text also logits and gold labels",
+    signals="hidden states; except on plain text also logits and gold labels",
     constraints='none; "all" needs equal depths, "last-k", "uniform+last" and "random" a student no deeper',
     cost="the teacher's forward pass up to its highest mapped block a step",
     options=HSOptions,

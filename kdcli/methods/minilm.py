@@ -68,7 +68,7 @@ METHOD = Method(
     "Compression of Pre-Trained Transformers. arXiv 2002.10957",
     formula="KL(A_T || A_S) + KL(R_T || R_S) of the last blocks, A = softmax(Q K^T / sqrt(d_k)), "
     "R = softmax(V V^T / sqrt(d_k)) (+ w_p (alpha T^2 KL + (1 - alpha) CE), not on plain text)",
-    signals="queries, keys and values of the last block; but for plain text also logits and gold labels",
+    signals="queries, keys and values of the last block; except on plain text also logits and gold labels",
     constraints="as many heads as the teacher; any depth and width. For a student of at most half the depth and "
     "width an [assistant] of the teacher's depth and the student's width helps",
     cost="one teacher forward pass a step",

@@ -169,9 +169,9 @@ METHOD = Method(
     "Compressing Pretrained Transformers. arXiv 2012.15828",
     formula="sum_(X = Q, K, V) KL(R_T || R_S), R = softmax(X X^T / sqrt(d_r)) over d / d_r relation heads "
     "(+ w_p (alpha T^2 KL + (1 - alpha) CE), not on plain text)",
-    signals="queries, keys and values of one block; but for plain text also logits and gold labels",
+    signals="queries, keys and values of one block; except on plain text also logits and gold labels",
     constraints="relation heads that divide both widths; any depth, width and number of heads",
-    cost="the teacher's forward pass up to that block a step; but for plain text its prediction once, and cached",
+    cost="the teacher's forward pass up to that block a step; except on plain text its prediction once, and cached",
     options=MiniLMv2Options,
     build=build,
     check=check,
