@@ -9,9 +9,8 @@ def shares(counts: Sequence[int], temperature: float) -> np.ndarray:
     """Return the share of each set of `counts` examples, in proportion to n^(1 / temperature); they sum to 1.
 
     1 gives every example the same weight; the higher it is, the more the sets weigh alike. The exponent 1 / temperature
-    is alpha of XLM-R (0.3; Conneau et al. 2020, arXiv 1911.02116, section 3.1) and of XLM, where the formula is
-    equation 1 (Lample and Conneau 2019, arXiv 1901.07291), and the S = 0.7 of multilingual BERT (Devlin et al.,
-    multilingual.md of google-research/bert).
+    is alpha of XLM (0.5; Lample and Conneau 2019, arXiv 1901.07291, section 3.1) and of XLM-R (0.3; Conneau et al.
+    2020, arXiv 1911.02116, section 3), and S of multilingual BERT (0.7; multilingual.md of google-research/bert).
     """
     weights = np.asarray(counts, np.float64) ** (1.0 / temperature)
     return weights / weights.sum()

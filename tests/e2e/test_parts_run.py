@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_recipes import FOLDER, run_recipe, tiny_recipe
 from training import stages
 from training.stages import TWO_PROCESSES, Killed, kill_after
@@ -85,6 +86,16 @@ def test_a_stopped_run_of_a_mixture_goes_on_and_ends_the_same(recipe: Path):
     assert resumed["hashes"]["student"] == whole["hashes"]["student"]
     other = run_recipe(recipe, "name=other", "train.max_steps=20", "task.mixing_temperature=1.0")
     assert other["hashes"]["student"] != whole["hashes"]["student"]
+
+
+@pytest.mark.parametrize(("method", "kept"), [("kd", "true"), ("hs", '"all"')])
+def test_what_is_kept_of_the_teacher_is_that_of_the_rows_that_are_drawn(method: str, kept: str, recipe: Path):
+    students = []
+    for name, cache in {"kept": kept, "fresh": "false"}.items():
+        done = run_recipe(recipe, f"name={name}", f"method={method}", f"teacher.cache={cache}", "train.max_steps=6")
+        students.append(load_file(Path(done["paths"]["student"]) / "model.safetensors"))
+    for key, tensor in students[0].items():
+        torch.testing.assert_close(tensor, students[1][key], atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def epoch_of(sampler: EpochSampler, epoch: int) -> np.ndarray:
 
 
 def test_shares_are_those_of_the_papers():
-    # Lample and Conneau 2019, equation 1, written out for alpha = 0.5 and two sets of 900 and 100.
+    # Lample and Conneau 2019, section 3.1, written out for alpha = 0.5 and two sets of 900 and 100.
     assert shares([900, 100], 2.0) == pytest.approx([30 / 40, 10 / 40])
     counts = np.array([3, 50, 700])
     for exponent in (0.3, 0.7):
