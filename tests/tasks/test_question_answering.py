@@ -606,8 +606,9 @@ def test_a_real_encoder_answers_real_questions(data_dir: Path, encoder: Path, tm
         train={"max_steps": 1},
     )
     document = run_recipe(write_recipe(tmp_path / "recipe.toml", recipe))
-    # Spans of a few words that are drawn at random have an F1 of about 0.05.
-    assert document["teacher"]["metrics"]["validation"]["f1"] > 0.25, document["teacher"]["metrics"]
+    # The best spans of random logits have an F1 of 0.08 on these rows, and 0.002 of them are right.
+    scores = document["teacher"]["metrics"]["validation"]
+    assert scores["f1"] > 0.12 and scores["exact_match"] > 0.03, scores
 
 
 def test_models_of_answers_are_saved_with_what_they_need(tmp_path: Path):
