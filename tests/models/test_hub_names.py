@@ -1,5 +1,6 @@
 """Models by hub name: from a local cache without a network, and from a hub at HF_ENDPOINT (a small local server)."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,8 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from families import tiny, tokenizer
 
+from kdcli.models.embedding import append_dense
+from kdcli.models.heads import SENTENCE_EMBEDDING, with_new_head
 from kdcli.models.probe import probe
 from kdcli.models.save import save_model
 
@@ -89,7 +93,7 @@ class Hub(BaseHTTPRequestHandler):
     def answer(self, *, body: bool) -> None:
         self.log.append(f"{self.command} {self.path}")
         path = self.path.partition("?")[0]
-        files = {file.name: file for file in self.folder.iterdir()}
+        files = {file.relative_to(self.folder).as_posix(): file for file in self.folder.rglob("*") if file.is_file()}
         if path.startswith(f"/api/models/{NAME}/tree/"):
             rows = [
                 {"type": "file", "path": name, "size": file.stat().st_size, "oid": self.tag(file)}
@@ -100,7 +104,7 @@ class Hub(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in files]
             info = {"_id": "0", "id": NAME, "modelId": NAME, "sha": COMMIT, "siblings": siblings, "tags": []}
             self.send(json.dumps(info).encode(), "application/json", body)
-        elif path.startswith(f"/{NAME}/resolve/") and (name := path.rpartition("/")[2]) in files:
+        elif path.startswith(f"/{NAME}/resolve/") and (name := path.split("/", 5)[-1]) in files:
             self.send(files[name].read_bytes(), "application/octet-stream", body, ETag=f'"{self.tag(files[name])}"')
         else:
             known = path.startswith((f"/{NAME}/", f"/api/models/{NAME}"))
@@ -126,15 +130,22 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the address of a running hub, and the list that it notes requests in."""
+@contextlib.contextmanager
+def running_hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the address of a running hub with one model, and the list that it notes requests in."""
     log: list[str] = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneModelHub", (Hub,), {"folder": folder, "log": log}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", log
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield what `running_hub` does, for the model in `folder`."""
+    with running_hub(folder) as found:
+        yield found
 
 
 @pytest.mark.slow
@@ -154,3 +165,18 @@ def test_a_model_is_fetched_by_name_and_no_pickle_with_it(
     assert not any("pytorch_model.bin" in line for line in log if line.startswith("GET"))
     [why] = load_by_name(tmp_path / "empty", NAME, HF_ENDPOINT="http://127.0.0.1:9", NO_PROXY="127.0.0.1").values()
     assert why.endswith("it is not in the cache, and the hub cannot be reached")
+
+
+@pytest.mark.slow
+def test_the_modules_of_a_model_of_embeddings_come_with_it(tmp_path: Path):
+    model = with_new_head(tiny("bert"), SENTENCE_EMBEDDING)
+    append_dense(model, torch.eye(24, 32), normalize=True)
+    (tmp_path / "model").mkdir()
+    save_model(model, tmp_path / "model", tokenizer())
+    with running_hub(tmp_path / "model") as (address, log):
+        variables = {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+        found = load_by_name(tmp_path / "home", NAME, **variables)
+    expected = [False, probe(model).tolist(), tokenizer()("so dull")["input_ids"]]
+    assert found[NAME] == expected, log
+    # Once fetched, it needs no hub.
+    assert load_by_name(tmp_path / "home", NAME, HF_HUB_OFFLINE="1")[NAME] == expected

@@ -12,6 +12,7 @@ import torch
 from families import NAMES, tiny, tokenizer
 from safetensors.torch import load_file
 
+from kdcli.errors import InputError
 from kdcli.models.capture import Capture
 from kdcli.models.counts import count_parameters
 from kdcli.models.embedding import ASSUMED, POOLING, append_dense, dimension_of, settings_of
@@ -219,9 +220,19 @@ def test_what_makes_another_embedding_has_another_hash():
     ]
     assert len({hash_of_weights(model) for model in models}) == 1
     assert len({hash_of_model(model) for model in models}) == 3
-    append_dense(models[0], torch.randn(8, 32))
-    assert [dimension_of(embedder()), dimension_of(models[0])] == [32, 8]
     assert not hasattr(with_new_head(models[0], BASE).config, "sentence_embedding")
+
+
+def test_a_map_that_is_added_is_one_models_own():
+    model, other = (with_new_head(tiny("bert"), SENTENCE_EMBEDDING) for _ in range(2))
+    weight, bias, before = torch.randn(8, 32), torch.randn(8), encoded(model)
+    append_dense(model, weight, bias)
+    assert torch.allclose(encoded(model), before @ weight.T + bias, atol=1e-5)
+    assert [dimension_of(one) for one in (model, other, embedder())] == [8, 32, 32]
+    append_dense(model, torch.eye(8), normalize=True)
+    assert torch.allclose(encoded(model).norm(dim=1), torch.ones(3))
+    with pytest.raises(InputError, match="a map of 32 features does not fit embeddings of 8"):
+        append_dense(model, weight)
 
 
 def test_half_precision_is_kept_in_all_files(tmp_path: Path):
