@@ -48,12 +48,13 @@ def encode(make: "Callable[[Dataset], Dataset]", rows: "Dataset") -> "Dataset":
 
 
 def _batches(make: "Callable[[Dataset], Dataset]", rows: "Dataset") -> Iterator[pa.RecordBatch]:
-    used = -1
+    used = np.array([-1])
     for number, places in places_of(rows):
         features = make(rows.select(places))
         index = array_of(features, "index")
-        shift = used + 1 if len(index) and index.min() <= used else 0
-        used = max(used, int(index.max(initial=-1)) + shift)
+        # Features that have the index of their row keep it.
+        shift = int(used.max()) + 1 if np.isin(index, used).any() else 0
+        used = np.concatenate([used, index + shift])
         for batch in features.with_format("arrow").iter(1000):
             yield _numbered(batch, number, shift, places)
 

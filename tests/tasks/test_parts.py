@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import concatenate_datasets
 from families import tokenizer
 from tiny_recipes import run_recipe, tiny_recipe, write_recipe
 
@@ -265,6 +266,16 @@ def test_embeddings_of_each_part_are_scored_on_pairs_of_its_own(tmp_path: Path):
     with pytest.raises(InputError, match="is not scored as the first part is") as error:
         load(tmp_path, *made, type="sentence-embedding")
     assert error.value.where == "task.part[1]"
+
+
+def test_copies_of_rows_stay_with_their_part(tmp_path: Path):
+    task = load(tmp_path, *sets_of(tmp_path, de=8, en=12))
+    # As copies come: behind all rows, with further indices.
+    copies = task.train.map(lambda row: {"index": row["index"] + 20, "text": f"{row['text']} again"})
+    features = task.kind.feed(concatenate_datasets([task.train, copies]), WORDS, 16)
+    assert sorted(features["index"]) == list(range(40))
+    parts = dict(zip(features["index"], features["part"], strict=True))
+    assert parts == {index: int(index % 20 >= 8) for index in range(40)}
 
 
 def test_a_known_set_may_be_a_part(tmp_path: Path):
