@@ -157,11 +157,56 @@ OTHERS: dict[str, tuple[list[str], dict[str, Any]]] = {
             ],
         },
     ),
+    "questions": (
+        ["task"],
+        {
+            "task": {"name": "own", "type": "question-answering", "data": "questions.jsonl", "max_length": 32},
+            "teacher": {"model": "headless", "finetune": {"max_steps": 1}},
+        },
+    ),
+    "tags": (
+        ["task"],
+        {
+            "task": {"name": "own", "type": "token-classification", "data": "tags.jsonl", "max_length": 16},
+            "teacher": {"model": "headless", "finetune": {"max_steps": 1}},
+        },
+    ),
+    "embeddings": (
+        ["task"],
+        {
+            "task": {"name": "own", "type": "sentence-embedding", "data": "sentences.csv", "max_length": 16},
+            "teacher": {"model": "headless", "finetune": None},
+        },
+    ),
+    "parts": (
+        ["task"],
+        {
+            "task": {
+                "name": "own",
+                "type": "text",
+                "max_length": 16,
+                "part": [{"name": "one", "data": "text.txt"}, {"name": "other", "data": "more.txt"}],
+            },
+            "method": {"name": "minilmv2"},
+            "teacher": {"model": "headless", "finetune": None},
+        },
+    ),
     "plain text": (
         ["task"],
         {"task": TEXT, "method": {"name": "minilmv2"}, "teacher": {"model": "headless", "finetune": None}},
     ),
 }
+
+
+def write_rows(folder: Path) -> None:
+    """Write files of questions, of tagged words and of sentences."""
+    texts = reviews()["train"]["text"][:20]
+    questions = [{"question": "what is it?", "context": text, "answer": text.split()[1]} for text in texts]
+    questions = [row for row in questions if row["context"].count(row["answer"]) == 1]
+    words = [{"words": text.split(), "tags": ["B-X", *["O"] * (len(text.split()) - 1)]} for text in texts]
+    for name, rows in (("questions", questions), ("tags", words)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "sentences.csv").write_text("text\n" + "\n".join(f'"{text}"' for text in texts), encoding="utf-8")
 
 
 USUAL = ("factors of the embeddings", "checkpoint", "a teacher of answers", "plain text, predicted")
@@ -171,6 +216,8 @@ USUAL = ("factors of the embeddings", "checkpoint", "a teacher of answers", "pla
 def test_every_form_and_method_works_with_fewer_pieces(name: str, folder: Path):
     (folder / "decider.py").write_text("def decide(texts):\n    return ['positive' for text in texts]\n")
     (folder / "text.txt").write_text("\n\n".join(reviews()["train"]["text"][:60]), encoding="utf-8")
+    (folder / "more.txt").write_text("\n\n".join(reviews()["train"]["text"][60:90]), encoding="utf-8")
+    write_rows(folder)
     without, changes = OTHERS[name]
     path = write_recipe(folder / "recipe.toml", changed(BASE, *without, **changes))
     plan = plan_of(path)
