@@ -211,13 +211,18 @@ def _table(model: "PreTrainedModel") -> nn.Embedding:
 
 
 def _decoders(model: "PreTrainedModel") -> list[Any]:
-    """Return the layers of a head that have an output a piece."""
+    """Return the modules of a head with an output a piece: a layer, and what has nothing but a bias for one."""
     if model.base_model is model:
         return []
+    rows, output = _table(model).num_embeddings, model.get_output_embeddings()
     inside = {id(module) for module in body_of(model).modules()}
-    output = model.get_output_embeddings()
-    found = [m for m in model.modules() if isinstance(m, LowRankDecoder) or m is output]
-    return [m for m in found if id(m) not in inside]
+
+    def has_rows(module: nn.Module) -> bool:
+        own = dict(module.named_parameters(recurse=False))
+        alone = list(own) == ["bias"] and own["bias"].shape == (rows,)
+        return alone or isinstance(module, LowRankDecoder) or (module is output and len(module.weight) == rows)
+
+    return [m for m in model.modules() if id(m) not in inside and has_rows(m)]
 
 
 def _rows(tensor: nn.Parameter, rows: Tensor) -> nn.Parameter:

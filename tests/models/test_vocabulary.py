@@ -132,13 +132,25 @@ def test_factors_of_embeddings_and_their_output_layer_shrink():
     assert count_parameters(model) - count_parameters(small) == (ROWS - len(trimming.kept)) * (8 + 1)
 
 
-def test_an_output_layer_of_its_own_shrinks_beside_the_embeddings():
+def test_an_output_layer_that_is_given_the_embeddings_shrinks():
+    model, words = masked_lm("deberta-v2", legacy=False), tokenizer()
+    small, trimming = trim(model, words)
+    assert ROWS not in {length for tensor in small.state_dict().values() for length in tensor.shape}
+    old = logits(model, words)[..., torch.from_numpy(trimming.kept)]
+    assert torch.allclose(old, logits(small, trimming.tokenizer), atol=1e-5)
+
+
+def test_an_output_layer_of_its_own_shrinks_beside_the_embeddings(tmp_path: Path):
     model, words = masked_lm("bert", tie_word_embeddings=False), tokenizer()
     small, trimming = trim(model, words)
     old = logits(model, words)[..., torch.from_numpy(trimming.kept)]
     assert torch.allclose(old, logits(small, trimming.tokenizer), atol=1e-5)
-    assert count_parameters(model) - count_parameters(small) == (ROWS - len(trimming.kept)) * (32 + 32 + 1)
-    assert vocabulary_megabytes(small) == round(len(trimming.kept) * 65 * 4 / 1e6, 3)
+    assert count_parameters(model) - count_parameters(small) == (ROWS - len(trimming.kept)) * (32 + 32 + 2)
+    assert vocabulary_megabytes(small) == round(len(trimming.kept) * 66 * 4 / 1e6, 3)
+    # Where nothing is tied, the head has a second bias, which its layer does not use.
+    assert ROWS not in {length for tensor in small.state_dict().values() for length in tensor.shape}
+    save_model(small, tmp_path, trimming.tokenizer)
+    assert torch.equal(logits(load_model(tmp_path), trimming.tokenizer), logits(small, trimming.tokenizer))
 
 
 def test_a_head_of_the_same_size_as_the_vocabulary_keeps_its_rows():
