@@ -96,7 +96,7 @@ def plan(plan: "Plan") -> Table:
     task, teacher, assistant, student = plan.task, plan.teacher, plan.assistant, plan.student
     table.add_row("task", f"{task.name} ({task.kind}): {_sizes(task.sizes)}")
     for part in task.parts:
-        table.add_row(f"part {part.name}", f"train {part.examples:,}, {part.share:.1%} of each step")
+        table.add_row(f"part {part.name}", f"{next(iter(task.sizes))} {part.examples:,}, {part.share:.1%} of each step")
     if task.classes is not None:
         table.add_row("classes", f"{task.classes.number:,}; fewest training rows: {_sizes(task.classes.rarest)}")
     for note in task.notes:
