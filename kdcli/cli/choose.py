@@ -106,15 +106,18 @@ def _student_to_use(run: Run, task: str | None) -> str:
     return str(run.tuned(task or tasks[0]))
 
 
-def teacher_of_run(choice: Choice, where: str, hint: str) -> str:
+def teacher_of_run(choice: Choice, where: str, hint: str, *, scored: bool = True) -> str:
     """Return the folder of the teacher that a student was distilled from. where, hint: of errors.
 
-    Raises InputError for a model outside a run, for a run whose teacher has no score, and when the folder is gone.
+    Raises InputError for a model outside a run, for a run without a teacher, or where it is to be `scored` and has no
+    score, and when the folder is gone.
     """
     if choice.run is None:
         raise InputError(f"{choice.model} belongs to no run, so its teacher is not known", where=where, hint=hint)
     record = finished(choice.run)
-    if record.result.loss is not None or record.teacher_path is None:
+    if record.teacher_path is None:
+        raise InputError(f"{choice.run.path} has no teacher that is a model", where=where, hint=hint)
+    if scored and record.result.loss is not None:
         raise InputError(f"the teacher of {choice.run.path} has no score on a task", where=where, hint=hint)
     if not Path(record.teacher_path).is_dir():
         raise InputError(f"the run's teacher is gone: {record.teacher_path}", where=where, hint=hint)

@@ -217,7 +217,7 @@ def _second_model(choice: "Choice", beside: str) -> tuple[str, list[str] | None,
 
     if beside != "teacher":
         return choose_model(beside).model, None, {}
-    name = teacher_of_run(choice, "--beside", "name it: --beside MODEL")
+    name = teacher_of_run(choice, "--beside", "name it: --beside MODEL", scored=False)
     assert choice.run is not None and choice.recipe is not None
     return name, choice.recipe.teacher.labels, finished(choice.run).teacher_settings
 

@@ -122,7 +122,7 @@ def _real_batches(model: Any, tokenizer: Any, task: Task | None, max_length: int
         longest = min(max_length, 2 * single["input_ids"].shape[1])
         pairs = tokenizer(texts, texts[::-1], truncation=True, max_length=longest, padding=True, return_tensors="pt")
         return [single, dict(pairs)], "random inputs, single and in pairs"
-    rows = next(iter(task.report.values()))
+    rows = next(iter(task.report.values()), task.selection)
     data = task.kind.encode(rows.select(range(min(64, len(rows)))), tokenizer, max_length)
     collator, size = task.kind.collator(tokenizer), 8
     batches = [
