@@ -212,7 +212,7 @@ class SentenceEmbedding(TaskKind):
             pair = fields.columns if fields.text is not None and fields.pair is None else fields.pair
             if pair is not None and len(pair) != 2:
                 raise InputError("pairs have two columns of text", where="--text", hint="give --text FIRST,SECOND")
-            found = _pairs(columns, pair or PAIR, fields.label, source, "--data")
+            found = _pairs(columns, pair or PAIR, fields.label, source, "--data", field="text")
         return self.read(found, fields, source, notes)
 
     def is_scored(self, rows: "pa.Table") -> bool:
@@ -422,12 +422,17 @@ def _scored(
     return _pairs(columns, fields.pair or PAIR, fields.label, fields.pairs, "task.pairs")
 
 
-def _pairs(columns: Columns, pair: Sequence[str], label: str | None, source: str, where: str) -> Columns:
-    """Return the columns text, text_pair and label. Raises InputError, with the row, for what cannot be scored."""
+def _pairs(
+    columns: Columns, pair: Sequence[str], label: str | None, source: str, where: str, *, field: str = "pair"
+) -> Columns:
+    """Return the columns text, text_pair and label. Raises InputError, with the row, for what cannot be scored.
+
+    where: what names the file. field: of `[task]`, which names the columns of text.
+    """
     from kdcli.tasks.text_inputs import text_columns
 
     for name in pair:
-        need_column(columns, name, "pair", source)
+        need_column(columns, name, field, source)
     texts = text_columns(columns, pair, source)
     name = label or next((each for each in SCORES if each in columns), SCORES[0])
     numbers = [

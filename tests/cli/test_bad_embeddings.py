@@ -1,12 +1,17 @@
 """Wrong texts, pairs, queries and relevances, and what asks more of embeddings than there is."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bad_input import Cases
 from conftest import World
+
+from kdcli.models.heads import BASE, SENTENCE_EMBEDDING, with_new_head
+from kdcli.models.load import load_model, load_tokenizer
+from kdcli.models.save import save_model
 
 CASES = Cases()
 case = CASES.add
@@ -172,3 +177,26 @@ def method_that_needs_labels(world: World) -> list[str]:
 @case("embedding works on sentence-embedding tasks", "embeddings of texts")
 def embeddings_of_a_task_with_labels(world: World) -> list[str]:
     return ["distill", world.recipe("method", method={"name": "embedding"})]
+
+
+@case("rows.jsonl has no text column 'sentence1'; it has 'a', 'b', 'score'", "--text")
+def file_of_pairs_with_other_columns_to_score(world: World) -> list[str]:
+    model = embedder(world)
+    return ["eval", model, "--data", lines(world, "rows.jsonl", [{"a": "x", "b": "y", "score": 1}])]
+
+
+@case("pairs have two columns of text", "--text")
+def file_of_single_texts_to_score(world: World) -> list[str]:
+    model = embedder(world)
+    return ["eval", model, "--data", lines(world, "rows.jsonl", [{"a": "x", "score": 1}]), "--text", "a"]
+
+
+def embedder(world: World) -> str:
+    """Put a model of sentence embeddings there, and return its name."""
+    folder = world.model()
+    model = with_new_head(load_model(folder, BASE), SENTENCE_EMBEDDING)
+    words = load_tokenizer(folder)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    save_model(model, folder, words)
+    return folder.name
