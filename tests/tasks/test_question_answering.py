@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from families import NAMES, tiny, tokenizer
-from test_windows import LONG, ROWS, WORDS, rows_of
+from test_windows import ROWS, WORDS, rows_of
 from tiny_recipes import changed, run_recipe, tiny_recipe, write_recipe
 from torch.nn import functional
 from training.stages import Killed, kill_after
@@ -29,7 +29,7 @@ from kdcli.objectives.gold import gold_loss
 from kdcli.objectives.output import output_loss
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.base import Task
-from kdcli.tasks.heads import load_model
+from kdcli.tasks.heads import kind_of_model, load_model
 from kdcli.tasks.load import load_task
 from kdcli.tasks.predict import predict
 from kdcli.tasks.question_answering import KIND, THRESHOLD, QuestionAnswering, SpanFields
@@ -611,12 +611,16 @@ def test_a_real_encoder_answers_real_questions(data_dir: Path, encoder: Path, tm
     assert scores["f1"] > 0.12 and scores["exact_match"] > 0.03, scores
 
 
-def test_models_of_answers_are_saved_with_what_they_need(tmp_path: Path):
-    model = model_of()
-    (tmp_path / "model").mkdir()
-    save_model(model, tmp_path / "model", WORDS)
-    again = load_model(tmp_path / "model")
-    batch = batch_of(ROWS)
+@pytest.mark.parametrize("family", NAMES)
+def test_trained_models_of_every_family_are_loaded_as_the_library_and_kdcli_save_them(family: str, tmp_path: Path):
+    model, batch = model_of(family, layers=1), batch_of(ROWS.select([0]))
+    model.save_pretrained(tmp_path / "library")
+    (tmp_path / "own").mkdir()
+    save_model(model, tmp_path / "own", WORDS)
     with torch.no_grad():
-        assert torch.equal(forward(model, batch).start_logits, forward(again, batch).start_logits)
-    assert LONG in ROWS["context"][:]
+        expected = forward(model, batch)
+        for folder in ("library", "own"):
+            again = load_model(tmp_path / folder)
+            assert kind_of_model(again, folder, "model") == KIND
+            found = forward(again, batch)
+            assert all(torch.equal(found[name], expected[name]) for name in KIND.head.outputs)
