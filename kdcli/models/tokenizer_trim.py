@@ -290,6 +290,10 @@ class Pieces:
                 f"the trimmed tokenizer has other ids than it should: {differing[0][0]!r} and "
                 f"{counted(len(differing) - 1, 'more piece')}"
             )
+        # Some classes build it again, with numbers of their own for what is unknown.
+        models = [json.loads(one.backend_tokenizer.to_str())["model"] for one in (made, again)]
+        if models[0] != models[1]:
+            raise RunError(f"{type(made).__name__} reads another tokenizer from the files of the trimmed one")
         return made
 
     def _cut_model(self, number: dict[int, int]) -> dict[str, Any]:

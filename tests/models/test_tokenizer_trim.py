@@ -3,13 +3,20 @@
 import itertools
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from families import tokenizer as word_pieces
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AlbertTokenizer,
+    CamembertTokenizer,
+    DebertaV2Tokenizer,
+    PreTrainedTokenizerFast,
+    XLMRobertaTokenizer,
+)
 
 from kdcli.data.reviews import reviews
 from kdcli.errors import InputError, RunError
@@ -250,6 +257,28 @@ def test_a_text_that_is_cut_otherwise_is_an_error():
     number = int(np.searchsorted(corpus.ends, 40, side="right")) + 1
     with pytest.raises(RunError, match=f"text {number} is cut otherwise by the trimmed tokenizer"):
         check_cut(Corpus(corpus.texts, wrong, corpus.ends), made, kept)
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "last", "options"),
+    [
+        (AlbertTokenizer, ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"], [], {}),
+        (CamembertTokenizer, ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<s>", "</s>"], ["<mask>"], {}),
+        (DebertaV2Tokenizer, ["[PAD]", "[CLS]", "[SEP]", "[UNK]"], [], {"unk_id": 3}),
+        (XLMRobertaTokenizer, ["<s>", "<pad>", "</s>", "<unk>"], ["<mask>"], {}),
+    ],
+)
+def test_classes_that_build_themselves_again_read_what_was_trimmed(
+    kind: Any, first: list[str], last: list[str], options: dict[str, Any], tmp_path: Path
+):
+    pieces = [*map(tuple, Pieces(unigram()).model["vocab"][len(SPECIAL) :])]
+    full = kind(vocab=[*((name, 0.0) for name in first), *pieces, *((name, 0.0) for name in last)], **options)
+    made, kept = trim(full, CORPUS)
+    made.save_pretrained(tmp_path)
+    again = kind.from_pretrained(tmp_path)
+    assert len(again) == len(kept) < len(full)
+    for text in (*CORPUS, "\U0001f600 film"):
+        assert tokens(again, text) == tokens(full, text)
 
 
 def test_an_unknown_piece_behind_others_moves():
