@@ -157,6 +157,8 @@ def test_the_librarys_own_folders_load(newer: bool, tmp_path: Path):
     ]
 
 
+QUICK, SLOW = ("bert", "modernbert", "albert"), pytest.mark.slow
+
 FORMS = {
     "depth": StudentSection(form="depth", layers=1),
     "width": StudentSection(form="width", hidden_size=16, layers=2),
@@ -165,7 +167,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in NAMES])
 def test_students_of_every_form_keep_the_teachers_modules(family: str, form: str, tmp_path: Path):
     teacher = embedder(family, {"modules": [{"type": "Normalize"}]})
     append_dense(teacher, torch.randn(24, 32, generator=torch.Generator().manual_seed(0)))
