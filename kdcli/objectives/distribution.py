@@ -55,8 +55,12 @@ class Distribution(ABC):
         return [self.gold_view(target)]
 
     def gold_view(self, target: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the loss of the gold answers as a function from logits (n, classes) to a scalar, the sum over rows."""
-        return lambda logits: self.nll(logits, target) * len(target)
+        """Return the loss of the gold answers as a function from logits (n, classes) to a scalar, the sum over rows.
+
+        Of no rows it is 0.
+        """
+        weights = torch.ones(len(target), device=target.device)
+        return lambda logits: self.nll(logits, target, weights)
 
 
 class Categorical(Distribution):

@@ -274,7 +274,7 @@ class TaskKind(ABC):
         return len(rows)
 
     def drawn(self, fields: Any) -> dict[str, Any]:
-        """Return the fields that change what a model reads, though rows stay the same."""
+        """Return the fields that change what a model reads, or what is decided about it, though rows stay the same."""
         return {}
 
     # What a model predicts

@@ -17,7 +17,7 @@ from kdcli.data.files import read_file
 from kdcli.data.mixing import apportioned
 from kdcli.data.rows import chunks_of
 from kdcli.data.sets import named_sets
-from kdcli.data.tables import dataset_of, halves, split, subset
+from kdcli.data.tables import dataset_of, halves, subset
 from kdcli.errors import InputError
 from kdcli.recipe.parts import fields_of_parts, section_of_part
 from kdcli.recipe.schema import EvaluateSection, TaskSection
@@ -249,7 +249,7 @@ def _task(
     for number, rows in enumerate(train if trains else ()):
         # Of a handful of rows none are set aside.
         if round(len(rows) * (share := kind.calibration(rows))):
-            train[number], aside = split(rows, share, seed)
+            train[number], aside = kind.hold_out(rows, share, seed)
             calibration.append(aside)
     validation = [
         {name: subset(rows, section.validation_samples, seed) for name, rows in sets.items()} for sets in validation

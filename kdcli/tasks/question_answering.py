@@ -259,7 +259,8 @@ class QuestionAnswering(TaskKind):
         return count_windows(rows, processor, max_length, self.own.stride)
 
     def drawn(self, fields: Any) -> dict[str, Any]:
-        return fields.model_dump(include={"stride"})
+        # The threshold is chosen among answers of this length.
+        return fields.model_dump(include={"stride", "max_answer"})
 
     # What a model predicts
 

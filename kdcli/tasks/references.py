@@ -33,7 +33,8 @@ def references(
     """Yield the references of each row. answer, starts: the columns that a recipe names. contexts: of each row.
 
     train: whether a model is trained on the rows, for which the place of the first answer must be known: where it is
-    not given, it is searched for. Raises InputError, with the row, for answers that do not stand in their context.
+    not given, it is searched for. White space around answers is left out. Raises InputError, with the row, for answers
+    that do not stand in their context.
     """
     name = column_of(columns, answer)
     cells = need_column(columns, name, "answer", source)
@@ -43,14 +44,15 @@ def references(
         place_of = f"{source}: row {row}"
         texts, given = _parts(cell, place, place_of)
         texts = [readable(text, row, source, "task.answer") for text in texts]
-        for text, start in zip(texts, given, strict=True):
+        found = []
+        for number, (text, start) in enumerate(zip(texts, given, strict=True)):
             if start is not None:
                 _check(text, start, context, place_of)
-        first = given[0] if given else -1
-        if first is None:
-            texts[0] = texts[0].strip()
-            first = _searched(texts[0], context, place_of, train=train)
-        yield Reference(texts, first)
+                found.append(start + len(text) - len(text.lstrip()))
+            else:
+                # A model is trained on the first answer only.
+                found.append(_searched(text.strip(), context, place_of, train=train and number == 0))
+        yield Reference([text.strip() for text in texts], found[0] if found else -1)
 
 
 def _parts(cell: Any, place: Any, row: str) -> tuple[list[str], list[int | None]]:

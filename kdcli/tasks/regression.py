@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kdcli.data.columns import Columns, need_column
+from kdcli.data.columns import Column, Columns
 from kdcli.errors import InputError
 from kdcli.tasks.labels import check_problem, label_column
 from kdcli.tasks.numbers import are_numbers, different
@@ -40,7 +40,7 @@ class Regression(TextKind):
 
     def recognises(self, columns: Columns, fields: Any, source: str, notes: list[str]) -> bool:
         """True for numbers with fractions among them."""
-        given = different(need_column(columns, fields.label or "label", "label", source))
+        given = different(columns.get(fields.label or "label", Column()))
         return are_numbers(given) and not all(float(value).is_integer() for value in given)
 
     def read_labels(

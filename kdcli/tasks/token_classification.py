@@ -168,11 +168,11 @@ class TokenClassification(TaskKind):
     # Rows and labels
 
     def recognises(self, columns: Columns, fields: Any, source: str, notes: list[str]) -> bool:
-        """True for lists of words beside lists of tags."""
-        pair = [
-            columns.get(_place(columns, *given), Column()) for given in ((fields.text, WORDS), (fields.label, TAGS))
-        ]
-        words, tags = (next(iter(column), None) for column in pair)
+        """True for lists of words beside lists of tags, also those of a column file."""
+        names = _place(columns, fields.text, WORDS), _place(columns, fields.label, TAGS, last=True)
+        words, tags = (next(iter(columns.get(name, Column())), None) for name in names)
+        if names[0] == names[1]:
+            return False
         return isinstance(words, list) and isinstance(tags, list) and all(isinstance(word, str) for word in words)
 
     def read(
@@ -268,6 +268,9 @@ class TokenClassification(TaskKind):
 
     def examples(self, rows: "Dataset", processor: Any, max_length: int) -> int:
         return len(self.encode(rows, processor, max_length))
+
+    def drawn(self, fields: Any) -> dict[str, Any]:
+        return fields.model_dump(include={"stride"})
 
     # What a model predicts
 

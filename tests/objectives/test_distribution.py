@@ -96,3 +96,8 @@ def test_directions_differ_by_their_angle_at_every_temperature_and_have_no_gold_
     assert student.grad is not None and teacher.grad is None
     with pytest.raises(TypeError, match="no gold answer"):
         Direction().nll(student, teacher)
+
+
+def test_the_score_of_no_gold_answers_is_zero():
+    for distribution, target in ((Categorical(), torch.zeros(0, dtype=torch.long)), (Bernoulli(), torch.zeros(0, 3))):
+        assert distribution.gold_view(target)(torch.zeros(0, 3)).item() == 0.0

@@ -112,6 +112,11 @@ WRONG: dict[str, tuple[dict[str, list[Any]], str, str]] = {
     "without text": ({"answers": [{"span": [0, 3]}, *HUB[1:]]}, "row 1 has answers without text; it has", "{text"),
     "empty beside others": ({"answer": [["Ann", ""], "Eva", ""]}, "row 1 has an empty answer beside", "has none"),
     "a number's list": ({"answer": [[["Ann"]], "Eva", ""]}, "row 1 has an array for an answer", ""),
+    "another answer": (
+        {"answer": [["Ann", "Ann met Tim"], "Eva", ""]},
+        "row 1: its answer 'Ann met Tim' is not in its context",
+        "letter for",
+    ),
     "no answer at all": ({"answer": ["", "", None]}, "no row has an answer", ""),
     "no column": ({"reply": ["Ann", "Eva", ""]}, "rows has no answer column 'answers'", ""),
 }  # fmt: skip
@@ -128,8 +133,20 @@ def test_what_is_no_answer_is_refused_with_its_row(name: str):
 
 def test_rows_that_are_only_scored_need_no_place_of_their_answer():
     assert read(train=False, **FLAT, answer=["Ann", "Rome", ""])["label"] == [["Ann"], ["Rome"], []]
-    with pytest.raises(InputError, match="'Paris' is not in its context"):
-        read(train=False, **FLAT, answer=["Ann", "Paris", ""])
+    for answer in ("Paris", ["Rome", "Paris"]):
+        with pytest.raises(InputError, match="'Paris' is not in its context"):
+            read(train=False, **FLAT, answer=["Ann", answer, ""])
+
+
+def test_further_answers_may_stand_several_times():
+    assert read(**FLAT, answer=["Ann", ["Eva", " Rome "], ""])["label"] == [["Ann"], ["Eva", "Rome"], []]
+
+
+def test_white_space_around_answers_is_none_of_them():
+    context, answer = "So it is\u00a0 New York\n in the end.", "\u00a0 New York\n "
+    given = {"text": [answer, "New York"], "answer_start": [context.index(answer), context.index("New")]}
+    rows = read(question=["where?"], context=[context], answers=[given])
+    assert rows["label"] == [["New York", "New York"]] and rows["start"] == [context.index("New")]
 
 
 def test_rows_without_a_context_are_refused_and_those_without_a_question_told():
@@ -394,6 +411,18 @@ def test_the_threshold_comes_from_training_rows_that_nothing_else_sees(world: Pa
     assert set(task.kind.answers(student, test, words_of(world), **options).chosen) == {""}
 
 
+def test_the_threshold_comes_from_contexts_of_their_own(tmp_path: Path):
+    cells = [{"text": ["Ann"], "answer_start": [0]}, {"text": [], "answer_start": []}]
+    rows = [
+        {"question": f"who {i} ?", "context": f"Ann met number {i // 6}.", "answers": cells[i % 2]} for i in range(120)
+    ]
+    for name in ("train", "held", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = task_of(tmp_path)
+    assert task.calibration is not None and (len(task.train), len(task.calibration)) == (108, 12)
+    assert not set(task.train["context"]) & set(task.calibration["context"])
+
+
 def test_rows_that_all_have_an_answer_need_no_threshold(world: Path, tmp_path: Path):
     lines = [line for line in (world / "train.jsonl").read_text().splitlines() if json.loads(line)["answers"]["text"]]
     (tmp_path / "answered.jsonl").write_text("\n".join(lines))
@@ -420,6 +449,8 @@ def test_plan_and_run_count_windows_and_samples_are_rows(world: Path):
 
 def test_another_stride_is_another_teacher():
     assert KIND.drawn(SpanFields(stride=4)) != KIND.drawn(SpanFields(stride=8))
+    # Its threshold is chosen among the answers that it may give.
+    assert KIND.drawn(SpanFields(max_answer=4)) != KIND.drawn(SpanFields(max_answer=8))
     assert KIND.drawn(SpanFields(n_best=4)) == KIND.drawn(SpanFields(n_best=8))
 
 

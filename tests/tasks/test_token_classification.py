@@ -89,6 +89,8 @@ def test_every_way_to_write_tags_says_the_same(tmp_path: Path):
             {"text": "w", "label": "t", "labels": NAMES_OF_TAGS, "type": None},
         ),
         ("own.conll", {"labels": NAMES_OF_TAGS}),
+        ("a.jsonl", {"labels": NAMES_OF_TAGS, "type": None}),
+        ("own.conll", {"labels": NAMES_OF_TAGS, "type": None}),
         ("own.conll", {"labels": NAMES_OF_TAGS, "text": 1, "label": -1}),
         ("own.conll", {"labels": NAMES_OF_TAGS, "label": "3"}),
     ]
@@ -99,6 +101,17 @@ def test_every_way_to_write_tags_says_the_same(tmp_path: Path):
         assert task.metrics == ("f1", "accuracy")
         assert any("tags are IOB2 (2 types)" in note for note in task.notes)
     assert len({task.description["fingerprint"] for task in tasks}) == 1
+
+
+def test_another_stride_is_another_teacher():
+    assert KIND.drawn(TagFields(stride=4)) != KIND.drawn(TagFields(stride=8))
+    assert KIND.drawn(TagFields(text="a")) == KIND.drawn(TagFields(text="b"))
+
+
+def test_lists_of_words_alone_are_no_tags(tmp_path: Path):
+    (tmp_path / "own.conll").write_text("a\nb\n\nc\n")
+    with pytest.raises(InputError, match="no label column"):
+        load(tmp_path, "own.conll", type=None)
 
 
 def test_tags_of_a_type_are_complete(tmp_path: Path):
