@@ -49,6 +49,26 @@ def test_comments_before_sentences_are_left_out(tmp_path: Path):
     assert columns_of(write(tmp_path / "a.conll", text))["2"] == [["Mr", "#"], ["x"]]
 
 
+@pytest.mark.parametrize("separator", ["\t", " "])
+@pytest.mark.parametrize(
+    "head", ["", "-DOCSTART- O\n\n", "# sent_id = 1\n", "# two words and more\n", "#\n", "# source\n"]
+)
+def test_words_may_begin_with_a_hash_also_before_all_others(head: str, separator: str, tmp_path: Path):
+    text = "#nowplaying O\n#a=b O\nx B-y\n\n#one O\n\n#two O\ny O\n".replace("#a=b", "#ab").replace(" ", separator)
+    found = columns_of(write(tmp_path / "a.conll", head + text))
+    assert found["1"] == [["#nowplaying", "#ab", "x"], ["#one"], ["#two", "y"]]
+    assert found["2"] == [["O", "O", "B-y"], ["O"], ["O", "O"]]
+
+
+@pytest.mark.parametrize("separator", ["\t", " "])
+def test_all_words_may_begin_with_a_hash(separator: str, tmp_path: Path):
+    text = "# a comment\n# id = 1\n#one|O\n#two|B-x\n\n# id = 2\n#three|O\n".replace("|", separator)
+    assert columns_of(write(tmp_path / "a.conll", text)) == {
+        "1": [["#one", "#two"], ["#three"]],
+        "2": [["O", "B-x"], ["O"]],
+    }
+
+
 def test_conllu_has_its_own_names_and_lines_that_are_no_words(tmp_path: Path):
     line = "{}\t{}\t_\t{}\t_\t_\t0\t_\t_\t_\n"
     rows = [("1-2", "im", "_"), ("1", "in", "ADP"), ("2", "dem", "DET"), ("2.1", "", "_"), ("3", "Haus", "NOUN")]
