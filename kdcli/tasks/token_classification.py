@@ -1,5 +1,6 @@
 """Token classification: a tag for each word of a text, such as names in it, phrases or parts of speech."""
 
+import json
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
@@ -73,13 +74,14 @@ SCRIPT = """\
 labels = json.load(open(f"{sys.path[0]}/config.json", encoding="utf-8"))["id2label"]
 tokenizer.enable_truncation(LENGTH)
 for words in map(str.split, sys.argv[1:]):
-    encoding = tokenizer.encode(WORDS, is_pretokenized=True)
-    feed = {node.name: np.array([getattr(encoding, NAMES[node.name])]) for node in session.get_inputs()}
-    [[rows]] = session.run(["logits"], feed)
-    firsts = [encoding.word_ids.index(i) if i in encoding.word_ids else None for i in range(len(words))]
-    tags = ["O" if first is None else labels[str(rows[first].argmax())] for first in firsts]
+    if (pieces := tokenizer.encode(WORDS, is_pretokenized=True)).overflowing:
+        sys.exit(f"{len(words)} words are more than LENGTH tokens: give them in parts")
+    feed = {node.name: np.array([getattr(pieces, NAMES[node.name])]) for node in session.get_inputs()}
+    own = dict(zip(pieces.word_ids[::-1], session.run(["logits"], feed)[0][0, ::-1].argmax(1).astype(str)))
+    tags = [labels[own[i]] if i in own else NOTHING for i in range(len(words))]
 """
-"""The words of an argument are what stands between spaces. The tag of a word is that of its first piece."""
+"""The words of an argument are what stands between spaces. The tag of a word is that of its first piece; of one without
+pieces O, or the first tag. Windows of long texts as kdcli cuts them would take more lines."""
 
 TAGS_ALONE = """\
     print(json.dumps({"words": words, "tags": tags}))
@@ -380,7 +382,8 @@ class TokenClassification(TaskKind):
         typed = scheme is not None and any("-" in label for label in labels)
         script = SCRIPT + (SPANS.replace("PATTERN", PATTERNS[scheme or "IOB"]) if typed else TAGS_ALONE)
         words = '[f" {word}" for word in words]' if lacks_spaces(processor) else "words"
-        return script.replace("LENGTH", str(max_length)).replace("WORDS", words)
+        nothing = json.dumps(OUTSIDE if OUTSIDE in labels else labels[0], ensure_ascii=False)
+        return script.replace("LENGTH", str(max_length)).replace("WORDS", words).replace("NOTHING", nothing)
 
     def show(self, reply: dict[str, Any]) -> str:
         if "spans" in reply:

@@ -171,6 +171,8 @@ def test_the_script_tags_words_and_finds_spans(family: str, tags: list[str], tmp
     words = splits_bytes() if family == "roberta" else tokenizer()
     export_model(model, words, tmp_path / "out", task=None, max_length=64, latency=False)
     texts = [" ".join(random.Random(seed).choices(" ".join(TEXTS).split(), k=12)) for seed in range(20)]
+    # Of the word in the middle a tokenizer that cleans texts leaves nothing.
+    texts += ["so \u200d fine"] if family == "bert" else []
     found = answers_of_script(tmp_path / "out", texts)
     lists = [text.split() for text in texts]
     expected = replies(kind, kind.fields(), model, {"words": lists}, words=words, length=64)
@@ -181,6 +183,23 @@ def test_the_script_tags_words_and_finds_spans(family: str, tags: list[str], tmp
     for row, reply in zip(found, expected, strict=True):
         assert row["spans"] == [[span["type"], *span["words"]] for span in reply["spans"]]
     assert sum(len(row["spans"]) for row in found) > 10
+
+
+def test_the_script_of_a_tagger_gives_each_word_a_tag_of_the_model_or_says_that_words_do_not_fit(tmp_path: Path):
+    kind = registry.get("token-classification")
+    config = tiny("bert", layers=1, labels=2, id2label={0: "x", 1: "y"}).config
+    model, texts = AutoModelForTokenClassification.from_config(config).eval(), ["so \u200d fine", "a " * 13, "a " * 15]
+    export_model(model, tokenizer(), tmp_path / "out", task=None, max_length=LENGTH, latency=False)
+    first, second = answers_of_script(tmp_path / "out", texts[:2])
+    assert (
+        first["words"][1] == "\u200d" and {*first["tags"], *second["tags"]} <= {"x", "y"} and len(second["tags"]) == 13
+    )
+    expected = replies(kind, kind.fields(), model, {"words": [text.split() for text in texts]})
+    assert first["tags"][::2] == expected[0]["tags"][::2] and second["tags"] == expected[1]["tags"]
+    command = [sys.executable, str(tmp_path / "out" / "predict.py"), texts[0], texts[2]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
+    assert done.returncode == 1 and "15 words are more than 16 tokens: give them in parts" in done.stderr
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [first]
 
 
 @pytest.mark.slow
