@@ -187,11 +187,14 @@ def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:
     head = head_needed(resolved, task)
     teacher = start_teacher(recipe, task, head, base=base)
     task.kind.check(task, teacher.tokenizer, recipe.task.max_length)
+    task = replace(task, notes=(*task.notes, *task.kind.remarks(task, teacher.tokenizer, recipe.task.max_length)))
     _check_loops(resolved, teacher)
     for number, (section, other) in enumerate(zip(recipe.finetune, downstream, strict=True)):
         with placed(f"finetune[{number}].task", "task"):
             check_tokenizer(teacher.model, teacher.tokenizer, section.task.max_length)
             other.kind.check(other, teacher.tokenizer, section.task.max_length)
+            remarks = other.kind.remarks(other, teacher.tokenizer, section.task.max_length)
+            downstream[number] = replace(other, notes=(*other.notes, *remarks))
     filler = start_filler(recipe, task, base) if recipe.task.augment is not None else None
     labelling = labelling_of(task.kind, task.label_names, head)
     trimming = plan_vocabulary(resolved, task, downstream, teacher)

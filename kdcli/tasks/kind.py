@@ -240,6 +240,10 @@ class TaskKind(ABC):
     def check(self, task: "Task", processor: Any, max_length: int) -> None:
         """Raise InputError where rows cannot be encoded, or nothing of them would be left; encodes a few at most."""
 
+    def remarks(self, task: "Task", processor: Any, max_length: int) -> list[str]:
+        """Return what a user should know about training rows as a model reads them; encodes few of them."""
+        return []
+
     @abstractmethod
     def encode(self, rows: "Dataset", processor: Any, max_length: int) -> "Dataset":
         """Return rows as features. processor: a tokenizer."""

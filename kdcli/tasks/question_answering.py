@@ -242,6 +242,16 @@ class QuestionAnswering(TaskKind):
 
         room_of(processor, max_length, self.own.stride)
 
+    def remarks(self, task: "Task", processor: Any, max_length: int) -> list[str]:
+        from kdcli.tasks.windows import count_unheld
+
+        if not (count := count_unheld(task.train, processor, max_length, self.own.stride)):
+            return []
+        rows = counted(count, "training row has", "training rows have")
+        return [
+            f"{rows} an answer that no window holds whole, and count as without one: use a larger stride or max_length"
+        ]
+
     def encode(self, rows: "Dataset", processor: Any, max_length: int) -> "Dataset":
         """Return windows: see `encode_windows`."""
         from kdcli.tasks.windows import encode_windows

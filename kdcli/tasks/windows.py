@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from kdcli.data.rows import batches_of, stored
+from kdcli.data.rows import array_of, batches_of, stored, values_of
 from kdcli.errors import InputError
 from kdcli.models.inputs import INPUTS
 from kdcli.tasks.encode import IDS, Collator, longest_input
@@ -91,6 +91,19 @@ def count_windows(rows: "Dataset", tokenizer: Any, max_length: int, stride: int 
         free = room - questions
         total += len(free) + int(np.maximum(np.ceil((contexts - free) / (free - shared)), 0).sum())
     return total
+
+
+def count_unheld(rows: "Dataset", tokenizer: Any, max_length: int, stride: int | None) -> int:
+    """Return how many rows have an answer that no window holds whole; rows with long answers are encoded only."""
+    _, _, shared = room_of(tokenizer, max_length, stride)
+    # One more token than windows share stands in one of them, wherever it begins; a token has a byte or more.
+    answers = zip(values_of(rows, "start"), values_of(rows, "label"), strict=True)
+    long = [i for i, (start, texts) in enumerate(answers) if start >= 0 and len(texts[0].encode()) > shared + 1]
+    if not long:
+        return 0
+    windows = encode_windows(rows.select(long), tokenizer, max_length, stride)
+    held = array_of(windows, "labels")[:, 0] != array_of(windows, "none")
+    return len(long) - len(np.unique(array_of(windows, "row")[held]))
 
 
 def _lengths(texts: Sequence[str], tokenizer: Any) -> np.ndarray:

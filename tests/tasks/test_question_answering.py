@@ -447,6 +447,21 @@ def test_plan_and_run_count_windows_and_samples_are_rows(world: Path):
     assert [stage.steps for stage in plan.stages] == [stage["steps"] for stage in document["training"]] == [steps]
 
 
+def test_a_plan_says_how_many_answers_no_window_holds(world: Path):
+    long = "the weather was mild and people were glad about summer by sea so home"
+    row = {"question": "what ?", "context": f"{long} {long} xin rome", "answers": f"{long} {long}"}
+    lines = [*(world / "train.jsonl").read_text().splitlines()[:40], *[json.dumps(row)] * 2]
+    (world / "long.jsonl").write_text("\n".join(lines))
+    teacher = {"model": record(world)["teacher_path"], "finetune": False}
+    path = write_recipe(
+        world / "long.toml", changed(load(world), "teacher", task={"train": "long.jsonl"}, teacher=teacher)
+    )
+    said = "training rows have an answer that no window holds whole"
+    assert [note for note in make_plan(prepare(load_recipe(path), path)).task.notes if said in note] == [
+        f"2 {said}, and count as without one: use a larger stride or max_length"
+    ]
+
+
 def test_another_stride_is_another_teacher():
     assert KIND.drawn(SpanFields(stride=4)) != KIND.drawn(SpanFields(stride=8))
     # Its threshold is chosen among the answers that it may give.
@@ -487,6 +502,35 @@ def test_a_graph_has_start_and_end_logits(world: Path):
         assert run(["export", str(world / "runs" / "recipe"), "--no-latency", "--out", str(world / "served")]) == 0
     session = onnxruntime.InferenceSession(str(world / "served" / "model.onnx"))
     assert [node.name for node in session.get_outputs()] == ["start_logits", "end_logits"]
+
+
+@pytest.mark.slow
+def test_a_graph_answers_from_long_contexts_as_the_model_does(world: Path, tmp_path: Path, capsys: Any):
+    assert run(["export", str(world / "runs" / "recipe"), "--no-latency", "--out", str(tmp_path / "served")]) == 0
+    draw, rows = np.random.default_rng(5), []
+    for number in range(12):
+        words = [*draw.choice(FILLER, 900)]
+        if number % 3:
+            words.insert(int(draw.integers(0, 900)), f"xin {draw.choice(CITIES)}")
+        text = " ".join(words)
+        start = text.find("xin ") + 4
+        found = {"text": [" ".join(text[start:].split()[:1])], "answer_start": [start]} if number % 3 else {"text": []}
+        rows.append({"question": "where was it ?", "context": text, "answers": found})
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for command, data in (("eval", "--data"), ("predict", "--input")):
+        said = []
+        for folder in (world / "runs" / "recipe" / "student", tmp_path / "served"):
+            capsys.readouterr()
+            options = [data, str(tmp_path / "long.jsonl"), "--max-length", "32", "--set", "stride=8", "--json"]
+            assert run([command, str(folder), *options]) == 0, capsys.readouterr().err
+            said.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+        first, second = said
+        if command == "eval":
+            assert first[0]["metrics"]["rows"] == pytest.approx(second[0]["metrics"]["rows"], abs=1e-9)
+        else:
+            places = [[(reply["answer"], reply["start"]) for reply in side] for side in said]
+            assert places[0] == places[1] and max(start or 0 for _, start in places[0]) > 1000
+            assert [r["probability"] for r in first] == pytest.approx([r["probability"] for r in second], abs=1e-4)
 
 
 def test_a_trained_model_of_others_is_scored_and_teaches(world: Path, tmp_path: Path, capsys: Any):
@@ -556,8 +600,9 @@ def test_kept_states_and_chains_work_on_windows(changes: dict[str, Any], world: 
         assert other["student"]["metrics"] == document["student"]["metrics"]
 
 
+@pytest.mark.parametrize("method", ["kd", pytest.param("makd", marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_goes_on_to_the_same_student(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     teacher = record(world)["teacher_path"]
     files = {name: str(world / f"{file}.jsonl") for name, file in (("train", "train"), ("validation", "held"))}
@@ -565,8 +610,9 @@ def test_a_run_that_was_killed_goes_on_to_the_same_student(
         load(world),
         "teacher",
         task={**files, "test": None, "train_samples": 60},
-        teacher={"model": teacher, "finetune": False},
+        teacher={"model": teacher, "finetune": False, "cache": "all"},
         train={"max_steps": 6, "eval_every": 2},
+        method=method,
     )
     path = write_recipe(tmp_path / "recipe.toml", recipe)
     whole = run_recipe(path)

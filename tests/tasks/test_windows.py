@@ -15,7 +15,7 @@ from kdcli.data.tables import dataset_of
 from kdcli.errors import InputError
 from kdcli.models.load import load_tokenizer
 from kdcli.tasks.question_answering import KIND, QuestionAnswering, SpanFields
-from kdcli.tasks.windows import CANDIDATES, room_of
+from kdcli.tasks.windows import CANDIDATES, count_unheld, room_of
 
 WORDS = tokenizer()
 SENTENCE = "the film was a fine and moving story about {} , but the plot was dull and the music was cold . "
@@ -150,6 +150,19 @@ def test_the_answer_is_found_in_a_context_of_five_thousand_words():
         for window in held:
             start, end = (place - window["first"] for place in window["labels"])
             assert text[window["begins"][start] : window["ends"][end]] == "music was loud"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("stride", [0, 3, None])
+def test_answers_that_no_window_holds_are_counted(name: str, stride: int | None):
+    words, text = TOKENIZERS[name](), LONG
+    spans = [text[start : start + length] for start in range(0, 60, 7) for length in (2, 15, 30, 60, 90, 200)]
+    spans = [span.strip() for span in spans]
+    rows = rows_of(("who ?", text, []), *(("who ?", text, [span, "the"]) for span in spans))
+    windows = encode(rows, words, 40, stride)
+    held = {window["row"] for window in windows if window["labels"][0] != window["none"]}
+    assert count_unheld(rows, words, 40, stride) == len(spans) - len(held) > 0
+    assert count_unheld(rows, words, 10**6, stride) == 0
 
 
 def test_white_space_before_a_question_takes_no_room():
