@@ -93,7 +93,7 @@ def a_context_in_pieces(world: World) -> list[str]:
 
 
 @case("task.question: rows.jsonl has no question column 'questions'", "did you mean 'question'?")
-def a_column_that_is_not_there(world: World) -> list[str]:
+def a_column_of_questions_that_is_not_there(world: World) -> list[str]:
     return distill(world, question="questions")
 
 

@@ -108,7 +108,7 @@ def a_line_without_a_tag(world: World) -> list[str]:
 
 
 @case("tags.conll has no label column '-3'; it has '1', '2'", "task.label")
-def a_column_that_is_not_there(world: World) -> list[str]:
+def a_column_of_tags_that_is_not_there(world: World) -> list[str]:
     world.write("tags.conll", "a O\nb B-x\n")
     return tags(world, file="tags.conll", label=-3)
 

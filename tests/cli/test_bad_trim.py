@@ -43,7 +43,7 @@ def fewer_pieces_than_special_tokens(world: World) -> list[str]:
 
 
 @case("--text: rows.csv has no column 'message'", "'text', 'label'", "--column NAME")
-def a_column_that_is_not_there(world: World) -> list[str]:
+def a_column_of_text_to_trim_that_is_not_there(world: World) -> list[str]:
     world.model()
     return ["trim", "./teacher", "--text", "rows.csv", "--column", "message", "--out", "made"]
 

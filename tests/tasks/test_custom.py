@@ -18,6 +18,7 @@ from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks import registry
 from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_rows, load_task
+from kdcli.tasks.text_inputs import SEQUENCE_CLASSIFICATION
 
 KINDS = ("csv", "tsv", "jsonl", "json", "parquet")
 ROWS: dict[str, list] = {
@@ -411,7 +412,7 @@ def test_a_table_without_rows_says_so(tmp_path: Path):
         ("rows.json", b'{"message": ["x"], "team": ["a"]}', "must hold a JSON array"),
         ("rows.json", b"[" * 100_000, "not readable as JSON"),
         ("rows.parquet", b"PAR1 and no more PAR1", "not readable as Parquet"),
-        ("rows.xlsx", b"PK", r"rows\.xlsx is none of \.csv"),
+        ("rows.xlsx", b"PK", r"rows\.xlsx is none of .*, \.csv"),
         ("rows", b"message,team\n", "rows is none of"),
     ],
 )
@@ -586,7 +587,8 @@ def rows_for(
 ) -> Task:
     path = base / write(base / "held.csv", columns)
     section = TaskSection(name="held", data=str(path), text=list(text), label="team", **values)
-    kind = next(kind for kind in registry.usable()[0] if not kind.scored_by_loss and kind.fits(config))
+    kinds = [kind for kind in registry.usable()[0] if kind.head == SEQUENCE_CLASSIFICATION]
+    kind = next(kind for kind in kinds if kind.fits(config))
     return load_rows(section, kind, config)
 
 

@@ -108,7 +108,8 @@ def problem_of(task: dict[str, Any], **tables: Any) -> str:
     [
         ({"label": "x"}, 'task.label: type = "text" has no label'),
         ({"metrics": ["accuracy"]}, 'type = "text" has no metrics'),
-        ({"test_samples": 3, "augment": {"model": "x"}}, 'type = "text" has no test_samples, augment'),
+        ({"test_samples": 3}, 'type = "text" has no test_samples'),
+        ({"augment": {"model": "x"}}, 'keep their answers where words change; type = "text" has none'),
         ({"data": "a", "text": ["a", "b"]}, "one text column"),
     ],
 )
