@@ -130,6 +130,7 @@ def test_a_finished_runs_recipe_is_written_again(world: World, finished: Path):
     assert file.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_changed_student_is_told_of_when_it_lies_elsewhere(world: World, finished: Path):
     shutil.move(finished / "student", world.folder / "disk2")
     (finished / "student").symlink_to(world.folder / "disk2")

@@ -352,6 +352,7 @@ def test_eval_scores_what_the_run_scored_and_a_model_without_thresholds_by_one_h
     assert average_precision_score(truth, logits, average="micro") > 0.8
 
 
+@pytest.mark.slow
 def test_the_exported_graph_answers_by_the_same_thresholds(world: Path, capsys: Any):
     run_folder = str(world / "runs" / "recipe")
     assert run(["export", run_folder, "--no-latency", "--out", str(world / "served")]) == 0
