@@ -1,11 +1,12 @@
 """Numbers among labels, also as people write them."""
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from kdcli.data.columns import is_missing
-from kdcli.errors import InputError
+from kdcli.errors import InputError, cut
 
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 WRITTEN_NUMBER = re.compile(
@@ -72,3 +73,18 @@ def note_of_numbers(labels: Iterable[Any]) -> str | None:
         f"{numbers:,} of {total:,} labels look like numbers{first}. Each value is a class of its own; task.type = "
         '"regression" needs numbers with decimal points'
     )
+
+
+def number_of(value: Any, what: str, where: str = "task.label") -> float:
+    """Return a value as a finite number. what, where: it, and the field that names its column, for InputError."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(
+            f"{what} is {cut(repr(value))}, not a number",
+            where=where,
+            hint="write numbers with decimal points (3.5)" if "," in str(value) else None,
+        )
+    return number

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kdcli.data.columns import Column, Columns
 from kdcli.errors import InputError
 from kdcli.tasks.labels import check_problem, label_column
-from kdcli.tasks.numbers import are_numbers, different
+from kdcli.tasks.numbers import are_numbers, different, number_of
 from kdcli.tasks.text_inputs import TextFields, TextKind, gold
 from kdcli.words import counted
 
@@ -47,7 +47,8 @@ class Regression(TextKind):
         self, columns: Columns, fields: Any, source: str, notes: list[str], labels: tuple[str, ...] | None
     ) -> tuple[list[float], tuple[str, ...]]:
         numbers = [
-            _number(value, row, source) for row, value in enumerate(label_column(columns, fields.label, source), 1)
+            number_of(value, f"{source}: row {row}: the label of a regression")
+            for row, value in enumerate(label_column(columns, fields.label, source), 1)
         ]
         if labels is None and len(set(numbers)) < 2:
             raise InputError(f"{source}: all labels are equal: there is nothing to learn", where="task.label")
@@ -102,20 +103,6 @@ class Regression(TextKind):
     def chance(self, sets: "Sequence[Dataset]", labels: Sequence[str], metric: str) -> float:
         """Return 0: no correlation."""
         return 0.0
-
-
-def _number(value: Any, row: int, source: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError(
-            f"{source}: row {row}: the label {value!r} is no number, but the task is a regression",
-            where="task.label",
-            hint="write scores with decimal points (3.5)" if "," in str(value) else None,
-        )
-    return number
 
 
 def _correlation(measure: str) -> "Callable[[np.ndarray, np.ndarray], float]":

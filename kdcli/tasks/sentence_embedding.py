@@ -1,7 +1,6 @@
 """Sentence embeddings: a student follows its teacher's embeddings of texts that need no labels."""
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,6 +14,7 @@ from kdcli.models.heads import SENTENCE_EMBEDDING
 from kdcli.recipe.schema import TaskSection
 from kdcli.tasks import ranking
 from kdcli.tasks.kind import Fields, TaskKind
+from kdcli.tasks.numbers import number_of
 from kdcli.tasks.regression import METRICS as CORRELATIONS
 from kdcli.words import counted
 
@@ -436,26 +436,12 @@ def _pairs(
     texts = text_columns(columns, pair, source)
     name = label or next((each for each in SCORES if each in columns), SCORES[0])
     numbers = [
-        _number(value, f"{source}: row {row}: the similarity", "task.label")
+        number_of(value, f"{source}: row {row}: the similarity")
         for row, value in enumerate(need_column(columns, name, "label", source), 1)
     ]
     if len(set(numbers)) < 2:
         raise InputError(f"{source}: all similarities are equal: nothing correlates with them", where=where)
     return {**{key: Column(value.chunks) for key, value in texts.items()}, "label": Column([numbers])}
-
-
-def _number(value: Any, what: str, where: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError(
-            f"{what} is {cut(repr(value))}, not a number",
-            where=where,
-            hint="write numbers with decimal points (3.5)" if "," in str(value) else None,
-        )
-    return number
 
 
 def _retrieval(columns: Columns, fields: EmbeddingFields, source: str, base: Path, notes: list[str]) -> Columns:
@@ -539,7 +525,7 @@ def _relevant(
                     "does not have",
                     where=where,
                 )
-        grade = _number(value, f"{source}: row {row}: the relevance", where)
+        grade = number_of(value, f"{source}: row {row}: the relevance", where)
         if grade < 0:
             raise InputError(f"{source}: row {row}: the relevance {grade:g} is below 0", where=where)
         if grade > 0:

@@ -303,7 +303,7 @@ def a_class_that_training_lacks(world: World) -> list[str]:
     ]
 
 
-@case("'yes' is no number", "regression")
+@case("regression is 'yes', not a number")
 def words_as_numbers(world: World) -> list[str]:
     return ["distill", world.recipe(task={"type": "regression"})]
 

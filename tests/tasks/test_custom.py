@@ -487,9 +487,9 @@ def test_bytes_are_no_text(tmp_path: Path):
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        (["1.5", "2", "high", "4"], "row 3: the label 'high' is no number"),
-        ([1.5, 2, "nan", 4], "row 3: the label 'nan' is no number"),
-        ([1.5, 2, math.inf, 4], "row 3: the label inf is no number"),
+        (["1.5", "2", "high", "4"], "row 3: the label of a regression is 'high', not a number"),
+        ([1.5, 2, "nan", 4], "row 3: the label of a regression is 'nan', not a number"),
+        ([1.5, 2, math.inf, 4], "row 3: the label of a regression is inf, not a number"),
     ],
 )
 def test_labels_of_a_regression_must_be_numbers(labels: list, words: str, tmp_path: Path):
@@ -700,7 +700,7 @@ def test_scores_with_decimal_commas_are_no_classes(suffix: str, tmp_path: Path):
     columns = {"message": list("wxyz"), "team": ["0,5", "1", "2,75", "-3,0"]}
     error = refused(tmp_path, columns, "look like numbers with decimal commas, such as '-3,0'", suffix)
     assert error.where == "task.label" and "decimal points" in str(error.hint)
-    assert "decimal points" in str(refused(tmp_path, columns, "is no number", suffix, type="regression").hint)
+    assert "decimal points" in str(refused(tmp_path, columns, "not a number", suffix, type="regression").hint)
     assert whole(tmp_path, columns, suffix, type="classification").kind.name == "classification"
 
 
