@@ -253,7 +253,7 @@ class Pieces:
         if keep is not None and keep < len(stays):
             raise InputError(
                 f"{keep:,} pieces are fewer than the {len(stays):,} that are kept in any case: special and added "
-                f"tokens{', single characters' if characters else ''} and bytes",
+                f"tokens, prompts{', single characters' if characters else ''} and bytes",
                 where=place("keep"),
                 hint=f"use at least {len(stays) + 1:,}" + (", or keep no characters" if characters else ""),
             )

@@ -96,6 +96,8 @@ def trim_vocabulary(
 ) -> Trimming:
     """Choose the pieces that texts use, make a tokenizer of them, and check that it cuts these texts as before.
 
+    The pieces of the model's own prompts stay in any case, and count for nothing else.
+
     config: of the model that reads them. keep, min_count, characters: as in `Pieces.choose`. held_out: texts that do
     not choose, and of which it is only told how they are cut; held_out_text: which they are. needed: ids that stay in
     any case. told: as in `Trimming`. place: what messages call `text`, `keep` and `min_count`.
@@ -103,17 +105,17 @@ def trim_vocabulary(
     all stay.
     """
     pieces = Pieces(tokenizer)
-    given, texts = len(texts), [*texts, *prompts_of(tokenizer)]
-    corpus = pieces.read(texts)
+    corpus, prompts = pieces.read(texts), pieces.read(prompts_of(tokenizer))
     options: dict[str, Any] = {
         "keep": keep,
         "min_count": min_count,
         "characters": characters,
-        "needed": {*needed_ids(config), *needed},
+        "needed": {*needed_ids(config), *np.flatnonzero(pieces.counts(prompts)).tolist(), *needed},
         "place": place,
     }
     kept = pieces.choose(pieces.counts(corpus), **options)
     made = pieces.cut(kept)
+    check_cut(prompts, made, kept)
     restricted = keep is not None or min_count > 1
     same = np.flatnonzero(~check_cut(corpus, made, kept, restricted=restricted))
     sample = same[:: max(1, len(same) // SAMPLE)][:SAMPLE]
@@ -122,7 +124,7 @@ def trim_vocabulary(
         kept,
         len(pieces.of_id),
         shape_of(config).vocab,
-        given,
+        len(texts),
         len(corpus.ids),
         tuple(texts[number] for number in sample),
         changes_of(texts, tokenizer, made, kept) if len(same) < len(texts) else None,

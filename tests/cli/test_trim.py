@@ -86,12 +86,14 @@ def test_every_head_stays(kind: str, world: World):
     assert configs[0]["dtype"] == configs[1]["dtype"]
 
 
-def test_prompts_stay_readable(world: World):
+@pytest.mark.parametrize("limits", [[], ["--min-count", "3"], ["--keep", "100"], ["--keep", "100", "--no-characters"]])
+def test_prompts_stay_readable(limits: list[str], world: World):
     words, read = tokenizer(), " ".join(TEXTS)
-    rare = next(piece for piece in words.get_vocab() if piece.isalpha() and len(piece) > 3 and piece not in read)
+    rare = [piece for piece in words.get_vocab() if piece.isalpha() and len(piece) > 3 and piece not in read][:4]
+    assert len(rare) > 1
     settings = {
         "pooling": ["mean"],
-        "prompts": {"query": f"{rare.title()}: ", "document": ""},
+        "prompts": {"query": f"{' '.join(rare).title()}: ", "document": f"{rare[-1]} \U0001f600 "},
         "default_prompt_name": "query",
         "do_lower_case": True,
     }
@@ -99,15 +101,26 @@ def test_prompts_stay_readable(world: World):
     (world.folder / "sentences").mkdir()
     save_model(model, world.folder / "sentences", words)
     world.write("text.txt", "\n".join(TEXTS))
-    done = world.call("trim", "./sentences", "--text", "text.txt", "--out", "made", "--json")
+    done = world.call("trim", "./sentences", "--text", "text.txt", "--out", "made", *limits, "--json")
     assert done.code == 0, done.err
-    assert done.json["texts"] == len(TEXTS)
     full, made = (load_tokenizer(world.folder / name) for name in ("sentences", "made"))
-    assert prompt_of(made) == prompt_of(full) == f"{rare.title()}: "
-    assert rare in made.get_vocab()
-    for text in TEXTS:
-        text = prompt_of(full) + text.upper()
-        assert made.tokenize(text) == full.tokenize(text)
+    assert prompt_of(made) == prompt_of(full) == settings["prompts"]["query"]
+    assert set(rare) <= set(made.get_vocab())
+    for prompt in settings["prompts"].values():
+        assert made.tokenize(prompt) == full.tokenize(prompt)
+    # Prompts are no text of the user's: no number counts them.
+    pieces = [full.tokenize(text) for text in TEXTS]
+    changed = sum(full.tokenize(text) != made.tokenize(text) for text in TEXTS)
+    assert (done.json["texts"], done.json["tokens"]) == (len(TEXTS), sum(map(len, pieces)))
+    assert done.json["held_out"]["texts"] == 4
+    if not limits:
+        assert changed == 0 and done.json["left_out"] is None
+        for text in TEXTS:
+            text = prompt_of(full) + text.upper()
+            assert made.tokenize(text) == full.tokenize(text)
+    else:
+        left_out = done.json["left_out"]
+        assert (left_out["texts"], left_out["changed_texts"]) == (len(TEXTS), changed) and changed > 0
 
 
 def test_chains_and_limits(world: World):
