@@ -337,14 +337,24 @@ def _task(
 
 
 def _named_sets(sets: Sequence[Mapping[str, pa.Table]], names: Sequence[str]) -> dict[str, pa.Table]:
-    """Return all sets of all parts under one name each: of validation rows the part's, of others with the set's."""
+    """Return all sets of all parts under one name each: of validation rows the part's, of others with the set's.
+
+    Raises InputError where two have the same.
+    """
     if not names:
         return dict(sets[0])
-    return {
-        name if split == "validation" else f"{name} {split}": rows
-        for name, each in zip(names, sets, strict=True)
-        for split, rows in each.items()
-    }
+    found: dict[str, pa.Table] = {}
+    for number, (part, each) in enumerate(zip(names, sets, strict=True)):
+        for split, rows in each.items():
+            name = part if split == "validation" else f"{part} {split}"
+            if name in found:
+                raise InputError(
+                    f"the sets of two parts are both called {name!r}",
+                    where=f"task.part[{number}].name",
+                    hint="a set is called by its part and its split: give this part another name",
+                )
+            found[name] = rows
+    return found
 
 
 def load_rows(

@@ -114,6 +114,11 @@ def column_of_a_part_has_another_name(world: World) -> list[str]:
     return parts(world, DE, 'name = "fr"\ndata = "fr.jsonl"'.replace('"fr"\n', '"en"\n'))
 
 
+@case("recipe.toml:16: task.part[1].name", "two parts are both called 'de test'", "give this part another name")
+def set_of_a_part_has_the_name_of_another_part(world: World) -> list[str]:
+    return parts(world, 'name = "de"\ntrain = "de.jsonl"\ntest = "en.jsonl"', 'name = "de test"\ndata = "en.jsonl"')
+
+
 @case("task.part[1]", "stsb is a regression task", "de a classification task", "give task.type")
 def parts_of_two_kinds(world: World) -> list[str]:
     rows(world, "fr", labels="12")
