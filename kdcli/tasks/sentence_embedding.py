@@ -1,6 +1,5 @@
 """Sentence embeddings: a student follows its teacher's embeddings of texts that need no labels."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -323,7 +322,7 @@ class SentenceEmbedding(TaskKind):
         values = {
             "PAD": str(processor.pad_token_id),
             "LENGTH": str(longest_text(processor, max_length)),
-            "TEXTS": f"[{json.dumps(prompt)} + text for text in sys.argv[1:]]" if prompt else "sys.argv[1:]",
+            "TEXTS": f"[{prompt!r} + text for text in sys.argv[1:]]" if prompt else "sys.argv[1:]",
         }
         script = SCRIPT
         for name, value in values.items():

@@ -203,7 +203,7 @@ def test_the_script_of_a_tagger_gives_each_word_a_tag_of_the_model_or_says_that_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompt", ["", 'say "it": '])
+@pytest.mark.parametrize("prompt", ["", 'say "it" \U0001f642: '])
 def test_the_script_embeds_texts_behind_their_prompt(prompt: str, tmp_path: Path):
     kind = registry.get("sentence-embedding")
     torch.manual_seed(3)
@@ -211,7 +211,7 @@ def test_the_script_embeds_texts_behind_their_prompt(prompt: str, tmp_path: Path
     words = tokenizer()
     if prompt:
         settings = {"prompts": {"all": prompt}, "default_prompt_name": "all", "max_seq_length": 12}
-        setattr(words, PROMPTS, settings)
+        words.init_kwargs[PROMPTS] = settings
     export_model(model, words, tmp_path / "out", task=None, max_length=LENGTH, latency=False)
     assert ("enable_truncation(12)" in (tmp_path / "out" / "predict.py").read_text()) == bool(prompt)
     found = answers_of_script(tmp_path / "out", TEXTS)
