@@ -161,9 +161,19 @@ class TaskKind(ABC):
         """
 
     def read_for(
-        self, config: Any, columns: "Columns", fields: Any, source: str, notes: list[str], names: Sequence[str] | None
+        self,
+        config: Any,
+        columns: "Columns",
+        fields: Any,
+        source: str,
+        notes: list[str],
+        names: Sequence[str] | None,
+        form: Mapping[str, Any],
     ) -> "tuple[pa.Table, tuple[str, ...]]":
-        """Return rows whose labels are a model's own, by its configuration. names: what a user calls the labels."""
+        """Return rows whose labels are a model's own, by its configuration.
+
+        names: what a user calls the labels. form: the `delimiter` and `encoding` of further files that fields name.
+        """
         return self.read(columns, fields, source, notes, tuple(names or class_names_of(config)))
 
     def has_answers(self, columns: "Columns", fields: Any) -> bool:

@@ -374,9 +374,10 @@ def load_rows(
         fields.check(section.model_copy(update={"type": kind.name}))
     except ValueError as error:
         raise InputError(str(error), where="--data", hint="name the column of text: --text COLUMN") from error
-    columns = read_file(Path(path), "--data", delimiter=section.delimiter, encoding=section.encoding, notes=notes)
+    form: Mapping[str, Any] = {"delimiter": section.delimiter, "encoding": section.encoding}
+    columns = read_file(Path(path), "--data", notes=notes, **form)
     kind = kind.with_fields(fields)
-    rows, labels = kind.read_for(config, columns, fields, path, notes, names)
+    rows, labels = kind.read_for(config, columns, fields, path, notes, names, form)
     return _task(
         section,
         EvaluateSection(),

@@ -206,7 +206,14 @@ class QuestionAnswering(TaskKind):
         return rows
 
     def read_for(
-        self, config: Any, columns: Columns, fields: Any, source: str, notes: list[str], names: Sequence[str] | None
+        self,
+        config: Any,
+        columns: Columns,
+        fields: Any,
+        source: str,
+        notes: list[str],
+        names: Sequence[str] | None,
+        form: Mapping[str, Any],
     ) -> "tuple[pa.Table, tuple[str, ...]]":
         return self.read(columns, fields, source, notes, ())
 

@@ -203,10 +203,17 @@ class SentenceEmbedding(TaskKind):
         return rows, ()
 
     def read_for(
-        self, config: Any, columns: Columns, fields: Any, source: str, notes: list[str], names: Sequence[str] | None
+        self,
+        config: Any,
+        columns: Columns,
+        fields: Any,
+        source: str,
+        notes: list[str],
+        names: Sequence[str] | None,
+        form: Mapping[str, Any],
     ) -> "tuple[pa.Table, tuple[str, ...]]":
         if fields.retrieves or fields.relevances is not None:
-            found = _retrieval(columns, fields, source, Path(), notes)
+            found = _retrieval(columns, fields, source, Path(), notes, form)
         else:
             pair = fields.columns if fields.text is not None and fields.pair is None else fields.pair
             if pair is not None and len(pair) != 2:
@@ -397,14 +404,15 @@ def _scored(
         raise InputError(
             f"{idle[0]} is of pairs, and there are none", where=f"task.{idle[0]}", hint="give task.pairs, too"
         )
-    form: Any = {"delimiter": section.delimiter, "encoding": section.encoding, "notes": notes}
+    form: Any = {"delimiter": section.delimiter, "encoding": section.encoding}
     if fields.queries is not None or fields.retrieves or fields.relevances is not None:
         if fields.queries is None:
             raise InputError(
                 "retrieval needs queries, corpus and relevances: there are no queries", where="task.queries"
             )
         path = placed_at(fields.queries, base, "task.queries")
-        return _retrieval(read_file(path, "task.queries", **form), fields, fields.queries, base, notes)
+        columns = read_file(path, "task.queries", notes=notes, **form)
+        return _retrieval(columns, fields, fields.queries, base, notes, form)
     known = named_sets().get(fields.pairs) if fields.pairs is not None else named
     if known is not None and KIND.reads(known):
         columns = known.read(section.split_seed)["validation"]
@@ -417,7 +425,7 @@ def _scored(
             f"{fields.pairs!r} is neither a file nor a set of pairs with a similarity; such sets are: {sets}",
             where="task.pairs",
         )
-    columns = read_file(placed_at(fields.pairs, base, "task.pairs"), "task.pairs", **form)
+    columns = read_file(placed_at(fields.pairs, base, "task.pairs"), "task.pairs", notes=notes, **form)
     return _pairs(columns, fields.pair or PAIR, fields.label, fields.pairs, "task.pairs")
 
 
@@ -443,11 +451,13 @@ def _pairs(
     return {**{key: Column(value.chunks) for key, value in texts.items()}, "label": Column([numbers])}
 
 
-def _retrieval(columns: Columns, fields: EmbeddingFields, source: str, base: Path, notes: list[str]) -> Columns:
+def _retrieval(
+    columns: Columns, fields: EmbeddingFields, source: str, base: Path, notes: list[str], form: Mapping[str, Any]
+) -> Columns:
     """Return the columns text, is_query, documents and grades: of queries first, then of documents.
 
-    columns: of the queries. Raises InputError for what cannot be scored; notes take queries without a relevant
-    document, which are left out.
+    columns: of the queries. form: the delimiter and the encoding of the other files. Raises InputError for what cannot
+    be scored; notes take queries without a relevant document, which are left out.
     """
     from kdcli.data.files import read_file
     from kdcli.data.own import placed_at
@@ -458,8 +468,8 @@ def _retrieval(columns: Columns, fields: EmbeddingFields, source: str, base: Pat
                 f"retrieval needs queries, corpus and relevances: there is no {name}", where=f"task.{name}"
             )
     assert fields.corpus is not None and fields.relevances is not None
-    corpus = read_file(placed_at(fields.corpus, base, "task.corpus"), "task.corpus", notes=notes)
-    table = read_file(placed_at(fields.relevances, base, "task.relevances"), "task.relevances", notes=notes)
+    corpus = read_file(placed_at(fields.corpus, base, "task.corpus"), "task.corpus", notes=notes, **form)
+    table = read_file(placed_at(fields.relevances, base, "task.relevances"), "task.relevances", notes=notes, **form)
     queries, documents = _by_id(columns, source, "queries"), _by_id(corpus, fields.corpus, "corpus")
     relevant = _relevant(table, queries, documents, fields)
     answered = [key for key in queries if relevant[key]]

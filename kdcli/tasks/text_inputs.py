@@ -106,7 +106,14 @@ class TextKind(TaskKind):
         """Return the same, where the labels are a model's own. Arguments are those of `read_for`."""
 
     def read_for(
-        self, config: Any, columns: Columns, fields: Any, source: str, notes: list[str], names: Sequence[str] | None
+        self,
+        config: Any,
+        columns: Columns,
+        fields: Any,
+        source: str,
+        notes: list[str],
+        names: Sequence[str] | None,
+        form: Mapping[str, Any],
     ) -> "tuple[pa.Table, tuple[str, ...]]":
         import pyarrow as pa
 

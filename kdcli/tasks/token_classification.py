@@ -193,7 +193,14 @@ class TokenClassification(TaskKind):
         return _table(words, numbers), labels
 
     def read_for(
-        self, config: Any, columns: Columns, fields: Any, source: str, notes: list[str], names: Sequence[str] | None
+        self,
+        config: Any,
+        columns: Columns,
+        fields: Any,
+        source: str,
+        notes: list[str],
+        names: Sequence[str] | None,
+        form: Mapping[str, Any],
     ) -> "tuple[pa.Table, tuple[str, ...]]":
         words, rows, found = self._found(columns, fields, source, notes, known := known_labels(names or fields.labels))
         numbers, labels = labels_of_model(found, known, config, source, names, rows=rows)

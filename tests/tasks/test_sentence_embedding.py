@@ -141,6 +141,29 @@ def test_retrieval_holds_every_query_with_a_relevant_document_and_the_whole_corp
     assert sum(drawn["is_query"]) == 2 and drawn["text"][2:] == rows["text"][5:]
 
 
+def test_all_files_of_a_retrieval_are_read_in_the_encoding_and_with_the_delimiter_of_the_task(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
+    tables = {
+        "text": ["text", *(f"Satz {i} über Öl." for i in range(20))],
+        "queries": ["id|text", "frühling|wo ist Öl, bitte"],
+        "corpus": ["id|text", "müll|Öl ist im Müll", "käse|Käse, kein Öl"],
+        "relevances": ["query-id|corpus-id", "frühling|käse"],
+    }
+    for name, lines in tables.items():
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines), encoding="latin-1")
+    files = {name: f"{name}.csv" for name in RETRIEVAL}
+    rows = load(tmp_path, data="text.csv", encoding="latin-1", delimiter="|", **files).report["test"].to_dict()
+    assert rows["text"] == ["wo ist Öl, bitte", "Öl ist im Müll", "Käse, kein Öl"]
+    assert rows["documents"] == [[1], None, None]
+    monkeypatch.chdir(tmp_path)
+    save_model(embedder(), tmp_path, tokenizer())
+    changes = [part for name in ("corpus", "relevances") for part in ("--set", f"{name}={files[name]}")]
+    form = ["--encoding", "latin-1", "--delimiter", "|"]
+    assert run(["eval", ".", "--data", "queries.csv", *form, *changes, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == {"rows": 3}
+
+
 # How models are scored
 
 
