@@ -47,7 +47,8 @@ def trim(
     """Leave out the pieces of a model's vocabulary that text does not use, and check that the text is read as before.
 
     Pieces that stay are cut, and weigh, as they did: the tokenizer gives the same pieces for all of the text, and the
-    model the same outputs. Text of other words is cut into smaller pieces.
+    model the same outputs. Text of other words is cut into smaller pieces, and so is what --keep and --min-count leave
+    out; outputs are compared on texts, or parts of them, that are read as before (max_abs_difference: null for none).
 
     \b
     Examples:
@@ -96,8 +97,8 @@ def trim(
         )
         small, head = trimmed(loaded, trimming.kept), head_of(loaded, heads())
         assert head is not None
-        both = (tokenizer, trimming.tokenizer)
-        difference = check_outputs(loaded, small, both, trimming.sample, trimming.kept, head.outputs)
+        both, compared = (tokenizer, trimming.tokenizer), (*trimming.sample, *trimming.parts)
+        difference = check_outputs(loaded, small, both, compared, trimming.kept, head.outputs)
         save_model(small, folder, trimming.tokenizer)
         if hash_of_tokenizer(load_tokenizer(folder)) != hash_of_tokenizer(trimming.tokenizer):
             raise RunError(f"another tokenizer is read from {out} than was written there")
@@ -117,5 +118,5 @@ def trim(
     for note in trimming.notes:
         info(f"note: {note}")
     emit(document, table=table, as_json=as_json)
-    info(f"{out}: outputs within {difference:.1e} of {model}'s on {len(trimming.sample)} of {len(texts):,} texts")
+    info(f"{out}: {trimming.compared(difference, model)}")
     return 0

@@ -13,7 +13,7 @@ from kdcli.data.texts import read_texts
 from kdcli.distill.resolve import Resolved
 from kdcli.distill.teacher import Teacher, TeacherStart
 from kdcli.models.load import load_config
-from kdcli.models.tokenizer_trim import changes_of
+from kdcli.models.tokenizer_trim import Pieces, changes_of
 from kdcli.models.vocabulary import Trimming, check_outputs, needed_ids, trim_vocabulary, trimmed, vocabulary_megabytes
 from kdcli.tasks.base import Task
 
@@ -75,13 +75,13 @@ def with_vocabulary(job: "Job", task: Task, teacher: Teacher) -> Teacher:
         teacher.model,
         small,
         (teacher.tokenizer, trimming.tokenizer),
-        trimming.sample,
+        (*trimming.sample, *trimming.parts),
         trimming.kept,
         job.prepared.head.outputs,
     )
-    job.tell(f"vocabulary: outputs of the teacher within {difference:.1e} on {len(trimming.sample)} texts")
+    job.tell(f"vocabulary: {trimming.compared(difference, 'the teacher')}")
     if job.prepared.filler is not None:
-        found = changes_of(texts_of(task), teacher.tokenizer, trimming.tokenizer, trimming.kept)
+        found = changes_of(texts_of(task), Pieces(teacher.tokenizer), trimming.tokenizer, trimming.kept)
         job.tell(f"vocabulary: of the training text with its copies, {found.in_words}")
     base = trimmed(teacher.base, trimming.kept) if teacher.base is not None else None
     return replace(teacher, model=small, tokenizer=trimming.tokenizer, base=base)

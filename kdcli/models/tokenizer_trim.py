@@ -112,7 +112,7 @@ class Pieces:
     def always(self) -> frozenset[int]:
         """The ids that no choice leaves out: special and added tokens, the unknown one, and a piece for every byte."""
         found = {*self.added, *self.tokenizer.all_special_ids, *_ids_of(self.document["post_processor"])}
-        found |= {number for number in (self._unknown,) if number is not None}
+        found |= {number for number in (self.unknown,) if number is not None}
         names: list[str] = []
         if self.model.get("byte_fallback"):
             names += [f"<0x{byte:02X}>" for byte in range(256)]
@@ -134,7 +134,8 @@ class Pieces:
         return "ByteLevel" in json.dumps([self.document["normalizer"], self.document["pre_tokenizer"]])
 
     @property
-    def _unknown(self) -> int | None:
+    def unknown(self) -> int | None:
+        """The id of what it has no piece for, whether or not its configuration names it."""
         if self.kind == "Unigram":
             return self.model["unk_id"]
         return self.ids.get(self.model.get("unk_token") or "")
@@ -187,7 +188,7 @@ class Pieces:
             for _, encodings in encoded(self.tokenizer, sorted(words)):
                 for encoding in encodings:
                     counts[encoding.ids] += 1
-        unknown = self._unknown
+        unknown = self.unknown
         if self.kind == "WordPiece" and unknown is not None and counts[unknown]:
             starts = np.concatenate([[0], corpus.ends[:-1]])
             places = np.unique(np.searchsorted(corpus.ends, np.flatnonzero(corpus.ids == unknown), side="right"))
@@ -204,7 +205,7 @@ class Pieces:
         text = backend.normalizer.normalize_str(text) if backend.normalizer is not None else text
         words = backend.pre_tokenizer.pre_tokenize_str(text) if backend.pre_tokenizer is not None else [(text, None)]
         for word, _ in words:
-            if len(word) > longest or self._unknown not in {token.id for token in backend.model.tokenize(word)}:
+            if len(word) > longest or self.unknown not in {token.id for token in backend.model.tokenize(word)}:
                 continue
             start = 0
             while start < len(word):
@@ -236,7 +237,7 @@ class Pieces:
         stays = {*self.always, *needed} & set(self.of_id)
         used = [int(n) for n in np.lexsort((np.arange(len(counts)), -counts)) if counts[n] >= min_count]
         used = [number for number in used if number in self.of_id]
-        if not any(number in self.of_id and number not in self.added and number != self._unknown for number in used):
+        if not any(number in self.of_id and number not in self.added and number != self.unknown for number in used):
             often = "" if min_count == 1 else f" {min_count:,} times or more"
             raise InputError(
                 f"the text uses no piece of the tokenizer{often}: nothing of it would be kept",
@@ -300,8 +301,8 @@ class Pieces:
         model = dict(self.model)
         if self.kind == "Unigram":
             model["vocab"] = [entry for old, entry in enumerate(self.model["vocab"]) if old in number]
-            if self._unknown is not None:
-                model["unk_id"] = number[self._unknown]
+            if self.unknown is not None:
+                model["unk_id"] = number[self.unknown]
             return model
         model["vocab"] = {piece: number[old] for piece, old in self.ids.items() if old in number}
         if self.kind == "BPE":
@@ -322,15 +323,14 @@ def encoded(tokenizer: Any, texts: Sequence[str]) -> Iterable[tuple[int, list[An
         yield start, backend.encode_batch(list(texts[start : start + CHUNK]), add_special_tokens=False)
 
 
-def check_cut(corpus: Corpus, tokenizer: Any, kept: np.ndarray, *, restricted: bool = False) -> np.ndarray:
+def check_cut(corpus: Corpus, tokenizer: Any, kept: np.ndarray, *, unknown: int | None = None) -> np.ndarray:
     """Return which texts are cut otherwise, (texts,), and raise RunError where one is whose pieces are all kept.
 
-    tokenizer: the trimmed one. restricted: pieces that the corpus uses were left out, among them perhaps some of words
-    that are unknown in spite of them.
+    tokenizer: the trimmed one. unknown: the id of the unknown piece where pieces that the corpus uses were left out,
+    among them perhaps some of words that are unknown in spite of them: a text with it is no error.
     """
     known = np.isin(np.arange(int(max(kept.max(), corpus.ids.max(initial=0))) + 1), kept)
     changed = np.zeros(len(corpus.texts), bool)
-    unknown = tokenizer.unk_token_id if restricted else None
     old = kept.tolist()
     for start, encodings in encoded(tokenizer, corpus.texts):
         rows = corpus.of(start, start + len(encodings))
@@ -338,7 +338,7 @@ def check_cut(corpus: Corpus, tokenizer: Any, kept: np.ndarray, *, restricted: b
             found = [old[number] for number in encoding.ids]
             if found == row:
                 continue
-            if known[row].all() and (unknown is None or old[unknown] not in row):
+            if known[row].all() and unknown not in row:
                 raise RunError(
                     f"text {place + 1} is cut otherwise by the trimmed tokenizer: {cut_words(corpus.texts[place])}"
                 )
@@ -352,11 +352,11 @@ def cut_words(text: str, most: int = 60) -> str:
     return repr(line if len(line) <= most else line[: most - 3] + "...")
 
 
-def changes_of(texts: Sequence[str], before: Any, after: Any, kept: np.ndarray) -> Changes:
-    """Return how much of texts a trimmed tokenizer cuts otherwise than the one that it was made from."""
-    old, unknown = kept.tolist(), after.unk_token_id
+def changes_of(texts: Sequence[str], pieces: Pieces, after: Any, kept: np.ndarray) -> Changes:
+    """Return how much of texts a trimmed tokenizer cuts otherwise than the one with these pieces."""
+    old = kept.tolist()
     words = changed_words = unknown_words = changed_texts = 0
-    for (_, ours), (_, theirs) in zip(encoded(before, texts), encoded(after, texts), strict=True):
+    for (_, ours), (_, theirs) in zip(encoded(pieces.tokenizer, texts), encoded(after, texts), strict=True):
         for one, other in zip(ours, theirs, strict=True):
             words += len(set(one.word_ids) - {None})
             found = [old[number] for number in other.ids]
@@ -367,8 +367,45 @@ def changes_of(texts: Sequence[str], before: Any, after: Any, kept: np.ndarray) 
             for word in then.keys() | now.keys():
                 if then.get(word) != now.get(word):
                     changed_words += 1
-                    unknown_words += unknown is not None and old[unknown] in now.get(word, [])
+                    unknown_words += pieces.unknown in now.get(word, [])
     return Changes(len(texts), changed_texts, words, changed_words, unknown_words)
+
+
+def same_parts(texts: Sequence[str], pieces: Pieces, after: Any, kept: np.ndarray, most: int) -> list[str]:
+    """Return parts of texts, at most one of each and `most` in all, that a trimmed tokenizer cuts as before.
+
+    A part is a run of words, the longest one that is cut so where it stands alone, too, and is not all unknown.
+    """
+    found: list[str] = []
+    for (start, ours), (_, theirs) in zip(encoded(pieces.tokenizer, texts), encoded(after, texts), strict=True):
+        for text, one, other in zip(texts[start : start + CHUNK], ours, theirs, strict=True):
+            if len(found) == most:
+                return found
+            runs = sorted(_same_runs(text, one, other, kept), key=len, reverse=True)
+            found += next(([run] for run in runs if _is_same(run, pieces, after, kept)), [])
+    return found
+
+
+def _same_runs(text: str, one: Any, other: Any, kept: np.ndarray) -> list[str]:
+    """Return the longest runs of words of a text that two encodings cut alike, with a space before them."""
+    then, now = _by_word(one.word_ids, one.ids), _by_word(other.word_ids, kept[other.ids].tolist())
+    spans: list[list[int]] = []
+    joined = None
+    for word, (start, end) in zip(one.word_ids, one.offsets, strict=True):
+        if word is None or then[word] != now.get(word):
+            joined = None
+        elif joined is None:
+            joined = [start, end]
+            spans.append(joined)
+        else:
+            joined[1] = end
+    return [text[start - (text[max(0, start - 1) : start].isspace()) : end] for start, end in spans]
+
+
+def _is_same(text: str, pieces: Pieces, after: Any, kept: np.ndarray) -> bool:
+    """Return whether a text that is not all unknown is cut as before."""
+    ids = [next(iter(encoded(each, [text])))[1][0].ids for each in (pieces.tokenizer, after)]
+    return bool(set(ids[0]) - {pieces.unknown}) and kept[ids[1]].tolist() == ids[0]
 
 
 def _by_word(words: Sequence[int | None], ids: Sequence[int]) -> dict[int | None, list[int]]:

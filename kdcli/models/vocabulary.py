@@ -17,7 +17,7 @@ from kdcli.models.lowrank import LowRankDecoder, LowRankEmbedding
 from kdcli.models.save import stored_type
 from kdcli.models.sentence_folder import prompts_of
 from kdcli.models.shape import longest_input, shape_of
-from kdcli.models.tokenizer_trim import Changes, Pieces, changes_of, check_cut
+from kdcli.models.tokenizer_trim import Changes, Pieces, changes_of, check_cut, same_parts
 from kdcli.words import counted
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ APART = 10
 
 OTHERS = f"every {APART}th text, with the pieces of the others"
 SAMPLE = 32
-"""How many texts a model reads before and after."""
+"""How many texts, or parts of texts, a model reads before and after."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ class Trimming:
     """Which pieces stay, the tokenizer that gives them, and what was found out about both.
 
     kept: their old ids; the new ones are their places. pieces: of the tokenizer before. rows: of the embeddings before.
-    texts, tokens: of the corpus. sample: some of its texts that are cut as before. left_out: how others are cut, where
-    pieces that the corpus uses are left out. held_out: how text is cut that did not choose the pieces, and
-    held_out_text which that is; None where there is too little. told: what is to know of the files of text.
+    texts, tokens: of the corpus. sample: some of its texts that are cut as before. parts: of others that are, where
+    there are few such texts. left_out: how others are cut, where pieces that the corpus uses are left out. held_out:
+    how text is cut that did not choose the pieces, and held_out_text which that is; None where there is too little.
+    told: what is to know of the files of text.
     """
 
     tokenizer: Any
@@ -51,6 +52,7 @@ class Trimming:
     texts: int
     tokens: int
     sample: tuple[str, ...]
+    parts: tuple[str, ...]
     left_out: Changes | None
     held_out: Changes | None
     held_out_text: str
@@ -65,7 +67,17 @@ class Trimming:
             "tokens": self.tokens,
             "left_out": self.left_out.to_json() if self.left_out is not None else None,
             "held_out": self.held_out.to_json() if self.held_out is not None else None,
+            "compared_texts": len(self.sample),
+            "compared_parts": len(self.parts),
         }
+
+    def compared(self, difference: float | None, whose: str) -> str:
+        """Say what `check_outputs` found for `sample` and `parts`; whose: of which model."""
+        if difference is None:
+            return f"outputs not compared with {whose}: no word of the text is read as before"
+        parts = f" and {counted(len(self.parts), 'part')} of others" if self.parts else ""
+        texts = f"{len(self.sample)} of {counted(self.texts, 'text')}"
+        return f"outputs within {difference:.1e} of {whose}'s on {texts}{parts}"
 
     @property
     def notes(self) -> list[str]:
@@ -117,8 +129,10 @@ def trim_vocabulary(
     made = pieces.cut(kept)
     check_cut(prompts, made, kept)
     restricted = keep is not None or min_count > 1
-    same = np.flatnonzero(~check_cut(corpus, made, kept, restricted=restricted))
+    changed = check_cut(corpus, made, kept, unknown=pieces.unknown if restricted else None)
+    same = np.flatnonzero(~changed)
     sample = same[:: max(1, len(same) // SAMPLE)][:SAMPLE]
+    others = [texts[number] for number in np.flatnonzero(changed)]
     return Trimming(
         made,
         kept,
@@ -127,8 +141,9 @@ def trim_vocabulary(
         len(texts),
         len(corpus.ids),
         tuple(texts[number] for number in sample),
-        changes_of(texts, tokenizer, made, kept) if len(same) < len(texts) else None,
-        _on_a_part(pieces, texts, options) if held_out is None else changes_of(held_out, tokenizer, made, kept),
+        tuple(same_parts(others, pieces, made, kept, SAMPLE - len(sample))),
+        changes_of(texts, pieces, made, kept) if others else None,
+        _on_a_part(pieces, texts, options) if held_out is None else changes_of(held_out, pieces, made, kept),
         OTHERS if held_out is None else held_out_text,
         tuple(told),
     )
@@ -143,7 +158,7 @@ def _on_a_part(pieces: Pieces, texts: Sequence[str], options: dict[str, Any]) ->
         kept = pieces.choose(pieces.counts(own), **options)
     except InputError:
         return None
-    return changes_of(texts[::APART], pieces.tokenizer, pieces.cut(kept), kept)
+    return changes_of(texts[::APART], pieces, pieces.cut(kept), kept)
 
 
 def needed_ids(config: "PretrainedConfig") -> set[int]:
@@ -247,11 +262,14 @@ def check_outputs(
     outputs: Sequence[str],
     *,
     longest: int = 64,
-) -> float:
+) -> float | None:
     """Return the largest difference of the outputs of a model and the trimmed one; over the vocabulary at kept pieces.
 
-    Each reads the texts by its own tokenizer. outputs: their names. Raises RunError when it is above `TOLERANCE`.
+    None where there is no text. Each reads the texts by its own tokenizer. outputs: their names. Raises RunError when
+    it is above `TOLERANCE`.
     """
+    if not texts:
+        return None
     limit = min(longest, tokenizers[0].model_max_length, longest_input(before.config) or longest)
     # Logits over a large vocabulary take much memory.
     size, worst, pieces = 1 if _decoders(before) else 8, 0.0, torch.from_numpy(kept)

@@ -1,6 +1,7 @@
 """kdcli trim: a folder with fewer pieces, that the library itself loads and that reads the text as before."""
 
 import json
+import re
 from typing import Any
 
 import pyarrow as pa
@@ -137,3 +138,24 @@ def test_chains_and_limits(world: World):
     rare = ["--min-count", 30, "--no-characters"]
     rare = world.call("trim", "./teacher", "--text", "text.txt", "--out", "rare", *rare, "--json")
     assert rare.code == 0 and rare.json["pieces"][1] < few.json["pieces"][1]
+
+
+def test_outputs_are_compared_where_no_text_is_read_as_before(world: World):
+    world.model()
+    world.write("text.txt", "\n".join(f"{text} sun{number}rise" for number, text in enumerate(TEXTS)))
+    few = ["trim", "./teacher", "--text", "text.txt", "--force", "--out", "made", "--no-characters", "--min-count"]
+    done = world.call(*few, 30, "--json")
+    assert done.code == 0 and done.json["left_out"]["changed_texts"] == len(TEXTS)
+    assert done.json["compared_texts"] == 0 and done.json["compared_parts"] == 32
+    assert done.json["max_abs_difference"] <= 1e-4
+    done = world.call(*few, 30)
+    assert "on 0 of 40 texts and 32 parts of others" in done.err
+    # Where only what stays in any case is left, nothing is read as before, and that is told.
+    few[-1] = "--keep"
+    least = re.search(r"fewer than the (\d+) that", world.call(*few, 1).err)
+    assert least is not None
+    done = world.call(*few, least[1], "--json")
+    assert done.code == 0 and done.json["compared_texts"] == done.json["compared_parts"] == 0
+    assert done.json["max_abs_difference"] is None
+    told = world.call(*few, least[1]).err
+    assert "outputs not compared with ./teacher: no word of the text is read as before" in told

@@ -20,7 +20,7 @@ from transformers import (
 
 from kdcli.data.reviews import reviews
 from kdcli.errors import InputError, RunError
-from kdcli.models.tokenizer_trim import Corpus, Pieces, changes_of, check_cut
+from kdcli.models.tokenizer_trim import Corpus, Pieces, changes_of, check_cut, same_parts
 
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
 TEXTS: list[str] = reviews()["train"]["text"]
@@ -156,12 +156,12 @@ def test_every_text_whose_pieces_stay_is_cut_as_before(full: Any):
 
 def test_changes_are_counted_word_by_word(full: Any):
     made, kept = trim(full, CORPUS)
-    found = changes_of(OTHERS, full, made, kept)
+    found = changes_of(OTHERS, Pieces(full), made, kept)
     changed = [text for text in OTHERS if tokens(made, text) != tokens(full, text)]
     assert (found.texts, found.changed_texts) == (len(OTHERS), len(changed)) and len(changed) > 0
     assert len(changed) <= found.changed_words <= found.words
     assert found.unknown_words <= found.changed_words
-    assert changes_of(CORPUS, full, made, kept).changed_words == 0
+    assert changes_of(CORPUS, Pieces(full), made, kept).changed_words == 0
     # A word is what the tokenizer never joins: each alone changes as it does in its text.
     alone = [word for text in OTHERS for word, _ in words_of(full, text)]
     assert found.words == len(alone)
@@ -185,7 +185,7 @@ def test_the_most_used_pieces_stay(full: Any):
     needed = set().union(*(pieces.with_ancestors(one) - {one} for one in free))
     assert max(counts[gone]) <= min(counts[one] for one in free if one not in needed)
     corpus = pieces.read(CORPUS)
-    changed = check_cut(corpus, made, kept, restricted=True)
+    changed = check_cut(corpus, made, kept, unknown=pieces.unknown)
     assert changed.any()
     assert changed.tolist() == [tokens(made, text) != tokens(full, text) for text in CORPUS]
 
@@ -204,7 +204,7 @@ def test_no_word_of_known_characters_becomes_unknown(name: str):
     letters = set("".join(CORPUS))
     texts = [word for text in OTHERS for word in text.split() if set(word) <= letters]
     known = [text for text in texts if full.unk_token_id not in full(text)["input_ids"]]
-    found = [changes_of(known, full, *trim(full, CORPUS, characters=keeps)) for keeps in (True, False)]
+    found = [changes_of(known, Pieces(full), *trim(full, CORPUS, characters=keeps)) for keeps in (True, False)]
     assert found[0].changed_words > 0 and found[0].unknown_words == 0
     if name == "WordPiece":
         assert found[1].unknown_words > 0
@@ -297,6 +297,35 @@ def test_an_unknown_word_stays_unknown():
     small, _ = trim(full, corpus)
     assert small.tokenize(corpus[0]) == ["[UNK]", "a"]
     assert "ab" in small.get_vocab() and "##e" not in small.get_vocab()
+
+
+@pytest.mark.parametrize("name", ["WordPiece", "Unigram", "BPE", "words"])
+def test_what_is_unknown_is_so_where_no_configuration_names_it(name: str):
+    full = KINDS[name]()
+    found = []
+    for token in (full.unk_token, None):
+        full.unk_token = token
+        pieces = Pieces(full)
+        counts = pieces.counts(pieces.read(CORPUS))
+        kept = pieces.choose(counts, min_count=20, characters=False)
+        made = pieces.cut(kept)
+        check_cut(pieces.read(CORPUS), made, kept, unknown=pieces.unknown)
+        found.append(changes_of(OTHERS, pieces, made, kept))
+    assert found[0] == found[1] and found[0].unknown_words > 0
+
+
+def test_parts_of_texts_are_cut_as_before(full: Any):
+    pieces = Pieces(full)
+    counts = pieces.counts(pieces.read(CORPUS))
+    kept = pieces.choose(counts, min_count=10, characters=False)
+    made, small = pieces.cut(kept), set(kept.tolist())
+    parts = same_parts(CORPUS, pieces, made, kept, 5)
+    assert len(parts) == 5
+    for part in parts:
+        assert any(part in text for text in CORPUS)
+        assert tokens(made, part) == tokens(full, part)
+        assert set(full(part, add_special_tokens=False)["input_ids"]) - {full.unk_token_id} <= small
+    assert same_parts([""], pieces, made, kept, 5) == []
 
 
 def test_other_post_processors_get_new_ids():

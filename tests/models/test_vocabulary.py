@@ -184,6 +184,7 @@ def test_what_is_told_of_text():
     _, trimming = trim(model, words, held_out=TEXTS[300:400], keep=95, characters=False)
     assert trimming.held_out is not None and trimming.held_out.texts == 100
     assert trimming.left_out is not None and 0 < trimming.left_out.changed_texts < 20
-    # Only texts that are read as before can be compared.
+    # Only what is read as before can be compared: whole texts, and parts of the others.
     assert len(trimming.sample) == 20 - trimming.left_out.changed_texts
+    assert len(trimming.parts) == trimming.left_out.changed_texts
     assert re.search(r"of the held-out text, \d+\.\d\d% of .* words are cut otherwise", "\n".join(trimming.notes))
