@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 MODULES, MODEL, TRANSFORMER = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 """Files of the list of modules, of prompts and similarity, and of the transformer's own settings."""
 
+FAMILIES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+"""Whose names the last file has had: the first such file that says anything holds, as in sentence-transformers."""
+
 KNOWN = ("Transformer", "Pooling", "Dense", "Normalize")
 """The modules that kdcli can run, by their classes' names."""
 
@@ -183,8 +186,12 @@ def with_modules(body: "PreTrainedModel", name: str | Path, revision: str | None
 
 
 def _transformer_settings(files: _Files, module: Module) -> dict[str, Any]:
-    path = f"{module.path}/{TRANSFORMER}" if module.path else TRANSFORMER
-    found = files.read(path, said=MODULES)
+    found: dict[str, Any] = {}
+    for family in FAMILIES:
+        name = f"sentence_{family}_config.json"
+        path = f"{module.path}/{name}" if module.path else name
+        if found := files.read(path, said=MODULES):
+            break
     usual = {
         "transformer_task": "feature-extraction",
         "module_output_name": "token_embeddings",

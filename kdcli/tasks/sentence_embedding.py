@@ -170,6 +170,7 @@ class SentenceEmbedding(TaskKind):
 
         named = None if section.is_own or _is_plain(section) else named_sets().get(section.name)
         if named is not None and self.reads(named):
+            _check_columns(named, fields, ["text", *(["pair", "label"] if fields.pairs is None else [])])
             texts, source = {"train": _sentences_of(named, section)}, f"{named.source} train"
         else:
             texts, source = _documents(section, fields, base, notes)
@@ -386,6 +387,17 @@ def _documents(
     return found, source
 
 
+def _check_columns(named: "NamedSet", fields: EmbeddingFields, names: Sequence[str]) -> None:
+    """Raise InputError for fields that name columns of a set, which has its own."""
+    for name in names:
+        if getattr(fields, name) is not None:
+            raise InputError(
+                f"{named.name} has columns of its own: {name} names those of a file",
+                where=f"task.{name}",
+                hint="leave it out",
+            )
+
+
 def _sentences_of(named: "NamedSet", section: TaskSection) -> list[str]:
     """Return both sentences of every training pair."""
     train = named.read(section.split_seed)["train"]
@@ -415,6 +427,7 @@ def _scored(
         return _retrieval(columns, fields, fields.queries, base, notes, form)
     known = named_sets().get(fields.pairs) if fields.pairs is not None else named
     if known is not None and KIND.reads(known):
+        _check_columns(known, fields, ["pair", "label"])
         columns = known.read(section.split_seed)["validation"]
         return _pairs(columns, known.fields["text"], "label", f"{known.source} validation", "task.pairs")
     if fields.pairs is None:
@@ -514,7 +527,10 @@ def _by_id(columns: Columns, source: str, what: Literal["queries", "corpus"]) ->
 def _relevant(
     table: Columns, queries: Mapping[str, str], documents: Mapping[str, str], fields: EmbeddingFields
 ) -> dict[str, dict[str, float]]:
-    """Return the grades above 0 of each query's documents. Raises InputError for ids that there are not."""
+    """Return the grades above 0 of each query's documents.
+
+    Raises InputError for ids that there are not, and for a document with two grades for one query.
+    """
     source, where = str(fields.relevances), "task.relevances"
 
     def column(what: str) -> Sequence[Any]:
@@ -525,6 +541,7 @@ def _relevant(
     if any(name in table for name in IDS["grade"]):
         grades = column("grade")
     found: dict[str, dict[str, float]] = {key: {} for key in queries}
+    given: dict[tuple[str, str], float] = {}
     for row, (query, document, value) in enumerate(zip(column("query"), column("document"), grades, strict=True), 1):
         query, document = str(query), str(document)
         for key, known, file in ((query, queries, "queries"), (document, documents, "corpus")):
@@ -537,6 +554,13 @@ def _relevant(
         grade = number_of(value, f"{source}: row {row}: the relevance", where)
         if grade < 0:
             raise InputError(f"{source}: row {row}: the relevance {grade:g} is below 0", where=where)
+        if (before := given.setdefault((query, document), grade)) != grade:
+            raise InputError(
+                f"{source}: row {row} says {grade:g} of {cut(repr(document))} for {cut(repr(query))}, and a row before "
+                f"it says {before:g}",
+                where=where,
+                hint="remove one of them",
+            )
         if grade > 0:
             found[query][document] = grade
     return found

@@ -35,6 +35,7 @@ def distill(world: World, method: str = "embedding", **task: Any) -> list[str]:
     if "data" not in task:
         world.write("text.txt", "\n".join(f"This is text number {i}." for i in range(30)))
     own = {"name": "own", "type": "sentence-embedding", "data": "text.txt", **task}
+    own = {key: value for key, value in own.items() if value is not None}
     changes: dict[str, Any] = {"task": own, "teacher": {"model": str(world.model())}}
     return ["distill", world.recipe("task", "teacher", "method", method={"name": method}, **changes)]
 
@@ -99,6 +100,21 @@ def similarity_column_without_pairs(world: World) -> list[str]:
     return distill(world, label="score")
 
 
+@case("stsb has columns of its own: label names those of a file", "task.label")
+def similarity_column_of_a_named_set(world: World) -> list[str]:
+    return distill(world, pairs="stsb", label="score")
+
+
+@case("stsb has columns of its own: pair names those of a file", "task.pair")
+def text_columns_of_a_named_set_of_pairs(world: World) -> list[str]:
+    return distill(world, data=None, name="stsb", pair=["a", "b"])
+
+
+@case("stsb has columns of its own: text names those of a file", "task.text")
+def text_column_of_a_named_set(world: World) -> list[str]:
+    return distill(world, data=None, name="stsb", text="sentence1")
+
+
 @case("give pairs, or queries, corpus and relevances: one task has one kind of score")
 def pairs_beside_queries(world: World) -> list[str]:
     return distill(world, pairs="stsb", corpus="corpus.jsonl")
@@ -135,6 +151,12 @@ def relevance_for_no_query(world: World) -> list[str]:
 @case("row 1: the relevance -1 is below 0", "task.relevances")
 def relevance_below_zero(world: World) -> list[str]:
     return retrieval(world, relevances=[{**RELEVANCES[0], "score": -1}])
+
+
+@case("row 3 says 0 of 'd1' for 'q1', and a row before it says 1", "task.relevances", "remove one of them")
+def document_with_two_grades_for_a_query(world: World) -> list[str]:
+    # Only the last row differs: an equal repeat does no harm.
+    return retrieval(world, relevances=[*RELEVANCES, *RELEVANCES, {**RELEVANCES[0], "score": 0}])
 
 
 @case("no query has a relevant document", "task.relevances")

@@ -129,6 +129,18 @@ def test_prompts_length_and_similarity_are_kept(tmp_path: Path):
     assert settings_of(load_model(tmp_path, SENTENCE_EMBEDDING)) == settings_of(model)
 
 
+def test_the_older_names_of_the_file_of_lengths_are_read_as_the_library_reads_them(tmp_path: Path):
+    save_model(embedder(settings={"max_seq_length": 7, "do_lower_case": True}), tmp_path, tokenizer())
+    usual = tmp_path / "sentence_bert_config.json"
+    usual.rename(tmp_path / "sentence_xlm-roberta_config.json")
+    # Of several the first holds that says anything.
+    (tmp_path / "sentence_xlnet_config.json").write_text('{"max_seq_length": 9}')
+    usual.write_text("{}")
+    settings = settings_of(load_model(tmp_path, SENTENCE_EMBEDDING))
+    assert (settings["max_seq_length"], settings["do_lower_case"]) == (7, True)
+    assert longest_text(load_tokenizer(tmp_path), 100) == library(tmp_path).max_seq_length == 7
+
+
 @pytest.mark.parametrize("newer", [False, True])
 def test_the_librarys_own_folders_load(newer: bool, tmp_path: Path):
     from sentence_transformers import SentenceTransformer, models
