@@ -28,6 +28,7 @@ from kdcli.tasks.labels import listed
 from kdcli.words import counted
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
 
 FEW = 10
@@ -166,6 +167,7 @@ def _read_training(opened: list[_Rows], notes: list[str]) -> tuple[list[pa.Table
     own = [labels for each in found if each is not None for labels in [each[1]]]
     if problem is not None and not own:
         raise problem
+    _check_shared([(part, each[1]) for part, each in zip(opened, found, strict=True) if each is not None])
     labels = opened[0].kind.join(own)
     tables = []
     for part, each in zip(opened, found, strict=True):
@@ -175,6 +177,26 @@ def _read_training(opened: list[_Rows], notes: list[str]) -> tuple[list[pa.Table
         del part.raw["train"]
         tables.append(rows)
     return tables, labels
+
+
+def _check_shared(own: Sequence[tuple[_Rows, tuple[str, ...]]]) -> None:
+    """Raise InputError where parts have other labels than the rest: most likely other words for the same classes.
+
+    A part shares labels with another one directly, or through a third. own: parts with their labels, if they have any.
+    """
+    (first, labels), *left = own
+    known = set(labels)
+    while joined := [each for _, each in left if not known.isdisjoint(each)]:
+        known.update(*joined)
+        left = [(part, each) for part, each in left if known.isdisjoint(each)]
+    if labels and left:
+        part, others = left[0]
+        raise InputError(
+            f"part {part.part} has the labels {listed(others)}, and part {first.part} has {listed(labels)}: "
+            "they share none",
+            where=part.place,
+            hint="write the same classes in the same words in all parts; or name all in task.labels if they differ",
+        )
 
 
 def _unknown(name: str) -> InputError:
@@ -304,9 +326,8 @@ def _task(
         remarks += [
             f"the {name} set has {counted(count, 'row')} only: a score on it says little" for name, count in few.items()
         ]
-    if trains and labels and (counts := kind.count(splits["train"], labels)) is not None and not counts.all():
-        absent = [label for label, count in zip(labels, counts, strict=True) if not count]
-        remarks.append(f"no training rows of {counted(len(absent), 'class', 'classes')}: {listed(absent)}")
+    if trains and labels:
+        remarks += _untrained([kind.count(rows, labels) for rows in train], labels, names)
     reported = {name: kind.draw(rows, limit, seed) for name, rows in reported.items()}
     splits |= {f"report-{name}": rows for name, rows in reported.items()}
     if calibration:
@@ -334,6 +355,29 @@ def _task(
         parts=tuple(names),
         mixing_temperature=section.mixing_temperature or 1.0,
     )
+
+
+def _untrained(counts: "Sequence[np.ndarray | None]", labels: Sequence[str], names: Sequence[str]) -> Iterator[str]:
+    """Yield remarks about labels that no training rows have, and those that a part has none of.
+
+    counts: of the labels, in the training rows of each part. names: of the parts.
+    """
+    known = [(count > 0).tolist() for count in counts if count is not None]
+    if len(known) < len(counts):
+        return
+
+    def absent(present: Sequence[bool]) -> str:
+        lacking = [label for label, has in zip(labels, present, strict=True) if not has]
+        return f"no training rows of {counted(len(lacking), 'class', 'classes')}: {listed(lacking)}"
+
+    anywhere = [any(each) for each in zip(*known, strict=True)]
+    if not all(anywhere):
+        yield absent(anywhere)
+    for name, own in zip(names, known, strict=False):
+        # What no part has is told once.
+        here = [has or not other for has, other in zip(own, anywhere, strict=True)]
+        if not all(here):
+            yield f"part {name} has {absent(here)}"
 
 
 def _named_sets(sets: Sequence[Mapping[str, pa.Table]], names: Sequence[str]) -> dict[str, pa.Table]:

@@ -119,6 +119,14 @@ def set_of_a_part_has_the_name_of_another_part(world: World) -> list[str]:
     return parts(world, 'name = "de"\ntrain = "de.jsonl"\ntest = "en.jsonl"', 'name = "de test"\ndata = "en.jsonl"')
 
 
+@case(
+    "recipe.toml:14: task.part[1]", "part fr has the labels a, b, and part de has n, y: they share none", "task.labels"
+)
+def labels_of_a_part_in_other_words(world: World) -> list[str]:
+    rows(world, "fr", "ab")
+    return parts(world, DE, 'name = "fr"\ndata = "fr.jsonl"')
+
+
 @case("task.part[1]", "stsb is a regression task", "de a classification task", "give task.type")
 def parts_of_two_kinds(world: World) -> list[str]:
     rows(world, "fr", labels="12")

@@ -66,6 +66,37 @@ def test_labels_are_those_of_all_parts_in_one_order(tmp_path: Path):
     assert load(tmp_path, *parts[:2]).label_names == ("9", "10", "100")
 
 
+def test_labels_that_a_part_has_no_training_rows_of_are_told(tmp_path: Path):
+    rows(tmp_path / "de.jsonl", ["neg", "pos"] * 10)
+    rows(tmp_path / "en.jsonl", ["pos", "good"] * 10)
+    parts = [{"name": name, "data": f"{name}.jsonl"} for name in ("de", "en")]
+    assert [note for note in load(tmp_path, *parts).notes if "no training rows" in note] == [
+        "part de has no training rows of 1 class: good",
+        "part en has no training rows of 1 class: neg",
+    ]
+    task = load(tmp_path, *parts, labels=["neg", "pos", "good", "bad"])
+    assert [note for note in task.notes if "no training rows" in note] == [
+        "no training rows of 1 class: bad",
+        "part de has no training rows of 1 class: good",
+        "part en has no training rows of 1 class: neg",
+    ]
+    rows(tmp_path / "en.jsonl", ["neg", "pos"] * 10)
+    assert not any("no training rows" in note for note in load(tmp_path, *parts).notes)
+
+
+def test_parts_that_share_no_label_need_the_labels_of_the_task(tmp_path: Path):
+    rows(tmp_path / "de.jsonl", ["neg", "pos"] * 10)
+    rows(tmp_path / "hi.jsonl", ["bad", "good"] * 10)
+    rows(tmp_path / "en.jsonl", ["pos", "bad"] * 10)
+    parts = [{"name": name, "data": f"{name}.jsonl"} for name in ("de", "hi", "en")]
+    with pytest.raises(InputError, match="part hi has the labels bad, good, and part de has neg, pos: they share none"):
+        load(tmp_path, *parts[:2])
+    every = ("neg", "pos", "bad", "good")
+    assert load(tmp_path, *parts[:2], labels=list(every)).label_names == every
+    # One of them has labels of both.
+    assert load(tmp_path, *parts).label_names == tuple(sorted(every))
+
+
 def test_each_part_may_have_other_columns(tmp_path: Path):
     rows(tmp_path / "de.jsonl", ["yes", "no"] * 10)
     rows(tmp_path / "en.jsonl", ["no", "yes"] * 10, "tweet", "mood")
