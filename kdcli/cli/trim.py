@@ -58,7 +58,7 @@ def trim(
     from rich.table import Table
 
     from kdcli.cli.console import emit, info
-    from kdcli.data.texts import read_texts
+    from kdcli.data.texts import check_columns, read_texts
     from kdcli.errors import RunError
     from kdcli.evaluation.score import describe_model
     from kdcli.files import atomic_folder, expanded
@@ -74,6 +74,8 @@ def trim(
     out = expanded(out, "--out")
     check_out(out, model, *text, *(held_out or ()), force=force)
     notes: list[str] = []
+    if column:
+        check_columns([*text, *(held_out or ())], Path(), "--column")
 
     def read(sources: list[str], option: str) -> list[str]:
         options: dict = {"columns": column or (), "notes": notes}

@@ -40,6 +40,23 @@ def read_texts(source: str, base: Path, where: str, *, columns: Sequence[str] = 
     return texts
 
 
+def check_columns(sources: Sequence[str], base: Path, where: str) -> None:
+    """Raise InputError where columns are named, by the option or field `where`, and no source is a table."""
+    if all(_is_plain(base / expanded(source, where)) for source in sources):
+        raise InputError(
+            f"names columns of tables, and none is given: {PLAIN} files have no columns",
+            where=where,
+            hint="leave it out, or give a table",
+        )
+
+
+def _is_plain(path: Path) -> bool:
+    """Return whether a source is a file of lines, or a folder with no table."""
+    if path.is_dir():
+        return not any(file.suffix.lower() in files.READABLE for file in path.rglob("*"))
+    return path.suffix.lower() == PLAIN
+
+
 def _of_file(path: Path, where: str, columns: Sequence[str], notes: list[str]) -> list[str]:
     if path.suffix.lower() != PLAIN:
         table = files.read_file(path, where, beside=(PLAIN,), notes=notes)

@@ -9,7 +9,7 @@ all pieces that is trimmed at its end would be the same but for these, and would
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kdcli.data.texts import read_texts
+from kdcli.data.texts import check_columns, read_texts
 from kdcli.distill.resolve import Resolved
 from kdcli.distill.teacher import Teacher, TeacherStart
 from kdcli.models.load import load_config
@@ -35,8 +35,10 @@ def plan_vocabulary(resolved: Resolved, task: Task, downstream: list[Task], teac
     if section.text is None:
         texts, apart, which = training, list(task.kind.texts(task.selection)), "the task's selection rows"
     else:
-        options: dict[str, Any] = {"columns": section.columns, "notes": notes}
+        options: dict[str, Any] = {"columns": section.columns or (), "notes": notes}
         where = "student.vocabulary.text"
+        if section.columns is not None:
+            check_columns(section.text, resolved.base, "student.vocabulary.columns")
         texts = [one for source in section.text for one in read_texts(source, resolved.base, where, **options)]
         apart, which = training, "the task's training text"
     # A student from a checkpoint may have other special ids than the teacher.

@@ -132,7 +132,7 @@ def trim_vocabulary(
     changed = check_cut(corpus, made, kept, unknown=pieces.unknown if restricted else None)
     same = np.flatnonzero(~changed)
     sample = same[:: max(1, len(same) // SAMPLE)][:SAMPLE]
-    others = [texts[number] for number in np.flatnonzero(changed)]
+    others = [text for text, other in zip(texts, changed, strict=True) if other]
     return Trimming(
         made,
         kept,

@@ -443,8 +443,8 @@ class VocabularySection(Section):
         description="Files (.txt with a text a line, CSV, JSON lines, Parquet), folders of such files, and hub sets "
         "whose pieces stay. Left out, the task's training text, with that of [[finetune]].",
     )
-    columns: list[str] = Field(
-        default=["text"], min_length=1, description="Columns of tables with text, for text that is given here."
+    columns: list[str] | None = Field(
+        default=None, min_length=1, description="Columns of the tables that text names. Left out, text."
     )
     keep: Annotated[int, Field(gt=0, le=PARAMETERS)] | None = Field(
         default=None, description="The most pieces, those that the text uses most. Left out, all that it uses."
@@ -457,6 +457,12 @@ class VocabularySection(Section):
         description="Whether a piece stays for each character of the used ones, so that no new word of these "
         "characters is unknown.",
     )
+
+    @model_validator(mode="after")
+    def _columns_of_text(self) -> Self:
+        if self.columns is not None and self.text is None:
+            raise ValueError("columns are of the tables that text names; the task's text has its own: give text, too")
+        return self
 
 
 class StudentSection(Section):

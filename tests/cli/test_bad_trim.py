@@ -48,6 +48,14 @@ def a_column_of_text_to_trim_that_is_not_there(world: World) -> list[str]:
     return ["trim", "./teacher", "--text", "rows.csv", "--column", "message", "--out", "made"]
 
 
+@case("--column: names columns of tables, and none is given", "leave it out")
+def a_column_of_lines(world: World) -> list[str]:
+    world.model()
+    sources = ["--text", world.write("text.txt", "a fine film\n"), "--held-out", "lines"]
+    world.write("lines/more.txt", "a bad film\n")
+    return ["trim", "./teacher", *sources, "--column", "text", "--out", "made"]
+
+
 @case("--text: texts holds none of .txt, .csv")
 def a_folder_without_text(world: World) -> list[str]:
     world.model()
@@ -102,6 +110,19 @@ def text_of_a_recipe_that_is_not_there(world: World) -> list[str]:
 def a_column_of_a_recipe_that_is_not_there(world: World) -> list[str]:
     world.model()
     vocabulary = {"text": ["rows.csv"], "columns": ["message"]}
+    return ["distill", world.recipe(student={"vocabulary": vocabulary})]
+
+
+@case("student.vocabulary: columns are of the tables that text names", "give text, too")
+def columns_in_a_recipe_without_text(world: World) -> list[str]:
+    world.model()
+    return ["distill", world.recipe(student={"vocabulary": {"columns": ["text"]}})]
+
+
+@case("student.vocabulary.columns: names columns of tables, and none is given")
+def columns_of_lines_in_a_recipe(world: World) -> list[str]:
+    world.model()
+    vocabulary = {"text": [world.write("text.txt", "a fine film\n")], "columns": ["text"]}
     return ["distill", world.recipe(student={"vocabulary": vocabulary})]
 
 
