@@ -60,6 +60,9 @@ def _wants_debug(arguments: list[str]) -> bool:
     return "--debug" in arguments or os.environ.get("KDCLI_DEBUG", "") not in ("", "0")
 
 
+RESUMES = {"distill": "it goes on with --resume", "compare": "it goes on with the same command"}
+"""command -> how one that was interrupted goes on, for those that can."""
+
 KINDS = {int(ExitCode.GATE): "gate", int(ExitCode.INPUT): "input", int(ExitCode.RUN): "run"}
 """exit code -> the kind of error that a JSON document names; the codes of signals are "interrupted"."""
 
@@ -137,8 +140,8 @@ def run(arguments: list[str] | None = None) -> int:
         )
     if result in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
         word = interrupts.WORDS[result - 128]
-        words = f"{word}; a distill goes on with --resume, a compare with the same command"
-        return _fail(int(result), words, as_json=as_json)
+        command = next((a for a in arguments if not a.startswith("-")), "")
+        return _fail(int(result), "; ".join([word, *filter(None, [RESUMES.get(command)])]), as_json=as_json)
     return _code(result)
 
 

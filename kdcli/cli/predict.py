@@ -85,7 +85,13 @@ def predict(
         ),
     ] = None,
     top: Annotated[
-        int | None, typer.Option("--top", min=1, max=1_000_000, help="List the best answers, at most this many.")
+        int | None,
+        typer.Option(
+            "--top",
+            min=1,
+            max=1_000_000,
+            help="List the best answers, at most this many, by probability; a threshold may have chosen another.",
+        ),
     ] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Write the inputs before each reply.")] = False,
     batch_size: Annotated[
@@ -118,6 +124,7 @@ def predict(
     """
     from kdcli.errors import InputError
     from kdcli.files import expanded
+    from kdcli.recipe.load import parts_of
 
     model, texts = _model_and_texts(arguments or [])
     if texts and input_ is not None:
@@ -130,6 +137,11 @@ def predict(
             where="TEXT",
             hint='give texts, --input FILE, or "-" for standard input; a text of one word needs MODEL before it',
         )
+    for number, words in enumerate(texts, 1):
+        if not words.strip():
+            raise InputError(f"text {number} is empty", where="TEXT", hint='put each text in quotes: "a fine film"')
+    if "labels" in {parts_of(change, "--set", "text=message")[0][0] for change in set_ or ()}:
+        raise InputError("labels has no effect: a model answers with its own labels", where="--set labels")
     place = expanded(input_, "--input") if input_ not in (None, "-") else None
     of_lines = input_ == "-" or (place is not None and place.suffix.lower() == ".txt")
     of_table = place is not None and not of_lines
@@ -172,11 +184,14 @@ def predict(
 
     usual = own.max_length if own is not None else section.max_length
     how: dict[str, Any] = {"max_length": max_length, "usual": usual, "batch_size": batch_size, "device": device.value}
-    answerer, fields = _answerer(choice, of_type, section, own, **how)
+    with as_given(set_ or (), of_table=of_table):
+        answerer, fields = _answerer(choice, of_type, section, own, **how)
     other = _answerer_beside(answerer, *second, **how) if second is not None else None
     kind, agreement, count = answerer.kind, Agreement(), 0
+    if top is not None and not kind.ranks:
+        raise InputError(f"{kind.name} models give one answer, without others to list", where="--top")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(as_given(of_table=of_table))
+        stack.enter_context(as_given(set_ or (), of_table=of_table))
         examples = Examples(kind, fields, fixed)
         # Many together are sorted by length; what comes through a pipe is not kept waiting.
         size = batch_size if input_ == "-" else 16 * batch_size
@@ -272,8 +287,14 @@ def _asked(
 ) -> "Answerer":
     """Return a model as it is asked. max_length: what the user wants. usual: tokens of a text otherwise."""
     from kdcli.cli.choose import length_for
+    from kdcli.errors import InputError
     from kdcli.evaluation.answerer import Answerer
+    from kdcli.export.session import OnnxModel
 
+    if how["device"] == Device.cuda.value and isinstance(model, OnnxModel):
+        raise InputError(
+            f"{name} is an ONNX folder, which answers on the CPU", where="--device", hint="leave out --device cuda"
+        )
     return Answerer(name, kind, model, tokenizer, length_for(model.config, name, max_length, usual), **how)
 
 

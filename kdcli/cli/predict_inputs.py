@@ -170,8 +170,11 @@ def fixed_inputs(given: Sequence[str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def as_given(*, of_table: bool) -> Iterator[None]:
-    """Let errors about a recipe's fields name the options of `predict`, or, without a table, the example alone."""
+def as_given(changes: Sequence[str], *, of_table: bool) -> Iterator[None]:
+    """Let errors about a recipe's fields name the options of `predict`, or, without a table, the example alone.
+
+    changes: FIELD=VALUE of `--set`.
+    """
     try:
         yield
     except InputError as error:
@@ -179,5 +182,6 @@ def as_given(*, of_table: bool) -> Iterator[None]:
         if table != "task":
             raise
         option = f"--{name.replace('_', '-')}" if name in ("text", "max_length") else f"--set {name}"
-        where = option if of_table or name == "max_length" else None
+        changed = {change.partition("=")[0].strip() for change in changes}
+        where = option if of_table or name == "max_length" or name in changed else None
         raise InputError(error.message, where=where, hint=error.hint) from error

@@ -49,7 +49,7 @@ class Row:
         )
         yield f"{words}  {cut(' '.join(inputs.split()))}"
         for entry in self.reply.get("top", ()):
-            yield f"    {' '.join(map(_words, entry.values()))}"
+            yield f"    {self.kind.show_entry(entry)}"
 
 
 def _words(value: Any) -> str:

@@ -55,6 +55,7 @@ class Classification(TextKind):
     """One class out of several."""
 
     name = "classification"
+    ranks = True
     title = "one class out of several"
     fields = ClassFields
     provides = frozenset({"labels", "classes", "one-per-example", "text"})

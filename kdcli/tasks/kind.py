@@ -111,6 +111,9 @@ class TaskKind(ABC):
     vector: ClassVar[str | None] = None
     """The key of replies that holds an array of as many numbers each, for a .npy file; None where there is none."""
 
+    ranks: ClassVar[bool] = False
+    """True where `replies` lists the best answers under "top"."""
+
     def with_fields(self, fields: Any) -> "TaskKind":
         """Return this kind as it works with a task's own fields, for a kind whose features or answers depend on them.
 
@@ -364,7 +367,8 @@ class TaskKind(ABC):
         """Return what a model answers to each row, in the types that JSON has; all replies have the same keys.
 
         `answer` is one of the keys; under `vector` stands an array. top: how many of the best answers are listed under
-        the key "top", each with its probability or score, the best first; None leaves the key out.
+        the key "top", each with its probability or score, the best first; None leaves the key out. The answer that is
+        chosen may be another one than the first (by a threshold, say). Only asked for where `ranks` is True.
         options: as in `answers`.
         """
         raise InputError(self._unasked)
@@ -372,6 +376,10 @@ class TaskKind(ABC):
     def show(self, reply: dict[str, Any]) -> str:
         """Return a reply as one line for people, without its "top"."""
         return str(reply[self.answer])
+
+    def show_entry(self, entry: dict[str, Any]) -> str:
+        """Return an entry of a reply's "top" as one line for people."""
+        return " ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in entry.values())
 
     def beside(self, reply: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         """Return how a reply compares with another model's to the same row: whether they agree, or by how much not."""

@@ -75,6 +75,7 @@ class MaskedLM(TaskKind):
     metrics = usual_metrics = ("loss",)
     scored_by_loss = general = True
     answer = "words"
+    ranks = True
     inputs_change = True
     features = "blocks"
 

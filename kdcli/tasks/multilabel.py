@@ -99,6 +99,7 @@ class MultiLabel(TextKind):
     metrics = ("f1_micro", "f1_macro", "exact_match", "lrap", "auroc_macro")
     usual_metrics = ("f1_micro", "f1_macro", "exact_match")
     answer = "labels"
+    ranks = True
 
     @property
     def distribution(self) -> "Distribution":

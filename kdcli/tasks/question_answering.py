@@ -52,13 +52,13 @@ SCRIPT = """\
 tokenizer.enable_padding(pad_id=PAD)
 tokenizer.enable_truncation(LENGTH, stride=STRIDE, strategy="only_second")
 for question, context in zip(sys.argv[1::2], sys.argv[2::2]):
-    windows = [first := tokenizer.encode(question, context), *first.overflowing]
-    feed = {node.name: np.array([getattr(w, NAMES[node.name]) for w in windows]) for node in session.get_inputs()}
-    inside = np.array([w.sequence_ids for w in windows]) == 1
-    starts, ends = np.where(inside, logits := session.run(["start_logits", "end_logits"], feed), -np.inf)
+    places = [(0, 0), *tokenizer.encode("", question := question.lstrip(), add_special_tokens=False).offsets[:MOST]]
+    parts = [first := tokenizer.encode(question[: places[-1][1]], context), *first.overflowing]
+    feed = {node.name: np.array([getattr(p, NAMES[node.name]) for p in parts]) for node in session.get_inputs()}
+    starts, ends = np.where(np.array([p.sequence_ids for p in parts]) == 1, logits := session.run(None, feed), -np.inf)
     scores = np.where(np.tri(n := len(starts[0]), k=NEAR) > np.tri(n, k=-1), starts[..., None] + ends[:, None], -np.inf)
-    window, i, j = np.unravel_index(scores.argmax(), scores.shape)
-    begin, end = windows[window].offsets[i][0], windows[window].offsets[j][1]
+    part, i, j = np.unravel_index(scores.argmax(), scores.shape)
+    begin, end = parts[part].offsets[i][0], parts[part].offsets[j][1]
 LACKS    print(json.dumps({"answer": context[begin:end].strip(), "start": begin, "end": end}))
 """
 
@@ -157,6 +157,7 @@ class QuestionAnswering(TaskKind):
     text_columns = ("question", "context")
     features = "windows"
     answer = "answer"
+    ranks = True
 
     def __init__(self, fields: SpanFields | None = None) -> None:
         """fields: of the task; None for their defaults."""
@@ -307,12 +308,13 @@ class QuestionAnswering(TaskKind):
 
         if processor("a", "b")["input_ids"][0] not in (processor.cls_token_id, processor.bos_token_id):
             return None
-        longest, _, stride = room_of(processor, max_length, self.own.stride)
+        longest, most, stride = room_of(processor, max_length, self.own.stride)
         threshold = getattr(config, THRESHOLD, None)
         values = {
             "LACKS": "" if threshold is None else LACKS.replace("THRESHOLD", str(threshold)),
             "PAD": processor.pad_token_id,
             "LENGTH": longest,
+            "MOST": most,
             "STRIDE": stride,
             "NEAR": self.own.max_answer - 1,
         }
@@ -378,6 +380,9 @@ class QuestionAnswering(TaskKind):
 
     def show(self, reply: dict[str, Any]) -> str:
         return f"{reply['answer'] or '(no answer)'} {reply['probability']:.3f}"
+
+    def show_entry(self, entry: dict[str, Any]) -> str:
+        return self.show(entry) if entry["start"] is None else super().show_entry(entry)
 
     def calibrate(self, model: Any, rows: "Dataset", processor: Any, **options: Any) -> dict[str, Any]:
         """Return the threshold with the best F1 on these rows."""

@@ -76,7 +76,7 @@ def a_row_without_its_text(world: World) -> list[str]:
     return ["predict", "teacher", "--input", "rows.jsonl"]
 
 
-@case("TEXT: 1 row without text, the first is row 2")
+@case("TEXT: text 2 is empty", "in quotes")
 def an_empty_text(world: World) -> list[str]:
     world.model()
     return ["predict", "teacher", "a film", " "]
@@ -221,6 +221,59 @@ def no_room_for_a_text(world: World) -> list[str]:
     return ["predict", "teacher", "a film", "--max-length", "2"]
 
 
+@case("TEXT: text 1 is empty")
+def an_empty_text_behind_a_run(world: World) -> list[str]:
+    world.model()
+    return ["predict", "teacher", ""]
+
+
+@case("--set foo", "foo")
+def a_field_that_the_task_does_not_have(world: World) -> list[str]:
+    world.model()
+    return ["predict", "teacher", "a film", "--set", "foo=1"]
+
+
+@case("--set labels: labels has no effect")
+def other_labels_than_the_models_own(world: World) -> list[str]:
+    world.model()
+    return ["predict", "teacher", "a film", "--set", 'labels=["a", "b"]']
+
+
+@case("--top: regression models give one answer")
+def the_best_of_one_number(world: World) -> list[str]:
+    return _of_head(world, "regression", labels=1)
+
+
+@case("--top: token-classification models give one answer")
+def the_best_of_tags(world: World) -> list[str]:
+    return _of_head(world, "token-classification", labels=3)
+
+
+@case("--top: sentence-embedding models give one answer")
+def the_best_of_embeddings(world: World) -> list[str]:
+    return _of_head(world, "sentence-embedding")
+
+
+def _of_head(world: World, name: str, **options: int) -> list[str]:
+    (world.folder / "other").mkdir()
+    kind, model = registry.get(name), tiny("bert", layers=1, **options)
+    if name != "regression":
+        model = with_new_head(model, kind.head, kind.configure(["O", "B-a", "I-a"]))
+    save_model(model, world.folder / "other", tokenizer())
+    return ["predict", "other", "a film", "--top", "2"]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_wrong_input_is_told(name: str, world: World, own_cache: Path):
     CASES.check(name, world, own_cache)
+
+
+def test_an_interrupted_command_promises_to_go_on_only_where_it_can(world: World):
+    class Interrupted:
+        def __iter__(self) -> None:
+            raise KeyboardInterrupt
+
+    world.model()
+    world.monkeypatch.setattr(sys, "stdin", Interrupted())
+    outcome = world.call("predict", "teacher", "-")
+    assert outcome.code == 130 and outcome.err.strip() == "error: interrupted"

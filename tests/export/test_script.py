@@ -155,6 +155,27 @@ def test_the_script_finds_answers_in_all_windows_of_a_context(family: str, alway
     assert sum(reply["start"] is None for reply in expected) == (0 if always else 4)
 
 
+@pytest.mark.slow
+def test_the_script_cuts_a_question_that_leaves_no_room_for_the_context(tmp_path: Path):
+    base = registry.get("question-answering")
+    fields = base.fields(stride=5)
+    kind = base.with_fields(fields)
+    torch.manual_seed(1)
+    model = AutoModelForQuestionAnswering.from_config(tiny("bert", layers=1).config).eval()
+    with torch.no_grad():
+        model.qa_outputs.weight.mul_(20.0)
+    export_model(model, tokenizer(), tmp_path / "out", task=None, max_length=LENGTH, latency=False)
+    script = script_of(kind, fields, model.config, tokenizer(), LENGTH)
+    assert script is not None and "[:6]" in script and "stride=5" in script
+    (tmp_path / "out" / "predict.py").write_text(script)
+    questions = [" ".join(TEXTS * 5), "", "  a film ?", f" {TEXTS[1]}"]
+    contexts = [" ".join(TEXTS * 3)] * len(questions)
+    found = answers_of_script(tmp_path / "out", [text for row in zip(questions, contexts, strict=True) for text in row])
+    expected = replies(kind, fields, model, {"question": questions, "context": contexts})
+    assert found == [{name: reply[name] for name in ("answer", "start", "end")} for reply in expected]
+    assert len({row["answer"] for row in found}) > 1
+
+
 TAGS = ["O", "B-a", "I-a", "B-b", "I-b"]
 COMPLETE = [*TAGS, "E-a", "S-a", "E-b", "S-b"]
 

@@ -570,6 +570,9 @@ def test_replies_say_where_the_answer_stands(world: Path):
     first, second = task.kind.replies(student, rows, words_of(world), top=3, **options)
     assert first["answer"] == "new york" and columns["context"][0][first["start"] : first["end"]] == "new york"
     assert second["answer"] == "" and second["start"] is None and KIND.show(second).startswith("(no answer) ")
+    empty = next(entry for entry in second["top"] if entry["start"] is None)
+    assert KIND.show_entry(empty) == f"(no answer) {empty['probability']:.3f}"
+    assert KIND.show_entry(first["top"][0]).endswith(f" {first['top'][0]['probability']:.3f}")
     for reply in (first, second):
         assert len(reply["top"]) == 3 and 0 < reply["probability"] <= 1
         probabilities = [each["probability"] for each in reply["top"]]
