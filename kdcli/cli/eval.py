@@ -196,7 +196,7 @@ def evaluate(
     sides = {"metrics": "mean", "teacher_metrics": "teacher_mean"}
     means = {to: mean_over_sets(document[key]) for key, to in sides.items() if key in document}
     document |= {name: values for name, values in means.items() if values}
-    document["rows"] = {name: len(rows) for name, rows in loaded.report.items()}
+    document["rows"] = loaded.scored
     score = next(iter(scores.values()))
     document["score"] = score
     if teacher is not None:
@@ -208,7 +208,7 @@ def evaluate(
             row = [shown(metric, value)]
             if teacher is not None:
                 row.append(shown(metric, document["teacher_metrics"][name][metric]))
-            table.add_row(f"{metric} ({described_set(name, len(loaded.report[name]))})", *row)
+            table.add_row(f"{metric} ({described_set(name, document['rows'][name])})", *row)
     for metric in means["mean"]:
         cells = [shown(metric, values[metric]) for values in means.values()]
         table.add_row(f"{metric} (mean of {len(loaded.report)} sets)", *cells)

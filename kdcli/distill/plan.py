@@ -212,7 +212,7 @@ def make_plan(prepared: Prepared) -> Plan:
         finetune=[
             PlannedTuning(
                 tuned.name,
-                {"train": len(tuned.train), **{name: len(rows) for name, rows in tuned.report.items()}},
+                {"train": len(tuned.train), **tuned.scored},
                 table.seeds,
                 list(dict.fromkeys(table.against)),
             )
@@ -282,7 +282,7 @@ def _sizes(prepared: Prepared) -> tuple[dict[str, int], int]:
     task, augment = prepared.task, prepared.resolved.recipe.task.augment
     unit = f" {task.kind.features}" if task.kind.features is not None else ""
     examples = prepared.training_examples
-    report = {name: len(rows) for name, rows in task.report.items()} if not task.scored_by_loss else {}
+    report = task.scored if not task.scored_by_loss else {}
     name = f"train{unit}" if augment is None else f"train{unit} with copies"
     aside = {"calibration": len(task.calibration)} if task.calibration is not None else {}
     return {name: examples, **aside, f"selection{unit}": sum(prepared.examples(task.selection)), **report}, examples

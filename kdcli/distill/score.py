@@ -66,7 +66,7 @@ def score_student(job: Job, task: Task, teacher: Teacher, metrics: Metrics, stud
         task.primary,
         describe_model(teacher.model, task, metrics) if teacher.known else None,
         describe_model(student.model, task, _scores(job, student.model, student.tokenizer, task)),
-        {name: len(rows) for name, rows in task.report.items()},
+        task.scored,
     )
 
 

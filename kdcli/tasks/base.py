@@ -41,6 +41,11 @@ class Task:
         return self.metrics[0]
 
     @property
+    def scored(self) -> dict[str, int]:
+        """How many examples each reported score is of, by the name of its set."""
+        return {name: self.kind.scored(rows) for name, rows in self.report.items()}
+
+    @property
     def scored_by_loss(self) -> bool:
         """Whether the only score of a student is its distillation loss on held-out rows: nothing has gold answers."""
         return self.kind.scored_by_loss or not self.report

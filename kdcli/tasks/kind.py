@@ -290,6 +290,10 @@ class TaskKind(ABC):
         """Return how many features `encode` makes of rows: the examples whose batches make the steps of a run."""
         return len(rows)
 
+    def scored(self, rows: Any) -> int:
+        """Return how many examples a score on rows is of. rows: a table or a data set."""
+        return len(rows)
+
     def drawn(self, fields: Any) -> dict[str, Any]:
         """Return the fields that change what a model reads, or what is decided about it, though rows stay the same."""
         return {}

@@ -322,7 +322,7 @@ def _task(
             for sets, rows in zip(validation, selection, strict=True)
         ]
         sets = {**_named_sets(chosen_on, names), **reported}
-        few = {name: rows.num_rows for name, rows in sets.items() if rows.num_rows < FEW}
+        few = {name: count for name, rows in sets.items() if (count := kind.scored(rows)) < FEW}
         remarks += [
             f"the {name} set has {counted(count, 'row')} only: a score on it says little" for name, count in few.items()
         ]
@@ -345,7 +345,7 @@ def _task(
             "source": source,
             "protocol": protocol,
             "labels": list(labels),
-            "sizes": {name: len(rows) for name, rows in splits.items()},
+            "sizes": {name: kind.scored(rows) for name, rows in splits.items()},
             "max_length": section.max_length,
             "fingerprint": fingerprint_of({**splits, "labels": {"names": list(labels)}}),
             **({"parts": names, "mixing_temperature": section.mixing_temperature or 1.0} if names else {}),

@@ -359,6 +359,13 @@ class Retrieval(SentenceEmbedding):
 
     metrics = usual_metrics = ranking.METRICS
 
+    def scored(self, rows: Any) -> int:
+        """Return how many queries there are; documents are not scored."""
+        if "is_query" not in rows.column_names:
+            return len(rows)
+        found = rows["is_query"]
+        return sum(found.to_pylist() if hasattr(found, "to_pylist") else found[:])
+
 
 KIND = SentenceEmbedding()
 SIMILARITY = Similarity()

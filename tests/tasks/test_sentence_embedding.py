@@ -325,7 +325,12 @@ def test_eval_reads_pairs_or_queries_of_ones_own(world: Path, capsys: Any, monke
     assert abs(found["score"] - expected) < 0.5 and found["rows"] == {"rows": 24}
     changes = [part for name in ("corpus", "relevances") for part in ("--set", f"{name}={RETRIEVAL[name]}")]
     assert run(["eval", "teacher", "--data", "queries.jsonl", *changes, "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)["metrics"]["rows"]) == {"ndcg@10", "recall@10", "mrr@10"}
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert set(found["metrics"]["rows"]) == {"ndcg@10", "recall@10", "mrr@10"}
+    # The score is of queries, however many documents they look through.
+    assert found["rows"] == {"rows": 5} and "5 rows only" in captured.err
+    assert load(world, **RETRIEVAL).description["sizes"]["report-test"] == 5
 
 
 @pytest.mark.slow
