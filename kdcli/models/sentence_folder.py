@@ -22,8 +22,16 @@ if TYPE_CHECKING:
 MODULES, MODEL, TRANSFORMER = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 """Files of the list of modules, of prompts and similarity, and of the transformer's own settings."""
 
-FAMILIES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-"""Whose names the last file has had: the first such file that says anything holds, as in sentence-transformers."""
+SETTINGS = (
+    TRANSFORMER,
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+)
+"""Names that the last file has had: the first such file that says anything holds, as in sentence-transformers."""
 
 KNOWN = ("Transformer", "Pooling", "Dense", "Normalize")
 """The modules that kdcli can run, by their classes' names."""
@@ -187,8 +195,7 @@ def with_modules(body: "PreTrainedModel", name: str | Path, revision: str | None
 
 def _transformer_settings(files: _Files, module: Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for family in FAMILIES:
-        name = f"sentence_{family}_config.json"
+    for name in SETTINGS:
         path = f"{module.path}/{name}" if module.path else name
         if found := files.read(path, said=MODULES):
             break
