@@ -180,6 +180,7 @@ def test_a_variant_that_is_wrong_unequal_or_nothing_new_is_refused_by_its_name(
     assert re.search(words, f"{refused.value.where}: {refused.value.message}")
 
 
+@pytest.mark.slow
 def test_a_variant_is_a_row_with_a_difference_to_its_plain_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
