@@ -206,18 +206,6 @@ class QuestionAnswering(TaskKind):
             notes.append(f"{source}: {counted(len(numbers), 'row')} without a question, the first is row {numbers[0]}")
         return rows
 
-    def read_for(
-        self,
-        config: Any,
-        columns: Columns,
-        fields: Any,
-        source: str,
-        notes: list[str],
-        names: Sequence[str] | None,
-        form: Mapping[str, Any],
-    ) -> "tuple[pa.Table, tuple[str, ...]]":
-        return self.read(columns, fields, source, notes, ())
-
     def has_answers(self, columns: Columns, fields: Any) -> bool:
         return any_given(columns.get(column_of(columns, fields.answer), Column()))
 
