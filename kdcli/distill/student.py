@@ -268,7 +268,8 @@ def make_distiller(
     asked_again = setting.cache and not kind.inputs_change and request.logits and not request.gradients
     saves = states is not None or (teacher is not None and _saves(request, teacher))
     held_known = None
-    if known is None and teacher is not None and asked_again and scheme.teacher_is_fixed and saves:
+    fixed = scheme.teacher_is_fixed and not scheme.changes_batches
+    if known is None and teacher is not None and asked_again and fixed and saves:
         ask = partial(
             known_outputs,
             teacher,

@@ -82,8 +82,9 @@ def generate(
     limits = [_limit(len(prompt), max_new_tokens, max_length) for prompt in prompts]
     responses: list[list[int]] = [[] for _ in prompts]
     progress = _Progress(console, len(prompts))
+    config: Any = model.config
     with _ready(model):
-        for rows in _batches(prompts, limits, batch_size, longest_input(model.config)):
+        for rows in _batches(prompts, limits, batch_size, longest_input(config)):
             draws = None
             if sampling.temperature > 0:
                 draws = _draws([numbers[row] for row in rows], seed, max(limits[row] for row in rows))

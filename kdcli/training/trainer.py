@@ -133,6 +133,10 @@ class DistillationTrainer(Trainer):
                 self.add_callback(GrowChains(self.growing, self.model, self.optimizer, self.settings))
         return self.optimizer
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return self.scheme.batches(self.state.global_step, batches), count
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:

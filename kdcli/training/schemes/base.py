@@ -49,8 +49,9 @@ class Scheme:
     """How a training step runs. This one is the standard: both models once forward, the student once backward.
 
     A published method that changes the loop itself overrides the parts that it changes. `check` is called when the
-    recipe is planned, `begin` before the optimizer is made, `before_step` before every forward pass of the student in
-    training, and `end` when the stage is over. What `state_dict` returns is kept in every checkpoint.
+    recipe is planned, `begin` before the optimizer is made, `batches` before every optimizer step, `before_step` before
+    every forward pass of the student in training, and `end` when the stage is over. What `state_dict` returns is kept
+    in every checkpoint.
     """
 
     teacher_is_fixed = True
@@ -59,6 +60,8 @@ class Scheme:
     """False when no teacher runs beside the student, so that there is nothing for other terms to compare it with."""
     unkept: str | None = None
     """Why the states inside its teacher cannot be kept; None where they can."""
+    changes_batches = False
+    """True when `batches` gives others: nothing the teacher says about the training rows may be cached."""
     steps_are_alike = True
     """False when it changes from step to step which of the student's parameters get a gradient."""
 
@@ -96,6 +99,10 @@ class Scheme:
 
     def place(self, device: torch.device) -> None:
         """Move what the scheme holds to the device that trains."""
+
+    def batches(self, step: int, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Return this process's micro-batches of optimizer step `step` (from 0), in place of those of the data set."""
+        return batches
 
     def before_step(self, step: int, batch: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
         """Do what comes before optimizer step `step` (from 0) on `batch`."""
