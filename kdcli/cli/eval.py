@@ -148,7 +148,9 @@ def evaluate(
     if data is not None:
         with as_options(set_ or ()):
             of_the_run = finished(choice.run).task.kind if choice.run is not None else None
-            kind = kind_of_model(contestant, choice.model, "MODEL", wanted=of_type, usual=of_the_run)
+            kind = kind_of_model(
+                contestant, choice.model, "MODEL", tokenizer=tokenizer, wanted=of_type, usual=of_the_run
+            )
             loaded = load_rows(section, kind, contestant.config, names=names, limit=max_samples)
     else:
         called["MODEL"] = names

@@ -251,7 +251,9 @@ def _answerer(
 
     model, tokenizer = load_contestant(choice.model)
     of_the_run = finished(choice.run).task.kind if choice.run is not None else None
-    kind = kind_of_model(model, choice.model, "MODEL", wanted=wanted, usual=of_the_run, scored=False)
+    kind = kind_of_model(
+        model, choice.model, "MODEL", tokenizer=tokenizer, wanted=wanted, usual=of_the_run, scored=False
+    )
     if own is not None:
         named = registry.set_of(own)
         given = {**(named.fields if named is not None and named.kind == kind.name else {}), **own.fields}

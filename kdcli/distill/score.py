@@ -25,7 +25,8 @@ def score_teacher(job: Job, task: Task, teacher: Teacher) -> Metrics:
     if task.scored_by_loss or not teacher.known:
         return {}
     # Many students have the same teacher: what it predicts for the report sets is cached like all its predictions.
-    ask = partial(cached_predictions, use_cache=bool(job.recipe.teacher.cache), console=job.console)
+    kept = partial(cached_predictions, use_cache=bool(job.recipe.teacher.cache), console=job.console)
+    ask = kept if task.kind.outputs_are_kept else predict
     with at_fault("teacher.model"):
         scores = _scores(job, teacher.model, teacher.tokenizer, task, ask, "the teacher")
     score = primary_score(scores, task.primary)

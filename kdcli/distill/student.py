@@ -265,7 +265,8 @@ def make_distiller(
     setting, teacher, known = scheme.setting, scheme.teacher(), scheme.teacher_outputs()
     kind = setting.task.kind
     request = teacher_request(terms)
-    asked_again = setting.cache and not kind.inputs_change and request.logits and not request.gradients
+    kept = setting.cache and kind.outputs_are_kept and not kind.inputs_change
+    asked_again = kept and request.logits and not request.gradients
     saves = states is not None or (teacher is not None and _saves(request, teacher))
     held_known = None
     fixed = scheme.teacher_is_fixed and not scheme.changes_batches

@@ -77,7 +77,7 @@ def export_model(
     head = head_of(model, heads())
     if head is None:
         raise InputError(f"no type of task has the head of {type(plain).__name__}: what it gives is not known")
-    kind = task.kind if task is not None else _kind_of(plain)
+    kind = task.kind if task is not None else _kind_of(plain, tokenizer)
     tokenizer = kind.tokenizer(tokenizer) if kind is not None else tokenizer
     batches, source = _real_batches(plain, tokenizer, task, max_length)
     with atomic_folder(folder, force=force, ours=ours) as temporary:
@@ -105,10 +105,10 @@ def export_model(
     return ExportResult(folder, size, difference, source, nodes, report, script and SCRIPT)
 
 
-def _kind_of(model: "PreTrainedModel") -> TaskKind | None:
+def _kind_of(model: "PreTrainedModel", tokenizer: Any) -> TaskKind | None:
     """Return the kind of task that a model is for; None where several fit, or none."""
     try:
-        return kind_of_model(model, "the model", "MODEL", scored=False)
+        return kind_of_model(model, "the model", "MODEL", tokenizer=tokenizer, scored=False)
     except InputError:
         return None
 

@@ -45,7 +45,12 @@ class Context:
 
     @property
     def plain_text(self) -> bool:
-        """True where what is predicted are masked tokens over a vocabulary."""
+        """True where what is predicted are masked tokens over a vocabulary, and nothing else is to be learnt."""
+        return self.over_vocabulary and "labels" not in self.kind.provides
+
+    @property
+    def over_vocabulary(self) -> bool:
+        """True where what is predicted are tokens, masked or next ones."""
         return "vocabulary" in self.kind.provides
 
     @property

@@ -110,7 +110,7 @@ def need_dividing_depth(context: Context, why: str) -> None:
 
 def need_equal_vocabulary(context: Context) -> None:
     """Raise InputError when both models predict words, and not the same ones."""
-    if not context.plain_text:
+    if not context.over_vocabulary:
         return
     teacher, student = context.teacher.vocab, context.student.vocab
     if teacher != student:

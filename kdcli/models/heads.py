@@ -75,6 +75,17 @@ SENTENCE_EMBEDDING = Head(
 )
 """Pooling over the last hidden states, and the modules after it, one vector a text."""
 
+CAUSAL_LM = Head(
+    "causal-lm",
+    "a causal language model",
+    "predicting next tokens",
+    "AutoModelForCausalLM",
+    ("ForCausalLM", "LMHeadModel"),
+    "text-generation",
+    per_token=True,
+)
+"""The next token at each position. Models that continue texts and those that answer prompts have the same."""
+
 SENTENCE_SETTINGS = "sentence_embedding"
 """What this head adds to a body's configuration: see `kdcli.models.embedding`."""
 

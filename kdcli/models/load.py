@@ -460,7 +460,10 @@ def _replace(model: "nn.Module", path: str, module: "nn.Module") -> None:
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
-    """Load the tokenizer of a folder or a hub name, at a revision of it. Raises InputError when there is none."""
+    """Load the tokenizer of a folder or a hub name, at a revision of it. Raises InputError when there is none.
+
+    One of a decoder (it has no mask token) without a padding token pads with its end-of-text token.
+    """
     from transformers import AutoTokenizer
 
     folder = local_folder(name)
@@ -493,6 +496,9 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
                 folder or name, revision=revision or "main", trust_remote_code=False
             )
             note_reading(tokenizer, name, revision)
+            if tokenizer.pad_token is None and tokenizer.mask_token is None and tokenizer.eos_token is not None:
+                # Of a decoder's own padding nothing is ever read: any token of its vocabulary does.
+                tokenizer.pad_token = tokenizer.eos_token
             return tokenizer
         except InputError:
             raise
@@ -571,9 +577,8 @@ def load_any(
     heads = list(heads)
     checkpoint = open_checkpoint(name, revision, any_family=trust_remote_code)
     found = next((head for head in heads if _has(checkpoint, head)), BASE)
-    if (found == BASE and "For" in (checkpoint.architecture or "")) or (checkpoint.architecture or "").endswith(
-        BASE.unlike
-    ):
+    named = checkpoint.architecture or ""
+    if found == BASE and ("For" in named or named.endswith(BASE.unlike)):
         known = ", ".join(head.title for head in (*heads, BASE))
         raise InputError(f"{name} is {_title(checkpoint)}; kdcli knows {known}")
     return load_model(name, found, revision=revision, trust_remote_code=trust_remote_code)

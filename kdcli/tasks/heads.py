@@ -35,9 +35,18 @@ def check_head(model: Any, head: Head, name: object, where: str) -> None:
 
 
 def kind_of_model(
-    model: Any, name: object, where: str, *, wanted: str | None = None, usual: str | None = None, scored: bool = True
+    model: Any,
+    name: object,
+    where: str,
+    *,
+    tokenizer: Any = None,
+    wanted: str | None = None,
+    usual: str | None = None,
+    scored: bool = True,
 ) -> TaskKind:
-    """Return the kind that a trained model is for, by its head and its configuration. scored: by answers to rows.
+    """Return the kind that a trained model is for, by its head, its configuration and the tokenizer beside it.
+
+    scored: by answers to rows.
 
     wanted: the one that a user names. usual: the one that is taken where it and others fit, such as that of its run.
     Raises InputError where none fits, where several do, and where the one that is wanted does not.
@@ -48,6 +57,8 @@ def kind_of_model(
         kind for kind in kinds if kind.head == found and not (scored and kind.scored_by_loss) and kind.fits(config)
     ]
     asked = registry.get(wanted) if wanted is not None else None
+    if asked is None and all(kind.name != usual for kind in fitting):
+        fitting = [kind for kind in fitting if kind.claims(tokenizer)] or fitting
     for kind in fitting:
         if kind == asked or (asked is None and (len(fitting) == 1 or kind.name == usual)):
             return kind

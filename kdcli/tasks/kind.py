@@ -87,7 +87,7 @@ class TaskKind(ABC):
     usual_metrics: ClassVar[tuple[str, ...]]
     """Those that are reported where a recipe names none; the first one chooses checkpoints."""
     errors: ClassVar[frozenset[str]] = frozenset()
-    """Metrics where less is better; none of them can be the first."""
+    """Metrics where less is better; none of them can be the first where the first chooses checkpoints."""
     scored_by_loss: ClassVar[bool] = False
     """True where there is no metric: a student's only score is its distillation loss on held-out rows."""
     scored_by_outputs: ClassVar[bool] = True
@@ -101,6 +101,12 @@ class TaskKind(ABC):
     but fine-tuned by `[[finetune]]`, and handed over without a head that nothing trained."""
     inputs_change: ClassVar[bool] = False
     """True where inputs are drawn again in every epoch (dynamic masking): no output of the teacher may be cached."""
+    outputs_are_kept: ClassVar[bool] = True
+    """False where outputs are too large to be cached whole: a distribution over the vocabulary at each token."""
+    tokens_weigh_equally: ClassVar[bool] = False
+    """True where a step's loss is the mean over all its tokens, of all micro-batches and processes, however many an
+    example has. Batches then have weights of sum 1, which the trainer scales: `prediction_weights`, a row's of the
+    table of predictions, and `example_weights` (batch,), by which means over an example's tokens are averaged."""
     text_columns: ClassVar[tuple[str, ...]] = ()
     """The columns of rows that hold text, or lists of words, in their order; rows may lack some of them (the second
     text of a pair)."""
@@ -234,6 +240,13 @@ class TaskKind(ABC):
 
     def fits(self, config: Any) -> bool:
         """True when a model with this kind's head, by its configuration, was trained on such a task."""
+        return True
+
+    def claims(self, processor: Any) -> bool:
+        """False where a model beside this tokenizer is more likely one for another kind with the same head.
+
+        Only asked where neither a user nor a run says which.
+        """
         return True
 
     def align(self, model: Any, labels: Sequence[str], owner: "Owner", names: Sequence[str] | None = None) -> Any:

@@ -234,9 +234,10 @@ def _metrics(
     every, usual_ones = kind.metrics_for(labels)
     if wanted is None:
         return usual or usual_ones
-    fitting = [name for name in every if name not in kind.errors]
+    never_first = frozenset() if kind.chosen_by_loss else kind.errors
+    fitting = [name for name in every if name not in never_first]
     wrong = [name for name in wanted if name not in every]
-    if wrong or not wanted or wanted[0] in kind.errors:
+    if wrong or not wanted or wanted[0] in never_first:
         said = f"metrics names none of a {kind.name} task"
         if wanted:
             bad = wrong[0] if wrong else wanted[0]

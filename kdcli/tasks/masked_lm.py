@@ -1,25 +1,22 @@
 """Masked language modelling: plain text, of which a model predicts the masked tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from kdcli.data.columns import Column, Columns
 from kdcli.errors import InputError, cut
 from kdcli.models.heads import Head
-from kdcli.recipe.schema import Fraction, NonNegativeFloat, TaskSection
-from kdcli.tasks.kind import Encoded, Fields, TaskKind
+from kdcli.recipe.schema import Fraction, NonNegativeFloat
+from kdcli.tasks.kind import Encoded
+from kdcli.tasks.plain_text import PlainText, PlainTextFields
 from kdcli.words import counted
 
 if TYPE_CHECKING:
     import numpy as np
-    import pyarrow as pa
     from datasets import Dataset
     from torch import Tensor
 
-    from kdcli.objectives.distribution import Distribution
     from kdcli.signals import Prediction
     from kdcli.tasks.base import Task
 
@@ -37,12 +34,9 @@ MASKED_LM = Head(
 )
 
 
-class MaskingFields(Fields):
+class MaskingFields(PlainTextFields):
     """The column of text, and how many of its tokens are masked."""
 
-    text: str | list[str] | None = Field(
-        default=None, description="The text column of tables. Left out, the column named text."
-    )
     mask_probability: Fraction = Field(default=0.15, description="Share of the tokens that are masked.")
     mask_smoothing: NonNegativeFloat = Field(
         default=0.0,
@@ -50,20 +44,8 @@ class MaskingFields(Fields):
         "masked more often. 0 masks all alike; DistilBERT uses 0.7.",
     )
 
-    @field_validator("text")
-    @classmethod
-    def _one(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(value, list) and len(value) != 1:
-            raise ValueError("plain text takes one text column")
-        return value
 
-    @property
-    def column(self) -> str:
-        """The column of text."""
-        return self.text[0] if isinstance(self.text, list) else self.text or "text"
-
-
-class MaskedLM(TaskKind):
+class MaskedLM(PlainText):
     """Plain text in blocks; some tokens are masked, others in every epoch."""
 
     name = "text"
@@ -71,64 +53,19 @@ class MaskedLM(TaskKind):
     head = MASKED_LM
     fields = MaskingFields
     provides = frozenset({"vocabulary"})
-    text_columns = ("text",)
     metrics = usual_metrics = ("loss",)
     scored_by_loss = general = True
     answer = "words"
     ranks = True
     inputs_change = True
-    features = "blocks"
-
-    @property
-    def distribution(self) -> "Distribution":
-        from kdcli.objectives.distribution import Categorical
-
-        return Categorical()
-
-    def splits(self, section: TaskSection, fields: Any, base: Path, notes: list[str]) -> tuple[dict[str, Columns], str]:
-        from kdcli.data import documents
-
-        found, source = documents.read_documents(section, fields.column, base, notes)
-        return {name: {"text": Column.of(texts)} for name, texts in found.items() if texts or name == "train"}, source
-
-    def read(
-        self, columns: Columns, fields: Any, source: str, notes: list[str], labels: tuple[str, ...] | None = None
-    ) -> "tuple[pa.Table, tuple[str, ...]]":
-        from kdcli.data.tables import table_of
-
-        if not len(columns["text"]):
-            raise InputError(f"{source} has no text", where="task")
-        return table_of({"text": columns["text"]}), ()
-
-    def hold_out(self, rows: "pa.Table", fraction: float, seed: int) -> "tuple[pa.Table, pa.Table]":
-        """Return a seeded split of documents; of a few documents, of their paragraphs."""
-        from kdcli.data import documents
-        from kdcli.data.tables import table_of
-
-        found = documents.hold_out(rows.column("text").to_pylist(), fraction, seed)
-        return table_of({"text": found["train"]}), table_of({"text": found["validation"]})
-
-    def configure(self, labels: Sequence[str]) -> dict[str, Any]:
-        return {}
 
     def check(self, task: "Task", processor: Any, max_length: int) -> None:
         import torch
 
-        from kdcli.data.rows import values_of
-        from kdcli.tasks.packing import Masker, check_packing
-        from kdcli.tasks.parts import sets_of
+        from kdcli.tasks.packing import Masker
 
         Masker(processor, **_masking(task.fields), seed=0, counts=torch.ones(len(processor)))
-        for rows in (task.train, task.selection):
-            for part in sets_of(rows):
-                check_packing(values_of(part, "text"), processor, max_length)
-
-    def encode(self, rows: "Dataset", processor: Any, max_length: int) -> "Dataset":
-        """Return documents packed into blocks."""
-        from kdcli.data.rows import values_of
-        from kdcli.tasks.packing import pack
-
-        return pack(values_of(rows, "text"), processor, max_length)
+        super().check(task, processor, max_length)
 
     def collator(self, processor: Any) -> "Callable[[list[dict[str, Any]]], dict[str, Tensor]]":
         """Return the function from blocks whose tokens are masked already to a batch."""
@@ -147,9 +84,6 @@ class MaskedLM(TaskKind):
         # The held-out tokens that are masked are the same for every model and every seed.
         held = mask_once(held, Masker(processor, **masking, seed=0, counts=counts))
         return Encoded(train, held, TextCollator(processor, masker))
-
-    def examples(self, rows: "Dataset", processor: Any, max_length: int) -> int:
-        return len(self.encode(rows, processor, max_length))
 
     def drawn(self, fields: Any) -> dict[str, Any]:
         return fields.model_dump(include={"mask_probability", "mask_smoothing"})
@@ -176,16 +110,6 @@ class MaskedLM(TaskKind):
         return [Prediction(logits, weights, target, batch["masked_among_real"], row_weights(masked, *shape))]
 
     # Texts with masks in them
-
-    def inputs(self, fields: Any) -> dict[str, str]:
-        return {"text": fields.column}
-
-    def read_inputs(self, columns: Columns, fields: Any, source: str, notes: list[str]) -> "pa.Table":
-        import pyarrow as pa
-
-        from kdcli.tasks.text_inputs import read_texts
-
-        return pa.table(read_texts(columns, [fields.column], source))
 
     def replies(
         self, model: Any, rows: "Dataset", processor: Any, *, top: int | None = None, **options: Any

@@ -1,6 +1,6 @@
 """Outputs of a model for a whole data set."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,26 +29,31 @@ def predict(
     batch_size: int = 64,
     owner: str = "the model",
     device: str = "auto",
+    reduce: Callable[[Any, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
 ) -> Outputs:
     """Return a model's outputs in the data set's order, fp32; all of them finite.
 
     model: a PyTorch model, or anything called with the batch's inputs that returns an object with the outputs as
     attributes (an `OnnxModel`). per_token: each token has a row of its own. Batches are sorted by length inside; a
     PyTorch model is put in eval mode for the time. owner: what an error calls the model. device: where a PyTorch model
-    computes, "auto", "cpu" or "cuda" (as `train.device`); afterwards it is back where it was.
+    computes, "auto", "cpu" or "cuda" (as `train.device`); afterwards it is back where it was. reduce: makes of an
+    output and its batch what is kept in its place, by name, with a row an example: for what is too much to be held.
     Raises NotFiniteError when a number is NaN or infinite: metrics would hide it behind an argmax.
     """
     lengths, order = array_of(dataset, "length"), by_length(dataset)
-    found: dict[str, list[np.ndarray]] = {name: [] for name in outputs}
+    found: dict[str, list[np.ndarray]] = {}
     # Moved inside inference mode, a model could not be trained afterwards.
     with placed(model, device) as place, torch.inference_mode():
         for start in range(0, len(order), batch_size):
             # As PyTorch's loader reads them: all rows of a batch at once.
             batch = collator(dataset.__getitems__(order[start : start + batch_size].tolist()))
+            if reduce is not None:
+                batch = {name: tensor.to(place) for name, tensor in batch.items()}
             inputs = {name: tensor.to(place) for name, tensor in model_inputs(model, batch).items()}
             output = model(**inputs)
-            for name, parts in found.items():
-                parts.append(torch.as_tensor(getattr(output, name)).float().cpu().numpy())
+            kept = {name: getattr(output, name) for name in outputs} if reduce is None else reduce(output, batch)
+            for name, values in kept.items():
+                found.setdefault(name, []).append(torch.as_tensor(values).float().cpu().numpy())
     return {name: in_order(parts, order, lengths if per_token else None, owner) for name, parts in found.items()}
 
 

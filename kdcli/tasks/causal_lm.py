@@ -1,0 +1,72 @@
+"""Causal language modelling: plain text, of which a model predicts each next token."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kdcli.models.heads import CAUSAL_LM
+from kdcli.recipe.schema import TaskSection
+from kdcli.tasks.plain_text import PlainText, PlainTextFields
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+    from kdcli.signals import Prediction
+
+
+class CausalFields(PlainTextFields):
+    """The column of text."""
+
+    def check(self, task: TaskSection) -> None:
+        if task.test is not None:
+            raise ValueError("plain text has no test file; held-out text is scored: give it as validation")
+
+
+class CausalLM(PlainText):
+    """Plain text in blocks, with the end-of-text token between documents; every next token is predicted."""
+
+    name = "causal-lm"
+    title = "plain text, continued token by token"
+    head = CAUSAL_LM
+    fields = CausalFields
+    provides = frozenset({"labels", "vocabulary"})
+    metrics = usual_metrics = ("perplexity", "accuracy")
+    errors = frozenset({"perplexity"})
+    scored_by_outputs = False
+    outputs_are_kept = False
+    tokens_weigh_equally = True
+
+    def collator(self, processor: Any) -> "Callable[[list[dict[str, Any]]], dict[str, Tensor]]":
+        from kdcli.tasks.next_tokens import NextTokenCollator
+
+        return NextTokenCollator(processor)
+
+    def positions(self, batch: "Mapping[str, Tensor]", *, everywhere: bool = False) -> "Tensor":
+        """Return the positions whose next token is predicted, or all real ones."""
+        from kdcli.tasks.next_tokens import positions_of
+
+        return positions_of(batch, everywhere=everywhere)
+
+    def predictions(
+        self, output: Any, batch: "Mapping[str, Tensor]", *, everywhere: bool = False
+    ) -> "list[Prediction]":
+        """Return one table with a row a predicted token, or a real one, over the vocabulary."""
+        from kdcli.tasks.next_tokens import predictions_of
+
+        return predictions_of(output, batch, everywhere=everywhere)
+
+    def answers(self, model: Any, rows: "Dataset", processor: Any, *, max_length: int, ask: Any, **options: Any) -> Any:
+        """Return the losses of each block of all rows."""
+        from kdcli.tasks.next_tokens import losses_of
+
+        features = self.encode(rows, processor, max_length)
+        return losses_of(model, features, self.collator(processor), ask=ask, **options)
+
+    def score(self, answers: Any, rows: "Dataset", labels: Sequence[str], metrics: Sequence[str]) -> dict[str, float]:
+        from kdcli.tasks.next_tokens import scores_of
+
+        found = scores_of(answers)
+        return {name: found[name] for name in metrics}
+
+
+KIND = CausalLM()
