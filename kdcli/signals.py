@@ -94,11 +94,16 @@ class Signals:
     projections[(l, name)]: (teacher's width, student's), only of a student whose weights are projections of its
     teacher's: what the teacher gives there, times it, compares with the student.
     path: (scaled embedding output, predictions) for alpha = 1/K, ..., 1, where a gradient's path is asked for.
-    heads: number of attention heads.
+    heads: number of attention heads; kv_heads: of keys and values, where these are fewer: each belongs to as many
+    neighbouring heads of queries. causal: each token attends to those before it and to itself. score_cap: c of
+    c tanh(score / c), which some models make of their scores.
     """
 
     mask: Tensor
     heads: int
+    kv_heads: int | None = None
+    causal: bool = False
+    score_cap: float | None = None
     segments: Tensor | None = None
     predictions: list[Prediction] = field(default_factory=list)
     path: list[tuple[Tensor, list[Prediction]]] = field(default_factory=list)
@@ -111,11 +116,18 @@ class Signals:
     projections: Mapping[MatrixKey, Tensor] = field(default_factory=dict)
     _scores: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
+    def heads_of(self, name: str) -> int:
+        """Return how many heads queries, keys or values have."""
+        return self.kv_heads if self.kv_heads is not None and name in ("key", "value") else self.heads
+
     def split_heads(self, layer: int, name: str, heads: int | None = None) -> Tensor:
-        """Return a projection of block `layer` as (batch, heads, seq, head size), in fp32."""
+        """Return a projection of block `layer` as (batch, heads, seq, head size), in fp32.
+
+        heads: how many; left out, as many as it has, which are fewer for the keys and values of some models.
+        """
         x = self.matrices[(layer, name)].float()
         batch, seq, width = x.shape
-        heads = heads or self.heads
+        heads = heads or self.heads_of(name)
         return x.view(batch, seq, heads, width // heads).transpose(1, 2)
 
     def attention_scores(self, layer: int) -> Tensor:
@@ -126,6 +138,15 @@ class Signals:
         """
         if layer not in self._scores:
             query = self.split_heads(layer, "query")
-            key = self.split_heads(layer, "key")
-            self._scores[layer] = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2)
+            key = repeat_groups(self.split_heads(layer, "key"), self.heads)
+            scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2)
+            if self.score_cap is not None:
+                scores = (scores / self.score_cap).tanh() * self.score_cap
+            self._scores[layer] = scores
         return self._scores[layer]
+
+
+def repeat_groups(vectors: Tensor, heads: int) -> Tensor:
+    """Return keys or values (batch, groups, seq, head size) as each of `heads` heads of queries gets them."""
+    groups = vectors.shape[1]
+    return vectors if groups == heads else vectors.repeat_interleave(heads // groups, dim=1)

@@ -3,18 +3,31 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from kdcli.data.reviews import reviews
 from kdcli.models.families import FAMILIES
 from kdcli.models.scratch import train_tokenizer
 
-NAMES = sorted(FAMILIES)
+NAMES = sorted(name for name, family in FAMILIES.items() if not family.causal)
+"""Encoders."""
+
+DECODERS = sorted(name for name, family in FAMILIES.items() if family.causal)
 
 EXTRA: dict[str, dict[str, Any]] = {
     "albert": {"embedding_size": 16, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0},
     "electra": {"embedding_size": 16},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 16, "sliding_window": 4},
+    "gemma3_text": {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]},
+    "qwen3": {"head_dim": 16},
     "modernbert": {"local_attention": 6, "attention_dropout": 0.1, **FAMILIES["modernbert"].scratch},
     "mpnet": {"pad_token_id": 1},
     "roberta": {"type_vocab_size": 1},
@@ -37,9 +50,12 @@ def tokenizer() -> Any:
 def tiny(
     family: str, *, layers: int = 2, hidden: int = 32, labels: int = 2, seed: int = 0, **extra: Any
 ) -> PreTrainedModel:
-    """Return a random classifier of `family`, in eval mode: width 32, 4 heads, feed-forward width 64."""
+    """Return a random classifier, or causal language model, of `family`, in eval mode.
+
+    Its width is 32, its feed-forward width 64; it has 4 heads, of keys and values 2 where these may be fewer.
+    """
     sizes = FAMILIES[family].sizes
-    values = {
+    values: dict[str, Any] = {
         sizes.layers: layers,
         sizes.hidden: hidden,
         sizes.heads: 4,
@@ -49,9 +65,15 @@ def tiny(
         "num_labels": labels,
         "pad_token_id": 0,
     }
+    if sizes.kv_heads is not None:
+        values[sizes.kv_heads] = 2
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**values, **EXTRA.get(family, {}), **extra})
-    model = AutoModelForSequenceClassification.from_config(config).eval()
+    values |= EXTRA.get(family, {})
+    for name in set(sizes.by_block) & set(values):
+        values[name] = [values[name][layer % 2] for layer in range(layers)]
+    config = AutoConfig.for_model(family, **{**values, **extra})
+    auto = AutoModelForCausalLM if FAMILIES[family].causal else AutoModelForSequenceClassification
+    model = auto.from_config(config).eval()
     with torch.no_grad():
         # The usual initialisation makes tiny models nearly constant: too easy to agree with.
         for parameter in model.parameters():

@@ -1,6 +1,7 @@
 """Queries, keys and values as the attention function gets them: after rotation, after norms of their own."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 Note = Callable[[nn.Module, dict[str, Tensor], Tensor | None], None]
 """Called with the module, its "query", "key" and "value" (batch, heads, seq, head size), and its window.
 
-The window is (batch, 1, seq, seq), the keys that each query attends to; None where these are all real tokens.
+The queries are such that q k^T / sqrt(head size) are the scores, whatever else the module scales them by.
+The window is (batch, 1, seq, seq), the keys that each query attends to; None where these are all real tokens, or, in
+a causal model, all up to the query.
 """
 
 _NOTES: dict[nn.Module, Note] = {}
@@ -63,7 +66,7 @@ def _registered(plain: str) -> str:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
         if (note := _NOTES.get(module)) is not None:
-            vectors = {"query": query, "key": key, "value": value}
+            vectors = {"query": _scaled(query, kwargs.get("scaling")), "key": key, "value": value}
             note(module, vectors, _window(attention_mask, kwargs.get("sliding_window")))
         # Each family has an eager function of its own, beside its modules.
         function = shared or sys.modules[type(module).__module__].eager_attention_forward
@@ -73,6 +76,11 @@ def _registered(plain: str) -> str:
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain])
     return name
+
+
+def _scaled(query: Tensor, scaling: float | None) -> Tensor:
+    root = query.shape[-1] ** 0.5
+    return query if scaling is None or math.isclose(scaling * root, 1.0, rel_tol=1e-6) else query * (scaling * root)
 
 
 def _window(mask: Tensor | None, size: int | None) -> Tensor | None:

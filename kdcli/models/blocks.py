@@ -1,6 +1,6 @@
 """Views of a model: its blocks, their matrices, and the modules that give its hidden states."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,19 +41,34 @@ def module_at(model: "PreTrainedModel", path: str | None) -> "nn.Module | None":
     return module if path is not None else None
 
 
-def embeddings_of(model: "PreTrainedModel") -> "nn.Module":
-    """Return the module whose output is hidden[0], (batch, seq, hidden)."""
+def embeddings_of(model: "PreTrainedModel") -> "nn.Module | None":
+    """Return the module whose output is hidden[0], (batch, seq, hidden); None where no one module gives it."""
     family = family_of(model.config)
+    if family.embeddings is None:
+        return None
     return module_at(model, family.projection) or body_of(model).get_submodule(family.embeddings)
 
 
+def hook_embeddings(model: "PreTrainedModel", hook: "Callable[[Tensor], Tensor | None]") -> Any:
+    """Call `hook` with hidden[0] in every pass, and return the handle of the hook; what it returns takes its place.
+
+    Where no one module gives hidden[0], it is what the first block gets.
+    """
+    if (module := embeddings_of(model)) is not None:
+        return module.register_forward_hook(lambda module, inputs, output: hook(output))
+
+    def before(block: "nn.Module", inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        changed = hook(inputs[0])
+        return None if changed is None else (changed, *inputs[1:])
+
+    return block_of(model, 1).register_forward_pre_hook(before)
+
+
 def hidden_module(model: "PreTrainedModel", layer: int) -> "nn.Module":
-    """Return the module whose output is hidden[layer], (batch, seq, hidden), as the library numbers hidden states.
+    """Return the module whose output is hidden[layer] of a block 1..L, as the library numbers hidden states.
 
     Where a norm follows the last block, its output is the last hidden state.
     """
-    if layer == 0:
-        return embeddings_of(model)
     if layer == shape_of(model.config).layers and (norm := module_at(model, family_of(model.config).final_norm)):
         return norm
     return block_of(model, layer)

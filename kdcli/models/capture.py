@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kdcli.models.attention import configs_of, noting
-from kdcli.models.blocks import BlockMatrix, block_matrix, block_of, body_of, embeddings_of, hidden_module
+from kdcli.models.blocks import BlockMatrix, block_matrix, block_of, body_of, hidden_module, hook_embeddings
 from kdcli.models.families import family_of
 from kdcli.models.inputs import model_inputs
 from kdcli.models.overparam import linears_of
 from kdcli.models.projections import projections_of
-from kdcli.models.shape import shape_of
+from kdcli.models.shape import attention_of
 from kdcli.signals import MatrixKey, Prediction, Request, Signals
 from kdcli.tensors.parametrization import chain_of, tensors_of
 
@@ -56,7 +56,9 @@ class Capture:
         self.model = model
         self.request = request
         self.kind = kind
-        self.heads = shape_of(model.config).heads
+        self.attention = attention_of(model.config)
+        # Keys and values that nothing reads later take memory.
+        self._options = {"use_cache": False} if family_of(model.config).causal else {}
         self._active = False
         self._scale: float | None = None
         self._positions: Tensor | None = None
@@ -71,7 +73,7 @@ class Capture:
         self._projections: dict[nn.Module, dict[int, list[Any]]] = {}
         self._hooks: list[Any] = []
         if request.gradients:
-            self._hooks.append(embeddings_of(model).register_forward_hook(self._make_leaf))
+            self._hooks.append(hook_embeddings(model, self._make_leaf))
         layers = request.hidden | ({0} if request.gradients else frozenset())
         self._capture(layers)
         self._configs = configs_of(model) if self._projections else []
@@ -84,9 +86,11 @@ class Capture:
 
         def of_call(taps: dict[nn.Module, dict[int, list[Any]]], module: nn.Module, layer: int) -> list[Any]:
             # A block that is run L times is block l in its l-th call.
-            return taps.setdefault(module, {}).setdefault(max(layer, 1) if family.repeated else 1, [])
+            return taps.setdefault(module, {}).setdefault(layer if family.repeated else 1, [])
 
-        for layer in sorted(layers):
+        if 0 in layers:
+            self._hooks.append(hook_embeddings(model, self._keep_embeddings))
+        for layer in sorted(layers - {0}):
             of_call(self._outputs, hidden_module(model, layer), layer).append((self._hidden, layer, _output))
         for layer, name in sorted(self.request.matrices):
             if family.at_function and name in ("query", "key", "value"):
@@ -103,6 +107,11 @@ class Capture:
             of_call(self._outputs, matrix.module, layer).append((self._linear, (layer, name), both))
         self._hooks.append(body_of(model).register_forward_pre_hook(lambda module, inputs: self._calls.clear()))
         self._hooks += [module.register_forward_hook(self._keep_output) for module in self._outputs]
+
+    def _keep_embeddings(self, output: Tensor) -> None:
+        if self._active:
+            self._hidden[0] = output
+            self._end_when_complete()
 
     def _keep_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._active:
@@ -123,7 +132,7 @@ class Capture:
         if self._may_stop and sum(map(len, self._wanted)) == self._expected:
             raise _Complete
 
-    def _make_leaf(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+    def _make_leaf(self, output: Tensor) -> Tensor | None:
         if not self._active:
             return None
         if not output.requires_grad:
@@ -163,7 +172,7 @@ class Capture:
             path = list(self._path(inputs, batch, output)) if self.request.path > 1 and output is not None else []
         return Signals(
             mask=batch["attention_mask"],
-            heads=self.heads,
+            **self.attention,
             segments=batch.get("segments"),
             predictions=output or [],
             hidden=dict(self._hidden),
@@ -192,9 +201,11 @@ class Capture:
             return None
         if not logits:
             with contextlib.suppress(_Complete):
-                body_of(self.model)(**inputs)
+                body_of(self.model)(**inputs, **self._options)
             return None
-        return self.kind.predictions(self.model(**inputs), batch, everywhere=self.request.all_positions)
+        return self.kind.predictions(
+            self.model(**inputs, **self._options), batch, everywhere=self.request.all_positions
+        )
 
     def _path(
         self, inputs: dict[str, Tensor], batch: Mapping[str, Tensor], plain: list[Prediction]

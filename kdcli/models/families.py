@@ -23,11 +23,17 @@ MATRICES = ("query", "key", "value", "attention_output", "ffn_in", "ffn_gate", "
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear map inside a block: a module, or share `part` of `parts` equal shares of a fused module's output."""
+    """A linear map inside a block: a module, or share `part` of the `parts` of a fused module's output.
+
+    by_head: the shares are not one after the other, but all those of a head are, head by head. transposed: the module
+    holds its weight as (in, out).
+    """
 
     path: str
     part: int = 0
     parts: int = 1
+    by_head: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,10 @@ class SizeNames:
     """What a family's configuration calls its sizes.
 
     types: how many token types there are; None where the model takes none. embedding: the width of the embeddings,
-    where it may differ from the blocks'. as_hidden: further fields that are as wide as the blocks. by_block: lists
-    with one entry a block.
+    where it may differ from the blocks'. kv_heads: how many heads keys and values have, where these may be fewer.
+    head: the width of one head, where it may be another than hidden / heads. as_hidden: further fields that are as wide
+    as the blocks. by_block: lists with one entry a block. A configuration without an `intermediate` has one of four
+    times the hidden size.
     """
 
     layers: str = "num_hidden_layers"
@@ -47,6 +55,8 @@ class SizeNames:
     positions: str = "max_position_embeddings"
     types: str | None = "type_vocab_size"
     embedding: str | None = None
+    kv_heads: str | None = None
+    head: str | None = None
     as_hidden: tuple[str, ...] = ()
     by_block: tuple[str, ...] = ()
 
@@ -55,14 +65,17 @@ class SizeNames:
 class Family:
     """One family: paths inside a model's body (`model.bert`, ...), inside a block, and inside its configuration.
 
-    name: the library's `model_type`. embeddings: the module whose output is hidden[0]; projection: one after it,
-    present only when the embeddings are narrower than the blocks, whose output takes that place.
+    name: the library's `model_type`. embeddings: the module whose output is hidden[0], or None where no
+    one module gives what the first block gets; projection: one after it, present only when the embeddings are narrower
+    than the blocks, whose output takes that place.
     final_norm: a norm after the last block; the library's last hidden states are after it, and so are kdcli's.
     repeated: True where one block's weights are run `layers` times; one_of: fields that must then be 1.
     after_first: a module that some models have between their first and second block.
     first_only: weights that every block but the first has.
     attention: "disentangled" and "relative-bias" add terms of positions to q k^T; at_function: whether queries, keys
     and values pass through the library's attention interface, as they are compared there (after rotation, for example).
+    causal: each token attends to those before it and to itself. score_cap: a field with the largest size of attention
+    scores, which a hyperbolic tangent keeps them below.
     rotary: heads have an even width. first_position: "after-padding" where positions are counted from the padding
     token's id on. positions_if: a field that says whether the model has positions of its own. padding: the id that
     its code takes for the padding token's, whatever its configuration says. scratch: what a configuration from
@@ -79,7 +92,7 @@ class Family:
     ffn_in: Matrix
     ffn_out: Matrix
     ffn_gate: Matrix | None = None
-    embeddings: str = "embeddings"
+    embeddings: str | None = "embeddings"
     word_embeddings: str = "embeddings.word_embeddings"
     projection: str | None = None
     final_norm: str | None = None
@@ -89,6 +102,8 @@ class Family:
     first_only: tuple[str, ...] = ()
     attention: Attention = "dot-product"
     at_function: bool = True
+    causal: bool = False
+    score_cap: str | None = None
     rotary: bool = False
     sizes: SizeNames = SizeNames()
     first_position: Literal["zero", "after-padding"] = "zero"
@@ -151,6 +166,29 @@ _ROBERTA: dict[str, Any] = {
     **_BERT,
     "first_position": "after-padding",
     "scratch": MappingProxyType({"type_vocab_size": 2}),
+}
+
+
+_LLAMA: dict[str, Any] = {
+    "blocks": "layers",
+    "query": Matrix("self_attn.q_proj"),
+    "key": Matrix("self_attn.k_proj"),
+    "value": Matrix("self_attn.v_proj"),
+    "attention_output": Matrix("self_attn.o_proj"),
+    "ffn_in": Matrix("mlp.up_proj"),
+    "ffn_gate": Matrix("mlp.gate_proj"),
+    "ffn_out": Matrix("mlp.down_proj"),
+    "embeddings": "embed_tokens",
+    "word_embeddings": "embed_tokens",
+    "final_norm": "norm",
+    "causal": True,
+    "rotary": True,
+    "sizes": SizeNames(types=None, kv_heads="num_key_value_heads", head="head_dim"),
+}
+
+_BY_LAYER: dict[str, Any] = {
+    **_LLAMA,
+    "sizes": SizeNames(types=None, kv_heads="num_key_value_heads", head="head_dim", by_block=("layer_types",)),
 }
 
 
@@ -248,6 +286,12 @@ FAMILIES: dict[str, Family] = {
             sizes=SizeNames(types=None, by_block=("layer_types",)),
             scratch=MappingProxyType(dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))),
         ),
+        Family("llama", "Llama", **_LLAMA),
+        Family("mistral", "Mistral", **_LLAMA),
+        Family("qwen2", "Qwen2", **_BY_LAYER),
+        Family("qwen3", "Qwen3", **_BY_LAYER),
+        Family("gemma2", "Gemma 2", **_BY_LAYER, score_cap="attn_logit_softcapping"),
+        Family("gemma3_text", "Gemma 3 (text)", **_BY_LAYER),
     )
 }
 """The package's own families by name."""

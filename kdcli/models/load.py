@@ -176,7 +176,7 @@ def load_model(
 
 def _config_of(checkpoint: Checkpoint) -> "PretrainedConfig":
     config = _plain_config(checkpoint.config, checkpoint.name)
-    if config.pad_token_id is None:
+    if config.pad_token_id is None and not family_of(config).causal:
         config.pad_token_id = _padding_of(checkpoint.name, checkpoint.revision)
     return config
 

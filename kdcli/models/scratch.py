@@ -98,6 +98,12 @@ def build_scratch(
     }
     if names.embedding is not None:
         sizes[names.embedding] = section.hidden_size
+    if names.kv_heads is not None:
+        sizes[names.kv_heads] = section.heads
+    if names.head is not None:
+        sizes[names.head] = section.hidden_size // section.heads
+    if family.causal:
+        sizes |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family.name, **sizes, **settings)
     return head.auto_class().from_config(config).eval(), tokenizer

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import InputError
 from kdcli.models.families import family_of
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class ModelShape:
     """Sizes of a transformer: blocks, widths, heads, vocabulary, positions.
 
+    kv_heads: heads of keys and values, each shared by heads / kv_heads heads of queries. head: the width of a head.
     gated: whether blocks have a gate. embedding: the width of a text's embedding; None for a model that gives none.
     """
 
@@ -23,6 +24,8 @@ class ModelShape:
     layers: int
     hidden: int
     heads: int
+    kv_heads: int
+    head: int
     intermediate: int
     vocab: int
     max_positions: int
@@ -45,17 +48,35 @@ def shape_of(config: "PretrainedConfig") -> ModelShape:
     """Return the sizes that a configuration says. Raises InputError for an unknown family."""
     family = family_of(config)
     names = family.sizes
+    hidden, heads = getattr(config, names.hidden), getattr(config, names.heads)
     return ModelShape(
         family=family.name,
         layers=getattr(config, names.layers),
-        hidden=getattr(config, names.hidden),
-        heads=getattr(config, names.heads),
-        intermediate=getattr(config, names.intermediate),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=_given(config, names.kv_heads) or heads,
+        head=_given(config, names.head) or hidden // heads,
+        intermediate=_given(config, names.intermediate) or 4 * hidden,
         vocab=getattr(config, names.vocabulary),
         max_positions=getattr(config, names.positions),
         gated=family.ffn_gate is not None,
-        embedding=_embedding(config, getattr(config, names.hidden)),
+        embedding=_embedding(config, hidden),
     )
+
+
+def _given(config: "PretrainedConfig", name: str | None) -> int | None:
+    return getattr(config, name, None) if name is not None else None
+
+
+def attention_of(config: "PretrainedConfig") -> dict[str, Any]:
+    """Return what `Signals` says of a model's attention: its heads, and what its scores are formed like."""
+    shape, family = shape_of(config), family_of(config)
+    return {
+        "heads": shape.heads,
+        "kv_heads": shape.kv_heads,
+        "causal": family.causal,
+        "score_cap": getattr(config, family.score_cap) if family.score_cap is not None else None,
+    }
 
 
 def _embedding(config: "PretrainedConfig", hidden: int) -> int | None:

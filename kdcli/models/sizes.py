@@ -28,6 +28,8 @@ def check_sizes(config: Mapping[str, Any], family: Family, path: str) -> None:
     for kind, common in _COMMON.items():
         names = dict.fromkeys((getattr(family.sizes, kind), common))
         given = [name for name in names if name in config]
+        if kind == "intermediate" and family.causal and all(config.get(name) is None for name in names):
+            continue
         if not given:
             raise InputError(f"{path} has no {next(iter(names))}", hint="write the model's own into it")
         for name in given:
@@ -37,7 +39,7 @@ def check_sizes(config: Mapping[str, Any], family: Family, path: str) -> None:
         raise InputError(
             f"{path} has no {own.vocabulary}", hint="write the rows of the model's word embeddings into it"
         )
-    for name in (own.vocabulary, own.positions, own.embedding, "num_labels", own.types):
+    for name in (own.vocabulary, own.positions, own.embedding, "num_labels", own.types, own.kv_heads, own.head):
         if name is not None and (config.get(name) is not None or name == own.vocabulary):
             _check(config, name, path, least=0 if name == own.types else 1)
     for name in ("num_labels", own.positions):
@@ -50,6 +52,16 @@ def check_sizes(config: Mapping[str, Any], family: Family, path: str) -> None:
                 "that is repeated"
             )
     hidden, heads = (_size(config, family, kind) for kind in ("hidden", "heads"))
+    groups = config.get(own.kv_heads) if own.kv_heads is not None else None
+    if groups is not None and heads[1] % groups:
+        raise InputError(
+            f"{path}: {heads[0]} {heads[1]:,} is not divisible by {own.kv_heads} {groups:,}",
+            hint=f"correct {own.kv_heads}: each head of keys and values is shared by as many heads of queries",
+        )
+    width = config.get(own.head) if own.head is not None else None
+    if width is not None:
+        check_heads(family, width * heads[1], heads[1], f"{path}: {own.head}")
+        return
     if hidden[1] % heads[1]:
         raise InputError(
             f"{path}: {hidden[0]} {hidden[1]:,} is not divisible by {heads[0]} {heads[1]:,}",
@@ -64,7 +76,7 @@ def check_heads(family: Family, hidden: int, heads: int, where: str) -> None:
         raise InputError(
             f"{counted(heads, 'head')} of {hidden // heads} features: {family.title} rotates pairs of features",
             where=where,
-            hint="choose sizes whose quotient is even",
+            hint="choose sizes that give heads an even width",
         )
 
 

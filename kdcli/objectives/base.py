@@ -1,6 +1,7 @@
 """What an objective sees: the signals of a forward pass, and what it asks a forward pass to capture."""
 
 from collections.abc import Iterable, Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -72,12 +73,15 @@ def own_keys(mask: Tensor, segments: Tensor | None = None, window: Tensor | None
 
 
 def common_window(*sides: tuple[Signals, Iterable[int]]) -> Tensor | None:
-    """Return the keys that all of these blocks attend to, (batch, 1, seq, seq); None where these are all real tokens.
+    """Return the keys that all these blocks attend to, (batch or 1, 1, seq, seq); None where these are all real ones.
 
-    sides: the signals of a model, and its blocks.
+    sides: the signals of a model, and its blocks; without any, only whether its tokens attend to later ones counts.
     """
     windows = [signals.windows[layer] for signals, layers in sides for layer in layers if layer in signals.windows]
-    return torch.stack(windows).all(0) if windows else None
+    if causal := [signals.mask for signals, _ in sides if signals.causal]:
+        seq = causal[0].shape[1]
+        windows.append(torch.ones(1, 1, seq, seq, dtype=torch.bool, device=causal[0].device).tril())
+    return reduce(torch.logical_and, windows) if windows else None
 
 
 def key_bias(keys: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from kdcli.objectives.base import Objective, common_window, key_bias, own_keys, times
 from kdcli.objectives.hidden import token_mse
-from kdcli.signals import Request, Signals
+from kdcli.signals import Request, Signals, repeat_groups
 
 Relation = tuple[str, str]
 """(rows, columns): names of two projections; ("value", "value") is MiniLM's value relation."""
@@ -127,7 +127,8 @@ def relation_kl(
 class RelationObjective(Objective):
     """Weighted sum over relations of their KL divergence, mean over pairs (student block, teacher block).
 
-    heads: number of relation heads; None takes the models' own, which must be the same number (MiniLM).
+    heads: number of relation heads; None takes the models' own, which must be the same number (MiniLM): of keys and
+    values these may be fewer than of queries. A relation of keys or of values alone is then one of narrower vectors.
     relations: weight of each (rows, columns). ("query", "key") with the models' own heads is the attention
     distribution of a model with plain dot-product attention.
     """
@@ -159,26 +160,48 @@ class RelationObjective(Objective):
         return self._wants(t for _, t in self.pairs)
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
-        if self.heads is None and student.heads != teacher.heads:
-            raise ValueError(
-                f"heads of their own can be compared in equal numbers, not {student.heads}, {teacher.heads}"
-            )
         total = torch.zeros((), device=student.mask.device)
         for s, t in self.pairs:
-            for (rows, columns), weight in self.relations.items():
-                same = rows == columns
-                window = common_window((student, [s]), (teacher, [t])) if (rows, columns) == ATTENTION else None
+            for relation, weight in self.relations.items():
+                attends = relation == ATTENTION
+                own, others = _heads_of(student, relation), _heads_of(teacher, relation)
+                if self.heads is None and own != others:
+                    raise ValueError(f"heads of their own can be compared in equal numbers, not {own}, {others}")
+                rows, columns = _sides_of(student, s, relation)
+                teacher_rows, teacher_columns = _sides_of(teacher, t, relation)
                 total = total + weight * relation_kl(
-                    student.matrices[(s, rows)],
-                    teacher.matrices[(t, rows)],
+                    rows,
+                    teacher_rows,
                     student.mask,
-                    self.heads or student.heads,
-                    student_columns=None if same else student.matrices[(s, columns)],
-                    teacher_columns=None if same else teacher.matrices[(t, columns)],
+                    self.heads or own,
+                    student_columns=columns,
+                    teacher_columns=teacher_columns,
                     segments=student.segments,
-                    window=window,
+                    window=common_window((student, [s] * attends), (teacher, [t] * attends)),
                 )
         return total / len(self.pairs)
+
+
+def _heads_of(signals: Signals, relation: Relation) -> int:
+    """Return how many heads both sides of a relation have: of two that differ, the more."""
+    return max(map(signals.heads_of, relation))
+
+
+def _sides_of(signals: Signals, layer: int, relation: Relation) -> tuple[Tensor, Tensor | None]:
+    """Return rows and columns of a relation, (batch, seq, width); None for columns that are the rows.
+
+    Where one side has fewer heads, each of them stands beside every head of the other that it belongs to.
+    """
+    rows, columns = (signals.matrices[(layer, name)] for name in relation)
+    if relation[0] == relation[1]:
+        return rows, None
+    heads = _heads_of(signals, relation)
+    return tuple(  # type: ignore[return-value]
+        side
+        if signals.heads_of(name) == heads
+        else repeat_groups(signals.split_heads(layer, name), heads).transpose(1, 2).flatten(2)
+        for side, name in zip((rows, columns), relation, strict=True)
+    )
 
 
 class DirectRelationObjective(Objective):

@@ -21,7 +21,7 @@ from kdcli.models.blocks import block_matrix
 from kdcli.models.capture import Capture
 from kdcli.models.finite import NotFiniteError
 from kdcli.models.hashing import hash_of_dataset, hash_of_model
-from kdcli.models.shape import shape_of
+from kdcli.models.shape import attention_of, shape_of
 from kdcli.signals import MatrixKey, Request, Signals
 from kdcli.tasks.predict import by_length, in_order, placed
 from kdcli.terminal import tell
@@ -83,14 +83,15 @@ def layout_of(teacher: "PreTrainedModel", request: Request, dtype: Literal["fp32
 class KeptStates:
     """A teacher's states on disk: of every training row its real tokens.
 
-    starts: (rows,), the tokens before each training row's, in the order of the rows. heads: of the teacher.
+    starts: (rows,), the tokens before each training row's, in the order of the rows. attention: what signals say of the
+    teacher's.
     bands: of each block with a window how many keys a query attends to before and after itself.
     """
 
     path: Path
     layout: Layout
     starts: np.ndarray
-    heads: int
+    attention: dict[str, Any]
     bands: dict[int, tuple[int, int]]
 
     @cached_property
@@ -140,7 +141,7 @@ class KeptStates:
         read = partial(self.read, batch=batch)
         return Signals(
             mask=mask,
-            heads=self.heads,
+            **self.attention,
             segments=batch.get("segments"),
             hidden=_Lazily([key for key in keys if isinstance(key, int)], read),
             matrices=_Lazily([key for key in keys if not isinstance(key, int)], read),
@@ -229,8 +230,8 @@ def keep_states(
 
     main_does(make)
     bands = agree(json.loads((folder / RECORD).read_text(encoding="utf-8"))["bands"])
-    heads = shape_of(teacher.config).heads
-    return KeptStates(folder / TABLE, layout, starts, heads, {int(key): tuple(band) for key, band in bands.items()})
+    attention = attention_of(teacher.config)
+    return KeptStates(folder / TABLE, layout, starts, attention, {int(key): tuple(band) for key, band in bands.items()})
 
 
 def _sealed(content: dict[str, Any]) -> dict[str, Any]:
