@@ -59,9 +59,12 @@ class Limits:
     score: float | None = None
     retention: float | None = None
 
-    def gates(self, metric: str, score: float, retention: float | None) -> list[Gate]:
-        """Return the gates on a score of this metric, and on the share of the teacher's score that it is."""
-        found = [Gate("score", score, self.score, label=metric)] if self.score is not None else []
+    def gates(self, metric: str, score: float, retention: float | None, *, error: bool = False) -> list[Gate]:
+        """Return the gates on a score of this metric, and on the share of the teacher's score that is kept.
+
+        error: whether less is better, so that the limit of the score is the most that it may be.
+        """
+        found = [Gate("score", score, self.score, at_most=error, label=metric)] if self.score is not None else []
         if self.retention is not None:
             found.append(Gate("retention", retention, self.retention))
         return found

@@ -140,7 +140,7 @@ def evaluate(
     from kdcli.tasks.base import Owner
     from kdcli.tasks.heads import check_head, kind_of_model, typed_for
     from kdcli.tasks.load import load_rows, load_task
-    from kdcli.tasks.metrics import shown
+    from kdcli.tasks.metrics import is_error, retention_of, shown
 
     contestant, tokenizer = load_contestant(choice.model)
     # What a user says that the outputs of a model are called.
@@ -203,7 +203,7 @@ def evaluate(
     document["score"] = score
     if teacher is not None:
         document["teacher_score"] = scores["teacher"]
-        document["retention"] = score / scores["teacher"] if scores["teacher"] > 0 else None
+        document["retention"] = retention_of(loaded.primary, score, scores["teacher"])
     table = Table("", *models, title=f"{loaded.name}: {choice.model}")
     for name, metrics in document["metrics"].items():
         for metric, value in metrics.items():
@@ -215,6 +215,6 @@ def evaluate(
         cells = [shown(metric, values[metric]) for values in means.values()]
         table.add_row(f"{metric} (mean of {len(loaded.report)} sets)", *cells)
     limits = Limits(fail_under, fail_under_retention)
-    gates = limits.gates(loaded.primary, score, document.get("retention"))
+    gates = limits.gates(loaded.primary, score, document.get("retention"), error=is_error(loaded.primary))
     emit({**document, "gates": [gate.to_json() for gate in gates]}, table=table, as_json=as_json)
     return settle(gates)

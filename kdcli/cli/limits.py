@@ -15,7 +15,9 @@ def finite(value: float | None) -> float | None:
 
 FailUnder = Annotated[
     float | None,
-    typer.Option("--fail-under", callback=finite, help="Exit with 1 when the score is below (0 to 1)."),
+    typer.Option(
+        "--fail-under", callback=finite, help="Exit with 1 when the score is below (0 to 1); a perplexity, above."
+    ),
 ]
 FailUnderRetention = Annotated[
     float | None,

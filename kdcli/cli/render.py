@@ -69,7 +69,7 @@ def _after_finetuning(result: "Result", loss: "Loss") -> Table:
     for name in names:
         table.add_column("from scratch" if name == "scratch" else name, justify="right")
     for tuned in result.finetune:
-        cells = [_mean_score(tuned.scores.get(name, [])) for name in names]
+        cells = [_mean_score(tuned.metric, tuned.scores.get(name, [])) for name in names]
         table.add_row(f"{tuned.metric} ({tuned.task})", *cells)
     empty = [""] * (len(names) - 2)
     sides = [side for side in (result.teacher, result.student) if side is not None]
@@ -82,10 +82,12 @@ def _after_finetuning(result: "Result", loss: "Loss") -> Table:
     return table
 
 
-def _mean_score(values: list[float]) -> str:
+def _mean_score(metric: str, values: list[float]) -> str:
+    from kdcli.tasks.metrics import shown
+
     if not values:
         return ""
-    return f"{100 * mean(values):.2f}" + (f" +- {100 * stdev(values):.2f}" if len(values) > 1 else "")
+    return shown(metric, mean(values)) + (f" +- {shown(metric, stdev(values))}" if len(values) > 1 else "")
 
 
 def plan(plan: "Plan") -> Table:

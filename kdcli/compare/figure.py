@@ -5,6 +5,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kdcli.tasks.metrics import factor_of, is_error
 from kdcli.terminal import visible
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def drawn(report: "Report") -> "Figure":
 
 @dataclass(frozen=True)
 class Point:
-    """A student: its number in the table, millions of parameters, mean and standard deviation in hundredths.
+    """A student: its number in the table, millions of parameters, mean and standard deviation as they are shown.
 
     seeds: how many scores these are of; std: None for a single one.
     """
@@ -92,8 +93,8 @@ def points_of(block: "Block") -> list[Point]:
             number,
             visible(row.label),
             row.parameters / 1e6,
-            100 * row.summary.mean,
-            100 * row.summary.std if row.summary.std is not None else None,
+            factor_of(block.metric) * row.summary.mean,
+            factor_of(block.metric) * row.summary.std if row.summary.std is not None else None,
             row.summary.count,
             row.label == block.baseline,
         )
@@ -126,7 +127,7 @@ def draw_panel(panel: Any, block: "Block", height: float) -> None:
     """
     panel.set_title(visible(f"{block.title} ({block.metric})" if block.metric else block.title), parse_math=False)
     panel.set_xlabel("parameters at inference (millions)")
-    panel.set_ylabel("score x 100")
+    panel.set_ylabel(f"{block.metric} (less is better)" if is_error(block.metric) else "score x 100")
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis="y", color="0.9", linewidth=0.6)
     panel.set_axisbelow(True)
@@ -136,9 +137,8 @@ def draw_panel(panel: Any, block: "Block", height: float) -> None:
         return
     marks = [_Mark.of(point) for point in points]
     if block.teacher_score is not None and block.teacher_parameters is not None:
-        marks.append(
-            _Mark("teacher", block.teacher_parameters / 1e6, 100 * block.teacher_score, None, "*", "black", "black", 12)
-        )
+        score = factor_of(block.metric) * block.teacher_score
+        marks.append(_Mark("teacher", block.teacher_parameters / 1e6, score, None, "*", "black", "black", 12))
     sizes = [mark.size for mark in marks]
     margin = 0.1 * ((max(sizes) - min(sizes)) or max(sizes))
     panel.set_xlim(min(sizes) - margin, max(sizes) + margin)

@@ -16,6 +16,7 @@ from kdcli.distill.record import FinishedRun
 from kdcli.evaluation.result import Metrics
 from kdcli.files import remove_leftovers, write_bytes, write_json, write_text
 from kdcli.markdown import escaped, table_row
+from kdcli.tasks.metrics import is_error, retention_of, shown
 from kdcli.words import counted
 
 AVERAGE = "average"
@@ -94,7 +95,11 @@ class Block:
         """The table of the scores on each of several sets, its heading first; empty where there is one set."""
         names = list(dict.fromkeys(name for row in self.rows for name in row.sets))
         scored = [("teacher", self.teacher_sets), *((row.label, row.sets) for row in self.rows)]
-        cells = [[label, *(_hundredths(sets.get(name)) for name in names)] for label, sets in scored if sets]
+        cells = [
+            [label, *(shown(self.metric, sets[name]) if name in sets else "" for name in names)]
+            for label, sets in scored
+            if sets
+        ]
         return [["", *names], *cells] if names else []
 
     def finish(self) -> "Block":
@@ -106,8 +111,8 @@ class Block:
                 row.difference = paired_difference(row.scores, by_label[self.baseline].scores)
             if (plain := by_label.get(row.entry.plain or "")) is not None:
                 row.to_plain = paired_difference(row.scores, plain.scores)
-            if row.summary is not None and self.teacher_score is not None and self.teacher_score > 0:
-                row.retention = row.summary.mean / self.teacher_score
+            if row.summary is not None and self.teacher_score is not None:
+                row.retention = retention_of(self.metric, row.summary.mean, self.teacher_score)
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -168,9 +173,9 @@ class Report:
         lines = [
             "# Comparison",
             "",
-            f"{said_seeds(self.seeds)}. Scores are means over seeds, in hundredths, with their standard deviation"
-            " (n - 1); differences are paired by seed, with the 95 % t interval of their mean. `kept` is the share of"
-            " the teacher's score; seconds are those of training.",
+            f"{said_seeds(self.seeds)}. Scores are means over seeds, {_unit(self.blocks)}, with their standard"
+            " deviation (n - 1); differences are paired by seed, with the 95 % t interval of their mean. `kept` is the"
+            " share of the teacher's score; seconds are those of training.",
             "",
             *(f"- {escaped(task)}: {escaped(words)}" for task, words in self.terms.items()),
             "",
@@ -361,6 +366,9 @@ def _average(blocks: list[Block], seeds: list[int]) -> Block | None:
     labels = [row.label for row in blocks[0].rows if row.label in common]
     if len(blocks) < 2 or blocks[0].baseline not in common or len({block.baseline for block in blocks}) > 1:
         return None
+    if any(is_error(block.metric) for block in blocks):
+        # Numbers of different units have no mean.
+        return None
     rows = []
     for label in labels:
         parts = [next(row for row in block.rows if row.label == label) for block in blocks]
@@ -438,15 +446,16 @@ def _fields(name: str, difference: Difference | None) -> dict[str, float | None]
 
 def _cells(block: Block, seeds: int) -> Iterable[dict[str, str]]:
     """Yield {column: text} of each row, the teacher first; what is left out is empty."""
-    score = f"{100 * block.teacher_score:.2f}" if block.teacher_score is not None else ""
+    metric = block.metric
+    score = shown(metric, block.teacher_score) if block.teacher_score is not None else ""
     kept = "100.0%" if block.teacher_score is not None and block.teacher_score > 0 else ""
     yield {"": "teacher", "score": score, "kept": kept, "at inference": _count(block.teacher_parameters)}
     for row in block.rows:
         yield {
             "": row.label,
-            "score": _score(row.summary, seeds),
-            "difference": difference_text(row.difference) if row.label != block.baseline else "baseline",
-            TO_PLAIN: difference_text(row.to_plain),
+            "score": _score(metric, row.summary, seeds),
+            "difference": difference_text(metric, row.difference) if row.label != block.baseline else "baseline",
+            TO_PLAIN: difference_text(metric, row.to_plain),
             "kept": f"{row.retention:.1%}" if row.retention is not None else "",
             "parameters in training": _count(row.trained),
             "at inference": _count(row.parameters),
@@ -454,25 +463,31 @@ def _cells(block: Block, seeds: int) -> Iterable[dict[str, str]]:
         }
 
 
-def _score(summary: Summary | None, seeds: int) -> str:
+def _score(metric: str, summary: Summary | None, seeds: int) -> str:
     if summary is None:
         return "no result"
-    spread = f" ± {100 * summary.std:.2f}" if summary.std is not None else ""
-    return f"{100 * summary.mean:.2f}{spread}" + (f" ({summary.count} of {seeds})" if summary.count < seeds else "")
+    spread = f" ± {shown(metric, summary.std)}" if summary.std is not None else ""
+    return f"{shown(metric, summary.mean)}{spread}" + (
+        f" ({summary.count} of {seeds})" if summary.count < seeds else ""
+    )
 
 
-def difference_text(difference: Difference | None) -> str:
-    """Return a mean difference of 100 with its 95 % interval; nothing where there is none."""
+def difference_text(metric: str, difference: Difference | None) -> str:
+    """Return a mean difference as the metric is shown, with its 95 % interval; nothing where there is none."""
     if difference is None:
         return ""
-    text = f"{100 * difference.mean:+.2f}"
-    if difference.low is None or difference.high is None:
-        return text
-    return f"{text} [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
+    mean, *interval = (
+        shown(metric, value) if value < 0 else f"+{shown(metric, value)}"
+        for value in (difference.mean, difference.low, difference.high)
+        if value is not None
+    )
+    return f"{mean} [{', '.join(interval)}]" if interval else mean
 
 
-def _hundredths(score: float | None) -> str:
-    return "" if score is None else f"{100 * score:.2f}"
+def _unit(blocks: Iterable[Block]) -> str:
+    """Return the unit of the scores, in words."""
+    errors = [name for name in dict.fromkeys(block.metric for block in blocks) if is_error(name)]
+    return "in hundredths" + (f" ({', '.join(errors)}: as it is, less is better)" if errors else "")
 
 
 def _count(number: int | None) -> str:

@@ -7,7 +7,7 @@ from kdcli.evaluation.result import Loss, described_set
 from kdcli.markdown import code, escaped, table_row
 from kdcli.models.heads import Head
 from kdcli.tasks.heads import head_named
-from kdcli.tasks.metrics import shown
+from kdcli.tasks.metrics import is_error, shown
 from kdcli.words import counted
 
 
@@ -45,7 +45,11 @@ def _scored_card(record: FinishedRun) -> str:
     head = head_named(record.student_head)
     loading = _loading(head, plain=record.is_plain)
     retention = result.retention
-    kept = f"\nThe student keeps {retention:.1%} of the teacher's {result.primary}.\n" if retention is not None else ""
+    kept = ""
+    if retention is not None and is_error(result.primary):
+        kept = f"\nThe student's {result.primary} is {1 / retention:.1%} of the teacher's; less is better.\n"
+    elif retention is not None:
+        kept = f"\nThe student keeps {retention:.1%} of the teacher's {result.primary}.\n"
     return f"""{_front_matter(method.name, head, plain=record.is_plain)}
 # {escaped(record.name)}
 
@@ -133,7 +137,7 @@ def _general_card(record: FinishedRun, loss: Loss) -> str:
             [
                 f"{scores.metric} ({escaped(scores.task)})",
                 name,
-                f"{100 * value:.2f}",
+                shown(scores.metric, value),
                 str(len(scores.scores[name])),
             ]
         )

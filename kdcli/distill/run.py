@@ -29,6 +29,7 @@ from kdcli.gates import Gate, Limits, exit_code_of, parity_gate
 from kdcli.machine import versions
 from kdcli.recipe.load import portable
 from kdcli.recipe.schema import Recipe
+from kdcli.tasks.metrics import is_error
 from kdcli.terminal import stderr, tell
 from kdcli.training.distributed import agree, is_main, main_does
 
@@ -160,7 +161,8 @@ def _with_gates(run: runs.Run, limits: Limits) -> RunResult:
     record = finished(run)
     gates = []
     if (score := record.result.student.score) is not None:
-        gates = limits.gates(record.result.primary, score, record.result.retention)
+        result = record.result
+        gates = limits.gates(result.primary, score, result.retention, error=is_error(result.primary))
     if record.export is not None:
         gates.append(parity_gate(record.export.parity.max_abs_difference, record.export.parity.tolerance))
     return RunResult(run, record, gates)

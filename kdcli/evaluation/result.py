@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from kdcli.tasks.metrics import retention_of
+
 Score = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A score; JSON has no NaN, and so null stands for it."""
 
@@ -85,9 +87,9 @@ class Result:
 
     @property
     def retention(self) -> float | None:
-        """Student's score as a share of the teacher's; None when the teacher's is not above 0."""
+        """The share of the teacher's score that the student keeps, as in `retention_of`."""
         teacher, student = self.teacher.score if self.teacher is not None else None, self.student.score
-        return student / teacher if student is not None and teacher and teacher > 0 else None
+        return retention_of(self.primary, student, teacher) if student is not None and teacher is not None else None
 
     @property
     def compression(self) -> float | None:

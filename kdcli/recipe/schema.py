@@ -809,12 +809,13 @@ class EvaluateSection(Section):
     batch_size: BatchSize = Field(default=64, description="Examples of one forward pass.")
     fail_under: float | None = Field(
         default=None,
-        description="End with exit code 1 when the student's score is below this one. Left out, there is no such gate.",
+        description="End with exit code 1 when the student's score is below this one, or its perplexity above. Left "
+        "out, there is no such gate.",
     )
     fail_under_retention: float | None = Field(
         default=None,
-        description="End with exit code 1 when student score / teacher score is below this. Left out, there is no "
-        "such gate.",
+        description="End with exit code 1 when student score / teacher score (of perplexity teacher / student) is "
+        "below this. Left out, there is no such gate.",
     )
 
 

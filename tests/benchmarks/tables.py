@@ -307,7 +307,7 @@ def _score(scores: dict[int, float], seeds: int) -> str:
 
 
 def _difference(difference: Difference | None) -> str:
-    text = difference_text(difference)
+    text = difference_text("score", difference)
     if difference is None or difference.low is None or difference.high is None:
         return text
     return f"**{text}**" if difference.low > 0 or difference.high < 0 else text

@@ -316,6 +316,19 @@ def block(tmp_path: Path) -> Block:
     return Block("reviews", "accuracy", "kd", 0.9, 10_000_000, rows).finish()
 
 
+def test_a_metric_where_less_is_better_is_reported_in_its_own_unit_and_kept_the_other_way_round(block: Block):
+    rows = [Row(row.label, row.entry, {0: 20.0, 1: 30.0}, 1, 1, 1.0, []) for row in block.rows[:2]]
+    rows[1].scores = {0: 15.0, 1: 20.0}
+    own = Block("books", "perplexity", "kd", 12.5, 10_000_000, rows).finish()
+    report = Report([0, 1], [own], None, {}, [], [], [])
+    teacher, baseline, other = report.cells_of(own)
+    assert (teacher[1], teacher[3]) == ("12.500", "100.0%")
+    assert (baseline[1], baseline[3]) == ("25.000 ± 7.071", "50.0%")
+    assert other[1] == "17.500 ± 3.536" and other[2].startswith("-7.500 [") and other[3] == "71.4%"
+    assert "(perplexity: as it is, less is better)" in report.markdown()
+    assert "perplexity (less is better)" in words_of(draw(report)["svg"])
+
+
 def test_the_figure_names_every_row_that_has_a_score_in_text(block: Block):
     report = Report([42], [block], None, {}, [], [], [])
     files = draw(report)

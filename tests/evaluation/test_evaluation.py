@@ -11,10 +11,12 @@ from kdcli.errors import InputError
 from kdcli.evaluation.result import Loss, Result, Side, TaskScores
 from kdcli.evaluation.score import describe_model, evaluate_model, primary_score
 from kdcli.files import to_json_text
+from kdcli.gates import Limits
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.records import typed
 from kdcli.tasks.encode import Collator, encode
 from kdcli.tasks.load import load_task
+from kdcli.tasks.metrics import is_error, shown
 from kdcli.tasks.predict import predict
 
 
@@ -101,6 +103,16 @@ def test_a_score_that_is_no_number_comes_back_as_none(tmp_path: Path):
 def test_a_teacher_at_zero_has_no_retention():
     zero = Side(80, 0.3, {"validation": {"accuracy": 0.0}}, 0.0)
     assert Result("accuracy", zero, zero).retention is None
+
+
+def test_of_a_metric_where_less_is_better_a_student_keeps_the_teachers_over_its_own():
+    teacher, student = (Side(80, 0.3, {"validation": {"perplexity": value}}, value) for value in (12.0, 15.0))
+    result = Result("perplexity", teacher, student)
+    assert result.retention == pytest.approx(0.8)
+    limits = Limits(score=14.0, retention=0.75)
+    score, retention = limits.gates(result.primary, 15.0, result.retention, error=is_error(result.primary))
+    assert (score.passed, retention.passed) == (False, True) and score.message == "perplexity 15 is above 14"
+    assert (shown("perplexity", 15.0), shown("rouge_l", 0.25)) == ("15.000", "25.00")
 
 
 def test_a_full_row_of_padding_does_not_change_a_logit(task):
