@@ -1,5 +1,6 @@
 """Text that a causal model writes: batches of prompts padded on the left, greedy or sampled."""
 
+import math
 import time
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -49,6 +50,17 @@ class Sampling:
 GREEDY = Sampling()
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Another model over the same tokens, and the share of its distribution in the one that tokens are drawn from.
+
+    (1 - share) q + share p, before temperature, top_k and top_p. Source: MiniLLM (arXiv 2306.08543), section 2.2.
+    """
+
+    model: Any
+    share: float
+
+
 def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -57,7 +69,8 @@ def generate(
     end: Collection[int],
     pad: int,
     sampling: Sampling = GREEDY,
-    seed: int = 0,
+    mixture: Mixture | None = None,
+    seed: int | Sequence[int] = 0,
     numbers: Sequence[int] | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
@@ -70,7 +83,8 @@ def generate(
     arguments. prompts: ids, none of them empty. max_length: of prompt and response together. What is written does not
     depend on the other prompts of a batch, but for rounding. What is drawn depends on `seed` and the prompt's number,
     and on nothing else: no random state of the process is read or changed. numbers: of the prompts; left out, their
-    places. owner: what an error calls the model. console: is told of progress, where it takes long.
+    places. mixture: a PyTorch model on the same device, in eval mode, that takes part in each draw. owner: what an
+    error calls the model. console: is told of progress, where it takes long.
     The model is in eval mode for the time. Raises NotFiniteError where logits contain NaN or inf, and ValueError for
     an empty prompt.
     """
@@ -81,7 +95,7 @@ def generate(
         return model.generate_ids(prompts, numbers=numbers, **options)
     limits = [_limit(len(prompt), max_new_tokens, max_length) for prompt in prompts]
     responses: list[list[int]] = [[] for _ in prompts]
-    progress = _Progress(console, len(prompts))
+    progress = Progress(console, len(prompts))
     config: Any = model.config
     with _ready(model):
         for rows in _batches(prompts, limits, batch_size, longest_input(config)):
@@ -95,6 +109,7 @@ def generate(
                 end=end,
                 pad=pad,
                 sampling=sampling,
+                mixture=mixture,
                 draws=draws,
                 owner=owner,
             )
@@ -128,9 +143,10 @@ def _batches(
             yield from (list(same) for _, same in groupby(rows, key=lambda row: limits[row]))
 
 
-def _draws(numbers: Sequence[int], seed: int, tokens: int) -> Tensor:
+def _draws(numbers: Sequence[int], seed: int | Sequence[int], tokens: int) -> Tensor:
     """Return a uniform number for every token of every prompt, (prompts, tokens), float64."""
-    return torch.from_numpy(np.stack([np.random.default_rng([seed, number]).random(tokens) for number in numbers]))
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    return torch.from_numpy(np.stack([np.random.default_rng([*seeds, number]).random(tokens) for number in numbers]))
 
 
 @contextmanager
@@ -159,6 +175,7 @@ def _generate(
     end: Collection[int],
     pad: int,
     sampling: Sampling,
+    mixture: Mixture | None,
     draws: Tensor | None,
     owner: str,
 ) -> list[list[int]]:
@@ -171,6 +188,9 @@ def _generate(
         mask[row, width - len(prompt) :] = 1
     finite = _Finite()
     processors = LogitsProcessorList([finite])
+    mask = mask.to(place)
+    if mixture is not None:
+        processors.append(_Mix(mixture, mask))
     if draws is not None:
         processors += [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1.0 else []
         processors += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
@@ -178,7 +198,7 @@ def _generate(
         processors.append(_Draw(draws.to(place), width))
     output = model.generate(
         input_ids=ids.to(place),
-        attention_mask=mask.to(place),
+        attention_mask=mask,
         # What is drawn is drawn by a processor, so that the most probable token is the one that was drawn.
         generation_config=GenerationConfig(
             do_sample=False,
@@ -216,6 +236,36 @@ class _Finite(LogitsProcessor):
         return self._seen is None or not bool(self._seen)
 
 
+class _Mix(LogitsProcessor):
+    """Gives the logarithms of the mixed probabilities; the other model runs beside, with a cache of its own.
+
+    mask: (rows, width) of the prompts, padded on the left.
+    """
+
+    def __init__(self, mixture: Mixture, mask: Tensor) -> None:
+        self.mixture = mixture
+        self.mask = mask
+        self.cache: Any = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # Of all tokens before it has the keys and values.
+        new = input_ids if self.cache is None else input_ids[:, -1:]
+        if self.cache is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        positions = (self.mask.cumsum(1) - 1).clamp_(min=0)[:, -new.shape[1] :]
+        output = self.mixture.model(
+            input_ids=new,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache, share = output.past_key_values, self.mixture.share
+        other = output.logits[:, -1].float().log_softmax(-1) + math.log(share)
+        return torch.logaddexp(scores.log_softmax(-1) + math.log1p(-share), other)
+
+
 class _Draw(LogitsProcessor):
     """Leaves one token in each row: the one at which the sum of the probabilities passes that row's uniform number.
 
@@ -233,18 +283,28 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
-class _Progress:
-    """Tells how far generation is, at most every few seconds."""
+class Progress:
+    """Tells how far generation is, every few seconds.
 
-    def __init__(self, console: "Console | None", prompts: int) -> None:
+    prompts: how many there are. what: is written.
+    """
+
+    def __init__(self, console: "Console | None", prompts: int, what: str = "responses") -> None:
         self.console = console
         self.prompts = prompts
+        self.what = what
         self.done = self.tokens = 0
         self.begun = self.told = time.perf_counter()
 
     def add(self, prompts: int, tokens: int) -> None:
+        """Take note of responses that are there, and their tokens."""
         self.done, self.tokens, now = self.done + prompts, self.tokens + tokens, time.perf_counter()
         if self.console is not None and now - self.told >= SECONDS:
             self.told = now
-            speed = self.tokens / (now - self.begun)
-            tell(self.console, f"generated {self.done:,} of {self.prompts:,} responses, {speed:,.0f} tokens/s")
+            seconds = now - self.begun
+            left = round(seconds / self.done * (self.prompts - self.done))
+            tell(
+                self.console,
+                f"{self.what}  {self.done:,}/{self.prompts:,}  {self.tokens / seconds:,.0f} tokens/s  "
+                f"{left // 60}:{left % 60:02d} left",
+            )
