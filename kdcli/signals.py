@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 MatrixKey = tuple[int, str]
@@ -13,21 +14,84 @@ EMBEDDINGS = "embeddings"
 """The name, beside block 0, of what makes the embedding output."""
 
 
+@dataclass(frozen=True, eq=False)
+class VocabularyLogits:
+    """Logits over a vocabulary as what they are formed from: a few rows of them exist at a time, never all.
+
+    states: (n, width), the inputs of the last linear map. weight: (vocabulary, width), bias: (vocabulary,), of it.
+    cap: c where logits are c tanh(z / c) (Gemma 2, arXiv 2408.00118, section 2). dtype: that products are formed in;
+    None: that of the states.
+    """
+
+    states: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    cap: "float | None" = None
+    dtype: torch.dtype | None = None
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, rows: Tensor | slice) -> "VocabularyLogits":
+        """Return the logits of some rows."""
+        return replace(self, states=self.states[rows])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, vocabulary)"""
+        return len(self.states), self.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are formed."""
+        return self.states.device
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """States, weight and bias."""
+        return self.states, self.weight, self.bias
+
+    def flatten(self, first: int = 0, last: int = -1) -> "VocabularyLogits":
+        """Return the same: rows are laid flat already."""
+        return self
+
+    def detach(self) -> "VocabularyLogits":
+        """Return the same without gradient."""
+        bias = self.bias.detach() if self.bias is not None else None
+        return replace(self, states=self.states.detach(), weight=self.weight.detach(), bias=bias)
+
+    def float(self) -> Tensor:
+        """Return all of them as a table, (n, vocabulary), fp32: of a few rows only."""
+        dtype = self.dtype or self.states.dtype
+        bias = self.bias.to(dtype) if self.bias is not None else None
+        logits = torch.nn.functional.linear(self.states.to(dtype), self.weight.to(dtype), bias).float()
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+Logits = Tensor | VocabularyLogits
+
+
 @dataclass
 class Prediction:
     """A table of predicted distributions.
 
-    logits: (n, classes), a row each; of a class that a row cannot have a low finite number, never -inf. weights: (n,),
+    logits: (n, classes), a row each, or what they are formed from: only a distribution looks into them. Of a class that
+    a row cannot have they are a low finite number, never -inf. weights: (n,),
     sum 1: the mean over an example's rows, then over the examples, of which one without rows counts as zero; None where
     all rows weigh the same. target: the gold answers, (n,) or (n, classes); None without any. Where only some rows have
     one, `answered` (m,) says which, `target` holds those m, and `target_weights` (m,) their weights.
     """
 
-    logits: Tensor
+    logits: Logits
     weights: Tensor | None = None
     target: Tensor | None = None
     answered: Tensor | None = None
     target_weights: Tensor | None = None
+
+    @property
+    def table(self) -> Tensor:
+        """The logits as a table, formed where they are not: of few rows only."""
+        return self.logits if isinstance(self.logits, Tensor) else self.logits.float()
 
 
 @dataclass(frozen=True)

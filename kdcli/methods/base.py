@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from kdcli.errors import InputError
 from kdcli.models.shape import ModelShape
-from kdcli.objectives.term import Term
+from kdcli.objectives.term import FORWARD_KL, Divergence, Term
 
 if TYPE_CHECKING:
     from kdcli.tasks.base import Task
@@ -58,10 +58,18 @@ class Context:
         """True where rows have gold answers; where they have none there is no gold term."""
         return self.kind.has_gold
 
-    def output_term(self, weight: float = 1.0, temperature: float = 1.0, **options: Any) -> Term:
+    def output_term(
+        self,
+        weight: float = 1.0,
+        temperature: float = 1.0,
+        *,
+        divergence: Divergence = FORWARD_KL,
+        **options: Any,
+    ) -> Term:
         """Return the divergence from the teacher's predictions. options: those of `OutputObjective`.
 
-        Raises InputError for embeddings of two widths: these have no angle between them.
+        Raises InputError for embeddings of two widths: these have no angle between them; and for a divergence of
+        classes where predictions are none.
         """
         from kdcli.objectives.output import OutputObjective
 
@@ -73,7 +81,8 @@ class Context:
                 where="method",
                 hint='use method "embedding", which has a map between them, or take weight from the prediction',
             )
-        return Term("output", OutputObjective(self.kind.distribution, temperature, **options), weight)
+        distribution = self.kind.distribution.compared_by(divergence, where="method.divergence")
+        return Term("output", OutputObjective(distribution, temperature, **options), weight)
 
     def gold_term(self, weight: float = 1.0) -> Term:
         """Return the loss of the gold answers: "task" for labels, "mlm" for masked tokens."""
@@ -81,14 +90,14 @@ class Context:
 
         return Term("mlm" if self.plain_text else "task", GoldObjective(self.kind.distribution), weight)
 
-    def prediction_terms(self, weight: float, alpha: float, temperature: float) -> list[Term]:
-        """Return the teacher's predictions and the gold answers, alpha to 1 - alpha.
+    def prediction_terms(self, weight: float, alpha: float, temperature: float, **options: Any) -> list[Term]:
+        """Return the teacher's predictions and the gold answers, alpha to 1 - alpha. options: of `output_term`.
 
         Without gold answers the teacher's predictions have all the weight.
         """
         if not self.has_gold:
-            return [self.output_term(weight, temperature)]
-        return [self.output_term(weight * alpha, temperature), self.gold_term(weight * (1.0 - alpha))]
+            return [self.output_term(weight, temperature, **options)]
+        return [self.output_term(weight * alpha, temperature, **options), self.gold_term(weight * (1.0 - alpha))]
 
 
 @dataclass

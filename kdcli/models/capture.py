@@ -4,7 +4,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from kdcli.models.attention import configs_of, noting
 from kdcli.models.blocks import BlockMatrix, block_matrix, block_of, body_of, hidden_module, hook_embeddings
 from kdcli.models.families import family_of
 from kdcli.models.inputs import model_inputs
+from kdcli.models.output_head import OutputHead, output_head
 from kdcli.models.overparam import linears_of
 from kdcli.models.projections import projections_of
 from kdcli.models.shape import attention_of
@@ -79,6 +80,8 @@ class Capture:
         self._configs = configs_of(model) if self._projections else []
         self._expected = len(layers) + len(request.matrices) + len(request.linear)
         self._hooks.append(body_of(model).register_forward_hook(self._select_positions))
+        # What is differentiated by the inputs are logits that are there.
+        self._head = output_head(model) if request.logits and not request.gradients else None
 
     def _capture(self, layers: frozenset[int]) -> None:
         """Prepare what is kept of which module: hidden states of these layers, and the matrices."""
@@ -203,9 +206,15 @@ class Capture:
             with contextlib.suppress(_Complete):
                 body_of(self.model)(**inputs, **self._options)
             return None
-        return self.kind.predictions(
-            self.model(**inputs, **self._options), batch, everywhere=self.request.all_positions
+        output = (
+            self.model(**inputs, **self._options) if self._head is None else self._run_in_parts(inputs, self._head)
         )
+        return self.kind.predictions(output, batch, everywhere=self.request.all_positions)
+
+    def _run_in_parts(self, inputs: dict[str, Tensor], head: OutputHead) -> SimpleNamespace:
+        """Return a decoder's output, with what its logits are formed from in their place."""
+        states = body_of(self.model)(**inputs, **self._options)[0]
+        return SimpleNamespace(logits=head.logits(states.flatten(0, 1)))
 
     def _path(
         self, inputs: dict[str, Tensor], batch: Mapping[str, Tensor], plain: list[Prediction]

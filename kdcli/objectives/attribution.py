@@ -96,4 +96,4 @@ class AttributionObjective(Objective):
 def _path_of(signals: Signals, number: int) -> Path:
     """Return the path of one table of predictions."""
     points = signals.path or [(signals.hidden[0], signals.predictions)]
-    return [(embedding, tables[number].logits) for embedding, tables in points]
+    return [(embedding, tables[number].table) for embedding, tables in points]

@@ -2,11 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from kdcli.signals import Request, Signals
+
+if TYPE_CHECKING:
+    from kdcli.objectives.rows import RowLoss
 
 
 class Objective(nn.Module):
@@ -35,6 +39,13 @@ class Objective(nn.Module):
     def forward(self, student: Signals, teacher: Signals, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the term as a scalar in fp32."""
         raise NotImplementedError
+
+    def row_losses(self, student: Signals, teacher: Signals) -> "list[tuple[float, RowLoss]] | None":
+        """Return the term as factors of sums over rows, to be formed beside others on the same logits.
+
+        None where it is no such sum, or the logits are there and `forward` costs no more.
+        """
+        return None
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Take note that epoch `epoch` (from 0) of `epochs` begins; for terms that change over time."""

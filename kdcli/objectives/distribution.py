@@ -5,15 +5,16 @@ Every loss is a weighted sum over rows: weights (n,) have the sum 1; without the
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-CHUNK_ELEMENTS = 2**22
-"""Logits that are worked on at a time: what is held beside them stays in the processor's reach."""
+from kdcli.errors import InputError
+from kdcli.objectives.divergence import compare
+from kdcli.objectives.rows import RowLoss, Rows, chunk_of, row_sum
+from kdcli.objectives.term import FORWARD_KL, Divergence
+from kdcli.signals import Logits, VocabularyLogits
 
 
 class Distribution(ABC):
@@ -23,13 +24,13 @@ class Distribution(ABC):
     """True where a teacher's prediction says no more than a gold answer does: one number."""
 
     @abstractmethod
-    def nll(self, logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    def nll(self, logits: Logits, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the negative log-likelihood of `target`, a scalar in fp32. logits: (n, classes)."""
 
     def divergence(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: Logits,
         weights: Tensor | None = None,
         temperature: float = 1.0,
         *,
@@ -44,8 +45,21 @@ class Distribution(ABC):
         return value * temperature**2 if scale else value
 
     @abstractmethod
-    def distance(self, student: Tensor, teacher: Tensor, weights: Tensor | None, temperature: float) -> Tensor:
+    def distance(self, student: Logits, teacher: Logits, weights: Tensor | None, temperature: float) -> Tensor:
         """Return the same without the factor; the teacher's logits are detached."""
+
+    def compared_by(self, divergence: Divergence, where: str | None = None) -> "Distribution":
+        """Return the same, compared in another way.
+
+        Raises InputError where that needs classes; where: the recipe's field that asks for it.
+        """
+        if divergence.name == FORWARD_KL.name:
+            return self
+        raise InputError(
+            f"{divergence.name} compares distributions over classes, which this task's predictions are not",
+            where=where,
+            hint="leave it out",
+        )
 
     def views(self, classes: int, target: Tensor) -> list[Callable[[Tensor], Tensor]]:
         """Return the scores whose gradients show what a prediction rests on (Wu et al. 2023, AD-KD, section 3.2).
@@ -64,21 +78,56 @@ class Distribution(ABC):
 
 
 class Categorical(Distribution):
-    """One of several classes: softmax of the logits. target: (n,) class numbers, or (n, classes) probabilities."""
+    """One of several classes: softmax of the logits. target: (n,) class numbers, or (n, classes) probabilities.
 
-    def nll(self, logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    Sums over rows of a large table, or of logits that are formed some rows at a time, are formed so; then targets are
+    class numbers. divergence: how two are compared.
+    """
+
+    def __init__(self, divergence: Divergence = FORWARD_KL) -> None:
+        self.comparison = divergence
+
+    def compared_by(self, divergence: Divergence, where: str | None = None) -> "Categorical":
+        return Categorical(divergence)
+
+    def nll(self, logits: Logits, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        if isinstance(logits, VocabularyLogits):
+            return row_sum(self.nll_rows(logits, target, weights))
         if weights is None:
             return functional.cross_entropy(logits.float(), target)
         return (functional.cross_entropy(logits.float(), target, reduction="none") * weights).sum()
 
-    def distance(self, student: Tensor, teacher: Tensor, weights: Tensor | None, temperature: float) -> Tensor:
-        """Return KL(teacher || student); large tables in parts. Source: Hinton et al. 2015, equations 2-4."""
-        if weights is None and student.numel() <= CHUNK_ELEMENTS:
+    def nll_rows(self, logits: Logits, target: Tensor, weights: Tensor | None = None) -> RowLoss:
+        """Return the negative log-likelihood of `target`, class numbers, as a sum over rows."""
+
+        def of(rows: Rows, slope: bool) -> tuple[Tensor, Tensor | None]:
+            own, classes = rows.log_probabilities(), target[rows.part, None]
+            values = -own.gather(1, classes)
+            gradient = own.exp().scatter_add_(1, classes, -torch.ones_like(values)) if slope else None
+            return values[:, 0], gradient
+
+        return RowLoss(logits, of, weights)
+
+    def distance(self, student: Logits, teacher: Logits, weights: Tensor | None, temperature: float) -> Tensor:
+        """Return KL(teacher || student), or another divergence. Source: Hinton et al. 2015, equations 2-4."""
+        usual = self.comparison == FORWARD_KL and weights is None and len(student) <= chunk_of(student)
+        if usual and isinstance(student, Tensor) and isinstance(teacher, Tensor):
             return _kl(student, teacher, temperature)
-        if weights is None:
-            weights = torch.full((len(student),), 1.0 / max(len(student), 1), device=student.device)
-        chunk = max(1, CHUNK_ELEMENTS // student.shape[-1])
-        return _ChunkedKL.apply(student, teacher, weights, temperature, chunk)
+        return row_sum(self.distance_rows(student, teacher, weights, temperature))
+
+    def distance_rows(
+        self, student: Logits, teacher: Logits, weights: Tensor | None = None, temperature: float = 1.0
+    ) -> RowLoss:
+        """Return the same as a sum over rows."""
+        teacher = teacher.detach()
+
+        def of(rows: Rows, slope: bool) -> tuple[Tensor, Tensor | None]:
+            own = rows.log_probabilities(temperature)
+            other = torch.log_softmax(teacher[rows.part].float().to(own.device) / temperature, dim=-1)
+            values, gradient = compare(own, other, self.comparison, slope=slope)
+            return values, gradient.div_(temperature) if gradient is not None else None
+
+        return RowLoss(student, of, weights)
 
     def views(self, classes: int, target: Tensor) -> list[Callable[[Tensor], Tensor]]:
         """Return -log p of every class in turn; of two classes, whose maps are the same, the gold answer's alone."""
@@ -92,10 +141,10 @@ class Normal(Distribution):
 
     is_point = True
 
-    def nll(self, logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    def nll(self, logits: Logits, target: Tensor, weights: Tensor | None = None) -> Tensor:
         return _squared(logits.float().view(-1), target.float().view(-1), weights)
 
-    def distance(self, student: Tensor, teacher: Tensor, weights: Tensor | None, temperature: float) -> Tensor:
+    def distance(self, student: Logits, teacher: Logits, weights: Tensor | None, temperature: float) -> Tensor:
         """Return the squared difference of the predictions divided by T."""
         return _squared(student.float().view(-1), teacher.float().view(-1), weights) / temperature**2
 
@@ -103,11 +152,11 @@ class Normal(Distribution):
 class Bernoulli(Distribution):
     """Any of several labels, each on its own: sigmoid of each logit. target: (n, labels), 0 to 1; means over labels."""
 
-    def nll(self, logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    def nll(self, logits: Logits, target: Tensor, weights: Tensor | None = None) -> Tensor:
         rows = functional.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none").mean(-1)
         return _weighted(rows, weights)
 
-    def distance(self, student: Tensor, teacher: Tensor, weights: Tensor | None, temperature: float) -> Tensor:
+    def distance(self, student: Logits, teacher: Logits, weights: Tensor | None, temperature: float) -> Tensor:
         """Return KL(teacher || student) of each label, mean over labels."""
         own, other = student.float() / temperature, teacher.float() / temperature
         yes = functional.logsigmoid(other) - functional.logsigmoid(own)
@@ -126,11 +175,11 @@ class Direction(Distribution):
     There is no gold answer: what a text's embedding should be only another model says.
     """
 
-    def nll(self, logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    def nll(self, logits: Logits, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Raise TypeError: an embedding has no gold answer."""
         raise TypeError("an embedding has no gold answer to be compared with")
 
-    def distance(self, student: Tensor, teacher: Tensor, weights: Tensor | None, temperature: float) -> Tensor:
+    def distance(self, student: Logits, teacher: Logits, weights: Tensor | None, temperature: float) -> Tensor:
         """Return 1 - cos divided by T^2, so that no temperature changes the scaled divergence. Widths must be equal."""
         rows = 1.0 - functional.cosine_similarity(student.float(), teacher.float(), dim=-1)
         return _weighted(rows, weights) / temperature**2
@@ -150,36 +199,6 @@ def _kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     own = torch.log_softmax(student.float() / temperature, dim=-1)
     target = torch.log_softmax(teacher.float() / temperature, dim=-1)
     return functional.kl_div(own, target, reduction="batchmean", log_target=True)
-
-
-class _ChunkedKL(torch.autograd.Function):
-    """sum_i w_i KL(teacher_i || student_i) at a temperature, some rows at a time.
-
-    Its gradient is formed along with the value: of all that lies between, as large as the logits themselves and
-    several times over, nothing is kept.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, temperature: float, chunk: int) -> Tensor:
-        value = torch.zeros((), device=student.device)
-        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(student), chunk):
-            part = slice(start, start + chunk)
-            weight = weights[part, None]
-            own = torch.log_softmax(student[part].float() / temperature, dim=-1)
-            target = torch.log_softmax(teacher[part].float() / temperature, dim=-1)
-            probabilities = target.exp()
-            value = value + (target.sub_(own).mul_(probabilities).sum(-1, keepdim=True) * weight).sum()
-            if gradient is not None:
-                gradient[part] = own.exp_().sub_(probabilities).mul_(weight / temperature)
-        ctx.save_for_backward(gradient)
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * outer, None, None, None, None
 
 
 def row_weights(positions: Tensor, batch: int, seq: int) -> Tensor:

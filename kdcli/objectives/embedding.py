@@ -102,4 +102,4 @@ class SimilarityObjective(Objective):
 
 def _embeddings(predictions: list[Prediction]) -> Tensor:
     (table,) = predictions
-    return table.logits
+    return table.table

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from kdcli.objectives.base import Objective
-from kdcli.objectives.distribution import Distribution
+from kdcli.objectives.distribution import Categorical, Distribution
+from kdcli.objectives.rows import RowLoss, formed_in_parts
 from kdcli.signals import Prediction, Request, Signals
 
 
@@ -56,6 +57,16 @@ class OutputObjective(Objective):
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         if self.anneal and epochs > 1:
             self.temperature = self.start + (1.0 - self.start) * min(epoch, epochs - 1) / (epochs - 1)
+
+    def row_losses(self, student: Signals, teacher: Signals) -> list[tuple[float, RowLoss]] | None:
+        if not isinstance(self.distribution, Categorical) or not formed_in_parts(student.predictions):
+            return None
+        tables = list(zip(student.predictions, teacher.predictions, strict=True))
+        factor = (self.temperature**2 if self.scale else 1.0) / len(tables)
+        return [
+            (factor, self.distribution.distance_rows(own.logits, other.logits, own.weights, self.temperature))
+            for own, other in tables
+        ]
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         return output_loss(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kdcli.models.capture import Capture
 from kdcli.models.inputs import model_inputs
 from kdcli.objectives.term import Term
+from kdcli.objectives.total import total_loss
 from kdcli.signals import MatrixKey, Request, Signals
 
 if TYPE_CHECKING:
@@ -143,11 +144,6 @@ class Distiller(nn.Module):
         teacher = self.teacher_signals(batch)
         with self.student_capture as capture:
             student = capture.run(batch, teacher)
-        total = torch.zeros((), device=student.mask.device)
-        result = {}
         with torch.autocast(student.mask.device.type, enabled=False):
-            for name, objective in self.objectives.items():
-                value = objective(student, teacher, batch)
-                total = total + self.weights[name] * value
-                result[name] = value.detach()
-        return {"loss": total, **result}
+            total, values = total_loss(self.objectives, self.weights, student, teacher, batch)  # type: ignore[arg-type]
+        return {"loss": total, **values}

@@ -22,9 +22,9 @@ LENGTHS = [5, 9, 2, 7]
 
 WRITTEN = {
     "objectives/cores.py": 1,
-    "objectives/distribution.py": 1,
     "objectives/hidden.py": 1,
     "objectives/relation.py": 1,
+    "objectives/rows.py": 1,  # in test_vocabulary_losses.py, too
     "tensors/chain.py": 1,  # in tensors/test_chain.py
 }
 """How many backward passes each module has of its own; each is compared with autograd's."""
@@ -88,7 +88,7 @@ def test_divergence_over_a_vocabulary(
     temperature: float, scale: bool, at_once: int | None, weighed: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if at_once is not None:
-        monkeypatch.setattr("kdcli.objectives.distribution.CHUNK_ELEMENTS", at_once)
+        monkeypatch.setattr("kdcli.objectives.rows.CHUNK_ELEMENTS", at_once)
     student, teacher = 2 * draw(1, 8, 7), 2 * draw(2, 8, 7)
     student.requires_grad_()
     weights = draw(3, 8).softmax(0) if weighed else torch.full((8,), 1 / 8)

@@ -289,7 +289,7 @@ class LGTMScheme(Scheme):
         with self._autocast():
             own = learning.kind.predictions(teacher(**model_inputs(teacher, batch)), batch)
         leaves = [replace(table, logits=table.logits.detach().float().requires_grad_()) for table in own]
-        logits = [table.logits for table in leaves]
+        logits = [table.table for table in leaves]
         above, below = (torch.autograd.grad(learning.agreement(leaves, answer), logits) for answer in answers)
         scale = learning.alpha_teacher * norm / (2 * REACH)
         slopes = [(up - down) * scale for up, down in zip(above, below, strict=True)]
