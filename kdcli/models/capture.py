@@ -206,9 +206,7 @@ class Capture:
             with contextlib.suppress(_Complete):
                 body_of(self.model)(**inputs, **self._options)
             return None
-        output = (
-            self.model(**inputs, **self._options) if self._head is None else self._run_in_parts(inputs, self._head)
-        )
+        output = self.model(**inputs, **self._options) if self._head is None else self._run_in_parts(inputs, self._head)
         return self.kind.predictions(output, batch, everywhere=self.request.all_positions)
 
     def _run_in_parts(self, inputs: dict[str, Tensor], head: OutputHead) -> SimpleNamespace:
