@@ -31,10 +31,11 @@ class NamedSet:
 def named_sets() -> dict[str, NamedSet]:
     """Return all sets by their names."""
     from kdcli.data.glue import GLUE
+    from kdcli.data.instructions import INSTRUCTIONS
     from kdcli.data.reviews import REVIEWS
     from kdcli.data.squad import SQUAD
 
-    return {**GLUE, **SQUAD, REVIEWS.name: REVIEWS}
+    return {**GLUE, **SQUAD, **INSTRUCTIONS, REVIEWS.name: REVIEWS}
 
 
 def read_set(

@@ -41,6 +41,24 @@ class CausalLM(PlainText):
 
         return NextTokenCollator(processor)
 
+    def claims(self, processor: Any) -> bool:
+        return not getattr(processor, "chat_template", None)
+
+    def prompts(self, rows: "Dataset", processor: Any, max_length: int) -> list[list[int]]:
+        """Return the tokens of the beginning of each text, at most half of `max_length`."""
+        from kdcli.data.rows import values_of
+        from kdcli.tasks.packing import frame_of
+
+        before, texts = frame_of(processor)[0], list(values_of(rows, "text"))
+        encoded = processor(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [[*before, *ids][: max(1, max_length // 2)] for ids in encoded["input_ids"]]
+
+    def end_tokens(self, processor: Any, config: Any) -> set[int]:
+        """Return the tokens that end a text."""
+        from kdcli.tasks.next_tokens import ends_of
+
+        return ends_of(processor, config)
+
     def positions(self, batch: "Mapping[str, Tensor]", *, everywhere: bool = False) -> "Tensor":
         """Return the positions whose next token is predicted, or all real ones."""
         from kdcli.tasks.next_tokens import positions_of

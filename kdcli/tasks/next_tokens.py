@@ -108,3 +108,10 @@ def scores_of(losses: Mapping[str, np.ndarray]) -> dict[str, float]:
         "perplexity": float(np.exp(losses["loss"].sum() / tokens)),
         "accuracy": float(losses["right"].sum() / tokens),
     }
+
+
+def ends_of(processor: Any, config: Any) -> set[int]:
+    """Return the tokens that end a text: the tokenizer's, and those of the model's configuration."""
+    named = getattr(config, "eos_token_id", None)
+    found = {processor.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return {int(token) for token in found if token is not None}

@@ -26,7 +26,7 @@ def pack(documents: Iterable[str], tokenizer: Any, max_length: int) -> "Dataset"
     when they were pre-trained.
     Raises InputError when there is not one token.
     """
-    before, after = _frame(tokenizer)
+    before, after = frame_of(tokenizer)
     blocks = enumerate(_packed(documents, tokenizer, max_length, len(before) + len(after)))
     return stored(
         _batch_of_blocks(chunk, before, after) for chunk in iter(lambda: list(itertools.islice(blocks, BATCH)), [])
@@ -56,7 +56,7 @@ def _batch_of_blocks(
 
 def check_packing(documents: Iterable[str], tokenizer: Any, max_length: int) -> None:
     """Raise InputError where `pack` would; reads no more documents than the first block needs."""
-    before, after = _frame(tokenizer)
+    before, after = frame_of(tokenizer)
     next(_packed(documents, tokenizer, max_length, len(before) + len(after)))
 
 
@@ -76,7 +76,7 @@ def _packed(
     yield from blocks
 
 
-def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+def frame_of(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the special tokens before and after a sequence."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     ids, special = encoded["input_ids"], encoded["special_tokens_mask"]

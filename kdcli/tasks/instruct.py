@@ -1,0 +1,248 @@
+"""Following instructions: prompts, and the responses that a causal language model is to write."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from kdcli.data.columns import Column, Columns, is_missing
+from kdcli.errors import InputError
+from kdcli.models.heads import CAUSAL_LM
+from kdcli.recipe.schema import TaskSection, Tokens
+from kdcli.tasks.conversations import column_of_messages, messages_of, prompt_of, read_conversations
+from kdcli.tasks.kind import Fields, TaskKind
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+    from torch import Tensor
+
+    from kdcli.objectives.distribution import Distribution
+    from kdcli.signals import Prediction
+    from kdcli.tasks.base import Task
+    from kdcli.tasks.fitting import Fitted
+
+MOST_KEPT = 4
+"""Encoded sets of rows that a kind remembers: those of a plan are those of its run."""
+
+
+class InstructFields(Fields):
+    """The columns of conversations, how they are written as tokens, and what becomes of those that are too long."""
+
+    columns_of_rows = frozenset({"instruction", "context", "response", "messages"})
+
+    instruction: str | None = Field(
+        default=None, description="The column of instructions. Left out, the one named instruction."
+    )
+    context: str | None = Field(
+        default=None,
+        description="The column of what an instruction is about; empty where there is nothing. Left out, the one named "
+        "context, if there is one.",
+    )
+    response: str | None = Field(
+        default=None,
+        description="The column of responses: a text, or a list of texts that are all right, of which the first is "
+        "trained on. Left out, the one named response.",
+    )
+    messages: str | None = Field(
+        default=None,
+        description="The column of conversations, lists of {role, content} with the roles system, user and assistant, "
+        "in place of the three columns. Left out, the one named messages, where there is none named instruction.",
+    )
+    system: str | None = Field(
+        default=None,
+        description="The system prompt of conversations without one of their own. Left out, that of the chat template, "
+        "or none.",
+    )
+    template: Literal["auto", "chat", "alpaca"] = Field(
+        default="auto",
+        description='How conversations are written: "chat" by the chat template of the tokenizer, "alpaca" in the '
+        'layout of Stanford Alpaca; "auto" takes the chat template where there is one.',
+    )
+    turns: Literal["all", "last"] = Field(
+        default="all", description="Which responses of a conversation of several turns are trained on."
+    )
+    too_long: Literal["cut", "drop"] = Field(
+        default="cut",
+        description='What becomes of a training or held-out row that is too long: "drop" leaves it out; "cut" cuts a '
+        "response at max_length, and of a prompt the oldest turns, or the end of its context or instruction.",
+    )
+    max_prompt_length: Tokens | None = Field(
+        default=None, description="Longest prompt in tokens, of max_length in all. Left out, half of max_length."
+    )
+
+    def check(self, task: TaskSection) -> None:
+        columns = [name for name in ("instruction", "context", "response") if getattr(self, name) is not None]
+        if self.messages is not None and columns:
+            raise ValueError(f"give messages or {columns[0]}, not both: messages hold whole conversations")
+        if self.max_prompt_length is not None and self.max_prompt_length >= task.max_length:
+            raise ValueError(
+                f"max_prompt_length = {self.max_prompt_length} leaves no token of max_length = {task.max_length} for a "
+                "response"
+            )
+
+
+class Instruct(TaskKind):
+    """A prompt, and the response to it. The loss is that of the response and its end token."""
+
+    name = "instruct"
+    title = "a response to an instruction, written token by token"
+    head = CAUSAL_LM
+    fields = InstructFields
+    provides = frozenset({"labels", "vocabulary"})
+    metrics = usual_metrics = ("perplexity", "accuracy")
+    errors = frozenset({"perplexity"})
+    scored_by_outputs = False
+    outputs_are_kept = False
+    tokens_weigh_equally = True
+    answer = "response"
+
+    def __init__(self, fields: InstructFields | None = None) -> None:
+        """fields: of the task; None for their defaults."""
+        self.own = fields or InstructFields()
+        self._encoded: dict[Any, tuple[Any, Fitted]] = {}
+
+    def with_fields(self, fields: Any) -> "Instruct":
+        return type(self)(fields)
+
+    @property
+    def distribution(self) -> "Distribution":
+        from kdcli.objectives.distribution import Categorical
+
+        return Categorical()
+
+    # Rows
+
+    def splits(self, section: TaskSection, fields: Any, base: Any, notes: list[str]) -> tuple[dict[str, Columns], str]:
+        from kdcli.data.instructions import read_folder
+
+        if not section.is_own and (found := read_folder(section.name)) is not None:
+            return found, f"instruct/{section.name}"
+        return super().splits(section, fields, base, notes)
+
+    def read(
+        self, columns: Columns, fields: Any, source: str, notes: list[str], labels: tuple[str, ...] | None = None
+    ) -> "tuple[pa.Table, tuple[str, ...]]":
+        """Return conversations that end with a response, and all right ones."""
+        rows = read_conversations(columns, fields, source)
+        if not len(rows):
+            raise InputError(f"{source} has no rows", where="task")
+        return rows, ()
+
+    def read_for(self, config: Any, columns: Columns, fields: Any, source: str, notes: list[str], *_: Any) -> Any:
+        return self.read(columns, fields, source, notes)
+
+    def has_answers(self, columns: Columns, fields: Any) -> bool:
+        if (name := column_of_messages(columns, fields)) is not None:
+            return any(value and value[-1]["role"] == "assistant" for value in columns.get(name, Column()))
+        return not all(map(is_missing, columns.get(fields.response or "response", Column())))
+
+    def configure(self, labels: Sequence[str]) -> dict[str, Any]:
+        return {}
+
+    def claims(self, processor: Any) -> bool:
+        return bool(getattr(processor, "chat_template", None))
+
+    # What a model reads
+
+    def check(self, task: "Task", processor: Any, max_length: int) -> None:
+        from kdcli.tasks.templates import template_of
+
+        template = template_of(processor, self.own.template)
+        assert template.ends
+        for rows in (task.train, task.selection):
+            self.fit(rows, processor, max_length)
+
+    def remarks(self, task: "Task", processor: Any, max_length: int) -> list[str]:
+        """Return how many rows are cut or dropped."""
+        found = []
+        for name, rows in (("training", task.train), ("held-out", task.selection)):
+            found += self.fit(rows, processor, max_length).notes(name)
+        return found
+
+    def fit(self, rows: "Dataset", processor: Any, max_length: int) -> "Fitted":
+        """Return rows as features, and how many had to be cut or dropped. What it returned last it remembers."""
+        from kdcli.tasks.fitting import fitted
+
+        key = (rows._fingerprint, id(processor), max_length)
+        if key not in self._encoded:
+            while len(self._encoded) >= MOST_KEPT:
+                del self._encoded[next(iter(self._encoded))]
+            # The tokenizer is held, so that its id stays its own.
+            self._encoded[key] = processor, fitted(rows, processor, max_length, self.own)
+        return self._encoded[key][1]
+
+    def encode(self, rows: "Dataset", processor: Any, max_length: int) -> "Dataset":
+        """Return conversations as tokens, with labels where a response is."""
+        return self.fit(rows, processor, max_length).features
+
+    def collator(self, processor: Any) -> "Callable[[list[dict[str, Any]]], dict[str, Tensor]]":
+        from kdcli.tasks.next_tokens import NextTokenCollator
+
+        return NextTokenCollator(processor)
+
+    def texts(self, rows: "Dataset") -> Iterator[str]:
+        from kdcli.data.rows import values_of
+
+        return (message.text for row in values_of(rows, "messages") for message in messages_of(row))
+
+    def examples(self, rows: "Dataset", processor: Any, max_length: int) -> int:
+        return len(self.encode(rows, processor, max_length))
+
+    def drawn(self, fields: Any) -> dict[str, Any]:
+        return fields.model_dump(include={"template", "turns", "too_long", "max_prompt_length"})
+
+    def prompts(self, rows: "Dataset", processor: Any, max_length: int) -> list[list[int]]:
+        """Return the tokens of each row's last prompt, up to where the response begins; what is too long is cut."""
+        from kdcli.data.rows import values_of
+        from kdcli.tasks.fitting import prompts_within
+
+        conversations = [prompt_of(messages_of(row)) for row in values_of(rows, "messages")]
+        return prompts_within(conversations, processor, max_length, self.own)
+
+    def end_tokens(self, processor: Any, config: Any) -> set[int]:
+        """Return the tokens that end a response: those of the template, and of the model's configuration."""
+        from kdcli.tasks.next_tokens import ends_of
+        from kdcli.tasks.templates import template_of
+
+        return template_of(processor, self.own.template).ends | ends_of(processor, config)
+
+    # What a model predicts
+
+    def positions(self, batch: "Mapping[str, Tensor]", *, everywhere: bool = False) -> "Tensor":
+        """Return the positions whose next token is predicted, or all real ones."""
+        from kdcli.tasks.next_tokens import positions_of
+
+        return positions_of(batch, everywhere=everywhere)
+
+    def predictions(
+        self, output: Any, batch: "Mapping[str, Tensor]", *, everywhere: bool = False
+    ) -> "list[Prediction]":
+        """Return one table with a row a token of a response, or a real one, over the vocabulary."""
+        from kdcli.tasks.next_tokens import predictions_of
+
+        return predictions_of(output, batch, everywhere=everywhere)
+
+    def answers(self, model: Any, rows: "Dataset", processor: Any, *, max_length: int, ask: Any, **options: Any) -> Any:
+        """Return the losses of each row's responses."""
+        from kdcli.tasks.next_tokens import losses_of
+
+        features = self.encode(rows, processor, max_length)
+        return losses_of(model, features, self.collator(processor), ask=ask, **options)
+
+    def score(self, answers: Any, rows: "Dataset", labels: Sequence[str], metrics: Sequence[str]) -> dict[str, float]:
+        from kdcli.tasks.next_tokens import scores_of
+
+        found = scores_of(answers)
+        return {name: found[name] for name in metrics}
+
+    # Prompts without responses
+
+    def inputs(self, fields: Any) -> dict[str, str]:
+        return {"instruction": fields.instruction or "instruction"}
+
+    def read_inputs(self, columns: Columns, fields: Any, source: str, notes: list[str]) -> "pa.Table":
+        return read_conversations(columns, fields, source, answered=False)
+
+
+KIND = Instruct()
