@@ -12,14 +12,18 @@ class Weights(Options):
     """What the two terms weigh."""
 
     output: Weight = Field(default=1.0, description="Weight of the teacher's distribution over the vocabulary.")
-    mlm: Weight = Field(default=0.0, description="Weight of the masked tokens themselves.")
+    mlm: Weight = Field(
+        default=0.0, description="Weight of the masked tokens themselves; of a decoder, the next tokens."
+    )
 
 
 class ODOptions(Options):
     """Where and how distributions over the vocabulary are compared."""
 
     positions: Literal["masked", "all"] = Field(
-        default="masked", description="Where the distributions are compared: at the masked tokens or at all tokens."
+        default="masked",
+        description="Where the distributions are compared: at the masked tokens (of a decoder, where the next token is "
+        "predicted) or at all tokens.",
     )
     temperature: Temperature = Field(
         default=1.0, description="Temperature that softens teacher and student logits before they are compared."
@@ -47,9 +51,9 @@ METHOD = Method(
     title="The distribution over the vocabulary",
     paper="Udagawa, Trivedi, Merler, Bhattacharjee (2023): A Comparative Analysis of Task-Agnostic Distillation "
     "Methods for Compressing Transformer Language Models. arXiv 2310.08797",
-    formula="T^2 KL(softmax(z_T / T) || softmax(z_S / T)) at masked tokens (+ w_mlm CE of the masked tokens)",
-    signals="masked-LM logits",
-    constraints="same vocabulary; a teacher with a masked-LM head",
+    formula="T^2 KL(softmax(z_T / T) || softmax(z_S / T)) at masked or before next tokens (+ w_mlm CE of these)",
+    signals="masked-LM or causal-LM logits",
+    constraints="same vocabulary; a teacher with a head over it",
     cost="one teacher forward pass a step; both heads run at the compared words only",
     options=ODOptions,
     build=build,

@@ -7,11 +7,13 @@ from pydantic import BaseModel, Field
 
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Options, Term
+from kdcli.objectives.term import FORWARD_KL, Divergence, DivergenceName
 from kdcli.recipe.schema import NonNegativeFloat
 from kdcli.words import counted
 
 Weight = NonNegativeFloat
 Temperature = Annotated[float, Field(gt=0.0, le=1000.0)]
+Between = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class PredictionWeights(Options):
@@ -28,6 +30,41 @@ def prediction_terms(context: Context, weights: PredictionWeights, alpha: float,
     if context.plain_text:
         return [context.gold_term(weights.mlm)]
     return context.prediction_terms(weights.prediction, alpha, temperature)
+
+
+class DivergenceOptions(Options):
+    """How the student's distributions over classes or tokens are compared with the teacher's."""
+
+    divergence: DivergenceName = Field(
+        default=FORWARD_KL.name,
+        description='How predictions are compared: "kl" of the student from the teacher, "reverse-kl" of the teacher '
+        'from the student, "js" (Jensen-Shannon, of both from a mean of both; GKD), "skew-kl" and "skew-reverse-kl" '
+        "(of one from its mean with the other; DistiLLM). Tasks that predict no classes have the first alone.",
+    )
+    beta: Between = Field(
+        default=FORWARD_KL.beta,
+        description="Of js, the teacher's share in the mean. Near 0 gradients are like those of kl, near 1 of "
+        "reverse-kl.",
+    )
+    skew: Between = Field(
+        default=FORWARD_KL.skew,
+        description="Of skew-kl the teacher's share in the mean, of skew-reverse-kl the student's.",
+    )
+
+    @property
+    def comparison(self) -> Divergence:
+        """The divergence, as `Context.output_term` takes it."""
+        return Divergence(self.divergence, self.beta, self.skew)
+
+
+def check_divergence(options: DivergenceOptions, context: Context) -> None:
+    """Raise InputError for a divergence that the kind of task does not have, and options of another one."""
+    context.kind.distribution.compared_by(options.comparison, where="method.divergence")
+    for name, users in (("beta", ("js",)), ("skew", ("skew-kl", "skew-reverse-kl"))):
+        if options.divergence not in users:
+            refuse_idle(
+                options, [name], f"beside divergence {options.divergence}", f"it belongs to {' and '.join(users)}"
+            )
 
 
 WHERE_PREDICTED: dict[str, Iterable[str]] = {
