@@ -160,7 +160,8 @@ class Signals:
     path: (scaled embedding output, predictions) for alpha = 1/K, ..., 1, where a gradient's path is asked for.
     heads: number of attention heads; kv_heads: of keys and values, where these are fewer: each belongs to as many
     neighbouring heads of queries. causal: each token attends to those before it and to itself. score_cap: c of
-    c tanh(score / c), which some models make of their scores.
+    c tanh(score / c), which some models make of their scores. last: the body's output, of a pass to its end for which
+    nothing was predicted.
     """
 
     mask: Tensor
@@ -178,6 +179,7 @@ class Signals:
     local: dict[MatrixKey, Tensor] = field(default_factory=dict)
     factors: Mapping[MatrixKey, tuple[Tensor, ...]] = field(default_factory=dict)
     projections: Mapping[MatrixKey, Tensor] = field(default_factory=dict)
+    last: Tensor | None = None
     _scores: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def heads_of(self, name: str) -> int:

@@ -20,6 +20,7 @@ from kdcli.distill.alignment import aligned, alignment_of
 from kdcli.distill.downstream import tasks_of
 from kdcli.distill.filler import FillerStart, start_filler
 from kdcli.distill.resolve import Resolved, context_of, for_task, head_needed, placed, resolve, stages_of, with_start
+from kdcli.distill.scale import check_scale
 from kdcli.distill.states import StatesPlan, plan_states
 from kdcli.distill.teacher import TeacherStart, labelling_of, start_teacher
 from kdcli.distill.vocabulary import plan_vocabulary
@@ -324,6 +325,7 @@ def _followers(
             stages = stages_of(resolved, context, build.model, nearest if teacher.known else None, examples)
             alignment = alignment_of(nearest, build, section)
             stages = aligned(stages, alignment, known=teacher.known)
+        check_scale(resolved.recipe, stages, build.model, overparam)
         states = plan_states(resolved.recipe, task.kind, stages, nearest)
         tensors_of, pairs = nearest, context.pairs
         if hides_teacher(resolved):

@@ -60,6 +60,8 @@ class Capture:
         self.attention = attention_of(model.config)
         # Keys and values that nothing reads later take memory.
         self._options = {"use_cache": False} if family_of(model.config).causal else {}
+        self.to_end = False
+        """True where a pass must not end before its last block, as in a sharded model."""
         self._active = False
         self._scale: float | None = None
         self._positions: Tensor | None = None
@@ -73,6 +75,7 @@ class Capture:
         self._outputs: dict[nn.Module, dict[int, list[Any]]] = {}
         self._projections: dict[nn.Module, dict[int, list[Any]]] = {}
         self._hooks: list[Any] = []
+        self._last: Tensor | None = None
         if request.gradients:
             self._hooks.append(hook_embeddings(model, self._make_leaf))
         layers = request.hidden | ({0} if request.gradients else frozenset())
@@ -157,7 +160,7 @@ class Capture:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._active = False
-        self._positions = None
+        self._positions = self._last = None
         for found in (*self._wanted, self._windows):
             found.clear()
 
@@ -169,7 +172,8 @@ class Capture:
         inputs = model_inputs(self.model, batch)
         logits = self.request.logits or self.request.gradients > 0
         self._positions = self.kind.positions(batch, everywhere=self.request.all_positions) if logits else None
-        self._may_stop = not logits
+        self._may_stop = not (logits or self.to_end)
+        self._last = None
         with self._kernels():
             output = self._forward(inputs, batch, logits)
             path = list(self._path(inputs, batch, output)) if self.request.path > 1 and output is not None else []
@@ -186,6 +190,7 @@ class Capture:
             factors=self.factors(),
             projections=projections_of(self.model, sorted(self.request.projections)),
             path=path,
+            last=self._last,
         )
 
     def _on_inputs_of(self, other: Signals) -> dict[MatrixKey, Tensor]:
@@ -204,7 +209,7 @@ class Capture:
             return None
         if not logits:
             with contextlib.suppress(_Complete):
-                body_of(self.model)(**inputs, **self._options)
+                self._last = body_of(self.model)(**inputs, **self._options)[0]
             return None
         output = self.model(**inputs, **self._options) if self._head is None else self._run_in_parts(inputs, self._head)
         return self.kind.predictions(output, batch, everywhere=self.request.all_positions)

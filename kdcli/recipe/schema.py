@@ -763,6 +763,17 @@ class TrainSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description='Where to train; "auto" is a GPU where there is one.'
     )
+    sharding: Literal["none", "fsdp"] | None = Field(
+        default=None,
+        description='What several processes do with a student: "none" gives each a whole one (DDP), "fsdp" a part of '
+        "its weights, gradients and moments (FSDP2), block by block. Left out, none, or what accelerate launch says "
+        "(--use_fsdp --fsdp_version 2).",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Keep the input of each block alone for the backward pass, which then runs the block once more: "
+        "less memory, about a third more time.",
+    )
     group_by_length: bool = Field(
         default=True, description="Make batches of texts of like length, which saves padding."
     )

@@ -61,6 +61,13 @@ def is_overparameterised(model: nn.Module) -> bool:
     return any(chain_of(module) is not None for module in model.modules())
 
 
+def forget_contractions(model: nn.Module) -> None:
+    """Clear what every chain remembers of its last contraction: its tensors were written where that cannot be seen."""
+    for module in model.modules():
+        if isinstance(module, MPOWeight):
+            module.cache.clear()
+
+
 @torch.no_grad()
 def plain_weight(layer: nn.Module, weight: nn.Parameter | None = None) -> nn.Parameter:
     """Give a layer a plain weight back (its own value, unless one is given), in its old place before the bias."""

@@ -1,9 +1,13 @@
 """Small helpers for runs over several processes; in a single process each is the identity."""
 
+import os
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+
+from kdcli.errors import InputError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -15,8 +19,48 @@ def state() -> "PartialState":
     """Return what this process knows of the others."""
     from accelerate import PartialState
 
+    launcher_shards()
     # Without a GPU it takes several processes for one each, unless it is told that there is none.
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+@cache
+def launcher_shards() -> bool:
+    """True when `accelerate launch` was told to shard the model (`--use_fsdp`, or a configuration that says so).
+
+    Its libraries are not told: they would shard the model once more, their own way.
+    Raises InputError for what kdcli's sharding has not: the first version of FSDP, weights in the CPU's memory.
+    """
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise InputError(
+            "accelerate is set to shard by the first version of FSDP, and kdcli shards by the second",
+            where="accelerate launch",
+            hint="give --fsdp_version 2, or fsdp_version: 2 in its configuration",
+        )
+    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        raise InputError(
+            "accelerate is set to keep sharded weights in the memory of the CPU, which kdcli does not",
+            where="accelerate launch",
+            hint="give --fsdp_offload_params false, and train.gradient_checkpointing = true to save memory",
+        )
+    return True
+
+
+def shards(wanted: str | None) -> bool:
+    """True when the student is to be sharded. wanted: `train.sharding`; None follows the launcher.
+
+    One process has nothing to share. Raises InputError where recipe and launcher say different things.
+    """
+    several = processes() > 1
+    if wanted == "none" and launcher_shards():
+        raise InputError(
+            'train.sharding is "none", and accelerate launch is set to shard (--use_fsdp)',
+            where="train.sharding",
+            hint="leave one of them out",
+        )
+    return several and (wanted == "fsdp" or (wanted is None and launcher_shards()))
 
 
 def processes() -> int:

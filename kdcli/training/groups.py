@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kdcli.tensors.matched import match_step
 from kdcli.tensors.parametrization import chains_of
+from kdcli.tensors.sharded import is_sharded, whole, write
 from kdcli.training.settings import LoopSettings
 
 
@@ -75,7 +76,13 @@ class MatchedSteps:
 
     def _match(self, *_: Any) -> None:
         for (shape, chain), before in zip(self._chains, self._before, strict=True):
-            match_step(shape, before, chain, trained=_trained(chain))
+            # Of a sharded chain every process scales the whole step, and keeps its part.
+            after = [whole(tensor) for tensor in chain]
+            match_step(shape, [whole(tensor) for tensor in before], after, trained=_trained(chain))
+            with torch.no_grad():
+                for tensor, scaled in zip(chain, after, strict=True):
+                    if is_sharded(tensor):
+                        write(tensor, scaled)
         self._before = []
 
     def match(self, after: Mapping[nn.Parameter, Tensor]) -> None:

@@ -10,6 +10,9 @@ from kdcli.machine import gpu_count
 from kdcli.recipe.schema import FinetuneSection, Recipe, TrainSection
 from kdcli.words import counted
 
+SCALE = {"sharding", "gradient_checkpointing"}
+"""Fields of `[train]` that say how a model of any size is trained, a teacher as well as a student."""
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -44,6 +47,8 @@ class LoopSettings:
     parts: Sequence[str] = ()
     mixing_temperature: float = 1.0
     chain_learning_rate: float | Literal["matched", "by-length"] = "by-length"
+    sharding: str | None = None
+    gradient_checkpointing: bool = False
 
     @property
     def adam(self) -> dict[str, Any]:
@@ -64,7 +69,7 @@ class LoopSettings:
 
         Its last weights are kept: a teacher is not chosen on the data that the student is scored on.
         """
-        place = train.model_dump(include={"precision", "device", "group_by_length", "log_every", "workers"})
+        place = train.model_dump(include={"precision", "device", "group_by_length", "log_every", "workers"} | SCALE)
         own = section.model_dump(include=set(FinetuneSection.model_fields))
         return cls(**place, **own, select="last", seed=seed)
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kdcli.errors import RunError
@@ -36,17 +36,20 @@ from kdcli.manifest import MANIFEST, check_manifest, is_sealed, require, write_m
 from kdcli.models.counts import count_parameters
 from kdcli.models.finite import first_not_finite
 from kdcli.models.overparam import overparam_state, set_chains
+from kdcli.models.sharding import Shards, has_shards, shard, units_of
 from kdcli.tasks.parts import sets_of
+from kdcli.tensors.sharded import whole
 from kdcli.terminal import tell, warn
 from kdcli.training.auxiliary import AUXILIARY, auxiliary_share
 from kdcli.training.callbacks import EvaluateAtEnd, GrowChains, LogAtCheckpoints, Patience, TellEpochs
-from kdcli.training.distributed import agree, main_does, rng_file, wait_for_all
+from kdcli.training.distributed import agree, main_does, rng_file, shards, wait_for_all
 from kdcli.training.groups import MatchedSteps, parameter_groups
 from kdcli.training.growing import GrowingChains
 from kdcli.training.progress import ProgressDisplay
 from kdcli.training.sampler import EpochSampler, sampler_of
 from kdcli.training.schemes.base import Scheme
 from kdcli.training.settings import LoopSettings, check_batch, check_device
+from kdcli.training.shard_files import load_parts, optimizer_state_in_parts, whole_optimizer_state, whole_tensors
 from kdcli.training.step import Distiller
 
 WEIGHTS = "model.safetensors"
@@ -85,9 +88,9 @@ class DistillationTrainer(Trainer):
         growing: GrowingChains | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.growing = growing
         self.settings = settings
+        self.growing = growing
+        super().__init__(*args, **kwargs)
         self.identity = identity
         self.scheme = scheme
         self.remove_callback(PrinterCallback)
@@ -107,11 +110,22 @@ class DistillationTrainer(Trainer):
         # The scheme comes first: a distiller may hold tensors of a teacher that learns, and must not get copies.
         self.scheme.place(self.args.device)
         self.model.place(self.args.device)
-        if self.args.world_size > 1:
+        self.shards: Shards | None = None
+        if shards(settings.sharding):
+            # The library's word for a model that is sharded already: it neither places it nor wraps it.
+            self.is_distributed_loading_by_transformers = True
+            self.model.student_capture.to_end = True
+            self.shards = shard(self.model, units_of(self.model.student), self.args.device)
+        elif self.args.world_size > 1:
             # Several processes must know whose gradients to wait for; looking for those that will not come costs time
             # in every step.
             leaves_out = not scheme.steps_are_alike or bool(self._without_gradient())
             self.accelerator.ddp_handler.find_unused_parameters = leaves_out  # type: ignore[union-attr]
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        # What is to be sharded may be larger than the device.
+        if not shards(self.settings.sharding):
+            super()._move_model_to_device(model, device)
 
     def _without_gradient(self) -> list[str]:
         """Return the parameters that get no gradient, as two rows of the training data show: the same in every step."""
@@ -156,6 +170,18 @@ class DistillationTrainer(Trainer):
         """True when the step that is being made will be logged."""
         step, state = self.state.global_step + 1, self.state
         return step in (1, state.max_steps) or any(step % n == 0 for n in (state.logging_steps, state.save_steps))
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        model: Any = self.model
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return whole(super()._clip_grad_norm(model))
 
     def compute_loss(
         self,
@@ -216,9 +242,32 @@ class DistillationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
+        tensors = None if self.shards is None else whole_tensors(self.model, keep=self.args.should_save)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            save_weights(self.model, folder)
+            save_weights(self.model, folder, tensors)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._save(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.shards is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        state = whole_optimizer_state(self.optimizer, keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.shards is None or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        self.optimizer.load_state_dict(optimizer_state_in_parts(state, self.optimizer))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.checkpoint(self.state.global_step)
@@ -281,14 +330,23 @@ def _diverged(seen: str) -> RunError:
     return RunError(f"training has diverged: {seen}", hint='lower the learning rate, or set train.precision = "fp32"')
 
 
-def save_weights(distiller: Distiller, folder: Path) -> None:
-    """Write what `load_weights` reads: all weights, and which matrices of the student are chains."""
-    safetensors.torch.save_model(distiller, str(folder / WEIGHTS))
+def save_weights(distiller: Distiller, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
+    """Write what `load_weights` reads: all weights, and which matrices of the student are chains.
+
+    tensors: the whole ones of a sharded distiller.
+    """
+    if tensors is None:
+        safetensors.torch.save_model(distiller, str(folder / WEIGHTS))
+    else:
+        safetensors.torch.save_file(tensors, folder / WEIGHTS)
     write_json(folder / CHAINS, overparam_state(distiller.student))
 
 
 def load_weights(distiller: Distiller, folder: Path) -> None:
     """Load the weights of a folder into `distiller`, every key or none; its student gets the chains that it had."""
+    if has_shards(distiller):
+        load_parts(distiller, folder / WEIGHTS)
+        return
     if (path := folder / CHAINS).exists():
         set_chains(distiller.student, json.loads(path.read_text(encoding="utf-8")))
     device = next(distiller.parameters()).device
@@ -406,6 +464,8 @@ def fit(
     if checkpoint is not None and not (checkpoint / rng_file()).exists():
         warn(console, f"{checkpoint} was written by another number of processes: random numbers (dropout) differ")
     distiller.student.train()
+    if settings.gradient_checkpointing:
+        distiller.student.gradient_checkpointing_enable({"use_reentrant": False})
     if process := trainer.args.process_index:
         # The library seeds all processes alike: rows in the same place of two shares would get the same dropout.
         torch.manual_seed(settings.seed + 1_000_003 * process)
@@ -414,9 +474,17 @@ def fit(
         if checkpoint is None or not trainer.was_finished(checkpoint):
             outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             seconds = float(outcome.metrics.get("train_runtime", 0.0))
+        if trainer.shards is not None:
+            trainer.shards.end(gather=True)
+    except BaseException:
+        if trainer.shards is not None:
+            trainer.shards.end(gather=False)
+        raise
     finally:
         display.close()
         distiller.close()
+        if settings.gradient_checkpointing:
+            distiller.student.gradient_checkpointing_disable()
     if (name := first_not_finite(distiller)) is not None:
         raise _diverged(f"{name} contains NaN or inf after the last step")
     history = [

@@ -65,6 +65,8 @@ class Scheme:
     steps_are_alike = True
     """False when it changes from step to step which of the student's parameters get a gradient."""
 
+    works_sharded = False
+    """True where it looks at no weights of the student, and leaves which blocks run as it is."""
     keeps_parameters = False
     """True when it remembers which parameters the student has: these must stay the same until it ends."""
 

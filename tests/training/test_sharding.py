@@ -1,0 +1,90 @@
+"""Two processes that hold half of a student each (FSDP2) give what one process with all of it gives."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_recipes import FOLDER, changed, run_recipe, tiny_recipe, write_recipe
+from torch import Tensor
+from training import stages
+from training.stages import TWO_PROCESSES
+
+TRAIN = {"max_steps": 3, "batch_size": 16, "eval_every": 2, "keep_checkpoints": True}
+KD = tiny_recipe("teacher", task={"train_samples": 64, "validation_samples": 24}, teacher=FOLDER, train=TRAIN)
+LOW_RANK = changed(KD, "student", method="makd", student={"budget": 0.5})
+RECIPES: dict[str, dict[str, Any]] = {
+    "depth": KD,
+    "parts": changed(KD, train={"gradient_accumulation": 2}),
+    "low-rank": LOW_RANK,
+    # A step of a chain is scaled as a whole, whatever each process holds of it.
+    "chains": changed(LOW_RANK, method="kd", student={"form": "low-rank"}, overparam={"length": 1, "aux_weight": 0.0}),
+    # Nothing is predicted, and the last block's output is not compared.
+    "inside": changed(KD, method={"name": "minilmv2"}, student={"layers": 2}),
+    "checkpointed": changed(LOW_RANK, train={"gradient_checkpointing": True}),
+}
+
+
+def weights(folder: Path, name: str) -> dict[str, Tensor]:
+    return load_file(folder / "runs" / name / "student" / "model.safetensors")
+
+
+def without_the_last_checkpoint(folder: Path, name: str) -> None:
+    """Leave a run as a process that was killed before its last step leaves it."""
+    run = folder / "runs" / name
+    [last] = run.glob("checkpoints/*/checkpoint-3")
+    for path in (last, last.parent / "final", run / "student"):
+        shutil.rmtree(path)
+    record = json.loads((run / "run.json").read_text())
+    del record["checksum"]
+    (run / "run.json").write_text(json.dumps({**record, "status": "running"}))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every recipe, run by two processes as `two-NAME`."""
+    folder = stages.folder_with_recipe(tmp_path_factory.mktemp("sharded"), KD)
+    runs = []
+    for name, recipe in RECIPES.items():
+        path = write_recipe(folder / f"{name}.toml", recipe)
+        runs.append([str(path), [f"name=two-{name}", "train.sharding=fsdp"]])
+    (folder / "runs.json").write_text(json.dumps(runs))
+    worker = Path(__file__).with_name("sharded_worker.py")
+    command = [sys.executable, *TWO_PROCESSES, str(worker), str(folder / "runs.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_processes_with_a_part_each_agree_with_one(folder: Path, name: str):
+    run_recipe(folder / f"{name}.toml", f"name=one-{name}")
+    one, two = weights(folder, f"one-{name}"), weights(folder, f"two-{name}")
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], atol=1e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.slow
+def test_each_process_holds_half_of_the_weights(folder: Path):
+    whole = sum(tensor.numel() for tensor in weights(folder, "two-depth").values())
+    assert int((folder / "two-depth.held").read_text()) < 0.51 * whole
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_with_a_part_each_ended(folder: Path):
+    kept = weights(folder, "two-chains")
+    without_the_last_checkpoint(folder, "two-chains")
+    overrides = ("name=two-chains", "train.sharding=fsdp")
+    run_recipe(folder / "chains.toml", *overrides, resume=True)
+    resumed = weights(folder, "two-chains")
+    for key in kept:
+        torch.testing.assert_close(resumed[key], kept[key], atol=1e-5, rtol=1e-4)
