@@ -8,7 +8,7 @@ import copy
 import itertools
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +172,10 @@ class Prepared:
         """What the method chose for the user, and what it cannot compare."""
         method, options = self.resolved.method, self.resolved.options
         notes = [(*method.notes(options, follower.context), *follower.notes) for follower in self.followers]
+        schemes = [stage.scheme for follower in self.followers for stage in follower.stages if stage.scheme is not None]
+        length = self.resolved.recipe.task.max_length
+        features = partial(self.task.kind.feed, self.task.train, self.tokenizer, length)
+        notes += [tuple(scheme.notes(features, length)) for scheme in schemes]
         return list(dict.fromkeys(itertools.chain(*notes)))
 
 

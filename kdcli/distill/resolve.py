@@ -167,6 +167,7 @@ def context_of(teacher: "PreTrainedModel", build: StudentBuild, task: Task, reci
         augmented=recipe.task.augment is not None,
         projected=build.projected,
         factored_embeddings=any(isinstance(module, LowRankEmbedding) for module in build.model.modules()),
+        max_length=recipe.task.max_length,
     )
 
 

@@ -30,7 +30,7 @@ class Context:
     kind: of the task; a method asks what it provides, never which it is. seed: the recipe's, for what a method draws
     itself. projected: whether the student's weights are trained projections of the teacher's, by which hidden states of
     different widths compare. augmented: whether copies of rows with other words are trained on. factored_embeddings:
-    whether the student's word embeddings are low-rank factors.
+    whether the student's word embeddings are low-rank factors. max_length: the most tokens of a row.
     """
 
     teacher: ModelShape
@@ -42,6 +42,7 @@ class Context:
     augmented: bool = False
     projected: bool = False
     factored_embeddings: bool = False
+    max_length: int = 128
 
     @property
     def plain_text(self) -> bool:

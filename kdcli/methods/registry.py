@@ -21,6 +21,9 @@ BUILT_IN = (
     "dbkd",
     "adkd",
     "embedding",
+    "seqkd",
+    "gkd",
+    "minillm",
 )
 OFFERS = Offers("kdcli.methods", "method", Method, BUILT_IN, where="method.name")
 

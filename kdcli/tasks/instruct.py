@@ -89,7 +89,7 @@ class Instruct(TaskKind):
     title = "a response to an instruction, written token by token"
     head = CAUSAL_LM
     fields = InstructFields
-    provides = frozenset({"labels", "vocabulary"})
+    provides = frozenset({"labels", "vocabulary", "prompts"})
     metrics = usual_metrics = ("perplexity", "accuracy")
     errors = frozenset({"perplexity"})
     scored_by_outputs = False

@@ -40,6 +40,7 @@ CAPABILITIES = {
     "labels": "gold labels",
     "classes": "one class out of several",
     "embedding": "embeddings of texts",
+    "prompts": "prompts that a model answers",
     "one-per-example": "one prediction an example",
     "text": "texts that keep their answers where words change",
     "vocabulary": "predictions over a vocabulary",

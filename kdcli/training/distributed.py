@@ -68,6 +68,11 @@ def processes() -> int:
     return state().num_processes
 
 
+def process() -> int:
+    """Return the number of this process, from 0."""
+    return state().process_index
+
+
 def is_main() -> bool:
     """True in the process that writes files and talks to the user."""
     return state().is_main_process
@@ -82,6 +87,15 @@ def agree(value: Value) -> Value:
     box = [value]
     broadcast_object_list(box, from_process=0)
     return box[0]
+
+
+def shared(value: Value) -> list[Value]:
+    """Return every process's `value`, in every process and in their order."""
+    if state().num_processes == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
 
 
 def wait_for_all() -> None:

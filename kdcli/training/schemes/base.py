@@ -1,6 +1,6 @@
 """How a training step runs: the standard way, and what a method may do differently."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,11 @@ class Setting:
     pairs: tuple[tuple[int, int], ...] = ()
     start: "PreTrainedModel | None" = None
 
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a row."""
+        return self.task.description.get("max_length", 128)
+
 
 class Scheme:
     """How a training step runs. This one is the standard: both models once forward, the student once backward.
@@ -78,6 +83,10 @@ class Scheme:
         examples: int,
     ) -> None:
         """Raise InputError for what this scheme cannot work with: a loop, the models' shapes, too few `examples`."""
+
+    def notes(self, features: Callable[[], Dataset], max_length: int) -> list[str]:
+        """Return what a plan says of this scheme. features: gives the encoded training rows, of at most max_length."""
+        return []
 
     def begin(self, setting: Setting) -> Dataset:
         """Get ready, and return the rows to train on. Raises InputError where `check` does."""

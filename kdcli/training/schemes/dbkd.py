@@ -107,7 +107,7 @@ class DecisionScheme(Scheme):
             setting.task.kind,
             setting.teacher,
             setting.tokenizer,
-            max_length=setting.task.description.get("max_length", 128),
+            max_length=setting.max_length,
             batch_size=setting.loop.eval_batch_size,
             device=setting.loop.device,
         )
