@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from kdcli.models.fused import Layout
     from kdcli.signals import MatrixKey
 
 
@@ -76,33 +77,49 @@ def hidden_module(model: "PreTrainedModel", layer: int) -> "nn.Module":
 
 @dataclass(frozen=True)
 class BlockMatrix:
-    """One linear map of a block: a module of its own, or one of equal shares of a fused module's output.
+    """One linear map of a block: a module of its own, or a share of a fused module's output.
 
-    holder, attribute: where the module is. names: of all maps of a fused module, in the order of its output.
+    holder, attribute: where the module is. layout: of a fused module's output; None where the map is the whole of it.
+    transposed: the library's module there keeps its weight as (in, out).
     """
 
     holder: "nn.Module"
     attribute: str
     name: str
-    names: tuple[str, ...]
+    layout: "Layout | None" = None
+    transposed: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All maps that the library's module holds, in the order of its output."""
+        return (self.name,) if self.layout is None else self.layout.names
 
     @property
     def is_fused(self) -> bool:
         """True while the map is a share of another module."""
-        from torch import nn
+        from kdcli.models.fused import SplitLinear
 
-        return len(self.names) > 1 and isinstance(getattr(self.holder, self.attribute), nn.Linear)
+        return self.layout is not None and not isinstance(getattr(self.holder, self.attribute), SplitLinear)
+
+    @property
+    def is_view(self) -> bool:
+        """True while the map is no linear layer of its own: a share of another module, or a transposed one."""
+        from kdcli.models.fused import is_transposed
+
+        return self.is_fused or is_transposed(getattr(self.holder, self.attribute))
 
     @property
     def module(self) -> "nn.Module":
         """The map itself; the fused module while it is a share of one."""
         module = getattr(self.holder, self.attribute)
-        return module if len(self.names) == 1 or self.is_fused else getattr(module, self.name)
+        return module if self.layout is None or self.is_fused else getattr(module, self.name)
 
     @property
     def weight(self) -> "Tensor":
-        """(out features, in features), a view where the map is fused."""
-        return self._share(self.module.weight, 0)  # type: ignore[arg-type]
+        """(out features, in features), a view where the map is a share whose features are side by side."""
+        from kdcli.models.fused import weight_of
+
+        return self._share(weight_of(self.module), 0)
 
     def of(self, output: "Tensor") -> "Tensor":
         """Return this map's part of the output of `module`, (..., out features)."""
@@ -113,25 +130,21 @@ class BlockMatrix:
         return self.of(self.module(x))
 
     def _share(self, tensor: "Tensor", dim: int) -> "Tensor":
-        return tensor.chunk(len(self.names), dim)[self.names.index(self.name)] if self.is_fused else tensor
+        return self.layout.share(tensor, self.name, dim) if self.layout is not None and self.is_fused else tensor
 
     def linear(self) -> "nn.Module":
-        """Return the map as a layer: itself, or a copy of its share of a fused one."""
-        if not self.is_fused:
-            return self.module
-        from kdcli.models.fused import rows_of
+        """Return the map as a linear layer: itself, or a copy of what is no layer of its own."""
+        from kdcli.models.fused import share_of
 
-        count = self.weight.shape[0]
-        start = self.names.index(self.name) * count
-        return rows_of(self.module, slice(start, start + count))  # type: ignore[arg-type]
+        return share_of(self.module, self.layout, self.name) if self.is_view else self.module
 
     def replace(self, layer: "nn.Module") -> None:
         """Put a layer in the map's place; the other shares of a fused module become layers of their own."""
         from kdcli.models.fused import SplitLinear
 
-        if self.is_fused:
-            setattr(self.holder, self.attribute, SplitLinear.from_linear(self.module, self.names))  # type: ignore[arg-type]
-        if len(self.names) > 1:
+        if self.is_fused and self.layout is not None:
+            setattr(self.holder, self.attribute, SplitLinear.from_module(self.module, self.layout))
+        if self.layout is not None:
             setattr(getattr(self.holder, self.attribute), self.name, layer)
         else:
             setattr(self.holder, self.attribute, layer)
@@ -139,10 +152,18 @@ class BlockMatrix:
 
 def block_matrix(model: "PreTrainedModel", layer: int, name: str) -> BlockMatrix:
     """Return one of the linear maps of block `layer` (1..L)."""
+    from kdcli.models.fused import Layout
+
     family = family_of(model.config)
     matrix = family.matrices[name]
     path, _, attribute = matrix.path.rpartition(".")
-    return BlockMatrix(block_of(model, layer).get_submodule(path), attribute, name, tuple(family.parts_of(matrix.path)))
+    layout = None
+    if len(names := family.parts_of(matrix.path)) > 1:
+        shape = shape_of(model.config)
+        widths = tuple(shape.width_of(part) for part in names)
+        layout = Layout(tuple(names), widths, shape.heads if matrix.by_head else 1)
+    holder = block_of(model, layer).get_submodule(path)
+    return BlockMatrix(holder, attribute, name, layout, matrix.transposed)
 
 
 def iter_block_matrices(model: "PreTrainedModel") -> "Iterator[tuple[MatrixKey, BlockMatrix]]":

@@ -43,8 +43,8 @@ class SizeNames:
     types: how many token types there are; None where the model takes none. embedding: the width of the embeddings,
     where it may differ from the blocks'. kv_heads: how many heads keys and values have, where these may be fewer.
     head: the width of one head, where it may be another than hidden / heads. as_hidden: further fields that are as wide
-    as the blocks. by_block: lists with one entry a block. A configuration without an `intermediate` has one of four
-    times the hidden size.
+    as the blocks. by_block: lists with one entry a block. times: what `intermediate` is in hidden sizes where it is
+    left out; None where it cannot be.
     """
 
     layers: str = "num_hidden_layers"
@@ -59,6 +59,7 @@ class SizeNames:
     head: str | None = None
     as_hidden: tuple[str, ...] = ()
     by_block: tuple[str, ...] = ()
+    times: int | None = None
 
 
 @dataclass(frozen=True)
@@ -292,6 +293,76 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3", "Qwen3", **_BY_LAYER),
         Family("gemma2", "Gemma 2", **_BY_LAYER, score_cap="attn_logit_softcapping"),
         Family("gemma3_text", "Gemma 3 (text)", **_BY_LAYER),
+        Family(
+            "phi3",
+            "Phi-3",
+            **{
+                **_LLAMA,
+                "query": Matrix("self_attn.qkv_proj", 0, 3),
+                "key": Matrix("self_attn.qkv_proj", 1, 3),
+                "value": Matrix("self_attn.qkv_proj", 2, 3),
+                "ffn_gate": Matrix("mlp.gate_up_proj", 0, 2),
+                "ffn_in": Matrix("mlp.gate_up_proj", 1, 2),
+            },
+        ),
+        Family(
+            "gpt2",
+            "GPT-2",
+            "h",
+            query=Matrix("attn.c_attn", 0, 3, transposed=True),
+            key=Matrix("attn.c_attn", 1, 3, transposed=True),
+            value=Matrix("attn.c_attn", 2, 3, transposed=True),
+            attention_output=Matrix("attn.c_proj", transposed=True),
+            ffn_in=Matrix("mlp.c_fc", transposed=True),
+            ffn_out=Matrix("mlp.c_proj", transposed=True),
+            embeddings="drop",
+            word_embeddings="wte",
+            final_norm="ln_f",
+            causal=True,
+            sizes=SizeNames(
+                layers="n_layer",
+                hidden="n_embd",
+                heads="n_head",
+                intermediate="n_inner",
+                positions="n_positions",
+                types=None,
+                times=4,
+            ),
+        ),
+        Family(
+            "gpt_neox",
+            "GPT-NeoX",
+            "layers",
+            query=Matrix("attention.query_key_value", 0, 3, by_head=True),
+            key=Matrix("attention.query_key_value", 1, 3, by_head=True),
+            value=Matrix("attention.query_key_value", 2, 3, by_head=True),
+            attention_output=Matrix("attention.dense"),
+            ffn_in=Matrix("mlp.dense_h_to_4h"),
+            ffn_out=Matrix("mlp.dense_4h_to_h"),
+            embeddings="emb_dropout",
+            word_embeddings="embed_in",
+            final_norm="final_layer_norm",
+            causal=True,
+            rotary=True,
+            sizes=SizeNames(types=None),
+        ),
+        Family(
+            "opt",
+            "OPT",
+            "decoder.layers",
+            query=Matrix("self_attn.q_proj"),
+            key=Matrix("self_attn.k_proj"),
+            value=Matrix("self_attn.v_proj"),
+            attention_output=Matrix("self_attn.out_proj"),
+            ffn_in=Matrix("fc1"),
+            ffn_out=Matrix("fc2"),
+            embeddings=None,
+            word_embeddings="decoder.embed_tokens",
+            projection="decoder.project_in",
+            final_norm="decoder.final_layer_norm",
+            causal=True,
+            sizes=SizeNames(intermediate="ffn_dim", types=None, embedding="word_embed_proj_dim"),
+        ),
     )
 }
 """The package's own families by name."""

@@ -4,7 +4,7 @@ A model is loaded whole or not at all: no parameter that its file lacks is made 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -254,14 +254,31 @@ def _fit_outputs(model: "PreTrainedModel", checkpoint: Checkpoint) -> bool:
 def _places(model: "PreTrainedModel", tensors: Mapping[str, Any]) -> dict[str, str]:
     """Return the file's name for each tensor of `model`, by its name in the model; other heads are left out.
 
-    A body alone is found in a file with a head, too.
+    A body alone is found in a file with a head, too, and a body in a file without its name before each weight's.
     """
-    if model.base_model is not model:
-        return {key: key for key in tensors}
     prefix = f"{model.base_model_prefix}."
+    if model.base_model is not model:
+        expected, renamed = model.state_dict().keys(), _renamings(model)
+
+        def place(key: str) -> str:
+            if key in expected:
+                return key
+            return next((name for name in (renamed(key), prefix + key) if name in expected), key)
+
+        return {place(key): key for key in tensors}
     inside = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
     children = {name for name, _ in model.named_children()}
     return inside or {key: key for key in tensors if key.partition(".")[0] in children}
+
+
+def _renamings(model: "PreTrainedModel") -> Callable[[str], str]:
+    """Return what gives the library's name of today for one that a file of `model` may have."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [one for one in found if isinstance(one, WeightRenaming)]
+    return lambda key: apply_renamings(key, renamings)
 
 
 def _differences(
@@ -288,6 +305,8 @@ def _differences(
 def _may_be_left(model: "PreTrainedModel", key: str) -> bool:
     """True for what a file may hold beside a model: tables of positions, poolers and heads that it does not use."""
     if key.endswith(("position_ids", "token_type_ids")):
+        return True
+    if any(re.search(pattern, key) for pattern in model._keys_to_ignore_on_load_unexpected or ()):
         return True
     if _is_pooler(key):
         return getattr(model.base_model, "pooler", None) is None and not hasattr(model, "pooler")
@@ -414,7 +433,7 @@ def _whole(config: "PretrainedConfig", head: Head, checkpoint: Checkpoint) -> "P
 def _restored(
     config: "PretrainedConfig", head: Head, structure: dict[str, Any], checkpoint: Checkpoint
 ) -> "PreTrainedModel":
-    from kdcli.models.fused import SplitLinear
+    from kdcli.models.fused import make_layers
     from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, tie_decoders
     from kdcli.models.overparam import restore_overparam
 
@@ -426,11 +445,11 @@ def _restored(
                 raise ValueError(
                     f"config.json says rank {rank!r} for {path}, the file has tensors up to {widest:,} wide"
                 )
+        make_layers(model, [path for name in ("split", "low_rank") for path in structure.get(name, {})])
         for path, names in structure.get("split", {}).items():
-            fused: Any = model.get_submodule(path)
-            if fused.out_features % len(names):
-                raise ValueError(f"{path} cannot be split into {len(names)} equal parts")
-            _replace(model, path, SplitLinear.from_linear(fused, names))
+            parts = [name for name, _ in model.get_submodule(path).named_children()]
+            if parts != names:
+                raise ValueError(f"config.json splits {path} into {names}, and its parts are {parts}")
         for path, rank in structure.get("low_rank", {}).items():
             linear: Any = model.get_submodule(path)
             factors = LowRankLinear(linear.in_features, linear.out_features, rank, bias=linear.bias is not None)

@@ -427,7 +427,7 @@ def tie_decoders(model: nn.Module, paths: Iterable[str], table: LowRankEmbedding
         model.set_submodule(path, LowRankDecoder(table, bias))
 
 
-def merge_low_rank(model: nn.Module) -> nn.Module:
+def merge_low_rank(model: "PreTrainedModel") -> "PreTrainedModel":
     """Replace every factored map of `model` by the dense one that it equals, in place, and return `model`."""
     tables: dict[LowRankEmbedding, nn.Embedding] = {}
     for path, module in list(model.named_modules()):

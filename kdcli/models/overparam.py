@@ -15,7 +15,7 @@ from kdcli.models.counts import count_parameters
 from kdcli.models.factoring import check_factors, is_target, nearest_ranks, shape_for
 from kdcli.models.factoriser import Factoriser
 from kdcli.models.families import family_of
-from kdcli.models.fused import merge_split
+from kdcli.models.fused import make_layers, merge_split
 from kdcli.models.lowrank import LowRankLinear
 from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import MatrixKey
@@ -107,7 +107,7 @@ class _Place:
 
     def alone(self) -> nn.Linear:
         """Return a layer for this weight alone, which takes its share of a fused module where there is one."""
-        if self.matrix.is_fused:
+        if self.matrix.is_view:
             self.matrix.replace(self.matrix.linear())
         return self.layer
 
@@ -117,16 +117,16 @@ def _places(model: "PreTrainedModel") -> Iterator[_Place]:
         if isinstance(matrix.module, LowRankLinear):
             for factor in ("down", "up"):
                 yield _Place((layer, f"{name}.{factor}"), matrix, factor)
-        elif isinstance(matrix.module, nn.Linear):
+        elif isinstance(matrix.module, nn.Linear) or matrix.is_view:
             yield _Place((layer, name), matrix)
 
 
 def linears_of(model: "PreTrainedModel") -> Iterator[tuple[MatrixKey, nn.Linear]]:
     """Yield every linear layer in the place of a block matrix; a factored one gives "name.down", "name.up".
 
-    A share of a fused module is no layer of its own, and has no chain: it is left out.
+    A share of a fused module, or a transposed one, is no layer of its own and has no chain: it is left out.
     """
-    return ((place.key, place.layer) for place in _places(model) if not place.matrix.is_fused)
+    return ((place.key, place.layer) for place in _places(model) if not place.matrix.is_view)
 
 
 def _attach(linear: nn.Linear, weight: MPOWeight, *, blank: bool = False) -> None:
@@ -295,7 +295,7 @@ def add_chains(
     # As they are before any fused module is split.
     layers = [place.layer for place, _ in wanted]
     weights = [layer.weight for layer in layers]
-    ours = {id(layer) for layer, (place, _) in zip(layers, wanted, strict=True) if not place.matrix.is_fused}
+    ours = {id(layer) for layer, (place, _) in zip(layers, wanted, strict=True) if not place.matrix.is_view}
     first: dict[int, _Place] = {}
     for (place, shape), layer, weight in zip(wanted, layers, weights, strict=True):
         if holders[id(weight)] - ours - {id(layer)}:
@@ -399,11 +399,12 @@ def overparam_state(model: nn.Module) -> dict[str, Any]:
     return state
 
 
-def restore_overparam(model: nn.Module, state: dict[str, Any]) -> None:
+def restore_overparam(model: "PreTrainedModel", state: dict[str, Any]) -> None:
     """Give `model` the chains that `overparam_state` described; loading their values is for the caller.
 
     Raises ValueError when the description does not fit the model.
     """
+    make_layers(model, state)
     for path, entry in state.items():
         linear = model.get_submodule(path)
         if not isinstance(linear, nn.Linear):
@@ -417,10 +418,10 @@ def restore_overparam(model: nn.Module, state: dict[str, Any]) -> None:
         _attach(linear, MPOWeight(shape, entry.get("gauge", "symmetric")), blank=True)
 
 
-def set_chains(model: nn.Module, state: dict[str, Any]) -> None:
+def set_chains(model: "PreTrainedModel", state: dict[str, Any]) -> None:
     """Give `model` the chains that `overparam_state` described, and no others; loading values is for the caller."""
     if overparam_state(model) != state:
-        contract_model(model, check=False)  # type: ignore[arg-type]
+        contract_model(model, check=False)
         restore_overparam(model, state)
 
 

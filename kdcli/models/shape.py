@@ -32,6 +32,14 @@ class ModelShape:
     gated: bool = False
     embedding: int | None = None
 
+    def width_of(self, matrix: str) -> int:
+        """Return how many features one of a block's linear maps gives."""
+        if matrix in ("key", "value"):
+            return self.kv_heads * self.head
+        if matrix == "query":
+            return self.heads * self.head
+        return self.intermediate if matrix in ("ffn_in", "ffn_gate") else self.hidden
+
 
 def longest_input(config: "PretrainedConfig") -> int | None:
     """Return how many tokens a model has positions for; None where it needs none of its own."""
@@ -56,7 +64,7 @@ def shape_of(config: "PretrainedConfig") -> ModelShape:
         heads=heads,
         kv_heads=_given(config, names.kv_heads) or heads,
         head=_given(config, names.head) or hidden // heads,
-        intermediate=_given(config, names.intermediate) or 4 * hidden,
+        intermediate=_given(config, names.intermediate) or (names.times or 0) * hidden,
         vocab=getattr(config, names.vocabulary),
         max_positions=getattr(config, names.positions),
         gated=family.ffn_gate is not None,

@@ -28,7 +28,7 @@ def check_sizes(config: Mapping[str, Any], family: Family, path: str) -> None:
     for kind, common in _COMMON.items():
         names = dict.fromkeys((getattr(family.sizes, kind), common))
         given = [name for name in names if name in config]
-        if kind == "intermediate" and family.causal and all(config.get(name) is None for name in names):
+        if kind == "intermediate" and family.sizes.times is not None and not _is_given(config, family, kind):
             continue
         if not given:
             raise InputError(f"{path} has no {next(iter(names))}", hint="write the model's own into it")
@@ -96,9 +96,14 @@ def check_room(config: Mapping[str, Any], family: Family, shapes: Mapping[str, t
             hint=f"correct {name}, unless it is another model's file",
         )
     widest = max((length for shape in shapes.values() for length in shape), default=0)
-    sizes = [_size(config, family, "hidden"), _size(config, family, "intermediate")]
+    sizes = [_size(config, family, "hidden")]
+    if _is_given(config, family, "intermediate"):
+        sizes.append(_size(config, family, "intermediate"))
     own = (family.sizes.vocabulary, family.sizes.embedding, family.sizes.types)
     sizes += [(one, config[one]) for one in own if one is not None and config.get(one)]
+    if (head := family.sizes.head) is not None and config.get(head):
+        heads = _size(config, family, "heads")
+        sizes.append((f"{heads[0]} times {head}", heads[1] * config[head]))
     for name, size in sizes:
         if size > widest:
             raise InputError(
@@ -107,10 +112,14 @@ def check_room(config: Mapping[str, Any], family: Family, shapes: Mapping[str, t
             )
 
 
+def _is_given(config: Mapping[str, Any], family: Family, kind: str) -> bool:
+    return any(config.get(name) is not None for name in (getattr(family.sizes, kind), _COMMON[kind]))
+
+
 def _size(config: Mapping[str, Any], family: Family, kind: str) -> tuple[str, int]:
     """Return the name that a size has in a configuration, and the size: the largest, where it is there twice."""
     names = dict.fromkeys((getattr(family.sizes, kind), _COMMON[kind]))
-    return max(((name, config[name]) for name in names if name in config), key=lambda pair: pair[1])
+    return max(((name, config[name]) for name in names if config.get(name) is not None), key=lambda pair: pair[1])
 
 
 def _check(config: Mapping[str, Any], name: str, path: str, *, least: int) -> None:

@@ -14,6 +14,9 @@ from kdcli.signals import Request, Signals, repeat_groups
 Relation = tuple[str, str]
 """(rows, columns): names of two projections; ("value", "value") is MiniLM's value relation."""
 
+Caps = tuple[float | None, float | None]
+"""Of the student and of the teacher."""
+
 ATTENTION: Relation = ("query", "key")
 """The relation that attention is made of."""
 
@@ -32,6 +35,10 @@ def _split(vectors: Tensor, heads: int) -> Tensor:
     if width % heads:
         raise ValueError(f"{heads} relation heads do not divide a width of {width}")
     return vectors.float().reshape(batch, seq, heads, width // heads).transpose(1, 2)
+
+
+def _capped(scores: Tensor, cap: float | None) -> Tensor:
+    return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 
 
 def _log_sum_exp(scores: Tensor, probabilities: Tensor) -> Tensor:
@@ -57,6 +64,7 @@ class RelationKL(torch.autograd.Function):
         chunk: int,
         segments: Tensor | None = None,
         window: Tensor | None = None,
+        caps: Caps = (None, None),
     ) -> Tensor:
         batch, heads, _, size = queries.shape
         scale, teacher_scale = size**-0.5, teacher_queries.shape[-1] ** -0.5
@@ -70,8 +78,11 @@ class RelationKL(torch.autograd.Function):
             part = slice(start, start + chunk)
             # Heads lie side by side: each product would make a copy of its own.
             q, k = queries[:, part].contiguous(), keys[:, part].contiguous()
-            own = ((q * scale) @ k.mT).add_(bias)
-            target = ((teacher_queries[:, part] * teacher_scale) @ teacher_keys[:, part].mT).add_(bias)
+            own = _capped((q * scale) @ k.mT, caps[0])
+            slope = None if caps[0] is None else 1 - (own / caps[0]).square()
+            own.add_(bias)
+            target = (teacher_queries[:, part] * teacher_scale) @ teacher_keys[:, part].mT
+            target = _capped(target, caps[1]).add_(bias)
             student, teacher = torch.softmax(own, dim=-1), torch.softmax(target, dim=-1)
             # sum p_T (log p_T - log p_S), of which the logarithms are score - log sum exp.
             constant = _log_sum_exp(target, teacher) - _log_sum_exp(own, student)
@@ -79,6 +90,8 @@ class RelationKL(torch.autograd.Function):
             value = value + (rows * weight).sum()
             if differentiate:
                 error = student.sub_(teacher)
+                if slope is not None:
+                    error.mul_(slope)
                 # A row's weight goes to the narrow vectors, not to all of its scores.
                 query_gradient[:, part] = (error @ k).mul_(weight * scale)
                 key_gradient[:, part] = error.mT @ (q * (weight * scale))
@@ -89,7 +102,7 @@ class RelationKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query_gradient, key_gradient = ctx.saved_tensors
-        return times(query_gradient, gradient), times(key_gradient, gradient), None, None, None, None, None, None
+        return times(query_gradient, gradient), times(key_gradient, gradient), *(None,) * 7
 
 
 def relation_kl(
@@ -102,6 +115,7 @@ def relation_kl(
     teacher_columns: Tensor | None = None,
     segments: Tensor | None = None,
     window: Tensor | None = None,
+    caps: Caps = (None, None),
     chunk: int | None = None,
 ) -> Tensor:
     """Return KL(teacher || student) of relation matrices, mean over relation heads, real rows and examples.
@@ -109,7 +123,8 @@ def relation_kl(
     A relation matrix is softmax(X Y^T / sqrt(d_r)) over real keys: X are `student` or `teacher`, (batch, seq, width)
     with all heads side by side, split again into `heads` pieces of width d_r; Y are the `..._columns`, by default X.
     Widths may differ, but `heads` must divide both: else ValueError. `chunk` heads are worked on at a time.
-    `window`, (batch, 1, seq, seq): the keys of each row, where the relation is attention within a window.
+    `window`, (batch or 1, 1, seq, seq): the keys of each row, where these are not all real ones. `caps`: c of
+    c tanh(score / c) of the student's and the teacher's scores, which some models make of those of attention.
     With `segments`, (batch, seq), a row runs over the keys of its own segment: how a token relates to one that
     happens to be packed beside it is nothing to learn. The models themselves attend over all tokens of a block, as
     they were pre-trained to.
@@ -121,7 +136,7 @@ def relation_kl(
     batch, seq = mask.shape
     most = CACHED_ELEMENTS if mask.device.type == "cpu" else CHUNK_ELEMENTS
     chunk = chunk or max(1, most // (batch * seq * seq))
-    return RelationKL.apply(rows, columns, teacher_rows, targets, mask, chunk, segments, window)
+    return RelationKL.apply(rows, columns, teacher_rows, targets, mask, chunk, segments, window, caps)
 
 
 class RelationObjective(Objective):
@@ -178,6 +193,7 @@ class RelationObjective(Objective):
                     teacher_columns=teacher_columns,
                     segments=student.segments,
                     window=common_window((student, [s] * attends), (teacher, [t] * attends)),
+                    caps=(student.score_cap, teacher.score_cap) if attends else (None, None),
                 )
         return total / len(self.pairs)
 

@@ -463,9 +463,9 @@ def configuration_without_a_model_type(world: World) -> list[str]:
     return ["distill", world.recipe()]
 
 
-@case("unknown family 'gpt2'", "distilbert", "choose a model of one of these families")
+@case("unknown family 'bloom'", "distilbert", "choose a model of one of these families")
 def unknown_family(world: World) -> list[str]:
-    edit_config(world.model(), model_type="gpt2")
+    edit_config(world.model(), model_type="bloom")
     return ["distill", world.recipe()]
 
 
@@ -706,9 +706,9 @@ def heads_of_a_teacher_from_scratch(world: World) -> list[str]:
     return ["distill", world.recipe("teacher", teacher={"scratch": scratch})]
 
 
-@case("teacher.scratch.family", "'gpt2'", "bert")
+@case("teacher.scratch.family", "'bloom'", "bert")
 def family_of_a_teacher_from_scratch(world: World) -> list[str]:
-    return ["distill", world.recipe("teacher", teacher={"scratch": {"family": "gpt2"}})]
+    return ["distill", world.recipe("teacher", teacher={"scratch": {"family": "bloom"}})]
 
 
 # Runs and folders

@@ -11,8 +11,8 @@ from families import NAMES, matrices, tiny, tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
-    GPT2Config,
-    GPT2ForSequenceClassification,
+    BloomConfig,
+    BloomForSequenceClassification,
     PreTrainedModel,
 )
 
@@ -194,7 +194,7 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
         (overwrite("config.json", b"\xff\xfe"), r"config\.json is not valid JSON"),
         (overwrite("config.json", b"[]"), "names no model_type"),
         (overwrite("config.json", b"{}"), "names no model_type"),
-        (change_config(model_type="gpt2"), "unknown family 'gpt2'; known are albert, bert"),
+        (change_config(model_type="bloom"), "unknown family 'bloom'; known are albert, bert"),
         (remove("model.safetensors"), r"has no model\.safetensors"),
         (only_a_pickle, r"only as a pickle \(pytorch_model\.bin\)"),
         (overwrite("model.safetensors", b""), "not a readable safetensors file"),
@@ -236,7 +236,7 @@ def test_a_broken_folder_says_what_is_wrong(folder: Path, spoil: Callable[[Path]
         (change_weights(lambda state: state.pop(QUERY.replace(".weight", ".up.weight"))), "is missing 1 weight "),
         (change_weights(lambda state: state.update(other=torch.zeros(1))), "has 1 weight .* no place"),
         (change_config(hidden_size=48), "by its config"),
-        (change_config(kdcli={"base_model_type": "gpt2"}), "family 'gpt2'"),
+        (change_config(kdcli={"base_model_type": "bloom"}), "family 'bloom'"),
         (change_config(kdcli={}), "family 'kdcli'"),
         (change_config(kdcli=None), "family 'kdcli'"),
         (change_config(kdcli={"base_model_type": ["bert"]}), "unknown family"),
@@ -290,8 +290,8 @@ def test_a_file_is_no_model(folder: Path):
 
 
 def test_a_model_of_an_unknown_family_is_refused_with_the_way_to_add_one(tmp_path: Path):
-    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=16)
-    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    config = BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=50)
+    BloomForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"known are albert, bert, camembert, deberta-v2") as caught:
         load_model(tmp_path)
     assert caught.value.hint is not None and "kdcli.families" in caught.value.hint
