@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS_AT_ONCE = 16
+TOKENS_AT_ONCE = 1024
+"""Of long rows fewer are looked at at a time: what a pass keeps for its gradients takes memory."""
 
 
 def factoriser_of(
@@ -98,8 +100,8 @@ def start_projections(
     project(model, build.model, build.teacher_layers, moments)
 
 
-def sample_batches(task: Task, processor: Any, samples: int, job: Job) -> list[Batch]:
-    """Return some training rows as batches; the same for every run of one seed."""
+def sample_batches(task: Task, processor: Any, samples: int, job: Job, *, tokens: int | None = None) -> list[Batch]:
+    """Return some training rows as batches; the same for every run of one seed. tokens: at most so many in all."""
     seed = job.resolved.loop.seed
     chosen = np.random.default_rng(seed).permutation(len(task.train))[:samples]
     rows = task.train.select(np.sort(chosen))
@@ -109,21 +111,39 @@ def sample_batches(task: Task, processor: Any, samples: int, job: Job) -> list[B
     features = encoded.train
     # Of text many blocks may come from one document.
     order = np.random.default_rng(seed).permutation(len(features))[:samples]
-    order = order[np.argsort(array_of(features, "length")[order], kind="stable")]
-    parts = np.split(order, range(ROWS_AT_ONCE, len(order), ROWS_AT_ONCE))
-    return [encoded.collator(features.__getitems__(part.tolist())) for part in parts]
+    lengths = array_of(features, "length")
+    if tokens is not None:
+        order = order[: max(1, np.searchsorted(np.cumsum(lengths[order]), tokens, "right"))]
+    order = order[np.argsort(lengths[order], kind="stable")]
+    return [encoded.collator(features.__getitems__(part)) for part in _parts(order.tolist(), lengths)]
+
+
+def _parts(order: list[int], lengths: np.ndarray) -> list[list[int]]:
+    """Return rows of rising length in parts of at most `ROWS_AT_ONCE`, of at most `TOKENS_AT_ONCE` where they can."""
+    parts: list[list[int]] = []
+    for row in order:
+        full = not parts or len(parts[-1]) == ROWS_AT_ONCE
+        if full or (len(parts[-1]) + 1) * lengths[row] > TOKENS_AT_ONCE:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
 
 
 @contextmanager
 def task_loss(model: "PreTrainedModel", task: Task, context: Context) -> Iterator[Callable[[Batch], Tensor]]:
-    """Yield the loss of the gold answers as a function of a batch."""
+    """Yield the loss of the gold answers as a function of a batch: the mean over its rows.
+
+    Where tokens weigh equally, a row's loss is the sum over its tokens, as they have no mean of their own.
+    """
     distiller = Distiller(model, [context.gold_term()], kind=task.kind)
 
     def loss(batch: Batch) -> Tensor:
         distiller.eval()
         # The loss itself is formed in training only; the model stays in eval mode.
         distiller.training = True
-        return distiller(batch)["loss"]
+        rows = len(batch["input_ids"])
+        tokens = batch["targets"].numel() / rows if task.kind.tokens_weigh_equally else 1.0
+        return distiller(batch)["loss"] * tokens
 
     try:
         yield loss

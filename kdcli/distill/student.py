@@ -92,9 +92,15 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
     with job.timed(f"{folder} start".strip()):
         factoriser = factoriser_of(job, task, source, teacher.tokenizer, follower.section, follower.context, folder)
     with job.timed(name):
-        options: Any = {"overparam": follower.overparam, "labelling": job.prepared.labelling, "factoriser": factoriser}
-        options["kept"] = job.prepared.kept
-        build = build_student(source, follower.section, seed=seed, **options)
+        build = build_student(
+            source,
+            follower.section,
+            seed=seed,
+            overparam=follower.overparam,
+            labelling=job.prepared.labelling,
+            factoriser=factoriser,
+            kept=job.prepared.kept,
+        )
     for note in build.notes:
         job.tell(f"{name}: {note}")
     if build.projected:
@@ -116,6 +122,8 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
     }
     with job.timed("overparam"):
         chain = over_parameterise(job, task, teacher, follower, build, factoriser, folder=folder)
+    # What it knows of a large model takes memory that the training needs.
+    del factoriser
     with job.timed(f"{folder} train".strip()):
         training = _train(job, task, teacher, follower, build, stages, chain, folder=folder, identity=identity)
     merge_projections(build.model)

@@ -87,7 +87,8 @@ class Factoriser:
 
     statistics: of the model that they are taken from, by block and matrix. look_again: returns those of one
     block as the student's own factors before it make its inputs; None where they stay. settle: takes ranks that were
-    spread, and returns those that count.
+    spread, and returns those that count. A decomposition takes several times the memory of its matrix: only the last
+    one is kept, unless all are needed twice.
     """
 
     by_inputs: bool = False
@@ -96,6 +97,7 @@ class Factoriser:
     look_again: "Callable[[PreTrainedModel, int], Mapping[MatrixKey, Statistics]] | None" = None
     settle: "Callable[[dict[MatrixKey, int | None]], dict[MatrixKey, int | None]]" = lambda ranks: ranks
     _found: dict[MatrixKey, tuple[str, Decomposition]] = field(default_factory=dict)
+    _keeps: bool = False
 
     def enter(self, student: "PreTrainedModel", layer: int) -> None:
         """Prepare for block `layer` (1..L) of a student that has its factors before it."""
@@ -107,10 +109,12 @@ class Factoriser:
             self._found.pop(key, None)
 
     def decomposition(self, key: MatrixKey, linear: nn.Linear) -> Decomposition:
-        """Return the terms of the matrix `key`, whose layer is given; each weight is decomposed once."""
+        """Return the terms of the matrix `key`, whose layer is given."""
         # The matrix of another model may be asked for under the same name.
         content = hash_of_tensors({"weight": linear.weight.detach()})
         if key not in self._found or self._found[key][0] != content:
+            if not self._keeps:
+                self._found.clear()
             of = self._of(key, linear)
             moments = self._moments(of, linear) if of is not None and self.by_inputs else None
             rows = of.importance if of is not None and self.by_gradients else None
@@ -128,6 +132,7 @@ class Factoriser:
 
     def losses(self, linears: Mapping[MatrixKey, nn.Linear]) -> dict[MatrixKey, Tensor]:
         """Return what each term of every matrix takes from the loss where it is left out, (min(out, in),)."""
+        self._keeps = True
         return {key: self._losses(key, linear) for key, linear in linears.items()}
 
     def _losses(self, key: MatrixKey, linear: nn.Linear) -> Tensor:

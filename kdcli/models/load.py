@@ -456,11 +456,7 @@ def _restored(
             _replace(model, path, factors)
         for path, rank in structure.get("low_rank_embeddings", {}).items():
             table: Any = model.get_submodule(path)
-            _replace(
-                model,
-                path,
-                LowRankEmbedding(table.num_embeddings, table.embedding_dim, rank, table.padding_idx),
-            )
+            _replace(model, path, LowRankEmbedding(table, rank))
         for path, source in structure.get("low_rank_decoders", {}).items():
             factored = model.get_submodule(source)
             if not isinstance(factored, LowRankEmbedding):

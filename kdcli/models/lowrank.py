@@ -4,7 +4,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -88,20 +88,27 @@ class LowRankLinear(nn.Module):
 
 
 class LowRankEmbedding(nn.Module):
-    """A lookup table E1 E2 with E1 = down.weight (vocabulary, rank) and E2 = up.weight^T (rank, width)."""
+    """A lookup table E1 E2 with E1 = down.weight (vocabulary, rank) and E2 = up.weight^T (rank, width).
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, padding_idx: int | None) -> None:
+    Some families multiply what they look up by a number, which is no part of the table: `scale`.
+    """
+
+    def __init__(self, table: nn.Embedding, rank: int) -> None:
+        """table: the plain one whose place it takes; only its sizes and its kind count."""
         super().__init__()
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
+        self.num_embeddings = table.num_embeddings
+        self.embedding_dim = table.embedding_dim
         self.rank = rank
-        self.padding_idx = padding_idx
-        self.down = nn.Embedding(num_embeddings, rank, padding_idx=padding_idx)
-        self.up = nn.Linear(rank, embedding_dim, bias=False)
+        self.padding_idx = table.padding_idx
+        self.scale: float | None = getattr(table, "scalar_embed_scale", None)
+        self.down = nn.Embedding(table.num_embeddings, rank, padding_idx=table.padding_idx)
+        self.up = nn.Linear(rank, table.embedding_dim, bias=False)
+        self._plain: Any = type(table)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: (batch, seq). Returns (batch, seq, width)."""
-        return self.up(self.down(ids))
+        found = self.up(self.down(ids))
+        return found if self.scale is None else found * self.scale
 
     @property
     def weight(self) -> Tensor:
@@ -111,7 +118,8 @@ class LowRankEmbedding(nn.Module):
     def merged(self) -> nn.Embedding:
         """Return the plain table E1 E2."""
         with torch.device(self.down.weight.device):
-            table = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx)
+            own = () if self.scale is None else (self.scale,)
+            table: nn.Embedding = self._plain(self.num_embeddings, self.embedding_dim, self.padding_idx, *own)
         with torch.no_grad():
             table.weight.copy_(self.down.weight.double() @ self.up.weight.double().T)
         return table.to(self.down.weight.dtype)
@@ -120,7 +128,7 @@ class LowRankEmbedding(nn.Module):
     def from_embedding(cls, table: nn.Embedding, rank: int) -> "LowRankEmbedding":
         """Return the best factors of a table in the Frobenius norm."""
         with torch.device(table.weight.device):
-            factored = cls(table.num_embeddings, table.embedding_dim, rank, table.padding_idx)
+            factored = cls(table, rank)
         left, right = svd_factors(table.weight.detach(), rank)
         with torch.no_grad():
             factored.down.weight.copy_(left)
@@ -406,11 +414,27 @@ def _factorise_embeddings(model: "PreTrainedModel", rank: int) -> str:
             where="student.embedding_rank",
             hint=f"use a rank up to {_below(limit)}",
         )
-    decoders = decoders_of(model)
+    decoders, own = decoders_of(model), own_decoder(model)
     factored = LowRankEmbedding.from_embedding(table, rank)
     body_of(model).set_submodule(path, factored)
     tie_decoders(model, decoders, factored)
-    return f"word embeddings of rank {rank}"
+    if own is None:
+        return f"word embeddings of rank {rank}"
+    linear: nn.Linear = model.get_submodule(own)  # type: ignore[assignment]
+    model.set_submodule(own, LowRankLinear.from_linear(linear, rank))
+    return f"word embeddings and output layer of rank {rank}"
+
+
+def own_decoder(model: "PreTrainedModel") -> str | None:
+    """Return the path of the layer that predicts tokens by a matrix of its own; None where there is none."""
+    output = model.get_output_embeddings() if body_of(model) is not model else None
+    table = module_at(model, family_of(model.config).word_embeddings)
+    if output is None or table is None or isinstance(output, LowRankDecoder) or output.weight is table.weight:
+        return None
+    rows = getattr(output, "out_features", None)
+    if rows != table.num_embeddings:
+        return None
+    return next(path for path, module in model.named_modules() if module is output)
 
 
 def decoders_of(model: "PreTrainedModel") -> list[str]:

@@ -61,7 +61,8 @@ def collect_statistics(
 ) -> dict[MatrixKey, Statistics]:
     """Return the statistics of every block matrix, on the CPU, from one pass over `batches` on the model's device.
 
-    loss: runs the model on a batch and returns the mean loss of its rows; None where gradients are not asked for. The
+    loss: runs the model on a batch and returns the mean loss of its rows, where a row's may be the sum over its tokens;
+    None where gradients are not asked for. The
     model is in eval mode, and is not changed. layer: the one block (1..L) that is looked at; left out, all. Matrices of
     one input share its tensors. Raises NotFiniteError when a sum is NaN or infinite.
     """
@@ -121,9 +122,11 @@ class _Inputs:
 
     @cached_property
     def of(self) -> tuple[Tensor, Tensor]:
-        """The mean and the covariance."""
+        """The mean and the covariance; the sums are gone then: of a large model both take much memory."""
         mean = self.first / self.tokens
-        return mean.float().cpu(), (self.second / self.tokens - torch.outer(mean, mean)).float().cpu()
+        covariance = self.second.div_(self.tokens).sub_(torch.outer(mean, mean)).float().cpu()
+        self.second = covariance.new_empty(0)
+        return mean.float().cpu(), covariance
 
 
 def _run(

@@ -13,7 +13,7 @@ from kdcli.errors import InputError, RunError
 from kdcli.models.blocks import body_of, module_at
 from kdcli.models.families import family_of
 from kdcli.models.inputs import model_inputs
-from kdcli.models.lowrank import LowRankDecoder, LowRankEmbedding
+from kdcli.models.lowrank import LowRankDecoder, LowRankEmbedding, LowRankLinear
 from kdcli.models.save import stored_type
 from kdcli.models.sentence_folder import prompts_of
 from kdcli.models.shape import longest_input, shape_of
@@ -195,7 +195,7 @@ def trimmed(model: "PreTrainedModel", kept: np.ndarray) -> "PreTrainedModel":
         if module.padding_idx is not None:
             module.padding_idx = number[module.padding_idx]
     for module in _decoders(made):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | LowRankLinear):
             module.out_features = len(kept)
     for config in _configs(made):
         for name, value in _token_ids(config).items():
@@ -212,8 +212,7 @@ def vocabulary_megabytes(model: "PreTrainedModel") -> float:
 
 
 def _vocabulary(model: "PreTrainedModel") -> list[nn.Parameter]:
-    parts = [_table(model).weight, *(part for m in _decoders(model) for part in (getattr(m, "weight", None), m.bias))]
-    return [part for part in parts if isinstance(part, nn.Parameter)]
+    return [_table(model).weight, *(part for m in _decoders(model) for part in m.parameters(recurse=False))]  # type: ignore[list-item]
 
 
 def _holder(model: "PreTrainedModel") -> Any:
@@ -228,16 +227,21 @@ def _table(model: "PreTrainedModel") -> nn.Embedding:
 
 
 def _decoders(model: "PreTrainedModel") -> list[Any]:
-    """Return the modules of a head with an output a piece: a layer, and what has nothing but a bias for one."""
+    """Return the modules of a head with an output a piece: a layer, and what has nothing but a bias for one.
+
+    Of a layer of two factors both the whole and the factor that gives the output are there.
+    """
     if model.base_model is model:
         return []
     rows, output = _table(model).num_embeddings, model.get_output_embeddings()
+    layer = output.up if isinstance(output, LowRankLinear) else output
     inside = {id(module) for module in body_of(model).modules()}
 
     def has_rows(module: nn.Module) -> bool:
         own = dict(module.named_parameters(recurse=False))
         alone = list(own) == ["bias"] and own["bias"].shape == (rows,)
-        return alone or isinstance(module, LowRankDecoder) or (module is output and len(module.weight) == rows)
+        last = (module is layer or module is output) and len(layer.weight) == rows
+        return alone or isinstance(module, LowRankDecoder) or last
 
     return [m for m in model.modules() if id(m) not in inside and has_rows(m)]
 

@@ -504,8 +504,8 @@ class StudentSection(Section):
     )
     embedding_rank: Width | None = Field(
         default=None,
-        description="low-rank: rank of the word embeddings' factors, which a head that shares the embeddings shares, "
-        "too. Left out, they stay dense.",
+        description="low-rank: rank of the word embeddings' factors, which a head that shares the embeddings shares; a "
+        "matrix of its own that predicts tokens gets factors of this rank, too. Left out, they stay dense.",
     )
     ranks: Literal["even", "spread"] | None = Field(
         default=None,
