@@ -2,19 +2,28 @@
 
 import contextlib
 import os
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kdcli.cli.limits import finite
 from kdcli.words import counted
 
 if TYPE_CHECKING:
     from kdcli.cli.choose import Choice
     from kdcli.evaluation.answerer import Answerer
     from kdcli.recipe.schema import TaskSection
+    from kdcli.tasks.generated import Writing
     from kdcli.tasks.kind import TaskKind
+
+
+NEW_TOKENS = 256
+"""Of a generated text, where neither a user nor a run says how many."""
+MOST_TOKENS = 1_000_000
+"""That are read of a prompt, where a model has no positions of its own."""
 
 
 class Device(StrEnum):
@@ -93,6 +102,41 @@ def predict(
             help="List the best answers, at most this many, by probability; a threshold may have chosen another.",
         ),
     ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            min=1,
+            max=1_000_000,
+            help="Tokens of a generated text; default: the run's own, or 256.",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature",
+            min=0.0,
+            max=1_000.0,
+            callback=finite,
+            help="Draw a generated text at this temperature; default: 0, the most probable token each time.",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, max=1_000_000, help="Draw from as many most probable tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top-p",
+            min=1e-6,
+            max=1.0,
+            callback=finite,
+            help="Draw from the fewest tokens that have this share of the probability.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Of what is drawn; default: 0.")
+    ] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Write the inputs before each reply.")] = False,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, max=65_536, help="1 answers each line of a pipe as it comes.")
@@ -100,7 +144,11 @@ def predict(
     max_length: Annotated[
         int | None,
         typer.Option(
-            "--max-length", min=1, max=1_000_000, help="Tokens of a text that are read; default: the run's own, or 128."
+            "--max-length",
+            min=1,
+            max=1_000_000,
+            help="Tokens of a text that are read; default: the run's own, or 128; of a prompt, all that the model has "
+            "positions for.",
         ),
     ] = None,
     device: Annotated[Device, typer.Option("--device")] = Device.auto,
@@ -121,6 +169,7 @@ def predict(
       jq -r .text rows.jsonl | kdcli predict MODEL - --json
       kdcli predict MODEL --input rows.csv --text message --output replies.csv
       kdcli predict runs/embeddings --input texts.txt --output vectors.npy
+      kdcli predict runs/instruct "Name three rivers." --temperature 0.7 --seed 1
     """
     from kdcli.errors import InputError
     from kdcli.files import expanded
@@ -188,13 +237,18 @@ def predict(
         answerer, fields = _answerer(choice, of_type, section, own, **how)
     other = _answerer_beside(answerer, *second, **how) if second is not None else None
     kind, agreement, count = answerer.kind, Agreement(), 0
+    drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    with as_given(set_ or (), of_table=of_table):
+        writing = _writing(kind, fields, max_new_tokens, drawing)
+    answerer = replace(answerer, writing=writing)
+    other = replace(other, writing=writing) if other is not None else None
     if top is not None and not kind.ranks:
         raise InputError(f"{kind.name} models give one answer, without others to list", where="--top")
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_given(set_ or (), of_table=of_table))
         examples = Examples(kind, fields, fixed)
         # Many together are sorted by length; what comes through a pipe is not kept waiting.
-        size = batch_size if input_ == "-" else 16 * batch_size
+        size = batch_size if input_ == "-" or kind.generates else 16 * batch_size
         if of_lines:
             parts = examples.of_lines(input_ or "", encoding, size, as_json=json_input)
         else:
@@ -208,11 +262,11 @@ def predict(
             while examples.notes:
                 info(f"note: {examples.notes.pop(0)}")
             with at_fault("MODEL"):
-                replies = answerer.replies(part, top=top)
+                replies = answerer.replies(part, top=top, first=count)
             theirs: list[dict[str, Any] | None] = [None] * len(replies)
             if other is not None:
                 with at_fault("--beside"):
-                    theirs = [*other.replies(part, top=top)]
+                    theirs = [*other.replies(part, top=top, first=count)]
             answered = [Row(kind, *row) for row in zip(examples.shown(part), replies, theirs, strict=True)]
             write(answered)
             count += len(answered)
@@ -223,6 +277,33 @@ def predict(
     for words in agreement.told():
         info(words)
     return 0
+
+
+def _writing(kind: "TaskKind", fields: Any, tokens: int | None, drawing: dict[str, Any]) -> "Writing | None":
+    """Return how texts are written; None where the kind's models write none. tokens, drawing: what is asked for.
+
+    Raises InputError for options without effect.
+    """
+    from kdcli.errors import InputError
+    from kdcli.tasks.generated import Writing
+
+    given = {name: value for name, value in drawing.items() if value is not None}
+    if not kind.generates:
+        options = [name for name in ("max_new_tokens", *given) if name != "max_new_tokens" or tokens is not None]
+        if options:
+            raise InputError(f"{kind.name} models write no texts", where=_option(options[0]))
+        return None
+    greedy = not given.get("temperature", 1.0) if len(given) > 0 else True
+    if greedy and (without := [name for name in given if name != "temperature"]):
+        raise InputError("nothing is drawn at temperature 0", where=_option(without[0]))
+    if set(given) == {"seed"}:
+        raise InputError("nothing is drawn", where="--seed", hint="give --temperature 1, too")
+    tokens = tokens or getattr(fields, "max_new_tokens", None) or NEW_TOKENS
+    return Writing(tokens, **({"temperature": 1.0, **given} if not greedy else {}))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _second_model(choice: "Choice", beside: str) -> tuple[str, list[str] | None, dict[str, Any]]:
@@ -292,11 +373,14 @@ def _asked(
     from kdcli.errors import InputError
     from kdcli.evaluation.answerer import Answerer
     from kdcli.export.session import OnnxModel
+    from kdcli.models.shape import longest_input
 
     if how["device"] == Device.cuda.value and isinstance(model, OnnxModel):
         raise InputError(
             f"{name} is an ONNX folder, which answers on the CPU", where="--device", hint="leave out --device cuda"
         )
+    if kind.generates:
+        usual = longest_input(model.config) or MOST_TOKENS
     return Answerer(name, kind, model, tokenizer, length_for(model.config, name, max_length, usual), **how)
 
 

@@ -39,17 +39,37 @@ class Row:
         return {**(self.inputs if echo else {}), **self.reply, **second}
 
     def lines(self) -> Iterator[str]:
-        """Yield the row for people: a line, and one for each of the best answers, if they are asked for."""
+        """Yield the row for people: a line, and one for each of the best answers, if they are asked for.
+
+        Texts that a model wrote have lines of their own, below what they answer.
+        """
+        if self.kind.generates:
+            yield f"> {self._shown_inputs}"
+            yield from self.kind.show(self.reply).splitlines() or ["(nothing)"]
+            if self.beside is not None:
+                yield f"beside ({self._told}):"
+                yield from self.kind.show(self.beside).splitlines() or ["(nothing)"]
+            yield ""
+            return
         words = self.kind.show(self.reply)
         if self.beside is not None:
-            told = ", ".join(f"{name}: {_words(value)}" for name, value in self.comparison.items())
-            words += f" (beside: {self.kind.show(self.beside)}; {told})"
-        inputs = " | ".join(
-            " ".join(value) if isinstance(value, list) else str(value) for value in self.inputs.values()
-        )
-        yield f"{words}  {cut(' '.join(inputs.split()))}"
+            words += f" (beside: {self.kind.show(self.beside)}; {self._told})"
+        yield f"{words}  {self._shown_inputs}"
         for entry in self.reply.get("top", ()):
             yield f"    {self.kind.show_entry(entry)}"
+
+    @property
+    def _told(self) -> str:
+        return ", ".join(f"{name}: {_words(value)}" for name, value in self.comparison.items())
+
+    @property
+    def _shown_inputs(self) -> str:
+        inputs = " | ".join(
+            " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            for value in self.inputs.values()
+            if value is not None
+        )
+        return cut(" ".join(inputs.split()))
 
 
 def _words(value: Any) -> str:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcli.models.heads import CAUSAL_LM
 from kdcli.recipe.schema import TaskSection
+from kdcli.tasks.generated import GeneratingKind
 from kdcli.tasks.plain_text import PlainText, PlainTextFields
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class CausalFields(PlainTextFields):
             raise ValueError("plain text has no test file; held-out text is scored: give it as validation")
 
 
-class CausalLM(PlainText):
+class CausalLM(GeneratingKind, PlainText):
     """Plain text in blocks, with the end-of-text token between documents; every next token is predicted."""
 
     name = "causal-lm"
@@ -35,6 +36,7 @@ class CausalLM(PlainText):
     scored_by_outputs = False
     outputs_are_kept = False
     tokens_weigh_equally = True
+    answer = "continuation"
 
     def collator(self, processor: Any) -> "Callable[[list[dict[str, Any]]], dict[str, Tensor]]":
         from kdcli.tasks.next_tokens import NextTokenCollator
@@ -85,6 +87,27 @@ class CausalLM(PlainText):
 
         found = scores_of(answers)
         return {name: found[name] for name in metrics}
+
+    # Texts that are continued
+
+    def prompts(self, rows: "Dataset", processor: Any, max_length: int) -> list[list[int]]:
+        """Return each text without an end token; of one that leaves no room for another token its last ones."""
+        from kdcli.data.rows import values_of
+        from kdcli.tasks.packing import frame_of
+
+        before, _ = frame_of(processor)
+        room = max(max_length - 1 - len(before), 1)
+        encoded = processor(list(values_of(rows, "text")), add_special_tokens=False, verbose=False)
+        return [before + ids[-room:] for ids in encoded["input_ids"]]
+
+    def text_of(self, prompt: list[int], ids: list[int], processor: Any) -> str:
+        """Return the continuation of a text with the white space between them."""
+        before, whole = (processor.decode(each, skip_special_tokens=True) for each in (prompt, prompt + ids))
+        return whole.removeprefix(before)
+
+    def end_tokens(self, processor: Any, config: Any) -> set[int]:
+        """Return the end-of-text token, which separates documents in training."""
+        return {token for token in (processor.eos_token_id, config.eos_token_id) if isinstance(token, int)}
 
 
 KIND = CausalLM()

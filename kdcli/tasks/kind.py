@@ -118,6 +118,8 @@ class TaskKind(ABC):
     vector: ClassVar[str | None] = None
     """The key of replies that holds an array of as many numbers each, for a .npy file; None where there is none."""
 
+    generates: ClassVar[bool] = False
+    """True where answers are texts that a model writes token by token (`kdcli.tasks.generated`)."""
     ranks: ClassVar[bool] = False
     """True where `replies` lists the best answers under "top"."""
 

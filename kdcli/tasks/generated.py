@@ -1,0 +1,199 @@
+"""What kinds of tasks share whose models write texts: how these are written, shown, compared and scored."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from kdcli.recipe.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section, Seed, TaskSection
+from kdcli.tasks.kind import Fields, TaskKind
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+    from rich.console import Console
+
+    from kdcli.models.generation import Sampling
+
+SEEDS = (10, 20, 30, 40, 50)
+"""Of sampled texts. Source: Gu et al. 2023, MiniLLM (arXiv 2306.08543), section 3.1."""
+
+
+class SamplingSection(Section):
+    """`[task.sampling]`: texts are drawn, in place of the most probable token each time."""
+
+    temperature: PositiveFloat = Field(default=1.0, description="Logits are divided by it; below 1 draws safer tokens.")
+    top_k: NonNegativeInt = Field(default=0, description="Draw from as many most probable tokens. 0 draws from all.")
+    top_p: Fraction = Field(
+        default=1.0, description="Draw from the fewest tokens that have this share of the probability together."
+    )
+
+
+class GenerationFields(Fields):
+    """How the texts that are scored are written."""
+
+    max_new_tokens: PositiveInt | None = Field(
+        default=None,
+        description="Tokens of a generated text. Left out, as many as max_length leaves after its prompt.",
+    )
+    sampling: SamplingSection | None = Field(
+        default=None,
+        description="Draw the texts that are scored. Left out, the most probable token is taken each time (greedy).",
+    )
+    seeds: Annotated[list[Seed], Field(min_length=1, max_length=1000)] | None = Field(
+        default=None,
+        description="Seeds of texts that are drawn; their scores are averaged. Left out, 10, 20, 30, 40 and 50.",
+    )
+
+    def check(self, task: TaskSection) -> None:
+        super().check(task)
+        if self.seeds is not None and self.sampling is None:
+            raise ValueError("seeds are of texts that are drawn: add sampling = {}, or leave them out")
+        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds takes each seed once")
+
+    @property
+    def writings(self) -> "list[Writing]":
+        """How the texts of a score are written: greedily once, or drawn once a seed."""
+        if self.sampling is None:
+            return [Writing(self.max_new_tokens)]
+        drawn = Writing(self.max_new_tokens, **self.sampling.model_dump())
+        return [replace(drawn, seed=seed) for seed in self.seeds or SEEDS]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How texts are written. max_new_tokens: of each; None: as many as the longest input leaves after its prompt.
+
+    temperature: 0 takes the most probable token each time; the others as `Sampling` has them. first: the number of the
+    first prompt: what is drawn depends on the seed and a prompt's number.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    first: int = 0
+
+    @property
+    def sampling(self) -> "Sampling":
+        from kdcli.models.generation import Sampling
+
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model wrote for rows: texts, (seeds, rows). losses: of the right responses, as `losses_of` has them."""
+
+    texts: list[list[str]]
+    losses: "Mapping[str, np.ndarray]"
+
+
+class GeneratingKind(TaskKind):
+    """A kind whose models continue a prompt, token by token."""
+
+    generates = True
+
+    @abstractmethod
+    def prompts(self, rows: "Dataset", processor: Any, max_length: int) -> list[list[int]]:
+        """Return the tokens of each row after which a model writes."""
+
+    @abstractmethod
+    def end_tokens(self, processor: Any, config: Any) -> set[int]:
+        """Return the tokens that end a text."""
+
+    def write(
+        self,
+        model: Any,
+        rows: "Dataset",
+        processor: Any,
+        writing: Writing,
+        *,
+        max_length: int,
+        batch_size: int,
+        device: str = "auto",
+        owner: str = "the model",
+        console: "Console | None" = None,
+    ) -> list[dict[str, Any]]:
+        """Return the text that a model writes for each row, its number of tokens, and whether it came to an end.
+
+        Raises NotFiniteError where logits contain NaN or inf.
+        """
+        from kdcli.models.generation import generate
+        from kdcli.models.shape import longest_input
+        from kdcli.tasks.predict import placed
+        from kdcli.tasks.text_score import tokens_of_text
+
+        end, given = self.end_tokens(processor, model.config), writing.max_new_tokens
+        longest = [limit for limit in (longest_input(model.config), None if given else max_length) if limit is not None]
+        prompts = self.prompts(rows, processor, max_length)
+        with placed(model, device):
+            found = generate(
+                model,
+                prompts,
+                max_new_tokens=given or max_length,
+                end=end,
+                pad=processor.pad_token_id,
+                sampling=writing.sampling,
+                seed=writing.seed,
+                numbers=range(writing.first, writing.first + len(rows)),
+                batch_size=batch_size,
+                max_length=min(longest, default=None),
+                owner=owner,
+                console=console,
+            )
+        return [
+            {
+                self.answer: self.text_of(prompt, tokens_of_text(ids, end), processor),
+                "tokens": len(ids),
+                "finished": bool(ids) and ids[-1] in end,
+            }
+            for prompt, ids in zip(prompts, found, strict=True)
+        ]
+
+    def text_of(self, prompt: list[int], ids: list[int], processor: Any) -> str:
+        """Return tokens that a model wrote after a prompt as a text."""
+        return processor.decode(ids, skip_special_tokens=True).strip()
+
+    def replies(
+        self,
+        model: Any,
+        rows: "Dataset",
+        processor: Any,
+        *,
+        top: int | None = None,
+        writing: Writing | None = None,
+        ask: Any = None,
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        """Return what a model writes for each row. writing: how; None: greedily."""
+        return self.write(model, rows, processor, writing or Writing(), **options)
+
+    def beside(self, reply: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+        """Return whether two texts are the same, and the ROUGE-L between them."""
+        from kdcli.tasks.text_score import rouge_l
+
+        text, second = reply[self.answer], other[self.answer]
+        return {"agree": text == second, "rouge_l": rouge_l(text, [second])}
+
+
+def score_texts(texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return ROUGE-L and exact match of texts, (seeds, rows), means over rows and seeds.
+
+    Of several seeds there is the standard deviation (n - 1) over them, too, as `rouge_l/std` and `exact_match/std`.
+    """
+    import numpy as np
+
+    from kdcli.tasks.text_score import exact_match, rouge_l
+
+    found = {}
+    for name, score in (("rouge_l", rouge_l), ("exact_match", exact_match)):
+        each = [np.mean([score(*pair) for pair in zip(one, references, strict=True)]) for one in texts]
+        found[name] = float(np.mean(each))
+        if len(each) > 1:
+            found[f"{name}/std"] = float(np.std(each, ddof=1))
+    return found
