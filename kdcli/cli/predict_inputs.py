@@ -42,7 +42,8 @@ class Examples:
             raise InputError(
                 f"an example here has no {unknown[0]!r}: it is made of {' and '.join(self.inputs)}", where="--with"
             )
-        self.asked = [name for name in self.inputs if name not in self.fixed]
+        optional = self.kind.optional_inputs(self.fields)
+        self.asked = [name for name in self.inputs if name not in self.fixed and name not in optional]
 
     def of_texts(self, texts: Sequence[str]) -> "pa.Table":
         """Return the rows that texts are, each as many of them one after the other as an example needs."""
@@ -95,7 +96,7 @@ class Examples:
 
     def shown(self, rows: "pa.Table") -> list[dict[str, Any]]:
         """Return the inputs of each row, by their names."""
-        return rows.select([name for name in self.inputs if name in rows.column_names]).to_pylist()
+        return self.kind.shown_inputs(rows, self.fields)
 
     def _plain(self, lines: list[tuple[int, str]], source: str) -> Columns:
         for number, line in lines:

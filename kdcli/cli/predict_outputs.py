@@ -65,11 +65,15 @@ class Row:
     @property
     def _shown_inputs(self) -> str:
         inputs = " | ".join(
-            " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            " ".join(map(_shown, value)) if isinstance(value, list) else str(value)
             for value in self.inputs.values()
             if value is not None
         )
         return cut(" ".join(inputs.split()))
+
+
+def _shown(value: Any) -> str:
+    return f"{value['role']}: {value['content']}" if isinstance(value, dict) else str(value)
 
 
 def _words(value: Any) -> str:

@@ -24,7 +24,7 @@ def read_folder(name: str) -> dict[str, Columns] | None:
 
 def _row(name: str, hub: str, source: str, **columns: str) -> NamedSet:
     read = partial(read_set, name, f"instruct/{name}", hub, None, VALIDATION)
-    return NamedSet(name, "instruct", columns, ("perplexity", "accuracy"), source, read)
+    return NamedSet(name, "instruct", columns, ("rouge_l", "exact_match", "perplexity"), source, read)
 
 
 INSTRUCTIONS = {

@@ -88,6 +88,7 @@ def _scores(
         ask=ask,
         owner=owner,
         device=job.recipe.train.device,
+        console=job.console,
     )
 
 

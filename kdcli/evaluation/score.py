@@ -15,6 +15,7 @@ from kdcli.tasks.predict import predict
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from rich.console import Console
 
 
 def evaluate_model(
@@ -27,27 +28,30 @@ def evaluate_model(
     ask: Callable[..., Any] = predict,
     owner: str = "the model",
     device: str = "auto",
+    console: "Console | None" = None,
 ) -> dict[str, dict[str, float]]:
     """Return {report set: {metric: value}} of a PyTorch model or an `OnnxModel`, its outputs in the task's order.
 
     ask: called as `predict` is, and returns what it does; the way to outputs that are there already. owner, device: as
-    in `predict`.
+    in `predict`. console: is told of progress, where answers take long.
     Raises NotFiniteError when its outputs contain NaN or inf.
     """
-    scores = {}
-    for name, rows in task.report.items():
-        answers = task.kind.answers(
+    return {
+        name: task.kind.evaluate(
             model,
             rows,
             tokenizer,
+            task.label_names,
+            task.metrics,
             max_length=max_length,
             ask=ask,
             batch_size=batch_size,
             owner=owner,
             device=device,
+            console=console,
         )
-        scores[name] = task.kind.score(answers, rows, task.label_names, task.metrics)
-    return scores
+        for name, rows in task.report.items()
+    }
 
 
 def calibrate(model: Any, tokenizer: Any, task: Task, *, owner: str, **options: Any) -> dict[str, Any]:

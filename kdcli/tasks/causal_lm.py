@@ -90,24 +90,19 @@ class CausalLM(GeneratingKind, PlainText):
 
     # Texts that are continued
 
-    def prompts(self, rows: "Dataset", processor: Any, max_length: int) -> list[list[int]]:
-        """Return each text without an end token; of one that leaves no room for another token its last ones."""
+    def prompts_of(self, rows: "Dataset", processor: Any, room: int) -> list[list[int]]:
+        """Return the tokens of each text; of one that is too long the last ones."""
         from kdcli.data.rows import values_of
         from kdcli.tasks.packing import frame_of
 
-        before, _ = frame_of(processor)
-        room = max(max_length - 1 - len(before), 1)
-        encoded = processor(list(values_of(rows, "text")), add_special_tokens=False, verbose=False)
-        return [before + ids[-room:] for ids in encoded["input_ids"]]
+        before, texts = frame_of(processor)[0], list(values_of(rows, "text"))
+        encoded = processor(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [[*before, *ids[-max(1, room - len(before)) :]] for ids in encoded["input_ids"]]
 
     def text_of(self, prompt: list[int], ids: list[int], processor: Any) -> str:
         """Return the continuation of a text with the white space between them."""
         before, whole = (processor.decode(each, skip_special_tokens=True) for each in (prompt, prompt + ids))
         return whole.removeprefix(before)
-
-    def end_tokens(self, processor: Any, config: Any) -> set[int]:
-        """Return the end-of-text token, which separates documents in training."""
-        return {token for token in (processor.eos_token_id, config.eos_token_id) if isinstance(token, int)}
 
 
 KIND = CausalLM()

@@ -1,7 +1,7 @@
 """What kinds of tasks share whose models write texts: how these are written, shown, compared and scored."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,6 @@ from kdcli.recipe.schema import Fraction, NonNegativeInt, PositiveFloat, Positiv
 from kdcli.tasks.kind import Fields, TaskKind
 
 if TYPE_CHECKING:
-    import numpy as np
     from datasets import Dataset
     from rich.console import Console
 
@@ -85,14 +84,6 @@ class Writing:
         return Sampling(self.temperature, self.top_k, self.top_p)
 
 
-@dataclass(frozen=True)
-class Generated:
-    """What a model wrote for rows: texts, (seeds, rows). losses: of the right responses, as `losses_of` has them."""
-
-    texts: list[list[str]]
-    losses: "Mapping[str, np.ndarray]"
-
-
 class GeneratingKind(TaskKind):
     """A kind whose models continue a prompt, token by token."""
 
@@ -100,7 +91,11 @@ class GeneratingKind(TaskKind):
 
     @abstractmethod
     def prompts(self, rows: "Dataset", processor: Any, max_length: int) -> list[list[int]]:
-        """Return the tokens of each row after which a model writes."""
+        """Return the tokens of each row after which a model writes, where prompt and text have `max_length` in all."""
+
+    @abstractmethod
+    def prompts_of(self, rows: "Dataset", processor: Any, room: int) -> list[list[int]]:
+        """Return the same of rows that are no training data: all tokens, where these are at most `room`."""
 
     @abstractmethod
     def end_tokens(self, processor: Any, config: Any) -> set[int]:
@@ -109,7 +104,7 @@ class GeneratingKind(TaskKind):
     def write(
         self,
         model: Any,
-        rows: "Dataset",
+        prompts: list[list[int]],
         processor: Any,
         writing: Writing,
         *,
@@ -119,7 +114,7 @@ class GeneratingKind(TaskKind):
         owner: str = "the model",
         console: "Console | None" = None,
     ) -> list[dict[str, Any]]:
-        """Return the text that a model writes for each row, its number of tokens, and whether it came to an end.
+        """Return the text that a model writes after each prompt, its number of tokens, and whether it came to an end.
 
         Raises NotFiniteError where logits contain NaN or inf.
         """
@@ -129,8 +124,7 @@ class GeneratingKind(TaskKind):
         from kdcli.tasks.text_score import tokens_of_text
 
         end, given = self.end_tokens(processor, model.config), writing.max_new_tokens
-        longest = [limit for limit in (longest_input(model.config), None if given else max_length) if limit is not None]
-        prompts = self.prompts(rows, processor, max_length)
+        limits = [limit for limit in (longest_input(model.config), None if given else max_length) if limit is not None]
         with placed(model, device):
             found = generate(
                 model,
@@ -140,9 +134,9 @@ class GeneratingKind(TaskKind):
                 pad=processor.pad_token_id,
                 sampling=writing.sampling,
                 seed=writing.seed,
-                numbers=range(writing.first, writing.first + len(rows)),
+                numbers=range(writing.first, writing.first + len(prompts)),
                 batch_size=batch_size,
-                max_length=min(longest, default=None),
+                max_length=min(limits, default=None),
                 owner=owner,
                 console=console,
             )
@@ -171,7 +165,10 @@ class GeneratingKind(TaskKind):
         **options: Any,
     ) -> list[dict[str, Any]]:
         """Return what a model writes for each row. writing: how; None: greedily."""
-        return self.write(model, rows, processor, writing or Writing(), **options)
+        writing, max_length = writing or Writing(), options["max_length"]
+        room = max(max_length - (writing.max_new_tokens or max_length), max_length // 2)
+        prompts = self.prompts_of(rows, processor, room)
+        return self.write(model, prompts, processor, writing, **options)
 
     def beside(self, reply: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         """Return whether two texts are the same, and the ROUGE-L between them."""

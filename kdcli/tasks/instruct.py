@@ -10,11 +10,12 @@ from kdcli.errors import InputError
 from kdcli.models.heads import CAUSAL_LM
 from kdcli.recipe.schema import TaskSection, Tokens
 from kdcli.tasks.conversations import column_of_messages, messages_of, prompt_of, read_conversations
-from kdcli.tasks.kind import Fields, TaskKind
+from kdcli.tasks.generated import GeneratingKind, GenerationFields
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
+    from rich.console import Console
     from torch import Tensor
 
     from kdcli.objectives.distribution import Distribution
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     from kdcli.tasks.base import Task
     from kdcli.tasks.fitting import Fitted
 
+TEXT_METRICS = frozenset({"rouge_l", "exact_match"})
 MOST_KEPT = 4
 """Encoded sets of rows that a kind remembers: those of a plan are those of its run."""
 
 
-class InstructFields(Fields):
+class InstructFields(GenerationFields):
     """The columns of conversations, how they are written as tokens, and what becomes of those that are too long."""
 
     columns_of_rows = frozenset({"instruction", "context", "response", "messages"})
@@ -72,6 +74,7 @@ class InstructFields(Fields):
     )
 
     def check(self, task: TaskSection) -> None:
+        super().check(task)
         columns = [name for name in ("instruction", "context", "response") if getattr(self, name) is not None]
         if self.messages is not None and columns:
             raise ValueError(f"give messages or {columns[0]}, not both: messages hold whole conversations")
@@ -82,7 +85,7 @@ class InstructFields(Fields):
             )
 
 
-class Instruct(TaskKind):
+class Instruct(GeneratingKind):
     """A prompt, and the response to it. The loss is that of the response and its end token."""
 
     name = "instruct"
@@ -90,7 +93,8 @@ class Instruct(TaskKind):
     head = CAUSAL_LM
     fields = InstructFields
     provides = frozenset({"labels", "vocabulary", "prompts"})
-    metrics = usual_metrics = ("perplexity", "accuracy")
+    metrics = ("rouge_l", "exact_match", "perplexity", "accuracy")
+    usual_metrics = ("rouge_l", "exact_match", "perplexity")
     errors = frozenset({"perplexity"})
     scored_by_outputs = False
     outputs_are_kept = False
@@ -200,6 +204,10 @@ class Instruct(TaskKind):
         conversations = [prompt_of(messages_of(row)) for row in values_of(rows, "messages")]
         return prompts_within(conversations, processor, max_length, self.own)
 
+    def prompts_of(self, rows: "Dataset", processor: Any, room: int) -> list[list[int]]:
+        """Return the tokens of each conversation, up to where the response begins; what is too long is cut."""
+        return type(self)(self.own.model_copy(update={"max_prompt_length": room})).prompts(rows, processor, room + 1)
+
     def end_tokens(self, processor: Any, config: Any) -> set[int]:
         """Return the tokens that end a response: those of the template, and of the model's configuration."""
         from kdcli.tasks.next_tokens import ends_of
@@ -223,26 +231,73 @@ class Instruct(TaskKind):
 
         return predictions_of(output, batch, everywhere=everywhere)
 
-    def answers(self, model: Any, rows: "Dataset", processor: Any, *, max_length: int, ask: Any, **options: Any) -> Any:
-        """Return the losses of each row's responses."""
-        from kdcli.tasks.next_tokens import losses_of
+    def evaluate(
+        self,
+        model: Any,
+        rows: "Dataset",
+        processor: Any,
+        labels: Sequence[str],
+        metrics: Sequence[str],
+        *,
+        max_length: int,
+        ask: Any,
+        console: "Console | None" = None,
+        **options: Any,
+    ) -> dict[str, float]:
+        """Return the scores of the texts that a model writes, and those of its losses on the right responses.
 
-        features = self.encode(rows, processor, max_length)
-        return losses_of(model, features, self.collator(processor), ask=ask, **options)
+        Texts are only written where some metric is of them.
+        """
+        from kdcli.data.rows import values_of
+        from kdcli.tasks.generated import score_texts
+        from kdcli.tasks.next_tokens import losses_of, scores_of
 
-    def score(self, answers: Any, rows: "Dataset", labels: Sequence[str], metrics: Sequence[str]) -> dict[str, float]:
-        from kdcli.tasks.next_tokens import scores_of
+        found: dict[str, float] = {}
+        if not TEXT_METRICS.isdisjoint(metrics):
+            prompts = self.prompts(rows, processor, max_length)
+            how = {"max_length": max_length, "console": console, **options}
+            texts = [
+                [reply[self.answer] for reply in self.write(model, prompts, processor, writing, **how)]
+                for writing in self.own.writings
+            ]
+            found |= score_texts(texts, list(values_of(rows, "references")))
+        if not TEXT_METRICS.issuperset(metrics):
+            features = self.encode(rows, processor, max_length)
+            found |= scores_of(losses_of(model, features, self.collator(processor), ask=ask, **options))
+        return {name: value for name, value in found.items() if name.partition("/")[0] in metrics}
 
-        found = scores_of(answers)
-        return {name: found[name] for name in metrics}
+    def chance(self, sets: "Sequence[Dataset]", labels: Sequence[str], metric: str) -> float | None:
+        """Return 0 for the scores of texts: those of texts without a right word."""
+        return 0.0 if metric in TEXT_METRICS else None
 
     # Prompts without responses
 
     def inputs(self, fields: Any) -> dict[str, str]:
-        return {"instruction": fields.instruction or "instruction"}
+        if fields.messages is not None:
+            return {"messages": fields.messages}
+        return {name: getattr(fields, name) or name for name in ("instruction", "context")}
+
+    def optional_inputs(self, fields: Any) -> frozenset[str]:
+        return frozenset({"context"})
 
     def read_inputs(self, columns: Columns, fields: Any, source: str, notes: list[str]) -> "pa.Table":
+        """Return conversations; a text in place of one is a user's turn."""
+        if (name := fields.messages) is not None and name in columns:
+            turns = ([{"role": "user", "content": each}] if isinstance(each, str) else each for each in columns[name])
+            columns = {**columns, name: Column.of(turns)}
         return read_conversations(columns, fields, source, answered=False)
+
+    def shown_inputs(self, rows: "pa.Table", fields: Any) -> list[dict[str, Any]]:
+        """Return the instruction and what it is about; of a conversation with other turns all of them."""
+        found: list[dict[str, Any]] = []
+        for row in rows.column("messages").to_pylist():
+            messages = [message for message in messages_of(row) if message.content != fields.system]
+            if len(messages) == 1:
+                beside = {"context": messages[0].context} if messages[0].context is not None else {}
+                found.append({"instruction": messages[0].content, **beside})
+            else:
+                found.append({"messages": [{"role": each.role, "content": each.text} for each in messages]})
+        return found
 
 
 KIND = Instruct()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     from datasets import Dataset
+    from rich.console import Console
     from torch import Tensor
 
     from kdcli.data.columns import Columns
@@ -354,6 +355,26 @@ class TaskKind(ABC):
         """Return the named metrics of answers to rows, and others that belong to one of them (`f1/person`)."""
         raise NotImplementedError(f"{self.name} is scored by its loss")
 
+    def evaluate(
+        self,
+        model: Any,
+        rows: "Dataset",
+        processor: Any,
+        labels: Sequence[str],
+        metrics: Sequence[str],
+        *,
+        max_length: int,
+        ask: Any,
+        console: "Console | None" = None,
+        **options: Any,
+    ) -> dict[str, float]:
+        """Return the named metrics of a model on rows, as `score` does. ask, options: as in `answers`.
+
+        console: is told of progress, where answers take long.
+        """
+        answers = self.answers(model, rows, processor, max_length=max_length, ask=ask, **options)
+        return self.score(answers, rows, labels, metrics)
+
     def calibrate(self, model: Any, rows: "Dataset", processor: Any, **options: Any) -> dict[str, Any]:
         """Return what is decided about a trained model, as settings of its configuration: plain values by name.
 
@@ -373,6 +394,14 @@ class TaskKind(ABC):
         A text that is typed stands for one of them: several are given one after the other.
         """
         raise InputError(self._unasked)
+
+    def optional_inputs(self, fields: Any) -> frozenset[str]:
+        """Return which of `inputs` an example may lack; a text that is typed stands for none of these."""
+        return frozenset()
+
+    def shown_inputs(self, rows: "pa.Table", fields: Any) -> list[dict[str, Any]]:
+        """Return what was given of each row, by the names of `inputs`. rows: of `read_inputs`."""
+        return rows.select([name for name in self.inputs(fields) if name in rows.column_names]).to_pylist()
 
     def read_inputs(self, columns: "Columns", fields: Any, source: str, notes: list[str]) -> "pa.Table":
         """Return rows as `read` does, without gold answers, also where the data has some. The arguments are its own.
