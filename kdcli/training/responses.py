@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +52,7 @@ def responses_to(
     device: str,
     use_cache: bool,
     console: Console,
-) -> Iterator[tuple["Dataset", list[list[int]], list[list[int]]]]:
+) -> Generator[tuple["Dataset", list[list[int]], list[list[int]]], None, None]:
     """Yield some rows after the other, their prompts, and what a teacher writes to these.
 
     rows: features with `index`, `input_ids` and `labels`. A file is named by the teacher's weights and configuration,
@@ -66,8 +66,8 @@ def responses_to(
     starts, turns, mine = range(0, len(rows), PART), processes(), process()
 
     def make(numbers: list[int], prompts: list[list[int]]) -> list[list[int]]:
-        name = fingerprint([numbers, prompts])
-        path = folder / f"{name}.arrow"
+        name = f"{folder.name}/{fingerprint([numbers, prompts])}"
+        path = folder.parent / f"{name}.arrow"
         kept = _read(path, name, len(prompts), console) if use_cache else None
         if kept is not None:
             return kept

@@ -86,7 +86,7 @@ def test_a_student_of_tags_is_trained_on_copies_with_other_words_too(world: Path
 @pytest.mark.parametrize("kind", DATA)
 def test_each_kind_says_which_methods_fit(kind: str, world: Path, capsys: Any):
     fitting = {name for name in registry.names() if kind in kinds.providing(registry.get(name).needs)}
-    assert fitting == set(registry.names()) - {"dbkd", "od"} - OF_EMBEDDINGS
+    assert fitting == set(registry.names()) - {"dbkd", "od"} - OF_OTHERS
     assert run(["distill", str(world / f"{kind}.toml"), "--dry-run", "--set", "method=dbkd"]) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert "dbkd works on classification tasks: it needs one class out of several" in error
@@ -99,4 +99,4 @@ def test_words_of_a_context_are_not_replaced_under_its_answer(world: Path, capsy
     assert "augment needs texts that keep their answers where words change" in capsys.readouterr().err
 
 
-OF_EMBEDDINGS = {name for name in registry.names() if "embedding" in registry.get(name).needs}
+OF_OTHERS = {name for name in registry.names() if registry.get(name).needs & {"embedding", "prompts"}}

@@ -88,10 +88,11 @@ class TeacherTextScheme(Scheme):
             found = []
             for row, prompt, response in zip(part, prompts, responses, strict=True):
                 total, tokens = total + 1, tokens + len(response)
-                if not tokenizer.decode(response, skip_special_tokens=True).strip():
+                ended = bool(response) and response[-1] in end
+                if not tokenizer.decode(response[:-1] if ended else response, skip_special_tokens=True).strip():
                     empty += 1
                     continue
-                unended += response[-1] not in end
+                unended += not ended
                 found.append(with_response(row, prompt, response))
             yield pa.RecordBatch.from_pylist(found, schema)
         message = f"the teacher has written {counted(total, 'response')}, {counted(tokens, 'token')}"
