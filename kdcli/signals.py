@@ -76,10 +76,11 @@ class Prediction:
     """A table of predicted distributions.
 
     logits: (n, classes), a row each, or what they are formed from: only a distribution looks into them. Of a class that
-    a row cannot have they are a low finite number, never -inf. weights: (n,),
-    sum 1: the mean over an example's rows, then over the examples, of which one without rows counts as zero; None where
-    all rows weigh the same. target: the gold answers, (n,) or (n, classes); None without any. Where only some rows have
-    one, `answered` (m,) says which, `target` holds those m, and `target_weights` (m,) their weights.
+    a row cannot have they are a low finite number, never -inf. weights: (n,), sum 1: the mean over an example's rows,
+    then over the examples, of which one without rows counts as zero; or, where tokens weigh equally, the mean over all
+    rows of a step, of which this table is a part. None where all rows weigh the same. target: the gold answers, (n,) or
+    (n, classes); None without any. Where only some rows have one, `answered` (m,) says which, `target` holds those m,
+    and `target_weights` (m,) their weights.
     """
 
     logits: Logits
@@ -146,8 +147,10 @@ class Request:
 class Signals:
     """What was captured of one forward pass, as far as it was asked for.
 
-    mask: (batch, seq), 1 at real tokens. segments: (batch, seq), the document of a packed block that a token belongs
-    to, or None where a row is one text; models attend over the whole row all the same.
+    mask: (batch, seq), 1 at real tokens. weights: (batch,), by which means over an example's tokens are averaged over
+    the examples of a step, where tokens weigh equally; None where examples do. segments: (batch, seq), the document of
+    a packed block that a token belongs to, or None where a row is one text; models attend over the whole row all the
+    same.
     predictions: one table or several, as the kind of task has. hidden[l]: (batch, seq, hidden).
     matrices[(l, name)]: output of that linear map with its bias, (batch, seq, out); queries, keys and values as the
     attention function gets them, after rotation and norms of their own.
@@ -170,6 +173,7 @@ class Signals:
     causal: bool = False
     score_cap: float | None = None
     segments: Tensor | None = None
+    weights: Tensor | None = None
     predictions: list[Prediction] = field(default_factory=list)
     path: list[tuple[Tensor, list[Prediction]]] = field(default_factory=list)
     hidden: Mapping[int, Tensor] = field(default_factory=dict)

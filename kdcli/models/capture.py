@@ -181,6 +181,7 @@ class Capture:
             mask=batch["attention_mask"],
             **self.attention,
             segments=batch.get("segments"),
+            weights=batch.get("example_weights"),
             predictions=output or [],
             hidden=dict(self._hidden),
             matrices=dict(self._matrices),

@@ -14,12 +14,14 @@ def attention_kl(
     mask: Tensor,
     segments: Tensor | None = None,
     window: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return KL(teacher || student) of attention rows, mean over heads, real queries and examples.
 
     student_scores, teacher_scores: (batch, heads, seq, seq), before softmax and mask; mask: (batch, seq). With
     `segments`, (batch, seq), a row is a distribution over the tokens of its own segment, although the models
-    themselves attend over all; with `window`, (batch, 1, seq, seq), over those that both attend to.
+    themselves attend over all; with `window`, (batch, 1, seq, seq), over those that both attend to. weights: (batch,),
+    of examples.
     Source: MiniLM (Wang et al. 2020), eq. 5.
     """
     own = own_keys(mask, segments, window)
@@ -27,7 +29,7 @@ def attention_kl(
     teacher = masked_log_softmax(teacher_scores.detach(), own)
     keys = own.to(student.dtype)
     rows = (teacher.exp() * (teacher - student) * keys).sum(-1).mean(1)
-    return token_mean(rows, mask)
+    return token_mean(rows, mask, weights)
 
 
 def attention_mse(
@@ -36,16 +38,18 @@ def attention_mse(
     mask: Tensor,
     segments: Tensor | None = None,
     window: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return the squared difference of attention scores over heads, each real query's keys, and queries.
 
     Padded entries count as equal and are not in the mean, unlike in the released code; with `segments`, (batch, seq),
     neither are pairs of tokens of different segments; with `window`, (batch, 1, seq, seq), nor those outside it.
+    weights: (batch,), of examples.
     Source: TinyBERT (Jiao et al. 2020), eq. 7.
     """
     keys = own_keys(mask, segments, window).to(student_scores.dtype)
     difference = ((student_scores - teacher_scores.detach()) * keys).square().sum(-1) / keys.sum(-1).clamp(min=1)
-    return token_mean(difference.mean(1), mask)
+    return token_mean(difference.mean(1), mask, weights)
 
 
 def attention_request(layers: Iterable[int]) -> Request:
@@ -79,6 +83,7 @@ class AttentionObjective(Objective):
                 student.mask,
                 student.segments,
                 common_window((student, [s]), (teacher, [t])),
+                student.weights,
             )
             for s, t in self.pairs
         ]

@@ -36,16 +36,16 @@ def saliency(gradient: Tensor, embedding: Tensor, top_k: int | None = None) -> T
     return torch.linalg.vector_norm(attribution, dim=-1)
 
 
-def attribution_loss(student_maps: Tensor, teacher_maps: Tensor, mask: Tensor) -> Tensor:
+def attribution_loss(student_maps: Tensor, teacher_maps: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the squared difference of normalised maps, mean over real tokens and examples.
 
-    student_maps, teacher_maps, mask: (batch, seq). Maps are scaled to length 1 over each example's real tokens, so
-    that the size of the score does not matter. A map of zeros stays one.
+    student_maps, teacher_maps, mask: (batch, seq); weights: (batch,), of examples. Maps are scaled to length 1 over
+    each example's real tokens, so that the size of the score does not matter. A map of zeros stays one.
     """
     real = mask.to(student_maps.dtype)
     student = torch.nn.functional.normalize(student_maps * real, dim=-1)
     teacher = torch.nn.functional.normalize(teacher_maps.detach() * real, dim=-1)
-    return token_mean((student - teacher).square(), mask)
+    return token_mean((student - teacher).square(), mask, weights)
 
 
 class AttributionObjective(Objective):
@@ -83,7 +83,7 @@ class AttributionObjective(Objective):
             for score in self._views(table):
                 target = saliency(path_gradient(others, score).detach(), others[-1][0].detach(), self.top_k)
                 gradient = path_gradient(own, score, create_graph=True)
-                terms.append(attribution_loss(saliency(gradient, own[-1][0]), target, student.mask))
+                terms.append(attribution_loss(saliency(gradient, own[-1][0]), target, student.mask, student.weights))
         return torch.stack(terms).sum()
 
     def _views(self, table: Prediction) -> list[Callable[[Tensor], Tensor]]:

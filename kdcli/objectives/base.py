@@ -20,7 +20,8 @@ class Objective(nn.Module):
     are trained with the student and thrown away at the end, but for `kept`.
 
     Every reduction is a mean over the real tokens of each example, then over the examples of the batch:
-    padding does not change it, and equal shares of a batch on several devices average to the whole.
+    padding does not change it, and equal shares of a batch on several devices average to the whole. Where examples
+    have weights (`Signals.weights`) these are in the place of the latter mean.
     """
 
     @property
@@ -66,9 +67,13 @@ def example_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)
 
 
-def token_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of `values` (..., batch, seq) over each example's real tokens, then over all others: a scalar."""
-    return example_mean(values, mask).mean()
+def token_mean(values: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the mean of `values` (..., batch, seq) over each example's real tokens, then over all others: a scalar.
+
+    weights: (batch,), of the examples, see `Signals`.
+    """
+    means = example_mean(values, mask)
+    return means.mean() if weights is None else (means * weights).sum(-1).mean()
 
 
 def own_keys(mask: Tensor, segments: Tensor | None = None, window: Tensor | None = None) -> Tensor:

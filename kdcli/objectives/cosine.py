@@ -9,12 +9,14 @@ from kdcli.objectives.base import Objective, token_mean
 from kdcli.signals import Request, Signals
 
 
-def cosine_distance(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+def cosine_distance(student: Tensor, teacher: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return 1 - cos of hidden states, mean over real tokens and examples; between 0 and 2.
 
-    student, teacher: (batch, seq, width); mask: (batch, seq). Source: DistilBERT (Sanh et al. 2019), section 3.
+    student, teacher: (batch, seq, width); mask: (batch, seq); weights: (batch,), of examples. Source:
+    DistilBERT (Sanh et al. 2019), section 3.
     """
-    return token_mean(1.0 - functional.cosine_similarity(student.float(), teacher.detach().float(), dim=-1), mask)
+    distances = 1.0 - functional.cosine_similarity(student.float(), teacher.detach().float(), dim=-1)
+    return token_mean(distances, mask, weights)
 
 
 class CosineObjective(Objective):
@@ -31,5 +33,7 @@ class CosineObjective(Objective):
         return Request(hidden=frozenset(t for _, t in self.pairs))
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
-        terms = [cosine_distance(student.hidden[s], teacher.hidden[t], student.mask) for s, t in self.pairs]
+        terms = [
+            cosine_distance(student.hidden[s], teacher.hidden[t], student.mask, student.weights) for s, t in self.pairs
+        ]
         return sum(terms[1:], terms[0]) / len(terms)

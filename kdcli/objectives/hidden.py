@@ -51,17 +51,22 @@ class _SquaredError(torch.autograd.Function):
         return times(difference, scale).view(*gradient.shape, width), None, None
 
 
-def token_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, match_norm: bool = False) -> Tensor:
+def token_mse(
+    student: Tensor, teacher: Tensor, mask: Tensor, weights: Tensor | None = None, *, match_norm: bool = False
+) -> Tensor:
     """Return the squared difference, mean over features, real tokens and examples.
 
-    student, teacher: (batch, seq, width); mask: (batch, seq). With `match_norm` each example's error is divided
-    by the teacher's mean square over that example: a relative error that no activation's size can make heavy,
-    and that still averages over examples, so that shares of a batch on several devices agree with the whole.
+    student, teacher: (batch, seq, width); mask: (batch, seq); weights: (batch,), of examples. With `match_norm` each
+    example's error is divided by the teacher's mean square over that example: a relative error that no activation's
+    size can make heavy, and that still averages over examples, so that shares of a batch on several devices agree with
+    the whole.
     """
-    return mean_token_mse([(student, teacher)], mask, match_norm=match_norm)
+    return mean_token_mse([(student, teacher)], mask, weights, match_norm=match_norm)
 
 
-def mean_token_mse(pairs: Iterable[tuple[Tensor, Tensor]], mask: Tensor, *, match_norm: bool = False) -> Tensor:
+def mean_token_mse(
+    pairs: Iterable[tuple[Tensor, Tensor]], mask: Tensor, weights: Tensor | None = None, *, match_norm: bool = False
+) -> Tensor:
     """Return the mean of `token_mse` over pairs of (student, teacher), whose widths may differ from pair to pair."""
     found = [_SquaredError.apply(student, teacher.detach(), match_norm) for student, teacher in pairs]
     # Means of all pairs in one operation each: on a GPU every operation costs a launch.
@@ -69,7 +74,7 @@ def mean_token_mse(pairs: Iterable[tuple[Tensor, Tensor]], mask: Tensor, *, matc
     if match_norm:
         size = torch.stack([size for _, size in found])
         error = error / example_mean(size, mask).clamp(min=1e-12)[..., None]
-    return token_mean(error, mask)
+    return token_mean(error, mask, weights)
 
 
 class HiddenObjective(Objective):
@@ -124,7 +129,9 @@ class HiddenObjective(Objective):
             self.pairs = tuple(self.redraw(epoch))
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
-        return mean_token_mse(self._compared(student, teacher), student.mask, match_norm=self.match_norm)
+        return mean_token_mse(
+            self._compared(student, teacher), student.mask, student.weights, match_norm=self.match_norm
+        )
 
     def _compared(self, student: Signals, teacher: Signals) -> Iterator[tuple[Tensor, Tensor]]:
         # One pair at a time: the teacher's may be read from a disk.
@@ -163,7 +170,7 @@ class ProjectionObjective(Objective):
         return Request(matrices=frozenset((t, name) for _, t in self.pairs for name in self.names))
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
-        return mean_token_mse(self._compared(student, teacher), student.mask, match_norm=True)
+        return mean_token_mse(self._compared(student, teacher), student.mask, student.weights, match_norm=True)
 
     def _compared(self, student: Signals, teacher: Signals) -> Iterator[tuple[Tensor, Tensor]]:
         for s, t in self.pairs:

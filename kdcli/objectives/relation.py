@@ -65,12 +65,14 @@ class RelationKL(torch.autograd.Function):
         segments: Tensor | None = None,
         window: Tensor | None = None,
         caps: Caps = (None, None),
+        weights: Tensor | None = None,
     ) -> Tensor:
         batch, heads, _, size = queries.shape
         scale, teacher_scale = size**-0.5, teacher_queries.shape[-1] ** -0.5
         bias = key_bias(own_keys(mask, segments, window), torch.float32)
         real = mask.float()
-        weight = (real / real.sum(-1, keepdim=True).clamp(min=1.0) / (batch * heads))[:, None, :, None]
+        share = 1.0 / batch if weights is None else weights[:, None]
+        weight = (real / real.sum(-1, keepdim=True).clamp(min=1.0) * share / heads)[:, None, :, None]
         differentiate = any(ctx.needs_input_grad[:2])
         query_gradient, key_gradient = torch.empty_like(queries), torch.empty_like(keys)
         value = queries.new_zeros(())
@@ -102,7 +104,7 @@ class RelationKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query_gradient, key_gradient = ctx.saved_tensors
-        return times(query_gradient, gradient), times(key_gradient, gradient), *(None,) * 7
+        return times(query_gradient, gradient), times(key_gradient, gradient), *(None,) * 8
 
 
 def relation_kl(
@@ -116,6 +118,7 @@ def relation_kl(
     segments: Tensor | None = None,
     window: Tensor | None = None,
     caps: Caps = (None, None),
+    weights: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """Return KL(teacher || student) of relation matrices, mean over relation heads, real rows and examples.
@@ -125,6 +128,7 @@ def relation_kl(
     Widths may differ, but `heads` must divide both: else ValueError. `chunk` heads are worked on at a time.
     `window`, (batch or 1, 1, seq, seq): the keys of each row, where these are not all real ones. `caps`: c of
     c tanh(score / c) of the student's and the teacher's scores, which some models make of those of attention.
+    weights: (batch,), of examples.
     With `segments`, (batch, seq), a row runs over the keys of its own segment: how a token relates to one that
     happens to be packed beside it is nothing to learn. The models themselves attend over all tokens of a block, as
     they were pre-trained to.
@@ -136,7 +140,7 @@ def relation_kl(
     batch, seq = mask.shape
     most = CACHED_ELEMENTS if mask.device.type == "cpu" else CHUNK_ELEMENTS
     chunk = chunk or max(1, most // (batch * seq * seq))
-    return RelationKL.apply(rows, columns, teacher_rows, targets, mask, chunk, segments, window, caps)
+    return RelationKL.apply(rows, columns, teacher_rows, targets, mask, chunk, segments, window, caps, weights)
 
 
 class RelationObjective(Objective):
@@ -194,6 +198,7 @@ class RelationObjective(Objective):
                     segments=student.segments,
                     window=common_window((student, [s] * attends), (teacher, [t] * attends)),
                     caps=(student.score_cap, teacher.score_cap) if attends else (None, None),
+                    weights=student.weights,
                 )
         return total / len(self.pairs)
 
@@ -259,7 +264,9 @@ class DirectRelationObjective(Objective):
         for s, t in self.pairs:
             for name, weight in self.names.items():
                 vectors = _split(student.matrices[(s, name)], self.heads) @ self.bridges[f"{s}_{name}"]
-                value = token_mse(vectors.transpose(1, 2).flatten(2), teacher.matrices[(t, name)], student.mask)
+                value = token_mse(
+                    vectors.transpose(1, 2).flatten(2), teacher.matrices[(t, name)], student.mask, student.weights
+                )
                 total = total + weight * value
         return total / len(self.pairs)
 

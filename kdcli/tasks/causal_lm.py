@@ -9,6 +9,7 @@ from kdcli.tasks.generated import GeneratingKind
 from kdcli.tasks.plain_text import PlainText, PlainTextFields
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
     from torch import Tensor
 
@@ -60,6 +61,11 @@ class CausalLM(GeneratingKind, PlainText):
         from kdcli.tasks.next_tokens import ends_of
 
         return ends_of(processor, config)
+
+    def token_counts(self, features: "Dataset") -> "np.ndarray":
+        from kdcli.tasks.next_tokens import counts_of
+
+        return counts_of(features)
 
     def positions(self, batch: "Mapping[str, Tensor]", *, everywhere: bool = False) -> "Tensor":
         """Return the positions whose next token is predicted, or all real ones."""

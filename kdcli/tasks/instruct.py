@@ -13,6 +13,7 @@ from kdcli.tasks.conversations import column_of_messages, messages_of, prompt_of
 from kdcli.tasks.generated import GeneratingKind, GenerationFields
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
     from datasets import Dataset
     from rich.console import Console
@@ -216,6 +217,11 @@ class Instruct(GeneratingKind):
         return template_of(processor, self.own.template).ends | ends_of(processor, config)
 
     # What a model predicts
+
+    def token_counts(self, features: "Dataset") -> "np.ndarray":
+        from kdcli.tasks.next_tokens import counts_of
+
+        return counts_of(features)
 
     def positions(self, batch: "Mapping[str, Tensor]", *, everywhere: bool = False) -> "Tensor":
         """Return the positions whose next token is predicted, or all real ones."""

@@ -315,6 +315,13 @@ class TaskKind(ABC):
         """Return the fields that change what a model reads, or what is decided about it, though rows stay the same."""
         return {}
 
+    def token_counts(self, features: "Dataset") -> "np.ndarray":
+        """Return how many tokens of each feature are predicted, and how many are real, (n, 2).
+
+        Only asked for where `tokens_weigh_equally`.
+        """
+        raise NotImplementedError
+
     # What a model predicts
 
     def positions(self, batch: "Mapping[str, Tensor]", *, everywhere: bool = False) -> "Tensor | None":

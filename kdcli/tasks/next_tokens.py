@@ -56,6 +56,18 @@ class NextTokenCollator:
         return batch
 
 
+def counts_of(features: "Dataset") -> np.ndarray:
+    """Return how many tokens of each feature are predicted, and how many are real, (n, 2)."""
+    from kdcli.data.rows import array_of, chunks_of
+
+    real = array_of(features, "length")
+    predicted = real - 1
+    if "labels" in features.column_names:
+        rows = (row for chunk in chunks_of(features, "labels") for row in chunk)
+        predicted = np.array([np.count_nonzero(np.asarray(row[1:]) != IGNORED) for row in rows])
+    return np.stack([predicted, real], 1)
+
+
 def positions_of(batch: Mapping[str, Tensor], *, everywhere: bool) -> Tensor:
     """Return the positions whose next token is predicted, or all real ones; flat into batch x seq."""
     return batch["real_positions" if everywhere else "predicted_positions"]

@@ -51,6 +51,7 @@ from kdcli.training.schemes.base import Scheme
 from kdcli.training.settings import LoopSettings, check_batch, check_device
 from kdcli.training.shard_files import load_parts, optimizer_state_in_parts, whole_optimizer_state, whole_tensors
 from kdcli.training.step import Distiller
+from kdcli.training.token_weights import counts_of, scaled, weigh_equally
 
 WEIGHTS = "model.safetensors"
 
@@ -106,6 +107,8 @@ class DistillationTrainer(Trainer):
         self.label_names = ["index"]
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
+        self._held_tokens: Tensor | None = None
+        self._held_losses: list[Tensor] = []
         self._auxiliary: Tensor | None = None
         # The scheme comes first: a distiller may hold tensors of a teacher that learns, and must not get copies.
         self.scheme.place(self.args.device)
@@ -149,7 +152,14 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return self.scheme.batches(self.state.global_step, batches), count
+        batches = self.scheme.batches(self.state.global_step, batches)
+        if self.model.kind.tokens_weigh_equally:
+            batches = weigh_equally([self._prepare_inputs(each) for each in batches], self._total, self.args.world_size)
+        return batches, count
+
+    def _total(self, counts: Tensor) -> Tensor:
+        """Return the sum of `counts` over all processes."""
+        return self.accelerator.reduce(counts, "sum")  # type: ignore[no-any-return, union-attr]
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
@@ -201,9 +211,12 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         inputs = self._prepare_inputs(inputs)
+        if self._held_tokens is not None:
+            inputs = scaled(inputs, counts_of(inputs) * self._held_tokens)
         with torch.no_grad():
             outputs = model(inputs)
         if "loss" in outputs:
+            self._held_losses.append(outputs["loss"])
             return outputs["loss"], None, None
         return None, {name: output.float() for name, output in outputs.items()}, inputs["index"]  # type: ignore[return-value]
 
@@ -211,7 +224,7 @@ class DistillationTrainer(Trainer):
         self, dataloader: Any, *, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
         """Return what the library does; where the loss is the score, that of each part of a task, and their mean."""
-        evaluate: Any = super().evaluation_loop
+        evaluate: Any = self._evaluate_by_tokens if self.model.kind.tokens_weigh_equally else super().evaluation_loop
         evaluate = partial(evaluate, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.compute_metrics is not None or not self.settings.parts:
             return evaluate(dataloader)
@@ -221,6 +234,22 @@ class DistillationTrainer(Trainer):
         names = (f"{metric_key_prefix}_{name}_loss" for name in self.settings.parts)
         metrics = {**found[0].metrics, loss: mean(losses), **dict(zip(names, losses, strict=True))}
         return found[0]._replace(metrics=metrics, num_samples=sum(output.num_samples for output in found))
+
+    def _evaluate_by_tokens(self, dataloader: Any, *, metric_key_prefix: str, **kwargs: Any) -> Any:
+        """Return what the library does, with the loss as the mean over all tokens, not over batches."""
+        batches = list(dataloader.batch_sampler)
+        counts = self.model.kind.token_counts(dataloader.dataset)
+        own = torch.tensor(counts[np.concatenate(batches)].sum(0), dtype=torch.float64, device=self.args.device)
+        # The mean over all batches of all processes is then one over all tokens.
+        self._held_tokens = len(batches) * self.args.world_size / self._total(own).clamp(min=1.0)
+        self._held_losses = []
+        try:
+            output = super().evaluation_loop(dataloader, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self._held_tokens = None
+        loss = self._total(torch.stack(self._held_losses).mean()) / self.args.world_size
+        assert output.metrics is not None
+        return output._replace(metrics={**output.metrics, f"{metric_key_prefix}_loss": loss.item()})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The mean of the last steps, and at the end that of all.
