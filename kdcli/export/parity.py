@@ -22,8 +22,7 @@ def parity(model: Any, exported: OnnxModel, batches: Sequence[dict[str, Tensor]]
     """
     worst = dict.fromkeys(exported.outputs, 0.0)
     for batch in batches:
-        inputs = model_inputs(model, batch)
-        found, copied = model(**inputs), vars(exported(**inputs))
+        found, copied = model(**model_inputs(model, batch)), vars(exported(**model_inputs(exported, batch)))
         for name in exported.outputs:
             own, graph = found[name].float(), copied[name].float()
             check_finite(own, "the model")

@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import (
     WHERE_PREDICTED,
@@ -43,6 +44,14 @@ def check(options: MiniLMOptions, context: Context) -> None:
     """Raise InputError when the numbers of heads differ."""
     refuse_unsupported(options, context, **WHERE_PREDICTED)
     need_equal_heads(context, otherwise="the method minilmv2, which needs no equal heads")
+    teacher, student = context.teacher.kv_heads, context.student.kv_heads
+    if options.weights.value > 0 and teacher != student:
+        raise InputError(
+            f"values can be related over equal numbers of their heads, not {teacher} of the teacher and {student} of "
+            "the student",
+            where="method.weights.value",
+            hint="use method.weights.value = 0, or the method minilmv2, which needs no equal heads",
+        )
 
 
 def build(options: MiniLMOptions, context: Context) -> list[Stage]:
@@ -69,8 +78,8 @@ METHOD = Method(
     formula="KL(A_T || A_S) + KL(R_T || R_S) of the last blocks, A = softmax(Q K^T / sqrt(d_k)), "
     "R = softmax(V V^T / sqrt(d_k)) (+ w_p (alpha T^2 KL + (1 - alpha) CE), not on plain text)",
     signals="queries, keys and values of the last block; except on plain text also logits and gold labels",
-    constraints="as many heads as the teacher; any depth and width. For a student of at most half the depth and "
-    "width an [assistant] of the teacher's depth and the student's width helps",
+    constraints="as many heads as the teacher, of keys and values, too; any depth and width. For a student of at most "
+    "half the depth and width an [assistant] of the teacher's depth and the student's width helps",
     cost="one teacher forward pass a step",
     options=MiniLMOptions,
     build=build,

@@ -50,8 +50,9 @@ class MiniLMv2Options(Options):
 
     relation_heads: Heads | None = Field(
         default=None,
-        description="Heads that the projections are split into again; the number divides both widths. Left out, 48 "
-        "(64 where the teacher is 1024 or more wide), or the next lower number that divides both.",
+        description="Heads that the projections are split into again; the number divides the widths of both models' "
+        "projections: with grouped queries also the narrower ones of keys and values. Left out, 48 (64 where the "
+        "teacher is 1024 or more wide), or the next lower number that divides them all.",
     )
     teacher_layer: Annotated[int, Field(ge=-256, le=256)] = Field(
         default=-2,
@@ -76,18 +77,31 @@ class MiniLMv2Options(Options):
     )
 
 
+def _widths(options: MiniLMv2Options, context: Context) -> list[int]:
+    """Return the widths of all projections that are compared, of the teacher and of the student, each once."""
+    given = [name for name, weight in options.relations.model_dump().items() if weight > 0]
+    names = [name for letter, name in PROJECTIONS.items() if any(letter in relation for relation in given)]
+    found = [shape.width_of(name) for name in names or ["query"] for shape in (context.teacher, context.student)]
+    return list(dict.fromkeys(found))
+
+
+def _listed(widths: list[int]) -> str:
+    *first, last = map(str, widths)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def relation_heads(options: MiniLMv2Options, context: Context) -> int:
-    """Return the number of relation heads. Raises InputError when the one asked for does not divide both widths."""
-    teacher, student = context.teacher.hidden, context.student.hidden
-    common = math.gcd(teacher, student)
-    wanted = options.relation_heads or (64 if teacher >= LARGE_WIDTH else 48)
+    """Return the number of relation heads. Raises InputError when the one asked for does not divide all widths."""
+    widths = _widths(options, context)
+    common = math.gcd(*widths)
+    wanted = options.relation_heads or (64 if context.teacher.hidden >= LARGE_WIDTH else 48)
     fitting = [heads for heads in range(1, common + 1) if common % heads == 0]
     if options.relation_heads is None:
         return max(heads for heads in fitting if heads <= wanted)
     if wanted not in fitting:
-        widths = f"a width of {teacher}" if teacher == student else f"both {teacher} and {student}, the widths"
+        each = {1: "a width of {}", 2: "both {}, the widths"}.get(len(widths), "all of {}, the widths")
         raise InputError(
-            f"{wanted} relation heads do not divide {widths}",
+            f"{wanted} relation heads do not divide {each.format(_listed(widths))}",
             where="method.relation_heads",
             hint=f"use {min(fitting, key=lambda heads: (abs(heads - wanted), heads))}",
         )
@@ -139,8 +153,8 @@ def _objective(options: MiniLMv2Options, context: Context) -> "Objective":
     }
     if not options.direct:
         return RelationObjective(pairs, relations=given, heads=heads)
-    widths = context.student.hidden, context.teacher.hidden
     names = {rows: weight for (rows, columns), weight in given.items() if rows == columns}
+    widths = {name: (context.student.width_of(name), context.teacher.width_of(name)) for name in names}
     return DirectRelationObjective(pairs, widths=widths, heads=heads, names=names)
 
 
@@ -158,8 +172,8 @@ def notes(options: MiniLMv2Options, context: Context) -> list[str]:
     heads = relation_heads(options, context)
     if options.relation_heads is not None or heads in (48, 64):
         return []
-    widths = f"{context.teacher.hidden} and {context.student.hidden}"
-    return [f"{heads} relation heads: the usual number does not divide the widths {widths}"]
+    widths = _widths(options, context)
+    return [f"{heads} relation heads: the usual number does not divide the widths {_listed(widths)}"]
 
 
 METHOD = Method(
@@ -170,7 +184,9 @@ METHOD = Method(
     formula="sum_(X = Q, K, V) KL(R_T || R_S), R = softmax(X X^T / sqrt(d_r)) over d / d_r relation heads "
     "(+ w_p (alpha T^2 KL + (1 - alpha) CE), not on plain text)",
     signals="queries, keys and values of one block; except on plain text also logits and gold labels",
-    constraints="relation heads that divide both widths; any depth, width and number of heads",
+    constraints="relation heads that divide the widths of both models' projections, with grouped queries also the "
+    "narrower ones of keys and values; any depth, width and number of heads. Of decoders relations are those after "
+    "rotation, of each token to itself and those before it",
     cost="the teacher's forward pass up to that block a step; except on plain text its prediction once, and cached",
     options=MiniLMv2Options,
     build=build,

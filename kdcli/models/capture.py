@@ -58,8 +58,6 @@ class Capture:
         self.request = request
         self.kind = kind
         self.attention = attention_of(model.config)
-        # Keys and values that nothing reads later take memory.
-        self._options = {"use_cache": False} if family_of(model.config).causal else {}
         self.to_end = False
         """True where a pass must not end before its last block, as in a sharded model."""
         self._active = False
@@ -210,14 +208,14 @@ class Capture:
             return None
         if not logits:
             with contextlib.suppress(_Complete):
-                self._last = body_of(self.model)(**inputs, **self._options)[0]
+                self._last = body_of(self.model)(**inputs)[0]
             return None
-        output = self.model(**inputs, **self._options) if self._head is None else self._run_in_parts(inputs, self._head)
+        output = self.model(**inputs) if self._head is None else self._run_in_parts(inputs, self._head)
         return self.kind.predictions(output, batch, everywhere=self.request.all_positions)
 
     def _run_in_parts(self, inputs: dict[str, Tensor], head: OutputHead) -> SimpleNamespace:
         """Return a decoder's output, with what its logits are formed from in their place."""
-        states = body_of(self.model)(**inputs, **self._options)[0]
+        states = body_of(self.model)(**inputs)[0]
         return SimpleNamespace(logits=head.logits(states.flatten(0, 1)))
 
     def _path(

@@ -17,17 +17,22 @@ def inputs_of(config: "PretrainedConfig") -> tuple[str, ...]:
     return INPUTS if _types(config) > 1 else INPUTS[:2]
 
 
-def model_inputs(model: Any, batch: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+def model_inputs(model: Any, batch: Mapping[str, "Tensor"]) -> dict[str, Any]:
     """Return the part of a batch that the forward pass of `model` takes; types that it does not have become 0.
 
+    A decoder of PyTorch is told to keep no keys and values for tokens that follow: nothing reads them.
     model: anything with a `config`, or else all is given. A tokenizer may know more types than a model has embeddings
     for: that of a BERT, for example, beside a RoBERTa.
     """
     config = getattr(model, "config", None)
-    inputs = {name: batch[name] for name in (INPUTS if config is None else inputs_of(config)) if name in batch}
+    inputs: dict[str, Any] = {
+        name: batch[name] for name in (INPUTS if config is None else inputs_of(config)) if name in batch
+    }
     if config is not None and "token_type_ids" in inputs:
         types = inputs["token_type_ids"]
         inputs["token_type_ids"] = types.where(types < _types(config), 0)
+    if config is not None and family_of(config).causal and hasattr(model, "base_model"):
+        inputs["use_cache"] = False
     return inputs
 
 

@@ -237,20 +237,23 @@ class DirectRelationObjective(Objective):
         self,
         pairs: Sequence[tuple[int, int]],
         *,
-        widths: tuple[int, int],
+        widths: Mapping[str, tuple[int, int]],
         heads: int,
         names: Mapping[str, float] | None = None,
     ) -> None:
-        """widths: (student, teacher), both divisible by `heads`."""
+        """widths: (student, teacher) of each projection, all divisible by `heads`."""
         super().__init__()
-        if widths[0] % heads or widths[1] % heads:
-            raise ValueError(f"{heads} relation heads do not divide the widths {widths[0]} and {widths[1]}")
+        if wrong := [pair for pair in widths.values() if pair[0] % heads or pair[1] % heads]:
+            raise ValueError(f"{heads} relation heads do not divide the widths {wrong[0][0]} and {wrong[0][1]}")
         self.pairs = tuple(pairs)
         self.names = dict(names or dict.fromkeys(("query", "key", "value"), 1.0))
         self.heads = heads
-        sizes = (widths[0] // heads, widths[1] // heads)
         self.bridges = nn.ParameterDict(
-            {f"{s}_{name}": _first_map(heads, *sizes) for s in sorted({s for s, _ in pairs}) for name in self.names}
+            {
+                f"{s}_{name}": _first_map(heads, widths[name][0] // heads, widths[name][1] // heads)
+                for s in sorted({s for s, _ in pairs})
+                for name in self.names
+            }
         )
 
     def student_request(self) -> Request:

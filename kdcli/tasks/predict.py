@@ -49,8 +49,8 @@ def predict(
             batch = collator(dataset.__getitems__(order[start : start + batch_size].tolist()))
             if reduce is not None:
                 batch = {name: tensor.to(place) for name, tensor in batch.items()}
-            inputs = {name: tensor.to(place) for name, tensor in model_inputs(model, batch).items()}
-            output = model(**inputs)
+            inputs = model_inputs(model, batch)
+            output = model(**{name: x.to(place) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
             kept = {name: getattr(output, name) for name in outputs} if reduce is None else reduce(output, batch)
             for name, values in kept.items():
                 found.setdefault(name, []).append(torch.as_tensor(values).float().cpu().numpy())

@@ -141,11 +141,15 @@ class Distiller(nn.Module):
         if not self.training and not self.kind.chosen_by_loss:
             output = self.student(**model_inputs(self.student, batch))
             return {name: output[name] for name in self.kind.head.outputs}
-        teacher = self.teacher_signals(batch)
-        with self.student_capture as capture:
-            student = capture.run(batch, teacher)
-        with torch.autocast(student.mask.device.type, enabled=False):
-            total, values = total_loss(self.objectives, self.weights, student, teacher, batch)  # type: ignore[arg-type]
+        # A term that compares gradients needs graphs on held-out rows, too.
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self.student_capture.request.gradients > 0):
+            teacher = self.teacher_signals(batch)
+            with self.student_capture as capture:
+                student = capture.run(batch, teacher)
+            with torch.autocast(student.mask.device.type, enabled=False):
+                total, values = total_loss(self.objectives, self.weights, student, teacher, batch)  # type: ignore[arg-type]
+        if not self.training:
+            total = total.detach()
         if self.student_capture.to_end and student.last is not None:
             # Each block of a sharded student gets its weights back for the backward pass when a gradient comes to it.
             total = total + 0.0 * student.last.sum()

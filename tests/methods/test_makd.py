@@ -17,7 +17,7 @@ from kdcli.models.shape import ModelShape
 from kdcli.signals import Request
 from kdcli.tasks import registry as kinds
 
-SHAPE = ModelShape("bert", 3, 32, 4, 64, 220, 130)
+SHAPE = ModelShape("bert", 3, 32, 4, 4, 8, 64, 220, 130)
 
 
 def context(kind: str = "classification", **facts: Any) -> Context:

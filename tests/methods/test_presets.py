@@ -48,7 +48,8 @@ LENGTHS = (5, 9, 2, 7)
 
 
 def shape(layers: int = 12, hidden: int = 768, heads: int = 12, vocab: int = 30522) -> ModelShape:
-    return ModelShape("bert", layers, hidden, heads, 4 * hidden, vocab, 512)
+    heads = heads if hidden % heads == 0 else 1
+    return ModelShape("bert", layers, hidden, heads, heads, hidden // heads, 4 * hidden, vocab, 512)
 
 
 def context(

@@ -40,7 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def stages(name: str, **options: Any) -> list[Stage]:
-    method, shape = registry.get(name), ModelShape("bert", 4, 32, 4, 64, 220, 128)
+    method, shape = registry.get(name), ModelShape("bert", 4, 32, 4, 4, 8, 64, 220, 128)
     chosen = method.options.model_validate(options)
     where = Context(shape, shape, "depth", TEXTS, uniform(4, 4))
     method.check(chosen, where)
@@ -53,7 +53,7 @@ def test_the_teachers_prediction_has_the_weight_of_the_gold_answers_too(name: st
     assert terms["output"] == (5.0 if name == "distilbert" else 1.0)
     assert not terms.keys() & {"task", "mlm"}
     with_gold = Context(
-        *[ModelShape("bert", 4, 32, 4, 64, 220, 128)] * 2, "depth", kinds.get("classification"), [(1, 1)]
+        *[ModelShape("bert", 4, 32, 4, 4, 8, 64, 220, 128)] * 2, "depth", kinds.get("classification"), [(1, 1)]
     )
     assert [term.name for term in with_gold.prediction_terms(2.0, 0.75, 1.0)] == ["output", "task"]
     assert [term.weight for term in with_gold.prediction_terms(2.0, 0.75, 1.0)] == [1.5, 0.5]
@@ -89,7 +89,7 @@ def test_every_one_of_them_distils_unlabelled_texts(method: str, world: Path):
     ("changes", "words"),
     [
         (["teacher.finetune=true"], "own is a texts task, which has no gold answers to train a teacher on"),
-        (["method=theseus"], "theseus works on classification"),
+        (["method=theseus"], "theseus works on causal-lm, classification"),
         (["student={form='low-rank', budget=0.5, init='gradients'}"], "needs the gradients of a loss"),
         (["overparam={select='static', matrices=1}"], "needs the loss of gold answers"),
     ],

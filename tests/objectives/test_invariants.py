@@ -61,7 +61,10 @@ CASES = [
     Case("relation-own-heads", lambda: RelationObjective([(3, 3)], relations={("value", "value"): 1.0})),
     Case("relation", lambda: RelationObjective([(2, 2), (3, 3)], heads=8)),
     Case("relation-cross", lambda: RelationObjective([(3, 3)], relations={("query", "value"): 0.5}, heads=2)),
-    Case("relation-direct", lambda: DirectRelationObjective([(3, 3)], widths=(16, 16), heads=8)),
+    Case(
+        "relation-direct",
+        lambda: DirectRelationObjective([(3, 3)], widths=dict.fromkeys(("query", "key", "value"), (16, 16)), heads=8),
+    ),
     Case("cosine", lambda: CosineObjective([(3, 3)])),
     Case("vocabulary", lambda: OutputObjective(Categorical(), 2.0), {"vocabulary": 11}, text=True),
     Case("vocabulary-all", lambda: OutputObjective(Categorical(), all_positions=True), {"vocabulary": 11}, text=True),

@@ -446,7 +446,7 @@ def test_heads_that_do_not_divide_a_width_are_refused():
     with pytest.raises(ValueError, match="5 relation heads do not divide a width of 16"):
         relation_kl(student, teacher, mask, 5)
     with pytest.raises(ValueError, match="12 relation heads do not divide the widths 16 and 24"):
-        DirectRelationObjective([(1, 1)], widths=(16, 24), heads=12)
+        DirectRelationObjective([(1, 1)], widths={"query": (16, 24)}, heads=12)
     with pytest.raises(ValueError, match="not 4, 2"):
         RelationObjective([(1, 1)])(captured(1, mask, heads=4), captured(2, mask, heads=2), {})
 
@@ -455,7 +455,9 @@ def test_heads_that_do_not_divide_a_width_are_refused():
 def test_directly_matched_vectors_go_through_a_map_of_each_head(widths):
     mask = mask_of(LENGTHS)
     student, teacher = captured(1, mask, width=widths[0]), captured(2, mask, width=widths[1])
-    objective = DirectRelationObjective([(3, 2)], widths=widths, heads=8, names={"query": 1.0, "value": 0.5})
+    objective = DirectRelationObjective(
+        [(3, 2)], widths=dict.fromkeys(("query", "value"), widths), heads=8, names={"query": 1.0, "value": 0.5}
+    )
     own_size, other_size = widths[0] // 8, widths[1] // 8
     total = torch.zeros(())
     for name, weight in (("query", 1.0), ("value", 0.5)):
