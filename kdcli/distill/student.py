@@ -26,13 +26,13 @@ from kdcli.models.counts import count_parameters
 from kdcli.models.embedding import append_dense, settings_of
 from kdcli.models.hashing import hash_of_model, hash_of_tokenizer, hash_of_weights
 from kdcli.models.overparam import contract_model
+from kdcli.models.projections import merge
 from kdcli.models.save import round_to_stored
 from kdcli.models.shape import shape_of
 from kdcli.models.student import StudentBuild, build_student
 from kdcli.objectives.cores import TensorObjective
 from kdcli.signals import Request
 from kdcli.tasks.base import Task
-from kdcli.tensors.projection import merge_projections
 from kdcli.terminal import warn
 from kdcli.training.distributed import agree, main_does
 from kdcli.training.schemes.base import Scheme, Setting
@@ -126,7 +126,7 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
     del factoriser
     with job.timed(f"{folder} train".strip()):
         training = _train(job, task, teacher, follower, build, stages, chain, folder=folder, identity=identity)
-    merge_projections(build.model)
+    merge(build.model)
     keep_bridges(build.model, stages, teacher.model)
     contraction = None
     if chain is not None:

@@ -29,6 +29,12 @@ def blocks_of(model: "PreTrainedModel") -> "nn.ModuleList":
     return blocks
 
 
+def blocks_prefix(model: "PreTrainedModel") -> str:
+    """Return what the names of all weights inside blocks begin with, before the number of the block."""
+    body = "" if model.base_model is model else f"{model.base_model_prefix}."
+    return f"{body}{family_of(model.config).blocks}."
+
+
 def block_of(model: "PreTrainedModel", layer: int) -> "nn.Module":
     """Return block `layer` (1..L)."""
     return blocks_of(model)[0 if family_of(model.config).repeated else layer - 1]

@@ -2,7 +2,7 @@
 
 While it is trained, every block matrix of such a student is write^T W read with the teacher's matrix W, and its table
 of words is E read with the teacher's table E; norms, biases and all other weights are trained themselves.
-`merge_projections` makes a plain model of it.
+`merge` makes a plain model of it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kdcli.models.blocks import BlockMatrix, block_matrix, blocks_of, module_at
+from kdcli.models.blocks import BlockMatrix, block_matrix, blocks_of, blocks_prefix, module_at
 from kdcli.models.families import Family, family_of
+from kdcli.models.fused import merge_split
 from kdcli.models.inputs import model_inputs
 from kdcli.models.shape import ModelShape, shape_of
+from kdcli.models.width import head_features
 from kdcli.signals import EMBEDDINGS, MatrixKey
 from kdcli.tensors.projection import (
     Moment,
@@ -23,6 +25,7 @@ from kdcli.tensors.projection import (
     attach,
     directions,
     fitted_norm,
+    merge_projections,
     projected_of,
     reading,
     selection,
@@ -69,13 +72,16 @@ def moments_of(teacher: "PreTrainedModel", batches: Iterable[Mapping[str, Tensor
 
 @dataclass(frozen=True)
 class _Inner:
-    """The spaces inside a block: of queries and keys, of values, and of what the feed-forward layer's second map reads.
+    """The spaces inside a block, by what is in them; ffn: what the feed-forward layer's second map reads.
 
-    score: a factor of queries and of keys, by which scores over sqrt(head size) keep their size.
+    query, key: with a factor by which scores over sqrt(head size) keep their size. value, context: values, and what
+    the attention makes of them, a head of queries each.
     """
 
-    score: Tensor
+    query: Tensor
+    key: Tensor
     value: Tensor
+    context: Tensor
     ffn: Tensor
 
 
@@ -121,7 +127,7 @@ class _Projection:
     def _head_scores(self, layer: int) -> Tensor:
         """Return (heads,): how much each head of a block adds to the variance of the attention's output."""
         weight, spread = self.weight(layer, "attention_output"), self.input(layer, "attention_output").covariance
-        size = weight.shape[1] // self.sizes[0].heads
+        size = self.sizes[0].head
         own = [slice(h * size, (h + 1) * size) for h in range(self.sizes[0].heads)]
         alone = [(weight[:, part] @ spread[part, part] * weight[:, part]).sum() for part in own]
         return torch.stack(alone)
@@ -139,26 +145,51 @@ class _Projection:
         """Return the spaces inside block `layer` (1..) of the student."""
         teacher, student = self.sizes
         context, active = self.input(layer, "attention_output"), self.input(layer, "ffn_out")
-        heads = self.heads or self._best(self._head_scores(layer), student.heads)
-        sizes = len(context.mean) // teacher.heads, self.widths[1] // student.heads
-        score, value = (torch.zeros(len(context.mean), self.widths[1], dtype=torch.float64) for _ in range(2))
-        scores = [self._output(layer, name) for name in ("query", "key")]
+        spaces = [
+            torch.zeros(given * teacher.head, own * student.head, dtype=torch.float64)
+            for given, own in ((teacher.heads, student.heads), (teacher.kv_heads, student.kv_heads))
+            for _ in range(2)
+        ]
+        query, attended, key, value = spaces
+        queries, keys = (self._output(layer, name) for name in ("query", "key"))
         spread = context.spread(self._biased(layer, "attention_output"))
-        for place, head in enumerate(heads):
-            own = slice(head * sizes[0], (head + 1) * sizes[0]), slice(place * sizes[1], (place + 1) * sizes[1])
-            both = sum(one[own[0], own[0]] / one[own[0], own[0]].trace().clamp(min=1e-12) for one in scores)
-            score[own] = self._rotated(*sizes) if self.family.rotary else directions(torch.as_tensor(both), sizes[1])
-            value[own] = directions(spread[own[0], own[0]], sizes[1])
-        score *= (sizes[1] / sizes[0]) ** 0.25
+        place = 0
+        for group, (shared, heads) in enumerate(self._groups(layer)):
+            keys_of = _block(shared, teacher.head), _block(group, student.head)
+            blocks = [_block(head, teacher.head) for head in heads]
+            both = [_share(keys, keys_of[0]), *(_share(queries, own) for own in blocks)]
+            score = self._score_space(torch.stack(both).sum(0))
+            # A head's values are what it attends to: one space for all heads that share them.
+            seen = directions(torch.stack([spread[own, own] for own in blocks]).sum(0), student.head)
+            key[keys_of], value[keys_of] = score, seen
+            for own in blocks:
+                at = own, _block(place, student.head)
+                query[at], attended[at] = score, seen
+                place += 1
+        keeps = (student.head / teacher.head) ** 0.25
         worth = active.covariance.diagonal() * self.weight(layer, "ffn_out").square().sum(0)
         ffn = selection(len(worth), self._best(worth, student.intermediate))
-        return _Inner(score, value, ffn)
+        return _Inner(query * keeps, key * keeps, value, attended, ffn)
 
-    @staticmethod
-    def _rotated(teacher: int, student: int) -> Tensor:
-        """Return the space of a head whose features i and i + size / 2 are turned together, by an angle that i says."""
-        pairs = [i * teacher // student for i in range(student // 2)]
-        return selection(teacher, [*pairs, *(teacher // 2 + pair for pair in pairs)])
+    def _groups(self, layer: int) -> list[tuple[int, list[int]]]:
+        """Return the heads of keys and values that are kept, each with the heads of queries that share it and are."""
+        teacher, student = self.sizes
+        if self.heads is not None:
+            return [(head, [head]) for head in self.heads]
+        scores = self._head_scores(layer).unflatten(0, (teacher.kv_heads, -1))
+        best = scores.topk(student.heads // student.kv_heads, dim=1)
+        kept = self._best(best.values.sum(1), student.kv_heads)
+        return [(one, sorted((one * scores.shape[1] + best.indices[one]).tolist())) for one in kept]
+
+    def _score_space(self, spread: Tensor) -> Tensor:
+        """Return the space of a head of queries, and of the keys that it is compared with; spread: of both."""
+        teacher, student = (shape.head for shape in self.sizes)
+        if not self.family.rotary:
+            return directions(spread, student)
+        return selection(teacher, [given for _, given in self._features()])
+
+    def _features(self) -> list[tuple[int, int]]:
+        return sorted(head_features(self.teacher.config, self.sizes[1].head))
 
     def _biased(self, layer: int, name: str) -> bool:
         return self.matrix(layer, name).module.bias is not None
@@ -175,7 +206,7 @@ class _Projection:
 
     def fill(self) -> None:
         """Give every parameter of the student outside its block matrices the value that follows from the spaces."""
-        prefix, family = self._prefix(), self.family
+        prefix, family = blocks_prefix(self.student), self.family
         matrices = {matrix.path for matrix in family.matrices.values()}
         inner = [self.inner(layer) for layer in range(1, len(blocks_of(self.student)) + 1)]
         for path, module in self.student.named_modules():
@@ -199,7 +230,7 @@ class _Projection:
                 for axis in range(value.ndim):
                     space = self._space(module, axis, value.shape[axis], parameter.shape[axis])
                     if score and axis == 0:
-                        space = inner[number].score
+                        space = inner[number].query
                     if axis == 1 and space is not None and origin in self.moments:
                         space = reading(self._spread(source, origin), space)
                     if space is not None:
@@ -223,10 +254,6 @@ class _Projection:
         read = reading(self._spread(source, origin), self.hidden)
         return source.weight.detach().double() @ (given.mean - read @ (self.hidden.T @ given.mean))
 
-    def _prefix(self) -> str:
-        body = "" if self.student.base_model is self.student else f"{self.student.base_model_prefix}."
-        return f"{body}{self.family.blocks}."
-
     def _space(self, module: nn.Module, axis: int, teacher: int, student: int) -> Tensor | None:
         """Return the space of an axis of a weight outside of norms and block matrices; None where it stays."""
         if isinstance(module, nn.Embedding) and axis == 0:
@@ -245,6 +272,11 @@ class _Projection:
         assert gain is not None
         if len(gain) != self.widths[0] or len(module.weight) != self.widths[1]:  # type: ignore[arg-type]
             fitted = gain, bias
+            if len(module.weight) != len(gain):  # type: ignore[arg-type]
+                # A norm of each head keeps the size of its vectors, whatever the projections are.
+                kept = [given for _, given in self._features()]
+                keeps = (self.sizes[0].head / self.sizes[1].head) ** 0.25
+                fitted = gain[kept] * keeps, None if bias is None else bias[kept] * keeps
         else:
             centres = isinstance(source, nn.LayerNorm)
             fitted = fitted_norm(gain, bias, self.moments.get(origin), self.hidden, centres=centres)
@@ -255,32 +287,42 @@ class _Projection:
     def _fill_block(self, layer: int, inner: _Inner) -> None:
         """Put projections behind the matrices of a block, and give it the biases that fit them."""
         spaces = {
-            "query": (inner.score, self.hidden),
-            "key": (inner.score, self.hidden),
+            "query": (inner.query, self.hidden),
+            "key": (inner.key, self.hidden),
             "value": (inner.value, self.hidden),
-            "attention_output": (self.hidden, inner.value),
+            "attention_output": (self.hidden, inner.context),
             "ffn_in": (inner.ffn, self.hidden),
             "ffn_gate": (inner.ffn, self.hidden),
             "ffn_out": (self.hidden, inner.ffn),
         }
-        done: set[str] = set()
-        for name, matrix in self.family.matrices.items():
-            if matrix.path in done:
-                continue
-            done.add(matrix.path)
-            own: Any = block_matrix(self.student, layer, name).module
-            source: Any = self.matrix(layer, name).module
-            space, given, biased = spaces[name][1], self.input(layer, name), self._biased(layer, name)
-            read = reading(given.spread(biased), space)
-            writes = [spaces[part][0] for part in self.family.parts_of(matrix.path)]
-            weight = source.weight.detach()
-            attach(own, ProjectedWeight(weight, write=torch.cat(writes), read=read, parts=len(writes)))
-            if biased:
-                # Of what the student's input cannot say of the teacher's, the mean is known.
-                missing = weight.double() @ (given.mean - read @ (space.T @ given.mean))
-                whole = (source.bias.detach().double() + missing).chunk(len(writes))
-                value = torch.cat([write.T @ part for write, part in zip(writes, whole, strict=True)])
-                _set(own.bias, value)
+        for path in dict.fromkeys(matrix.path for matrix in self.family.matrices.values()):
+            names = self.family.parts_of(path)
+            parts = [block_matrix(self.student, layer, name) for name in names]
+            if parts[0].is_view and not _has_equal_shares(parts[0]):
+                for part in parts:
+                    part.replace(part.linear())
+                for name in names:
+                    self._fill_module(layer, [name], spaces)
+            else:
+                self._fill_module(layer, names, spaces)
+
+    def _fill_module(self, layer: int, names: list[str], spaces: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Do so for the matrices that one module of the student gives, in the order of its output."""
+        own: Any = block_matrix(self.student, layer, names[0]).module
+        sources = [self.matrix(layer, name) for name in names]
+        space, given, biased = spaces[names[0]][1], self.input(layer, names[0]), self._biased(layer, names[0])
+        read = reading(given.spread(biased), space)
+        writes = [spaces[name][0] for name in names]
+        weight = torch.cat([source.weight.detach() for source in sources])
+        attach(own, ProjectedWeight(weight, write=torch.cat(writes), read=read, parts=len(names)))
+        if biased:
+            # Of what the student's input cannot say of the teacher's, the mean is known.
+            missing = given.mean - read @ (space.T @ given.mean)
+            found = []
+            for write, source in zip(writes, sources, strict=True):
+                bias = source.of(source.module.bias.detach()).double()  # type: ignore[operator, union-attr, arg-type]
+                found.append(write.T @ (bias + source.weight.detach().double() @ missing))
+            _set(own.bias, torch.cat(found))
 
     def _fill_embeddings(self) -> None:
         """Put a projection behind the word embeddings, or behind the map after them where they are narrower."""
@@ -354,6 +396,29 @@ def _is_norm(module: nn.Module) -> bool:
     """True for a norm over features: the only modules whose weight has one axis."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.ndim == 1
+
+
+def _block(number: int, size: int) -> slice:
+    return slice(number * size, (number + 1) * size)
+
+
+def _share(spread: Tensor, own: slice) -> Tensor:
+    """Return the part of moments that is of some features, over its trace."""
+    part = spread[own, own]
+    return part / part.trace().clamp(min=1e-12)
+
+
+def _has_equal_shares(matrix: BlockMatrix) -> bool:
+    """True for a fused module whose maps are side by side and equally wide, as projections of a whole module are."""
+    layout = matrix.layout
+    return not matrix.transposed and (layout is None or (layout.heads == 1 and len(set(layout.widths)) == 1))
+
+
+def merge(model: "PreTrainedModel") -> int:
+    """Multiply all projections of a model into plain weights, in place, and return how many layers had some."""
+    count = merge_projections(model)
+    merge_split(model)
+    return count
 
 
 def _set(parameter: Tensor, value: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdcli.errors import InputError
-from kdcli.models.blocks import blocks_of, module_at
+from kdcli.models.blocks import blocks_of, blocks_prefix, module_at
 from kdcli.models.embedding import read_alike
 from kdcli.models.factoriser import Factoriser
 from kdcli.models.families import Family, family_of
@@ -21,8 +21,8 @@ from kdcli.models.reinit import start_again
 from kdcli.models.save import stored_type
 from kdcli.models.sentence_folder import note_on_pooling
 from kdcli.models.shape import ModelShape, shape_of
-from kdcli.models.sizes import check_heads
 from kdcli.models.vocabulary import trimmed
+from kdcli.models.width import set_widths, slice_into, width_shape
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.words import counted
 
@@ -151,7 +151,7 @@ def _depth(teacher: "PreTrainedModel", section: StudentSection, whose: str = "th
         student.load_state_dict(teacher.state_dict())
         notes = [f"{whose} one block, run {counted(len(layers), 'time')} instead of {depth}"]
     else:
-        prefix, source = _blocks_prefix(teacher), teacher.state_dict()
+        prefix, source = blocks_prefix(teacher), teacher.state_dict()
         student.load_state_dict({key: source[_origin(key, prefix, layers)] for key in student.state_dict()})
         numbers = f"{'block' if len(layers) == 1 else 'blocks'} {', '.join(map(str, layers))}"
         what = f"{numbers} of {whose} blocks 0 to {depth - 1}"
@@ -179,11 +179,6 @@ def _origin(key: str, prefix: str, layers: list[int]) -> str:
     return f"{prefix}{layers[int(layer)]}.{rest}"
 
 
-def _blocks_prefix(model: "PreTrainedModel") -> str:
-    body = "" if model.base_model is model else model.base_model_prefix + "."
-    return f"{body}{family_of(model.config).blocks}."
-
-
 def _empty_like(model: "PreTrainedModel", config: Any) -> "PreTrainedModel":
     pooled = model.base_model is not model or getattr(model, "pooler", None) is not None
     arguments = {} if pooled else without_pooler(type(model))
@@ -191,94 +186,75 @@ def _empty_like(model: "PreTrainedModel", config: Any) -> "PreTrainedModel":
 
 
 def _width(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
-    shape, family = shape_of(teacher.config), family_of(teacher.config)
-    hidden = section.hidden_size or shape.hidden
-    head_size = shape.hidden // shape.heads
-    heads = section.heads or (hidden // head_size if hidden % head_size == 0 else shape.heads)
-    if hidden % heads:
-        fitting = [h for h in range(1, hidden + 1) if hidden % h == 0]
-        raise InputError(
-            f"hidden_size {hidden} is not divisible by {heads} heads",
-            where="student.heads",
-            hint=f"use {counted(min(fitting, key=lambda h: abs(h - heads)), 'head')}",
-        )
-    check_heads(family, hidden, heads, "student.heads")
-    layers = section.layers if section.layers is not None else shape.layers
-    if isinstance(layers, list):
-        raise InputError("a width student takes a number of layers, not a list", where="student.layers")
-    intermediate = section.intermediate_size or round(shape.intermediate * hidden / shape.hidden)
+    family, shape = family_of(teacher.config), shape_of(teacher.config)
+    wanted = width_shape(shape, family, section)
     if section.init == "projections":
-        _check_projected(shape, hidden, heads, intermediate, layers)
-    kept = chosen_layers(StudentSection(form="depth", layers=min(layers, shape.layers)), shape.layers)
-    config, names = copy.deepcopy(teacher.config), family.sizes
-    _set_blocks(config, family, [*kept, *(layer % shape.layers for layer in range(shape.layers, layers))])
-    for name, value in ((names.hidden, hidden), (names.heads, heads), (names.intermediate, intermediate)):
-        setattr(config, name, value)
-    # Where embeddings are as wide as the blocks, no random projection may come between them in the student.
-    if names.embedding is not None and getattr(config, names.embedding) == shape.hidden:
-        setattr(config, names.embedding, hidden)
-    for name in names.as_hidden:
-        setattr(config, name, hidden)
+        _check_projected(shape, wanted)
+    kept = chosen_layers(StudentSection(form="depth", layers=min(wanted.layers, shape.layers)), shape.layers)
+    config = copy.deepcopy(teacher.config)
+    _set_blocks(config, family, [*kept, *(layer % shape.layers for layer in range(shape.layers, wanted.layers))])
+    set_widths(config, family, wanted)
     student = _empty_like(teacher, config)
-    notes = [f"{counted(layers, 'block')}, width {hidden}, {counted(heads, 'head')}, feed-forward width {intermediate}"]
+    heads = counted(wanted.heads, "head")
+    if wanted.kv_heads != wanted.heads:
+        heads += f" ({wanted.kv_heads} of keys and values)"
+    notes = [
+        f"{counted(wanted.layers, 'block')}, width {wanted.hidden}, {heads}, feed-forward width {wanted.intermediate}"
+    ]
     if section.init == "random":
         return StudentBuild(student.eval(), "width", None, notes)
     if section.init == "projections":
+        if hasattr(module_at(teacher, family.word_embeddings), "scalar_embed_scale"):
+            raise InputError(
+                f"{family.title} multiplies its embeddings by a number that follows from its width, beside the output "
+                "layer that shares them: no projection gives a narrower model both",
+                where="student.init",
+                hint='use init = "teacher"',
+            )
         if module_at(teacher, family.projection) is not None and module_at(student, family.projection) is None:
             raise InputError(
                 f"{family.title} has no map after embeddings as wide as its blocks; the teacher's would be lost",
                 where="student.hidden_size",
-                hint=f"use another width than {hidden}",
+                hint=f"use another width than {wanted.hidden}",
             )
         notes.append("its weights are trained projections of the teacher's, merged at the end")
         return StudentBuild(student.eval(), "width", kept, notes, projected=True)
-    _slice_into(teacher, student, kept)
+    slice_into(teacher, student, kept)
     notes.append("initialised with leading slices of the teacher's weights")
     return StudentBuild(student.eval(), "width", kept, notes)
 
 
-def _check_projected(teacher: ModelShape, hidden: int, heads: int, intermediate: int, layers: int) -> None:
+def _check_projected(teacher: ModelShape, student: ModelShape) -> None:
     """Raise InputError for a size above the teacher's: a projection has nothing to fill it from."""
     sizes = {
-        "hidden_size": (hidden, teacher.hidden, "features"),
-        "heads": (heads, teacher.heads, "heads"),
-        "intermediate_size": (intermediate, teacher.intermediate, "feed-forward features"),
-        "layers": (layers, teacher.layers, "blocks"),
+        "hidden_size": ("hidden", "features"),
+        "heads": ("heads", "heads"),
+        "kv_heads": ("kv_heads", "heads of keys and values"),
+        "intermediate_size": ("intermediate", "feed-forward features"),
+        "layers": ("layers", "blocks"),
     }
-    for name, (wanted, most, what) in sizes.items():
+    for name, (size, what) in sizes.items():
+        wanted, most = getattr(student, size), getattr(teacher, size)
         if wanted > most:
             raise InputError(
                 f"a student of projections has at most the teacher's {most} {what}, not {wanted}",
                 where=f"student.{name}",
                 hint=f'use at most {most}, or student.init = "teacher"',
             )
-    own, most = hidden // heads, teacher.hidden // teacher.heads
+    if student.head > teacher.head:
+        raise InputError(
+            f"a student of projections has heads of at most the teacher's {teacher.head} features, not {student.head}",
+            where="student.heads",
+            hint=f"use at least {-(-student.hidden // teacher.head)} heads",
+        )
+    own, most = (shape.heads // shape.kv_heads for shape in (student, teacher))
     if own > most:
         raise InputError(
-            f"a student of projections has heads of at most the teacher's {most} features, not {own}",
-            where="student.heads",
-            hint=f"use at least {-(-hidden // most)} heads",
+            f"in a student of projections at most the teacher's {counted(most, 'head')} can share keys and values, not "
+            f"{own}",
+            where="student.kv_heads",
+            hint=f"use at least {-(-student.heads // most)}",
         )
-
-
-def _slice_into(teacher: "PreTrainedModel", student: "PreTrainedModel", kept: list[int]) -> None:
-    prefix, family = _blocks_prefix(teacher), family_of(teacher.config)
-    source = teacher.state_dict()
-    parts = {matrix.path: matrix.parts for matrix in family.matrices.values()}
-    copied = range(1 if family.repeated else len(kept))
-    with torch.no_grad():
-        for key, target in student.state_dict().items():
-            inside = key.startswith(prefix)
-            if inside and int(key[len(prefix) :].split(".", 1)[0]) not in copied:
-                continue
-            value = source.get(key if family.repeated else _origin(key, prefix, kept))
-            if value is None or not target.is_floating_point() or value.ndim != target.ndim:
-                continue
-            path = key[len(prefix) :].partition(".")[2].rpartition(".")[0] if inside else ""
-            shares = (tensor.chunk(parts.get(path, 1)) for tensor in (target, value))
-            for own, given in zip(*shares, strict=True):
-                window = tuple(slice(0, min(a, b)) for a, b in zip(own.shape, given.shape, strict=True))
-                own[window].copy_(given[window])
 
 
 def _checkpoint(

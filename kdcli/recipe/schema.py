@@ -420,7 +420,7 @@ FORM_FIELDS: dict[Form, tuple[str, ...]] = {
         "init_samples",
         "sequential",
     ),
-    "width": ("hidden_size", "intermediate_size", "heads", "layers", "init", "init_samples", "alignment"),
+    "width": ("hidden_size", "intermediate_size", "heads", "kv_heads", "layers", "init", "init_samples", "alignment"),
     "checkpoint": ("model", "layers", "select"),
 }
 """The fields of `[student]` that each form has."""
@@ -532,7 +532,15 @@ class StudentSection(Section):
     intermediate_size: Width | None = Field(
         default=None, description="width: width of the feed-forward layer. Left out, the teacher's."
     )
-    heads: Heads | None = Field(default=None, description="width: attention heads. Left out, the teacher's.")
+    heads: Heads | None = Field(
+        default=None,
+        description="width: attention heads. Left out, as many of the teacher's width as fit; else as many as it has.",
+    )
+    kv_heads: Heads | None = Field(
+        default=None,
+        description="width: heads of keys and values, in families where these may be fewer; their number divides that "
+        "of the heads. Left out, as many in proportion as the teacher has.",
+    )
     init: Literal["teacher", "random", "svd", "activations", "gradients", "both", "projections"] | None = Field(
         default=None,
         description="What the weights start from. depth, width: the teacher's weights (for width, slices of them), or "
