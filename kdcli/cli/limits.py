@@ -31,6 +31,6 @@ MaxLatency = Annotated[
         "--max-latency-ms",
         min=0,
         callback=finite,
-        help="Exit with 1 when the first cell's p50 in ONNX Runtime is above.",
+        help="Exit with 1 when the first cell's p50 in ONNX Runtime is above (of a decoder: for a next token).",
     ),
 ]

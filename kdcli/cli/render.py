@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -161,25 +162,48 @@ def exported(result: "ExportResult") -> RenderableType:
     table.add_column()
     table.add_column(overflow="fold")
     table.add_row("graph", f"{result.folder / MODEL} ({result.megabytes:.1f} MB)")
-    table.add_row("parity", f"outputs within {result.difference:.1e} of PyTorch's on {result.inputs}")
-    return Group(table, *([latency(result.latency)] if result.latency is not None else []))
+    if result.parity.agreement is not None:
+        table.add_row("made by", f"{result.maker}, {result.precision}")
+    table.add_row("parity", _parity(result))
+    return Group(table, *(latencies(result.latency) if result.latency is not None else []))
+
+
+def _parity(result: "ExportResult") -> str:
+    if result.parity.agreement is None:
+        return f"outputs within {result.difference:.1e} of PyTorch's on {result.inputs}"
+    return (
+        f"logits within {result.difference:.1e} of PyTorch's, the same most probable token at "
+        f"{result.parity.agreement:.1%} of the places, on {result.inputs}"
+    )
+
+
+def latencies(report: "LatencyReport") -> list[Table]:
+    """Return the tables of a latency grid: one for each thing that was timed."""
+    return [
+        latency(replace(report, rows=[row for row in report.rows if row["what"] == what]))
+        for what in dict.fromkeys(row["what"] for row in report.rows)
+    ]
 
 
 def latency(report: "LatencyReport") -> Table:
-    """Return the table of a latency grid, milliseconds, a row a contestant and cell."""
-    from kdcli.export.latency import FEW, WIDE
+    """Return the table of a latency grid of one thing, milliseconds, a row a contestant and cell."""
+    from kdcli.export.latency import FEW, FIRST, NEXT, WIDE
 
     counts = sorted({row["runs"] for row in report.rows})
     runs = (f"{counts[0]} to " if len(counts) > 1 else "") + counted(counts[-1], "run")
+    what = report.rows[0]["what"]
+    timed = {FIRST: "ms to the first token", NEXT: "ms for each next token"}.get(what, "latency in ms")
     title = (
-        f"latency in ms, {counted(report.threads, 'thread')}, {runs} each, in turn\n"
-        "size: batch x tokens; speed: against PyTorch eager"
+        f"{timed}, {counted(report.threads, 'thread')}, {runs} each, in turn\n"
+        f"size: batch x {'tokens' if timed.startswith('latency') else 'tokens of the prompt'}; "
+        "speed: against PyTorch eager"
     )
     if not all(row["steady"] for row in report.rows):
         title += f"\n*: unsteady (a quarter of the runs above {WIDE} x the fastest, or fewer than {FEW} runs)"
     # Eight columns fit into 80 characters without frames and paddings.
     table = Table(title=title, title_style="", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("model", "size", "backend", "p50", "p95", "p99", "examples/s", "speed"):
+    throughput = "tokens/s" if what == NEXT else "examples/s"
+    for name in ("model", "size", "backend", "p50", "p95", "p99", throughput, "speed"):
         table.add_column(name, justify="right" if name not in ("model", "backend") else "left", no_wrap=True)
 
     def mark(*rows: dict[str, Any]) -> str:

@@ -70,7 +70,7 @@ class SecondsRecord:
 @dataclass(frozen=True)
 class ParityRecord:
     max_abs_difference: float
-    tolerance: float
+    tolerance: float | None
 
 
 @dataclass(frozen=True)

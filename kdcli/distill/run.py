@@ -25,7 +25,7 @@ from kdcli.distill.vocabulary import with_vocabulary
 from kdcli.distill.write import document_of, write_graph, write_student
 from kdcli.errors import ExitCode
 from kdcli.evaluation.result import Result
-from kdcli.gates import Gate, Limits, exit_code_of, parity_gate
+from kdcli.gates import Gate, Limits, exit_code_of, parity_gates
 from kdcli.machine import versions
 from kdcli.recipe.load import portable
 from kdcli.recipe.schema import Recipe
@@ -164,5 +164,5 @@ def _with_gates(run: runs.Run, limits: Limits) -> RunResult:
         result = record.result
         gates = limits.gates(result.primary, score, result.retention, error=is_error(result.primary))
     if record.export is not None:
-        gates.append(parity_gate(record.export.parity.max_abs_difference, record.export.parity.tolerance))
+        gates.extend(parity_gates(record.export.parity.max_abs_difference, record.export.parity.tolerance))
     return RunResult(run, record, gates)

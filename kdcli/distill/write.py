@@ -89,6 +89,8 @@ def write_graph(job: Job, task: Task, teacher: Teacher, student: Distilled) -> "
         task=task,
         max_length=job.recipe.task.max_length,
         opset=section.opset,
+        builder=section.builder,
+        precision=section.precision,
         batch_sizes=section.batch_sizes,
         sequence_lengths=section.sequence_lengths,
         threads=section.threads,

@@ -2,19 +2,22 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import GateError, InputError
-from kdcli.export.graph import export_onnx, input_names, operators, plain_copy
-from kdcli.export.latency import LatencyReport, measure
-from kdcli.export.parity import TOLERANCE, parity
+from kdcli.export.decoder import OnnxDecoder, open_graph
+from kdcli.export.genai import Builder, Precision, build, chosen
+from kdcli.export.graph import export_decoder, export_onnx, input_names, operators, plain_copy
+from kdcli.export.latency import LatencyReport, measure, passes, texts
+from kdcli.export.parity import TOLERANCE, parity, text_parity
 from kdcli.export.script import SCRIPT, script_of
 from kdcli.export.session import MODEL, OnnxModel
 from kdcli.files import atomic_folder
+from kdcli.gates import Gate, parity_gates
 from kdcli.machine import default_threads
-from kdcli.models.heads import head_of
+from kdcli.models.heads import CAUSAL_LM, Head, head_of
 from kdcli.models.probe import probe_batch
 from kdcli.tasks.base import Task
 from kdcli.tasks.heads import heads, kind_of_model
@@ -25,27 +28,76 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+TEXTS = 8
+"""Texts that the logits of a causal language model are compared on."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a graph is made. builder, precision: of a causal language model's; see `kdcli.export.genai`."""
+
+    opset: int = 23
+    builder: Builder = "auto"
+    precision: Precision = "fp32"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """How far a graph's outputs are from PyTorch's, and from which difference on that is too much.
+
+    output: the one that is farthest. tolerance: None for weights of fewer bits, which give other numbers. agreement:
+    the share of tokens with the same most probable next token, of a causal language model.
+    """
+
+    output: str
+    difference: float
+    tolerance: float | None
+    agreement: float | None = None
+
+
 @dataclass
 class ExportResult:
     """Where the graph is, how far its outputs are from PyTorch's, and how fast both are."""
 
     folder: Path
     megabytes: float
-    difference: float
+    parity: Checked
     inputs: str
     operators: dict[str, int]
     latency: LatencyReport | None
     script: str | None = None
     """The name of the script in the folder that answers texts with the graph."""
+    maker: str = "kdcli"
+    precision: Precision = "fp32"
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def difference(self) -> float:
+        """The largest absolute difference of an output."""
+        return self.parity.difference
+
+    @property
+    def gates(self) -> list[Gate]:
+        """What the graph has passed."""
+        return parity_gates(self.parity.difference, self.parity.tolerance)
 
     def to_json(self) -> dict[str, Any]:
+        parity = {
+            "max_abs_difference": self.parity.difference,
+            "tolerance": self.parity.tolerance,
+            "agreement": self.parity.agreement,
+            "inputs": self.inputs,
+        }
         return {
             "folder": str(self.folder),
             "megabytes": round(self.megabytes, 3),
-            "parity": {"max_abs_difference": self.difference, "tolerance": TOLERANCE, "inputs": self.inputs},
+            "made_by": self.maker,
+            "precision": self.precision,
+            "parity": parity,
             "operators": self.operators,
             "script": self.script,
             "latency": self.latency.to_json() if self.latency is not None else None,
+            "notes": self.notes,
         }
 
 
@@ -57,6 +109,8 @@ def export_model(
     task: Task | None,
     max_length: int = 128,
     opset: int = 23,
+    builder: Builder = "auto",
+    precision: Precision = "fp32",
     latency: bool = True,
     batch_sizes: Sequence[int] = (1, 8),
     sequence_lengths: Sequence[int] = (16, 128),
@@ -68,41 +122,94 @@ def export_model(
 ) -> ExportResult:
     """Export `model`, check it, time it beside PyTorch and the teacher, and keep it in `folder`.
 
-    threads: None takes `default_threads`. runs: timed calls of each cell of the grid; None takes as many as `measure`
-    chooses. Parity is checked on the task's own inputs (random ones without a task). Raises GateError, and leaves no
-    folder, when an output differs by more than 1e-4; InputError when the folder exists and may not be replaced (see
-    `atomic_folder`), or for a head that no kind of task has.
+    A causal language model gets a key-value cache; builder and precision are for it alone (see `kdcli.export.genai`).
+    threads: None takes `default_threads`. runs: timed calls of each
+    cell of the grid; None takes as many as `measure` chooses. Parity is checked on the task's own inputs (random ones
+    without a task). Raises GateError, and leaves no folder, when an output differs by more than 1e-4 (logits over a
+    vocabulary: times the largest one); InputError when the folder exists and may not be replaced (see `atomic_folder`),
+    for a head that no kind of task has, or for a form that the model cannot have.
     """
+    form = Form(opset, builder, precision)
     plain = plain_copy(model)
-    head = head_of(model, heads())
+    head = head_of(plain, heads())
     if head is None:
         raise InputError(f"no type of task has the head of {type(plain).__name__}: what it gives is not known")
+    if head != CAUSAL_LM:
+        _check_form(form, head)
     kind = task.kind if task is not None else _kind_of(plain, tokenizer)
     tokenizer = kind.tokenizer(tokenizer) if kind is not None else tokenizer
-    batches, source = _real_batches(plain, tokenizer, task, max_length)
+    batches, source = _real_batches(plain, tokenizer, task, max_length, TEXTS if head == CAUSAL_LM else None)
     with atomic_folder(folder, force=force, ours=ours) as temporary:
-        export_onnx(plain, tokenizer, temporary, opset=opset, outputs=head.outputs)
+        maker, notes = _write(plain, head, tokenizer, temporary, form)
         threads = threads or default_threads()
-        session = OnnxModel(temporary, threads=threads)
-        differences = parity(plain, session, batches)
-        worst = max(differences, key=lambda name: differences[name])
-        if not (difference := differences[worst]) <= TOLERANCE:
+        session = open_graph(temporary, threads=threads)
+        checked = _checked(plain, session, batches, form)
+        if checked.tolerance is not None and not checked.difference <= checked.tolerance:
             raise GateError(
-                f"{worst} of the exported graph differs from PyTorch's by {difference:.2e} (allowed {TOLERANCE:g})"
+                f"{checked.output} of the exported graph differs from PyTorch's by {checked.difference:.2e} "
+                f"(allowed {checked.tolerance:.2g})"
             )
         report = None
         if latency:
+            models: dict[str, tuple[Any, OnnxModel | None]] = {"student": (plain, session)}
             # What is killed on the way leaves all it wrote in one place.
             with tempfile.TemporaryDirectory(dir=temporary) as work:
-                report = _latency(
-                    plain, session, teacher, tokenizer, batch_sizes, sequence_lengths, threads, runs, Path(work)
+                if teacher is not None:
+                    beside = plain_copy(teacher)
+                    _write(beside, head, tokenizer, Path(work), form)
+                    models["teacher"] = (beside, open_graph(Path(work), threads=threads))
+                report = measure(
+                    models,
+                    batch_sizes=batch_sizes,
+                    sequence_lengths=sequence_lengths,
+                    threads=threads,
+                    runs=runs,
+                    vocab_size=min(one.config.vocab_size for one, _ in models.values()),
+                    contest=texts if isinstance(session, OnnxDecoder) else passes,
                 )
         fields = task.fields if task is not None else None
         script = script_of(kind, fields or kind.fields(), plain.config, tokenizer, max_length) if kind else None
         if script is not None:
             (temporary / SCRIPT).write_text(script, encoding="utf-8")
         size, nodes = session.megabytes, operators(temporary / MODEL)
-    return ExportResult(folder, size, difference, source, nodes, report, script and SCRIPT)
+    return ExportResult(folder, size, checked, source, nodes, report, script and SCRIPT, maker, form.precision, notes)
+
+
+def _check_form(form: Form, head: Head) -> None:
+    for name, value, plain in (("builder", form.builder, ("auto", "kdcli")), ("precision", form.precision, ("fp32",))):
+        if value not in plain:
+            raise InputError(
+                f"{value} is for causal language models, and this is {head.title}",
+                where=f"--{name}",
+                hint=f"leave it out: {plain[-1]}",
+            )
+
+
+def _write(model: "PreTrainedModel", head: Head, tokenizer: Any, folder: Path, form: Form) -> tuple[str, list[str]]:
+    """Write the graph of a plain model, and return what made it, and notes."""
+    if head != CAUSAL_LM:
+        export_onnx(model, tokenizer, folder, opset=form.opset, outputs=head.outputs)
+        return "kdcli", []
+    if chosen(model, form.builder, form.precision):
+        return "ONNX Runtime GenAI", build(model, tokenizer, folder, precision=form.precision)
+    export_decoder(model, tokenizer, folder, opset=form.opset)
+    return "kdcli", []
+
+
+def _checked(model: Any, session: OnnxModel, batches: list[Any], form: Form) -> Checked:
+    """Compare a graph with its model on batches."""
+    if not isinstance(session, OnnxDecoder):
+        differences = parity(model, session, batches)
+        worst = max(differences, key=lambda name: differences[name])
+        return Checked(worst, differences[worst], TOLERANCE)
+    rows = [
+        ids[mask.bool()].tolist()
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    found = text_parity(model, session, rows[:TEXTS])
+    tolerance = TOLERANCE * found.scale if form.precision == "fp32" else None
+    return Checked(session.outputs[0], found.difference, tolerance, found.agreement)
 
 
 def _kind_of(model: "PreTrainedModel", tokenizer: Any) -> TaskKind | None:
@@ -113,7 +220,10 @@ def _kind_of(model: "PreTrainedModel", tokenizer: Any) -> TaskKind | None:
         return None
 
 
-def _real_batches(model: Any, tokenizer: Any, task: Task | None, max_length: int) -> tuple[list[Any], str]:
+def _real_batches(
+    model: Any, tokenizer: Any, task: Task | None, max_length: int, most: int | None
+) -> tuple[list[Any], str]:
+    """Return batches, and what they are. most: examples of a task; None takes all of its first rows."""
     if task is None:
         single = probe_batch(model)
         if "token_type_ids" not in input_names(model, tokenizer):
@@ -124,35 +234,10 @@ def _real_batches(model: Any, tokenizer: Any, task: Task | None, max_length: int
         return [single, dict(pairs)], "random inputs, single and in pairs"
     rows = next(iter(task.report.values()), task.selection)
     data = task.kind.encode(rows.select(range(min(64, len(rows)))), tokenizer, max_length)
+    data = data.select(range(min(most or len(data), len(data))))
     collator, size = task.kind.collator(tokenizer), 8
     batches = [
         collator([data[i] for i in range(start, min(start + size, len(data)))]) for start in range(0, len(data), size)
     ]
     batches.append(collator([data[0]]))
     return batches, f"{counted(len(data), 'example')} of {task.name}"
-
-
-def _latency(
-    model: Any,
-    session: OnnxModel,
-    teacher: "PreTrainedModel | None",
-    tokenizer: Any,
-    batch_sizes: Sequence[int],
-    sequence_lengths: Sequence[int],
-    threads: int,
-    runs: int | None,
-    work: Path,
-) -> LatencyReport:
-    models: dict[str, tuple[Any, OnnxModel | None]] = {"student": (model, session)}
-    if teacher is not None:
-        beside = plain_copy(teacher)
-        export_onnx(beside, tokenizer, work / "teacher", outputs=session.outputs)
-        models["teacher"] = (beside, OnnxModel(work / "teacher", threads=threads))
-    return measure(
-        models,
-        batch_sizes=batch_sizes,
-        sequence_lengths=sequence_lengths,
-        threads=threads,
-        runs=runs,
-        vocab_size=min(one.config.vocab_size for one, _ in models.values()),
-    )

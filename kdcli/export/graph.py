@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kdcli.errors import RunError
+from kdcli.errors import InputError, RunError
+from kdcli.export.decoder_graph import DecoderFunction, arguments, graph_attention, names_of
 from kdcli.export.session import MODEL
 from kdcli.faults import writing
 from kdcli.models.families import family_of
@@ -93,8 +94,6 @@ def export_onnx(
     model is not changed; an over-parameterised one is contracted in a copy first.
     Raises RunError when the exporter or onnx.checker refuses the graph.
     """
-    import onnx
-
     model = plain_copy(model)
     names = input_names(model, tokenizer)
     ids = torch.randint(5, model.config.vocab_size, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -105,18 +104,69 @@ def export_onnx(
         torch.export.Dim("batch", min=1),
         torch.export.Dim("sequence", min=1, max=longest_input(model.config) or shape_of(model.config).max_positions),
     )
+    return _write(
+        model,
+        tokenizer,
+        folder,
+        _Function(model, names, outputs),
+        tuple(values[name] for name in names),
+        opset=opset,
+        names=(names, list(outputs)),
+        dynamic={"inputs": tuple({0: batch, 1: sequence} for _ in names)},
+    )
+
+
+def export_decoder(model: "PreTrainedModel", tokenizer: Any, folder: Path, *, opset: int = 23) -> Path:
+    """Write model.onnx with a key-value cache (see `decoder_graph`), config.json and the tokenizer into `folder`.
+
+    Return the graph's path. model: a causal language model on the CPU, as of `plain_copy`. Raises RunError when the
+    exporter or onnx.checker refuses the graph, InputError for an opset without attention over grouped heads.
+    """
+    if opset < 23:
+        raise InputError(f"a graph with a key-value cache needs opset 23, not {opset}", where="--opset")
+    values, dynamic = arguments(model)
+    with graph_attention(model):
+        return _write(
+            model,
+            tokenizer,
+            folder,
+            DecoderFunction(model),
+            values,
+            opset=opset,
+            names=names_of(len(values[-1])),
+            dynamic=dynamic,
+        )
+
+
+def _write(
+    model: "PreTrainedModel",
+    tokenizer: Any,
+    folder: Path,
+    function: nn.Module,
+    values: tuple[Any, ...],
+    *,
+    opset: int,
+    names: tuple[list[str], list[str]],
+    dynamic: dict[str, Any],
+) -> Path:
+    """Write a function of a model, traced with `values`, and the model's configuration and tokenizer beside it.
+
+    names: of its inputs and outputs. dynamic: their sizes that are.
+    """
+    import onnx
+
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MODEL
     try:
         with _quiet(), torch.no_grad(), writing(path):
             program = torch.onnx.export(
-                _Function(model, names, outputs).eval(),
-                tuple(values[name] for name in names),
+                function.eval(),
+                values,
                 dynamo=True,
                 opset_version=opset,
-                input_names=names,
-                output_names=list(outputs),
-                dynamic_shapes={"inputs": tuple({0: batch, 1: sequence} for _ in names)},
+                input_names=names[0],
+                output_names=names[1],
+                dynamic_shapes=dynamic,
             )
             assert program is not None
             program.save(str(path))

@@ -1,15 +1,19 @@
-"""How long one forward pass takes: PyTorch eager and ONNX Runtime, in turn, on the same inputs."""
+"""How long a forward pass, or a token that is written, takes in PyTorch eager and in ONNX Runtime, in turn."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from kdcli.export.decoder_graph import TorchText
 from kdcli.export.session import OnnxModel
 from kdcli.models.inputs import model_inputs
+from kdcli.models.shape import longest_input
 from kdcli.words import counted
 
 WARM_UP = 5
@@ -29,6 +33,29 @@ WIDE = 1.5
 FEW = 5
 """Fewer calls than these show no spread."""
 
+WRITTEN = 16
+"""Tokens that are timed one by one after each prompt."""
+
+PASS, FIRST, NEXT = "pass", "first token", "next token"
+"""What is timed: a forward pass; a prompt, up to the logits of the first new token; one more token with the cache."""
+
+Timed = dict[str, list[float]]
+"""Milliseconds by what was timed; the longest part comes first."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One model in one backend. wake: wakes its threads; run: what is timed."""
+
+    model: str
+    backend: str
+    wake: Callable[[], Any]
+    run: Callable[[], Timed]
+
+
+Contest = Callable[[Mapping[str, tuple[Any, Any]], Tensor], list[Contestant]]
+"""From models, as `measure` takes them, and ids (batch, seq) to what is timed of one cell of the grid."""
+
 
 def is_steady(times: Sequence[float]) -> bool:
     """True when repeated times of one thing are close enough to say how long it takes.
@@ -42,8 +69,9 @@ def is_steady(times: Sequence[float]) -> bool:
 
 @dataclass
 class LatencyReport:
-    """rows: model, backend, batch, sequence, runs, fastest, p50, p75, p95, p99 (milliseconds), throughput (examples a
-    second), steady: whether the times are close enough together to rely on (`is_steady`)."""
+    """rows: model, backend, batch, sequence, what (`PASS`, or `FIRST` and `NEXT`), runs, fastest, p50, p75, p95, p99
+    (milliseconds), throughput (examples a second; of next tokens, tokens), steady: whether the times are close enough
+    together to rely on (`is_steady`)."""
 
     rows: list[dict[str, Any]]
     threads: int
@@ -59,6 +87,8 @@ class LatencyReport:
             return None
         row = max(unsteady, key=lambda row: row["p75"] / row["fastest"])
         worst = f"{row['model']} {row['batch']} x {row['sequence']} in {row['backend']}"
+        if row["what"] != PASS:
+            worst = f"the {row['what']} of {worst}"
         if row["runs"] < FEW:
             seen = f"{worst} had {counted(row['runs'], 'run')}"
         else:
@@ -68,13 +98,69 @@ class LatencyReport:
             "--runs, on a machine that does nothing else, or with fewer --threads"
         )
 
-    def of(self, model: str, backend: str, batch: int, sequence: int) -> dict[str, Any]:
-        """Return one row."""
-        return next(
+    def of(self, model: str, backend: str, batch: int, sequence: int, what: str | None = None) -> dict[str, Any]:
+        """Return one row. what: None takes the last, which of generated text is a next token."""
+        asked = (model, backend, batch, sequence)
+        return [
             row
             for row in self.rows
-            if (row["model"], row["backend"], row["batch"], row["sequence"]) == (model, backend, batch, sequence)
-        )
+            if (row["model"], row["backend"], row["batch"], row["sequence"]) == asked and what in (None, row["what"])
+        ][-1]
+
+
+def passes(models: Mapping[str, tuple[Any, Any]], ids: Tensor) -> list[Contestant]:
+    """Return forward passes of each model in PyTorch and, where it has a session, in ONNX Runtime."""
+    full = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+
+    def contestant(name: str, backend: str, model: Any, inputs: dict[str, Tensor]) -> Contestant:
+        return Contestant(name, backend, partial(model, **inputs), lambda: {PASS: [_milliseconds(model, **inputs)]})
+
+    found = []
+    for name, (model, exported) in models.items():
+        inputs = model_inputs(model, full)
+        found.append(contestant(name, "PyTorch", model, inputs))
+        if exported is not None:
+            found.append(contestant(name, "ONNX Runtime", exported, inputs))
+    return found
+
+
+def texts(models: Mapping[str, tuple[Any, Any]], ids: Tensor) -> list[Contestant]:
+    """Return prompts and what follows them, token by token, of each model in PyTorch and in ONNX Runtime."""
+    prompts, rows, length = ids.numpy(), *ids.shape
+
+    def write(start: Callable[..., Any], tokens: int) -> Timed:
+        """Time the first token and the next ones; the most probable ones, as far as the model has positions."""
+        text = start(rows, length + tokens)
+        times = []
+        new = prompts
+        for _ in range(tokens):
+            begun = time.perf_counter()
+            new = text.read(new, np.ones_like(new))[:, -1].argmax(-1)[:, None]
+            times.append(1000 * (time.perf_counter() - begun))
+        return {FIRST: times[:1], NEXT: times[1:]}
+
+    def contestant(name: str, backend: str, start: Callable[..., Any], positions: int | None) -> Contestant:
+        tokens = 1 + WRITTEN if positions is None else min(1 + WRITTEN, 1 + positions - length)
+
+        def wake() -> None:
+            one = prompts[:1, :1]
+            start(1, 1).read(one, np.ones_like(one))
+
+        return Contestant(name, backend, wake, partial(write, start, tokens))
+
+    found = []
+    for name, (model, exported) in models.items():
+        positions = longest_input(model.config)
+        found.append(contestant(name, "PyTorch", partial(TorchText, model), positions))
+        if exported is not None:
+            found.append(contestant(name, "ONNX Runtime", exported.text, positions))
+    return found
+
+
+def _milliseconds(call: Callable[..., Any], **arguments: Any) -> float:
+    started = time.perf_counter()
+    call(**arguments)
+    return 1000 * (time.perf_counter() - started)
 
 
 @torch.inference_mode()
@@ -87,6 +173,7 @@ def measure(
     runs: int | None = None,
     vocab_size: int = 1000,
     limit: float = LIMIT,
+    contest: Contest = passes,
 ) -> LatencyReport:
     """Time every model over a grid of batch sizes and sequence lengths.
 
@@ -95,6 +182,7 @@ def measure(
     round each rests and runs once uncounted before it is timed.
     runs: timed calls of each; None takes 30, or as many as the first calls show to fit into `limit` seconds for the
     whole grid, and one at least.
+    contest: what is timed, `passes` or `texts`; of the latter, 16 tokens a run after the first.
     PyTorch's thread count is set for the time and restored. Sessions keep the count they were opened with.
     """
     before = torch.get_num_threads()
@@ -106,79 +194,68 @@ def measure(
         for number, (batch, sequence) in enumerate(cells):
             # What a cell leaves over is for those after it.
             share = None if runs is not None else (end - time.perf_counter()) / (len(cells) - number)
-            rows += _cell(models, batch, sequence, runs or RUNS, share, vocab_size)
+            generator = torch.Generator().manual_seed(0)
+            ids = torch.randint(5, vocab_size, (batch, sequence), generator=generator)
+            rows += _cell(contest(models, ids), batch, sequence, runs or RUNS, share)
     finally:
         torch.set_num_threads(before)
     return LatencyReport(rows, threads)
 
 
 def _cell(
-    models: Mapping[str, tuple[Any, OnnxModel | None]],
-    batch: int,
-    sequence: int,
-    runs: int,
-    seconds: float | None,
-    vocab_size: int,
+    contestants: Sequence[Contestant], batch: int, sequence: int, runs: int, seconds: float | None
 ) -> list[dict[str, Any]]:
     """Return the rows of one cell. seconds: for all of it; None for as long as `runs` calls take."""
     begun = time.perf_counter()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, vocab_size, (batch, sequence), generator=generator)
-    full = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    contestants: list[tuple[str, str, Callable[[], Any]]] = []
-    for name, (model, exported) in models.items():
-        inputs = model_inputs(model, full)
-        contestants.append((name, "PyTorch", lambda model=model, inputs=inputs: model(**inputs)))  # type: ignore[misc]
-        if exported is not None:
-            contestants.append(
-                (name, "ONNX Runtime", lambda exported=exported, inputs=inputs: exported(**inputs))  # type: ignore[misc]
-            )
 
-    def one_round() -> list[float]:
-        """Time every contestant once, in milliseconds."""
+    def one_round() -> list[Timed]:
+        """Time every contestant once."""
         found = []
-        for _, _, call in contestants:
+        for one in contestants:
             # The last contestant's threads still wait for work at full speed: give them time to go to sleep,
             # and this one's a call to wake up.
             time.sleep(REST)
-            call()
-            started = time.perf_counter()
-            call()
-            found.append(1000 * (time.perf_counter() - started))
+            one.wake()
+            found.append(one.run())
         return found
 
     first = one_round()
     warm_up = WARM_UP - 1
     if seconds is not None:
-        # A round is two calls of each.
-        cost = sum(2 * milliseconds / 1000 + REST for milliseconds in first)
+        # Waking takes one more pass, and less than that before a text.
+        calls = {PASS: 2, FIRST: 1, NEXT: 1}
+        cost = sum(REST + sum(calls[what] * sum(times) for what, times in timed.items()) / 1000 for timed in first)
         affordable = int(max(0.0, begun + seconds - time.perf_counter()) / cost)
         warm_up = min(warm_up, affordable // 4)
         runs = max(1, min(runs, affordable - warm_up))
     for _ in range(warm_up):
         one_round()
-    rounds: list[list[float]] = []
+    rounds: list[list[Timed]] = []
     # The machine may have become slower since the first round.
     while len(rounds) < runs and not (rounds and seconds is not None and time.perf_counter() > begun + seconds):
         rounds.append(one_round())
-    times = list(zip(*rounds, strict=True))
     rows = []
-    for (name, backend, _), values in zip(contestants, times, strict=True):
-        p50, p75, p95, p99 = np.percentile(values, [50, 75, 95, 99])
-        rows.append(
-            {
-                "model": name,
-                "backend": backend,
-                "batch": batch,
-                "sequence": sequence,
-                "runs": len(values),
-                "steady": is_steady(values),
-                "fastest": min(values),
-                "p50": float(p50),
-                "p75": float(p75),
-                "p95": float(p95),
-                "p99": float(p99),
-                "throughput": 1000 * batch / float(np.mean(values)),
-            }
-        )
+    for number, one in enumerate(contestants):
+        for what in rounds[0][number]:
+            values = [value for timed in rounds for value in timed[number][what]]
+            if not values:
+                continue
+            p50, p75, p95, p99 = np.percentile(values, [50, 75, 95, 99])
+            rows.append(
+                {
+                    "model": one.model,
+                    "backend": one.backend,
+                    "batch": batch,
+                    "sequence": sequence,
+                    "what": what,
+                    "runs": len(rounds),
+                    "steady": is_steady(values),
+                    "fastest": min(values),
+                    "p50": float(p50),
+                    "p75": float(p75),
+                    "p95": float(p95),
+                    "p99": float(p99),
+                    "throughput": 1000 * batch / float(np.mean(values)),
+                }
+            )
     return rows

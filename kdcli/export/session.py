@@ -4,7 +4,7 @@ import json
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,29 +20,12 @@ MODEL = "model.onnx"
 class OnnxModel:
     """An ONNX folder in an ONNX Runtime session on the CPU, called like a model; it gives the head's outputs."""
 
-    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
-        """threads: of the session's operators; None takes `default_threads`.
+    def __init__(self, folder: Path, *, threads: int | None = None, session: Any = None) -> None:
+        """threads: of the session's operators; None takes `default_threads`. session: one that is open already.
 
         Raises InputError when the folder holds no graph that can be run.
         """
-        import onnxruntime
-
-        path = folder / MODEL
-        if not path.is_file():
-            raise InputError(f"{folder} has no {MODEL}")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        # Threads that spin after a run would steal time from whatever runs next.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        # ONNX Runtime itself knows neither OMP_NUM_THREADS nor a container's share.
-        options.intra_op_num_threads = threads or default_threads()
-        options.inter_op_num_threads = 1
-        # Where PyTorch's latency is measured, too; and a GPU's TF32 would be no check of the graph's numbers.
-        providers = ["CPUExecutionProvider"]
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        except Exception as error:
-            raise InputError(f"{path} cannot be run: {str(error).splitlines()[0]}") from error
+        self.session = session or _session(folder / MODEL, threads)
         self.folder = folder
         self.inputs = [node.name for node in self.session.get_inputs()]
         self.outputs = [node.name for node in self.session.get_outputs()]
@@ -74,6 +57,26 @@ class OnnxModel:
                 feed[name] = torch.zeros_like(inputs["input_ids"]).numpy()
         found = zip(self.outputs, self.session.run(self.outputs, feed), strict=True)
         return SimpleNamespace(**{name: torch.from_numpy(values) for name, values in found})
+
+
+def _session(path: Path, threads: int | None) -> Any:
+    import onnxruntime
+
+    if not path.is_file():
+        raise InputError(f"{path.parent} has no {path.name}")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Threads that spin after a run would steal time from whatever runs next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # ONNX Runtime itself knows neither OMP_NUM_THREADS nor a container's share.
+    options.intra_op_num_threads = threads or default_threads()
+    options.inter_op_num_threads = 1
+    # Where PyTorch's latency is measured, too; and a GPU's TF32 would be no check of the graph's numbers.
+    providers = ["CPUExecutionProvider"]
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:
+        raise InputError(f"{path} cannot be run: {str(error).splitlines()[0]}") from error
 
 
 def is_onnx_folder(path: Path) -> bool:

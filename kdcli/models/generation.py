@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -79,25 +79,21 @@ def generate(
 ) -> list[list[int]]:
     """Return the tokens that a model writes after each prompt, up to the first token of `end`, which is among them.
 
-    model: a PyTorch model, on whatever device it is; or anything with a method `generate_ids` that takes the same
-    arguments. prompts: ids, none of them empty. max_length: of prompt and response together. What is written does not
-    depend on the other prompts of a batch, but for rounding. What is drawn depends on `seed` and the prompt's number,
-    and on nothing else: no random state of the process is read or changed. numbers: of the prompts; left out, their
-    places. mixture: a PyTorch model on the same device, in eval mode, that takes part in each draw. owner: what an
-    error calls the model. console: is told of progress, where it takes long.
+    model: a PyTorch model, on whatever device it is; or anything with its `config`, `device` and `generate` (an
+    exported graph with a cache). prompts: ids, none of them empty. max_length: of prompt and response together. What is
+    written does not depend on the other prompts of a batch, but for rounding. What is drawn depends on `seed` and the
+    prompt's number, and on nothing else: no random state of the process is read or changed. numbers: of the prompts;
+    left out, their places. mixture: a PyTorch model on the same device, in eval mode, that takes part in each draw.
+    owner: what an error calls the model. console: is told of progress, where it takes long.
     The model is in eval mode for the time. Raises NotFiniteError where logits contain NaN or inf, and ValueError for
     an empty prompt.
     """
     numbers = range(len(prompts)) if numbers is None else numbers
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "end": end, "pad": pad, "sampling": sampling}
-    options |= {"seed": seed, "batch_size": batch_size, "max_length": max_length, "owner": owner, "console": console}
-    if not isinstance(model, nn.Module):
-        return model.generate_ids(prompts, numbers=numbers, **options)
     limits = [_limit(len(prompt), max_new_tokens, max_length) for prompt in prompts]
     responses: list[list[int]] = [[] for _ in prompts]
     progress = Progress(console, len(prompts))
     config: Any = model.config
-    with _ready(model):
+    with _ready(model) if isinstance(model, nn.Module) else nullcontext():
         for rows in _batches(prompts, limits, batch_size, longest_input(config)):
             draws = None
             if sampling.temperature > 0:

@@ -843,6 +843,17 @@ class ExportSection(Section):
 
     onnx: bool = Field(default=False, description="Export the student as ONNX at the end of the run.")
     opset: Annotated[int, Field(ge=20, le=23)] = Field(default=23, description="ONNX opset of the file.")
+    builder: Literal["auto", "genai", "kdcli"] = Field(
+        default="auto",
+        description="What makes the graph of a causal language model: the model builder of ONNX Runtime GenAI "
+        "(genai), kdcli's own exporter, or the builder where it is installed, knows the model and has no low-rank "
+        "factors to merge (auto).",
+    )
+    precision: Literal["fp32", "fp16", "int4"] = Field(
+        default="fp32",
+        description="Weights of the graph of a causal language model; fp16 and int4 need the builder of ONNX Runtime "
+        "GenAI.",
+    )
     batch_sizes: list[BatchSize] = Field(default=[1, 8], description="Batch sizes of the latency grid.")
     sequence_lengths: list[Tokens] = Field(
         default=[16, 128], description="Sequence lengths of the latency grid, in tokens."

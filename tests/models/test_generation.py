@@ -201,15 +201,6 @@ def test_logits_that_are_no_numbers_are_an_error() -> None:
         generate(tiny(), [[1], []], **KEYS)
 
 
-def test_other_models_generate_by_themselves() -> None:
-    class Other:
-        def generate_ids(self, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-            assert options["sampling"] == DRAWN and options["seed"] == 7 and list(options["numbers"]) == [0, 1]
-            return [[len(prompt)] for prompt in prompts]
-
-    assert generate(Other(), [[1], [1, 2]], sampling=DRAWN, seed=7, **KEYS) == [[1], [2]]
-
-
 def test_long_runs_tell_how_far_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "SECONDS", 0.0)
     text = io.StringIO()

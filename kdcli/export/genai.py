@@ -1,0 +1,109 @@
+"""Graphs by the model builder of ONNX Runtime GenAI: fewer and larger operators, and weights of 16 or 4 bits.
+
+Source: https://github.com/microsoft/onnxruntime-genai, `onnxruntime_genai.models.builder`, version 0.18.
+"""
+
+import copy
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kdcli.errors import InputError, RunError
+from kdcli.faults import writing
+from kdcli.models.lowrank import merge_low_rank
+from kdcli.models.save import save_config, save_model, save_tokenizer, structure_of
+from kdcli.models.shape import shape_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Builder = Literal["auto", "genai", "kdcli"]
+Precision = Literal["fp32", "fp16", "int4"]
+
+MODULE = "onnxruntime_genai.models.builder"
+"""It is run as a program: its own modules are found only from its own folder."""
+
+EXTRA = "install it: pip install 'kdcli[llm]'"
+
+MULTIPLE = 16
+"""What the operator of grouped attention needs head sizes to be multiples of."""
+
+PROVIDERS: dict[Precision, str] = {"fp32": "cpu", "fp16": "cuda", "int4": "cpu"}
+"""The processor that a graph is made for. One of 16 bits is for a GPU; it runs on the CPU, too, and is slow there."""
+
+
+def _source() -> Path | None:
+    """Return where the builder's code is; None where the package is not installed."""
+    found = importlib.util.find_spec("onnxruntime_genai")
+    if found is None or not found.submodule_search_locations:
+        return None
+    path = Path(found.submodule_search_locations[0], "models", "builder.py")
+    return path if path.is_file() else None
+
+
+def obstacle(model: "PreTrainedModel") -> tuple[str, str | None] | None:
+    """Return why the builder makes no graph of a model, and a hint; None where it does."""
+    source = _source()
+    if source is None:
+        return "ONNX Runtime GenAI is not installed", EXTRA
+    name = type(model).__name__
+    # It compares the configuration's architecture with the names of the classes that it knows.
+    if f'"{name}"' not in source.read_text(encoding="utf-8"):
+        return f"the builder of ONNX Runtime GenAI does not know {name}", None
+    if (size := shape_of(model.config).head) % MULTIPLE:
+        return f"the builder of ONNX Runtime GenAI needs head sizes that are multiples of {MULTIPLE}, not {size}", None
+    return None
+
+
+def chosen(model: "PreTrainedModel", builder: Builder, precision: Precision) -> bool:
+    """Return whether the builder makes the graph of a model, and not kdcli.
+
+    "auto" takes the builder where it can make one, but for low-rank factors in fp32, which kdcli's own graph keeps.
+    Raises InputError where it is asked for, by name or by the precision, and cannot.
+    """
+    if builder == "kdcli":
+        if precision != "fp32":
+            raise InputError(
+                f"kdcli's own graph is of fp32, not {precision}",
+                where="--precision",
+                hint="leave out --builder kdcli",
+            )
+        return False
+    reason = obstacle(model)
+    if builder == "auto" and precision == "fp32":
+        return reason is None and not structure_of(model)
+    if reason is not None:
+        where = "--builder" if builder == "genai" else "--precision"
+        raise InputError(reason[0], where=where, hint=reason[1])
+    return True
+
+
+def build(model: "PreTrainedModel", tokenizer: Any, folder: Path, *, precision: Precision = "fp32") -> list[str]:
+    """Write model.onnx, config.json, genai_config.json and the tokenizer into `folder`; return notes.
+
+    model: on the CPU in fp32, as of `plain_copy`; its low-rank factors are merged in a copy, since the builder knows
+    dense matrices alone. Raises RunError with its own last words when the builder fails.
+    """
+    notes = []
+    if structure_of(model):
+        model = copy.deepcopy(model)
+        merge_low_rank(model)
+        notes.append("low-rank factors are merged into dense matrices, the only ones that the builder knows")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work, writing(folder):
+        source = Path(work, "model")
+        source.mkdir()
+        save_model(model, source, tokenizer)
+        options = ["-i", source, "-o", folder, "-p", precision, "-e", PROVIDERS[precision], "-c", Path(work, "cache")]
+        found = subprocess.run(
+            [sys.executable, "-m", MODULE, *map(str, options)], capture_output=True, text=True, errors="replace"
+        )
+    if found.returncode:
+        last = (found.stderr.strip() or found.stdout.strip() or "it gives no reason").splitlines()[-1]
+        raise RunError(f"ONNX Runtime GenAI cannot build {type(model).__name__}: {last}", hint="use --builder kdcli")
+    save_config(model.config, folder)
+    save_tokenizer(tokenizer, folder, model.config)
+    return notes
