@@ -289,17 +289,16 @@ def _writing(kind: "TaskKind", fields: Any, tokens: int | None, drawing: dict[st
 
     given = {name: value for name, value in drawing.items() if value is not None}
     if not kind.generates:
-        options = [name for name in ("max_new_tokens", *given) if name != "max_new_tokens" or tokens is not None]
-        if options:
-            raise InputError(f"{kind.name} models write no texts", where=_option(options[0]))
+        if asked := [*(["max_new_tokens"] if tokens is not None else []), *given]:
+            raise InputError(f"{kind.name} models write no texts", where=_option(asked[0]))
         return None
-    greedy = not given.get("temperature", 1.0) if len(given) > 0 else True
-    if greedy and (without := [name for name in given if name != "temperature"]):
-        raise InputError("nothing is drawn at temperature 0", where=_option(without[0]))
-    if set(given) == {"seed"}:
-        raise InputError("nothing is drawn", where="--seed", hint="give --temperature 1, too")
     tokens = tokens or getattr(fields, "max_new_tokens", None) or NEW_TOKENS
-    return Writing(tokens, **({"temperature": 1.0, **given} if not greedy else {}))
+    temperature = given.pop("temperature", 1.0 if given.keys() - {"seed"} else 0.0)
+    if not temperature and given:
+        raise InputError(
+            "has no effect: nothing is drawn", where=_option(next(iter(given))), hint="give --temperature 1, too"
+        )
+    return Writing(tokens, temperature, **given)
 
 
 def _option(name: str) -> str:

@@ -12,6 +12,8 @@ from kdcli.files import expanded
 if TYPE_CHECKING:
     from kdcli.recipe.schema import TaskSection
 
+TEST = "test"
+
 
 def placed_at(path: str, base: Path, where: str) -> Path:
     """Return a recipe's path as seen from anywhere. base: the folder that relative ones start from."""
@@ -22,6 +24,7 @@ def placed_at(path: str, base: Path, where: str) -> Path:
 def read_splits(section: "TaskSection", base: Path, notes: list[str]) -> tuple[dict[str, Columns], str]:
     """Return the splits "train" and, as far as they are given, "validation" and "test", and where they come from.
 
+    Of several test sets each is called by `name_of_test`.
     notes: takes what a user should know. Raises InputError for what cannot be read.
     """
 
@@ -44,5 +47,25 @@ def read_splits(section: "TaskSection", base: Path, notes: list[str]) -> tuple[d
             where="task.name",
             hint="own data: task.data, task.train or task.hub",
         )
-    given = {"train": section.train, "validation": section.validation, "test": section.test}
-    return {name: read(path, f"task.{name}") for name, path in given.items() if path is not None}, section.train
+    return {name: read(path, where) for name, (path, where) in files_of(section).items()}, section.train
+
+
+def files_of(section: "TaskSection") -> dict[str, tuple[str, str]]:
+    """Return the file of each split, and the field that names it."""
+    given = {"train": section.train, "validation": section.validation}
+    found = {name: (path, f"task.{name}") for name, path in given.items() if path is not None}
+    tests = {"test": section.test} if isinstance(section.test, str) else {}
+    found |= {name: (path, "task.test") for name, path in tests.items()}
+    several = section.test if isinstance(section.test, dict) else {}
+    return found | {name_of_test(name): (path, f"task.test.{name}") for name, path in several.items()}
+
+
+def name_of_test(name: str) -> str:
+    """Return what the split of one of several test sets is called."""
+    return f"{TEST}/{name}"
+
+
+def test_set_of(split: str) -> str | None:
+    """Return what a test set is called in reports; None for a split that is none."""
+    first, _, name = split.partition("/")
+    return (name or TEST) if first == TEST else None

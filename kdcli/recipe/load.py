@@ -77,7 +77,7 @@ MOST_TOLD = 20
 
 _PATHS = {
     *("data", "train", "validation", "test", "pairs", "queries", "corpus", "relevances"),
-    *("model", "tokenizer", "decisions", "augment.text", "vocabulary.text"),
+    *("model", "tokenizer", "decisions", "augment.text", "vocabulary.text", "test.*"),
 }
 """Fields that may hold a path, by their own name, or with that of their table where another table has it, too."""
 
@@ -96,7 +96,7 @@ def portable(recipe: Recipe, name: str, base: Path) -> dict[str, Any]:
             return whole(value, key)
         if isinstance(value, list):
             return [whole(part, key) if isinstance(part, dict) else moved(owner, key, part) for part in value]
-        if not {key, f"{owner}.{key}"} & _PATHS or not isinstance(value, str):
+        if not {key, f"{owner}.{key}", f"{owner}.*"} & _PATHS or not isinstance(value, str):
             return value
         # A hub's name, or a column's, is no path.
         path = base / expanded(value, f"{owner}.{key}" if owner else key)

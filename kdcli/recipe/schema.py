@@ -190,9 +190,10 @@ class TaskSection(Named, Section):
         description="The file of the validation rows, beside `train`. Left out, a part of the training rows is held "
         "out.",
     )
-    test: str | None = Field(
+    test: str | Annotated[dict[Name, str], Field(min_length=1)] | None = Field(
         default=None,
-        description="The file of the test rows, beside `train`; they are scored at the end and choose nothing.",
+        description="The file of the test rows, beside `train`; or several by name, such as { own = FILE, other = FILE "
+        "}, each with a score of its own. They are scored at the end and choose nothing.",
     )
     hub: str | None = Field(
         default=None,

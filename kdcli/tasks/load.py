@@ -15,6 +15,7 @@ import pyarrow as pa
 from kdcli.data.columns import Column, Columns, chunked
 from kdcli.data.files import read_file
 from kdcli.data.mixing import apportioned
+from kdcli.data.own import files_of, test_set_of
 from kdcli.data.rows import chunks_of
 from kdcli.data.sets import named_sets
 from kdcli.data.tables import dataset_of, halves, subset
@@ -89,7 +90,8 @@ def load_task(section: TaskSection, evaluate: EvaluateSection, *, base: Path, li
         for name in list(part.raw):
             held[name] = part.read(name, notes, labels)[0]
             del part.raw[name]
-        test.append(held.pop("test", None))
+        tests = {split: own for split in held if (own := test_set_of(split)) is not None}
+        test.append({own: held.pop(split) for split, own in tests.items()})
         if not held:
             with part.placed():
                 rows, held["validation"] = kind.hold_out(rows, section.validation_fraction, section.split_seed)
@@ -125,7 +127,8 @@ def _open(section: TaskSection, base: Path, notes: list[str]) -> _Rows:
     if section.type is None:
         kind = registry.recognise(raw["train"], section, source, notes)
     fields = registry.fields_of(kind, section)
-    sources = {name: getattr(section, name, None) or source for name in raw}
+    files = files_of(section)
+    sources = {name: files[name][0] if name in files else source for name in raw}
     if section.hub is not None and "test" in raw and not kind.has_answers(raw["test"], fields):
         # Many sets keep the answers of their test split to themselves: nothing can be scored on such a split.
         del raw["test"]
@@ -255,7 +258,7 @@ def _task(
     labels: tuple[str, ...],
     train: list[pa.Table],
     validation: list[dict[str, pa.Table]],
-    test: list[pa.Table | None],
+    test: list[dict[str, pa.Table]],
     source: str,
     usual: tuple[str, ...] | None = None,
     limit: int | None = None,
@@ -280,7 +283,7 @@ def _task(
     selection = [next(iter(sets.values())) for sets in validation]
     report = [{name: rows for name, rows in sets.items() if kind.is_scored(rows)} for sets in validation]
     protocol = str(evaluate.protocol)
-    tested = [rows is not None for rows in test]
+    tested = [bool(sets) for sets in test]
     remarks = []
     if kind.scored_by_loss or not (any(tested) or any(report)):
         protocol = "held-out loss"
@@ -295,8 +298,8 @@ def _task(
         report = [{name: halves(rows)[1] for name, rows in sets.items()} for sets in validation]
     elif any(tested):
         report = [
-            {"test": kind.draw(rows, section.test_samples, seed)} if rows is not None else sets
-            for rows, sets in zip(test, validation, strict=True)
+            {name: kind.draw(rows, section.test_samples, seed) for name, rows in tests.items()} or sets
+            for tests, sets in zip(test, validation, strict=True)
         ]
         if lacking := [name for name, has in zip(names, tested, strict=False) if not has]:
             remarks.append(
@@ -431,7 +434,7 @@ def load_rows(
         labels=labels,
         train=[rows],
         validation=[{"rows": rows}],
-        test=[None],
+        test=[{}],
         source=path,
         limit=limit,
         notes=notes,

@@ -235,6 +235,23 @@ def test_a_score_says_how_many_rows_it_stands_on(world: World):
     assert world.call("eval", "--max-samples", "9", "--json").json["rows"] == {"test": 9}
 
 
+def test_several_test_sets_are_scored_by_their_names_wherever_the_run_goes(world: World):
+    sets = {"near": world.csv("near.csv", ROWS[:12]), "far": world.csv("far.csv", ROWS[:31])}
+    task = {"name": "own", "train": "rows.csv", "validation": world.csv("held.csv", ROWS), "test": sets, "text": "text"}
+    world.model()
+    run = world.call("distill", world.recipe("task", task=task), "--json")
+    assert run.code == 0, run.err
+    assert run.json["rows"] == {"near": 12, "far": 31} and run.json["task"]["sizes"]["selection"] == 40
+    metrics = run.json["student"]["metrics"]
+    assert run.json["student"]["score"] == sum(metrics[name]["accuracy"] for name in sets) / 2
+    card = (Path(run.json["paths"]["student"]) / "README.md").read_text("utf-8")
+    assert "accuracy (near, 12 examples)" in card and "accuracy (mean of 2 sets)" in card
+    world.monkeypatch.chdir(world.folder.parent)
+    assert world.call("eval", run.json["paths"]["run"], "--json").json["metrics"] == metrics
+    again = world.call("distill", Path(run.json["paths"]["run"]) / "recipe.toml", "--dry-run", "--json")
+    assert again.json["task"]["sizes"] == {"train": 40, "selection": 40, "near": 12, "far": 31}
+
+
 def test_the_plan_of_plain_text_tells_what_is_odd_about_the_tasks_that_follow(world: World):
     world.model("headless")
     world.write("my.txt", "\n\n".join(f"{text}, number {number}" for number, (text, _) in enumerate(ROWS)))
