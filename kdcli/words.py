@@ -8,6 +8,11 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def one(noun: str) -> str:
+    """Return a noun with its article: `a regression task`, `an instruct task`."""
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+
+
 def joined(names: Sequence[str]) -> str:
     """Return names as a sentence has them: `a`, `a and b`, `a, b and c`."""
     *first, last = names

@@ -8,6 +8,7 @@ from kdcli.data.files import read_file, read_hub
 from kdcli.data.sets import named_sets
 from kdcli.errors import InputError
 from kdcli.files import expanded
+from kdcli.words import one
 
 if TYPE_CHECKING:
     from kdcli.recipe.schema import TaskSection
@@ -41,7 +42,9 @@ def read_splits(section: "TaskSection", base: Path, notes: list[str]) -> tuple[d
         return {"train": read(section.data, "task.data")}, section.data
     if section.train is None:
         if (known := named_sets().get(section.name)) is not None:
-            raise InputError(f"{section.name} is a {known.kind} task, not a {section.type} task", where="task.type")
+            raise InputError(
+                f"{section.name} is {one(known.kind)} task, not {one(str(section.type))} task", where="task.type"
+            )
         raise InputError(
             f"{section.name} is no set that kdcli knows, and there are no rows of your own",
             where="task.name",

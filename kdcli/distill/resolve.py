@@ -21,7 +21,7 @@ from kdcli.tasks import registry as kinds
 from kdcli.tasks.base import Task
 from kdcli.tasks.kind import CAPABILITIES, TaskKind
 from kdcli.training.settings import LoopSettings
-from kdcli.words import joined
+from kdcli.words import joined, one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +96,7 @@ def _check_kind(method: Method, kind: TaskKind, name: str) -> None:
     if lacking := sorted(method.needs - kind.provides):
         raise UnfitTaskError(
             f"{method.name} works on {joined(kinds.providing(method.needs))} tasks: it needs "
-            f"{joined([CAPABILITIES[name] for name in lacking])}; {name} is a {kind.name} task",
+            f"{joined([CAPABILITIES[name] for name in lacking])}; {name} is {one(kind.name)} task",
             where="method.name",
             hint=f"use {', '.join(other.name for other in registry.usable()[0] if other.needs <= kind.provides)}",
         )

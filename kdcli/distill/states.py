@@ -13,6 +13,7 @@ from kdcli.methods.base import Stage, Term
 from kdcli.recipe.schema import Recipe
 from kdcli.signals import Request
 from kdcli.training.teacher_states import Layout, layout_of
+from kdcli.words import one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,9 +50,11 @@ def plan_states(
     if not request.inside and any(each.linear for each in requests):
         reasons.append(f"{name} feeds matrices the teacher's inputs, with which the teacher runs in each step")
     if kind.inputs_change:
-        reasons.append(f"on a {kind.name} task the inputs are drawn again in every epoch")
+        reasons.append(f"on {one(kind.name)} task the inputs are drawn again in every epoch")
     elif kind.chosen_by_loss:
-        reasons.append(f"on a {kind.name} task checkpoints are chosen by the loss on other rows than those of training")
+        reasons.append(
+            f"on {one(kind.name)} task checkpoints are chosen by the loss on other rows than those of training"
+        )
     if reasons:
         raise InputError(
             f"the teacher's states cannot be kept: {reasons[0]}", where="teacher.cache", hint="set teacher.cache = true"

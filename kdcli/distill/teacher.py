@@ -36,6 +36,7 @@ from kdcli.training.distributed import agree, main_does
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 from kdcli.training.finetune import finetune
+from kdcli.words import one
 
 
 @dataclass
@@ -111,7 +112,7 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path) -> Teac
     trains = needs_training(recipe, source, head)
     if trains and not task.kind.has_gold:
         raise InputError(
-            f"{task.name} is a {task.kind.name} task, which has no gold answers to train a teacher on",
+            f"{task.name} is {one(task.kind.name)} task, which has no gold answers to train a teacher on",
             where="teacher",
             hint=f"give {task.kind.head.title}, with finetune left out",
         )

@@ -26,7 +26,7 @@ from kdcli.tasks import parts, registry
 from kdcli.tasks.base import Task
 from kdcli.tasks.kind import TaskKind
 from kdcli.tasks.labels import listed
-from kdcli.words import counted
+from kdcli.words import counted, one
 
 if TYPE_CHECKING:
     import numpy as np
@@ -149,7 +149,7 @@ def _open_parts(section: TaskSection, base: Path, notes: list[str]) -> Iterator[
         first = first or rows
         if rows.kind.name != first.kind.name:
             raise InputError(
-                f"{part.name} is a {rows.kind.name} task, and {first.part} a {first.kind.name} task",
+                f"{part.name} is {one(rows.kind.name)} task, and {first.part} {one(first.kind.name)} task",
                 where=place,
                 hint="all parts of a task are of one kind: give task.type",
             )
@@ -241,10 +241,10 @@ def _metrics(
     fitting = [name for name in every if name not in never_first]
     wrong = [name for name in wanted if name not in every]
     if wrong or not wanted or wanted[0] in never_first:
-        said = f"metrics names none of a {kind.name} task"
+        said = f"metrics names none of {one(kind.name)} task"
         if wanted:
             bad = wrong[0] if wrong else wanted[0]
-            said = f"{bad!r} cannot be the {'first ' if not wrong else ''}metric of a {kind.name} task"
+            said = f"{bad!r} cannot be the {'first ' if not wrong else ''}metric of {one(kind.name)} task"
         raise InputError(f"{said}; known are {', '.join(fitting)}", where="task.metrics")
     return tuple(wanted)
 

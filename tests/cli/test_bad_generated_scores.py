@@ -74,7 +74,7 @@ def texts_of_no_tokens(world: World) -> list[str]:
     return distill(world, max_new_tokens=0)
 
 
-@case("'rouge_2' cannot be the metric of a instruct task", "rouge_l", "task.metrics")
+@case("'rouge_2' cannot be the metric of an instruct task", "rouge_l", "task.metrics")
 def a_metric_that_texts_do_not_have(world: World) -> list[str]:
     return distill(world, metrics=["rouge_2"])
 
@@ -85,7 +85,7 @@ def a_test_set_that_is_not_there(world: World) -> list[str]:
 
 
 @case("task.test")
-def test_sets_without_any(world: World) -> list[str]:
+def no_test_set_in_a_table_of_them(world: World) -> list[str]:
     return distill(world, test={})
 
 
