@@ -163,10 +163,7 @@ def make(name: str, options: argparse.Namespace) -> None:
 
     done, seconds = train(None if name == TEACHER else ROWS[name], options)
     record, peak = done.record, peak_bytes(options.device)
-    if name == TEACHER:
-        folder = Path(record.teacher_path or options.teacher)
-    else:
-        folder = done.run.student
+    folder = Path(record.teacher_path or options.teacher) if name == TEACHER else done.run.student
     begun = time.perf_counter()
     model = kdcli.load_model(folder)
     found = scores(model, load_tokenizer(folder), options)
