@@ -171,7 +171,35 @@ def load_model(
     load = _load_plain if checkpoint.structure is None else _load_structured
     model = load(checkpoint, BASE if new_head is not None else head).eval()
     family_of(model.config)
-    return with_new_head(model, head, new_head) if new_head is not None else model
+    if new_head is not None:
+        return with_new_head(model, head, new_head)
+    _read_generation(model, checkpoint)
+    return model
+
+
+def _read_generation(model: "PreTrainedModel", checkpoint: Checkpoint) -> None:
+    """Give a model that generates text the settings for it that lie beside its weights, in place.
+
+    Of settings that contradict each other, which the library reads but does not write, only the tokens' ids are taken.
+    """
+    from transformers import GenerationConfig
+
+    name = "generation_config.json"
+    folder = checkpoint.files[0].parent
+    if not model.can_generate() or not (folder / name).is_file():
+        return
+    contained(folder, name)
+    try:
+        with quiet_transformers():
+            found = GenerationConfig.from_pretrained(folder)
+    except Exception as error:
+        raise InputError(f"{folder / name} cannot be used: {_reason(error)}") from error
+    try:
+        found.validate(strict=True)
+    except ValueError:
+        ids = {key: value for key, value in found.to_dict().items() if key.endswith("_token_id")}
+        found = GenerationConfig(**ids)
+    model.generation_config = found
 
 
 def _config_of(checkpoint: Checkpoint) -> "PretrainedConfig":

@@ -145,6 +145,8 @@ def save_model(model: "PreTrainedModel", folder: Path, tokenizer: Any = None) ->
         config["model_type"] = KDCLI_MODEL_TYPE
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         safetensors.torch.save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)  # type: ignore[union-attr]
     _leave_out(folder / "config.json", LOCAL)
     for file in folder.glob("*.safetensors"):
         # The library leaves them readable to their owner only, beside files that anyone may read.

@@ -182,7 +182,10 @@ def _origin(key: str, prefix: str, layers: list[int]) -> str:
 def _empty_like(model: "PreTrainedModel", config: Any) -> "PreTrainedModel":
     pooled = model.base_model is not model or getattr(model, "pooler", None) is not None
     arguments = {} if pooled else without_pooler(type(model))
-    return type(model)(config, **arguments).to(dtype=next(model.parameters()).dtype)  # type: ignore[arg-type, call-arg]
+    made = type(model)(config, **arguments).to(dtype=next(model.parameters()).dtype)  # type: ignore[arg-type, call-arg]
+    if model.can_generate():
+        made.generation_config = copy.deepcopy(model.generation_config)
+    return made
 
 
 def _width(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:

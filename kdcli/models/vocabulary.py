@@ -166,17 +166,18 @@ def needed_ids(config: "PretrainedConfig") -> set[int]:
 
     A family that counts positions from the padding token's id on would read other positions after another id.
     """
-    found = set(_token_ids(config).values())
+    found = {number for ids in _token_ids(config).values() for number in ids}
     family = family_of(config)
     if family.first_position == "after-padding":
         found |= set(range(1 + (config.pad_token_id if family.padding is None else family.padding)))
     return {number for number in found if number < shape_of(config).vocab}
 
 
-def _token_ids(config: Any) -> dict[str, int]:
-    """Return the ids of single tokens that a configuration names."""
+def _token_ids(config: Any) -> dict[str, list[int]]:
+    """Return the ids that a configuration names of tokens, each a list: a text may end with one of several."""
     found = {name: value for name, value in config.to_dict().items() if name.endswith("_token_id")}
-    return {name: value for name, value in found.items() if isinstance(value, int) and value >= 0}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in found.items()}
+    return {name: ids for name, ids in lists.items() if all(isinstance(one, int) and one >= 0 for one in ids)}
 
 
 def trimmed(model: "PreTrainedModel", kept: np.ndarray) -> "PreTrainedModel":
@@ -198,8 +199,9 @@ def trimmed(model: "PreTrainedModel", kept: np.ndarray) -> "PreTrainedModel":
         if isinstance(module, nn.Linear | LowRankLinear):
             module.out_features = len(kept)
     for config in _configs(made):
-        for name, value in _token_ids(config).items():
-            setattr(config, name, number.get(value))
+        for name, ids in _token_ids(config).items():
+            new = [number[old] for old in ids if old in number]
+            setattr(config, name, new if isinstance(getattr(config, name), list) else next(iter(new), None))
         if hasattr(config, family_of(made.config).sizes.vocabulary):
             setattr(config, family_of(made.config).sizes.vocabulary, len(kept))
     return made

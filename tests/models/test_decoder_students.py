@@ -1,6 +1,7 @@
 """Students of decoders: what of the teacher each form keeps, and what is saved, restored and generated."""
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,27 @@ def test_statistics_of_shares_are_those_of_layers_of_their_own(family: str):
     for key, of in expected.items():
         for name in ("mean", "covariance", "importance", "sensitivity"):
             torch.testing.assert_close(getattr(found[key], name), getattr(of, name), rtol=1e-4, atol=1e-6)
+
+
+def test_students_keep_how_their_teacher_generates(tmp_path: Path):
+    teacher = tiny("llama")
+    teacher.generation_config.eos_token_id, teacher.generation_config.pad_token_id = [7, 9], 3
+    (tmp_path / "teacher").mkdir()
+    save_model(teacher, tmp_path / "teacher")
+    teacher = load_model(tmp_path / "teacher", CAUSAL_LM)
+    forms: dict[str, dict[str, Any]] = {"depth": {"layers": 1}, "width": {"hidden_size": 16}, "low-rank": {"rank": 4}}
+    for form, fields in forms.items():
+        (tmp_path / form).mkdir()
+        save_model(built(teacher, form=form, **fields), tmp_path / form)
+        for loaded in (load_model(tmp_path / form, CAUSAL_LM), AutoModelForCausalLM.from_pretrained(tmp_path / form)):
+            settings = loaded.generation_config
+            assert (settings.eos_token_id, settings.pad_token_id) == ([7, 9], 3)
+    # The library reads, but does not write, settings without effect: of these the ids of tokens stay.
+    path = tmp_path / "teacher" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.6}))
+    student = built(load_model(tmp_path / "teacher", CAUSAL_LM), form="depth", layers=1)
+    save_model(student, tmp_path / "depth")
+    assert student.generation_config.eos_token_id == [7, 9]
+    path.write_text("{")
+    with pytest.raises(InputError, match=r"generation_config\.json cannot be used"):
+        load_model(tmp_path / "teacher", CAUSAL_LM)
