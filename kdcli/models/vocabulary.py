@@ -200,8 +200,8 @@ def trimmed(model: "PreTrainedModel", kept: np.ndarray) -> "PreTrainedModel":
             module.out_features = len(kept)
     for config in _configs(made):
         for name, ids in _token_ids(config).items():
-            new = [number[old] for old in ids if old in number]
-            setattr(config, name, new if isinstance(getattr(config, name), list) else next(iter(new), None))
+            left = [number[old] for old in ids if old in number]
+            setattr(config, name, left if isinstance(getattr(config, name), list) else next(iter(left), None))
         if hasattr(config, family_of(made.config).sizes.vocabulary):
             setattr(config, family_of(made.config).sizes.vocabulary, len(kept))
     return made
