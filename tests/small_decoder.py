@@ -50,7 +50,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     texts = [f"{layout}\n\n### Instruction:\n{row['instruction']}\n\n### Response:\n{row['response']}" for row in ROWS]
     words.train_from_iterator(texts, trainer)
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=256, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=words, **names)
 
 
 def model(words: Any, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> LlamaForCausalLM:

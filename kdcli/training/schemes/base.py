@@ -10,6 +10,8 @@ from datasets import Dataset
 from rich.console import Console
 from torch import Tensor
 
+from kdcli.tasks.encode import longest_input
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -47,7 +49,7 @@ class Setting:
     @property
     def max_length(self) -> int:
         """The most tokens of a row."""
-        return self.task.description.get("max_length", 128)
+        return longest_input(self.tokenizer, self.task.description.get("max_length", 128))
 
 
 class Scheme:

@@ -29,6 +29,7 @@ class TeacherTextScheme(Scheme):
     the most probable sequence, as in Gu et al. 2024 (MiniLLM), section 3.1.
     """
 
+    works_sharded = True
     unkept = "the teacher writes the rows that its student is trained on, and their lengths are not known before"
 
     def __init__(self, sampling: Sampling, *, max_new_tokens: int | None, seed: int = 0) -> None:
