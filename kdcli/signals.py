@@ -186,6 +186,16 @@ class Signals:
     last: Tensor | None = None
     _scores: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
+    def on(self, device: torch.device) -> "Signals":
+        """Return them with every captured tensor on `device`, where a model that is spread over several gave them."""
+        return replace(
+            self,
+            hidden={layer: tensor.to(device) for layer, tensor in self.hidden.items()},
+            matrices={key: tensor.to(device) for key, tensor in self.matrices.items()},
+            windows={layer: tensor.to(device) for layer, tensor in self.windows.items()},
+            linear={key: (x.to(device), y.to(device)) for key, (x, y) in self.linear.items()},
+        )
+
     def heads_of(self, name: str) -> int:
         """Return how many heads queries, keys or values have."""
         return self.kv_heads if self.kv_heads is not None and name in ("key", "value") else self.heads

@@ -26,6 +26,7 @@ from kdcli.models.counts import count_parameters
 from kdcli.models.embedding import append_dense, settings_of
 from kdcli.models.hashing import hash_of_model, hash_of_tokenizer, hash_of_weights
 from kdcli.models.overparam import contract_model
+from kdcli.models.placement import take_home
 from kdcli.models.projections import merge
 from kdcli.models.save import round_to_stored
 from kdcli.models.shape import shape_of
@@ -252,7 +253,7 @@ def _train(
     # They are large, and of no use to anything but this training.
     main_does(lambda: remove(checkpoints / FOLDER))
     build.model.eval().to("cpu")  # type: ignore[arg-type]
-    teacher.model.to("cpu")  # type: ignore[arg-type]
+    take_home(teacher.model)
     return records
 
 

@@ -17,10 +17,12 @@ from kdcli.evaluation.score import calibrate
 from kdcli.files import atomic_folder, cache_dir, fingerprint, source_of, write_json
 from kdcli.machine import resolve_precision
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
+from kdcli.models.checkpoint import open_checkpoint
 from kdcli.models.finite import NotFiniteError, at_fault, check_weights
 from kdcli.models.hashing import hash_of_model, hash_of_tokenizer
 from kdcli.models.heads import Head, Labelling
 from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer, refusal_of_head
+from kdcli.models.placement import Placement, spread
 from kdcli.models.probe import check_numbers
 from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
@@ -31,7 +33,7 @@ from kdcli.tasks.kind import TaskKind
 from kdcli.tasks.load import fingerprint_of
 from kdcli.terminal import tell
 from kdcli.training.curves import write_curve
-from kdcli.training.distributed import agree, main_does
+from kdcli.training.distributed import agree, main_does, processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,6 +124,14 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path) -> Teac
             where="teacher.labels",
             hint="leave it out: a new head has the task's own labels",
         )
+    if trains:
+        _check_trained(recipe)
+    elif section.device_map is not None and processes() > 1:
+        raise InputError(
+            f"the teacher is to be spread over all GPUs, which {processes()} processes share",
+            where="teacher.device_map",
+            hint='start one process, or use teacher.sharding = "fsdp"',
+        )
     if section.scratch is not None:
         if next(iter(task.kind.texts(task.train)), None) is None:
             raise InputError(
@@ -142,7 +152,7 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path) -> Teac
         source = source_of(recipe.student.model, base)
     assert source is not None
     torch.manual_seed(seed_of(recipe))
-    model, notes = _with_head(recipe, task, source, head)
+    model, notes = _with_head(recipe, task, source, head, trains)
     # A model's own tokenizer is that of its revision.
     words = (source_of(section.tokenizer, base), None) if section.tokenizer else (source, section.revision)
     tokenizer = task.kind.tokenizer(load_tokenizer(*words))
@@ -153,18 +163,52 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path) -> Teac
     if trains:
         # What is trained is kept to the bit, whatever its start came in.
         model.config.dtype = torch.float32
+    elif section.device_map is not None or section.sharding != "none":
+        limits = section.device_map if isinstance(section.device_map, dict) else {}
+        spread(model, Placement(None if section.device_map is None else limits, section.sharding == "fsdp"))
     path = Path(source) if not trains and Path(source).exists() else None
     return TeacherStart(model, tokenizer, section.model or source, path, trains=trains, notes=notes)
 
 
-def _with_head(recipe: Recipe, task: Task, source: str, head: Head) -> tuple["PreTrainedModel", tuple[str, ...]]:
+def _check_trained(recipe: Recipe) -> None:
+    """Raise InputError for what only a fixed teacher can have."""
+    section = recipe.teacher
+    for name, given in (
+        ("dtype", section.dtype == "bf16"),
+        ("device_map", section.device_map is not None),
+        ("sharding", section.sharding != "none"),
+    ):
+        if given:
+            raise InputError(
+                f"teacher.{name} is for a teacher that is used as it is, and this one is fine-tuned first",
+                where=f"teacher.{name}",
+                hint="leave it out; train.sharding and train.gradient_checkpointing hold for its training, too",
+            )
+
+
+def weights_of(recipe: Recipe, source: str) -> torch.dtype | None:
+    """Return the number type of a fixed teacher's weights in memory; None is fp32."""
+    section = recipe.teacher
+    if section.dtype == "auto":
+        stored = open_checkpoint(source, section.revision, any_family=section.trust_remote_code).dtype
+        halves = stored == "bfloat16" and resolve_precision(recipe.train.precision, recipe.train.device) == "bf16"
+        return torch.bfloat16 if halves else None
+    return torch.bfloat16 if section.dtype == "bf16" else None
+
+
+def _with_head(
+    recipe: Recipe, task: Task, source: str, head: Head, trains: bool
+) -> tuple["PreTrainedModel", tuple[str, ...]]:
     """Return a teacher with the head that its file has, its classes in the task's order, or else with a new one.
 
     A new one has a teacher that is to be fine-tuned and has none, or one for other classes; and a black box, of which
     only the names of the classes are asked. With it come notes about the classes.
     """
     section = recipe.teacher
-    load = partial(load_model, source, head, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    origin: Any = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    load = partial(load_model, source, head, **origin)
+    if not trains and not section.black_box:
+        load = partial(load, weights=weights_of(recipe, source))
     if not section.black_box and has_head(
         source, head, revision=section.revision, trust_remote_code=section.trust_remote_code
     ):

@@ -7,6 +7,7 @@ from functools import partial
 from types import SimpleNamespace, TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -16,6 +17,7 @@ from kdcli.models.families import family_of
 from kdcli.models.inputs import model_inputs
 from kdcli.models.output_head import OutputHead, output_head
 from kdcli.models.overparam import linears_of
+from kdcli.models.placement import is_gathered
 from kdcli.models.projections import projections_of
 from kdcli.models.shape import attention_of
 from kdcli.signals import MatrixKey, Prediction, Request, Signals
@@ -33,6 +35,11 @@ class _Complete(Exception):
 
 def _output(inputs: Any, output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _as_taken(x: Tensor) -> Tensor:
+    """Return a teacher's vector, which may be in half precision, as a student's matrix takes it."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.float()
 
 
 def _share(matrix: BlockMatrix, inputs: Any, output: Any) -> Tensor:
@@ -58,7 +65,7 @@ class Capture:
         self.request = request
         self.kind = kind
         self.attention = attention_of(model.config)
-        self.to_end = False
+        self.to_end = is_gathered(model)
         """True where a pass must not end before its last block, as in a sharded model."""
         self._active = False
         self._scale: float | None = None
@@ -197,7 +204,7 @@ class Capture:
         self._active = False
         try:
             return {
-                key: block_matrix(self.model, *key).on(other.linear[source][0])
+                key: block_matrix(self.model, *key).on(_as_taken(other.linear[source][0]))
                 for key, source in sorted(self.request.local)
             }
         finally:

@@ -33,11 +33,13 @@ def hash_of_weights(model: "PreTrainedModel") -> str:
 
 def hash_of_tensors(tensors: "Mapping[str, Tensor]") -> str:
     """Return 16 hex digits over every tensor's name, type, shape and bytes."""
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         array = tensor.detach().cpu().contiguous()
-        digest.update(array.view(-1).numpy().tobytes() if array.numel() else b"")
+        digest.update(array.view(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b"")
     return digest.hexdigest()[:16]
 
 

@@ -30,6 +30,7 @@ from kdcli.models.shape import longest_input
 from kdcli.words import counted
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -148,10 +149,12 @@ def load_model(
     new_head: Mapping[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    weights: "torch.dtype | None" = None,
 ) -> "PreTrainedModel":
     """Load a model with a head in eval mode and fp32: a hub name, a folder, a low-rank or an over-parameterised one.
 
-    Its configuration's `dtype` is the type that most of its weights have in the file.
+    Its configuration's `dtype` is the type that most of its weights have in the file. weights: another type for them
+    than fp32, for a model that only predicts.
 
     new_head: put a randomly initialised one on the body, with these settings of its configuration.
     Raises InputError when there is no such model, its files are broken or do not hold each of its weights, its family
@@ -167,9 +170,11 @@ def load_model(
             hint="name a model that has one; kdcli distill fine-tunes one without, when it is the recipe's teacher",
         )
     if trust_remote_code and "auto_map" in checkpoint.config:
-        return _load_remote(checkpoint, head, revision, new_head)
-    load = _load_plain if checkpoint.structure is None else _load_structured
-    model = load(checkpoint, BASE if new_head is not None else head).eval()
+        return _rounded(_load_remote(checkpoint, head, revision, new_head), weights)
+    if checkpoint.structure is None:
+        model = _load_plain(checkpoint, BASE if new_head is not None else head, weights).eval()
+    else:
+        model = _rounded(_load_structured(checkpoint, BASE if new_head is not None else head), weights).eval()
     family_of(model.config)
     if new_head is not None:
         return with_new_head(model, head, new_head)
@@ -200,6 +205,13 @@ def _read_generation(model: "PreTrainedModel", checkpoint: Checkpoint) -> None:
         ids = {key: value for key, value in found.to_dict().items() if key.endswith("_token_id")}
         found = GenerationConfig(**ids)
     model.generation_config = found
+
+
+def _rounded(model: "PreTrainedModel", weights: "torch.dtype | None") -> "PreTrainedModel":
+    """Give a model's parameters another type; tables that it computes, such as rotations, stay as they are."""
+    for parameter in model.parameters() if weights is not None else ():
+        parameter.data = parameter.data.to(weights)
+    return model
 
 
 def _config_of(checkpoint: Checkpoint) -> "PretrainedConfig":
@@ -368,7 +380,7 @@ def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _load_plain(checkpoint: Checkpoint, head: Head) -> "PreTrainedModel":
+def _load_plain(checkpoint: Checkpoint, head: Head, weights: "torch.dtype | None" = None) -> "PreTrainedModel":
     import torch
 
     empty = _empty_model(checkpoint, head)
@@ -383,7 +395,7 @@ def _load_plain(checkpoint: Checkpoint, head: Head) -> "PreTrainedModel":
                 None,
                 config=empty.config,
                 state_dict={key: state[place] for key, place in places.items() if key in expected},
-                dtype=torch.float32,
+                dtype=weights or torch.float32,
                 output_loading_info=True,
                 **arguments,
             )

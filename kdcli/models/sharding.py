@@ -60,10 +60,11 @@ class Shards:
         self.root.to("cpu")
 
 
-def shard(root: nn.Module, units: Iterable[nn.Module], device: torch.device) -> Shards:
+def shard(root: nn.Module, units: Iterable[nn.Module], device: torch.device, *, rest: bool = True) -> Shards:
     """Shard the parameters of `root` over all processes by FSDP2 (`fully_shard`), and return how to undo it.
 
-    units: modules inside whose parameters are gathered only while they run; all others are gathered while `root` runs.
+    units: modules inside whose parameters are gathered only while they run; all others are gathered while `root` runs,
+    or, without `rest`, stay whole, so that they may be used by themselves.
     No unit's forward pass may be left early, and in training each must have an output that the loss depends on.
     device: of this process. Buffers go there, too.
     """
@@ -74,11 +75,18 @@ def shard(root: nn.Module, units: Iterable[nn.Module], device: torch.device) -> 
     plain = [(module, name, p) for module in root.modules() for name, p in module._parameters.items() if p is not None]
     values: dict[int, Tensor] = {id(parameter): parameter.data for _, _, parameter in plain}
     for unit in units:
-        fully_shard(unit, mesh=mesh)
-    fully_shard(root, mesh=mesh)
-    for _, _, parameter in plain:
-        # They were moved to the device as a whole, and nothing needs them there.
-        parameter.data = values[id(parameter)]
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    if rest:
+        fully_shard(root, mesh=mesh)
+    for module, name, parameter in plain:
+        if module._parameters[name] is parameter:
+            parameter.data = parameter.data.to(device)
+        else:
+            # It was moved to the device as a whole, and nothing needs it there.
+            parameter.data = values[id(parameter)]
+    for module in root.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer.to(device) if buffer is not None else None
     return Shards(root, plain)
 
 

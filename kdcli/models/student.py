@@ -91,7 +91,8 @@ def _build(
             hint="use a teacher without them; `kdcli contract MODEL --merge-lowrank --out DIR` multiplies them",
         )
     if section.form == "low-rank":
-        student = copy.deepcopy(teacher)
+        # A teacher may be in half precision; what is trained is not.
+        student = copy.deepcopy(teacher).float()  # type: ignore[call-arg, arg-type]
         notes = factorise(student, section, overparam, factoriser)
         return StudentBuild(student, "low-rank", list(range(shape_of(teacher.config).layers)), notes)
     if section.form == "depth":
@@ -182,7 +183,7 @@ def _origin(key: str, prefix: str, layers: list[int]) -> str:
 def _empty_like(model: "PreTrainedModel", config: Any) -> "PreTrainedModel":
     pooled = model.base_model is not model or getattr(model, "pooler", None) is not None
     arguments = {} if pooled else without_pooler(type(model))
-    made = type(model)(config, **arguments).to(dtype=next(model.parameters()).dtype)  # type: ignore[arg-type, call-arg]
+    made = type(model)(config, **arguments).float()  # type: ignore[arg-type, call-arg]
     if model.can_generate():
         made.generation_config = copy.deepcopy(model.generation_config)
     return made

@@ -4,6 +4,7 @@ Only what can be checked without data and models is checked here. A method's own
 method (`kdcli.methods`), and what needs a model's shape is checked when the plan is made.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -371,6 +372,22 @@ class TeacherSection(Section):
     cache_dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description='cache = "all": how states are kept: as computed, or rounded to half the size.'
     )
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto",
+        description='Number type of a fixed teacher\'s weights in memory; "auto" is bf16 for one that is stored in it, '
+        "where the training computes in bf16, and else fp32. A teacher that is trained has fp32 weights.",
+    )
+    device_map: Literal["auto"] | dict[str, str] | None = Field(
+        default=None,
+        description="Spread a fixed teacher, block by block, over all GPUs of the machine and the CPU's memory: "
+        '"auto", or the most memory that it may take of each, such as {"0" = "20GB", "1" = "70GB", cpu = "100GB"}. One '
+        "process trains then. Left out, the teacher is where the student is.",
+    )
+    sharding: Literal["none", "fsdp"] = Field(
+        default="none",
+        description='What several processes do with a fixed teacher: "none" gives each a whole one, "fsdp" a part of '
+        "each block, which is gathered while it runs.",
+    )
     seed: Seed | None = Field(
         default=None,
         description="Seed of the teacher's making and fine-tuning, so that students of several seeds share one "
@@ -390,6 +407,16 @@ class TeacherSection(Section):
         '"checkpoint".',
     )
 
+    @field_validator("device_map")
+    @classmethod
+    def _limits(cls, value: Any) -> Any:
+        for device, limit in value.items() if isinstance(value, dict) else ():
+            if not (device.isdecimal() or device == "cpu"):
+                raise ValueError(f'{device!r} is no device; write the number of a GPU ("0") or cpu')
+            if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]i?B", limit):
+                raise ValueError(f"{limit!r} is no size of memory; write it as 20GB or 512MiB")
+        return value
+
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if sum((self.model is not None, self.scratch is not None, self.black_box)) != 1:
@@ -398,6 +425,12 @@ class TeacherSection(Section):
             )
         if self.cache_dtype != "fp32" and self.cache != "all":
             raise ValueError('cache_dtype is for the states that cache = "all" keeps')
+        if self.device_map is not None and self.sharding != "none":
+            raise ValueError(
+                "device_map spreads a teacher over the GPUs of one process, sharding over processes: one of them"
+            )
+        if self.black_box and (self.device_map is not None or self.sharding != "none" or self.dtype != "auto"):
+            raise ValueError("a black box has no weights: it has no dtype, device_map or sharding")
         if self.black_box and self.finetune not in (None, False):
             raise ValueError("a black box cannot be fine-tuned")
         if self.scratch is not None and self.finetune is False:

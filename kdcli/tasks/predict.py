@@ -11,6 +11,8 @@ from kdcli.data.rows import array_of
 from kdcli.machine import computing_device
 from kdcli.models.finite import check_finite
 from kdcli.models.inputs import model_inputs
+from kdcli.models.placement import place as put
+from kdcli.models.placement import take_home
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,7 +86,8 @@ def placed(model: Any, wanted: str) -> Iterator[torch.device]:
         return
     training, home, place = model.training, next(model.parameters()).device, torch.device(computing_device(wanted))
     try:
-        model.eval().to(place)
+        put(model.eval(), place)
         yield place
     finally:
-        model.to(home).train(training)
+        take_home(model, home)
+        model.train(training)

@@ -148,7 +148,9 @@ class ProjectedWeight(nn.Module):
 
     def __init__(self, teacher: Tensor, *, write: Tensor | None, read: Tensor | None, parts: int = 1) -> None:
         super().__init__()
-        self.register_buffer("teacher", teacher.detach().clone(), persistent=False)
+        # What is trained is not in half precision, whatever a fixed teacher is in.
+        teacher = teacher.detach().float()
+        self.register_buffer("teacher", teacher.clone(), persistent=False)
         self.parts = parts
         self.sides = tuple(name for name, side in (("write", write), ("read", read)) if side is not None)
         given = {"write": write, "read": read}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kdcli.models.capture import Capture
 from kdcli.models.inputs import model_inputs
+from kdcli.models.placement import place
 from kdcli.objectives.term import Term
 from kdcli.objectives.total import total_loss
 from kdcli.signals import MatrixKey, Request, Signals
@@ -84,7 +85,7 @@ class Distiller(nn.Module):
     def place(self, device: torch.device) -> None:
         """Move what is not registered (the teacher and its cached outputs) to `device`."""
         for model in self._fixed.values():
-            model.to(device)  # type: ignore[arg-type]
+            place(model, device)
         for known in (self.teacher_outputs, self.held_outputs):
             if known is not None:
                 known.to(device)
@@ -111,7 +112,7 @@ class Distiller(nn.Module):
             signals = Signals(mask=batch["attention_mask"], heads=0)
         else:
             with torch.set_grad_enabled(self.teacher_request.gradients > 0), self.teacher_capture as capture:
-                signals = capture.run(batch)
+                signals = capture.run(batch).on(batch["attention_mask"].device)
         # Held-out rows have numbers of their own.
         known = self.teacher_outputs if self.training or self.held_outputs is None else self.held_outputs
         if known is not None:

@@ -15,10 +15,17 @@ from tiny_recipes import FOLDER, changed, run_recipe, tiny_recipe, write_recipe
 from torch import Tensor
 from training import stages
 from training.stages import TWO_PROCESSES
+from transformers import LlamaConfig, LlamaForCausalLM
 
-TRAIN = {"max_steps": 3, "batch_size": 16, "eval_every": 2, "keep_checkpoints": True}
+from kdcli.data.reviews import reviews
+from kdcli.models.save import save_model
+from kdcli.models.scratch import train_tokenizer
+
+TRAIN = {"max_steps": 3, "batch_size": 16, "eval_every": 2, "keep_checkpoints": True, "sharding": "fsdp"}
 KD = tiny_recipe("teacher", task={"train_samples": 64, "validation_samples": 24}, teacher=FOLDER, train=TRAIN)
 LOW_RANK = changed(KD, "student", method="makd", student={"budget": 0.5})
+TEXT = {"name": "own", "type": "causal-lm", "train": "text.txt", "validation": "held.txt", "max_length": 32}
+DECODER = changed(KD, "task", task=TEXT, teacher={"model": "decoder"})
 RECIPES: dict[str, dict[str, Any]] = {
     "depth": KD,
     "parts": changed(KD, train={"gradient_accumulation": 2}),
@@ -28,7 +35,36 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Nothing is predicted, and the last block's output is not compared.
     "inside": changed(KD, method={"name": "minilmv2"}, student={"layers": 2}),
     "checkpointed": changed(LOW_RANK, train={"gradient_checkpointing": True}),
+    # Of the teacher each block is gathered while it runs, though it need not run to its end.
+    "teacher": changed(KD, method={"name": "minilmv2"}, teacher={"sharding": "fsdp"}, train={"sharding": "none"}),
+    "decoder": DECODER,
+    "both": changed(DECODER, method={"name": "hs"}, teacher={"sharding": "fsdp"}),
 }
+
+
+def write_decoder(folder: Path) -> None:
+    """Write a tiny Llama, its tokenizer and some text."""
+    texts = reviews()["train"]["text"]
+    words = train_tokenizer(texts[:400], 300)
+    words.eos_token = words.sep_token
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=words.pad_token_id,
+        eos_token_id=words.eos_token_id,
+        bos_token_id=words.cls_token_id,
+        tie_word_embeddings=True,
+    )
+    (folder / "decoder").mkdir()
+    save_model(LlamaForCausalLM(config), folder / "decoder", words)
+    (folder / "text.txt").write_text("\n\n".join(texts[:150]))
+    (folder / "held.txt").write_text("\n\n".join(texts[150:170]))
 
 
 def weights(folder: Path, name: str) -> dict[str, Tensor]:
@@ -50,10 +86,11 @@ def without_the_last_checkpoint(folder: Path, name: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every recipe, run by two processes as `two-NAME`."""
     folder = stages.folder_with_recipe(tmp_path_factory.mktemp("sharded"), KD)
+    write_decoder(folder)
     runs = []
     for name, recipe in RECIPES.items():
         path = write_recipe(folder / f"{name}.toml", recipe)
-        runs.append([str(path), [f"name=two-{name}", "train.sharding=fsdp"]])
+        runs.append([str(path), [f"name=two-{name}"]])
     (folder / "runs.json").write_text(json.dumps(runs))
     worker = Path(__file__).with_name("sharded_worker.py")
     command = [sys.executable, *TWO_PROCESSES, str(worker), str(folder / "runs.json")]
@@ -83,8 +120,7 @@ def test_each_process_holds_half_of_the_weights(folder: Path):
 def test_one_process_goes_on_where_two_with_a_part_each_ended(folder: Path):
     kept = weights(folder, "two-chains")
     without_the_last_checkpoint(folder, "two-chains")
-    overrides = ("name=two-chains", "train.sharding=fsdp")
-    run_recipe(folder / "chains.toml", *overrides, resume=True)
+    run_recipe(folder / "chains.toml", "name=two-chains", resume=True)
     resumed = weights(folder, "two-chains")
     for key in kept:
         torch.testing.assert_close(resumed[key], kept[key], atol=1e-5, rtol=1e-4)
