@@ -20,8 +20,8 @@ from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.models.checkpoint import open_checkpoint
 from kdcli.models.finite import NotFiniteError, at_fault, check_weights
 from kdcli.models.hashing import hash_of_model, hash_of_tokenizer
-from kdcli.models.heads import Head, Labelling
-from kdcli.models.load import check_tokenizer, has_head, load_model, load_tokenizer, refusal_of_head
+from kdcli.models.heads import Head, Labelling, check_body
+from kdcli.models.load import check_tokenizer, has_head, load_config, load_model, load_tokenizer, refusal_of_head
 from kdcli.models.placement import Placement, spread
 from kdcli.models.probe import check_numbers
 from kdcli.models.save import save_model
@@ -84,6 +84,13 @@ def needs_training(recipe: Recipe, source: str | None, head: Head) -> bool:
             where="teacher.model",
             hint="give a fine-tuned model, or leave finetune out",
         )
+    if head.causal:
+        # A language is not learnt on the side.
+        raise InputError(
+            refusal_of_head(source, head, revision=section.revision),
+            where="teacher.model",
+            hint="name a causal language model; a new head on this body is trained where teacher.finetune asks for it",
+        )
     return True
 
 
@@ -111,6 +118,8 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path) -> Teac
     """
     section = recipe.teacher
     source = source_of(section.model, base) if section.model is not None else None
+    if source is not None and head.causal:
+        check_body(load_config(source), head, section.model, "teacher.model")
     trains = needs_training(recipe, source, head)
     if trains and not task.kind.has_gold:
         raise InputError(

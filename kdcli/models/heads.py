@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from kdcli.errors import InputError
 from kdcli.models.families import family_of
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ class Head:
     and head. architecture: how the class that a config.json names (`architectures`) ends, and `unlike` how one ends
     that is another in spite of that; never names of weights. pipeline_tag: for the model card. outputs: of a forward
     pass and of the ONNX graph; per_token where each token has a row of its own in them. module: where `auto` is.
-    on_any_body: True where it needs no weights of its own, so that every body has it. library: that a model with it is
-    loaded by, for the model card.
+    on_any_body: True where it needs no weights of its own, so that every body has it. causal: True where the body must
+    be one whose tokens see none that come after them. library: that a model with it is loaded by, for the model card.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Head:
     per_token: bool = False
     module: str = "transformers"
     on_any_body: bool = False
+    causal: bool = False
     library: str = "transformers"
 
     def is_of(self, architecture: str) -> bool:
@@ -83,6 +85,7 @@ CAUSAL_LM = Head(
     ("ForCausalLM", "LMHeadModel"),
     "text-generation",
     per_token=True,
+    causal=True,
 )
 """The next token at each position. Models that continue texts and those that answer prompts have the same."""
 
@@ -113,6 +116,18 @@ def head_of(model: Any, heads: Iterable[Head]) -> Head | None:
     else:
         name = (model.config.architectures or [""])[0]
     return next((head for head in (*heads, BASE) if head.is_of(name)), None)
+
+
+def check_body(config: Any, head: Head, owner: object, where: str | None = None) -> None:
+    """Raise InputError where no head of this sort can stand on a model's body. owner, where: for the message."""
+    family = family_of(config)
+    if head.causal and not family.causal:
+        raise InputError(
+            f"{owner} is of the family {family.title}, whose tokens see those that come after them: it cannot get a "
+            f"head for {head.purpose}",
+            where=where,
+            hint="choose a decoder: `kdcli families` lists them",
+        )
 
 
 def with_new_head(

@@ -23,7 +23,7 @@ from kdcli.models.checkpoint import (
 )
 from kdcli.models.classes import final_classifier_name
 from kdcli.models.families import family_of
-from kdcli.models.heads import BASE, SENTENCE_EMBEDDING, Head, with_new_head, without_pooler
+from kdcli.models.heads import BASE, SENTENCE_EMBEDDING, Head, check_body, with_new_head, without_pooler
 from kdcli.models.quiet import quiet_transformers
 from kdcli.models.sentence_folder import note_reading, with_modules
 from kdcli.models.shape import longest_input
@@ -175,7 +175,7 @@ def load_model(
         model = _load_plain(checkpoint, BASE if new_head is not None else head, weights).eval()
     else:
         model = _rounded(_load_structured(checkpoint, BASE if new_head is not None else head), weights).eval()
-    family_of(model.config)
+    check_body(model.config, head, name)
     if new_head is not None:
         return with_new_head(model, head, new_head)
     _read_generation(model, checkpoint)

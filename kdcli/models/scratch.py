@@ -9,7 +9,7 @@ import torch
 
 from kdcli.errors import InputError
 from kdcli.models import families
-from kdcli.models.heads import Head
+from kdcli.models.heads import Head, check_body
 from kdcli.models.sizes import check_heads
 from kdcli.recipe.schema import ScratchSection
 
@@ -106,4 +106,5 @@ def build_scratch(
         sizes |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family.name, **sizes, **settings)
+    check_body(config, head, "the teacher", "teacher.scratch.family")
     return head.auto_class().from_config(config).eval(), tokenizer

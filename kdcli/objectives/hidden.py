@@ -129,9 +129,8 @@ class HiddenObjective(Objective):
             self.pairs = tuple(self.redraw(epoch))
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
-        return mean_token_mse(
-            self._compared(student, teacher), student.mask, student.weights, match_norm=self.match_norm
-        )
+        pairs = self._compared(student, teacher)
+        return mean_token_mse(pairs, student.mask, student.weights, match_norm=self.match_norm)
 
     def _compared(self, student: Signals, teacher: Signals) -> Iterator[tuple[Tensor, Tensor]]:
         # One pair at a time: the teacher's may be read from a disk.

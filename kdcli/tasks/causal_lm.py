@@ -34,6 +34,7 @@ class CausalLM(GeneratingKind, PlainText):
     provides = frozenset({"labels", "vocabulary"})
     metrics = usual_metrics = ("perplexity", "accuracy")
     errors = frozenset({"perplexity"})
+    closed = False
     scored_by_outputs = False
     outputs_are_kept = False
     tokens_weigh_equally = True

@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def pack(documents: Iterable[str], tokenizer: Any, max_length: int) -> "Dataset":
+def pack(documents: Iterable[str], tokenizer: Any, max_length: int, *, closed: bool = True) -> "Dataset":
     """Return blocks of at most `max_length` tokens: index, input_ids, attention_mask, segments and length.
 
     Documents follow each other with a separator between them, so that no block but the last has room left. Each
-    block has the tokenizer's usual special tokens around it. `segments` numbers the documents of a block from 0:
+    block has the tokenizer's usual special tokens around it, unless `closed` before it only: where an end of text is
+    predicted, the end of a block is none. `segments` numbers the documents of a block from 0:
     objectives that compare how tokens relate stay within one, but models attend over the whole block, as they did
     when they were pre-trained.
     Raises InputError when there is not one token.
     """
     before, after = frame_of(tokenizer)
+    after = after if closed else []
     blocks = enumerate(_packed(documents, tokenizer, max_length, len(before) + len(after)))
     return stored(
         _batch_of_blocks(chunk, before, after) for chunk in iter(lambda: list(itertools.islice(blocks, BATCH)), [])

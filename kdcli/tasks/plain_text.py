@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -43,6 +43,8 @@ class PlainText(TaskKind):
     """Documents, one after the other in blocks. What is predicted is a token, out of the vocabulary."""
 
     text_columns = ("text",)
+    closed: ClassVar[bool] = True
+    """Whether blocks have the special tokens that the tokenizer puts behind a text."""
     features = "blocks"
 
     @property
@@ -91,7 +93,7 @@ class PlainText(TaskKind):
         from kdcli.data.rows import values_of
         from kdcli.tasks.packing import pack
 
-        return pack(values_of(rows, "text"), processor, max_length)
+        return pack(values_of(rows, "text"), processor, max_length, closed=self.closed)
 
     def examples(self, rows: "Dataset", processor: Any, max_length: int) -> int:
         return len(self.encode(rows, processor, max_length))
