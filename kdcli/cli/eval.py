@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -140,7 +140,8 @@ def evaluate(
     from kdcli.tasks.base import Owner
     from kdcli.tasks.heads import check_head, kind_of_model, typed_for
     from kdcli.tasks.load import load_rows, load_task
-    from kdcli.tasks.metrics import is_error, retention_of, shown
+    from kdcli.tasks.metrics import is_error, names_of, retention_of, shown, shown_of
+    from kdcli.terminal import stderr
 
     contestant, tokenizer = load_contestant(choice.model)
     # What a user says that the outputs of a model are called.
@@ -191,7 +192,8 @@ def evaluate(
         with as_options():
             loaded.kind.check(loaded, words, limit)
         with at_fault(place):
-            values = evaluate_model(aligned, words, loaded, batch_size=batch_size, max_length=limit, owner=name)
+            options: dict[str, Any] = {"max_length": limit, "owner": name, "console": stderr()}
+            values = evaluate_model(aligned, words, loaded, batch_size=batch_size, **options)
         scores[role] = primary_score(values, loaded.primary)
         document["metrics" if role != "teacher" else "teacher_metrics"] = values
         document["model" if role != "teacher" else "teacher"] = name
@@ -206,10 +208,10 @@ def evaluate(
         document["retention"] = retention_of(loaded.primary, score, scores["teacher"])
     table = Table("", *models, title=f"{loaded.name}: {choice.model}")
     for name, metrics in document["metrics"].items():
-        for metric, value in metrics.items():
-            row = [shown(metric, value)]
+        for metric in names_of(metrics):
+            row = [shown_of(metrics, metric)]
             if teacher is not None:
-                row.append(shown(metric, document["teacher_metrics"][name][metric]))
+                row.append(shown_of(document["teacher_metrics"][name], metric))
             table.add_row(f"{metric} ({described_set(name, document['rows'][name])})", *row)
     for metric in means["mean"]:
         cells = [shown(metric, values[metric]) for values in means.values()]

@@ -35,7 +35,7 @@ def scores(result: "Result") -> Table:
 
 def _teacher_beside_student(result: "Result") -> Table:
     from kdcli.evaluation.result import described_set
-    from kdcli.tasks.metrics import shown
+    from kdcli.tasks.metrics import names_of, shown, shown_of
 
     sides = {"teacher": result.teacher, "student": result.student}
     known = {name: side for name, side in sides.items() if side is not None}
@@ -44,17 +44,18 @@ def _teacher_beside_student(result: "Result") -> Table:
     for name in (*known, *(["student / teacher"] if len(known) == 2 else [])):
         table.add_column(name, justify="right", overflow="fold")
 
-    def row(label: str, style: Callable[[float], str], values: Sequence[float]) -> None:
-        cells = [style(value) for value in values]
+    def row(label: str, style: Callable[[float], str], values: Sequence[float], cells: Sequence[str] = ()) -> None:
+        cells = [*(cells or map(style, values))]
         if len(values) == 2:
             cells.append(f"{values[1] / values[0]:.1%}" if values[0] > 0 else "")
         table.add_row(label, *cells)
 
     sets = {name: described_set(name, result.rows.get(name)) for name in result.student.metrics}
     for name, metrics in result.student.metrics.items():
-        for metric in metrics:
-            values = [side.metrics[name][metric] for side in known.values()]
-            row(f"{metric} ({sets[name]})", partial(shown, metric), values)
+        for metric in names_of(metrics):
+            found = [side.metrics[name] for side in known.values()]
+            cells = [shown_of(each, metric) for each in found]
+            row(f"{metric} ({sets[name]})", partial(shown, metric), [each[metric] for each in found], cells)
     for metric in result.student.mean:
         values = [side.mean[metric] for side in known.values()]
         row(f"{metric} (mean of {len(sets)} sets)", partial(shown, metric), values)
@@ -360,7 +361,9 @@ def kind(document: Mapping[str, Any], inside: "Sequence[Entry]") -> Group:
     """Return a kind of task: what it is, and its own fields of `[task]`."""
     lines = {key: ", ".join(value) if key in ("metrics", "methods") else value for key, value in document.items()}
     about = columns((key, value) for key, value in lines.items() if key != "fields")
-    return Group(about, "", _fields(inside, inside)) if inside else Group(about)
+    # A field of a table within `[task]` has that table's name before its own.
+    named = [replace(entry, path=(entry.path[0], ".".join(entry.path[1:]))) for entry in inside]
+    return Group(about, "", _fields(named, named)) if inside else Group(about)
 
 
 def family(document: Mapping[str, Any]) -> Group:

@@ -7,7 +7,7 @@ from kdcli.evaluation.result import Loss, described_set
 from kdcli.markdown import code, escaped, table_row
 from kdcli.models.heads import Head
 from kdcli.tasks.heads import head_named
-from kdcli.tasks.metrics import is_error, shown
+from kdcli.tasks.metrics import is_error, names_of, shown, shown_of
 from kdcli.words import counted
 
 
@@ -22,13 +22,14 @@ def _scored_card(record: FinishedRun) -> str:
     known = {"teacher": result.teacher, "student": result.student}
     sides = {name: side for name, side in known.items() if side is not None}
     sets = {name: described_set(name, result.rows.get(name)) for name in result.student.metrics}
-    cells = [(f"{m} ({sets[name]})", name, m) for name, metrics in result.student.metrics.items() for m in metrics]
+    every = result.student.metrics.items()
+    cells = [(f"{m} ({sets[name]})", name, m) for name, metrics in every for m in names_of(metrics)]
     rows = "\n".join(
         [
             table_row(["", *sides]),
             table_row(["---", *["---:"] * len(sides)]),
             *(
-                table_row([escaped(label), *(shown(m, side.metrics[n][m]) for side in sides.values())])
+                table_row([escaped(label), *(shown_of(side.metrics[n], m) for side in sides.values())])
                 for label, n, m in cells
             ),
             *(

@@ -14,6 +14,7 @@ from kdcli.models.finite import at_fault
 from kdcli.tasks.base import Task
 from kdcli.tasks.predict import predict
 from kdcli.terminal import warn
+from kdcli.training.generated import generate_together
 from kdcli.training.teacher_cache import cached_predictions
 
 if TYPE_CHECKING:
@@ -25,10 +26,11 @@ def score_teacher(job: Job, task: Task, teacher: Teacher) -> Metrics:
     if task.scored_by_loss or not teacher.known:
         return {}
     # Many students have the same teacher: what it predicts for the report sets is cached like all its predictions.
-    kept = partial(cached_predictions, use_cache=bool(job.recipe.teacher.cache), console=job.console)
+    use_cache = bool(job.recipe.teacher.cache)
+    kept = partial(cached_predictions, use_cache=use_cache, console=job.console)
     ask = kept if task.kind.outputs_are_kept else predict
     with at_fault("teacher.model"):
-        scores = _scores(job, teacher.model, teacher.tokenizer, task, ask, "the teacher")
+        scores = _scores(job, teacher.model, teacher.tokenizer, task, ask, "the teacher", use_cache=use_cache)
     score = primary_score(scores, task.primary)
     chance = task.kind.chance(list(task.report.values()), task.label_names, task.primary)
     if chance is not None and score <= chance + 0.02:
@@ -78,6 +80,8 @@ def _scores(
     task: Task,
     ask: Callable[..., Any] = predict,
     owner: str = "the student",
+    *,
+    use_cache: bool = False,
 ) -> Metrics:
     return evaluate_model(
         model,
@@ -88,6 +92,7 @@ def _scores(
         ask=ask,
         owner=owner,
         device=job.recipe.train.device,
+        generate=partial(generate_together, use_cache=use_cache),
         console=job.console,
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from kdcli.tasks.metrics import retention_of
+from kdcli.tasks.metrics import names_of, retention_of
 
 Score = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A score; JSON has no NaN, and so null stands for it."""
@@ -119,7 +119,7 @@ def mean_over_sets(metrics: Metrics) -> dict[str, float]:
     if len(metrics) < 2:
         return {}
     first, *others = metrics.values()
-    shared = [name for name in first if all(name in values for values in others)]
+    shared = [name for name in names_of(first) if all(name in values for values in others)]
     return {name: mean(values[name] for values in metrics.values()) for name in shared}
 
 

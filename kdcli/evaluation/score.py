@@ -28,12 +28,14 @@ def evaluate_model(
     ask: Callable[..., Any] = predict,
     owner: str = "the model",
     device: str = "auto",
+    generate: Callable[..., list[list[int]]] | None = None,
     console: "Console | None" = None,
 ) -> dict[str, dict[str, float]]:
     """Return {report set: {metric: value}} of a PyTorch model or an `OnnxModel`, its outputs in the task's order.
 
     ask: called as `predict` is, and returns what it does; the way to outputs that are there already. owner, device: as
-    in `predict`. console: is told of progress, where answers take long.
+    in `predict`. generate: the same for texts that a model writes, called as `kdcli.models.generation.generate` is.
+    console: is told of progress, where answers take long.
     Raises NotFiniteError when its outputs contain NaN or inf.
     """
     return {
@@ -48,6 +50,7 @@ def evaluate_model(
             batch_size=batch_size,
             owner=owner,
             device=device,
+            generate=generate,
             console=console,
         )
         for name, rows in task.report.items()

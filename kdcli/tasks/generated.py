@@ -1,7 +1,7 @@
 """What kinds of tasks share whose models write texts: how these are written, shown, compared and scored."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,13 +112,14 @@ class GeneratingKind(TaskKind):
         batch_size: int,
         device: str = "auto",
         owner: str = "the model",
+        generate: Callable[..., list[list[int]]] | None = None,
         console: "Console | None" = None,
     ) -> list[dict[str, Any]]:
         """Return the text that a model writes after each prompt, its number of tokens, and whether it came to an end.
 
-        Raises NotFiniteError where logits contain NaN or inf.
+        generate: as in `evaluate`. Raises NotFiniteError where logits contain NaN or inf.
         """
-        from kdcli.models.generation import generate
+        from kdcli.models import generation
         from kdcli.models.shape import longest_input
         from kdcli.tasks.predict import placed
         from kdcli.tasks.text_score import tokens_of_text
@@ -126,7 +127,7 @@ class GeneratingKind(TaskKind):
         end, given = self.end_tokens(processor, model.config), writing.max_new_tokens
         limits = [limit for limit in (longest_input(model.config), None if given else max_length) if limit is not None]
         with placed(model, device):
-            found = generate(
+            found = (generate or generation.generate)(
                 model,
                 prompts,
                 max_new_tokens=given or max_length,
@@ -185,6 +186,7 @@ def score_texts(texts: Sequence[Sequence[str]], references: Sequence[Sequence[st
     """
     import numpy as np
 
+    from kdcli.tasks.metrics import DEVIATION
     from kdcli.tasks.text_score import exact_match, rouge_l
 
     found = {}
@@ -192,5 +194,5 @@ def score_texts(texts: Sequence[Sequence[str]], references: Sequence[Sequence[st
         each = [np.mean([score(*pair) for pair in zip(one, references, strict=True)]) for one in texts]
         found[name] = float(np.mean(each))
         if len(each) > 1:
-            found[f"{name}/std"] = float(np.std(each, ddof=1))
+            found[f"{name}{DEVIATION}"] = float(np.std(each, ddof=1))
     return found

@@ -247,6 +247,7 @@ class Instruct(GeneratingKind):
         *,
         max_length: int,
         ask: Any,
+        generate: "Callable[..., list[list[int]]] | None" = None,
         console: "Console | None" = None,
         **options: Any,
     ) -> dict[str, float]:
@@ -261,7 +262,7 @@ class Instruct(GeneratingKind):
         found: dict[str, float] = {}
         if not TEXT_METRICS.isdisjoint(metrics):
             prompts = self.prompts(rows, processor, max_length)
-            how = {"max_length": max_length, "console": console, **options}
+            how = {"max_length": max_length, "generate": generate, "console": console, **options}
             texts = [
                 [reply[self.answer] for reply in self.write(model, prompts, processor, writing, **how)]
                 for writing in self.own.writings

@@ -372,11 +372,13 @@ class TaskKind(ABC):
         *,
         max_length: int,
         ask: Any,
+        generate: "Callable[..., list[list[int]]] | None" = None,
         console: "Console | None" = None,
         **options: Any,
     ) -> dict[str, float]:
         """Return the named metrics of a model on rows, as `score` does. ask, options: as in `answers`.
 
+        generate: called as `kdcli.models.generation.generate` is, and does what it does; for kinds whose models write.
         console: is told of progress, where answers take long.
         """
         answers = self.answers(model, rows, processor, max_length=max_length, ask=ask, **options)
