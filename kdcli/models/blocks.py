@@ -81,6 +81,11 @@ def hidden_module(model: "PreTrainedModel", layer: int) -> "nn.Module":
     return block_of(model, layer)
 
 
+def by_row(states: "Tensor", mask: "Tensor") -> "Tensor":
+    """Return states as (batch, seq, width): some layers get all tokens of a batch in one list. mask: (batch, seq)."""
+    return states.view(*mask.shape, -1) if states.ndim == 2 and len(states) == mask.numel() else states
+
+
 @dataclass(frozen=True)
 class BlockMatrix:
     """One linear map of a block: a module of its own, or a share of a fused module's output.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kdcli.models.attention import configs_of, noting
-from kdcli.models.blocks import BlockMatrix, block_matrix, block_of, body_of, hidden_module, hook_embeddings
+from kdcli.models.blocks import BlockMatrix, block_matrix, block_of, body_of, by_row, hidden_module, hook_embeddings
 from kdcli.models.families import family_of
 from kdcli.models.inputs import model_inputs
 from kdcli.models.output_head import OutputHead, output_head
@@ -182,16 +182,17 @@ class Capture:
         with self._kernels():
             output = self._forward(inputs, batch, logits)
             path = list(self._path(inputs, batch, output)) if self.request.path > 1 and output is not None else []
+        mask = batch["attention_mask"]
         return Signals(
-            mask=batch["attention_mask"],
+            mask=mask,
             **self.attention,
             segments=batch.get("segments"),
             weights=batch.get("example_weights"),
             predictions=output or [],
             hidden=dict(self._hidden),
-            matrices=dict(self._matrices),
+            matrices={key: by_row(x, mask) for key, x in self._matrices.items()},
             windows=dict(self._windows),
-            linear=dict(self._linear),
+            linear={key: (by_row(x, mask), by_row(y, mask)) for key, (x, y) in self._linear.items()},
             local=self._on_inputs_of(other) if other is not None else {},
             factors=self.factors(),
             projections=projections_of(self.model, sorted(self.request.projections)),

@@ -177,6 +177,7 @@ def load_model(
         model = _rounded(_load_structured(checkpoint, BASE if new_head is not None else head), weights).eval()
     check_body(model.config, head, name)
     if new_head is not None:
+        _name_padding(model.config, head, checkpoint)
         return with_new_head(model, head, new_head)
     _read_generation(model, checkpoint)
     return model
@@ -214,11 +215,17 @@ def _rounded(model: "PreTrainedModel", weights: "torch.dtype | None") -> "PreTra
     return model
 
 
-def _config_of(checkpoint: Checkpoint) -> "PretrainedConfig":
+def _config_of(checkpoint: Checkpoint, head: Head) -> "PretrainedConfig":
     config = _plain_config(checkpoint.config, checkpoint.name)
-    if config.pad_token_id is None and not family_of(config).causal:
-        config.pad_token_id = _padding_of(checkpoint.name, checkpoint.revision)
+    _name_padding(config, head, checkpoint)
     return config
+
+
+def _name_padding(config: "PretrainedConfig", head: Head, checkpoint: Checkpoint) -> None:
+    """Write the tokenizer's padding token into a configuration that names none, where the model needs one."""
+    # What follows the last token of a text changes nothing in a decoder; a classifier on it looks for that token.
+    if config.pad_token_id is None and not (family_of(config).causal and (head == BASE or head.causal)):
+        config.pad_token_id = _padding_of(checkpoint.name, checkpoint.revision)
 
 
 def _padding_of(name: str | Path, revision: str | None = None) -> int:
@@ -243,7 +250,7 @@ def _empty_model(checkpoint: Checkpoint, head: Head) -> "PreTrainedModel":
     """
     import torch
 
-    config = _config_of(checkpoint)
+    config = _config_of(checkpoint, head)
     try:
         with torch.device("meta"), quiet_transformers():
             model = _bare(config, head, checkpoint.tensors)
@@ -448,7 +455,7 @@ def _reason(error: Exception) -> str:
 def _load_structured(checkpoint: Checkpoint, head: Head) -> "PreTrainedModel":
     import torch
 
-    config = _config_of(checkpoint)
+    config = _config_of(checkpoint, head)
     structure = checkpoint.structure
     assert structure is not None
     # A body is made with its own head, which is then left away: the structure is told by paths in the whole.

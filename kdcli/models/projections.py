@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kdcli.models.blocks import BlockMatrix, block_matrix, blocks_of, blocks_prefix, module_at
+from kdcli.models.blocks import BlockMatrix, block_matrix, blocks_of, blocks_prefix, by_row, module_at
 from kdcli.models.families import Family, family_of
 from kdcli.models.fused import merge_split
 from kdcli.models.inputs import model_inputs
@@ -47,6 +47,7 @@ def moments_of(teacher: "PreTrainedModel", batches: Iterable[Mapping[str, Tensor
     mask = torch.empty(0)
 
     def add(path: str, vectors: Tensor) -> None:
+        vectors = by_row(vectors, mask)
         real = vectors[mask] if vectors.shape[:-1] == mask.shape else vectors.flatten(0, -2)
         found.setdefault(path, Moment()).add(real)
 

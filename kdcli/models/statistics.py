@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from kdcli.models.blocks import BlockMatrix, body_of, iter_block_matrices
+from kdcli.models.blocks import BlockMatrix, body_of, by_row, iter_block_matrices
 from kdcli.models.finite import NotFiniteError
 from kdcli.models.inputs import model_inputs
 from kdcli.signals import MatrixKey
@@ -161,7 +161,8 @@ def _add(
     for key, matrix in matrices.items():
         found = calls[matrix.module]
         # Blocks that are run again and again have several inputs a batch: they are one longer row.
-        x = torch.cat([given * mask for given, _ in found], dim=1) if len(found) > 1 else found[0][0] * mask
+        given = [by_row(x, batch["attention_mask"]) * mask for x, _ in found]
+        x = torch.cat(given, dim=1) if len(given) > 1 else given[0]
         name = found[0][0].data_ptr()
         if key not in sums:
             width = x.shape[-1]
@@ -175,7 +176,7 @@ def _add(
             inputs.second += flat.T @ flat
             inputs.tokens += int(mask.sum()) * len(found)
         if gradients:
-            parts = [matrix.of(gradients[id(output)]) * mask for _, output in found]
+            parts = [by_row(matrix.of(gradients[id(y)]), batch["attention_mask"]) * mask for _, y in found]
             g = torch.cat(parts, dim=1).float()
             # The squared entries of a row's gradient sum_t g_t x_t^T, summed over columns, without forming it.
             likeness = x.float() @ x.float().transpose(1, 2)

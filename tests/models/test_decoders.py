@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import DECODERS, tiny
+from families import DECODERS, tiny, tokenizer
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kdcli.models.blocks import block_matrix, blocks_of, iter_block_matrices
+from kdcli.errors import InputError
+from kdcli.models.blocks import block_matrix, blocks_of, iter_block_matrices, module_at
 from kdcli.models.capture import Capture
 from kdcli.models.families import FAMILIES, family_of
 from kdcli.models.fused import merge_split
@@ -26,9 +28,9 @@ from kdcli.objectives.relation import RelationObjective
 from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import Request, Signals
 from kdcli.tasks.causal_lm import KIND
+from kdcli.tasks.classification import KIND as CLASSIFICATION
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in DECODERS},
     "opt with narrow embeddings and no final norm": (
         "opt",
         {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
@@ -38,12 +40,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2 without caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gpt_neox one after the other": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
 }
-"""Families, and what of them depends on a setting."""
+"""What of a family depends on a setting."""
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS))
+@pytest.fixture(scope="module", params=[*DECODERS, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    family, settings = VARIANTS[request.param]
+    family, settings = VARIANTS.get(request.param, (request.param, {}))
     return tiny(family, **settings)
 
 
@@ -58,6 +60,12 @@ def batch(rows: int = 3, width: int = 11, seed: int = 0) -> dict[str, Tensor]:
 
 
 REAL = batch()["attention_mask"].bool()
+PREDICTED = {
+    "predicted_positions": torch.tensor([0, 3, 14, 15, 23]),
+    "targets": torch.tensor([7, 8, 9, 10, 11]),
+    "prediction_weights": torch.full((5,), 0.2),
+}
+"""Some positions whose next token is predicted."""
 
 
 @torch.no_grad()
@@ -116,6 +124,20 @@ def test_attention_of_captured_queries_and_keys_is_the_librarys_own(model: PreTr
             torch.testing.assert_close(ours.transpose(1, 2)[REAL], weights.transpose(1, 2)[REAL], atol=1e-5, rtol=0)
 
 
+def test_predictions_are_differentiated_by_what_the_first_block_gets(model: PreTrainedModel) -> None:
+    capture = Capture(model, Request(logits=True, gradients=1), KIND)
+    with capture:
+        signals = capture.run({**batch(), **PREDICTED})
+        (ours,) = torch.autograd.grad(signals.predictions[0].table.square().sum(), signals.hidden[0])
+    capture.close()
+    embedded = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded, attention_mask=batch()["attention_mask"]).logits
+    (theirs,) = torch.autograd.grad(logits.flatten(0, 1)[PREDICTED["predicted_positions"]].square().sum(), embedded)
+    if (projection := module_at(model, family_of(model.config).projection)) is not None:
+        ours = ours @ projection.get_parameter("weight")
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_fused_and_transposed_matrices_as_layers_of_their_own_change_nothing(model: PreTrainedModel) -> None:
     split = copy.deepcopy(model)
     for key, matrix in list(iter_block_matrices(split)):
@@ -145,7 +167,7 @@ def test_full_rank_factors_are_restored_and_merge_into_the_librarys_own(model: P
     torch.testing.assert_close(logits_of(loaded), logits_of(model), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("targets", [["attention", "ffn"], ["ffn"]])
+@pytest.mark.parametrize("targets", [["attention", "ffn"], pytest.param(["ffn"], marks=pytest.mark.slow)])
 def test_a_contracted_decoder_is_a_plain_folder_of_the_library(
     model: PreTrainedModel, targets: list[Any], tmp_path: Path
 ) -> None:
@@ -222,3 +244,49 @@ def test_every_decoder_says_that_it_is_one() -> None:
         with torch.no_grad():
             first, second = (model(input_ids=one).logits[:, :-1] for one in (ids, changed))
         assert torch.equal(first, second)
+
+
+def test_a_file_without_the_bodys_name_and_with_old_masks_is_loaded(tmp_path: Path) -> None:
+    # As GPT-2's own: no "transformer." before the names, the triangular masks of attention among the weights.
+    model = tiny("gpt2")
+    model.save_pretrained(tmp_path)
+    state = {
+        key.removeprefix("transformer."): value for key, value in model.state_dict().items() if "lm_head" not in key
+    }
+    for block in (0, 1):
+        state[f"h.{block}.attn.bias"] = torch.ones(1, 1, 130, 130).tril()
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors")
+    assert torch.equal(logits_of(load_model(tmp_path, CAUSAL_LM)), logits_of(model))
+    state["h.0.attn.c_other.weight"] = torch.ones(2)
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"has 1 weight \(first: h.0.attn.c_other.weight\) for which"):
+        load_model(tmp_path, CAUSAL_LM)
+
+
+@pytest.mark.parametrize("padding", [None, 5])
+def test_a_decoder_needs_a_padding_token_as_a_classifier_only(padding: int | None, tmp_path: Path) -> None:
+    model = tiny("llama", pad_token_id=padding)
+    model.save_pretrained(tmp_path)
+    assert load_model(tmp_path, CAUSAL_LM).config.pad_token_id == padding
+    labelled = {"num_labels": 3}
+    if padding is None:
+        with pytest.raises(InputError, match="no tokenizer beside it has a padding token"):
+            load_model(tmp_path, CLASSIFICATION.head, new_head=labelled)
+        tokenizer().save_pretrained(tmp_path)
+    assert load_model(tmp_path, CLASSIFICATION.head, new_head=labelled)(**batch()).logits.shape == (3, 3)
+
+
+@pytest.mark.data
+def test_a_trained_llama_is_captured_as_the_library_runs_it(data_dir: Path) -> None:
+    model = load_model(data_dir.parent / "models" / "stories260K", CAUSAL_LM)
+    shape = shape_of(model.config)
+    assert (shape.layers, shape.heads, shape.kv_heads, shape.head) == (5, 8, 4, 8)
+    with torch.no_grad():
+        found = eager(model)(**batch(), output_hidden_states=True, output_attentions=True)
+    signals = signals_of(model, all_of(model))
+    for layer, state in enumerate(found.hidden_states):
+        torch.testing.assert_close(signals.hidden[layer][REAL], state[REAL], atol=1e-4, rtol=0)
+    for layer, weights in enumerate(found.attentions, start=1):
+        keys = own_keys(signals.mask, None, common_window((signals, [layer])))
+        ours = masked_log_softmax(signals.attention_scores(layer), keys).exp()
+        torch.testing.assert_close(ours.transpose(1, 2)[REAL], weights.transpose(1, 2)[REAL], atol=1e-5, rtol=0)

@@ -191,7 +191,7 @@ def test_a_model_is_loaded_as_what_it_is_or_refused(family: str, kind: str, tmp_
             with torch.no_grad():
                 assert all(torch.equal(loaded(ids)[output], model(ids)[output]) for output in own.outputs)
         else:
-            with pytest.raises(InputError, match="kdcli knows a classifier" if name is None else "no trained head for"):
+            with pytest.raises(InputError, match="kdcli knows a causal" if name is None else "no trained head for"):
                 load_model(tmp_path, name)
     # Its body is its own, whatever its head.
     body, state = load_model(tmp_path, "base").state_dict(), model.base_model.state_dict()
