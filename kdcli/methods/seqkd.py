@@ -52,7 +52,7 @@ METHOD = Method(
     signals="responses that the teacher writes; with token_kd its logits on them",
     constraints="tasks of prompts and responses; the same vocabulary",
     cost="student only (with token_kd one teacher forward pass a step); before it the teacher writes one response a "
-    "row, once for all students",
+    "row, evaluate.batch_size at a time, once for all students",
     options=SeqKDOptions,
     build=build,
     check=check,

@@ -83,7 +83,7 @@ def generate(
     exported graph with a cache). prompts: ids, none of them empty. max_length: of prompt and response together. What is
     written does not depend on the other prompts of a batch, but for rounding. What is drawn depends on `seed` and the
     prompt's number, and on nothing else: no random state of the process is read or changed. numbers: of the prompts;
-    left out, their places. mixture: a PyTorch model on the same device, in eval mode, that takes part in each draw.
+    left out, their places. mixture: a PyTorch model in eval mode that takes part in each draw.
     owner: what an error calls the model. console: is told of progress, where it takes long.
     The model is in eval mode for the time. Raises NotFiniteError where logits contain NaN or inf, and ValueError for
     an empty prompt.
@@ -249,16 +249,17 @@ class _Mix(LogitsProcessor):
         if self.cache is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         positions = (self.mask.cumsum(1) - 1).clamp_(min=0)[:, -new.shape[1] :]
+        place = self.mixture.model.device
         output = self.mixture.model(
-            input_ids=new,
-            attention_mask=self.mask,
-            position_ids=positions,
+            input_ids=new.to(place),
+            attention_mask=self.mask.to(place),
+            position_ids=positions.to(place),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
         self.cache, share = output.past_key_values, self.mixture.share
-        other = output.logits[:, -1].float().log_softmax(-1) + math.log(share)
+        other = output.logits[:, -1].float().log_softmax(-1).to(scores.device) + math.log(share)
         return torch.logaddexp(scores.log_softmax(-1) + math.log1p(-share), other)
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
@@ -24,9 +25,6 @@ from kdcli.training.distributed import is_main, process, processes, shared
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
-
-PART = 64
-"""Prompts of one file: what a kill costs at most, and what is held in memory."""
 
 KEY = b"kdcli"
 
@@ -53,17 +51,19 @@ def responses_to(
     use_cache: bool,
     console: Console,
 ) -> Generator[tuple["Dataset", list[list[int]], list[list[int]]], None, None]:
-    """Yield some rows after the other, their prompts, and what a teacher writes to these.
+    """Yield `batch_size` rows at a time, their prompts, and what a teacher writes to these; the longest prompts first.
 
-    rows: features with `index`, `input_ids` and `labels`. A file is named by the teacher's weights and configuration,
-    the prompts, the sampling and its seed, and appears whole or not at all: what a killed run has made is found again,
-    and a damaged file is made again. Several processes take turns, a part each; all of them get all responses.
+    rows: features with `index`, `input_ids` and `labels`. Each batch has a file of its own, which is named by the
+    teacher's weights and configuration, the prompts, the sampling and its seed, and appears whole or not at all: what a
+    killed run has made is found again, and a damaged file is made again. Several processes take turns, a batch each;
+    all of them get all responses.
     Raises NotFiniteError where the teacher's logits contain NaN or inf.
     """
     settings = {**asdict(writing), "end": sorted(writing.end), "pad": None, "format": 1}
     folder = cache_dir() / "responses" / fingerprint({"model": hash_of_model(teacher), **settings})
     progress = Progress(console if is_main() else None, len(rows), "responses")
-    starts, turns, mine = range(0, len(rows), PART), processes(), process()
+    order = np.argsort(-np.fromiter(prompt_lengths(rows), np.int64), kind="stable")
+    starts, turns, mine = range(0, len(rows), batch_size), processes(), process()
 
     def make(numbers: list[int], prompts: list[list[int]]) -> list[list[int]]:
         name = f"{folder.name}/{fingerprint([numbers, prompts])}"
@@ -81,7 +81,7 @@ def responses_to(
             sampling=writing.sampling,
             seed=writing.seed,
             numbers=numbers,
-            batch_size=batch_size,
+            batch_size=len(prompts),
             owner="the teacher",
         )
         if use_cache:
@@ -90,7 +90,7 @@ def responses_to(
 
     with placed(teacher, device):
         for first in range(0, len(starts), turns):
-            parts = [_part(rows, start) for start in starts[first : first + turns]]
+            parts = [_part(rows, order[start : start + batch_size]) for start in starts[first : first + turns]]
             found: list[list[int]] | Exception | None = None
             if mine < len(parts):
                 try:
@@ -113,9 +113,9 @@ def prompt_lengths(rows: "Dataset") -> Iterator[int]:
         yield from (len(prompt_of(*pair)) for pair in zip(part["input_ids"], part["labels"], strict=True))
 
 
-def _part(rows: "Dataset", start: int) -> tuple["Dataset", list[int], list[list[int]]]:
+def _part(rows: "Dataset", places: np.ndarray) -> tuple["Dataset", list[int], list[list[int]]]:
     """Return the rows of a part, their numbers, and their prompts."""
-    part = rows.select(range(start, min(start + PART, len(rows))))
+    part = rows.select(places)
     values = part.select_columns(["index", "input_ids", "labels"])[:]
     prompts = [prompt_of(*pair) for pair in zip(values["input_ids"], values["labels"], strict=True)]
     return part, values["index"], prompts

@@ -26,7 +26,6 @@ from kdcli.models.load import load_tokenizer
 from kdcli.tasks.heads import load_model
 from kdcli.tasks.load import load_task
 from kdcli.tasks.responses import prompt_of, with_response
-from kdcli.training import responses
 from kdcli.training.responses import Writing, responses_to
 
 QUIET = Console(quiet=True)
@@ -71,9 +70,13 @@ def writing(words: Any, **options: Any) -> Writing:
     return Writing(**{"sampling": DRAWN, "pad": words.pad_token_id, **values, **options})
 
 
-def written(rows: Dataset, teacher: Any, how: Writing, console: Console = QUIET, **options: Any) -> list[list[int]]:
-    keys: dict[str, Any] = {"batch_size": 4, "device": "cpu", "use_cache": True, "console": console, **options}
-    return [response for _, _, found in responses_to(rows, teacher, how, **keys) for response in found]
+def written(
+    rows: Dataset, teacher: Any, how: Writing, console: Console = QUIET, **options: Any
+) -> dict[int, list[int]]:
+    """Return the responses by the rows' numbers."""
+    keys: dict[str, Any] = {"batch_size": 5, "device": "cpu", "use_cache": True, "console": console, **options}
+    found = responses_to(rows, teacher, how, **keys)
+    return {index: response for part, _, all_ in found for index, response in zip(part["index"], all_, strict=True)}
 
 
 def test_the_prompt_is_all_before_the_last_response() -> None:
@@ -108,20 +111,19 @@ def test_the_student_is_trained_on_what_the_teacher_writes_to_the_prompts(tmp_pa
     prompts = kind.prompts(task.train, words, loaded.task.max_length)
     ends = kind.end_tokens(words, teacher.config)
     options: dict[str, Any] = {"max_new_tokens": 12, "end": ends, "pad": 0, "sampling": DRAWN, "seed": 5}
-    for index, prompt, response in zip(task.train["index"], prompts, table["response"].to_pylist(), strict=True):
-        assert generate(teacher, [prompt], numbers=[index], **options) == [response]
+    found = dict(zip(table["index"].to_pylist(), table["response"].to_pylist(), strict=True))
+    assert len(found) == len(ROWS)
+    for index, prompt in zip(task.train["index"], prompts, strict=True):
+        assert generate(teacher, [prompt], numbers=[index], **options) == [found[index]]
 
 
-def test_only_what_is_missing_is_written_again(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_what_is_missing_is_written_again(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that is stopped, another part that is damaged, one of something else: the rest of the files stays."""
-    monkeypatch.setattr(responses, "PART", 5)
     words = tokenizer()
     teacher, rows, how = model(words), rows_of(17, words), writing(words)
     whole = written(rows, teacher, how, use_cache=False)
     assert not cache.exists()
-    stopped = responses_to(rows, teacher, how, batch_size=4, device="cpu", use_cache=True, console=QUIET)
+    stopped = responses_to(rows, teacher, how, batch_size=5, device="cpu", use_cache=True, console=QUIET)
     next(stopped), next(stopped)
     stopped.close()
     assert not teacher.training and teacher.device.type == "cpu"
@@ -153,13 +155,12 @@ def test_only_what_is_missing_is_written_again(
         assert len(files()) == before + 4
 
 
-def test_responses_do_not_depend_on_parts_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_responses_do_not_depend_on_their_batches() -> None:
     words = tokenizer()
     teacher, rows, how = model(words), rows_of(13, words), writing(words)
     whole = written(rows, teacher, how, use_cache=False)
-    monkeypatch.setattr(responses, "PART", 3)
     assert written(rows, teacher, how, use_cache=False, batch_size=2) == whole
-    assert len({tuple(response) for response in whole}) > 5
+    assert len(whole) == 13 and len({tuple(response) for response in whole.values()}) > 5
 
 
 def test_a_plan_says_how_much_is_written_and_writes_nothing(tmp_path: Path, cache: Path) -> None:

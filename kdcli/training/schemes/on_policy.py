@@ -77,7 +77,7 @@ class OnPolicyScheme(Scheme):
         ]
         prompts = [prompt_of(row["input_ids"], row["labels"]) for row in rows]
         teacher = self.teacher() if self.teacher_share > 0 else None
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.half):
+        with torch.autocast(setting.student.device.type, torch.bfloat16, enabled=self.half):
             responses = generate(
                 setting.student,
                 prompts,
