@@ -9,6 +9,7 @@ from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.layer_maps import MAPS, Pairs, layer_map
 from kdcli.methods.terms import (
+    RELATIVE_STATES,
     WHERE_PREDICTED,
     PredictionWeights,
     Temperature,
@@ -18,6 +19,7 @@ from kdcli.methods.terms import (
     needs_bridge,
     prediction_terms,
     refuse_unsupported,
+    relative_states,
     weighted,
 )
 from kdcli.recipe.schema import NonNegativeInt, Seed, Share
@@ -70,7 +72,7 @@ class HSOptions(Options):
         description="Learned linear maps of the student's hidden states before the comparison: one a block, or with "
         '"emd" one for all blocks and the embeddings. Left out, only where the widths differ.',
     )
-    match_norm: bool = Field(default=False, description="Measure errors relative to the size of the teacher's states.")
+    match_norm: bool | None = Field(default=None, description=RELATIVE_STATES)
     weights: Weights = Field(default=Weights(), description="How much each part weighs; 0 switches a part off.")
     alpha: Share = Field(
         default=0.5,
@@ -150,7 +152,7 @@ def _hidden(options: HSOptions, context: Context, how: dict[str, Any]) -> "Objec
     random = options.layer_map == "random"
     return HiddenObjective(
         _pairs(options, context),
-        match_norm=options.match_norm,
+        match_norm=relative_states(options.match_norm, context),
         redraw=(lambda epoch: _pairs(options, context, epoch)) if random else None,
         teacher_layers=range(1, context.teacher.layers + 1) if random else (),
         **how,
@@ -168,7 +170,7 @@ def build(options: HSOptions, context: Context) -> list[Stage]:
         # BERT-EMD's is TinyBERT's: one for all blocks and the embeddings.
         bridge = nn.Linear(*how["widths"]) if needs_bridge(options.bridge, context) else False
         how = {"widths": how["widths"], "bridge": bridge}
-    embedding = HiddenObjective([(0, 0)], match_norm=options.match_norm, **how)
+    embedding = HiddenObjective([(0, 0)], match_norm=relative_states(options.match_norm, context), **how)
     terms = [
         Term("hidden", _hidden(options, context, how), options.weights.hidden),
         Term("embedding", embedding, options.weights.embedding),

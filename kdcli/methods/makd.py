@@ -8,6 +8,7 @@ from pydantic import Field
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage, Term
 from kdcli.methods.terms import (
+    RELATIVE_STATES,
     Temperature,
     Weight,
     need_equal_heads,
@@ -15,6 +16,7 @@ from kdcli.methods.terms import (
     need_shares_of_one,
     refuse_idle,
     refuse_unsupported,
+    relative_states,
     weighted,
 )
 from kdcli.recipe.schema import PositiveFloat, Share
@@ -74,9 +76,7 @@ class MaKDOptions(Options):
         'teacher\'s in the first stage of schedule = "staged" and then the student\'s. Left out, "student", or '
         '"teacher-first" where there are stages.',
     )
-    hidden_norm: bool = Field(
-        default=False, description="Measure errors of hidden states relative to the size of the teacher's."
-    )
+    hidden_norm: bool | None = Field(default=None, description=RELATIVE_STATES)
     schedule: Literal["joint", "staged"] = Field(
         default="joint", description="All levels at once, or in three stages: matrices, then layers too, then all."
     )
@@ -165,12 +165,12 @@ def build(options: MaKDOptions, context: Context) -> list[Stage]:
             ),
             Term(
                 "hidden",
-                HiddenObjective(context.pairs, match_norm=options.hidden_norm),
+                HiddenObjective(context.pairs, match_norm=relative_states(options.hidden_norm, context)),
                 weight * terms.hidden,
             ),
             Term(
                 "embedding",
-                HiddenObjective([(0, 0)], match_norm=options.hidden_norm),
+                HiddenObjective([(0, 0)], match_norm=relative_states(options.hidden_norm, context)),
                 weight * embedding,
             ),
         ]

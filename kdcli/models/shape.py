@@ -17,7 +17,8 @@ class ModelShape:
     """Sizes of a transformer: blocks, widths, heads, vocabulary, positions.
 
     kv_heads: heads of keys and values, each shared by heads / kv_heads heads of queries. head: the width of a head.
-    gated: whether blocks have a gate. embedding: the width of a text's embedding; None for a model that gives none.
+    gated: whether blocks have a gate. causal: whether tokens attend to none after them. embedding: the width of a
+    text's embedding; None for a model that gives none.
     """
 
     family: str
@@ -30,6 +31,7 @@ class ModelShape:
     vocab: int
     max_positions: int
     gated: bool = False
+    causal: bool = False
     embedding: int | None = None
 
     def width_of(self, matrix: str) -> int:
@@ -68,6 +70,7 @@ def shape_of(config: "PretrainedConfig") -> ModelShape:
         vocab=getattr(config, names.vocabulary),
         max_positions=getattr(config, names.positions),
         gated=family.ffn_gate is not None,
+        causal=family.causal,
         embedding=_embedding(config, hidden),
     )
 

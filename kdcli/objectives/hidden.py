@@ -52,20 +52,32 @@ class _SquaredError(torch.autograd.Function):
 
 
 def token_mse(
-    student: Tensor, teacher: Tensor, mask: Tensor, weights: Tensor | None = None, *, match_norm: bool = False
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    weights: Tensor | None = None,
+    *,
+    match_norm: bool = False,
+    by_token: bool = False,
 ) -> Tensor:
     """Return the squared difference, mean over features, real tokens and examples.
 
     student, teacher: (batch, seq, width); mask: (batch, seq); weights: (batch,), of examples. With `match_norm` each
     example's error is divided by the teacher's mean square over that example: a relative error that no activation's
     size can make heavy, and that still averages over examples, so that shares of a batch on several devices agree with
-    the whole.
+    the whole; with `by_token` as well, each token's by its own mean square. That is for decoders: their first token
+    has states whose square is ten thousand times that of others (Sun et al. 2024, arXiv 2402.17762).
     """
-    return mean_token_mse([(student, teacher)], mask, weights, match_norm=match_norm)
+    return mean_token_mse([(student, teacher)], mask, weights, match_norm=match_norm, by_token=by_token)
 
 
 def mean_token_mse(
-    pairs: Iterable[tuple[Tensor, Tensor]], mask: Tensor, weights: Tensor | None = None, *, match_norm: bool = False
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    mask: Tensor,
+    weights: Tensor | None = None,
+    *,
+    match_norm: bool = False,
+    by_token: bool = False,
 ) -> Tensor:
     """Return the mean of `token_mse` over pairs of (student, teacher), whose widths may differ from pair to pair."""
     found = [_SquaredError.apply(student, teacher.detach(), match_norm) for student, teacher in pairs]
@@ -73,7 +85,8 @@ def mean_token_mse(
     error = torch.stack([one for one, _ in found])
     if match_norm:
         size = torch.stack([size for _, size in found])
-        error = error / example_mean(size, mask).clamp(min=1e-12)[..., None]
+        size = size if by_token else example_mean(size, mask)[..., None]
+        error = error / size.clamp(min=1e-12)
     return token_mean(error, mask, weights)
 
 
@@ -130,7 +143,8 @@ class HiddenObjective(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         pairs = self._compared(student, teacher)
-        return mean_token_mse(pairs, student.mask, student.weights, match_norm=self.match_norm)
+        options = {"match_norm": self.match_norm, "by_token": student.causal}
+        return mean_token_mse(pairs, student.mask, student.weights, **options)
 
     def _compared(self, student: Signals, teacher: Signals) -> Iterator[tuple[Tensor, Tensor]]:
         # One pair at a time: the teacher's may be read from a disk.
@@ -169,7 +183,8 @@ class ProjectionObjective(Objective):
         return Request(matrices=frozenset((t, name) for _, t in self.pairs for name in self.names))
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
-        return mean_token_mse(self._compared(student, teacher), student.mask, student.weights, match_norm=True)
+        options = {"match_norm": True, "by_token": student.causal}
+        return mean_token_mse(self._compared(student, teacher), student.mask, student.weights, **options)
 
     def _compared(self, student: Signals, teacher: Signals) -> Iterator[tuple[Tensor, Tensor]]:
         for s, t in self.pairs:

@@ -43,7 +43,8 @@ class MatrixObjective(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         pairs = self._compared(student, teacher)
-        return mean_token_mse(pairs, student.mask, student.weights, match_norm=self.match_norm)
+        options = {"match_norm": self.match_norm, "by_token": student.causal}
+        return mean_token_mse(pairs, student.mask, student.weights, **options)
 
     def _compared(self, student: Signals, teacher: Signals) -> Iterator[tuple[Tensor, Tensor]]:
         # One pair at a time: the teacher's may be read from a disk.

@@ -137,3 +137,14 @@ def test_the_joint_loss_and_its_gradient_are_those_of_the_formula(options: dict[
     for (name, ours), theirs in zip(student.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
     distiller.close()
+
+
+@pytest.mark.parametrize("name, option", [("makd", "hidden_norm"), ("hs", "match_norm")])
+def test_states_of_decoders_are_compared_relative_to_their_size_unless_a_recipe_says_otherwise(name: str, option: str):
+    method = registry.get(name)
+    for family, given, relative in (("llama", {}, True), ("llama", {option: False}, False), ("bert", {}, False)):
+        shape = shape_of(tiny(family).config)
+        context = Context(shape, shape, "depth", CLASSIFICATION, [(1, 1), (2, 2)])
+        (stage,) = method.build(method.options.model_validate(given), context)
+        (hidden,) = (term.objective for term in stage.terms if term.name == "hidden")
+        assert hidden.match_norm is relative

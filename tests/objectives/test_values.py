@@ -145,6 +145,9 @@ def test_relative_squared_differences_by_hand():
     # Mean squares of the teacher: (9 + 4) / 2 = 6.5; (4 / 2 + 26 / 2) / 2 = 7.5.
     found = token_mse(STUDENT, TEACHER, mask_of([1, 2]), match_norm=True)
     assert found.item() == approx((2 / 6.5 + 5 / 7.5) / 2)
+    # Token by token, as decoders are compared: the second example's have 2 and 13.
+    found = token_mse(STUDENT, TEACHER, mask_of([1, 2]), match_norm=True, by_token=True)
+    assert found.item() == approx((2 / 6.5 + (2 / 2 + 8 / 13) / 2) / 2)
 
 
 def test_a_relative_difference_does_not_notice_a_common_scale():
