@@ -68,7 +68,44 @@ class VocabularyLogits:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
-Logits = Tensor | VocabularyLogits
+@dataclass(frozen=True, eq=False)
+class TopTokens:
+    """What is known of a teacher's distributions over a vocabulary: its most probable tokens, and the rest as one.
+
+    ids: (n, k). log_probabilities: (n, k + 1), of these tokens and of all others together, at a temperature.
+    """
+
+    ids: Tensor
+    log_probabilities: Tensor
+    temperature: "float" = 1.0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: Tensor | slice) -> "TopTokens":
+        """Return what is known of some rows."""
+        return replace(self, ids=self.ids[rows], log_probabilities=self.log_probabilities[rows])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, k + 1)"""
+        return len(self.ids), self.log_probabilities.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.ids.device
+
+    def detach(self) -> "TopTokens":
+        """Return the same: nothing of it has a gradient."""
+        return self
+
+    def float(self) -> Tensor:
+        """Raise TypeError: most of the logits are unknown."""
+        raise TypeError("of a teacher's most probable tokens alone there is no table of logits")
+
+
+Logits = Tensor | VocabularyLogits | TopTokens
 
 
 @dataclass
@@ -105,6 +142,7 @@ class Request:
     that follows. `local`: (matrix, another model's matrix) whose outputs on that one's inputs are formed.
     `projections`: maps whose trained projections are asked for, (0, EMBEDDINGS) among them.
     `all_positions`: predictions at every real token, not just at those with a gold answer.
+    `temperatures`: those at which logits are compared as distributions, where nothing else is made of them.
     `gradients` says how often the logits are differentiated by hidden[0]: 1 keeps the graph between them, 2 one whose
     gradient can be learned from; `path` is the number of points between a zero embedding and hidden[0] at which the
     model is to be run for it (integrated gradients).
@@ -119,6 +157,7 @@ class Request:
     factors: bool = False
     projections: frozenset[MatrixKey] = frozenset()
     all_positions: bool = False
+    temperatures: frozenset[float] = frozenset()
     gradients: int = 0
     path: int = 1
 
@@ -133,6 +172,7 @@ class Request:
             self.factors or other.factors,
             self.projections | other.projections,
             self.all_positions or other.all_positions,
+            self.temperatures | other.temperatures,
             max(self.gradients, other.gradients),
             max(self.path, other.path),
         )

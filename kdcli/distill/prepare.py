@@ -23,6 +23,7 @@ from kdcli.distill.resolve import Resolved, context_of, for_task, head_needed, p
 from kdcli.distill.scale import check_scale
 from kdcli.distill.states import StatesPlan, plan_states
 from kdcli.distill.teacher import TeacherStart, labelling_of, start_teacher
+from kdcli.distill.top_tokens import check_cut
 from kdcli.distill.vocabulary import plan_vocabulary
 from kdcli.errors import InputError
 from kdcli.gates import Limits
@@ -331,6 +332,7 @@ def _followers(
             stages = aligned(stages, alignment, known=teacher.known)
         check_scale(resolved.recipe, stages, build.model, overparam)
         states = plan_states(resolved.recipe, task.kind, stages, nearest)
+        check_cut(resolved.recipe, task.kind, stages, context.teacher.vocab)
         tensors_of, pairs = nearest, context.pairs
         if hides_teacher(resolved):
             if overparam is not None and overparam.aux_weight > 0 and not teacher.trains:

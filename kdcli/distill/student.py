@@ -18,6 +18,7 @@ from kdcli.distill.resolve import trains_head
 from kdcli.distill.start import factoriser_of, start_projections
 from kdcli.distill.states import FOLDER, can_be_kept, checkpoints_of, teacher_request
 from kdcli.distill.teacher import Teacher
+from kdcli.distill.top_tokens import cut_of, known_tokens, told_cut
 from kdcli.evaluation.score import scorer
 from kdcli.files import atomic_folder, remove, write_json
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
@@ -40,6 +41,7 @@ from kdcli.training.schemes.base import Scheme, Setting
 from kdcli.training.step import Distiller
 from kdcli.training.teacher_cache import known_outputs
 from kdcli.training.teacher_states import KeptStates, StatesCollator, keep_states
+from kdcli.training.teacher_tokens import KnownTokens, TokensCollator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -223,19 +225,27 @@ def _train(
                 console=job.console,
             )
             states = kept
+        tokens, record = None, {}
+        if (cut := cut_of(resolved.recipe.teacher.top_k, terms)) is not None and not finished:
+            tokens, lost = known_tokens(cut, scheme, build.model, rows, encoded.selection)
+            record["cut"] = lost
+            job.tell(told_cut(lost))
         distiller = make_distiller(
-            build.model, terms, scheme, rows, held=encoded.selection, factors=factors, states=states
+            build.model, terms, scheme, rows, held=encoded.selection, factors=factors, states=states, tokens=tokens
         )
         if finished:
             load_weights(distiller, final)
             distiller.close()
             records.append(json.loads((final / RECORD).read_text(encoding="utf-8")))
         else:
-            record = fit(
+            source = _Source(rows, encoded.selection, collator)
+            source = source.with_states(states) if states is not None else source
+            source = source.with_tokens(tokens) if tokens is not None else source
+            record |= fit(
                 distiller,
-                train=rows if states is None else states.placed(rows),
-                selection=encoded.selection,
-                collator=collator if states is None else StatesCollator(collator, states),
+                train=source.rows,
+                selection=source.held,
+                collator=source.collator,
                 metrics=None if task.kind.chosen_by_loss else scorer(task, encoded.selection),
                 settings=loop,
                 folder=work,
@@ -257,6 +267,24 @@ def _train(
     return records
 
 
+@dataclass(frozen=True)
+class _Source:
+    """What a stage trains and is scored on, and how rows become batches."""
+
+    rows: Any
+    held: Any
+    collator: Any
+
+    def with_states(self, states: KeptStates) -> "_Source":
+        """Return the same with the places of a teacher's states."""
+        return replace(self, rows=states.placed(self.rows), collator=StatesCollator(self.collator, states))
+
+    def with_tokens(self, tokens: KnownTokens) -> "_Source":
+        """Return the same with a teacher's most probable tokens."""
+        held = tokens.placed(self.held, 1) if len(tokens.tables) > 1 else self.held
+        return _Source(tokens.placed(self.rows), held, TokensCollator(self.collator, tokens))
+
+
 def make_distiller(
     student: "PreTrainedModel",
     terms: list[Term],
@@ -266,12 +294,14 @@ def make_distiller(
     held: Any = None,
     factors: dict[Any, tuple[torch.Tensor, ...]] | None = None,
     states: KeptStates | None = None,
+    tokens: KnownTokens | None = None,
 ) -> Distiller:
     """Return the step of a stage; a fixed teacher gives its outputs once, before training, where that saves work.
 
-    rows, held: encoded, for training and for choosing a checkpoint. states: what is kept of its inside.
+    rows, held: encoded, for training and for choosing a checkpoint. states, tokens: what is kept of its inside, and of
+    its predictions.
     """
-    setting, teacher, known = scheme.setting, scheme.teacher(), scheme.teacher_outputs()
+    setting, teacher, known = scheme.setting, scheme.teacher(), tokens or scheme.teacher_outputs()
     kind = setting.task.kind
     request = teacher_request(terms)
     kept = setting.cache and kind.outputs_are_kept and not kind.inputs_change

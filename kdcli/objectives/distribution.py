@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdcli.errors import InputError
-from kdcli.objectives.divergence import compare
+from kdcli.objectives.divergence import compare, compare_top
 from kdcli.objectives.rows import RowLoss, Rows, chunk_of, row_sum
 from kdcli.objectives.term import FORWARD_KL, Divergence
-from kdcli.signals import Logits, VocabularyLogits
+from kdcli.signals import Logits, TopTokens, VocabularyLogits
 
 
 class Distribution(ABC):
@@ -120,11 +120,16 @@ class Categorical(Distribution):
     ) -> RowLoss:
         """Return the same as a sum over rows."""
         teacher = teacher.detach()
+        if isinstance(teacher, TopTokens) and teacher.temperature != temperature:
+            raise ValueError(f"probabilities at temperature {teacher.temperature} are none at {temperature}")
 
         def of(rows: Rows, slope: bool) -> tuple[Tensor, Tensor | None]:
-            own = rows.log_probabilities(temperature)
-            other = torch.log_softmax(teacher[rows.part].float().to(own.device) / temperature, dim=-1)
-            values, gradient = compare(own, other, self.comparison, slope=slope)
+            own, part = rows.log_probabilities(temperature), teacher[rows.part]
+            if isinstance(part, TopTokens):
+                values, gradient = compare_top(own, part.ids, part.log_probabilities, self.comparison, slope=slope)
+            else:
+                other = torch.log_softmax(part.float().to(own.device) / temperature, dim=-1)
+                values, gradient = compare(own, other, self.comparison, slope=slope)
             return values, gradient.div_(temperature) if gradient is not None else None
 
         return RowLoss(student, of, weights)

@@ -30,6 +30,28 @@ def compare(own: Tensor, other: Tensor, divergence: Divergence, *, slope: bool =
             return _skew_reverse_kl(own, other, divergence.skew, slope)
 
 
+def compare_top(
+    own: Tensor, ids: Tensor, other: Tensor, divergence: Divergence, *, slope: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Return the divergence over k + 1 outcomes, k tokens and all others together, and its derivative by all logits.
+
+    own: log q (rows, classes); ids: the tokens, (rows, k), fewer than there are; other: log p, (rows, k + 1).
+    """
+    top, rest = top_and_rest(own, ids)
+    values, outcomes = compare(torch.cat([top, rest], 1), other, divergence, slope=slope)
+    if outcomes is None:
+        return values, None
+    # What the rest gets is shared out by the share that each token has in it.
+    gradient = (own - rest).exp_().mul_(outcomes[:, -1:])
+    return values, gradient.scatter_(1, ids, outcomes[:, :-1])
+
+
+def top_and_rest(log_probabilities: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of some tokens, (rows, k), and of all others together, (rows, 1)."""
+    others = log_probabilities.scatter(1, ids, -torch.inf)
+    return log_probabilities.gather(1, ids), others.logsumexp(1, keepdim=True)
+
+
 def _kl(own: Tensor, other: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
     """KL(p || q) = sum p log(p / q); its derivative is q - p (Hinton et al. 2015, equation 2)."""
     p = other.exp()

@@ -52,7 +52,8 @@ class OutputObjective(Objective):
         return Request(logits=True, all_positions=self.all_positions)
 
     def teacher_request(self) -> Request:
-        return Request(logits=True, all_positions=self.all_positions)
+        temperatures = frozenset() if self.anneal else frozenset({self.temperature})
+        return Request(logits=True, all_positions=self.all_positions, temperatures=temperatures)
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         if self.anneal and epochs > 1:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdcli.objectives.base import times
-from kdcli.signals import Logits, Prediction, VocabularyLogits
+from kdcli.signals import Logits, Prediction, TopTokens, VocabularyLogits
 
 CHUNK_ELEMENTS = 2**22
 """Logits that are worked on at a time on a processor: what is held beside them stays in its reach."""
@@ -73,6 +73,7 @@ def row_sum(loss: RowLoss) -> Tensor:
 def row_sums(losses: Sequence[tuple[float, RowLoss]]) -> tuple[Tensor, Tensor]:
     """Return sum_k factor_k loss_k of losses on the same logits, and every loss (k,), which has no gradient."""
     logits = losses[0][1].logits
+    assert not isinstance(logits, TopTokens), "a student's logits are all known"
     n, chunk = len(logits), chunk_of(logits)
     even = torch.full((n,), 1.0 / max(n, 1), device=logits.device)
     weights = torch.stack([(loss.weights if loss.weights is not None else even).float() for _, loss in losses])

@@ -388,6 +388,12 @@ class TeacherSection(Section):
         description='What several processes do with a fixed teacher: "none" gives each a whole one, "fsdp" a part of '
         "each block, which is gathered while it runs.",
     )
+    top_k: PositiveInt | None = Field(
+        default=None,
+        description="Next tokens: keep the teacher's so many most probable tokens at each position of the training "
+        "text, and the probability of all others together, on disk, and compare the student with these alone: the "
+        "teacher does not run beside it. What is cut off is measured and reported. Left out, it runs in each step.",
+    )
     seed: Seed | None = Field(
         default=None,
         description="Seed of the teacher's making and fine-tuning, so that students of several seeds share one "
@@ -431,6 +437,8 @@ class TeacherSection(Section):
             )
         if self.black_box and (self.device_map is not None or self.sharding != "none" or self.dtype != "auto"):
             raise ValueError("a black box has no weights: it has no dtype, device_map or sharding")
+        if self.top_k is not None and not self.cache:
+            raise ValueError("top_k keeps what the teacher says, and cache = false keeps nothing: give one of them")
         if self.black_box and self.finetune not in (None, False):
             raise ValueError("a black box cannot be fine-tuned")
         if self.scratch is not None and self.finetune is False:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kdcli.tasks.kind import TaskKind
     from kdcli.training.teacher_cache import KnownOutputs
     from kdcli.training.teacher_states import KeptStates
+    from kdcli.training.teacher_tokens import KnownTokens
 
 
 class Distiller(nn.Module):
@@ -38,7 +39,7 @@ class Distiller(nn.Module):
         *,
         kind: "TaskKind",
         teacher: "PreTrainedModel | None" = None,
-        teacher_outputs: "KnownOutputs | None" = None,
+        teacher_outputs: "KnownOutputs | KnownTokens | None" = None,
         held_outputs: "KnownOutputs | None" = None,
         teacher_states: "KeptStates | None" = None,
         teacher_factors: Mapping[MatrixKey, tuple[Tensor, ...]] | None = None,
@@ -116,7 +117,9 @@ class Distiller(nn.Module):
         # Held-out rows have numbers of their own.
         known = self.teacher_outputs if self.training or self.held_outputs is None else self.held_outputs
         if known is not None:
-            signals.predictions = self.kind.predictions(known.of(batch), batch)
+            signals.predictions = self.kind.predictions(
+                known.of(batch), batch, everywhere=self.teacher_request.all_positions
+            )
         signals.factors = self.compared_factors()
         return signals
 

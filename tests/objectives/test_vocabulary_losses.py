@@ -14,6 +14,7 @@ from kdcli.objectives.output import OutputObjective
 from kdcli.objectives.term import Divergence
 from kdcli.objectives.total import total_loss
 from kdcli.signals import Prediction, Signals, VocabularyLogits
+from kdcli.training.teacher_tokens import Cut, top_tokens
 
 ROWS, WIDTH, VOCABULARY = 11, 6, 37
 
@@ -62,14 +63,14 @@ def by_definition(q: Tensor, p: Tensor, divergence: Divergence) -> Tensor:
     }[divergence.name]()
 
 
-def compare(found: Tensor, own: VocabularyLogits, expected: Tensor, leaves: list[Tensor]) -> None:
+def compare(found: Tensor, own: VocabularyLogits, expected: Tensor, leaves: list[Tensor], within: float = 1e-6) -> None:
     """Compare a value and its gradients with those of a reference in fp64, to a millionth of their size."""
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     expected.backward()
     found.backward()
     for part, leaf in zip((part for part in own.parts if part is not None), leaves, strict=True):
         assert part.grad is not None and leaf.grad is not None
-        assert (part.grad - leaf.grad).abs().max() <= 1e-6 * leaf.grad.abs().max()
+        assert (part.grad - leaf.grad).abs().max() <= within * leaf.grad.abs().max()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.name}-{d.beta}")
@@ -111,6 +112,37 @@ def test_jensen_shannon_lies_between_both_kl():
     near = 1e-3
     assert of(Divergence("js", beta=near)) / near == pytest.approx(of(Divergence("kl")), rel=0.02)
     assert of(Divergence("js", beta=1 - near)) / near == pytest.approx(of(Divergence("reverse-kl")), rel=0.02)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.name}-{d.beta}")
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_most_probable_tokens_and_the_rest(
+    divergence: Divergence, temperature: float, monkeypatch: pytest.MonkeyPatch
+):
+    """Over k + 1 outcomes: k tokens of each row, other ones in other rows, and all that are left as one."""
+    monkeypatch.setattr("kdcli.objectives.rows.CHUNK_ELEMENTS", 3 * VOCABULARY)
+    own, other, weights = logits(1), logits(5), draw(9, ROWS).softmax(0)
+    top = top_tokens(other, Cut(5, temperature))
+    found = Categorical(divergence).divergence(own, top, weights, temperature)
+    leaves: list[Tensor] = []
+    q = torch.softmax(dense(own, leaves=leaves) / temperature, -1)
+    p = torch.softmax(dense(other, leaves=[]).detach() / temperature, -1)
+    chosen = p.argsort(-1, descending=True)[:, :5]
+    assert torch.equal(chosen, top.ids)
+    q, p = (torch.cat([each.gather(1, chosen), 1 - each.gather(1, chosen).sum(1, keepdim=True)], 1) for each in (q, p))
+    rows = by_definition(q, p, divergence) * temperature**2
+    compare(found, own, (rows * weights.double()).sum(), leaves, within=3e-6)
+
+
+def test_a_cut_takes_from_the_divergence_and_adds_nothing():
+    """Outcomes taken together cannot be further apart; with all but one token apart nothing is lost."""
+    own, other, values = logits(1), logits(5), []
+    for k in (1, 5, 20, VOCABULARY - 1):
+        values.append(Categorical().divergence(own, top_tokens(other, Cut(k, 1.0))).item())
+    assert values == sorted(values) and values[0] < 0.9 * values[-1]
+    assert values[-1] == pytest.approx(Categorical().divergence(own, other).item(), rel=1e-5)
+    with pytest.raises(ValueError, match=r"temperature 1.0 are none at 2.0"):
+        Categorical().divergence(own, top_tokens(other, Cut(3, 1.0)), temperature=2.0)
 
 
 @pytest.mark.parametrize("at_once", [2**22, 2 * VOCABULARY], ids=["whole", "parts"])
