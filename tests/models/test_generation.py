@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import DECODERS
+from families import tiny as family_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -26,6 +28,7 @@ PROMPTS = [[1, 5, 7, 9, 11], [1, 30], [1, 42, 8, 3, 3, 3, 17, 60], [1, 9, 9], [1
 END = {2, *range(40, 48)}
 KEYS: dict[str, Any] = {"max_new_tokens": 12, "end": END, "pad": 0}
 DRAWN = Sampling(1.0)
+FAMILIES = [pytest.param(name, marks=[pytest.mark.slow] * (name != "gpt2")) for name in DECODERS]
 
 
 def tiny(seed: int = 0, **sizes: Any) -> PreTrainedModel:
@@ -183,6 +186,17 @@ def test_students_of_other_forms_generate(form: str) -> None:
             parameter.mul_(-1.0)
     # Nothing of the old weights is kept.
     assert generate(model, PROMPTS, **KEYS) == [by_hand(model, prompt, KEYS["max_new_tokens"]) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_writes_the_same_in_a_batch(family: str) -> None:
+    """Positions of its own, windows, soft caps: the left padding of a batch changes nothing, drawn or not."""
+    model, other = family_model(family), family_model(family, seed=1)
+    found = generate(model, PROMPTS, **KEYS)
+    assert found == [by_hand(model, prompt, KEYS["max_new_tokens"]) for prompt in PROMPTS]
+    assert len({tuple(response) for response in found}) > 3
+    options: dict[str, Any] = {"sampling": DRAWN, "mixture": Mixture(other, 0.4)}
+    assert generate(model, PROMPTS, **options, **KEYS) == one_by_one(model, PROMPTS, **options)
 
 
 def test_half_precision_generates() -> None:
