@@ -45,7 +45,7 @@ class SequenceKLObjective(Objective):
         if not self.training:
             return self.distribution.divergence(own.logits, other.logits, weights)
         log_q = log_probabilities(own.logits, own.target)
-        log_p = log_probabilities(other.logits, own.target)
+        log_p = log_probabilities(other.logits, own.target.to(other.logits.device)).to(log_q.device)
         share = self.teacher_share
         weights = weights / ((1.0 - share) + share * (log_p - log_q).exp())
         loss = self.distribution.divergence(own.logits, other.logits, weights)

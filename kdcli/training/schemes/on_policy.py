@@ -1,6 +1,6 @@
 """Learning from text that the student itself writes, as it is at each step (on-policy distillation)."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -64,18 +64,17 @@ class OnPolicyScheme(Scheme):
         return bool(np.random.default_rng([self.setting.loop.seed, step, STEPS]).random() < self.share)
 
     def batches(self, step: int, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        return [self._answered(step, batch) for batch in batches] if self.is_on_policy(step) else batches
-
-    def _answered(self, step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a batch of the same prompts with the student's responses."""
-        setting, device = self.setting, batch["input_ids"].device
-        lengths = batch["attention_mask"].sum(1).tolist()
-        columns = [batch[name].tolist() for name in ("index", "input_ids", "labels")]
-        rows = [
-            {"index": index, "input_ids": ids[:length], "labels": labels[:length]}
-            for index, ids, labels, length in zip(*columns, lengths, strict=True)
+        if not self.is_on_policy(step):
+            return batches
+        rows = [_rows_of(batch) for batch in batches]
+        answered = iter(self._answered(step, [row for each in rows for row in each], max(map(len, rows))))
+        return [
+            self._collated([next(answered) for _ in each], batch) for each, batch in zip(rows, batches, strict=True)
         ]
-        prompts = [prompt_of(row["input_ids"], row["labels"]) for row in rows]
+
+    def _answered(self, step: int, rows: list[dict[str, Any]], least: int) -> list[dict[str, Any]]:
+        """Return rows of the same prompts with the student's responses. least: rows that are run together anyway."""
+        setting, prompts = self.setting, [prompt_of(row["input_ids"], row["labels"]) for row in rows]
         teacher = self.teacher() if self.teacher_share > 0 else None
         with torch.autocast(setting.student.device.type, torch.bfloat16, enabled=self.half):
             responses = generate(
@@ -89,12 +88,27 @@ class OnPolicyScheme(Scheme):
                 mixture=Mixture(teacher, self.teacher_share) if teacher is not None else None,
                 seed=(setting.loop.seed, step),
                 numbers=[row["index"] for row in rows],
-                batch_size=len(rows),
+                batch_size=max(least, setting.loop.eval_batch_size),
                 owner="the student",
             )
-        answered = [
+        return [
             # A prompt may leave no room at all.
-            with_response(row, prompt, response) if response else {**row, "attention_mask": [1] * len(row["input_ids"])}
+            with_response(row, prompt, response) if response else row
             for row, prompt, response in zip(rows, prompts, responses, strict=True)
         ]
-        return {name: values.to(device, non_blocking=True) for name, values in setting.collator(answered).items()}
+
+    def _collated(self, rows: list[dict[str, Any]], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return rows as a batch, on the device of the one whose place it takes."""
+        place = batch["input_ids"].device
+        return {name: values.to(place, non_blocking=True) for name, values in self.setting.collator(rows).items()}
+
+
+def _rows_of(batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Return the features of a batch, without padding."""
+    names = ("index", "input_ids", "attention_mask", "labels")
+    lengths = batch["attention_mask"].sum(1).tolist()
+    found = []
+    for index, *values, length in zip(*(batch[name].tolist() for name in names), lengths, strict=True):
+        parts = zip(names[1:], values, strict=True)
+        found.append({"index": index, **{name: row[:length] for name, row in parts}, "length": length})
+    return found
