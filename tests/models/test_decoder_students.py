@@ -27,6 +27,15 @@ from kdcli.models.statistics import collect_statistics
 from kdcli.models.student import build_student
 from kdcli.recipe.schema import StudentSection
 
+QUICK = ("llama", "gpt2", "gemma3_text")
+"""Families whose tests run each time: grouped queries, fused and transposed matrices, blocks of different kinds."""
+
+
+def families(*left_out: str) -> list[Any]:
+    """Return all decoders as parameters of a test; those without anything of their own are slow tests."""
+    found = [name for name in DECODERS if name not in left_out]
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in found]
+
 
 def batches(count: int = 2, rows: int = 3, length: int = 12) -> list[dict[str, Tensor]]:
     """Return random texts, the last row of each batch padded."""
@@ -70,7 +79,7 @@ def greedy_without_cache(model: PreTrainedModel) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", families())
 def test_a_depth_student_is_its_teacher_without_the_other_blocks(family: str):
     teacher = tiny(family, layers=4)
     student = built(teacher, form="depth", layers=[0, 3])
@@ -82,14 +91,14 @@ def test_a_depth_student_is_its_teacher_without_the_other_blocks(family: str):
     assert greedy(student) == greedy_without_cache(student)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", families())
 def test_slices_at_full_width_are_the_teacher(family: str):
     teacher = tiny(family)
     student = built(teacher, form="width")
     assert all(torch.equal(value, student.state_dict()[key]) for key, value in teacher.state_dict().items())
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", families())
 def test_a_narrow_student_has_heads_of_an_even_width_and_generates(family: str):
     teacher = tiny(family)
     student = built(teacher, form="width", hidden_size=16, heads=2)
@@ -101,7 +110,9 @@ def test_a_narrow_student_has_heads_of_an_even_width_and_generates(family: str):
     assert greedy(student) == greedy_without_cache(student)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize(
+    "family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow), pytest.param("phi3", marks=pytest.mark.slow)]
+)
 def test_slices_keep_what_heads_and_features_do(family: str):
     teacher = tiny(family, rms_norm_eps=1e-12)
     shape = shape_of(teacher.config)
@@ -137,7 +148,7 @@ def test_a_narrow_head_starts_from_the_pairs_that_positions_turn_most_alike():
     assert block_matrix(student, 1, "key").weight[:, 0].tolist() == rows[:16]
 
 
-@pytest.mark.parametrize("family", [name for name in DECODERS if not name.startswith("gemma")])
+@pytest.mark.parametrize("family", families("gemma2", "gemma3_text"))
 @pytest.mark.parametrize("narrow", [{}, {"hidden_size": 16, "heads": 2, "intermediate_size": 40}])
 def test_projections_of_a_decoder_start_train_and_merge(family: str, narrow: dict[str, Any]):
     teacher = tiny(family)
@@ -189,7 +200,13 @@ TABLES = {
 RANK = 6
 
 
-@pytest.fixture(params=list(TABLES))
+@pytest.fixture(
+    params=[
+        "untied",
+        "scaled",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tied", "other bodies", "narrow")),
+    ]
+)
 def of_low_rank(request: pytest.FixtureRequest) -> PreTrainedModel:
     """A decoder whose table, and output layer, are of rank RANK."""
     family, settings = TABLES[request.param]
@@ -226,7 +243,9 @@ def test_factors_of_embeddings_give_the_same_logits_and_text(of_low_rank: PreTra
     assert list(merged.state_dict()) == list(model.state_dict())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize(
+    "family", ["gpt_neox", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gpt2", "phi3"))]
+)
 def test_statistics_of_shares_are_those_of_layers_of_their_own(family: str):
     model = tiny(family)
     split = copy.deepcopy(model)
