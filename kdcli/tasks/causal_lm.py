@@ -1,19 +1,14 @@
 """Causal language modelling: plain text, of which a model predicts each next token."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kdcli.models.heads import CAUSAL_LM
 from kdcli.recipe.schema import TaskSection
 from kdcli.tasks.generated import GeneratingKind
 from kdcli.tasks.plain_text import PlainText, PlainTextFields
 
 if TYPE_CHECKING:
-    import numpy as np
     from datasets import Dataset
-    from torch import Tensor
-
-    from kdcli.signals import Prediction
 
 
 class CausalFields(PlainTextFields):
@@ -29,21 +24,11 @@ class CausalLM(GeneratingKind, PlainText):
 
     name = "causal-lm"
     title = "plain text, continued token by token"
-    head = CAUSAL_LM
     fields = CausalFields
     provides = frozenset({"labels", "vocabulary"})
     metrics = usual_metrics = ("perplexity", "accuracy")
-    errors = frozenset({"perplexity"})
     closed = False
-    scored_by_outputs = False
-    outputs_are_kept = False
-    tokens_weigh_equally = True
     answer = "continuation"
-
-    def collator(self, processor: Any) -> "Callable[[list[dict[str, Any]]], dict[str, Tensor]]":
-        from kdcli.tasks.next_tokens import NextTokenCollator
-
-        return NextTokenCollator(processor)
 
     def claims(self, processor: Any) -> bool:
         return not getattr(processor, "chat_template", None)
@@ -62,25 +47,6 @@ class CausalLM(GeneratingKind, PlainText):
         from kdcli.tasks.next_tokens import ends_of
 
         return ends_of(processor, config)
-
-    def token_counts(self, features: "Dataset") -> "np.ndarray":
-        from kdcli.tasks.next_tokens import counts_of
-
-        return counts_of(features)
-
-    def positions(self, batch: "Mapping[str, Tensor]", *, everywhere: bool = False) -> "Tensor":
-        """Return the positions whose next token is predicted, or all real ones."""
-        from kdcli.tasks.next_tokens import positions_of
-
-        return positions_of(batch, everywhere=everywhere)
-
-    def predictions(
-        self, output: Any, batch: "Mapping[str, Tensor]", *, everywhere: bool = False
-    ) -> "list[Prediction]":
-        """Return one table with a row a predicted token, or a real one, over the vocabulary."""
-        from kdcli.tasks.next_tokens import predictions_of
-
-        return predictions_of(output, batch, everywhere=everywhere)
 
     def answers(self, model: Any, rows: "Dataset", processor: Any, *, max_length: int, ask: Any, **options: Any) -> Any:
         """Return the losses of each block of all rows."""

@@ -35,16 +35,13 @@ class Fitted:
         """Return how many rows were cut and dropped. name: what the rows are."""
         prompt, whole = (counted(limit, "token") for limit in self.limits)
         said = {
-            "cut prompt": f"have prompts of more than {prompt}, which are cut",
-            "cut": f"end after more than {whole}, and are cut there",
-            "dropped prompt": f"are left out: prompts of more than {prompt}",
-            "dropped": f"are left out: more than {whole} in all",
+            "cut prompt": f"prompts cut to {prompt}",
+            "cut": f"responses cut at {whole} in all",
+            "dropped prompt": f"rows with prompts of more than {prompt} left out",
+            "dropped": f"rows of more than {whole} in all left out",
         }
-        return [
-            f"{count:,} of {self.rows:,} {name} rows {what}"
-            for key, what in said.items()
-            if (count := self.counts[key])
-        ]
+        found = ((self.counts[key], what) for key, what in said.items())
+        return [f"{name}: {what}: {count:,} of {self.rows:,}" for count, what in found if count]
 
 
 def prompt_limit(max_length: int, fields: "InstructFields") -> int:

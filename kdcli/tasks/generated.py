@@ -1,20 +1,25 @@
 """What kinds of tasks share whose models write texts: how these are written, shown, compared and scored."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from kdcli.models.heads import CAUSAL_LM
 from kdcli.recipe.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section, Seed, TaskSection
 from kdcli.tasks.kind import Fields, TaskKind
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
     from rich.console import Console
+    from torch import Tensor
 
     from kdcli.models.generation import Sampling
+    from kdcli.objectives.distribution import Distribution
+    from kdcli.signals import Prediction
 
 SEEDS = (10, 20, 30, 40, 50)
 """Of sampled texts. Source: Gu et al. 2023, MiniLLM (arXiv 2306.08543), section 3.1."""
@@ -85,9 +90,47 @@ class Writing:
 
 
 class GeneratingKind(TaskKind):
-    """A kind whose models continue a prompt, token by token."""
+    """A kind whose models predict each next token, and so continue a prompt."""
 
+    head = CAUSAL_LM
+    errors = frozenset({"perplexity"})
     generates = True
+    scored_by_outputs = False
+    outputs_are_kept = False
+    tokens_weigh_equally = True
+
+    @property
+    def distribution(self) -> "Distribution":
+        from kdcli.objectives.distribution import Categorical
+
+        return Categorical()
+
+    def configure(self, labels: Sequence[str]) -> dict[str, Any]:
+        return {}
+
+    def collator(self, processor: Any) -> "Callable[[list[dict[str, Any]]], dict[str, Tensor]]":
+        from kdcli.tasks.next_tokens import NextTokenCollator
+
+        return NextTokenCollator(processor)
+
+    def token_counts(self, features: "Dataset") -> "np.ndarray":
+        from kdcli.tasks.next_tokens import counts_of
+
+        return counts_of(features)
+
+    def positions(self, batch: "Mapping[str, Tensor]", *, everywhere: bool = False) -> "Tensor":
+        """Return the positions whose next token is predicted, or all real ones."""
+        from kdcli.tasks.next_tokens import positions_of
+
+        return positions_of(batch, everywhere=everywhere)
+
+    def predictions(
+        self, output: Any, batch: "Mapping[str, Tensor]", *, everywhere: bool = False
+    ) -> "list[Prediction]":
+        """Return one table with a row a predicted token, or a real one, over the vocabulary."""
+        from kdcli.tasks.next_tokens import predictions_of
+
+        return predictions_of(output, batch, everywhere=everywhere)
 
     @abstractmethod
     def prompts(self, rows: "Dataset", processor: Any, max_length: int) -> list[list[int]]:

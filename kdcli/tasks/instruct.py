@@ -1,26 +1,21 @@
 """Following instructions: prompts, and the responses that a causal language model is to write."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from kdcli.data.columns import Column, Columns, is_missing
 from kdcli.errors import InputError
-from kdcli.models.heads import CAUSAL_LM
 from kdcli.recipe.schema import TaskSection, Tokens
 from kdcli.tasks.conversations import column_of_messages, messages_of, prompt_of, read_conversations
 from kdcli.tasks.generated import GeneratingKind, GenerationFields
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow as pa
     from datasets import Dataset
     from rich.console import Console
-    from torch import Tensor
 
-    from kdcli.objectives.distribution import Distribution
-    from kdcli.signals import Prediction
     from kdcli.tasks.base import Task
     from kdcli.tasks.fitting import Fitted
 
@@ -91,15 +86,10 @@ class Instruct(GeneratingKind):
 
     name = "instruct"
     title = "a response to an instruction, written token by token"
-    head = CAUSAL_LM
     fields = InstructFields
     provides = frozenset({"labels", "vocabulary", "prompts"})
     metrics = ("rouge_l", "exact_match", "perplexity", "accuracy")
     usual_metrics = ("rouge_l", "exact_match", "perplexity")
-    errors = frozenset({"perplexity"})
-    scored_by_outputs = False
-    outputs_are_kept = False
-    tokens_weigh_equally = True
     answer = "response"
 
     def __init__(self, fields: InstructFields | None = None) -> None:
@@ -109,12 +99,6 @@ class Instruct(GeneratingKind):
 
     def with_fields(self, fields: Any) -> "Instruct":
         return type(self)(fields)
-
-    @property
-    def distribution(self) -> "Distribution":
-        from kdcli.objectives.distribution import Categorical
-
-        return Categorical()
 
     # Rows
 
@@ -141,9 +125,6 @@ class Instruct(GeneratingKind):
         if (name := column_of_messages(columns, fields)) is not None:
             return any(value and value[-1]["role"] == "assistant" for value in columns.get(name, Column()))
         return not all(map(is_missing, columns.get(fields.response or "response", Column())))
-
-    def configure(self, labels: Sequence[str]) -> dict[str, Any]:
-        return {}
 
     def claims(self, processor: Any) -> bool:
         return bool(getattr(processor, "chat_template", None))
@@ -181,11 +162,6 @@ class Instruct(GeneratingKind):
         """Return conversations as tokens, with labels where a response is."""
         return self.fit(rows, processor, max_length).features
 
-    def collator(self, processor: Any) -> "Callable[[list[dict[str, Any]]], dict[str, Tensor]]":
-        from kdcli.tasks.next_tokens import NextTokenCollator
-
-        return NextTokenCollator(processor)
-
     def texts(self, rows: "Dataset") -> Iterator[str]:
         from kdcli.data.rows import values_of
 
@@ -216,26 +192,7 @@ class Instruct(GeneratingKind):
 
         return template_of(processor, self.own.template).ends | ends_of(processor, config)
 
-    # What a model predicts
-
-    def token_counts(self, features: "Dataset") -> "np.ndarray":
-        from kdcli.tasks.next_tokens import counts_of
-
-        return counts_of(features)
-
-    def positions(self, batch: "Mapping[str, Tensor]", *, everywhere: bool = False) -> "Tensor":
-        """Return the positions whose next token is predicted, or all real ones."""
-        from kdcli.tasks.next_tokens import positions_of
-
-        return positions_of(batch, everywhere=everywhere)
-
-    def predictions(
-        self, output: Any, batch: "Mapping[str, Tensor]", *, everywhere: bool = False
-    ) -> "list[Prediction]":
-        """Return one table with a row a token of a response, or a real one, over the vocabulary."""
-        from kdcli.tasks.next_tokens import predictions_of
-
-        return predictions_of(output, batch, everywhere=everywhere)
+    # What a model writes
 
     def evaluate(
         self,

@@ -132,14 +132,14 @@ def test_what_is_too_long_is_cut_or_dropped_and_counted(tmp_path: Path, template
     assert [row["labels"][-1] == words.eos_token_id for row in features] == [True, True, True, False]
     half = f"{sizes['max_prompt_length']} tokens"
     notes = cut.kind.remarks(cut, words, sizes["max_length"])
-    assert notes[0] == f"2 of 4 training rows have prompts of more than {half}, which are cut"
-    assert notes[1] == f"1 of 4 training rows end after more than {sizes['max_length']} tokens, and are cut there"
+    assert notes[0] == f"training: prompts cut to {half}: 2 of 4"
+    assert notes[1] == f"training: responses cut at {sizes['max_length']} tokens in all: 1 of 4"
     dropped = task_of(tmp_path, rows, **sizes, too_long="drop")
     left = dropped.kind.encode(dropped.train, words, sizes["max_length"])
     assert left["index"][:] == [0] and dropped.kind.examples(dropped.train, words, sizes["max_length"]) == 1
     assert dropped.kind.remarks(dropped, words, sizes["max_length"])[:2] == [
-        f"2 of 4 training rows are left out: prompts of more than {half}",
-        f"1 of 4 training rows are left out: more than {sizes['max_length']} tokens in all",
+        f"training: rows with prompts of more than {half} left out: 2 of 4",
+        f"training: rows of more than {sizes['max_length']} tokens in all left out: 1 of 4",
     ]
     with pytest.raises(InputError, match="none of 3 rows is left"):
         only = task_of(tmp_path, rows[1:], **sizes, too_long="drop")
