@@ -189,8 +189,9 @@ def with_start(section: StudentSection, *, has_loss: bool) -> StudentSection:
                 hint='use init = "activations" or "svd"' if name == "init" else 'use ranks = "even"',
             )
     if section.budget == 1.0:
-        # Nothing is factorised.
-        return section.model_copy(update={"init": "svd", "ranks": "even"})
+        # Nothing is factorised, but for the embeddings.
+        start = "svd" if section.embedding_rank is None else start
+        return section.model_copy(update={"init": start, "ranks": "even"})
     divides = section.rank is None and section.energy is None
     ranks = section.ranks or ("spread" if has_loss and divides else "even")
     looks = start != "svd" or ranks == "spread"

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kdcli.data.rows import array_of
@@ -15,6 +16,7 @@ from kdcli.methods.base import Context
 from kdcli.models.factoriser import Factoriser
 from kdcli.models.hashing import hash_of_model, hash_of_tensors
 from kdcli.models.projections import moments_of, project
+from kdcli.models.shape import shape_of
 from kdcli.models.statistics import Batch, Statistics, collect_statistics, from_tensors, to_tensors
 from kdcli.models.student import StudentBuild
 from kdcli.recipe.schema import StudentSection
@@ -50,6 +52,9 @@ def factoriser_of(
     if section.form != "low-rank" or not (inputs or gradients or section.ranks == "spread"):
         return None
     batches = sample_batches(task, processor, section.init_samples, job)
+    counts = _token_counts(batches, shape_of(model.config).vocab) if inputs or gradients else None
+    if section.budget == 1.0:
+        return Factoriser(inputs, gradients, counts=counts)
     needs_loss = gradients or section.ranks == "spread"
 
     def collect(model: "PreTrainedModel", loss: Any = None, layer: int | None = None) -> dict[MatrixKey, Statistics]:
@@ -75,7 +80,14 @@ def factoriser_of(
             statistics = collect(model, loss)
     main_does(lambda: keep_tensors(path, to_tensors(statistics), of=name) if kept is None else None)
     again = (lambda student, layer: collect(student, layer=layer)) if section.sequential else None
-    return Factoriser(inputs, gradients, statistics, again, lambda ranks: _settled(job, folder, ranks))
+    settle = lambda ranks: _settled(job, folder, ranks)  # noqa: E731
+    return Factoriser(inputs, gradients, statistics, again, settle, counts)
+
+
+def _token_counts(batches: list[Batch], vocabulary: int) -> Tensor:
+    """Return how often batches have each token, (vocabulary,)."""
+    real = [batch["input_ids"][batch["attention_mask"].bool()] for batch in batches]
+    return torch.bincount(torch.cat(real), minlength=vocabulary)
 
 
 def _settled(job: Job, folder: str, ranks: dict[MatrixKey, int | None]) -> dict[MatrixKey, int | None]:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 RIDGE = 1e-6
 """Share of the inputs' mean square that every direction has at least: it orders those that no input has."""
 
+ROWS = 2**13
+"""Rows of a table of embeddings that are looked at at a time."""
+
 LEAST = 1e-3
 """Share of the mean weight of a matrix's rows that every row has at least."""
 
@@ -72,6 +75,23 @@ def decompose_by_inputs(weight: Tensor, moments: Tensor | None = None, rows: Ten
     return _balanced(vectors / scale[:, None], vectors.T @ weighed, losses)
 
 
+def factors_by_rows(table: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A (n, rank) and B (rank, width), in the table's type: they minimise sum_i rows_i |(table - A B)_i|^2.
+
+    B are the leading eigenvectors of table^T diag(rows) table, and A is the table times B^T: nothing of the size of a
+    large table is held in fp64.
+    """
+    gram = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64, device=table.device)
+    for part, weights in zip(table.detach().split(ROWS), rows.double().split(ROWS), strict=True):
+        gram += part.double().T @ (weights[:, None] * part.double())
+    vectors = torch.linalg.eigh(gram)[1].flip(1)[:, :rank]
+    signs = torch.sign(vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)))
+    right = (vectors * torch.where(signs == 0, 1.0, signs)).to(table.dtype).T
+    left = table.detach() @ right.T
+    share = left.norm(dim=0).clamp(min=1e-30).sqrt()
+    return left / share, right * share[:, None]
+
+
 def _balanced(left: Tensor, right: Tensor, losses: Tensor) -> Decomposition:
     """Give both vectors of every term one norm, and leave their product as it is."""
     sizes = left.norm(dim=0), right.norm(dim=1)
@@ -83,11 +103,12 @@ def _balanced(left: Tensor, right: Tensor, losses: Tensor) -> Decomposition:
 
 @dataclass
 class Factoriser:
-    """Chooses the factors of block matrices.
+    """Chooses the factors of block matrices, and of tables with a row a token.
 
     statistics: of the model that they are taken from, by block and matrix. look_again: returns those of one
     block as the student's own factors before it make its inputs; None where they stay. settle: takes ranks that were
-    spread, and returns those that count. A decomposition takes several times the memory of its matrix: only the last
+    spread, and returns those that count. counts: (vocabulary,), how often rows of data have each token; None where all
+    weigh the same. A decomposition takes several times the memory of its matrix: only the last
     one is kept, unless all are needed twice.
     """
 
@@ -96,6 +117,7 @@ class Factoriser:
     statistics: dict[MatrixKey, Statistics] = field(default_factory=dict)
     look_again: "Callable[[PreTrainedModel, int], Mapping[MatrixKey, Statistics]] | None" = None
     settle: "Callable[[dict[MatrixKey, int | None]], dict[MatrixKey, int | None]]" = lambda ranks: ranks
+    counts: Tensor | None = None
     _found: dict[MatrixKey, tuple[str, Decomposition]] = field(default_factory=dict)
     _keeps: bool = False
 
@@ -149,6 +171,15 @@ class Factoriser:
             return weight.new_empty(weight.shape[0], rank), weight.new_empty(rank, weight.shape[1])
         left, right = self.decomposition(key, linear).cut(rank)
         return left.to(weight.dtype), right.to(weight.dtype)
+
+    def table_factors(self, table: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+        """Return A (vocabulary, rank) and B (rank, width) of a table; None where they are the SVD's.
+
+        Of a language model nearly all of a table are rare tokens: to it the frequent ones are what counts.
+        """
+        if self.counts is None or table.is_meta:
+            return None
+        return factors_by_rows(table, self.counts.to(table.device) + 1.0, rank)
 
     def shift(self, key: MatrixKey, linear: nn.Linear, rank: int) -> Tensor | None:
         """Return the mean of what those factors leave out of the output, (out,), which a bias can give back."""

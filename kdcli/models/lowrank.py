@@ -125,11 +125,13 @@ class LowRankEmbedding(nn.Module):
         return table.to(self.down.weight.dtype)
 
     @classmethod
-    def from_embedding(cls, table: nn.Embedding, rank: int) -> "LowRankEmbedding":
-        """Return the best factors of a table in the Frobenius norm."""
+    def from_embedding(
+        cls, table: nn.Embedding, rank: int, factors: tuple[Tensor, Tensor] | None = None
+    ) -> "LowRankEmbedding":
+        """Return a table with factors E1, E2 that are given, or the best in the Frobenius norm."""
         with torch.device(table.weight.device):
             factored = cls(table, rank)
-        left, right = svd_factors(table.weight.detach(), rank)
+        left, right = svd_factors(table.weight.detach(), rank) if factors is None else factors
         with torch.no_grad():
             factored.down.weight.copy_(left)
             factored.up.weight.copy_(right.T)
@@ -358,7 +360,7 @@ def factorise(
     factoriser = factoriser or Factoriser()
     notes = []
     if section.embedding_rank is not None:
-        notes.append(_factorise_embeddings(model, section.embedding_rank))
+        notes.append(_factorise_embeddings(model, section.embedding_rank, factoriser))
     matrices = dict(iter_block_matrices(model))
     shapes: dict[MatrixKey, Shape] = {key: tuple(m.weight.shape) for key, m in matrices.items()}  # type: ignore[misc]
     linears: dict[MatrixKey, nn.Linear] = {key: matrix.linear() for key, matrix in matrices.items()}  # type: ignore[misc]
@@ -404,7 +406,7 @@ def _is_shape(linears: Mapping[MatrixKey, nn.Linear]) -> bool:
     return any(linear.weight.is_meta for linear in linears.values())
 
 
-def _factorise_embeddings(model: "PreTrainedModel", rank: int) -> str:
+def _factorise_embeddings(model: "PreTrainedModel", rank: int, factoriser: Factoriser) -> str:
     path = family_of(model.config).word_embeddings
     table: nn.Embedding = body_of(model).get_submodule(path)  # type: ignore[assignment]
     limit = break_even_rank(table.num_embeddings, table.embedding_dim)
@@ -415,14 +417,15 @@ def _factorise_embeddings(model: "PreTrainedModel", rank: int) -> str:
             hint=f"use a rank up to {_below(limit)}",
         )
     decoders, own = decoders_of(model), own_decoder(model)
-    factored = LowRankEmbedding.from_embedding(table, rank)
+    factored = LowRankEmbedding.from_embedding(table, rank, factoriser.table_factors(table.weight, rank))
     body_of(model).set_submodule(path, factored)
     tie_decoders(model, decoders, factored)
+    whose = ", closest for frequent tokens" if factoriser.counts is not None else ""
     if own is None:
-        return f"word embeddings of rank {rank}"
+        return f"word embeddings of rank {rank}{whose}"
     linear: nn.Linear = model.get_submodule(own)  # type: ignore[assignment]
-    model.set_submodule(own, LowRankLinear.from_linear(linear, rank))
-    return f"word embeddings and output layer of rank {rank}"
+    model.set_submodule(own, LowRankLinear.from_linear(linear, rank, factoriser.table_factors(linear.weight, rank)))
+    return f"word embeddings and output layer of rank {rank}{whose}"
 
 
 def own_decoder(model: "PreTrainedModel") -> str | None:

@@ -590,7 +590,8 @@ class StudentSection(Section):
         'weights, from principal directions of its activations, merged at the end ("projections"). low-rank: the '
         'factors that are closest to a matrix ("svd"), to what it makes of its inputs for training rows '
         '("activations"), to a matrix whose rows weigh as much as the loss changes with them ("gradients"), or the '
-        'last two together ("both"). Left out, "teacher"; for low-rank "both", or "activations" where nothing has a '
+        'last two together ("both"); but for "svd", factors of embeddings are closest for the tokens that are frequent '
+        'in these rows. Left out, "teacher"; for low-rank "both", or "activations" where nothing has a '
         "loss.",
     )
     alignment: NonNegativeFloat = Field(

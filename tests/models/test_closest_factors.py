@@ -235,3 +235,24 @@ def test_ranks_keep_a_minimum_their_multiple_and_the_budget():
         assert ranks[(1, "query")] == smallest == min(ranks.values())
         assert ranks.get((1, "ffn_out"), 64) > 16
         assert left_over(losses, found) < left_over(losses, even)
+
+
+def test_factors_of_a_table_are_the_closest_where_tokens_are_frequent():
+    generator = torch.Generator().manual_seed(4)
+    table, counts = torch.randn(10_000, 12, generator=generator), torch.zeros(10_000)
+    table[9_500:] = torch.randn(500, 4, generator=generator) @ torch.randn(4, 12, generator=generator)
+    counts[9_500:] = 5_000.0
+    factors = Factoriser(counts=counts).table_factors(table, 4)
+    assert factors is not None
+    closest = decompose_by_inputs(table, rows=counts + 1).cut(4)
+    weight = (counts + 1)[:, None]
+    errors = [float((weight * (table - left @ right).square()).sum()) for left, right in (factors, closest)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+    plain = svd_factors(table, 4)
+    assert errors[0] < 0.7 * float((weight * (table - plain[0] @ plain[1]).square()).sum())
+    # Both sides have vectors of one length.
+    torch.testing.assert_close(factors[0].norm(dim=0), factors[1].norm(dim=1), rtol=1e-3, atol=0)
+    whole = Factoriser(counts=counts).table_factors(table, 12)
+    assert whole is not None
+    torch.testing.assert_close(whole[0] @ whole[1], table, rtol=0, atol=1e-4)
+    assert Factoriser().table_factors(table, 4) is None
