@@ -10,6 +10,7 @@ from families import DECODERS, tiny, tokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.activations import ACT2FN
 
 from kdcli.errors import InputError
 from kdcli.models.blocks import block_matrix, blocks_of, iter_block_matrices, module_at
@@ -122,6 +123,22 @@ def test_attention_of_captured_queries_and_keys_is_the_librarys_own(model: PreTr
             keys = own_keys(signals.mask, None, common_window((signals, [layer])))
             ours = masked_log_softmax(signals.attention_scores(layer), keys).exp()
             torch.testing.assert_close(ours.transpose(1, 2)[REAL], weights.transpose(1, 2)[REAL], atol=1e-5, rtol=0)
+
+
+def test_a_share_of_a_fused_matrix_is_the_one_that_its_name_says(model: PreTrainedModel) -> None:
+    matrices = family_of(model.config).matrices
+    request = Request(
+        linear=frozenset((2, name) for name in matrices), matrices=frozenset({(2, "value"), (2, "ffn_out")})
+    )
+    signals = signals_of(model, request)
+    # Values are neither rotated nor normalised on their way to the attention function.
+    torch.testing.assert_close(signals.linear[(2, "value")][1], signals.matrices[(2, "value")], atol=1e-6, rtol=0)
+    if "ffn_gate" in matrices:
+        config = model.config
+        act = ACT2FN[getattr(config, "hidden_activation", None) or config.hidden_act]
+        gated = act(signals.linear[(2, "ffn_gate")][1]) * signals.linear[(2, "ffn_in")][1]
+        torch.testing.assert_close(gated, signals.linear[(2, "ffn_out")][0], atol=1e-5, rtol=1e-5)
+    assert all(x.shape[:2] == REAL.shape for pair in signals.linear.values() for x in pair)
 
 
 def test_predictions_are_differentiated_by_what_the_first_block_gets(model: PreTrainedModel) -> None:
