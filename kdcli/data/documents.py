@@ -42,9 +42,11 @@ def read_documents(
         found = {name: _texts(columns, column, section.hub) for name, columns in named.items() if columns is not None}
         return found, section.hub
     if section.train is not None:
-        found = {"train": _read(placed_at(section.train, base, "task.train"), section, column, "task.train", notes)}
+        found = {
+            "train": read_texts(placed_at(section.train, base, "task.train"), section, column, "task.train", notes)
+        }
         if section.validation is not None:
-            found["validation"] = _read(
+            found["validation"] = read_texts(
                 placed_at(section.validation, base, "task.validation"), section, column, "task.validation", notes
             )
         return found, section.train
@@ -60,7 +62,7 @@ def read_documents(
         )
     if path.is_dir():
         return _read_folder(path, section, column, where, notes), source
-    return {"train": _read(path, section, column, where, notes)}, source
+    return {"train": read_texts(path, section, column, where, notes)}, source
 
 
 def corpus_folder(name: str) -> Path | None:
@@ -82,13 +84,14 @@ def _read_folder(
         for name in names:
             own = [p for p in paths if p.stem == name or p.stem.startswith((f"{name}-", f"{name}.", f"{name}_"))]
             if own and target not in found:
-                found[target] = [text for path in own for text in _read(path, section, column, where, notes)]
+                found[target] = [text for path in own for text in read_texts(path, section, column, where, notes)]
     if "train" not in found:
-        found = {"train": [text for path in paths for text in _read(path, section, column, where, notes)]}
+        found = {"train": [text for path in paths for text in read_texts(path, section, column, where, notes)]}
     return found
 
 
-def _read(path: Path, section: "TaskSection", column: str, where: str, notes: list[str]) -> list[str]:
+def read_texts(path: Path, section: "TaskSection", column: str, where: str, notes: list[str]) -> list[str]:
+    """Return the documents of a file: a .txt file is one, of a table each row is. where: the field that names it."""
     if path.suffix.lower() != PLAIN:
         columns = files.read_file(
             path, where, beside=(PLAIN,), delimiter=section.delimiter, encoding=section.encoding, notes=notes

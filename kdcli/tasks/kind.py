@@ -163,6 +163,14 @@ class TaskKind(ABC):
 
         return read_splits(section, base, notes)
 
+    def columns_of_file(self, section: TaskSection, fields: Any, notes: list[str]) -> "Columns":
+        """Return the columns of the file `section.data`, whose rows a model is scored on. notes: as in `splits`."""
+        from kdcli.data.files import read_file
+
+        assert section.data is not None
+        form: dict[str, Any] = {"delimiter": section.delimiter, "encoding": section.encoding}
+        return read_file(Path(section.data), "--data", notes=notes, **form)
+
     @abstractmethod
     def read(
         self, columns: "Columns", fields: Any, source: str, notes: list[str], labels: tuple[str, ...] | None = None

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from kdcli.data.columns import Column, Columns, chunked
-from kdcli.data.files import read_file
 from kdcli.data.mixing import apportioned
 from kdcli.data.own import files_of, test_set_of
 from kdcli.data.rows import chunks_of
@@ -423,7 +422,7 @@ def load_rows(
     except ValueError as error:
         raise InputError(str(error), where="--data", hint="name the column of text: --text COLUMN") from error
     form: Mapping[str, Any] = {"delimiter": section.delimiter, "encoding": section.encoding}
-    columns = read_file(Path(path), "--data", notes=notes, **form)
+    columns = kind.columns_of_file(section, fields, notes)
     kind = kind.with_fields(fields)
     rows, labels = kind.read_for(config, columns, fields, path, notes, names, form)
     return _task(

@@ -59,6 +59,13 @@ class PlainText(TaskKind):
         found, source = documents.read_documents(section, fields.column, base, notes)
         return {name: {"text": Column.of(texts)} for name, texts in found.items() if texts or name == "train"}, source
 
+    def columns_of_file(self, section: TaskSection, fields: Any, notes: list[str]) -> Columns:
+        from kdcli.data import documents
+
+        assert section.data is not None
+        texts = documents.read_texts(Path(section.data), section, fields.column, "--data", notes)
+        return {"text": Column.of(texts)}
+
     def read(
         self, columns: Columns, fields: Any, source: str, notes: list[str], labels: tuple[str, ...] | None = None
     ) -> "tuple[pa.Table, tuple[str, ...]]":

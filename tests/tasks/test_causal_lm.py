@@ -118,6 +118,11 @@ def test_a_run_distils_scores_and_is_scored_again(folder: Path, capsys: pytest.C
     assert run(["eval", "runs/recipe", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["metrics"]["validation"]["perplexity"] == pytest.approx(student["perplexity"], rel=1e-4)
+    # The same text from a file, under another name.
+    (folder / "other.jsonl").write_text("".join(json.dumps({"story": text}) + "\n" for text in TEXTS[:7]))
+    assert run(["eval", "runs/recipe", "--data", "other.jsonl", "--text", "story", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["metrics"]["rows"]
+    assert rows["perplexity"] == pytest.approx(student["perplexity"], rel=1e-4)
     card = (folder / "runs" / "recipe" / "student" / "README.md").read_text()
     assert "pipeline_tag: text-generation" in card and "perplexity" in card and "less is better" in card
 
