@@ -134,11 +134,11 @@ def test_a_long_text_is_continued_after_its_last_words():
     assert ids == WORDS("a bird " * 200, add_special_tokens=False)["input_ids"][-40:]
 
 
-def check_ways(folder: Path, texts: list[str], tokens: int, tmp_path: Path, call: Any) -> None:
+def check_ways(folder: Path, texts: list[str], tokens: int, tmp_path: Path, call: Any, *, onnx: bool) -> None:
     """Check that a model continues texts in the same way, however it is asked.
 
-    One by one without a cache, in batches, saved and read again, and by the program. Two ways may part where the two
-    best logits are within LIMIT of each other.
+    One by one without a cache, in batches, saved and read again, and by the program, which may export it before. Two
+    ways may part where the two best logits are within LIMIT of each other.
     """
     kind: GeneratingKind = causal_lm.KIND
     words, rows = load_tokenizer(folder), dataset_of(pa.table({"text": texts}))
@@ -153,12 +153,20 @@ def check_ways(folder: Path, texts: list[str], tokens: int, tmp_path: Path, call
     save_model(decoder, tmp_path / "saved", tokenizer=words)
     lines = tmp_path / "texts.txt"
     lines.write_text("\n".join(texts), encoding="utf-8")
-    printed = call("predict", tmp_path / "saved", "--input", lines, "--max-new-tokens", tokens, "--batch-size", 7)
+
+    def printed(name: str) -> list[str]:
+        options = ["--input", lines, "--max-new-tokens", tokens, "--batch-size", 7, "--type", kind.name, "--json"]
+        out = call("predict", tmp_path / name, *options)
+        return [json.loads(line)[kind.answer] for line in out.splitlines()]
+
     found = {
         "in memory": by(decoder, 8),
         "reloaded": by(load_model(tmp_path / "saved"), 3),
-        "predict": [document[kind.answer] for document in printed],
+        "predict": printed("saved"),
     }
+    if onnx:
+        call("export", tmp_path / "saved", "--out", tmp_path / "onnx", "--no-latency")
+        found["ONNX"] = printed("onnx")
     assert len({tuple(each) for each in ids}) > 0.8 * len(texts)
     for way, others in found.items():
         for prompt, own, other in zip(prompts, ids, others, strict=True):
@@ -180,12 +188,12 @@ def stories(count: int) -> list[str]:
 
 @pytest.mark.skipif(not TRAINED.is_dir(), reason="needs stories260K beside KDCLI_DATA_DIR, or KDCLI_TEST_DECODER")
 @pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_model_writes_the_same_in_memory_reloaded_and_by_the_program(
+def test_a_model_writes_the_same_in_memory_reloaded_exported_and_by_the_program(
     count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    def call(*arguments: Any) -> list[dict[str, Any]]:
+    def call(*arguments: Any) -> str:
         capsys.readouterr()
-        assert run([*map(str, arguments), "--json"]) == 0
-        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert run([*map(str, arguments)]) == 0
+        return capsys.readouterr().out
 
-    check_ways(TRAINED, stories(count), 10 if count < 50 else 40, tmp_path, call)
+    check_ways(TRAINED, stories(count), 10 if count < 50 else 40, tmp_path, call, onnx=count == 50)
