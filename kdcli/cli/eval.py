@@ -8,6 +8,9 @@ import typer
 
 from kdcli.cli.limits import FailUnder, FailUnderRetention
 
+READ, WRITTEN = 128, 512
+"""Tokens of a text that is read, and of prompt and response together, where neither a user nor a run says more."""
+
 
 class Protocol(StrEnum):
     """Which part of the validation set is scored."""
@@ -64,7 +67,10 @@ def evaluate(
     max_length: Annotated[
         int | None,
         typer.Option(
-            "--max-length", min=1, max=1_000_000, help="Tokens of a text that are read; default: the run's own, or 128."
+            "--max-length",
+            min=1,
+            max=1_000_000,
+            help="Tokens of a text that are read; default: the run's own, or 128, of prompt and response 512.",
         ),
     ] = None,
     max_samples: Annotated[
@@ -128,7 +134,6 @@ def evaluate(
         section = section_of_data(
             data, own, text=text, label=label, delimiter=delimiter, encoding=encoding, changes=set_ or ()
         )
-        section = section.model_copy(update={"max_length": own.max_length if own is not None else 128})
     from rich.table import Table
 
     from kdcli.cli.choose import length_for, load_contestant
@@ -152,6 +157,8 @@ def evaluate(
             kind = kind_of_model(
                 contestant, choice.model, "MODEL", tokenizer=tokenizer, wanted=of_type, usual=of_the_run
             )
+            usual = WRITTEN if kind.generates else READ
+            section = section.model_copy(update={"max_length": own.max_length if own is not None else usual})
             loaded = load_rows(section, kind, contestant.config, names=names, limit=max_samples)
     else:
         called["MODEL"] = names
