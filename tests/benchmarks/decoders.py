@@ -6,8 +6,8 @@
 FOLDER holds a causal language model (SmolLM2-135M-Instruct). It is fine-tuned on the training rows first, once, and is
 the teacher of all rows: students of half of its blocks, and low-rank students of as many block weights. Each row is a
 process of its own, which trains a student, scores it on held-out rows and on two other sets of instructions, and leaves
-one file in OUTPUT/rows; rows that are there are not made again. Terms are equal: the same teacher, rows, steps, batch
-and learning rate, and each row's last checkpoint; on-policy rows (`gkd`), whose steps take several times as long, have
+one file in OUTPUT/rows; rows that are there are not made again. Terms are equal: the same teacher, rows, steps and
+batch, the learning rates of recipes/methods, and each row's last checkpoint; on-policy rows (`gkd`), whose steps take several times as long, have
 `--on-policy-steps`. The peak of the memory of a process is told beside the sum of its parts: weights of teacher and
 student, gradients and two moments.
 """
@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Row:
     method: dict[str, Any]
     form: str = "depth"
     chains: bool = False
-    own: dict[str, Any] = field(default_factory=dict)
+    rate: float = 3e-4
 
 
 def _rows() -> Iterator[Row]:
@@ -56,9 +56,10 @@ def _rows() -> Iterator[Row]:
         ("hs", "`hs`", {"name": "hs"}, "depth"),
     )
     for name, label, method, form in methods:
-        yield Row(name, label, method, form)
+        rate = 1e-4 if form == "low-rank" else 3e-4
+        yield Row(name, label, method, form, rate=rate)
         if name != "sft":
-            yield Row(f"{name}-opdf", f"{label} +OPDF, L = 1", method, form, chains=True)
+            yield Row(f"{name}-opdf", f"{label} +OPDF, L = 1", method, form, chains=True, rate=rate)
 
 
 ROWS = {row.name: row for row in _rows()}
@@ -98,7 +99,7 @@ def recipe_of(row: Row | None, options: argparse.Namespace) -> dict[str, Any]:
         "train": {
             "max_steps": steps,
             "batch_size": options.batch_size,
-            "learning_rate": options.learning_rate,
+            "learning_rate": row.rate if row is not None else 3e-4,
             "scheduler": "cosine",
             "select": "last",
             "eval_every": 1_000_000,
@@ -261,7 +262,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--on-policy-steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--max-length", type=int, default=384)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--scored", type=int, help="score this many rows of each set")
