@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
-from kdcli.data.rows import batches_of
 from kdcli.files import cache_dir, fingerprint, remove, write_bytes
 from kdcli.models.generation import Progress, Sampling, generate
 from kdcli.models.hashing import hash_of_model
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEY = b"kdcli"
+
+FEW = 64
+"""Rows that are Python objects at the same time while their prompts are measured."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def responses_to(
 
 def prompt_lengths(rows: "Dataset") -> Iterator[int]:
     """Yield the tokens of the prompt of every row."""
-    for part in batches_of(rows.select_columns(["input_ids", "labels"])):
+    for part in rows.select_columns(["input_ids", "labels"]).iter(FEW):
         yield from (len(prompt_of(*pair)) for pair in zip(part["input_ids"], part["labels"], strict=True))
 
 

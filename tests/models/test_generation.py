@@ -143,6 +143,10 @@ def test_responses_end_at_their_own_limits() -> None:
     whole = generate(model, PROMPTS, max_new_tokens=200, end=set(), pad=0, max_length=24)
     assert [len(response) for response in whole] == [24 - len(prompt) for prompt in PROMPTS]
     assert whole == [by_hand(model, prompt, 24 - len(prompt), ()) for prompt in PROMPTS]
+    # Fewer than the model has positions for: a batch goes on until its longest limit.
+    assert generate(model, PROMPTS, max_new_tokens=200, end=set(), pad=0, max_length=14) == [
+        response[: 14 - len(prompt)] for prompt, response in zip(PROMPTS, whole, strict=True)
+    ]
     assert generate(model, [[1] * 20, [1]], max_new_tokens=4, end=set(), pad=0, max_length=20)[0] == []
     both = generate(model, PROMPTS, max_new_tokens=12, end={2, whole[0][3]}, pad=0)[0]
     assert both == whole[0][: len(both)] and both[-1] in {2, whole[0][3]} and len(both) <= 4
