@@ -13,7 +13,7 @@ class Weights(Options):
     """What each of the three terms weighs."""
 
     output: Weight = Field(default=5.0, description="Weight of the teacher's prediction.")
-    task: Weight = Field(default=2.0, description="Weight of the masked tokens (plain text) or the gold labels.")
+    task: Weight = Field(default=2.0, description="Weight of the gold answers: labels, masked tokens or next tokens.")
     cosine: Weight = Field(
         default=1.0, description="Weight of the cosine between the last hidden states; it needs equal widths."
     )
@@ -27,7 +27,7 @@ class DistilBERTOptions(Options):
         default=2.0, description="Temperature that softens teacher and student logits before they are compared."
     )
     positions: Literal["all", "masked"] = Field(
-        default="all", description="Plain text: where predictions are compared, at all tokens or at the masked ones."
+        default="all", description="Masked text: where predictions are compared, at all tokens or at the masked ones."
     )
 
 
@@ -67,7 +67,7 @@ METHOD = Method(
     "lighter. arXiv 1910.01108",
     formula="5 T^2 KL(softmax(z_T / T) || softmax(z_S / T)) + 2 CE of the masked tokens (or labels) + "
     "1 (1 - cos(h_S[n], h_T[N]))",
-    signals="logits, gold labels (plain text: masked tokens), last hidden states",
+    signals="logits, gold labels (masked text: masked tokens), last hidden states",
     constraints="same vocabulary and width",
     cost="one teacher forward pass a step",
     options=DistilBERTOptions,

@@ -76,12 +76,12 @@ class HSOptions(Options):
     weights: Weights = Field(default=Weights(), description="How much each part weighs; 0 switches a part off.")
     alpha: Share = Field(
         default=0.5,
-        description="All tasks but plain text: share of the teacher's prediction; the gold labels have the rest. "
+        description="All tasks but masked text: share of the teacher's prediction; the gold labels have the rest. "
         "Without any it has no effect.",
     )
     temperature: Temperature = Field(
         default=1.0,
-        description="All tasks but plain text: temperature that softens teacher and student logits before they are "
+        description="All tasks but masked text: temperature that softens teacher and student logits before they are "
         "compared.",
     )
 
@@ -184,8 +184,8 @@ METHOD = Method(
     title="Hidden states, by a choice of layer maps",
     paper="Udagawa, Trivedi, Merler, Bhattacharjee (2023): A Comparative Analysis of Task-Agnostic Distillation "
     f"Methods for Compressing Transformer Language Models. arXiv 2310.08797; emd: {EMD_PAPER}",
-    formula="mean_(i, j) MSE(W_i h_S[i], h_T[j]) (+ w_p (alpha T^2 KL + (1 - alpha) CE), not on plain text)",
-    signals="hidden states; except on plain text also logits and gold labels",
+    formula="mean_(i, j) MSE(W_i h_S[i], h_T[j]) (+ w_p (alpha T^2 KL + (1 - alpha) CE), not on masked text)",
+    signals="hidden states; except on masked text also logits and gold labels",
     constraints='none; "all" needs equal depths, "last-k", "uniform+last" and "random" a student no deeper',
     cost="the teacher's forward pass up to its highest mapped block a step",
     options=HSOptions,

@@ -44,7 +44,7 @@ METHOD = Method(
     title="Logits and labels",
     paper="Hinton, Vinyals, Dean (2015): Distilling the Knowledge in a Neural Network. arXiv 1503.02531",
     formula="alpha T^2 D(softmax(z_T / T), softmax(z_S / T)) + (1 - alpha) CE(z_S, y), D = KL or another divergence",
-    signals="logits, gold labels (plain text: masked tokens; decoders: next tokens)",
+    signals="logits, gold labels (masked text: masked tokens; decoders: next tokens)",
     constraints="none; on tokens the same vocabulary",
     cost="student only: teacher logits are computed once and cached; on tokens one teacher forward pass a step, and "
     "logits are formed some tokens at a time",

@@ -31,7 +31,7 @@ class Levels(Options):
     layer: Weight = Field(default=1.0, description="Weight of attention, hidden states and embeddings.")
     model: Weight = Field(
         default=1.0,
-        description="Weight of the prediction; on plain text that of the masked tokens, for which the teacher needs a "
+        description="Weight of the prediction; on masked text that of the masked tokens, for which the teacher needs a "
         "masked-LM head: 0 where it has none.",
     )
 
@@ -199,8 +199,8 @@ METHOD = Method(
     "Low-rank Factorization. arXiv 2604.03110",
     formula="w_M mean_l(L_mha + L_ffn) + w_L (mean_l(KL_att + MSE_hid) + MSE_emb) "
     "+ w_P (alpha T^2 KL + (1 - alpha) CE)",
-    signals="outputs of all matrices of every block, attention, hidden states, logits, gold labels (plain text: masked "
-    "tokens)",
+    signals="outputs of all matrices of every block, attention, hidden states, logits, gold labels (masked text: "
+    "masked tokens)",
     constraints="student as wide as the teacher, with the same heads",
     cost="one teacher forward pass a step",
     options=MaKDOptions,

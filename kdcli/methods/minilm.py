@@ -30,12 +30,12 @@ class MiniLMOptions(Options):
     weights: Weights = Field(default=Weights(), description="How much each part weighs; 0 switches a part off.")
     alpha: Share = Field(
         default=0.5,
-        description="All tasks but plain text: share of the teacher's prediction; the gold labels have the rest. "
+        description="All tasks but masked text: share of the teacher's prediction; the gold labels have the rest. "
         "Without any it has no effect.",
     )
     temperature: Temperature = Field(
         default=1.0,
-        description="All tasks but plain text: temperature that softens teacher and student logits before they are "
+        description="All tasks but masked text: temperature that softens teacher and student logits before they are "
         "compared.",
     )
 
@@ -76,8 +76,8 @@ METHOD = Method(
     paper="Wang, Wei, Dong, Bao, Yang, Zhou (2020): MiniLM: Deep Self-Attention Distillation for Task-Agnostic "
     "Compression of Pre-Trained Transformers. arXiv 2002.10957",
     formula="KL(A_T || A_S) + KL(R_T || R_S) of the last blocks, A = softmax(Q K^T / sqrt(d_k)), "
-    "R = softmax(V V^T / sqrt(d_k)) (+ w_p (alpha T^2 KL + (1 - alpha) CE), not on plain text)",
-    signals="queries, keys and values of the last block; except on plain text also logits and gold labels",
+    "R = softmax(V V^T / sqrt(d_k)) (+ w_p (alpha T^2 KL + (1 - alpha) CE), not on masked text)",
+    signals="queries, keys and values of the last block; except on masked text also logits and gold labels",
     constraints="as many heads as the teacher, of keys and values, too; any depth and width. For a student of at most "
     "half the depth and width an [assistant] of the teacher's depth and the student's width helps",
     cost="one teacher forward pass a step",

@@ -67,12 +67,12 @@ class MiniLMv2Options(Options):
     weights: Weights = Field(default=Weights(), description="How much each part weighs; 0 switches a part off.")
     alpha: Share = Field(
         default=0.5,
-        description="All tasks but plain text: share of the teacher's prediction; the gold labels have the rest. "
+        description="All tasks but masked text: share of the teacher's prediction; the gold labels have the rest. "
         "Without any it has no effect.",
     )
     temperature: Temperature = Field(
         default=1.0,
-        description="All tasks but plain text: temperature that softens teacher and student logits before they are "
+        description="All tasks but masked text: temperature that softens teacher and student logits before they are "
         "compared.",
     )
 
@@ -182,12 +182,12 @@ METHOD = Method(
     paper="Wang, Bao, Huang, Dong, Wei (2021): MiniLMv2: Multi-Head Self-Attention Relation Distillation for "
     "Compressing Pretrained Transformers. arXiv 2012.15828",
     formula="sum_(X = Q, K, V) KL(R_T || R_S), R = softmax(X X^T / sqrt(d_r)) over d / d_r relation heads "
-    "(+ w_p (alpha T^2 KL + (1 - alpha) CE), not on plain text)",
-    signals="queries, keys and values of one block; except on plain text also logits and gold labels",
+    "(+ w_p (alpha T^2 KL + (1 - alpha) CE), not on masked text)",
+    signals="queries, keys and values of one block; except on masked text also logits and gold labels",
     constraints="relation heads that divide the widths of both models' projections, with grouped queries also the "
     "narrower ones of keys and values; any depth, width and number of heads. Of decoders relations are those after "
     "rotation, of each token to itself and those before it",
-    cost="the teacher's forward pass up to that block a step; except on plain text its prediction once, and cached",
+    cost="the teacher's forward pass up to that block a step; except on masked text its prediction once, and cached",
     options=MiniLMv2Options,
     build=build,
     check=check,

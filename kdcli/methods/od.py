@@ -1,4 +1,4 @@
-"""OD transfer: the student learns the teacher's distribution over the vocabulary, on plain text."""
+"""OD transfer: the student learns the teacher's distribution over the vocabulary, of masked or next tokens."""
 
 from typing import Literal
 

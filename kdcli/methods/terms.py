@@ -20,13 +20,13 @@ class PredictionWeights(Options):
     """What the prediction weighs."""
 
     prediction: Weight = Field(
-        default=1.0, description="All tasks but plain text: weight of the teacher's prediction and the gold labels."
+        default=1.0, description="All tasks but masked text: weight of the teacher's prediction and the gold labels."
     )
-    mlm: Weight = Field(default=0.0, description="Plain text: weight of the masked tokens.")
+    mlm: Weight = Field(default=0.0, description="Masked text: weight of the masked tokens.")
 
 
 def prediction_terms(context: Context, weights: PredictionWeights, alpha: float, temperature: float) -> list[Term]:
-    """Return the teacher's prediction and the gold labels, alpha to 1 - alpha; on plain text the masked tokens."""
+    """Return the teacher's prediction and the gold labels, alpha to 1 - alpha; on masked text the masked tokens."""
     if context.plain_text:
         return [context.gold_term(weights.mlm)]
     return context.prediction_terms(weights.prediction, alpha, temperature)
@@ -109,11 +109,11 @@ def refuse_unsupported(
 ) -> None:
     """Raise InputError for an option that has no effect on this kind of task.
 
-    tasks, text: options (`temperature`, `weights.mlm`) that plain text does not have, or only plain text has. gold:
+    tasks, text: options (`temperature`, `weights.mlm`) that masked text does not have, or only masked text has. gold:
     those (`alpha`) that need gold answers.
     """
     if context.plain_text:
-        refuse_idle(options, tasks, "on plain text")
+        refuse_idle(options, tasks, "on masked text")
     else:
         refuse_idle(options, text, "without masked tokens")
     if not context.has_gold:

@@ -29,7 +29,7 @@ class Weights(Options):
 
 
 class TinyBERTOptions(Options):
-    """Two stages; on plain text the first one alone (general distillation)."""
+    """Two stages; on masked text the first one alone (general distillation)."""
 
     weights: Weights = Field(
         default=Weights(), description="First stage: how much each part weighs; 0 switches a part off."
@@ -89,7 +89,7 @@ def _inside(options: TinyBERTOptions, context: Context) -> list[Term]:
 
 
 def build(options: TinyBERTOptions, context: Context) -> list[Stage]:
-    """Return the stages: the inside of the model, then its prediction; on plain text only the first."""
+    """Return the stages: the inside of the model, then its prediction; on masked text only the first."""
 
     if context.plain_text:
         return [Stage("general", _inside(options, context))]

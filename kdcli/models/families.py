@@ -142,8 +142,8 @@ class Family:
             )
         if self.sizes.by_block:
             found["theseus: equal blocks only"] = (
-                f"Its blocks are of different kinds ({', '.join(self.sizes.by_block)}): the method theseus works where "
-                "each student block replaces blocks of its own kind, as with as many blocks as the teacher."
+                f"Its blocks may be of different kinds ({', '.join(self.sizes.by_block)}): the method theseus works "
+                "where each student block replaces blocks of its own kind, as with as many blocks as the teacher."
             )
         return found
 
@@ -345,6 +345,7 @@ FAMILIES: dict[str, Family] = {
             causal=True,
             rotary=True,
             sizes=SizeNames(types=None),
+            scratch=MappingProxyType({"rotary_pct": 1.0}),
         ),
         Family(
             "opt",

@@ -615,7 +615,7 @@ WRONG: list[tuple[str, Context, dict[str, Any], str, str]] = [
         "12 of the teacher and 8",
         "leave attention out",
     ),
-    ("hs", context(), {"alpha": 0.5}, "plain text", "leave it out"),
+    ("hs", context(), {"alpha": 0.5}, "masked text", "leave it out"),
     ("hs", context("classification"), {"weights": {"mlm": 1.0}}, "without masked tokens", "leave it out"),
     ("hs", context(), {"weights": {"hidden": 0.0}}, "weight 0", ""),
     ("minilm", context(student=shape(6, 384, 6)), {}, "12 of the teacher and 6", "student.heads = 12"),
@@ -628,7 +628,7 @@ WRONG: list[tuple[str, Context, dict[str, Any], str, str]] = [
     ("minilmv2", context(), {"teacher_layer": -13}, "no block -13", "-12"),
     ("minilmv2", context(), {"relations": {"qq": 0, "kk": 0, "vv": 0}}, "relations", ""),
     ("minilmv2", context(), {"direct": True, "relations": {"qk": 1.0}}, "no qk", "qq, kk and vv"),
-    ("minilmv2", context(), {"temperature": 2.0}, "plain text", "leave it out"),
+    ("minilmv2", context(), {"temperature": 2.0}, "masked text", "leave it out"),
     ("tinybert", context(student=shape(5)), {}, "12 blocks cannot be divided among 5", "use 4 blocks"),
     ("tinybert", context(student=shape(4, 312, 6)), {}, "heads", "student.heads = 12"),
     ("tinybert", context(student=shape(4, 312)), {"bridge": False}, "bridge", "as wide"),
@@ -652,7 +652,7 @@ WRONG: list[tuple[str, Context, dict[str, Any], str, str]] = [
         "full_at has no effect",
         "one of them",
     ),
-    ("tinybert", context(), {"shares": [0.5, 0.5]}, "plain text", "leave it out"),
+    ("tinybert", context(), {"shares": [0.5, 0.5]}, "masked text", "leave it out"),
     ("tinybert", context(), {"weights": {"attention": 0.0, "hidden": 0.0}}, "weight 0", ""),
 ]
 
