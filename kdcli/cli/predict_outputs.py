@@ -44,7 +44,7 @@ class Row:
         Texts that a model wrote have lines of their own, below what they answer.
         """
         if self.kind.generates:
-            yield f"> {self._shown_inputs}"
+            yield f"> {self._shown_inputs}{' (cut: it is too long for the model)' if self.reply['cut'] else ''}"
             yield from self.kind.show(self.reply).splitlines() or ["(nothing)"]
             if self.beside is not None:
                 yield f"beside ({self._told}):"

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from kdcli.objectives.distribution import Distribution
     from kdcli.signals import Prediction
 
+ENDLESS = 10**9
+"""Tokens that no prompt has."""
 SEEDS = (10, 20, 30, 40, 50)
 """Of sampled texts. Source: Gu et al. 2023, MiniLLM (arXiv 2306.08543), section 3.1."""
 
@@ -208,11 +210,16 @@ class GeneratingKind(TaskKind):
         ask: Any = None,
         **options: Any,
     ) -> list[dict[str, Any]]:
-        """Return what a model writes for each row. writing: how; None: greedily."""
+        """Return what a model writes for each row, and whether its prompt was too long, and cut.
+
+        writing: how; None: greedily.
+        """
         writing, max_length = writing or Writing(), options["max_length"]
         room = max(max_length - (writing.max_new_tokens or max_length), max_length // 2)
-        prompts = self.prompts_of(rows, processor, room)
-        return self.write(model, prompts, processor, writing, **options)
+        prompts, whole = (self.prompts_of(rows, processor, limit) for limit in (room, ENDLESS))
+        replies = self.write(model, prompts, processor, writing, **options)
+        cut = (len(prompt) < len(every) for prompt, every in zip(prompts, whole, strict=True))
+        return [{**reply, "cut": shorter} for reply, shorter in zip(replies, cut, strict=True)]
 
     def beside(self, reply: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         """Return whether two texts are the same, and the ROUGE-L between them."""

@@ -10,6 +10,7 @@ from kdcli.errors import InputError
 from kdcli.recipe.schema import TaskSection, Tokens
 from kdcli.tasks.conversations import column_of_messages, messages_of, prompt_of, read_conversations
 from kdcli.tasks.generated import GeneratingKind, GenerationFields
+from kdcli.words import counted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -140,10 +141,14 @@ class Instruct(GeneratingKind):
             self.fit(rows, processor, max_length)
 
     def remarks(self, task: "Task", processor: Any, max_length: int) -> list[str]:
-        """Return how many rows are cut or dropped."""
+        """Return how many rows are cut or dropped, and how many texts are written for each score of a model."""
         found = []
         for name, rows in (("training", task.train), ("held-out", task.selection)):
             found += self.fit(rows, processor, max_length).notes(name)
+        texts = sum(map(len, task.report.values())) * len(self.own.writings)
+        if texts and not TEXT_METRICS.isdisjoint(task.metrics):
+            most = self.own.max_new_tokens or max_length
+            found.append(f"scores: each model writes {counted(texts, 'text')} of at most {counted(most, 'token')}")
         return found
 
     def fit(self, rows: "Dataset", processor: Any, max_length: int) -> "Fitted":

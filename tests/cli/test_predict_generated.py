@@ -106,6 +106,13 @@ def test_the_texts_of_a_file_are_written_into_one(world: World, decoder: Any):
     assert [row["instruction"] for row in rows] == ["Name a bird.", "Name a tree."]
 
 
+def test_a_prompt_that_is_too_long_is_cut_and_said_to_be(world: World, decoder: Any):
+    short, long = ask(world, "Name a bird.", "Name a bird." + " and a tree" * 200)
+    assert (short["cut"], long["cut"]) == (False, True) and long["response"]
+    people = world.call("predict", "teacher", "--type", "instruct", "Name a bird." + " and a tree" * 200)
+    assert "(cut: it is too long for the model)" in people.out.splitlines()[0]
+
+
 @pytest.mark.slow
 def test_a_run_is_scored_and_asked_as_it_was_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from kdcli.cli.app import run
