@@ -18,9 +18,12 @@ def counts_of(batch: Batch) -> Tensor:
     return torch.stack([torch.full_like(real, len(batch[PREDICTED])), real]).double()
 
 
-def scaled(batch: Batch, factors: Tensor) -> Batch:
-    """Return a batch with its weights times two factors, as in `counts_of`."""
+def scaled(batch: Batch, factors: Tensor, rows: Tensor | None = None) -> Batch:
+    """Return a batch with its weights times two factors, as in `counts_of`. rows: (batch,), a factor for each row."""
     new = {name: batch[name] * factor for name, factor in zip((PREDICTED, REAL), factors, strict=True)}
+    if rows is not None:
+        new[PREDICTED] = new[PREDICTED] * rows[batch["predicted_positions"] // batch["input_ids"].shape[1]]
+        new[REAL] = new[REAL] * rows
     return {**batch, **{name: weights.to(batch[name].dtype) for name, weights in new.items()}}
 
 

@@ -108,6 +108,7 @@ class DistillationTrainer(Trainer):
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
         self._held_tokens: Tensor | None = None
+        self._held_shares: list[np.ndarray] = []
         self._held_losses: list[Tensor] = []
         self._auxiliary: Tensor | None = None
         # The scheme comes first: a distiller may hold tensors of a teacher that learns, and must not get copies.
@@ -212,7 +213,8 @@ class DistillationTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         inputs = self._prepare_inputs(inputs)
         if self._held_tokens is not None:
-            inputs = scaled(inputs, counts_of(inputs) * self._held_tokens)
+            shares = torch.from_numpy(self._held_shares[len(self._held_losses)]).to(self.args.device)
+            inputs = scaled(inputs, counts_of(inputs) * self._held_tokens, shares)
         with torch.no_grad():
             outputs = model(inputs)
         if "loss" in outputs:
@@ -238,10 +240,14 @@ class DistillationTrainer(Trainer):
     def _evaluate_by_tokens(self, dataloader: Any, *, metric_key_prefix: str, **kwargs: Any) -> Any:
         """Return what the library does, with the loss as the mean over all tokens, not over batches."""
         batches = list(dataloader.batch_sampler)
-        counts = self.model.kind.token_counts(dataloader.dataset)
-        own = torch.tensor(counts[np.concatenate(batches)].sum(0), dtype=torch.float64, device=self.args.device)
+        tokens, places = self.model.kind.token_counts(dataloader.dataset), np.concatenate(batches)
+        # Rows that complete the last batches of several processes are there more than once.
+        own = np.bincount(places, minlength=len(tokens)).astype(np.float64)
+        times = self._total(torch.from_numpy(own).to(self.args.device)).cpu().numpy()
+        self._held_shares = [1.0 / times[batch] for batch in batches]
         # The mean over all batches of all processes is then one over all tokens.
-        self._held_tokens = len(batches) * self.args.world_size / self._total(own).clamp(min=1.0)
+        total = torch.tensor(tokens.sum(0), dtype=torch.float64, device=self.args.device)
+        self._held_tokens = len(batches) * self.args.world_size / total.clamp(min=1.0)
         self._held_losses = []
         try:
             output = super().evaluation_loop(dataloader, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -174,7 +174,7 @@ def test_two_processes_give_the_student_of_one(tmp_path: Path):
             "type": "instruct",
             "data": "rows.jsonl",
             "max_length": 512,
-            "validation_fraction": 0.25,
+            "validation_fraction": 0.2,
         },
         "teacher": {"model": "teacher", "finetune": False},
         "student": {"form": "depth", "layers": 1},
