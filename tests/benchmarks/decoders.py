@@ -7,9 +7,9 @@ FOLDER holds a causal language model (SmolLM2-135M-Instruct). It is fine-tuned o
 the teacher of all rows: students of half of its blocks, and low-rank students of as many block weights. Each row is a
 process of its own, which trains a student, scores it on held-out rows and on two other sets of instructions, and leaves
 one file in OUTPUT/rows; rows that are there are not made again. Terms are equal: the same teacher, rows, steps and
-batch, the learning rates of recipes/methods, and each row's last checkpoint; on-policy rows (`gkd`), whose steps take several times as long, have
-`--on-policy-steps`. The peak of the memory of a process is told beside the sum of its parts: weights of teacher and
-student, gradients and two moments.
+batch, the learning rates of recipes/methods, and each row's last checkpoint. On-policy rows (`gkd`), whose steps take
+several times as long, have `--on-policy-steps`; `seqkd` has as many rows as the teacher has time to write to. The peak
+of the memory of a process is told beside the sum of its parts: weights of teacher and student, gradients, two moments.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def recipe_of(row: Row | None, options: argparse.Namespace) -> dict[str, Any]:
             "eval_every": 1_000_000,
             "device": options.device,
         },
-        "evaluate": {"batch_size": 16},
+        "evaluate": {"batch_size": options.eval_batch},
         "seed": options.seed,
     }
     if options.teacher_epochs:
@@ -113,8 +113,9 @@ def recipe_of(row: Row | None, options: argparse.Namespace) -> dict[str, Any]:
         document["teacher"]["finetune"] = {"epochs": options.teacher_epochs, **rates}
     else:
         document["teacher"]["finetune"] = False
-    if options.rows_of_set:
-        document["task"]["train_samples"] = options.rows_of_set
+    rows = options.written if method["name"] == "seqkd" else None
+    if rows := rows or options.rows_of_set:
+        document["task"]["train_samples"] = rows
     if row is not None and row.chains:
         document["overparam"] = OPDF
     return document
@@ -258,6 +259,7 @@ def main() -> None:
     parser.add_argument("--teacher-rate", type=float, default=5e-5)
     parser.add_argument("--data", default="alpaca9k", help="the folder of instruct/ that is trained on")
     parser.add_argument("--rows-of-set", type=int, help="use this many of its rows")
+    parser.add_argument("--written", type=int, help="rows of `seqkd`, to which the teacher writes a response each")
     parser.add_argument("--layers", type=int, default=15, help="blocks of students of fewer blocks")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--on-policy-steps", type=int, default=200)
