@@ -18,10 +18,12 @@ import numpy as np
 from onnxruntime import InferenceSession
 from tokenizers import Tokenizer
 
-NAMES = {{"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}}
-tokenizer = Tokenizer.from_file(f"{{sys.path[0]}}/tokenizer.json")
+{names}tokenizer = Tokenizer.from_file(f"{{sys.path[0]}}/tokenizer.json")
 session = InferenceSession(f"{{sys.path[0]}}/model.onnx")
 '''
+
+
+NAMES = 'NAMES = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}\n'
 
 
 def script_of(kind: TaskKind, fields: Any, config: "PretrainedConfig", tokenizer: Any, max_length: int) -> str | None:
@@ -34,8 +36,10 @@ def script_of(kind: TaskKind, fields: Any, config: "PretrainedConfig", tokenizer
     decoding = kind.script(fields, config, tokenizer, longest_input(tokenizer, max_length))
     if decoding is None:
         return None
-    usage = "".join(f"{name.upper()} " for name in kind.inputs(fields)) + "..."
+    needed = [name for name in kind.inputs(fields) if name not in kind.optional_inputs(fields)]
+    usage = "".join(f"{name.upper()} " for name in needed) + "..."
     lines = decoding.splitlines(keepends=True)
     imports = ["import json\n", "import sys\n", *(line for line in lines if line.startswith("import "))]
-    head = HEAD.format(script=SCRIPT, usage=usage, imports="".join(sorted(imports)))
+    names = NAMES if "NAMES" in decoding else ""
+    head = HEAD.format(script=SCRIPT, usage=usage, imports="".join(sorted(imports)), names=names)
     return head + "".join(line for line in lines if line not in imports)

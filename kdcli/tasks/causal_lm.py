@@ -63,6 +63,13 @@ class CausalLM(GeneratingKind, PlainText):
 
     # Texts that are continued
 
+    written = "tokenizer.decode(ids).removeprefix(tokenizer.decode(prompt))"
+
+    def layout(self, processor: Any) -> tuple[list[int], str, str]:
+        from kdcli.tasks.packing import frame_of
+
+        return frame_of(processor)[0], "", ""
+
     def prompts_of(self, rows: "Dataset", processor: Any, room: int) -> list[list[int]]:
         """Return the tokens of each text; of one that is too long the last ones."""
         from kdcli.data.rows import values_of

@@ -1,5 +1,6 @@
 """What kinds of tasks share whose models write texts: how these are written, shown, compared and scored."""
 
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,6 +70,34 @@ class GenerationFields(Fields):
         return [replace(drawn, seed=seed) for seed in self.seeds or SEEDS]
 
 
+SCRIPT = """\
+{layout}ins = session.get_inputs()
+names = [n.name for n in ins if "." not in n.name]
+past = {{n.name: np.zeros((1, n.shape[1], 0, {size}), "f2" if "16" in n.type else "f4") for n in ins if "." in n.name}}
+for text in sys.argv[1:]:
+    prompt = ids = [{first}*tokenizer.encode({text}, add_special_tokens=False).ids]
+    cache, seen = past, 0
+    while len(ids) < {limit} and (not seen or ids[-1] not in {ends}):
+        values = [ids[seen:]], [[1] * len(ids)], [range(seen, len(ids))], [-1]
+        logits, *presents = session.run(None, cache | {{name: np.array(value) for name, value in zip(names, values)}})
+        cache, seen, ids = dict(zip(past, presents)), len(ids), [*ids, int(logits[0, -1].argmax())]
+    print(json.dumps({{"{answer}": {written}}}))
+"""
+"""What writes text with an exported graph: greedily, each token with the cache of those before it."""
+
+WIDTH = 90
+"""Characters of a string in a line of a script."""
+
+
+def _assignment(**values: str) -> str:
+    """Return Python that gives names their texts, in lines that are not too long; nothing where all are empty."""
+    texts = []
+    for text in values.values():
+        parts = [json.dumps(text[at : at + WIDTH], ensure_ascii=False) for at in range(0, max(1, len(text)), WIDTH)]
+        texts.append(parts[0] if len(parts) == 1 else "(" + "\n    ".join(parts) + ")")
+    return f"{', '.join(values)} = {', '.join(texts)}\n" if any(values.values()) else ""
+
+
 @dataclass(frozen=True)
 class Writing:
     """How texts are written. max_new_tokens: of each; None: as many as the longest input leaves after its prompt.
@@ -97,6 +126,8 @@ class GeneratingKind(TaskKind):
     head = CAUSAL_LM
     errors = frozenset({"perplexity"})
     generates = True
+    written = "tokenizer.decode(ids[len(prompt) :]).strip()"
+    """`text_of` as Python of the exported script."""
     scored_by_outputs = False
     outputs_are_kept = False
     tokens_weigh_equally = True
@@ -145,6 +176,31 @@ class GeneratingKind(TaskKind):
     @abstractmethod
     def end_tokens(self, processor: Any, config: Any) -> set[int]:
         """Return the tokens that end a text."""
+
+    @abstractmethod
+    def layout(self, processor: Any) -> tuple[list[int], str, str] | None:
+        """Return what stands around a text in a prompt: tokens before, text before and after; None: not so simply."""
+
+    def script(self, fields: Any, config: Any, processor: Any, max_length: int) -> str | None:
+        from kdcli.models.shape import longest_input, shape_of
+
+        if (layout := self.layout(processor)) is None:
+            return None
+        first, before, after = layout
+        given, positions = getattr(fields, "max_new_tokens", None), longest_input(config)
+        limit = f"len(prompt) + {given}" if given else str(max_length)
+        if given and positions is not None:
+            limit = f"min({positions}, {limit})"
+        return SCRIPT.format(
+            layout=_assignment(BEFORE=before, AFTER=after),
+            first="".join(f"{number}, " for number in first),
+            text=" + ".join([*["BEFORE"] * bool(before), "text", *["AFTER"] * bool(after)]),
+            size=shape_of(config).head,
+            limit=limit,
+            ends="{" + ", ".join(map(str, sorted(self.end_tokens(processor, config)))) + "}",
+            answer=self.answer,
+            written=self.written,
+        )
 
     def write(
         self,

@@ -8,7 +8,7 @@ from pydantic import Field
 from kdcli.data.columns import Column, Columns, is_missing
 from kdcli.errors import InputError
 from kdcli.recipe.schema import TaskSection, Tokens
-from kdcli.tasks.conversations import column_of_messages, messages_of, prompt_of, read_conversations
+from kdcli.tasks.conversations import Message, column_of_messages, messages_of, prompt_of, read_conversations
 from kdcli.tasks.generated import GeneratingKind, GenerationFields
 from kdcli.words import counted
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from kdcli.tasks.fitting import Fitted
 
 TEXT_METRICS = frozenset({"rouge_l", "exact_match"})
+MARK = "<instruction>"
+"""Where an instruction stands in a prompt whose layout is asked for."""
+
 MOST_KEPT = 4
 """Encoded sets of rows that a kind remembers: those of a plan are those of its run."""
 
@@ -240,6 +243,14 @@ class Instruct(GeneratingKind):
         return 0.0 if metric in TEXT_METRICS else None
 
     # Prompts without responses
+
+    def layout(self, processor: Any) -> tuple[list[int], str, str] | None:
+        from kdcli.tasks.templates import template_of
+
+        system = [Message("system", self.own.system)] if self.own.system is not None else []
+        first, text = template_of(processor, self.own.template).layout([*system, Message("user", MARK)])
+        before, mark, after = text.partition(MARK)
+        return (first, before, after) if mark and MARK not in after else None
 
     def inputs(self, fields: Any) -> dict[str, str]:
         if fields.messages is not None:

@@ -53,6 +53,10 @@ class Template(ABC):
     def prompts(self, conversations: Sequence[list[Message]]) -> list[list[int]]:
         """Return conversations that end with a user's turn, up to where a response begins."""
 
+    @abstractmethod
+    def layout(self, messages: list[Message]) -> tuple[list[int], str]:
+        """Return a prompt as the special tokens before it, and its text."""
+
     def ids(self, texts: Iterable[str]) -> list[list[int]]:
         """Return texts as tokens, none added."""
         texts = list(texts)
@@ -89,6 +93,9 @@ class Alpaca(Template):
         # A response that is not there yet: what comes before it is the prompt.
         started = [[*messages, Message("assistant", "")] for messages in conversations]
         return [tokens.ids[: tokens.prompt] for tokens in self.tokens(started, "last")]
+
+    def layout(self, messages: list[Message]) -> tuple[list[int], str]:
+        return frame_of(self.tokenizer)[0], _pieces(messages)[-1]
 
 
 def _pieces(messages: Sequence[Message]) -> list[str]:
@@ -184,6 +191,9 @@ class Chat(Template):
 
     def prompts(self, conversations: Sequence[list[Message]]) -> list[list[int]]:
         return self.ids(self.text(messages, prompt=True) for messages in conversations)
+
+    def layout(self, messages: list[Message]) -> tuple[list[int], str]:
+        return [], self.text(messages, prompt=True)
 
 
 def end_of_text(tokenizer: Any) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from families import tiny, tokenizer
+from scripts import answers_of_script
 from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification
 
 from kdcli.data.columns import Column
@@ -29,26 +29,6 @@ from kdcli.tasks.predict import predict
 
 TEXTS = ["a fine film", "a dull film , and so long that it is cut in the end , after many words", "dark"]
 LENGTH = 16
-ALLOWED = {"json", "sys", "numpy", "onnxruntime", "tokenizers", "re"}
-
-
-def code_lines(script: str) -> list[str]:
-    """Return the lines of a script that do something."""
-    lines = re.sub('^""".*?"""\n', "", script, flags=re.DOTALL).splitlines()
-    return [line for line in lines if line.strip() and not line.strip().startswith("#")]
-
-
-def answers_of_script(folder: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Run the script in a process without kdcli, torch and transformers, and return what it prints."""
-    script = (folder / "predict.py").read_text()
-    assert len(code_lines(script)) <= 20 and max(map(len, script.splitlines())) <= 120
-    assert set(re.findall(r"^(?:from|import) (\w+)", script, re.MULTILINE)) <= ALLOWED
-    command = [sys.executable, "-X", "importtime", str(folder / "predict.py"), *texts]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
-    assert done.returncode == 0, done.stderr[-2000:]
-    imported = set(re.findall(r"\| +(\w+)\n", done.stderr))
-    assert "onnxruntime" in imported and not imported & {"torch", "transformers", "kdcli", "scipy", "datasets"}
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def replies(
