@@ -21,6 +21,22 @@ def distill(
         typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe; FIELD= removes it."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; train and write nothing.")] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes",
+            min=1,
+            max=65_536,
+            help="With --dry-run: tell what each of so many processes needs.",
+        ),
+    ] = None,
+    config_only: Annotated[
+        bool,
+        typer.Option(
+            "--config-only",
+            help="With --dry-run: look at configurations alone; weights need not be there.",
+        ),
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for runs (default: runs/ here).")
     ] = None,
@@ -39,12 +55,15 @@ def distill(
       kdcli distill recipes/sst2-makd.toml --dry-run
       kdcli distill recipes/sst2-makd.toml --set student.budget=0.25 --set name=quarter
       kdcli distill recipe.toml --json --fail-under 0.9 > result.json
+      kdcli distill recipe.toml --dry-run --config-only --processes 8
       torchrun --nproc-per-node 2 -m kdcli distill recipe.toml
     """
     from kdcli.distill.recipe import limits_of, load_recipe
     from kdcli.errors import InputError
     from kdcli.recipe.load import with_place
 
+    if (processes is not None or config_only) and not dry_run:
+        raise typer.BadParameter("--processes and --config-only go with --dry-run")
     if force and resume:
         raise typer.BadParameter("--force and --resume exclude each other")
     loaded = load_recipe(recipe, set_ or [])
@@ -66,11 +85,13 @@ def distill(
                 from kdcli.distill.plan import make_plan
                 from kdcli.distill.prepare import check_scored, prepare
                 from kdcli.distill.states import check_room
+                from kdcli.models.checkpoint import configurations_alone
 
-                prepared = prepare(loaded, recipe)
-                check_scored(limits, prepared.task)
-                check_room(prepared.state_bytes, run.checkpoints)
-                plan = make_plan(prepared)
+                with configurations_alone(config_only):
+                    prepared = prepare(loaded, recipe)
+                    check_scored(limits, prepared.task)
+                    check_room(prepared.state_bytes, run.checkpoints)
+                    plan = make_plan(prepared, processes)
         except InputError as error:
             raise with_place(error, recipe, set_) from error
         emit(plan.to_json(), table=render.plan(plan), as_json=as_json)

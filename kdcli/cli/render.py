@@ -20,6 +20,7 @@ from kdcli.words import counted
 if TYPE_CHECKING:
     from kdcli.compare.plan import ComparisonPlan
     from kdcli.compare.report import Report
+    from kdcli.distill.memory import Memory
     from kdcli.distill.plan import Plan
     from kdcli.evaluation.result import Loss, Result
     from kdcli.export.export import ExportResult
@@ -147,8 +148,22 @@ def plan(plan: "Plan") -> Table:
         about = "" if states.exact else "about "
         size = f"{about}{states.bytes / 1e9:,.2f} GB on disk while the {states.student} trains ({states.dtype})"
         table.add_row("teacher's states", size)
-    table.add_row("memory", f"about {plan.memory_megabytes:,} MB while training")
+    for name, said in _memory(plan.memory):
+        table.add_row(name, said)
     return table
+
+
+def _memory(memory: "Memory") -> list[tuple[str, str]]:
+    """Return the rows of a table that say what a training step needs."""
+    each = "" if memory.processes == 1 else f" in each of {memory.processes:,} processes"
+    how = "" if memory.processes == 1 else ", sharded (FSDP2)" if memory.sharded else ", a whole student each (DDP)"
+    rows = [("memory", f"about {_megabytes(memory.total)} for a step of {memory.tokens:,} tokens{each}{how}")]
+    rows += [(f"  {name}", _megabytes(size)) for name, size in memory.parts.items()]
+    return rows + ([("  whole student, CPU", _megabytes(memory.host))] if memory.host else [])
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
 
 
 def _sizes(sizes: dict[str, int]) -> str:

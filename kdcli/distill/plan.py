@@ -4,15 +4,18 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdcli.data.mixing import shares
+from kdcli.distill.memory import Memory, memory_of_step
 from kdcli.distill.prepare import Follower, Prepared, shape_only, stage_loop
 from kdcli.distill.resolve import Resolved, placed
 from kdcli.machine import resolve_precision
 from kdcli.models.counts import count_parameters
-from kdcli.models.overparam import candidates, overparameterise, teacher_factors
-from kdcli.models.shape import shape_of
+from kdcli.models.overparam import OverparamReport, candidates, overparameterise, teacher_factors
 from kdcli.models.student import StudentBuild, build_student
 from kdcli.models.vocabulary import trimmed, vocabulary_megabytes
+from kdcli.recipe.schema import OverparamSection
 from kdcli.tasks.base import Task
+from kdcli.training.distributed import may_shard, processes
+from kdcli.training.settings import check_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -162,7 +165,7 @@ class Plan:
     stages: list[PlannedStage]
     train: PlannedLoop
     states: list[PlannedStates]
-    memory_megabytes: int
+    memory: Memory
 
     @property
     def every_stage(self) -> list[PlannedStage]:
@@ -170,13 +173,18 @@ class Plan:
         return [*(self.assistant.stages if self.assistant is not None else []), *self.stages]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
 
 
-def make_plan(prepared: Prepared) -> Plan:
-    """Return the plan of a recipe that has been checked. Trains nothing, writes nothing."""
+def make_plan(prepared: Prepared, world: int | None = None) -> Plan:
+    """Return the plan of a recipe that has been checked. Trains nothing, writes nothing.
+
+    world: the processes that it is to be run by; None for as many as there are now. Raises InputError when these
+    cannot split a batch.
+    """
     resolved, task, start, recipe = prepared.resolved, prepared.task, prepared.teacher, prepared.resolved.recipe
-    student, build = prepared.followers[-1], _builds(prepared)[-1]
+    builds = _builds(prepared)
+    student, build = prepared.followers[-1], builds[-1]
     sizes, examples = _sizes(prepared)
     total = resolved.loop.steps(examples)
     stages = [_stages(follower, resolved, total, examples) for follower in prepared.followers]
@@ -226,9 +234,7 @@ def make_plan(prepared: Prepared) -> Plan:
             PlannedStates(name, size, recipe.teacher.cache_dtype, recipe.task.augment is None)
             for name, size in prepared.state_bytes.items()
         ],
-        memory_megabytes=estimate_memory(
-            resolved, count_parameters(start.model), chains.parameters if chains else parameters, start.model.config
-        ),
+        memory=_memory(prepared, builds, world),
     )
 
 
@@ -265,16 +271,37 @@ def _vocabulary(prepared: Prepared, student: "PreTrainedModel") -> PlannedVocabu
 def _chains(student: Follower, model: "PreTrainedModel") -> PlannedChains:
     """Return the chains that a model will be trained as. model: the student with its true ranks."""
     assert student.overparam is not None
-    # Of shapes alone: nothing is decomposed.
-    wide, section, matched, unmatched = shape_only(model), student.overparam, 0, 0
-    # Which matrices are selected is not known yet: as many as will be.
-    chosen = list(candidates(wide, section))[: section.matrices] if section.matrices is not None else None
-    report = overparameterise(wide, section, chosen)
+    section, matched, unmatched = student.overparam, 0, 0
+    wide, report = _wide(model, section)
     if section.aux_weight > 0:
         found, skipped = teacher_factors(student.tensors_of, wide, student.tensor_pairs, section)
         matched, unmatched = len(found), len(skipped)
     tensors = section.length + 2 if section.factorization == "mpo" else 2
     return PlannedChains(len(report.rows), tensors, count_parameters(wide), matched, unmatched)
+
+
+def _wide(model: "PreTrainedModel", section: OverparamSection) -> tuple["PreTrainedModel", OverparamReport]:
+    """Return the shape of a model with its chains, and what these are: nothing is decomposed."""
+    wide = shape_only(model)
+    # Which matrices are selected is not known yet: as many as will be.
+    chosen = list(candidates(wide, section))[: section.matrices] if section.matrices is not None else None
+    return wide, overparameterise(wide, section, chosen)
+
+
+def _memory(prepared: Prepared, builds: list[StudentBuild], wanted: int | None) -> Memory:
+    """Return what the training of the assistant or the student needs, whichever is more."""
+    resolved, world = prepared.resolved, wanted or processes()
+    check_batch(resolved.loop.batch_size, resolved.loop.gradient_accumulation, world, "train.batch_size")
+    sharded = world > 1 and may_shard(resolved.loop.sharding)
+    found: list[Memory] = []
+    for follower, build in zip(prepared.followers, builds, strict=True):
+        model = build.model if follower.overparam is None else _wide(build.model, follower.overparam)[0]
+        teacher = follower.follows if found else prepared.teacher.model
+        known = teacher if prepared.teacher.known else None
+        found.append(
+            memory_of_step(resolved, resolved.loop, follower.stages, known, model, processes=world, sharded=sharded)
+        )
+    return max(found, key=lambda memory: memory.total)
 
 
 def _sizes(prepared: Prepared) -> tuple[dict[str, int], int]:
@@ -311,17 +338,3 @@ def _stages(follower: Follower, resolved: Resolved, total: int, examples: int) -
         terms = {term.name: term.weight for term in stage.terms}
         planned.append(PlannedStage(stage.name, loop.max_steps, loop.learning_rate, terms))
     return planned
-
-
-def estimate_memory(resolved: Resolved, teacher: int, student: int, config: Any) -> int:
-    """Return the megabytes that training needs, roughly. config: the teacher's.
-
-    Teacher weights once; student weights, gradients and two Adam moments, all fp32; and what the backward pass
-    keeps of each block: about 10 vectors of the hidden and 3 of the feed-forward width a token.
-    """
-    shape = shape_of(config)
-    tokens = resolved.loop.batch_size // resolved.loop.gradient_accumulation * resolved.recipe.task.max_length
-    width = 10 * shape.hidden + 3 * shape.intermediate
-    element = 2 if resolve_precision(resolved.loop.precision, resolved.loop.device) == "bf16" else 4
-    activations = tokens * width * shape.layers * element
-    return round((4 * teacher + 16 * student + activations) / 1e6)

@@ -10,7 +10,7 @@ from kdcli.models.families import family_of
 from kdcli.models.sharding import units_of
 from kdcli.recipe.schema import OverparamSection, Recipe
 from kdcli.signals import Request
-from kdcli.training.distributed import launcher_shards
+from kdcli.training.distributed import may_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ def check_scale(
                 where="train.gradient_checkpointing",
                 hint="leave it out",
             )
-    if recipe.train.sharding == "fsdp" or (recipe.train.sharding is None and launcher_shards()):
+    if may_shard(recipe.train.sharding):
         reasons = _unsharded(name, stages, request, student, overparam)
         if reasons:
             raise InputError(

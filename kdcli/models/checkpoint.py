@@ -3,7 +3,9 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,6 +83,8 @@ class Checkpoint:
                 for length in tensor.shape:
                     size *= length
                 counts[tensor.dtype] += size
+        if not counts and (said := self.config.get("dtype", self.config.get("torch_dtype"))) in DTYPES.values():
+            return str(said)
         return DTYPES[counts.most_common(1)[0][0]] if counts else "float32"
 
     def state(self) -> dict[str, Any]:
@@ -212,6 +216,24 @@ def check_config(config: Mapping[str, Any], name: str | Path) -> Family:
     return family
 
 
+_CONFIGURATIONS_ALONE: ContextVar[bool] = ContextVar("configurations_alone", default=False)
+
+
+@contextmanager
+def configurations_alone(wanted: bool = True) -> Iterator[None]:
+    """Within this block models are shapes, on the meta device: no file of weights is opened, and none need be there."""
+    token = _CONFIGURATIONS_ALONE.set(wanted)
+    try:
+        yield
+    finally:
+        _CONFIGURATIONS_ALONE.reset(token)
+
+
+def looks_at_configurations() -> bool:
+    """True within `configurations_alone`."""
+    return _CONFIGURATIONS_ALONE.get()
+
+
 def open_checkpoint(name: str | Path, revision: str | None = None, *, any_family: bool = False) -> Checkpoint:
     """Return what a folder or a hub name holds. Reads headers, no weights.
 
@@ -222,6 +244,13 @@ def open_checkpoint(name: str | Path, revision: str | None = None, *, any_family
     config = read_config(name, revision)
     foreign = any_family and ("auto_map" in config or not families.is_known(_family_of(config)))
     family = None if foreign else check_config(config, name)
+    if looks_at_configurations():
+        if is_structured(config):
+            raise InputError(
+                f"{name} has factors or chains in place of matrices, whose sizes its weights say",
+                hint="leave --config-only out",
+            )
+        return Checkpoint(str(name), config, (), {}, revision)
     files = _weight_files(name, revision)
     tensors = _tensors(files)
     if family is not None:

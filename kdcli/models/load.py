@@ -18,6 +18,7 @@ from kdcli.models.checkpoint import (
     contained,
     is_structured,
     local_folder,
+    looks_at_configurations,
     open_checkpoint,
     read_config,
 )
@@ -164,6 +165,8 @@ def load_model(
     if new_head is None and head == SENTENCE_EMBEDDING and (checkpoint.pooled or not _has(checkpoint, head)):
         body = load_model(name, BASE, revision=revision, trust_remote_code=trust_remote_code)
         return with_modules(body, name, revision)
+    if looks_at_configurations():
+        return _shape(checkpoint, head, new_head, weights)
     if new_head is None and not _has(checkpoint, head):
         raise InputError(
             refusal_of_head(name, head, revision=revision),
@@ -206,6 +209,21 @@ def _read_generation(model: "PreTrainedModel", checkpoint: Checkpoint) -> None:
         ids = {key: value for key, value in found.to_dict().items() if key.endswith("_token_id")}
         found = GenerationConfig(**ids)
     model.generation_config = found
+
+
+def _shape(
+    checkpoint: Checkpoint, head: Head, new_head: Mapping[str, Any] | None, weights: "torch.dtype | None"
+) -> "PreTrainedModel":
+    """Return a model as its configuration alone says it, on the meta device."""
+    import torch
+
+    model = _empty_model(checkpoint, BASE if new_head is not None else head).eval()
+    family_of(model.config)
+    model.config.dtype = getattr(torch, checkpoint.dtype)
+    if new_head is not None:
+        with torch.device("meta"):
+            model = with_new_head(model, head, new_head)
+    return _rounded(model, weights)
 
 
 def _rounded(model: "PreTrainedModel", weights: "torch.dtype | None") -> "PreTrainedModel":

@@ -60,22 +60,27 @@ class Shards:
         self.root.to("cpu")
 
 
-def shard(root: nn.Module, units: Iterable[nn.Module], device: torch.device, *, rest: bool = True) -> Shards:
+def shard(
+    root: nn.Module, units: Iterable[nn.Module], device: torch.device, *, rest: bool = True, half: bool = False
+) -> Shards:
     """Shard the parameters of `root` over all processes by FSDP2 (`fully_shard`), and return how to undo it.
 
     units: modules inside whose parameters are gathered only while they run; all others are gathered while `root` runs,
     or, without `rest`, stay whole, so that they may be used by themselves.
+    half: the weights of units are gathered in bf16, and their gradients sent in fp32: under autocast a copy in bf16
+    would be kept of each until the backward pass, whole in every process.
     No unit's forward pass may be left early, and in training each must have an output that the loss depends on.
     device: of this process. Buffers go there, too.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     plain = [(module, name, p) for module in root.modules() for name, p in module._parameters.items() if p is not None]
     values: dict[int, Tensor] = {id(parameter): parameter.data for _, _, parameter in plain}
     for unit in units:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy if half else MixedPrecisionPolicy())
     if rest:
         fully_shard(root, mesh=mesh)
     for module, name, parameter in plain:

@@ -49,18 +49,22 @@ def launcher_shards() -> bool:
 
 
 def shards(wanted: str | None) -> bool:
-    """True when the student is to be sharded. wanted: `train.sharding`; None follows the launcher.
+    """True when the student is sharded now: where it `may_shard` (which raises InputError), over several processes."""
+    return may_shard(wanted) and processes() > 1
 
-    One process has nothing to share. Raises InputError where recipe and launcher say different things.
+
+def may_shard(wanted: str | None) -> bool:
+    """True when several processes are to share out the student. wanted: `train.sharding`; None follows the launcher.
+
+    Raises InputError where recipe and launcher say different things.
     """
-    several = processes() > 1
     if wanted == "none" and launcher_shards():
         raise InputError(
             'train.sharding is "none", and accelerate launch is set to shard (--use_fsdp)',
             where="train.sharding",
             hint="leave one of them out",
         )
-    return several and (wanted == "fsdp" or (wanted is None and launcher_shards()))
+    return wanted == "fsdp" or (wanted is None and launcher_shards())
 
 
 def processes() -> int:

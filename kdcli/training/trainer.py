@@ -38,6 +38,7 @@ from kdcli.models.finite import first_not_finite
 from kdcli.models.overparam import overparam_state, set_chains
 from kdcli.models.sharding import Shards, has_shards, shard, units_of
 from kdcli.tasks.parts import sets_of
+from kdcli.tensors.parametrization import is_overparameterised
 from kdcli.tensors.sharded import whole
 from kdcli.terminal import tell, warn
 from kdcli.training.auxiliary import AUXILIARY, auxiliary_share
@@ -119,7 +120,9 @@ class DistillationTrainer(Trainer):
             # The library's word for a model that is sharded already: it neither places it nor wraps it.
             self.is_distributed_loading_by_transformers = True
             self.model.student_capture.to_end = True
-            self.shards = shard(self.model, units_of(self.model.student), self.args.device)
+            # A chain loses too much in half precision.
+            half = self.args.bf16 and not is_overparameterised(self.model.student)
+            self.shards = shard(self.model, units_of(self.model.student), self.args.device, half=half)
         elif self.args.world_size > 1:
             # Several processes must know whose gradients to wait for; looking for those that will not come costs time
             # in every step.

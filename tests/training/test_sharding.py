@@ -38,6 +38,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Of the teacher each block is gathered while it runs, though it need not run to its end.
     "teacher": changed(KD, method={"name": "minilmv2"}, teacher={"sharding": "fsdp"}, train={"sharding": "none"}),
     "decoder": DECODER,
+    "half": changed(DECODER, train={"precision": "bf16"}),
     "both": changed(DECODER, method={"name": "hs"}, teacher={"sharding": "fsdp"}),
 }
 
@@ -106,8 +107,10 @@ def test_two_processes_with_a_part_each_agree_with_one(folder: Path, name: str):
     run_recipe(folder / f"{name}.toml", f"name=one-{name}")
     one, two = weights(folder, f"one-{name}"), weights(folder, f"two-{name}")
     assert one.keys() == two.keys()
+    # In half precision norms, too, are gathered in it: the direction of a small step changes in a few places.
+    bounds = {"atol": 1e-5, "rtol": 1e-4} if name != "half" else {"atol": 4e-3, "rtol": 0.0}
     for key in one:
-        torch.testing.assert_close(two[key], one[key], atol=1e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(two[key], one[key], **bounds, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @pytest.mark.slow
