@@ -432,9 +432,7 @@ class TeacherSection(Section):
         if self.cache_dtype != "fp32" and self.cache != "all":
             raise ValueError('cache_dtype is for the states that cache = "all" keeps')
         if self.device_map is not None and self.sharding != "none":
-            raise ValueError(
-                "device_map spreads a teacher over the GPUs of one process, sharding over processes: one of them"
-            )
+            raise ValueError("give device_map (the GPUs of one process) or sharding (over processes), one of them")
         if self.black_box and (self.device_map is not None or self.sharding != "none" or self.dtype != "auto"):
             raise ValueError("a black box has no weights: it has no dtype, device_map or sharding")
         if self.top_k is not None and not self.cache:
