@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from kdcli.errors import InputError
 from kdcli.objectives.divergence import compare, compare_top
-from kdcli.objectives.rows import RowLoss, Rows, chunk_of, row_sum
+from kdcli.objectives.rows import RowLoss, Rows, chunk_of, log_softmax, row_sum
 from kdcli.objectives.term import FORWARD_KL, Divergence
 from kdcli.signals import Logits, TopTokens, VocabularyLogits
 
@@ -128,7 +128,7 @@ class Categorical(Distribution):
             if isinstance(part, TopTokens):
                 values, gradient = compare_top(own, part.ids, part.log_probabilities, self.comparison, slope=slope)
             else:
-                other = torch.log_softmax(part.float().to(own.device) / temperature, dim=-1)
+                other = log_softmax(part.float().to(own.device), temperature)
                 values, gradient = compare(own, other, self.comparison, slope=slope)
             return values, gradient.div_(temperature) if gradient is not None else None
 

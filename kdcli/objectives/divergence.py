@@ -1,7 +1,8 @@
 """How far the student's distribution over classes is from the teacher's, and the derivatives of that.
 
 p is the teacher's distribution, q the student's. All functions take log-probabilities (rows, classes) in fp32 and
-return the divergence of each row, (rows,), and its derivative by the student's logits, (rows, classes), or None.
+return the divergence of each row, (rows,), and its derivative by the student's logits, (rows, classes), or None. They
+use up the teacher's: over a vocabulary every table more is felt.
 """
 
 import math
@@ -15,13 +16,13 @@ from kdcli.objectives.term import Divergence
 def compare(own: Tensor, other: Tensor, divergence: Divergence, *, slope: bool = True) -> tuple[Tensor, Tensor | None]:
     """Return the divergence of each row and, with `slope`, its derivative by the student's logits.
 
-    own: log q; other: log p.
+    own: log q; other: log p, which is overwritten.
     """
     match divergence.name:
         case "kl":
             return _kl(own, other, slope)
         case "reverse-kl":
-            return _of_own(own, own - other, slope)
+            return _of_own(own, other.neg_().add_(own), slope)
         case "js":
             return _js(own, other, divergence.beta, slope)
         case "skew-kl":
@@ -38,7 +39,7 @@ def compare_top(
     own: log q (rows, classes); ids: the tokens, (rows, k), fewer than there are; other: log p, (rows, k + 1).
     """
     top, rest = top_and_rest(own, ids)
-    values, outcomes = compare(torch.cat([top, rest], 1), other, divergence, slope=slope)
+    values, outcomes = compare(torch.cat([top, rest], 1), other.clone(), divergence, slope=slope)
     if outcomes is None:
         return values, None
     # What the rest gets is shared out by the share that each token has in it.
@@ -55,46 +56,52 @@ def top_and_rest(log_probabilities: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
 def _kl(own: Tensor, other: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
     """KL(p || q) = sum p log(p / q); its derivative is q - p (Hinton et al. 2015, equation 2)."""
     p = other.exp()
-    values = (other - own).mul_(p).sum(-1)
+    values = other.sub_(own).mul_(p).sum(-1)
     return values, own.exp().sub_(p) if slope else None
 
 
 def _of_own(own: Tensor, ratio: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Return sum q r for a ratio r = log(q / m) of which d(sum q r) / dq = r but for a constant."""
+    """Return sum q r for a ratio r = log(q / m) of which d(sum q r) / dq = r but for a constant; r is overwritten."""
     q = own.exp()
-    values = (q * ratio).sum(-1)
+    values = torch.linalg.vecdot(q, ratio)
     return values, _by_logits(q, ratio) if slope else None
 
 
 def _js(own: Tensor, other: Tensor, beta: float, slope: bool) -> tuple[Tensor, Tensor | None]:
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, arXiv 2306.13649, equation 1)."""
     mean = _mixture(other, own, beta)
-    p, ratio = other.exp(), (own - mean).mul_(1.0 - beta)
-    values, gradient = _of_own(own, ratio, slope)
-    return values + beta * (other - mean).mul_(p).sum(-1), gradient
+    teacher = _of_teacher(other, mean)
+    student, gradient = _of_own(own, mean.neg_().add_(own).mul_(1.0 - beta), slope)
+    return beta * teacher + student, gradient
 
 
 def _skew_kl(own: Tensor, other: Tensor, skew: float, slope: bool) -> tuple[Tensor, Tensor | None]:
     """KL(p || m) with m = skew p + (1 - skew) q (DistiLLM, arXiv 2402.03898, section 3.1)."""
-    mean, p = _mixture(other, own, skew), other.exp()
-    values = (other - mean).mul_(p).sum(-1)
-    return values, _by_logits(own.exp(), (other - mean).exp_().mul_(skew - 1.0)) if slope else None
+    mean = _mixture(other, own, skew)
+    share = (other - mean).exp_().mul_(skew - 1.0) if slope else None
+    return _of_teacher(other, mean), _by_logits(own.exp(), share) if share is not None else None
 
 
 def _skew_reverse_kl(own: Tensor, other: Tensor, skew: float, slope: bool) -> tuple[Tensor, Tensor | None]:
     """KL(q || m) with m = (1 - skew) p + skew q (DistiLLM, arXiv 2402.03898, section 3.1)."""
-    mean, q = _mixture(other, own, 1.0 - skew), own.exp()
-    ratio = own - mean
-    values = (q * ratio).sum(-1)
-    return values, _by_logits(q, ratio - (own - mean).exp_().mul_(skew)) if slope else None
+    ratio, q = _mixture(other, own, 1.0 - skew).neg_().add_(own), own.exp()
+    values = torch.linalg.vecdot(q, ratio)
+    return values, _by_logits(q, ratio.sub_(ratio.exp().mul_(skew))) if slope else None
+
+
+def _of_teacher(other: Tensor, mean: Tensor) -> Tensor:
+    """Return KL(p || m) of each row; other, log p, is overwritten."""
+    p = other.exp()
+    return other.sub_(mean).mul_(p).sum(-1)
 
 
 def _mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
     """Return log(share e^first + (1 - share) e^second)."""
-    return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
+    found = first + math.log(share)
+    return torch.logaddexp(found, second + math.log1p(-share), out=found)
 
 
 def _by_logits(q: Tensor, slope: Tensor) -> Tensor:
-    """Return the derivative by the logits of q from that by q itself, which may miss a constant."""
-    mean = (q * slope).sum(-1, keepdim=True)
-    return (slope - mean).mul_(q)
+    """Return the derivative by the logits of q in the place of that by q itself, which may miss a constant."""
+    mean = torch.linalg.vecdot(q, slope)[:, None]
+    return slope.sub_(mean).mul_(q)

@@ -20,8 +20,13 @@ from kdcli.signals import Logits, Prediction, TopTokens, VocabularyLogits
 CHUNK_ELEMENTS = 2**22
 """Logits that are worked on at a time on a processor: what is held beside them stays in its reach."""
 
-GPU_CHUNK_ELEMENTS = 2**26
+GPU_CHUNK_ELEMENTS = 2**25
 """The same of a GPU: products of fewer rows would not fill it."""
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Return log softmax(logits / T) of each row."""
+    return torch.log_softmax(logits / temperature if temperature != 1.0 else logits, dim=-1)
 
 
 class Rows:
@@ -36,8 +41,7 @@ class Rows:
     def log_probabilities(self, temperature: float = 1.0) -> Tensor:
         """Return log softmax(logits / T), shared by all losses: it must not be changed."""
         if temperature not in self._log_probabilities:
-            scaled = self.logits / temperature if temperature != 1.0 else self.logits
-            self._log_probabilities[temperature] = torch.log_softmax(scaled, dim=-1)
+            self._log_probabilities[temperature] = log_softmax(self.logits, temperature)
         return self._log_probabilities[temperature]
 
 

@@ -1,12 +1,13 @@
 """Memory and speed of a `kd` step of decoders, against the sum of its parts and of the passes that it needs.
 
     python tests/benchmarks/decoder_step.py TEACHER [--layers 15] [--batch 4] [--sequence 512] [--rounds 3]
-                                            [--precision fp32] [--device cpu] [--divergence kl]
+                                            [--precision fp32] [--device cpu] [--divergence kl] [--checkpointing]
 
 TEACHER: a folder of a decoder, or LAYERSxWIDTHxVOCABULARY for a random one. The student has the same shape with fewer
-blocks. Memory is the highest of a whole step: on a processor what is resident beyond what was so before any model was
-made. A pass is the library's own: the teacher's forward pass, the student's forward and backward pass with the
-library's loss, and the optimizer's step; rounds of the step and of its passes alternate.
+blocks. Memory is the highest of whole steps: on a processor what is resident beyond what is so after a step of a tiny
+model. A pass is the library's own: the teacher's forward pass, the student's forward and backward pass with the
+library's loss, and the optimizer's step; rounds of the step and of its passes alternate. Seconds are those of the
+process on a processor, so that others on the machine count little: give it one thread (OMP_NUM_THREADS=1).
 """
 
 import argparse
@@ -91,6 +92,15 @@ def models(teacher: str, layers: int, device: str) -> tuple[Any, Any]:
     return large.to(device).eval(), AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).train()
 
 
+def make_step(teacher: Any, student: Any, divergence: str) -> tuple[Distiller, torch.optim.Optimizer]:
+    """Return the step of `kd`, half of its weight on the gold tokens, and its optimizer."""
+    distribution = Categorical(Divergence(divergence))
+    terms = [Term("output", OutputObjective(distribution), 0.5), Term("task", GoldObjective(Categorical()), 0.5)]
+    distiller = Distiller(student, terms, kind=KIND, teacher=teacher).train()
+    teacher.requires_grad_(False)
+    return distiller, torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("teacher")
@@ -101,19 +111,23 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--divergence", default="kl")
+    parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--memory-only", action="store_true")
     options = parser.parse_args()
     device = options.device
+    if device == "cpu":
+        tiny, optimizer = make_step(*models("2x64x512", 1, device), options.divergence)
+        tiny(random_batch(512, 2, 8))["loss"].backward()
+        optimizer.step()
+        del tiny, optimizer
     before = resident(device)
     teacher, student = models(options.teacher, options.layers, device)
     sizes = [sum(p.numel() * p.element_size() for p in model.parameters()) / MB for model in (teacher, student)]
     batch = random_batch(teacher.config.vocab_size, options.batch, options.sequence)
     batch = {name: values.to(device) for name, values in batch.items()}
-    distribution = Categorical(Divergence(options.divergence))
-    terms = [Term("output", OutputObjective(distribution), 0.5), Term("task", GoldObjective(Categorical()), 0.5)]
-    distiller = Distiller(student, terms, kind=KIND, teacher=teacher).train()
-    teacher.requires_grad_(False)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
+    if options.checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    distiller, optimizer = make_step(teacher, student, options.divergence)
     half = torch.autocast(device, torch.bfloat16, enabled=options.precision == "bf16")
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
@@ -136,17 +150,18 @@ def main() -> None:
         optimizer.zero_grad()
 
     def timed(work: Callable[[], None]) -> float:
-        begun = time.perf_counter()
+        clock = time.perf_counter if device == "cuda" else time.process_time
+        begun = clock()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - begun
+        return clock() - begun
 
-    forward_and_backward()
-    update()
-    forget_peak(device)
-    forward_and_backward()
-    update()
+    for step in range(3):
+        if step == 1:
+            forget_peak(device)
+        forward_and_backward()
+        update()
     peak = resident(device, peak=True) - before
     # The student's gradients and the two moments of AdamW are as large as its weights.
     fixed = sizes[0] + 4 * sizes[1]
