@@ -146,6 +146,10 @@ def test_a_narrow_head_starts_from_the_pairs_that_positions_turn_most_alike():
     rows = block_matrix(student, 1, "query").weight[:, 0].tolist()
     assert rows[:8] == [0, 2, 4, 6, 8, 10, 12, 14] and rows[8:16] == [16 + row for row in rows[:8]]
     assert block_matrix(student, 1, "key").weight[:, 0].tolist() == rows[:16]
+    # Where fewer heads share keys and values, each starts from one that shares those that its own start from.
+    student = built(teacher, form="width", hidden_size=32, heads=2, kv_heads=2)
+    assert block_matrix(student, 1, "query").weight[:, 0].tolist() == [*range(16), *range(32, 48)]
+    assert block_matrix(student, 1, "attention_output").weight.shape == (32, 32)
 
 
 @pytest.mark.parametrize("family", families("gemma2", "gemma3_text"))
