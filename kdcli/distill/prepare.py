@@ -26,6 +26,7 @@ from kdcli.distill.teacher import TeacherStart, labelling_of, start_teacher
 from kdcli.distill.top_tokens import check_cut
 from kdcli.distill.vocabulary import plan_vocabulary
 from kdcli.errors import InputError
+from kdcli.export.genai import Form
 from kdcli.gates import Limits
 from kdcli.methods.base import Context, Stage, Term
 from kdcli.models.blocks import iter_block_matrices
@@ -209,6 +210,8 @@ def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:
     if recipe.export.onnx:
         models = {"teacher": teacher.model.config, "student": student.model.config}
         check_lengths(models, recipe.export.sequence_lengths, "export.sequence_lengths")
+        form = Form(recipe.export.opset, recipe.export.builder, recipe.export.precision, where="export.{}")
+        form.by_builder(student.model, head)
     if (
         recipe.overparam is not None
         and recipe.overparam.select == "static"

@@ -1,6 +1,5 @@
 """An exported causal language model: its logits, and the text that it writes with its cache."""
 
-import json
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from kdcli.export.decoder_graph import PAST, PRESENT
 from kdcli.export.session import OnnxModel
+from kdcli.models.shape import shape_of
 
 GENAI = "genai_config.json"
 """What ONNX Runtime GenAI reads beside a graph of its model builder."""
@@ -38,10 +38,8 @@ class OnnxDecoder(OnnxModel):
     @cached_property
     def cache_sizes(self) -> dict[str, tuple[int, int]]:
         """Heads and head size of each input of the cache."""
-        size = None
-        if self.in_place:
-            decoder = json.loads((self.folder / GENAI).read_text(encoding="utf-8"))["model"]["decoder"]
-            size = int(decoder["head_size"])
+        # The builder gives the size a name in its graphs.
+        size = shape_of(self.config).head if self.in_place else None
         return {name: (node.shape[1], size or node.shape[3]) for name, node in self.cache.items()}
 
     @cached_property

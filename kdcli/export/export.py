@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import GateError, InputError
 from kdcli.export.decoder import OnnxDecoder, open_graph
-from kdcli.export.genai import Builder, Precision, build, chosen
+from kdcli.export.genai import Builder, Form, Precision, build
 from kdcli.export.graph import export_decoder, export_onnx, input_names, operators, plain_copy
 from kdcli.export.latency import LatencyReport, measure, passes, texts
 from kdcli.export.parity import TOLERANCE, parity, text_parity
@@ -30,15 +30,6 @@ if TYPE_CHECKING:
 
 TEXTS = 8
 """Texts that the logits of a causal language model are compared on."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a graph is made. builder, precision: of a causal language model's; see `kdcli.export.genai`."""
-
-    opset: int = 23
-    builder: Builder = "auto"
-    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True)
@@ -134,8 +125,7 @@ def export_model(
     head = head_of(plain, heads())
     if head is None:
         raise InputError(f"no type of task has the head of {type(plain).__name__}: what it gives is not known")
-    if head != CAUSAL_LM:
-        _check_form(form, head)
+    form.by_builder(plain, head)
     kind = task.kind if task is not None else _kind_of(plain, tokenizer)
     tokenizer = kind.tokenizer(tokenizer) if kind is not None else tokenizer
     batches, source = _real_batches(plain, tokenizer, task, max_length, TEXTS if head == CAUSAL_LM else None)
@@ -156,7 +146,7 @@ def export_model(
             with tempfile.TemporaryDirectory(dir=temporary) as work:
                 if teacher is not None:
                     beside = plain_copy(teacher)
-                    _write(beside, head, tokenizer, Path(work), form)
+                    _write(beside, head, tokenizer, Path(work), _form_of_teacher(form, beside, head))
                     models["teacher"] = (beside, open_graph(Path(work), threads=threads))
                 report = measure(
                     models,
@@ -175,14 +165,13 @@ def export_model(
     return ExportResult(folder, size, checked, source, nodes, report, script and SCRIPT, maker, form.precision, notes)
 
 
-def _check_form(form: Form, head: Head) -> None:
-    for name, value, plain in (("builder", form.builder, ("auto", "kdcli")), ("precision", form.precision, ("fp32",))):
-        if value not in plain:
-            raise InputError(
-                f"{value} is for causal language models, and this is {head.title}",
-                where=f"--{name}",
-                hint=f"leave it out: {plain[-1]}",
-            )
+def _form_of_teacher(form: Form, teacher: "PreTrainedModel", head: Head) -> Form:
+    """Return the form that a teacher is timed in: that of the student, or the usual one where it cannot have that."""
+    try:
+        form.by_builder(teacher, head)
+    except InputError:
+        return Form()
+    return form
 
 
 def _write(model: "PreTrainedModel", head: Head, tokenizer: Any, folder: Path, form: Form) -> tuple[str, list[str]]:
@@ -190,7 +179,7 @@ def _write(model: "PreTrainedModel", head: Head, tokenizer: Any, folder: Path, f
     if head != CAUSAL_LM:
         export_onnx(model, tokenizer, folder, opset=form.opset, outputs=head.outputs)
         return "kdcli", []
-    if chosen(model, form.builder, form.precision):
+    if form.by_builder(model, head):
         return "ONNX Runtime GenAI", build(model, tokenizer, folder, precision=form.precision)
     export_decoder(model, tokenizer, folder, opset=form.opset)
     return "kdcli", []

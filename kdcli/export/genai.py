@@ -8,11 +8,13 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdcli.errors import InputError, RunError
 from kdcli.faults import writing
+from kdcli.models.heads import CAUSAL_LM, Head
 from kdcli.models.lowrank import merge_low_rank
 from kdcli.models.save import save_config, save_model, save_tokenizer, structure_of
 from kdcli.models.shape import shape_of
@@ -25,6 +27,9 @@ Precision = Literal["fp32", "fp16", "int4"]
 
 MODULE = "onnxruntime_genai.models.builder"
 """It is run as a program: its own modules are found only from its own folder."""
+
+OPSET = 23
+"""The first one with an operator for attention over grouped heads."""
 
 EXTRA = "install it: pip install 'kdcli[llm]'"
 
@@ -58,27 +63,45 @@ def obstacle(model: "PreTrainedModel") -> tuple[str, str | None] | None:
     return None
 
 
-def chosen(model: "PreTrainedModel", builder: Builder, precision: Precision) -> bool:
-    """Return whether the builder makes the graph of a model, and not kdcli.
+@dataclass(frozen=True)
+class Form:
+    """How a graph is made. where: how messages name one of its fields.
 
-    "auto" takes the builder where it can make one, but for low-rank factors in fp32, which kdcli's own graph keeps.
-    Raises InputError where it is asked for, by name or by the precision, and cannot.
+    builder: "auto" takes that of ONNX Runtime GenAI where it can make a graph, but for low-rank factors in fp32, which
+    kdcli's own graph keeps. precision: of the weights. Both are for causal language models alone.
     """
-    if builder == "kdcli":
-        if precision != "fp32":
-            raise InputError(
-                f"kdcli's own graph is of fp32, not {precision}",
-                where="--precision",
-                hint="leave out --builder kdcli",
-            )
+
+    opset: int = 23
+    builder: Builder = "auto"
+    precision: Precision = "fp32"
+    where: str = "--{}"
+
+    def by_builder(self, model: "PreTrainedModel", head: Head) -> bool:
+        """Return whether the builder makes the graph of a model. Raises InputError where it cannot have this form."""
+        if head != CAUSAL_LM:
+            return self._check_plain(head)
+        if self.opset < OPSET:
+            raise self._error("opset", f"a graph with a key-value cache needs opset {OPSET}, not {self.opset}")
+        if self.builder == "kdcli":
+            if self.precision != "fp32":
+                hint = f"leave out {self.where.format('builder')}"
+                raise self._error("precision", f"kdcli's own graph is of fp32, not {self.precision}", hint)
+            return False
+        reason = obstacle(model)
+        if self.builder == "auto" and self.precision == "fp32":
+            return reason is None and not structure_of(model)
+        if reason is not None:
+            raise self._error("builder" if self.builder == "genai" else "precision", *reason)
+        return True
+
+    def _check_plain(self, head: Head) -> bool:
+        for name, value in (("builder", self.builder), ("precision", self.precision)):
+            if value not in ("auto", "kdcli", "fp32"):
+                raise self._error(name, f"{value} is for causal language models, and this is {head.title}")
         return False
-    reason = obstacle(model)
-    if builder == "auto" and precision == "fp32":
-        return reason is None and not structure_of(model)
-    if reason is not None:
-        where = "--builder" if builder == "genai" else "--precision"
-        raise InputError(reason[0], where=where, hint=reason[1])
-    return True
+
+    def _error(self, name: str, message: str, hint: str | None = None) -> InputError:
+        return InputError(message, where=self.where.format(name), hint=hint)
 
 
 def build(model: "PreTrainedModel", tokenizer: Any, folder: Path, *, precision: Precision = "fp32") -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kdcli.errors import InputError, RunError
+from kdcli.errors import RunError
 from kdcli.export.decoder_graph import DecoderFunction, arguments, graph_attention, names_of
 from kdcli.export.session import MODEL
 from kdcli.faults import writing
@@ -120,10 +120,8 @@ def export_decoder(model: "PreTrainedModel", tokenizer: Any, folder: Path, *, op
     """Write model.onnx with a key-value cache (see `decoder_graph`), config.json and the tokenizer into `folder`.
 
     Return the graph's path. model: a causal language model on the CPU, as of `plain_copy`. Raises RunError when the
-    exporter or onnx.checker refuses the graph, InputError for an opset without attention over grouped heads.
+    exporter or onnx.checker refuses the graph.
     """
-    if opset < 23:
-        raise InputError(f"a graph with a key-value cache needs opset 23, not {opset}", where="--opset")
     values, dynamic = arguments(model)
     with graph_attention(model):
         return _write(
