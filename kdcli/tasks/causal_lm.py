@@ -10,6 +10,8 @@ from kdcli.tasks.plain_text import PlainText, PlainTextFields
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from kdcli.tasks.base import Task
+
 
 class CausalFields(PlainTextFields):
     """The column of text."""
@@ -29,6 +31,12 @@ class CausalLM(GeneratingKind, PlainText):
     metrics = usual_metrics = ("perplexity", "accuracy")
     closed = False
     answer = "continuation"
+
+    def check(self, task: "Task", processor: Any, max_length: int) -> None:
+        from kdcli.tasks.templates import end_of_text
+
+        end_of_text(processor)
+        super().check(task, processor, max_length)
 
     def claims(self, processor: Any) -> bool:
         return not getattr(processor, "chat_template", None)

@@ -154,13 +154,16 @@ class Chat(Template):
             responses.append(len(places))
             texts.append(self.text(messages))
             for place in places:
-                texts += [self.text(messages[:place], prompt=True), self.text(messages[: place + 1])]
+                texts.append(self.text(messages[:place], prompt=True))
+                # With its last response a conversation is whole.
+                texts += [self.text(messages[: place + 1])] if place + 1 < len(messages) else []
         ids = iter(self.ids(texts))
         found = []
         for count in responses:
             whole, spans = next(ids), []
-            for _ in range(count):
-                start, end = (self._prefix(next(ids), whole) for _ in range(2))
+            for number in range(count):
+                start = self._prefix(next(ids), whole)
+                end = self._prefix(next(ids), whole) if number + 1 < count else len(whole)
                 spans.append((start, self._end(whole, start, end)))
             found.append(Tokens(whole[: spans[-1][1]], spans))
         return found

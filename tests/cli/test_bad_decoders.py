@@ -164,6 +164,13 @@ def a_tokenizer_without_an_end_of_text(world: World) -> list[str]:
     return arguments
 
 
+@case("teacher.tokenizer: the tokenizer has no end-of-text token")
+def a_tokenizer_without_an_end_between_texts(world: World) -> list[str]:
+    arguments = text(world)
+    without_tokens(world, "eos_token")
+    return arguments
+
+
 @case("has no padding token", "pad_token")
 def a_decoder_tokenizer_that_cannot_pad(world: World) -> list[str]:
     arguments = distill(world)
