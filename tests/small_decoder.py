@@ -29,6 +29,8 @@ RECIPE: dict[str, Any] = {
         "validation": "held.jsonl",
         "max_length": LENGTH,
         "max_prompt_length": LENGTH - 20,
+        # No text is written for a score.
+        "metrics": ["perplexity"],
     },
     "teacher": {"model": "teacher"},
     "student": {"form": "depth", "layers": 1},

@@ -118,6 +118,7 @@ def test_a_run_is_scored_and_asked_as_it_was_trained(tmp_path: Path, capsys: pyt
     from kdcli.cli.app import run
 
     task = {"max_new_tokens": 12, "sampling": {"top_k": 5}, "seeds": [1, 2], "test": {"near": "held.jsonl"}}
+    task |= {"metrics": None}
     document = write_world(tmp_path, RECIPE, method={"name": "kd", "max_new_tokens": None}, task=task)
     result = run_recipe(write_recipe(tmp_path / "recipe.toml", document))
     folder = result["paths"]["run"]

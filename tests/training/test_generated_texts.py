@@ -59,7 +59,7 @@ def test_texts_are_kept_by_all_that_makes_them(own_cache: Path, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_a_second_run_does_not_let_the_teacher_write_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    changes = {"method": {"name": "kd", "max_new_tokens": None}, "task": {"max_new_tokens": 6}}
+    changes = {"method": {"name": "kd", "max_new_tokens": None}, "task": {"max_new_tokens": 6, "metrics": None}}
     path = write_recipe(tmp_path / "recipe.toml", write_world(tmp_path, **changes, train={"max_steps": 1}))
     before = run_recipe(path)
     told: list[int] = []
@@ -74,6 +74,7 @@ def test_a_second_run_does_not_let_the_teacher_write_again(tmp_path: Path, monke
 @pytest.mark.slow
 def test_two_processes_score_as_one(tmp_path: Path):
     task = {"max_new_tokens": 12, "sampling": {"temperature": 1.0}, "seeds": [1, 2], "validation": "rows.jsonl"}
+    task |= {"metrics": None}
     method = {"name": "kd", "max_new_tokens": None}
     document = write_world(tmp_path, method=method, task=task, train={"max_steps": 1}, teacher={"cache": False})
     write_recipe(tmp_path / "recipe.toml", document)
