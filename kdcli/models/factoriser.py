@@ -1,5 +1,6 @@
 """Which factors of a matrix are the closest: by its weights, by what it makes of real inputs, by what a loss sees."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -36,6 +37,10 @@ class Decomposition:
     left: Tensor
     right: Tensor
     losses: Tensor
+
+    def leading(self, count: int) -> "Decomposition":
+        """Return the first `count` terms alone."""
+        return Decomposition(self.left[:, :count].clone(), self.right[:count].clone(), self.losses[:count].clone())
 
     def cut(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return A (out, rank) and B (rank, in): the closest matrix of that rank is A B."""
@@ -154,8 +159,13 @@ class Factoriser:
 
     def losses(self, linears: Mapping[MatrixKey, nn.Linear]) -> dict[MatrixKey, Tensor]:
         """Return what each term of every matrix takes from the loss where it is left out, (min(out, in),)."""
-        self._keeps = True
-        return {key: self._losses(key, linear) for key, linear in linears.items()}
+        self._keeps, losses = True, {}
+        for key, linear in linears.items():
+            losses[key] = self._losses(key, linear)
+            content, terms = self._found[key]
+            # No rank is above the one from which on factors would save nothing.
+            self._found[key] = content, terms.leading(math.ceil(1 / sum(1 / size for size in linear.weight.shape)))
+        return losses
 
     def _losses(self, key: MatrixKey, linear: nn.Linear) -> Tensor:
         found, of = self.decomposition(key, linear), self._of(key, linear)

@@ -136,7 +136,7 @@ def test_a_terms_worth_is_the_mean_square_of_what_it_adds_weighed_by_the_loss(bi
     sensitivity = draw(6, 6).exp().float()
     statistics = statistics_of(inputs, importance=draw(7, 6).exp().float(), sensitivity=sensitivity)
     factoriser = Factoriser(by_inputs=True, statistics={KEY: statistics})
-    found, terms = factoriser.losses({KEY: linear})[KEY], factoriser.decomposition(KEY, linear)
+    terms, found = factoriser.decomposition(KEY, linear), factoriser.losses({KEY: linear})[KEY]
     seen = inputs - inputs.mean(0) if bias else inputs
     for k in range(5):
         added = (seen @ terms.right[k])[:, None] * terms.left[:, k]
