@@ -94,7 +94,9 @@ def train(folder: Path, *names: str, **loop: Any) -> tuple[dict[str, Any], dict[
     return record, {name: tensor.detach().clone() for name, tensor in step.student.state_dict().items()}
 
 
-@pytest.mark.parametrize("names", [("task",), ("output",), ("hidden",), ("everywhere", "attention", "relation")])
+@pytest.mark.parametrize(
+    "names", [tuple(TERMS), *(pytest.param((name,), marks=pytest.mark.slow) for name in TERMS)], ids="-".join
+)
 def test_micro_batches_give_the_update_of_the_whole_batch(tmp_path: Path, names: tuple[str, ...]):
     whole, one = train(tmp_path / "one", *names)
     parts, four = train(tmp_path / "four", *names, gradient_accumulation=4)
