@@ -128,6 +128,14 @@ def check_body(config: Any, head: Head, owner: object, where: str | None = None)
             where=where,
             hint="choose a decoder: `kdcli families` lists them",
         )
+    known = getattr(head.auto_class(), "_model_mapping", None)
+    if known is not None and type(config) not in known:
+        raise InputError(
+            f"{owner} is of the family {family.title}, for which transformers has no model with a head for "
+            f"{head.purpose}",
+            where=where,
+            hint="choose a model of another family",
+        )
 
 
 def with_new_head(

@@ -121,6 +121,19 @@ def decisions_on_plain_text(world: World) -> list[str]:
     return distill(world, method={"name": "dbkd", "max_new_tokens": None})
 
 
+@case("teacher is of the family Llama, for which transformers has no model with a head for predicting masked tokens")
+def masked_tokens_of_a_decoder(world: World) -> list[str]:
+    arguments = distill(world)
+    world.write("text.txt", "It is a bird and more.\n\n" * 30)
+    recipe = small_decoder.write_world(world.folder, method={"name": "hs", "max_new_tokens": None})
+    words = small_decoder.tokenizer()
+    words.mask_token = words.bos_token
+    words.save_pretrained(world.folder / "teacher")
+    recipe["task"] = {"name": "own", "type": "text", "data": "text.txt", "max_length": 32}
+    write_recipe(world.folder / "recipe.toml", recipe)
+    return arguments
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_wrong_sizes_of_decoders_are_told(name: str, world: World, own_cache: Path) -> None:
     CASES.check(name, world, own_cache)

@@ -7,7 +7,7 @@ import pytest
 from families import DECODERS, tiny
 from safetensors.torch import load_file
 from small_decoder import tokenizer, write_world
-from tiny_recipes import run_recipe, write_recipe
+from tiny_recipes import run_recipe, tiny_recipe, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdcli.errors import InputError
@@ -97,6 +97,17 @@ def test_a_method_runs_on_every_family_of_decoders(family: str, method: str, tmp
     student = next(tmp_path.glob("runs/*/student"))
     assert AutoConfig.from_pretrained(student).model_type == family
     assert AutoModelForCausalLM.from_pretrained(student).num_parameters() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_a_decoder_is_a_classifier_too(family: str, tmp_path: Path) -> None:
+    sizes = {"layers": 2, "hidden_size": 32, "heads": 2, "intermediate_size": 64, "vocab_size": 300}
+    grid = {"onnx": True, "batch_sizes": [1], "sequence_lengths": [8], "runs": 1}
+    document = tiny_recipe(teacher={"scratch": {"family": family, **sizes}}, method={"name": "minilmv2"}, export=grid)
+    found = run_recipe(write_recipe(tmp_path / "recipe.toml", document))
+    assert found["export"]["parity"]["max_abs_difference"] < 1e-4
+    check(found, tmp_path, "minilmv2")
 
 
 @pytest.mark.parametrize(

@@ -548,7 +548,7 @@ def test_tinybert_learns_the_inside_first_and_then_only_the_prediction():
     assert not request(first)[0].logits
     assert not request(first)[1].logits
     assert names(second) == {"output": 1.0}
-    assert request(second) == (Request(logits=True), Request(logits=True))
+    assert request(second) == (Request(logits=True), Request(logits=True, temperatures=frozenset({1.0})))
     assert first.share + second.share == pytest.approx(1.0)
     assert (first.learning_rate, second.learning_rate) == (None, 3e-5)
     assert second.terms[0].objective.temperature == 1.0
