@@ -53,11 +53,15 @@ def hash_of_model(model: "PreTrainedModel") -> str:
 
 
 def hash_of_tokenizer(tokenizer: Any) -> str:
-    """Return 16 hex digits over how text becomes tokens."""
+    """Return 16 hex digits over how text becomes tokens, and conversations do."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     # What an earlier call cut or padded to is part of neither.
-    return fingerprint({key: value for key, value in parts.items() if key not in ("truncation", "padding")})
+    found = {key: value for key, value in parts.items() if key not in ("truncation", "padding")}
+    if getattr(tokenizer, "mask_token", None) is None:
+        # Of a decoder: what ends a text, and how a conversation is written, stand beside all that.
+        found["kdcli"] = [tokenizer.eos_token_id, getattr(tokenizer, "chat_template", None)]
+    return fingerprint(found)
 
 
 def hash_of_dataset(dataset: "Dataset") -> str:

@@ -11,6 +11,7 @@ import small_decoder
 from tiny_recipes import run_recipe, write_recipe
 
 from kdcli.errors import InputError
+from kdcli.models.hashing import hash_of_tokenizer
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.base import Task
 from kdcli.tasks.load import load_task
@@ -177,6 +178,21 @@ def test_several_right_responses_are_references_and_the_first_is_trained_on(tmp_
     task = task_of(tmp_path, rows)
     assert task.train["references"][:] == [["A tern.", "A gull."]]
     assert encoded(tmp_path, rows, words_of())[0][1] == "A tern.</s>"
+
+
+def test_another_chat_template_is_another_tokenizer_to_a_cache():
+    bare, chat, other = words_of(), words_of(CHAT), words_of(CHAT + " ")
+    assert len({hash_of_tokenizer(words) for words in (bare, chat, other)}) == 3
+    assert hash_of_tokenizer(chat) == hash_of_tokenizer(words_of(CHAT))
+
+
+def test_messages_in_parquet_are_those_in_json(tmp_path: Path):
+    rows = [{"messages": HELLO}, {"messages": HELLO + MORE}]
+    plain = task_of(tmp_path, rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    files = {"train": "rows.parquet", "validation": "rows.jsonl"}
+    same = load_task(TaskSection(name="own", type="instruct", **files), EvaluateSection(), base=tmp_path)
+    assert same.train["messages"][:] == plain.train["messages"][:] == same.selection["messages"][:]
 
 
 def test_sets_are_found_by_name_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
