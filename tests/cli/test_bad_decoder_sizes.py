@@ -125,7 +125,7 @@ def decisions_on_plain_text(world: World) -> list[str]:
 def masked_tokens_of_a_decoder(world: World) -> list[str]:
     arguments = distill(world)
     world.write("text.txt", "It is a bird and more.\n\n" * 30)
-    recipe = small_decoder.write_world(world.folder, method={"name": "hs", "max_new_tokens": None})
+    recipe = small_decoder.write_world(world.folder, method={"name": "od", "max_new_tokens": None})
     words = small_decoder.tokenizer()
     words.mask_token = words.bos_token
     words.save_pretrained(world.folder / "teacher")
