@@ -82,7 +82,7 @@ def memory_of_step(
         shape = shape_of(teacher.config)
         # One block at a time, and what is compared of all of them.
         parts["teacher's states"] = (
-            tokens * element * (_block_width(teacher, shape, 0, on_gpu) + _captured(asked, shape))
+            tokens * element * (_block_width(teacher, shape, 0, on_gpu, half) + _captured(asked, shape))
         )
     share = processes if sharded else 1
     halved = half and not is_overparameterised(student)
@@ -102,7 +102,7 @@ def memory_of_step(
         parts["chains before a step"] = (
             FLOAT * sum(t.numel() for _, chain in chains_of(student) for t in chain) // share
         )
-    parts["activations"] = tokens * element * _activations(student, length, loop.gradient_checkpointing, on_gpu)
+    parts["activations"] = tokens * element * _activations(student, length, loop.gradient_checkpointing, on_gpu, half)
     parts["logits"] = _logits(resolved, student, teacher, tokens, own, element, on_gpu)
     found = {name: int(size) for name, size in parts.items() if size}
     return Memory(processes, sharded, tokens, found, FLOAT * count * sharded)
@@ -145,13 +145,13 @@ def _captured(request: Request, shape: ModelShape) -> int:
     return len(request.hidden) * shape.hidden + matrices + linear
 
 
-def _activations(student: "PreTrainedModel", length: int, checkpointed: bool, on_gpu: bool) -> int:
+def _activations(student: "PreTrainedModel", length: int, checkpointed: bool, on_gpu: bool, half: bool) -> int:
     """Return the numbers a token that are kept for the backward pass.
 
     With checkpoints that is the input of every block, and all of one block.
     """
     shape = shape_of(student.config)
-    block = _block_width(student, shape, length, on_gpu)
+    block = _block_width(student, shape, length, on_gpu, half)
     low_rank = sum(module.rank for module in student.modules() if isinstance(module, LowRankLinear))
     whole = 3 * shape.hidden
     if checkpointed:
@@ -159,19 +159,19 @@ def _activations(student: "PreTrainedModel", length: int, checkpointed: bool, on
     return whole + shape.layers * block + low_rank
 
 
-def _block_width(model: "PreTrainedModel", shape: ModelShape, length: int, on_gpu: bool) -> int:
+def _block_width(model: "PreTrainedModel", shape: ModelShape, length: int, on_gpu: bool, half: bool) -> int:
     """Return the numbers a token that a block keeps for its backward pass.
 
     Norms keep their input, and what the matrices behind them read; attention its queries, keys, values (a copy for each
     head of queries) and output; a feed-forward layer the input and the output of its activation, and with a gate the
     gate and the product. Attention with dropout keeps its weights, a number for every two tokens, where no kernel does
-    both. length: of a text.
+    both. length: of a text. half: what stands between the matrices stays in fp32, and so counts twice.
     """
-    queries = shape.heads * shape.head
+    queries, hidden = shape.heads * shape.head, (1 + half) * shape.hidden
     if shape.gated:
-        width = 6 * shape.hidden + 4 * queries + 4 * shape.intermediate
+        width = 6 * hidden + 4 * queries + 4 * shape.intermediate
     else:
-        width = 5 * shape.hidden + 4 * queries + 2 * shape.intermediate
+        width = 5 * hidden + 4 * queries + 2 * shape.intermediate
     dropout = max((getattr(model.config, name, 0.0) or 0.0 for name in DROPOUT), default=0.0)
     if family_of(model.config).attention != "dot-product":
         width += 4 * shape.heads * length
