@@ -437,6 +437,8 @@ class TeacherSection(Section):
             raise ValueError("a black box has no weights: it has no dtype, device_map or sharding")
         if self.top_k is not None and not self.cache:
             raise ValueError("top_k keeps what the teacher says, and cache = false keeps nothing: give one of them")
+        if self.top_k is not None and self.sharding != "none":
+            raise ValueError("top_k is computed by one process, before sharding shares the teacher out: one of them")
         if self.black_box and self.finetune not in (None, False):
             raise ValueError("a black box cannot be fine-tuned")
         if self.scratch is not None and self.finetune is False:

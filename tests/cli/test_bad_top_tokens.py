@@ -45,6 +45,11 @@ def tokens_kept_without_a_cache(world: World) -> list[str]:
     return recipe(world, teacher={"top_k": 8, "cache": False})
 
 
+@case("top_k is computed by one process", "sharding")
+def tokens_of_a_teacher_in_parts(world: World) -> list[str]:
+    return recipe(world, teacher={"top_k": 8, "sharding": "fsdp"})
+
+
 @case("teacher.top_k: must be a whole number above 0")
 def no_tokens_kept(world: World) -> list[str]:
     return recipe(world, teacher={"top_k": 0})
