@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"{name}, decoder": {"method": name, "task": "causal-lm"} for name in ("od", "hs", "minilmv2", "makd")},
     **{f"{name}, instruct": {"method": name, "task": "instruct"} for name in ("kd", "seqkd", "gkd", "minillm")},
     "reverse kl": {"method": {"name": "kd", "divergence": "reverse-kl"}, "task": "instruct"},
+    "top tokens": {"method": {"name": "kd", "divergence": "js"}, "task": "causal-lm", "teacher": {"top_k": 16}},
     "chains, decoder": {"method": "makd", "task": "causal-lm", "overparam": {"length": 1}},
 }
 DRAWN = [name for name in CASES if name.startswith(("gkd", "minillm", "seqkd"))]
@@ -95,7 +96,7 @@ def distil(world: Path, folder: Path, case: str, **train: Any) -> dict[str, Any]
         "teacher",
         "student",
         task={"name": "rows", "max_length": 32, "validation_fraction": 0.2, **rows},
-        teacher={"model": source, "finetune": False},
+        teacher={"model": source, "finetune": False, **changes.pop("teacher", {})},
         student=form,
         train={"max_steps": 6, "batch_size": 16, **train},
         **changes,
