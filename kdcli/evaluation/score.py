@@ -34,7 +34,7 @@ def evaluate_model(
     """Return {report set: {metric: value}} of a PyTorch model or an `OnnxModel`, its outputs in the task's order.
 
     ask: called as `predict` is, and returns what it does; the way to outputs that are there already. owner, device: as
-    in `predict`. generate: the same for texts that a model writes, called as `kdcli.models.generation.generate` is.
+    in `predict`. generate: the same for texts that a model writes, as in `TaskKind.evaluate`.
     console: is told of progress, where answers take long.
     Raises NotFiniteError when its outputs contain NaN or inf.
     """

@@ -227,21 +227,23 @@ class GeneratingKind(TaskKind):
 
         end, given = self.end_tokens(processor, model.config), writing.max_new_tokens
         limits = [limit for limit in (longest_input(model.config), None if given else max_length) if limit is not None]
-        with placed(model, device):
-            found = (generate or generation.generate)(
-                model,
-                prompts,
-                max_new_tokens=given or max_length,
-                end=end,
-                pad=processor.pad_token_id,
-                sampling=writing.sampling,
-                seed=writing.seed,
-                numbers=range(writing.first, writing.first + len(prompts)),
-                batch_size=batch_size,
-                max_length=min(limits, default=None),
-                owner=owner,
-                console=console,
-            )
+        how: dict[str, Any] = {
+            "max_new_tokens": given or max_length,
+            "end": end,
+            "pad": processor.pad_token_id,
+            "sampling": writing.sampling,
+            "seed": writing.seed,
+            "numbers": range(writing.first, writing.first + len(prompts)),
+            "batch_size": batch_size,
+            "max_length": min(limits, default=None),
+            "owner": owner,
+            "console": console,
+        }
+        if generate is not None:
+            found = generate(model, prompts, device=device, **how)
+        else:
+            with placed(model, device):
+                found = generation.generate(model, prompts, **how)
         return [
             {
                 self.answer: self.text_of(prompt, tokens_of_text(ids, end), processor),

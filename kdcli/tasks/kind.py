@@ -386,7 +386,7 @@ class TaskKind(ABC):
     ) -> dict[str, float]:
         """Return the named metrics of a model on rows, as `score` does. ask, options: as in `answers`.
 
-        generate: called as `kdcli.models.generation.generate` is, and does what it does; for kinds whose models write.
+        generate: does what `kdcli.models.generation.generate` does, on a `device`; for kinds whose models write texts.
         console: is told of progress, where answers take long.
         """
         answers = self.answers(model, rows, processor, max_length=max_length, ask=ask, **options)

@@ -72,11 +72,12 @@ def test_a_second_run_does_not_let_the_teacher_write_again(tmp_path: Path, monke
 
 
 @pytest.mark.slow
-def test_two_processes_score_as_one(tmp_path: Path):
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_two_processes_score_as_one(sharding: str, tmp_path: Path):
     task = {"max_new_tokens": 12, "sampling": {"temperature": 1.0}, "seeds": [1, 2], "validation": "rows.jsonl"}
     task |= {"metrics": None}
-    method = {"name": "kd", "max_new_tokens": None}
-    document = write_world(tmp_path, method=method, task=task, train={"max_steps": 1}, teacher={"cache": False})
+    method, teacher = {"name": "kd", "max_new_tokens": None}, {"cache": False, "sharding": sharding}
+    document = write_world(tmp_path, method=method, task=task, train={"max_steps": 1}, teacher=teacher)
     write_recipe(tmp_path / "recipe.toml", document)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kdcli"]
     found = []
