@@ -31,9 +31,13 @@ def plan_vocabulary(resolved: Resolved, task: Task, downstream: list[Task], teac
     if section is None:
         return None
     notes: list[str] = []
-    training = [text for one in (task, *downstream) for text in texts_of(one)]
+    training = [text for one in (task, *downstream) for text in texts_of(one, teacher.tokenizer)]
     if section.text is None:
-        texts, apart, which = training, list(task.kind.texts(task.selection)), "the task's selection rows"
+        texts, apart, which = (
+            training,
+            list(task.kind.texts_read(task.selection, teacher.tokenizer)),
+            "the task's selection rows",
+        )
     else:
         options: dict[str, Any] = {"columns": section.columns or (), "notes": notes}
         where = "student.vocabulary.text"
@@ -58,10 +62,10 @@ def plan_vocabulary(resolved: Resolved, task: Task, downstream: list[Task], teac
     )
 
 
-def texts_of(task: Task) -> list[str]:
-    """Return the text that models are trained on, with that of rows set aside of it."""
+def texts_of(task: Task, tokenizer: Any) -> list[str]:
+    """Return the text that models are trained on, as a tokenizer gets it, with that of rows set aside of it."""
     parts = [task.train, *([task.calibration] if task.calibration is not None else [])]
-    return [text for rows in parts for text in task.kind.texts(rows)]
+    return [text for rows in parts for text in task.kind.texts_read(rows, tokenizer)]
 
 
 def with_vocabulary(job: "Job", task: Task, teacher: Teacher) -> Teacher:
@@ -83,7 +87,9 @@ def with_vocabulary(job: "Job", task: Task, teacher: Teacher) -> Teacher:
     )
     job.tell(f"vocabulary: {trimming.compared(difference, 'the teacher')}")
     if job.prepared.filler is not None:
-        found = changes_of(texts_of(task), Pieces(teacher.tokenizer), trimming.tokenizer, trimming.kept)
+        found = changes_of(
+            texts_of(task, teacher.tokenizer), Pieces(teacher.tokenizer), trimming.tokenizer, trimming.kept
+        )
         job.tell(f"vocabulary: of the training text with its copies, {found.in_words}")
     base = trimmed(teacher.base, trimming.kept) if teacher.base is not None else None
     return replace(teacher, model=small, tokenizer=trimming.tokenizer, base=base)

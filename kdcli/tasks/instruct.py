@@ -175,6 +175,13 @@ class Instruct(GeneratingKind):
 
         return (message.text for row in values_of(rows, "messages") for message in messages_of(row))
 
+    def texts_read(self, rows: "Dataset", processor: Any) -> Iterator[str]:
+        from kdcli.data.rows import values_of
+        from kdcli.tasks.templates import template_of
+
+        template = template_of(processor, self.own.template)
+        return (text for row in values_of(rows, "messages") for text in template.texts(messages_of(row)))
+
     def examples(self, rows: "Dataset", processor: Any, max_length: int) -> int:
         return len(self.encode(rows, processor, max_length))
 

@@ -307,6 +307,10 @@ class TaskKind(ABC):
 
         return (text for name in self.columns_of_text(rows) for text in values_of(rows, name))
 
+    def texts_read(self, rows: "Dataset", processor: Any) -> "Iterator[str]":
+        """Yield all text of rows as the tokenizer `processor` gets it, with what a task writes around it."""
+        return self.texts(rows)
+
     def columns_of_text(self, rows: "Dataset") -> list[str]:
         """Return which of `text_columns` rows have."""
         return [name for name in self.text_columns if name in rows.column_names]

@@ -54,6 +54,10 @@ class Template(ABC):
         """Return conversations that end with a user's turn, up to where a response begins."""
 
     @abstractmethod
+    def texts(self, messages: Sequence[Message]) -> list[str]:
+        """Return what the tokenizer gets of a conversation, each text by itself."""
+
+    @abstractmethod
     def layout(self, messages: list[Message]) -> tuple[list[int], str]:
         """Return a prompt as the special tokens before it, and its text."""
 
@@ -93,6 +97,9 @@ class Alpaca(Template):
         # A response that is not there yet: what comes before it is the prompt.
         started = [[*messages, Message("assistant", "")] for messages in conversations]
         return [tokens.ids[: tokens.prompt] for tokens in self.tokens(started, "last")]
+
+    def texts(self, messages: Sequence[Message]) -> list[str]:
+        return _pieces(messages)
 
     def layout(self, messages: list[Message]) -> tuple[list[int], str]:
         return frame_of(self.tokenizer)[0], _pieces(messages)[-1]
@@ -194,6 +201,9 @@ class Chat(Template):
 
     def prompts(self, conversations: Sequence[list[Message]]) -> list[list[int]]:
         return self.ids(self.text(messages, prompt=True) for messages in conversations)
+
+    def texts(self, messages: Sequence[Message]) -> list[str]:
+        return [self.text(messages)]
 
     def layout(self, messages: list[Message]) -> tuple[list[int], str]:
         return [], self.text(messages, prompt=True)

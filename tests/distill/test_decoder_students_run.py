@@ -23,6 +23,7 @@ from kdcli.models.generation import generate
 from kdcli.models.heads import CAUSAL_LM
 from kdcli.models.load import load_model, load_tokenizer
 from kdcli.models.lowrank import factorise
+from kdcli.models.save import save_model
 from kdcli.models.statistics import collect_statistics
 from kdcli.recipe.schema import StudentSection
 
@@ -184,3 +185,29 @@ def test_a_decoder_of_fewer_pieces_reads_and_writes_the_same(tmp_path: Path):
         expected = both[0][0](input_ids=ids).logits[..., sorted(number)]
         found = both[1][0](input_ids=torch.tensor(texts)).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_vocabulary_keeps_what_stands_around_instructions(chat: bool, tmp_path: Path):
+    rows = [{"instruction": "Say yes.", "response": "yes. " * (1 + number % 3)} for number in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_tokenizer(STORIES)
+    if chat:
+        tokenizer.chat_template = (
+            "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}</s>\n{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+        )
+    save_model(load_model(STORIES, CAUSAL_LM), tmp_path, tokenizer)
+    task = {"name": "own", "type": "instruct", "train": "rows.jsonl", "max_length": 300, "max_prompt_length": 250}
+    student = {"form": "depth", "layers": 2, "vocabulary": {}}
+    recipe = changed(RECIPE, "task", "student", task=task, student=student, teacher={"model": str(tmp_path)})
+    recipe_file = write_recipe(tmp_path / "recipe.toml", recipe)
+    prepared = prepare(load_recipe(recipe_file), recipe_file)
+    assert prepared.trimming is not None and len(prepared.trimming.kept) < 400
+    # Each row is cut into the same pieces, with the layout around it.
+    old, new = (
+        prepared.task.kind.encode(prepared.task.train, words, 300)["input_ids"]
+        for words in (prepared.teacher.tokenizer, prepared.tokenizer)
+    )
+    assert [[int(prepared.trimming.kept[token]) for token in ids] for ids in new] == [list(ids) for ids in old]
