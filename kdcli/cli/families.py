@@ -44,7 +44,8 @@ def _row(family: "Family") -> dict[str, Any]:
     return {
         "name": family.name,
         "title": family.title,
-        "attention": ", ".join((family.attention, *(name for name in ("rotary", "causal") if getattr(family, name)))),
+        "attention": f"{family.attention}, rotary" if family.rotary else family.attention,
+        "direction": "causal" if family.causal else "both ways",
         "feed_forward": "gated" if family.ffn_gate is not None else "plain",
         "blocks": "shared" if family.repeated else "own weights",
         "matrices": {name: matrix.path for name, matrix in family.matrices.items()},

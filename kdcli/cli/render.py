@@ -383,7 +383,10 @@ def kind(document: Mapping[str, Any], inside: "Sequence[Entry]") -> Group:
 
 def family(document: Mapping[str, Any]) -> Group:
     """Return a family of models: what its blocks are like, where their matrices are, and what does not work."""
-    lines = [(key.replace("_", "-"), document[key]) for key in ("name", "title", "attention", "feed_forward", "blocks")]
+    lines = [
+        (key.replace("_", "-"), document[key])
+        for key in ("name", "title", "attention", "direction", "feed_forward", "blocks")
+    ]
     limits = [("limits" if number == 0 else "", text) for number, text in enumerate(document["limits_in_full"])]
     matrices = columns(document["matrices"].items(), ("matrix", "module in a block"))
     return Group(columns([*lines, *(limits or [("limits", "none")])]), "", matrices)

@@ -559,6 +559,7 @@ def test_families_lists_every_family(world: World):
     outcome = world.call("families", "modern-bert")
     assert outcome.code == 2 and "did you mean modernbert?" in outcome.err
     assert told["modernbert"]["feed_forward"] == "gated" and told["bert"]["feed_forward"] == "plain"
+    assert told["llama"]["direction"] == "causal" and told["bert"]["direction"] == "both ways"
 
 
 # How it ends when it is cut short
