@@ -66,7 +66,7 @@ def methods(
     defaults = [
         ("student", method.student, ""),
         ("train", method.train, ""),
-        ("train", method.text_train, " on masked text"),
+        ("train", method.text_train, " where tokens are predicted"),
     ]
     for section, values, where in defaults:
         for key, value in values.items():

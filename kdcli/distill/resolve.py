@@ -88,8 +88,8 @@ def for_task(resolved: Resolved, task: Task) -> Resolved:
 
 
 def _loop(recipe: Recipe, method: Method, kind: TaskKind | None) -> LoopSettings:
-    plain_text = kind is not None and "vocabulary" in kind.provides
-    return LoopSettings.from_train(recipe, {**method.train, **(method.text_train if plain_text else {})})
+    tokens = kind is not None and "vocabulary" in kind.provides
+    return LoopSettings.from_train(recipe, {**method.train, **(method.text_train if tokens else {})})
 
 
 def _check_kind(method: Method, kind: TaskKind, name: str) -> None:

@@ -143,7 +143,7 @@ class Method:
     """A method by name.
 
     title, paper, formula, signals, constraints, cost: for `kdcli methods`. options: the schema of its own
-    options. student, train: defaults for those tables; on masked text text_train comes before train.
+    options. student, train: defaults for those tables; where tokens are predicted text_train comes before train.
     check(options, context) raises InputError for what cannot work, with the nearest setting that does.
     check_sources(options, task, base) raises InputError for files, programs and modules named in the options that are
     not there, and runs none of them; base is the folder that relative paths start from. load_sources(options, task,

@@ -75,7 +75,8 @@ class Family:
     first_only: weights that every block but the first has.
     attention: "disentangled" and "relative-bias" add terms of positions to q k^T; at_function: whether queries, keys
     and values pass through the library's attention interface, as they are compared there (after rotation, for example).
-    causal: each token attends to those before it and to itself. score_cap: a field with the largest size of attention
+    causal: each token attends to those before it and to itself; both_ways: a field that, where it is true, lets it
+    attend to those after it, too. score_cap: a field with the largest size of attention
     scores, which a hyperbolic tangent keeps them below.
     rotary: heads have an even width. first_position: "after-padding" where positions are counted from the padding
     token's id on. positions_if: a field that says whether the model has positions of its own. padding: the id that
@@ -104,6 +105,7 @@ class Family:
     attention: Attention = "dot-product"
     at_function: bool = True
     causal: bool = False
+    both_ways: str | None = None
     score_cap: str | None = None
     rotary: bool = False
     sizes: SizeNames = SizeNames()
@@ -191,6 +193,8 @@ _BY_LAYER: dict[str, Any] = {
     **_LLAMA,
     "sizes": SizeNames(types=None, kv_heads="num_key_value_heads", head="head_dim", by_block=("layer_types",)),
 }
+
+_GEMMA: dict[str, Any] = {**_BY_LAYER, "both_ways": "use_bidirectional_attention"}
 
 
 FAMILIES: dict[str, Family] = {
@@ -291,8 +295,8 @@ FAMILIES: dict[str, Family] = {
         Family("mistral", "Mistral", **_LLAMA),
         Family("qwen2", "Qwen2", **_BY_LAYER),
         Family("qwen3", "Qwen3", **_BY_LAYER),
-        Family("gemma2", "Gemma 2", **_BY_LAYER, score_cap="attn_logit_softcapping"),
-        Family("gemma3_text", "Gemma 3 (text)", **_BY_LAYER),
+        Family("gemma2", "Gemma 2", **_GEMMA, score_cap="attn_logit_softcapping"),
+        Family("gemma3_text", "Gemma 3 (text)", **_GEMMA),
         Family(
             "phi3",
             "Phi-3",

@@ -70,7 +70,7 @@ def shape_of(config: "PretrainedConfig") -> ModelShape:
         vocab=getattr(config, names.vocabulary),
         max_positions=getattr(config, names.positions),
         gated=family.ffn_gate is not None,
-        causal=family.causal,
+        causal=family.causal and not (family.both_ways is not None and getattr(config, family.both_ways, False)),
         embedding=_embedding(config, hidden),
     )
 
@@ -85,7 +85,7 @@ def attention_of(config: "PretrainedConfig") -> dict[str, Any]:
     return {
         "heads": shape.heads,
         "kv_heads": shape.kv_heads,
-        "causal": family.causal,
+        "causal": shape.causal,
         "score_cap": getattr(config, family.score_cap) if family.score_cap is not None else None,
     }
 

@@ -39,6 +39,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2 without a feed-forward size": ("gpt2", {"n_inner": None, "scale_attn_by_inverse_layer_idx": True}),
     "llama with biases, untied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
     "gemma2 without caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3_text both ways": ("gemma3_text", {"use_bidirectional_attention": True}),
     "gpt_neox one after the other": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
 }
 """What of a family depends on a setting."""
