@@ -14,7 +14,7 @@ from kdcli.methods.base import Context, Method, Stage
 from kdcli.methods.layer_maps import uniform
 from kdcli.models.heads import BASE, Head
 from kdcli.models.load import load_config
-from kdcli.models.shape import shape_of
+from kdcli.models.shape import ModelShape, shape_of
 from kdcli.models.student import StudentBuild
 from kdcli.recipe.schema import FORM_FIELDS, Recipe, StudentSection
 from kdcli.tasks import registry as kinds
@@ -162,13 +162,20 @@ def context_of(teacher: "PreTrainedModel", build: StudentBuild, task: Task, reci
         student=student_shape,
         student_form=build.form,
         kind=task.kind,
-        pairs=uniform(student_shape.layers, teacher_shape.layers),
+        pairs=_pairs(build, student_shape, teacher_shape),
         seed=recipe.seed,
         augmented=recipe.task.augment is not None,
         projected=build.projected,
         factored_embeddings=any(isinstance(module, LowRankEmbedding) for module in build.model.modules()),
         max_length=recipe.task.max_length,
     )
+
+
+def _pairs(build: StudentBuild, student: ModelShape, teacher: ModelShape) -> list[tuple[int, int]]:
+    """Return which teacher block each student block follows: of a decoder, the one that it is a copy of."""
+    if teacher.causal and build.teacher_layers is not None and len(build.teacher_layers) == student.layers:
+        return [(number, layer + 1) for number, layer in enumerate(build.teacher_layers, 1)]
+    return uniform(student.layers, teacher.layers)
 
 
 def with_start(section: StudentSection, *, has_loss: bool) -> StudentSection:

@@ -51,11 +51,12 @@ class EMDOptions(Options):
 class HSOptions(Options):
     """Which block follows which, and what else is learnt."""
 
-    layer_map: str | list[list[NonNegativeInt]] = Field(
-        default="uniform",
+    layer_map: str | list[list[NonNegativeInt]] | None = Field(
+        default=None,
         description='Which teacher block a student block follows: "last", "uniform" (also called "skip"), "last-k", '
         '"all", "uniform-consecutive", "uniform+last", "random", "emd"; or a list of pairs [student '
-        "block, teacher block] from 1, where 0 is the embeddings.",
+        "block, teacher block] from 1, where 0 is the embeddings. Left out, uniform; of a decoder that keeps some "
+        "blocks, those that they are copies of.",
     )
     consecutive: Literal["closed", "half-open"] = Field(
         default="closed",
@@ -87,7 +88,7 @@ class HSOptions(Options):
 
     @field_validator("layer_map")
     @classmethod
-    def _known(cls, value: str | list[list[int]]) -> str | list[list[int]]:
+    def _known(cls, value: str | list[list[int]] | None) -> str | list[list[int]] | None:
         if isinstance(value, str) and value not in NAMES:
             near = difflib.get_close_matches(value, NAMES, n=1)
             meant = f"; did you mean {near[0]!r}?" if near else ""
@@ -96,6 +97,8 @@ class HSOptions(Options):
 
 
 def _pairs(options: HSOptions, context: Context, epoch: int = 0) -> Pairs:
+    if options.layer_map is None:
+        return context.pairs
     half_open = options.consecutive == "half-open"
     depths = context.student.layers, context.teacher.layers
     seed = context.seed if options.seed is None else options.seed

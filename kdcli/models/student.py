@@ -110,11 +110,12 @@ def _build(
     raise InputError("the student has no form", where="student.form")
 
 
-def chosen_layers(section: StudentSection, depth: int) -> list[int]:
+def chosen_layers(section: StudentSection, depth: int, *, causal: bool = False) -> list[int]:
     """Return the 0-based teacher blocks that a depth student keeps.
 
     `even` keeps blocks round(m N / n), counted from 1: 12 -> 6 gives 2, 4, ..., 12. `spread` keeps the first, the
-    last and blocks at equal distances between: 12 -> 6 gives 0, 2, 4, 7, 9, 11 from 0 (DistilBERT's choice).
+    last and blocks at equal distances between: 12 -> 6 gives 0, 2, 4, 7, 9, 11 from 0 (DistilBERT's choice). `ends`
+    keeps the first and the last ones: 12 -> 5 gives 0, 1, 9, 10, 11. causal: what is cut is a decoder.
     """
     wanted = section.layers if section.layers is not None else max(1, depth // 2)
     source = section.model or "the teacher"
@@ -131,11 +132,15 @@ def chosen_layers(section: StudentSection, depth: int) -> list[int]:
             where="student.layers",
             hint=f"use 1 to {depth}",
         )
-    if section.select == "first":
+    select = section.select or ("ends" if causal else "even")
+    if select == "first":
         return list(range(wanted))
-    if section.select == "last":
+    if select == "last":
         return list(range(depth - wanted, depth))
-    if section.select == "spread":
+    if select == "ends":
+        # Neighbouring blocks in the middle of a decoder do nearly the same (Gromov et al. 2024, arXiv 2403.17887).
+        return [*range(wanted // 2), *range(depth - wanted + wanted // 2, depth)]
+    if select == "spread":
         return [round(m * (depth - 1) / (wanted - 1)) for m in range(wanted)] if wanted > 1 else [depth - 1]
     # Halves go up, as in the uniform layer map: a block starts as the block that it is to follow.
     return [math.floor(m * depth / wanted + 0.5) - 1 for m in range(1, wanted + 1)]
@@ -144,7 +149,7 @@ def chosen_layers(section: StudentSection, depth: int) -> list[int]:
 def _depth(teacher: "PreTrainedModel", section: StudentSection, whose: str = "the teacher's") -> StudentBuild:
     """Return a model of some blocks of `teacher`; notes say `whose` they are."""
     depth, family = shape_of(teacher.config).layers, family_of(teacher.config)
-    layers = chosen_layers(section, depth)
+    layers = chosen_layers(section, depth, causal=family.causal)
     config = copy.deepcopy(teacher.config)
     _set_blocks(config, family, layers)
     student = _empty_like(teacher, config)
@@ -194,7 +199,8 @@ def _width(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
     wanted = width_shape(shape, family, section)
     if section.init == "projections":
         _check_projected(shape, wanted)
-    kept = chosen_layers(StudentSection(form="depth", layers=min(wanted.layers, shape.layers)), shape.layers)
+    fewer = StudentSection(form="depth", layers=min(wanted.layers, shape.layers))
+    kept = chosen_layers(fewer, shape.layers, causal=family.causal)
     config = copy.deepcopy(teacher.config)
     _set_blocks(config, family, [*kept, *(layer % shape.layers for layer in range(shape.layers, wanted.layers))])
     set_widths(config, family, wanted)

@@ -521,11 +521,12 @@ class StudentSection(Section):
         description="depth, width, checkpoint: a number of blocks; depth and checkpoint also a list of the block "
         "numbers that are kept, from 0. Left out, half of the teacher's blocks for depth, and else all.",
     )
-    select: Literal["even", "spread", "first", "last"] = Field(
-        default="even",
+    select: Literal["even", "spread", "ends", "first", "last"] | None = Field(
+        default=None,
         description="depth, checkpoint: which blocks a number of layers keeps: at even distances up to the last, the "
-        'first and the last and evenly between ("spread"), the first ones, or the last ones. Methods may have another '
-        "default.",
+        'first and the last and evenly between ("spread"), the first ones and the last ones without the middle '
+        '("ends"), the first ones, or the last ones. Left out, ends for decoders and else even, unless the method has '
+        "a default of its own.",
     )
     # low-rank
     budget: Fraction | None = Field(
