@@ -37,6 +37,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "checkpointed": changed(LOW_RANK, train={"gradient_checkpointing": True}),
     # Of the teacher each block is gathered while it runs, though it need not run to its end.
     "teacher": changed(KD, method={"name": "minilmv2"}, teacher={"sharding": "fsdp"}, train={"sharding": "none"}),
+    # Its teacher is trained sharded, too.
+    "finetuned": changed(KD, teacher={"finetune": {"max_steps": 2, "batch_size": 16}}),
     "decoder": DECODER,
     "half": changed(DECODER, train={"precision": "bf16"}),
     "both": changed(DECODER, method={"name": "hs"}, teacher={"sharding": "fsdp"}),
@@ -108,8 +110,10 @@ def test_two_processes_with_a_part_each_agree_with_one(folder: Path, name: str):
     one, two = weights(folder, f"one-{name}"), weights(folder, f"two-{name}")
     assert one.keys() == two.keys()
     # In half precision norms, too, are gathered in it: the direction of a small step changes in a few places.
-    bounds = {"atol": 1e-5, "rtol": 1e-4} if name != "half" else {"atol": 4e-3, "rtol": 0.0}
+    usual = {"atol": 1e-5, "rtol": 1e-4} if name != "half" else {"atol": 4e-3, "rtol": 0.0}
     for key in one:
+        # A bias of keys moves no attention: its gradient is rounding, which Adam makes steps of.
+        bounds = {"atol": 1e-3, "rtol": 0.0} if key.endswith("key.bias") and name != "half" else usual
         torch.testing.assert_close(two[key], one[key], **bounds, msg=lambda m, key=key: f"{key}: {m}")
 
 
@@ -127,3 +131,28 @@ def test_one_process_goes_on_where_two_with_a_part_each_ended(folder: Path):
     resumed = weights(folder, "two-chains")
     for key in kept:
         torch.testing.assert_close(resumed[key], kept[key], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["low-rank", "inside", "both"])
+def test_activation_checkpointing_changes_nothing(folder: Path, name: str):
+    path = folder / f"{name}.toml"
+    run_recipe(path, f"name=plain-{name}")
+    run_recipe(path, f"name=again-{name}", "train.gradient_checkpointing=true")
+    plain, again = weights(folder, f"plain-{name}"), weights(folder, f"again-{name}")
+    for key in plain:
+        torch.testing.assert_close(again[key], plain[key], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_says_that_a_student_is_sharded(folder: Path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--use_fsdp", "--fsdp_version", "2"]
+    path = write_recipe(folder / "launched.toml", changed(DECODER, train={"sharding": None}))
+    (folder / "launched.json").write_text(json.dumps([[str(path), []]]))
+    command = [*launcher, str(Path(__file__).with_name("sharded_worker.py")), str(folder / "launched.json")]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (folder / "launched.held").read_text() == (folder / "two-decoder.held").read_text()
+    one, two = weights(folder, "two-decoder"), weights(folder, "launched")
+    assert all(torch.equal(one[key], two[key]) for key in one)
