@@ -91,7 +91,7 @@ def recipe_of(row: Row | None, options: argparse.Namespace) -> dict[str, Any]:
         "name": row.name if row is not None else TEACHER,
         # Generated texts are scored afterwards, on all sets alike.
         "task": task_of(
-            options, options.data, options.data, options.data, validation_samples=64, metrics=["perplexity"]
+            options, options.data, options.data, options.data, validation_samples=options.held, metrics=["perplexity"]
         ),
         "method": method,
         "teacher": {"model": str(options.teacher), "seed": 42},
@@ -267,6 +267,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=384)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--scored", type=int, help="score this many rows of each set")
+    parser.add_argument("--held", type=int, default=64, help="held-out rows whose loss is followed while training")
     parser.add_argument("--eval-batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", default="auto")
