@@ -22,6 +22,7 @@ class Precision(StrEnum):
 
     fp32 = "fp32"
     fp16 = "fp16"
+    int8 = "int8"
     int4 = "int4"
 
 
@@ -41,7 +42,7 @@ def export(
         typer.Option("--builder", help="What makes a decoder's graph: ONNX Runtime GenAI's builder, or kdcli."),
     ] = Builder.auto,
     precision: Annotated[
-        Precision, typer.Option("--precision", help="Weights of a decoder's graph; fp16 and int4 by the builder.")
+        Precision, typer.Option("--precision", help="Weights of a decoder's graph; fewer bits by the builder.")
     ] = Precision.fp32,
     latency: Annotated[bool, typer.Option("--latency/--no-latency")] = True,
     batch_sizes: Annotated[str, typer.Option("--batch-sizes")] = "1,8",

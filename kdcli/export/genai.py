@@ -1,4 +1,4 @@
-"""Graphs by the model builder of ONNX Runtime GenAI: fewer and larger operators, and weights of 16 or 4 bits.
+"""Graphs by the model builder of ONNX Runtime GenAI: fewer and larger operators, and weights of 16, 8 or 4 bits.
 
 Source: https://github.com/microsoft/onnxruntime-genai, `onnxruntime_genai.models.builder`, version 0.18.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Builder = Literal["auto", "genai", "kdcli"]
-Precision = Literal["fp32", "fp16", "int4"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
 
 MODULE = "onnxruntime_genai.models.builder"
 """It is run as a program: its own modules are found only from its own folder."""
@@ -36,7 +36,7 @@ EXTRA = "install it: pip install 'kdcli[llm]'"
 MULTIPLE = 16
 """What the operator of grouped attention needs head sizes to be multiples of."""
 
-PROVIDERS: dict[Precision, str] = {"fp32": "cpu", "fp16": "cuda", "int4": "cpu"}
+PROVIDERS: dict[Precision, str] = {"fp32": "cpu", "fp16": "cuda", "int8": "cpu", "int4": "cpu"}
 """The processor that a graph is made for. One of 16 bits is for a GPU; it runs on the CPU, too, and is slow there."""
 
 

@@ -893,9 +893,9 @@ class ExportSection(Section):
         "(genai), kdcli's own exporter, or the builder where it is installed, knows the model and has no low-rank "
         "factors to merge (auto).",
     )
-    precision: Literal["fp32", "fp16", "int4"] = Field(
+    precision: Literal["fp32", "fp16", "int8", "int4"] = Field(
         default="fp32",
-        description="Weights of the graph of a causal language model; fp16 and int4 need the builder of ONNX Runtime "
+        description="Weights of the graph of a causal language model; fewer bits need the builder of ONNX Runtime "
         "GenAI.",
     )
     batch_sizes: list[BatchSize] = Field(default=[1, 8], description="Batch sizes of the latency grid.")
