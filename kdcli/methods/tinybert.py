@@ -14,6 +14,7 @@ from kdcli.methods.terms import (
     need_shares_of_one,
     needs_bridge,
     refuse_unsupported,
+    relative_states,
     weighted,
 )
 from kdcli.recipe.schema import PositiveFloat, Share
@@ -77,6 +78,7 @@ def _inside(options: TinyBERTOptions, context: Context) -> list[Term]:
     hidden = HiddenObjective(
         pairs,
         shared=True,
+        match_norm=relative_states(None, context),
         **bridging(options.bridge, context),
     )
     # Objectives are means over blocks, the published terms are sums.
@@ -118,7 +120,8 @@ METHOD = Method(
     build=build,
     check=check,
     needs=frozenset(),
-    student={"form": "depth"},
+    # Block m follows block m N / n.
+    student={"form": "depth", "select": "even"},
     # About 10 epochs for the first and 3 for the second stage.
     train={"epochs": 13.0, "learning_rate": 5e-5},
     text_train={"epochs": 3.0},

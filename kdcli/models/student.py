@@ -149,7 +149,7 @@ def chosen_layers(section: StudentSection, depth: int, *, causal: bool = False) 
 def _depth(teacher: "PreTrainedModel", section: StudentSection, whose: str = "the teacher's") -> StudentBuild:
     """Return a model of some blocks of `teacher`; notes say `whose` they are."""
     depth, family = shape_of(teacher.config).layers, family_of(teacher.config)
-    layers = chosen_layers(section, depth, causal=family.causal)
+    layers = chosen_layers(section, depth, causal=shape_of(teacher.config).causal)
     config = copy.deepcopy(teacher.config)
     _set_blocks(config, family, layers)
     student = _empty_like(teacher, config)
@@ -200,7 +200,7 @@ def _width(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
     if section.init == "projections":
         _check_projected(shape, wanted)
     fewer = StudentSection(form="depth", layers=min(wanted.layers, shape.layers))
-    kept = chosen_layers(fewer, shape.layers, causal=family.causal)
+    kept = chosen_layers(fewer, shape.layers, causal=shape.causal)
     config = copy.deepcopy(teacher.config)
     _set_blocks(config, family, [*kept, *(layer % shape.layers for layer in range(shape.layers, wanted.layers))])
     set_widths(config, family, wanted)

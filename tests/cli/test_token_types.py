@@ -46,6 +46,7 @@ def agree(model: Path, graph: Path) -> None:
     assert torch.allclose(torch.from_numpy(session.session.run(None, feed)[0]), wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_roberta_with_the_tokenizer_of_a_bert_is_scored_distilled_and_exported(pairs: World):
     keep(pairs, "roberta")
     scored = pairs.call("eval", "./teacher", "--data", "pairs.csv", "--text", "a,b", "--json")

@@ -435,6 +435,7 @@ def test_what_breaks_is_told_and_the_others_go_on(
     assert [row["mean"] is None for row in report["tasks"][0]["rows"]] == [False, True]
 
 
+@pytest.mark.slow
 def test_a_method_is_left_out_on_tasks_of_a_kind_that_it_does_not_know(tmp_path: Path, data_dir: Path):
     files = [recipe(tmp_path, "kd"), recipe(tmp_path, "dbkd")]
     small = ["task.train_samples=32", "task.validation_samples=32"]

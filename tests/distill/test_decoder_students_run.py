@@ -211,3 +211,24 @@ def test_a_vocabulary_keeps_what_stands_around_instructions(chat: bool, tmp_path
         for words in (prepared.teacher.tokenizer, prepared.tokenizer)
     )
     assert [[int(prepared.trimming.kept[token]) for token in ids] for ids in new] == [list(ids) for ids in old]
+
+
+@pytest.mark.parametrize(
+    "student, kept, followed",
+    [
+        ({"layers": 3}, [0, 3, 4], [1, 4, 5]),
+        ({"layers": 3, "select": "even"}, [1, 2, 4], [2, 3, 5]),
+        # What follows the last block's norm is compared with what follows the teacher's.
+        ({"layers": [0, 1]}, [0, 1], [1, 5]),
+    ],
+)
+def test_blocks_follow_those_that_they_are_copies_of(
+    student: dict[str, Any], kept: list[int], followed: list[int], tmp_path: Path
+):
+    recipe = changed(RECIPE, "student", method="hs", student={"form": "depth", **student})
+    path = write_recipe(tmp_path / "recipe.toml", recipe)
+    (follower,) = prepare(load_recipe(path, []), path).followers
+    assert follower.build.teacher_layers == kept
+    assert follower.context.pairs == list(enumerate(followed, 1))
+    (hidden,) = (term.objective for term in follower.stages[0].terms if term.name == "hidden")
+    assert hidden.pairs == tuple(follower.context.pairs)

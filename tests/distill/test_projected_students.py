@@ -73,6 +73,7 @@ def test_hidden_states_go_through_the_projections_unless_a_bridge_is_asked_for(t
     assert not objective.projected and list(objective.parameters())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_student(tmp_path: Path):
     document = recipe({"name": "hs"}, train={"max_steps": 4, "eval_every": 1})
     whole = write_recipe(tmp_path / "whole.toml", document)

@@ -61,6 +61,7 @@ def task_of(path: Path) -> Task:
     return load_task(recipe.task, recipe.evaluate, base=path.parent)
 
 
+@pytest.mark.slow
 def test_a_student_of_the_pieces_of_its_training_text(folder: Path):
     path = write_recipe(folder / "recipe.toml", changed(BASE, export={"onnx": True}))
     record = run_recipe(path)

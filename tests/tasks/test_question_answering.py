@@ -475,6 +475,7 @@ def load(world: Path) -> dict[str, Any]:
     return tomllib.loads((world / "recipe.toml").read_text())
 
 
+@pytest.mark.slow
 def test_eval_and_an_exported_graph_score_what_the_run_scored(world: Path, capsys: Any):
     student, expected = str(world / "runs" / "recipe" / "student"), record(world)["student"]["metrics"]["test"]
     data = ["--data", str(world / "test.jsonl"), "--json"]

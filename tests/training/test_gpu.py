@@ -109,7 +109,9 @@ def losses(record: dict[str, Any]) -> list[float]:
     return [entry["loss"] for stage in record["training"] for entry in stage["history"] if "loss" in entry]
 
 
-@pytest.mark.parametrize("case", ["kd", "dbkd", "od on text", "od, decoder", *DRAWN])
+@pytest.mark.parametrize(
+    "case", ["kd", "dbkd", "od on text", "od, decoder", *(pytest.param(name, marks=pytest.mark.slow) for name in DRAWN)]
+)
 def test_a_run_has_a_loss_a_step(case: str, world: Path, tmp_path: Path):
     """Without a GPU, too: what the tests below compare is there."""
     found = losses(distil(world, tmp_path, case, log_every=1))
