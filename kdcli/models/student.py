@@ -139,7 +139,8 @@ def chosen_layers(section: StudentSection, depth: int, *, causal: bool = False) 
         return list(range(depth - wanted, depth))
     if select == "ends":
         # Neighbouring blocks in the middle of a decoder do nearly the same (Gromov et al. 2024, arXiv 2403.17887).
-        return [*range(wanted // 2), *range(depth - wanted + wanted // 2, depth)]
+        first = max(1, wanted // 2)
+        return [*range(first), *range(depth - wanted + first, depth)]
     if select == "spread":
         return [round(m * (depth - 1) / (wanted - 1)) for m in range(wanted)] if wanted > 1 else [depth - 1]
     # Halves go up, as in the uniform layer map: a block starts as the block that it is to follow.

@@ -98,7 +98,7 @@ def test_a_distilbert_student_has_the_published_layers():
 
 def test_a_decoder_keeps_its_first_and_last_blocks_unless_a_recipe_says_otherwise():
     assert chosen_layers(depth(layers=5, select="ends"), 12) == [0, 1, 9, 10, 11]
-    assert chosen_layers(depth(layers=1, select="ends"), 12) == [11]
+    assert chosen_layers(depth(layers=1, select="ends"), 12) == [0]
     for blocks in range(1, 13):
         kept = chosen_layers(depth(layers=blocks), 12, causal=True)
         assert len(kept) == blocks and kept == chosen_layers(depth(layers=blocks, select="ends"), 12)
