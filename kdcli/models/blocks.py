@@ -1,6 +1,6 @@
 """Views of a model: its blocks, their matrices, and the modules that give its hidden states."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ from kdcli.models.shape import shape_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from kdcli.models.fused import Layout
     from kdcli.signals import MatrixKey
@@ -183,3 +183,22 @@ def iter_block_matrices(model: "PreTrainedModel") -> "Iterator[tuple[MatrixKey, 
     for layer in range(1, len(blocks_of(model)) + 1):
         for name in names:
             yield (layer, name), block_matrix(model, layer, name)
+
+
+def query_factor(config: "PretrainedConfig", layer: int, origin: int) -> float:
+    """Return what queries of block `origin` (1..L) are multiplied by, to give the same scores in block `layer`."""
+    field = family_of(config).scores_by_number
+    return layer / origin if field is not None and getattr(config, field) else 1.0
+
+
+def scale_queries(model: "PreTrainedModel", origins: "Sequence[int]") -> None:
+    """Let blocks with weights of another model's attend as they do there, in place.
+
+    origins: the block, from 0, that each of the model's first blocks has its weights from. Where a family divides its
+    scores by the number of a block, the queries' weight and bias make up for another number.
+    """
+    for layer, origin in enumerate(origins, 1):
+        if (factor := query_factor(model.config, layer, origin + 1)) != 1.0:
+            query = block_matrix(model, layer, "query")
+            for tensor in (query.weight, query.of(query.module.bias)):  # type: ignore[arg-type]
+                tensor.detach().mul_(factor)

@@ -77,7 +77,8 @@ class Family:
     and values pass through the library's attention interface, as they are compared there (after rotation, for example).
     causal: each token attends to those before it and to itself; both_ways: a field that, where it is true, lets it
     attend to those after it, too. score_cap: a field with the largest size of attention
-    scores, which a hyperbolic tangent keeps them below.
+    scores, which a hyperbolic tangent keeps them below. scores_by_number: a field that, where it is true, divides the
+    scores of block l (from 1) by l.
     rotary: heads have an even width. first_position: "after-padding" where positions are counted from the padding
     token's id on. positions_if: a field that says whether the model has positions of its own. padding: the id that
     its code takes for the padding token's, whatever its configuration says. scratch: what a configuration from
@@ -107,6 +108,7 @@ class Family:
     causal: bool = False
     both_ways: str | None = None
     score_cap: str | None = None
+    scores_by_number: str | None = None
     rotary: bool = False
     sizes: SizeNames = SizeNames()
     first_position: Literal["zero", "after-padding"] = "zero"
@@ -323,6 +325,7 @@ FAMILIES: dict[str, Family] = {
             word_embeddings="wte",
             final_norm="ln_f",
             causal=True,
+            scores_by_number="scale_attn_by_inverse_layer_idx",
             sizes=SizeNames(
                 layers="n_layer",
                 hidden="n_embd",

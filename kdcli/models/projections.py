@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kdcli.models.blocks import BlockMatrix, block_matrix, blocks_of, blocks_prefix, by_row, module_at
+from kdcli.models.blocks import (
+    BlockMatrix,
+    block_matrix,
+    blocks_of,
+    blocks_prefix,
+    by_row,
+    module_at,
+    query_factor,
+)
 from kdcli.models.families import Family, family_of
 from kdcli.models.fused import merge_split
 from kdcli.models.inputs import model_inputs
@@ -287,8 +295,9 @@ class _Projection:
 
     def _fill_block(self, layer: int, inner: _Inner) -> None:
         """Put projections behind the matrices of a block, and give it the biases that fit them."""
+        factor = query_factor(self.student.config, layer, self.kept[layer - 1] + 1)
         spaces = {
-            "query": (inner.query, self.hidden),
+            "query": (inner.query * factor, self.hidden),
             "key": (inner.key, self.hidden),
             "value": (inner.value, self.hidden),
             "attention_output": (self.hidden, inner.context),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdcli.errors import InputError
-from kdcli.models.blocks import blocks_of, blocks_prefix, module_at
+from kdcli.models.blocks import blocks_of, blocks_prefix, module_at, scale_queries
 from kdcli.models.embedding import read_alike
 from kdcli.models.factoriser import Factoriser
 from kdcli.models.families import Family, family_of
@@ -160,6 +160,7 @@ def _depth(teacher: "PreTrainedModel", section: StudentSection, whose: str = "th
     else:
         prefix, source = blocks_prefix(teacher), teacher.state_dict()
         student.load_state_dict({key: source[_origin(key, prefix, layers)] for key in student.state_dict()})
+        scale_queries(student, layers)
         numbers = f"{'block' if len(layers) == 1 else 'blocks'} {', '.join(map(str, layers))}"
         what = f"{numbers} of {whose} blocks 0 to {depth - 1}"
         notes = [f"has the shape of {what}" if section.init == "random" else f"keeps {what}"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdcli.errors import InputError
-from kdcli.models.blocks import block_matrix, blocks_prefix
+from kdcli.models.blocks import block_matrix, blocks_prefix, scale_queries
 from kdcli.models.families import Family, family_of
 from kdcli.models.fused import weight_of
 from kdcli.models.shape import ModelShape, shape_of
@@ -195,6 +195,7 @@ def slice_into(teacher: "PreTrainedModel", student: "PreTrainedModel", kept: Seq
     for own_block, given_block in blocks.items():
         for path in matrices:
             _slice_module(teacher, student, own_block + 1, given_block + 1, family.parts_of(path), slices)
+    scale_queries(student, list(blocks.values()))
 
 
 def _slice_module(

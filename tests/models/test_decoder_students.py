@@ -91,6 +91,27 @@ def test_a_depth_student_is_its_teacher_without_the_other_blocks(family: str):
     assert greedy(student) == greedy_without_cache(student)
 
 
+@pytest.mark.parametrize("form", ["depth", "width", "projections"])
+def test_blocks_whose_scores_depend_on_their_number_compute_what_they_did(form: str):
+    teacher = tiny("gpt2", layers=6, scale_attn_by_inverse_layer_idx=True)
+    with torch.no_grad():
+        for _, matrix in iter_block_matrices(teacher):
+            # Large enough for scores to matter.
+            matrix.weight.normal_(std=0.5)
+            matrix.module.bias.normal_()  # type: ignore[operator, union-attr]
+    init = "projections" if form == "projections" else "teacher"
+    build = build_student(
+        teacher, StudentSection(form="depth" if form == "depth" else "width", init=init, layers=3), seed=0
+    )
+    if form == "projections":
+        assert build.teacher_layers is not None
+        project(teacher, build.model, build.teacher_layers, moments_of(teacher, batches()))
+    assert build.teacher_layers == [0, 4, 5]
+    for layer in (1, 2, 3):
+        blocks_of(teacher)[layer].register_forward_hook(lambda module, given, output: given[0])
+    close(logits_of(build.model), logits_of(teacher))
+
+
 @pytest.mark.parametrize("family", families())
 def test_slices_at_full_width_are_the_teacher(family: str):
     teacher = tiny(family)
