@@ -64,10 +64,13 @@ def hash_of_tokenizer(tokenizer: Any) -> str:
     return fingerprint(found)
 
 
-def hash_of_dataset(dataset: "Dataset") -> str:
-    """Return 16 hex digits over the inputs of every feature, in order: all columns but the gold answers."""
+def hash_of_dataset(dataset: "Dataset", *, labels: bool = False) -> str:
+    """Return 16 hex digits over the inputs of every feature, in order: all columns but the gold answers.
+
+    labels: over these, too, where they say which tokens are predicted.
+    """
     digest = hashlib.sha256()
-    for column in sorted(set(dataset.column_names) - {"labels", "length"}):
+    for column in sorted(set(dataset.column_names) - {"length"} - (set() if labels else {"labels"})):
         digest.update(column.encode())
         for chunk in chunks_of(dataset, column):
             digest.update("".join(map(repr, chunk)).encode())

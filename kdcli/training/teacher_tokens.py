@@ -157,14 +157,15 @@ def keep_tokens(
 ) -> Table:
     """Return the most probable tokens of a fixed teacher for an encoded data set, computed in one pass.
 
-    The folder is named by the teacher's weights and configuration, the inputs and the cut, and appears whole or not at
-    all; one that is damaged is made again, and the console told. Raises NotFiniteError when logits contain NaN or inf.
+    The folder is named by the teacher's weights and configuration, the inputs, the positions that are kept and the cut,
+    and appears whole or not at all; one that is damaged is made again, and the console told. Raises NotFiniteError when
+    logits contain NaN or inf.
     """
     of = {
         "model": hash_of_model(teacher),
-        "inputs": hash_of_dataset(rows),
+        "inputs": hash_of_dataset(rows, labels=not cut.everywhere),
         "cut": [cut.k, cut.temperature, cut.everywhere],
-        "format": 1,
+        "format": 2,
     }
     folder = cache_dir() / "tokens" / fingerprint(of)
 

@@ -1,5 +1,6 @@
 """A teacher's most probable next tokens on disk: what a step reads is what the teacher itself says of those rows."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from rich.console import Console
+from small_decoder import write_world
 from tiny_recipes import run_recipe, tiny_recipe, write_recipe
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -136,6 +138,22 @@ def test_the_pass_is_made_once_and_damage_is_found(teacher: PreTrainedModel, cac
         assert len(list((cache / "tokens").iterdir())) == 2
     finally:
         hook.remove()
+
+
+def test_what_is_kept_is_named_by_the_tokens_that_are_predicted(cache: Path, tmp_path: Path):
+    """One recipe with all turns, and with the last ones: the same inputs, other positions."""
+    turns = [["user", "Name a bird."], ["assistant", "It is a bird."], ["user", "More."], ["assistant", "And more."]]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    recipe = write_world(tmp_path, method={"name": "kd", "max_new_tokens": None}, teacher={"top_k": 8})
+    recipe["task"]["max_length"] = 256
+    recipe["train"]["max_steps"] = 1
+    for name in ("rows.jsonl", "held.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps({"messages": messages}) + "\n" for _ in range(9)))
+    for choice in ("all", "last"):
+        recipe["task"]["turns"] = choice
+        run_recipe(write_recipe(tmp_path / f"{choice}.toml", recipe))
+    kept = [len(np.memmap(folder / "ids.bin", np.int32, "r")) for folder in (cache / "tokens").iterdir()]
+    assert len(set(kept)) == 2
 
 
 def test_a_run_reports_what_its_cut_costs(teacher: PreTrainedModel, cache: Path, tmp_path: Path):
