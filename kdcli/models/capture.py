@@ -39,7 +39,7 @@ def _output(inputs: Any, output: Any) -> Tensor:
 
 def _as_taken(x: Tensor) -> Tensor:
     """Return a teacher's vector, which may be in half precision, as a student's matrix takes it."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.float()
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _share(matrix: BlockMatrix, inputs: Any, output: Any) -> Tensor:

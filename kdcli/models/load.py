@@ -88,6 +88,7 @@ def _has(checkpoint: Checkpoint, head: Head) -> bool:
         return False
     try:
         empty = _empty_model(checkpoint, head)
+        check_body(empty.config, head, head.title)
     except InputError:
         return False
     return not any(_differences(empty, checkpoint.tensors))

@@ -890,7 +890,7 @@ def eval_of_a_base_model(world: World) -> list[str]:
     return ["eval", str(world.model("headless", "headless")), "--task", "reviews"]
 
 
-@case("chooser is a multiple-choice model; kdcli knows a classifier of texts")
+@case("chooser is a multiple-choice model; kdcli knows ", "a classifier of texts")
 def export_of_a_multiple_choice_model(world: World) -> list[str]:
     return ["export", str(world.model("chooser", "chooser")), "--onnx", "--out", "served", "--no-latency"]
 
@@ -1113,7 +1113,7 @@ def an_export_after_plain_text(world: World) -> list[str]:
     return ["distill", text_recipe(world, export={"onnx": True})]
 
 
-@case("method.name: theseus works on classification, multi-label, ", "mine is a text task", "use kd, makd, od")
+@case("method.name: theseus works on causal-lm, classification, ", "mine is a text task", "use kd, makd, od")
 def a_method_that_needs_labels_on_plain_text(world: World) -> list[str]:
     return ["distill", text_recipe(world), "--set", "method=theseus"]
 

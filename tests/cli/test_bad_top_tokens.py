@@ -67,7 +67,7 @@ def a_share_of_another_divergence(world: World) -> list[str]:
 
 
 @case("method.divergence: must be one of", "reverse-kl")
-def an_unknown_divergence(world: World) -> list[str]:
+def an_unknown_divergence_of_kd(world: World) -> list[str]:
     return recipe(world, {"divergence": "hellinger"})
 
 

@@ -229,7 +229,8 @@ def test_the_gradient_reaches_the_student_and_every_bridge_but_never_the_teacher
 @pytest.mark.parametrize("positions", ["masked", "all"])
 def test_od_asks_for_predictions_only(positions: str):
     (stage,) = stages("od", context(), positions=positions)
-    assert request(stage) == (Request(logits=True, all_positions=positions == "all"),) * 2
+    own = Request(logits=True, all_positions=positions == "all")
+    assert request(stage) == (own, replace(own, temperatures=frozenset({1.0})))
     assert names(stage) == {"output": 1.0}
     assert names(stages("od", context(), weights={"output": 0.0, "mlm": 0.5})[0]) == {"mlm": 0.5}
 
@@ -258,7 +259,8 @@ def test_minilm_asks_for_the_projections_of_the_last_blocks():
 
 def test_weights_of_zero_ask_for_nothing():
     (stage,) = stages("distilbert", context(), weights={"cosine": 0.0, "task": 0.0})
-    assert request(stage) == (Request(logits=True, all_positions=True),) * 2
+    own = Request(logits=True, all_positions=True)
+    assert request(stage) == (own, replace(own, temperatures=frozenset({2.0})))
     (stage,) = stages("hs", context("classification"), weights={"prediction": 0.0})
     assert request(stage)[1] == Request(hidden=frozenset(range(2, 13, 2)))
     (stage,) = stages("tinybert", context(), weights={"attention": 0.0})
