@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,14 @@ from kdcli.files import expanded
 from kdcli.manifest import check_manifest, is_sealed
 from kdcli.names import checked
 from kdcli.recipe.load import parts_of, value_of
+from kdcli.recipe.parts import own_of_parts
 from kdcli.recipe.schema import EvaluateSection, Recipe, TaskSection, parse_delimiter, parse_encoding
 from kdcli.runs import Run, latest_run, run_of_model
+
+OPTIONS = frozenset({"text", "label", "labels", "max_length", "type"})
+"""Fields of `[task]` that have an option of their own."""
+SETTING = re.compile(r'(?:\btask\.)?\b([a-z_]+) = ("[^"]*"|[0-9]+)')
+"""A field with its value, as hints write it."""
 
 
 @dataclass
@@ -157,18 +164,42 @@ def choose_task(
 
 
 @contextlib.contextmanager
-def as_options(changes: Sequence[str] = ()) -> Iterator[None]:
-    """Let errors about a recipe's fields name the options of `eval` in their place. changes: what `--set` has."""
-    fields = ("text", "label", "labels", "max_length", "type")
+def as_options(changes: Sequence[str] = (), *, of_file: bool = False) -> Iterator[None]:
+    """Let errors about a recipe's fields name the options of `eval` in their place.
+
+    changes: what `--set` has. of_file: whether it may have more: the rows are those of `--data`.
+    """
     try:
         yield
     except InputError as error:
         table, _, field = (error.where or "").partition(".")
         changed = {change.partition("=")[0].strip() for change in changes}
-        if table != "task" or field not in (*fields, *changed):
+        settable = of_file and field and field not in TaskSection.model_fields
+        if table != "task" or not (field in OPTIONS or field in changed or settable):
             raise
-        where = f"--set {field}" if field in changed else f"--{field.replace('_', '-')}"
-        raise InputError(error.message, where=where, hint=error.hint) from error
+        where = f"--set {field}" if field in changed else _option(field)
+        hint = error.hint
+        if hint is not None and of_file:
+            hint = SETTING.sub(lambda found: _option(found[1], found[2].strip('"')), hint)
+        raise InputError(error.message, where=where, hint=hint) from error
+
+
+@contextlib.contextmanager
+def as_named() -> Iterator[None]:
+    """Let errors about the name of a recipe's task name `--task` in its place, and `--data` for rows of one's own."""
+    try:
+        yield
+    except InputError as error:
+        if error.where != "task.name":
+            raise
+        hint = "score the rows of a file: --data FILE" if "task.data" in (error.hint or "") else error.hint
+        raise InputError(error.message, where="--task", hint=hint) from error
+
+
+def _option(field: str, value: str | None = None) -> str:
+    """Return the option of `eval` that stands for a field, with its value."""
+    option, between = (f"--{field.replace('_', '-')}", " ") if field in OPTIONS else (f"--set {field}", "=")
+    return option if value is None else f"{option}{between}{value}"
 
 
 def section_of_data(
@@ -179,17 +210,25 @@ def section_of_data(
     label: str | None,
     delimiter: str | None,
     encoding: str | None,
+    of_type: str | None = None,
     changes: Sequence[str] = (),
 ) -> TaskSection:
     """Return the task of the rows in a file. own: of the model's run, whose settings hold where no option is given.
-    changes: FIELD=VALUE of the kind's own fields.
+    of_type: the name of a kind, those of whose fields alone are kept. changes: FIELD=VALUE of the kind's own fields.
 
     Raises InputError for an option that cannot be right.
     """
+    from kdcli.tasks import registry
+
     kept: dict[str, Any] = {"metrics": own.metrics} if own is not None else {}
-    if own is not None and own.is_own:
+    if own is not None:
         # Of parts, the columns are those of the first one.
-        kept |= own.fields | (own.part[0].fields if own.part else {})
+        fields = own.fields | (own.part[0].fields if own.part else {})
+        # What says which rows a known set has is not about those of a file.
+        absent = frozenset() if own.is_own else own_of_parts(registry.kind_of(own).fields)
+        with as_options():
+            known = registry.get(of_type).fields.model_fields if of_type is not None else fields
+        kept |= {name: value for name, value in fields.items() if name in known and name not in absent}
         kept |= {name: getattr(own, name) for name in ("delimiter", "encoding", "split_seed")}
     for change in changes:
         keys, value = parts_of(change, "--set", "label=team")

@@ -1,5 +1,6 @@
 """kdcli eval"""
 
+import contextlib
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,6 +92,7 @@ def evaluate(
       kdcli eval MODEL --task sst2 --labels negative,positive
     """
     from kdcli.cli.choose import (
+        as_named,
         as_options,
         choose_model,
         choose_task,
@@ -132,7 +134,14 @@ def evaluate(
     else:
         own = choose_task(choice, None)[0] if choice.run is not None else None
         section = section_of_data(
-            data, own, text=text, label=label, delimiter=delimiter, encoding=encoding, changes=set_ or ()
+            data,
+            own,
+            text=text,
+            label=label,
+            delimiter=delimiter,
+            encoding=encoding,
+            of_type=of_type,
+            changes=set_ or (),
         )
     from rich.table import Table
 
@@ -152,7 +161,7 @@ def evaluate(
     # What a user says that the outputs of a model are called.
     called: dict[str, list[str] | None] = {}
     if data is not None:
-        with as_options(set_ or ()):
+        with as_options(set_ or (), of_file=True):
             of_the_run = finished(choice.run).task.kind if choice.run is not None else None
             kind = kind_of_model(
                 contestant, choice.model, "MODEL", tokenizer=tokenizer, wanted=of_type, usual=of_the_run
@@ -163,7 +172,8 @@ def evaluate(
     else:
         called["MODEL"] = names
         section = typed_for(section, contestant)
-        loaded = load_task(section, evaluate_section, base=base, limit=max_samples)
+        with as_named() if task is not None else contextlib.nullcontext():
+            loaded = load_task(section, evaluate_section, base=base, limit=max_samples)
     if not loaded.report:
         raise InputError(
             f"{loaded.name} has nothing to score a model with",
@@ -196,7 +206,7 @@ def evaluate(
         if of_run and choice.run is not None and one is not contestant:
             # As it was scored in the run, where its outputs had this order.
             aligned.config.update(finished(choice.run).teacher_settings)
-        with as_options():
+        with as_options(set_ or (), of_file=data is not None):
             loaded.kind.check(loaded, words, limit)
         with at_fault(place):
             options: dict[str, Any] = {"max_length": limit, "owner": name, "console": stderr()}

@@ -223,6 +223,7 @@ def predict(
         label=None,
         delimiter=delimiter,
         encoding=encoding,
+        of_type=of_type,
         changes=set_ or (),
     )
     second = _second_model(choice, beside) if beside is not None else None

@@ -16,9 +16,12 @@ SHORT = 3
 
 
 def exact_match(text: str, references: Sequence[str]) -> float:
-    """Return 1 where a text is one of its references, but for case, punctuation and white space, else 0."""
+    """Return 1 where a text is one of its references, but for case, punctuation and white space, else 0.
+
+    An empty text is none of them.
+    """
     own = _plain(text)
-    return float(any(own == _plain(reference) for reference in references))
+    return float(bool(own) and any(own == _plain(reference) for reference in references))
 
 
 def rouge_l(text: str, references: Sequence[str]) -> float:
@@ -64,7 +67,8 @@ def _f_measure(own: Sequence[str], other: Sequence[str]) -> float:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().translate(_PUNCTUATION).split())
+    # Of nothing but punctuation, that is what is compared.
+    return " ".join((text.lower().translate(_PUNCTUATION).strip() or text).split())
 
 
 @cache

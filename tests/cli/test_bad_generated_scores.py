@@ -133,12 +133,12 @@ def a_text_in_place_of_messages(world: World) -> list[str]:
     return score(world, [{"messages": "a bird"}])
 
 
-@case("row 2 has an empty response", "task.response", "remove the row")
+@case("row 2 has an empty response", "--set response", "remove the row")
 def a_reference_that_is_empty(world: World) -> list[str]:
     return score(world, [ROWS[0], {**ROWS[1], "response": " "}])
 
 
-@case("row 1 has an empty response", "task.response")
+@case("row 1 has an empty response", "--set response")
 def a_list_of_no_references(world: World) -> list[str]:
     return score(world, [{**ROWS[0], "response": []}])
 
@@ -151,3 +151,14 @@ def references_in_a_column_of_another_name(world: World) -> list[str]:
 @case("seeds are of texts that are drawn")
 def seeds_of_greedy_texts_of_a_file(world: World) -> list[str]:
     return score(world, ROWS[:2], "--set", "seeds=[1]")
+
+
+@case("--max-length: none of 2 rows is left", "--set too_long=cut")
+def rows_to_score_that_are_all_dropped(world: World) -> list[str]:
+    return score(world, ROWS[:2], "--max-length", "12", "--set", "too_long=drop")
+
+
+@case("--task: ", "'selfinst'", "--data FILE")
+def a_set_to_score_on_without_training_rows(world: World) -> list[str]:
+    write_world(world.folder, RECIPE)
+    return ["eval", "teacher", "--task", "selfinst"]

@@ -7,12 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import World
 from small_decoder import RECIPE, ROWS, model, tokenizer, write_world
 from tiny_recipes import run_recipe, write_recipe
 
+from kdcli.cli.choose import section_of_data
 from kdcli.models.generation import generate
+from kdcli.recipe.schema import TaskSection
+from kdcli.tasks import causal_lm
+from kdcli.tasks.instruct import KIND
 from kdcli.tasks.text_score import rouge_l
 
 WORDS = tokenizer()
@@ -113,22 +119,59 @@ def test_a_prompt_that_is_too_long_is_cut_and_said_to_be(world: World, decoder: 
     assert "(cut: it is too long for the model)" in people.out.splitlines()[0]
 
 
+def sampled(**source: Any) -> dict[str, Any]:
+    """Return the table of a task whose texts are drawn."""
+    drawn = {"max_new_tokens": 12, "sampling": {"top_k": 5}, "seeds": [1, 2]}
+    return {**RECIPE["task"], **drawn, "system": "Be brief.", "template": "alpaca", "metrics": None, **source}
+
+
+def of_file(task: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Return the fields of the kind with which a run of a task scores a file."""
+    own = TaskSection.model_validate(task)
+    plain = {"text": None, "label": None, "delimiter": None, "encoding": None}
+    return section_of_data(Path("rows.jsonl"), own, **plain, **options).fields
+
+
+def test_a_file_is_scored_with_the_settings_of_the_run_whose_set_has_a_name():
+    files = sampled()
+    kept = {name: value for name, value in files.items() if name in KIND.fields.model_fields}
+    assert {"max_new_tokens", "sampling", "seeds", "system", "template", "max_prompt_length"} == kept.keys()
+    assert of_file(files) == kept
+    folder = sampled(name="mine", train=None, validation=None, response="output")
+    # Its columns are those of the set.
+    assert of_file(folder) == kept and of_file({**files, "response": "output"}) == {**kept, "response": "output"}
+    assert of_file({**folder, "name": "dolly", "type": None}, changes=["template=auto"]) == {**kept, "template": "auto"}
+    # Another type of task has some of the fields.
+    writing = {name: kept[name] for name in ("max_new_tokens", "sampling", "seeds")}
+    assert of_file(folder, of_type="causal-lm") == {
+        name: value for name, value in writing.items() if name in causal_lm.KIND.fields.model_fields
+    }
+
+
 @pytest.mark.slow
-def test_a_run_is_scored_and_asked_as_it_was_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("named", [False, True])
+def test_a_run_is_scored_and_asked_as_it_was_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, named: bool
+):
     from kdcli.cli.app import run
 
-    task = {"max_new_tokens": 12, "sampling": {"top_k": 5}, "seeds": [1, 2], "test": {"near": "held.jsonl"}}
-    task |= {"metrics": None}
+    task, near = sampled(test={"near": "held.jsonl"}), "near"
+    if named:
+        task, near = sampled(name="mine", train=None, validation=None), "validation"
+        monkeypatch.setenv("KDCLI_DATA_DIR", str(tmp_path))
+        (tmp_path / "instruct" / "mine").mkdir(parents=True)
+        for split, rows in (("train", ROWS), ("validation", ROWS[:4])):
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / "instruct" / "mine" / f"{split}.parquet")
     document = write_world(tmp_path, RECIPE, method={"name": "kd", "max_new_tokens": None}, task=task)
     result = run_recipe(write_recipe(tmp_path / "recipe.toml", document))
     folder = result["paths"]["run"]
-    metrics = result["student"]["metrics"]["near"]
+    metrics = result["student"]["metrics"][near]
     assert list(metrics) == ["rouge_l", "rouge_l/std", "exact_match", "exact_match/std", "perplexity"]
     card = (Path(result["paths"]["student"]) / "README.md").read_text(encoding="utf-8")
     assert f"{100 * metrics['rouge_l']:.2f} ± {100 * metrics['rouge_l/std']:.2f} |" in card
     capsys.readouterr()
     assert run(["eval", folder, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["metrics"]["near"] == pytest.approx(metrics)
+    assert json.loads(capsys.readouterr().out)["metrics"][near] == pytest.approx(metrics)
     assert run(["eval", folder, "--data", str(tmp_path / "held.jsonl"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["metrics"]["rows"] == pytest.approx(metrics)
     assert run(["predict", folder, "Name a bird.", "--json"]) == 0

@@ -79,3 +79,7 @@ def test_a_generated_text_ends_before_its_first_end_token():
     assert tokens_of_text([5, 6, 2, 7, 2], {2, 9}) == [5, 6]
     assert tokens_of_text([5, 6], {2}) == [5, 6]
     assert tokens_of_text([2], {2}) == []
+
+
+def test_an_unwritten_answer_is_no_match_and_punctuation_alone_is_compared():
+    assert [exact_match(text, ["?", "..."]) for text in ("", " ", "!", "? ", "a")] == [0.0, 0.0, 0.0, 1.0, 0.0]
