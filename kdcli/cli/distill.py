@@ -88,10 +88,10 @@ def distill(
                 from kdcli.models.checkpoint import configurations_alone
 
                 with configurations_alone(config_only):
-                    prepared = prepare(loaded, recipe)
+                    prepared = prepare(loaded, recipe, processes)
                     check_scored(limits, prepared.task)
                     check_room(prepared.state_bytes, run.checkpoints)
-                    plan = make_plan(prepared, processes)
+                    plan = make_plan(prepared)
         except InputError as error:
             raise with_place(error, recipe, set_) from error
         emit(plan.to_json(), table=render.plan(plan), as_json=as_json)

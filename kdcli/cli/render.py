@@ -159,6 +159,10 @@ def _memory(memory: "Memory") -> list[tuple[str, str]]:
     how = "" if memory.processes == 1 else ", sharded (FSDP2)" if memory.sharded else ", a whole student each (DDP)"
     rows = [("memory", f"about {_megabytes(memory.total)} for a step of {memory.tokens:,} tokens{each}{how}")]
     rows += [(f"  {name}", _megabytes(size)) for name, size in memory.parts.items()]
+    if memory.spread:
+        rows.append(
+            ("  teacher's blocks", f"{_megabytes(memory.spread)} not counted: where teacher.device_map puts them")
+        )
     return rows + ([("  whole student, CPU", _megabytes(memory.host))] if memory.host else [])
 
 

@@ -26,7 +26,7 @@ from kdcli.tasks.load import load_task
 from kdcli.tasks.masked_lm import KIND as PLAIN_TEXT
 from kdcli.tasks.masked_lm import MASKED_LM
 from kdcli.terminal import tell
-from kdcli.training.distributed import agree, main_does, processes
+from kdcli.training.distributed import agree, main_does
 from kdcli.training.settings import check_batch
 from kdcli.words import counted
 
@@ -45,7 +45,7 @@ class FillerStart:
     training: tuple[Recipe, Task, TeacherStart] | None = None
 
 
-def start_filler(recipe: Recipe, task: Task, base: Path) -> FillerStart:
+def start_filler(recipe: Recipe, task: Task, base: Path, world: int) -> FillerStart:
     """Return the start of the model that fills the copies of `task`. Trains and writes nothing.
 
     Raises InputError when there is no such model, when it has no masked-LM head and there is no usable text to give it
@@ -83,11 +83,11 @@ def start_filler(recipe: Recipe, task: Task, base: Path) -> FillerStart:
     with _at("task.augment.text"):
         documents = load_task(text, recipe.evaluate, base=base)
     with _at(MODEL):
-        start = start_teacher(tuned, documents, MASKED_LM, base=base)
+        start = start_teacher(tuned, documents, MASKED_LM, base=base, world=world)
     with _at("task.augment.text"):
         documents.kind.check(documents, tokenizer, text.max_length)
     tuning = section.finetune or FinetuneSection()
-    check_batch(tuning.batch_size, 1, processes(), "task.augment.finetune.batch_size")
+    check_batch(tuning.batch_size, 1, world, "task.augment.finetune.batch_size")
     return FillerStart(source, (tuned, documents, start))
 
 

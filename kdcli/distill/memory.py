@@ -9,9 +9,11 @@ from kdcli.distill.resolve import Resolved
 from kdcli.distill.states import teacher_request
 from kdcli.machine import computing_device, resolve_precision
 from kdcli.methods.base import Stage
+from kdcli.models.blocks import blocks_of
 from kdcli.models.counts import count_parameters
 from kdcli.models.families import family_of
 from kdcli.models.lowrank import LowRankLinear
+from kdcli.models.placement import bytes_of, placement_of
 from kdcli.models.shape import ModelShape, shape_of
 from kdcli.models.sharding import units_of
 from kdcli.objectives.rows import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS
@@ -37,7 +39,8 @@ class Memory:
     """What one of `processes` needs on its device for a training step, in bytes by part.
 
     tokens: of one process at once. host: what it keeps in the CPU's memory beside that. sharded: whether processes hold
-    a part of the student each.
+    a part of the student each. spread: of the teacher's blocks, which its device map puts elsewhere, or here, too,
+    where it has no limit for this device.
     """
 
     processes: int
@@ -45,6 +48,7 @@ class Memory:
     tokens: int
     parts: dict[str, int] = field(default_factory=dict)
     host: int = 0
+    spread: int = 0
 
     @property
     def total(self) -> int:
@@ -77,8 +81,9 @@ def memory_of_step(
     own, asked = _requests(stages)
     count = count_parameters(student)
     parts: Counter[str] = Counter()
+    spread = 0
     if teacher is not None:
-        parts["teacher weights"] = _teacher_weights(teacher, processes if recipe.teacher.sharding == "fsdp" else 1)
+        parts["teacher weights"], spread = _teacher_weights(teacher, processes, loop.device)
         shape = shape_of(teacher.config)
         # One block at a time, and what is compared of all of them.
         parts["teacher's states"] = (
@@ -105,7 +110,7 @@ def memory_of_step(
     parts["activations"] = tokens * element * _activations(student, length, loop.gradient_checkpointing, on_gpu, half)
     parts["logits"] = _logits(resolved, student, teacher, tokens, own, element, on_gpu)
     found = {name: int(size) for name, size in parts.items() if size}
-    return Memory(processes, sharded, tokens, found, FLOAT * count * sharded)
+    return Memory(processes, sharded, tokens, found, FLOAT * count * sharded, spread)
 
 
 def _requests(stages: list[Stage]) -> tuple[Request, Request]:
@@ -119,13 +124,23 @@ def _requests(stages: list[Stage]) -> tuple[Request, Request]:
     return own, asked
 
 
-def _teacher_weights(teacher: "PreTrainedModel", share: int) -> int:
-    """Return the bytes of a teacher's weights in one process, of each block a part and a whole one while it runs."""
+def _teacher_weights(teacher: "PreTrainedModel", processes: int, device: str) -> tuple[int, int]:
+    """Return the bytes of a teacher's weights on the device of one process, and of those that a device map spreads.
+
+    Sharded, a process has a part of each block, and a whole one while it runs. A device map without limits takes what
+    is free when the teacher is loaded, which is not known: all blocks count as spread. device: `train.device`.
+    """
+    placement = placement_of(teacher)
     whole = sum(p.numel() * p.element_size() for p in teacher.parameters())
-    if share == 1:
-        return whole
-    blocks = [sum(p.numel() * p.element_size() for p in unit.parameters()) for unit in units_of(teacher)]
-    return whole - sum(blocks) + sum(blocks) // share + max(blocks, default=0)
+    if placement.sharded and processes > 1:
+        blocks = [sum(p.numel() * p.element_size() for p in unit.parameters()) for unit in units_of(teacher)]
+        return whole - sum(blocks) + sum(blocks) // processes + max(blocks, default=0), 0
+    if placement.limits is None or device == "cpu":
+        return whole, 0
+    rest = whole - sum(p.numel() * p.element_size() for p in blocks_of(teacher).parameters())
+    # The only process computes on the first GPU.
+    here = max(rest, min(whole, bytes_of(placement.limits.get("0", "0GB"))))
+    return here, whole - here
 
 
 def _gathered(student: "PreTrainedModel", halved: bool) -> int:

@@ -14,8 +14,7 @@ from kdcli.models.student import StudentBuild, build_student
 from kdcli.models.vocabulary import trimmed, vocabulary_megabytes
 from kdcli.recipe.schema import OverparamSection
 from kdcli.tasks.base import Task
-from kdcli.training.distributed import may_shard, processes
-from kdcli.training.settings import check_batch
+from kdcli.training.distributed import may_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -176,12 +175,8 @@ class Plan:
         return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
 
 
-def make_plan(prepared: Prepared, world: int | None = None) -> Plan:
-    """Return the plan of a recipe that has been checked. Trains nothing, writes nothing.
-
-    world: the processes that it is to be run by; None for as many as there are now. Raises InputError when these
-    cannot split a batch.
-    """
+def make_plan(prepared: Prepared) -> Plan:
+    """Return the plan of a recipe that has been checked. Trains nothing, writes nothing."""
     resolved, task, start, recipe = prepared.resolved, prepared.task, prepared.teacher, prepared.resolved.recipe
     builds = _builds(prepared)
     student, build = prepared.followers[-1], builds[-1]
@@ -234,7 +229,7 @@ def make_plan(prepared: Prepared, world: int | None = None) -> Plan:
             PlannedStates(name, size, recipe.teacher.cache_dtype, recipe.task.augment is None)
             for name, size in prepared.state_bytes.items()
         ],
-        memory=_memory(prepared, builds, world),
+        memory=_memory(prepared, builds),
     )
 
 
@@ -288,10 +283,9 @@ def _wide(model: "PreTrainedModel", section: OverparamSection) -> tuple["PreTrai
     return wide, overparameterise(wide, section, chosen)
 
 
-def _memory(prepared: Prepared, builds: list[StudentBuild], wanted: int | None) -> Memory:
+def _memory(prepared: Prepared, builds: list[StudentBuild]) -> Memory:
     """Return what the training of the assistant or the student needs, whichever is more."""
-    resolved, world = prepared.resolved, wanted or processes()
-    check_batch(resolved.loop.batch_size, resolved.loop.gradient_accumulation, world, "train.batch_size")
+    resolved, world = prepared.resolved, prepared.world
     sharded = world > 1 and may_shard(resolved.loop.sharding)
     found: list[Memory] = []
     for follower, build in zip(prepared.followers, builds, strict=True):

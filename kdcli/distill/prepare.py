@@ -106,7 +106,7 @@ class Prepared:
 
     downstream: the tasks of `[[finetune]]`. head: what stands on the teacher's body. labelling: of the outputs of a
     student from a checkpoint. filler: the masked language model of `[task.augment]`. trimming: of the vocabulary of
-    what follows the teacher.
+    what follows the teacher. world: the processes that it is prepared for.
     """
 
     resolved: Resolved
@@ -118,6 +118,7 @@ class Prepared:
     followers: list[Follower]
     filler: FillerStart | None
     trimming: Trimming | None
+    world: int
 
     @property
     def tokenizer(self) -> Any:
@@ -181,28 +182,30 @@ class Prepared:
         return list(dict.fromkeys(itertools.chain(*notes)))
 
 
-def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:
+def prepare(recipe: Recipe, recipe_path: Path, world: int | None = None) -> Prepared:
     """Read a recipe's data, models and tokenizers, and check that they fit each other. Trains and writes nothing.
 
+    world: the processes that are to run it; None for as many as there are now.
     Raises InputError for whatever is wrong, with the field that would have to change.
     """
+    world = world or processes()
     resolved = resolve(recipe, recipe_path)
     base = resolved.base
     task = load_task(recipe.task, recipe.evaluate, base=base)
     resolved = for_task(resolved, task)
     downstream = tasks_of(recipe, base)
     head = head_needed(resolved, task)
-    teacher = start_teacher(recipe, task, head, base=base)
+    teacher = start_teacher(recipe, task, head, base=base, world=world)
     task.kind.check(task, teacher.tokenizer, recipe.task.max_length)
     task = replace(task, notes=(*task.notes, *task.kind.remarks(task, teacher.tokenizer, recipe.task.max_length)))
-    _check_loops(resolved, teacher)
+    _check_loops(resolved, teacher, world)
     for number, (section, other) in enumerate(zip(recipe.finetune, downstream, strict=True)):
         with placed(f"finetune[{number}].task", "task"):
             check_tokenizer(teacher.model, teacher.tokenizer, section.task.max_length)
             other.kind.check(other, teacher.tokenizer, section.task.max_length)
             remarks = other.kind.remarks(other, teacher.tokenizer, section.task.max_length)
             downstream[number] = replace(other, notes=(*other.notes, *remarks))
-    filler = start_filler(recipe, task, base) if recipe.task.augment is not None else None
+    filler = start_filler(recipe, task, base, world) if recipe.task.augment is not None else None
     labelling = labelling_of(task.kind, task.label_names, head)
     trimming = plan_vocabulary(resolved, task, downstream, teacher)
     followers = _followers(teacher, resolved, task, head, labelling, trimming)
@@ -224,9 +227,9 @@ def prepare(recipe: Recipe, recipe_path: Path) -> Prepared:
         )
     if recipe.overparam is not None and resolved.student.energy is None:
         check_chains(student.model, recipe.overparam, student.tensors_of, student.tensor_pairs)
-    prepared = Prepared(resolved, task, downstream, head, labelling, teacher, followers, filler, trimming)
+    prepared = Prepared(resolved, task, downstream, head, labelling, teacher, followers, filler, trimming, world)
     if recipe.overparam is not None and recipe.overparam.select == "dynamic":
-        _check_growth(student)
+        _check_growth(student, world)
         check_turns(recipe.overparam, steps_of(student, resolved, prepared.training_examples))
     return prepared
 
@@ -264,10 +267,10 @@ def steps_of(follower: Follower, resolved: Resolved, examples: int) -> list[int]
     return [stage_loop(resolved, stage, total, examples).max_steps or 0 for stage in follower.stages]
 
 
-def _check_growth(student: Follower) -> None:
+def _check_growth(student: Follower, world: int) -> None:
     """Raise InputError where matrices cannot become chains in the middle of a training."""
     reason = None
-    if processes() > 1:
+    if world > 1:
         reason = "which several processes could not follow"
     elif any(stage.scheme is not None and stage.scheme.keeps_parameters for stage in student.stages):
         reason = "while the method remembers the student's parameters"
@@ -281,9 +284,9 @@ def _check_growth(student: Follower) -> None:
         )
 
 
-def _check_loops(resolved: Resolved, teacher: TeacherStart) -> None:
+def _check_loops(resolved: Resolved, teacher: TeacherStart, world: int) -> None:
     """Raise InputError for a device that is not there, or a batch that cannot be split over the processes."""
-    recipe, loop, world = resolved.recipe, resolved.loop, processes()
+    recipe, loop = resolved.recipe, resolved.loop
     check_device(loop.device)
     check_batch(loop.batch_size, loop.gradient_accumulation, world, "train.batch_size")
     if teacher.trains:

@@ -33,7 +33,7 @@ from kdcli.tasks.kind import TaskKind
 from kdcli.tasks.load import fingerprint_of
 from kdcli.terminal import tell
 from kdcli.training.curves import write_curve
-from kdcli.training.distributed import agree, main_does, processes
+from kdcli.training.distributed import agree, main_does
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,11 +110,11 @@ class TeacherStart:
     notes: tuple[str, ...] = ()
 
 
-def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path) -> TeacherStart:
+def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path, world: int) -> TeacherStart:
     """Return the start of a recipe's teacher, with a head.
 
-    Trains nothing and writes nothing. Raises InputError for all that is wrong with the teacher, its tokenizer or its
-    classes.
+    world: the processes that train. Trains nothing and writes nothing. Raises InputError for all that is wrong with
+    the teacher, its tokenizer or its classes.
     """
     section = recipe.teacher
     source = source_of(section.model, base) if section.model is not None else None
@@ -135,9 +135,9 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path) -> Teac
         )
     if trains:
         _check_trained(recipe)
-    elif section.device_map is not None and processes() > 1:
+    elif section.device_map is not None and world > 1:
         raise InputError(
-            f"the teacher is to be spread over all GPUs, which {processes()} processes share",
+            f"the teacher is to be spread over all GPUs, which {world} processes share",
             where="teacher.device_map",
             hint='start one process, or use teacher.sharding = "fsdp"',
         )

@@ -38,14 +38,19 @@ def spread(model: "PreTrainedModel", placement: Placement) -> None:
     _PLACEMENTS[model] = placement
 
 
+def placement_of(model: nn.Module) -> Placement:
+    """Return where `place` puts a model."""
+    return _PLACEMENTS.get(model, Placement())
+
+
 def is_gathered(model: nn.Module) -> bool:
     """True for a model whose blocks are gathered from several processes while they run."""
-    return model in _PLACEMENTS and _PLACEMENTS[model].sharded
+    return placement_of(model).sharded
 
 
 def place(model: nn.Module, device: torch.device) -> None:
     """Put a model, now on the CPU, where it runs: on `device`, unless it was told otherwise (`spread`)."""
-    placement = _PLACEMENTS.get(model, Placement())
+    placement = placement_of(model)
     if placement.limits is not None and device.type != "cpu":
         _dispatch(model, placement.limits, device)  # type: ignore[arg-type]
     elif placement.sharded and torch.distributed.is_initialized():
@@ -53,6 +58,13 @@ def place(model: nn.Module, device: torch.device) -> None:
             _SHARDS[model] = shard(model, units_of(model), device, rest=False)  # type: ignore[arg-type]
     else:
         model.to(device)
+
+
+def bytes_of(limit: str) -> int:
+    """Return the bytes of a limit of memory, such as "20GB"."""
+    from accelerate.utils import convert_file_size_to_int
+
+    return convert_file_size_to_int(limit)
 
 
 def take_home(model: nn.Module, home: torch.device | str = "cpu") -> None:

@@ -419,8 +419,10 @@ class TeacherSection(Section):
         for device, limit in value.items() if isinstance(value, dict) else ():
             if not (device.isdecimal() or device == "cpu"):
                 raise ValueError(f'{device!r} is no device; write the number of a GPU ("0") or cpu')
-            if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]i?B", limit):
-                raise ValueError(f"{limit!r} is no size of memory; write it as 20GB or 512MiB")
+            if not re.fullmatch(r"\d+(\.\d+)? ?[KMG]i?B", limit):
+                raise ValueError(
+                    f"{limit!r} is no size of memory; write a number of GB, MB, KB, GiB, MiB or KiB, as 20GB"
+                )
         return value
 
     @model_validator(mode="after")

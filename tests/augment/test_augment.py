@@ -255,8 +255,8 @@ def test_stop_words_stay_whatever_their_case_and_the_model_is_not_asked_about_th
 def test_rows_of_stop_words_alone_have_no_word_to_replace(folder: Path):
     recipe = make_recipe(folder, stop_words=None)
     with pytest.raises(InputError, match="no training row has a word"):
-        start_filler(recipe, make_task(["it is not", "The"]), folder)
-    start_filler(recipe, make_task(["it is not dull"]), folder)
+        start_filler(recipe, make_task(["it is not", "The"]), folder, 1)
+    start_filler(recipe, make_task(["it is not dull"]), folder, 1)
 
 
 def test_a_text_is_filled_by_itself_wherever_it_stands(folder: Path):
@@ -450,14 +450,14 @@ def test_byte_level_tokenizers_keep_the_spacing_and_take_whole_words(tmp_path: P
 def test_a_model_without_a_masked_lm_head_is_refused(tmp_path: Path):
     save_model(tiny("bert"), tmp_path, tokenizer())
     with pytest.raises(InputError, match="no masked-LM head") as caught:
-        start_filler(make_recipe(tmp_path), TASK_OF_ONE_ROW, Path())
+        start_filler(make_recipe(tmp_path), TASK_OF_ONE_ROW, Path(), 1)
     assert caught.value.where == "task.augment.model"
 
 
 def test_text_that_is_not_there_is_told_with_its_field(tmp_path: Path):
     save_model(tiny("bert"), tmp_path, tokenizer())
     with pytest.raises(InputError) as caught:
-        start_filler(make_recipe(tmp_path, text="nowhere.txt"), TASK_OF_ONE_ROW, tmp_path)
+        start_filler(make_recipe(tmp_path, text="nowhere.txt"), TASK_OF_ONE_ROW, tmp_path, 1)
     assert caught.value.where == "task.augment.text"
 
 
@@ -466,12 +466,12 @@ def test_a_tokenizer_without_a_mask_is_refused(tmp_path: Path):
     words.mask_token = None
     save_model(masked_lm(220), tmp_path, words)
     with pytest.raises(InputError, match="no mask token"):
-        start_filler(make_recipe(tmp_path), TASK_OF_ONE_ROW, Path())
+        start_filler(make_recipe(tmp_path), TASK_OF_ONE_ROW, Path(), 1)
 
 
 def test_a_model_that_is_not_there_is_told_with_its_field(tmp_path: Path):
     with pytest.raises(InputError) as caught:
-        start_filler(make_recipe("./nowhere"), TASK_OF_ONE_ROW, tmp_path)
+        start_filler(make_recipe("./nowhere"), TASK_OF_ONE_ROW, tmp_path, 1)
     assert caught.value.where == "task.augment.model"
 
 

@@ -80,6 +80,11 @@ def memory_without_a_number(world: World) -> list[str]:
     return fixed(world, teacher={"device_map": {"0": "a lot"}})
 
 
+@case("teacher.device_map", "'1TB' is no size of memory", "GB")
+def memory_in_a_unit_that_the_libraries_lack(world: World) -> list[str]:
+    return fixed(world, teacher={"device_map": {"0": "1TB"}})
+
+
 @case("a black box has no weights")
 def half_a_black_box(world: World) -> list[str]:
     return ["distill", world.recipe("teacher", teacher={"black_box": True, "dtype": "bf16"})]
@@ -103,6 +108,26 @@ def test_a_launcher_that_shards_otherwise_is_told(world: World, version: str, sh
         launcher_shards.cache_clear()
     assert outcome.code == 2
     assert words in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "words"),
+    [
+        ({"teacher": {"device_map": "auto"}}, "teacher.device_map", "which 2 processes share"),
+        ({"teacher": {"finetune": {"batch_size": 3}}}, "teacher.finetune.batch_size", "over 2 processes"),
+        ({"train": {"batch_size": 3}}, "train.batch_size", "over 2 processes"),
+        ({"overparam": {"length": 1, "select": "dynamic", "matrices": 1}}, "overparam.select", "several processes"),
+    ],
+    ids=["device map", "teacher", "student", "growth"],
+)
+def test_a_dry_run_for_two_processes_refuses_what_they_would(
+    world: World, changes: dict[str, Any], where: str, words: str
+):
+    arguments = [*fixed(world, **changes), "--dry-run"]
+    assert world.call(*arguments).code == 0
+    outcome = world.call(*arguments, "--processes=2")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert where in outcome.err and words in outcome.err
 
 
 @pytest.mark.parametrize("option", ["--config-only", "--processes=2"])

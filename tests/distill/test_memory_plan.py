@@ -78,9 +78,9 @@ def memory(folder: Path, model: str, processes: int = 1, **changes: Any) -> Memo
     recipe = changed(RECIPE, teacher={"model": model, **changes.pop("teacher", {})}, **changes)
     path = write_recipe(folder / "recipe.toml", recipe)
     with configurations_alone():
-        prepared = prepare(load_recipe(path, []), path)
+        prepared = prepare(load_recipe(path, []), path, processes)
         assert {p.device.type for p in prepared.teacher.model.parameters()} == {"meta"}
-        plan = make_plan(prepared, processes)
+        plan = make_plan(prepared)
     assert plan.teacher.parameters == PARAMETERS[model]
     return plan.memory
 
@@ -105,6 +105,19 @@ def test_each_of_several_processes_holds_its_part(folder: Path):
     shared = memory(folder, "llama-3.2-1b", 8, teacher={"sharding": "fsdp"}).parts["teacher weights"]
     table, blocks = 128256 * 2048 + 2048, PARAMETERS["llama-3.2-1b"] - 128256 * 2048 - 2048
     assert shared == 2 * (table + blocks // 8 + blocks // 16)
+
+
+def test_blocks_that_a_device_map_puts_elsewhere_are_told_apart(folder: Path):
+    def told(device_map: Any, device: str = "auto") -> tuple[int, int]:
+        found = memory(folder, "llama-3.2-1b", teacher={"device_map": device_map}, train={"device": device})
+        return found.parts["teacher weights"], found.spread
+
+    rest, whole = 2 * (128256 * 2048 + 2048), 2 * PARAMETERS["llama-3.2-1b"]
+    assert told(None) == told("auto", "cpu") == (whole, 0)
+    assert told("auto") == (rest, whole - rest)
+    assert told({"0": "1.5GB", "cpu": "9GB"}) == (1_500_000_000, whole - 1_500_000_000)
+    assert told({"0": "1.5GiB", "cpu": "9GB"}) == (3 * 2**29, whole - 3 * 2**29)
+    assert told({"0": "20GB"}) == (whole, 0)
 
 
 def test_checkpoints_keep_the_input_of_each_block_and_one_block(folder: Path):
