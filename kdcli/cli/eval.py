@@ -147,7 +147,7 @@ def evaluate(
 
     from kdcli.cli.choose import length_for, load_contestant
     from kdcli.distill.record import finished
-    from kdcli.evaluation.result import described_set, mean_over_sets
+    from kdcli.evaluation.result import labelled, mean_over_sets
     from kdcli.evaluation.score import evaluate_model, primary_score
     from kdcli.gates import Limits
     from kdcli.models.finite import at_fault
@@ -189,7 +189,8 @@ def evaluate(
         if of_run and choice.recipe is not None and (named := choice.recipe.teacher.labels) is not None:
             called["--teacher"] = named
     document: dict = {"task": loaded.name, "primary": loaded.primary, "metrics": {}}
-    scores = {}
+    scores: dict[str, float] = {}
+    fewer: dict[str, dict[str, int]] = {}
     for role, (name, one, words) in models.items():
         limit = length_for(one.config, name, max_length, section.max_length)
         place = "MODEL" if one is contestant else "--teacher"
@@ -208,9 +209,12 @@ def evaluate(
             aligned.config.update(finished(choice.run).teacher_settings)
         with as_options(set_ or (), of_file=data is not None):
             loaded.kind.check(loaded, words, limit)
+        for note in loaded.kind.remarks_on_report(loaded, words, limit):
+            info(f"note: {note}" if teacher is None else f"note: {role}: {note}")
         with at_fault(place):
             options: dict[str, Any] = {"max_length": limit, "owner": name, "console": stderr()}
             values = evaluate_model(aligned, words, loaded, batch_size=batch_size, **options)
+        fewer = fewer or loaded.fewer(words, limit)
         scores[role] = primary_score(values, loaded.primary)
         document["metrics" if role != "teacher" else "teacher_metrics"] = values
         document["model" if role != "teacher" else "teacher"] = name
@@ -218,6 +222,8 @@ def evaluate(
     means = {to: mean_over_sets(document[key]) for key, to in sides.items() if key in document}
     document |= {name: values for name, values in means.items() if values}
     document["rows"] = loaded.scored
+    if fewer:
+        document["fewer"] = fewer
     score = next(iter(scores.values()))
     document["score"] = score
     if teacher is not None:
@@ -229,7 +235,7 @@ def evaluate(
             row = [shown_of(metrics, metric)]
             if teacher is not None:
                 row.append(shown_of(document["teacher_metrics"][name], metric))
-            table.add_row(f"{metric} ({described_set(name, document['rows'][name])})", *row)
+            table.add_row(labelled(metric, name, document["rows"][name], fewer.get(name)), *row)
     for metric in means["mean"]:
         cells = [shown(metric, values[metric]) for values in means.values()]
         table.add_row(f"{metric} (mean of {len(loaded.report)} sets)", *cells)

@@ -35,7 +35,6 @@ def scores(result: "Result") -> Table:
 
 
 def _teacher_beside_student(result: "Result") -> Table:
-    from kdcli.evaluation.result import described_set
     from kdcli.tasks.metrics import names_of, shown, shown_of
 
     sides = {"teacher": result.teacher, "student": result.student}
@@ -51,15 +50,14 @@ def _teacher_beside_student(result: "Result") -> Table:
             cells.append(f"{values[1] / values[0]:.1%}" if values[0] > 0 else "")
         table.add_row(label, *cells)
 
-    sets = {name: described_set(name, result.rows.get(name)) for name in result.student.metrics}
     for name, metrics in result.student.metrics.items():
         for metric in names_of(metrics):
             found = [side.metrics[name] for side in known.values()]
             cells = [shown_of(each, metric) for each in found]
-            row(f"{metric} ({sets[name]})", partial(shown, metric), [each[metric] for each in found], cells)
+            row(result.label(metric, name), partial(shown, metric), [each[metric] for each in found], cells)
     for metric in result.student.mean:
         values = [side.mean[metric] for side in known.values()]
-        row(f"{metric} (mean of {len(sets)} sets)", partial(shown, metric), values)
+        row(f"{metric} (mean of {len(result.student.metrics)} sets)", partial(shown, metric), values)
     row("parameters", "{:,}".format, [side.parameters for side in known.values()])
     row("megabytes", "{:.1f}".format, [side.megabytes for side in known.values()])
     return table

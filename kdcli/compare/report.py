@@ -407,7 +407,7 @@ def _terms(entries: list[Entry], results: Results, seed: int) -> str:
     record = next((results.records[name] for name in names if name in results.records), None)
     parts = [f"teacher {terms['teacher.model'] or 'from scratch'}"]
     if record is not None:
-        parts.append(f"{record.task.sizes['train']:,} training examples")
+        parts.append(f"{record.task.trained_on} training examples")
     parts += [
         f"{counted(terms['train.batch_size'], 'example')} a step",
         f"{counted(terms[STEPS], 'step')}",

@@ -3,7 +3,7 @@
 import yaml
 
 from kdcli.distill.record import FinishedRun, TaskRecord
-from kdcli.evaluation.result import Loss, described_set
+from kdcli.evaluation.result import Loss
 from kdcli.markdown import code, escaped, table_row
 from kdcli.models.heads import Head
 from kdcli.tasks.heads import head_named
@@ -21,9 +21,9 @@ def _scored_card(record: FinishedRun) -> str:
     method, task, result = record.method, record.task, record.result
     known = {"teacher": result.teacher, "student": result.student}
     sides = {name: side for name, side in known.items() if side is not None}
-    sets = {name: described_set(name, result.rows.get(name)) for name in result.student.metrics}
     every = result.student.metrics.items()
-    cells = [(f"{m} ({sets[name]})", name, m) for name, metrics in every for m in names_of(metrics)]
+    cells = [(result.label(m, name), name, m) for name, metrics in every for m in names_of(metrics)]
+    sets = f"mean of {len(result.student.metrics)} sets"
     rows = "\n".join(
         [
             table_row(["", *sides]),
@@ -33,7 +33,7 @@ def _scored_card(record: FinishedRun) -> str:
                 for label, n, m in cells
             ),
             *(
-                table_row([f"{m} (mean of {len(sets)} sets)", *(shown(m, side.mean[m]) for side in sides.values())])
+                table_row([f"{m} ({sets})", *(shown(m, side.mean[m]) for side in sides.values())])
                 for m in result.student.mean
             ),
             table_row(["parameters", *(f"{side.parameters:,}" for side in sides.values())]),
@@ -59,7 +59,7 @@ A smaller transformer for the task {code(task.name)}, distilled with kdcli {reco
 - teacher: {escaped(record.teacher_origin)}
 - method: {escaped(method.name)}, {escaped(method.title)}
 - student form: {record.student_form}{over}{_vocabulary(record)}
-- data: {escaped(task.source)}, {task.sizes["train"]:,} training examples{copies}, protocol {protocol}{_parts(task)}\
+- data: {escaped(task.source)}, {task.trained_on} training examples{copies}, protocol {protocol}{_parts(task)}\
 {_fell(result.loss)}
 
 {rows}

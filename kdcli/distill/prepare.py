@@ -197,7 +197,11 @@ def prepare(recipe: Recipe, recipe_path: Path, world: int | None = None) -> Prep
     head = head_needed(resolved, task)
     teacher = start_teacher(recipe, task, head, base=base, world=world)
     task.kind.check(task, teacher.tokenizer, recipe.task.max_length)
-    task = replace(task, notes=(*task.notes, *task.kind.remarks(task, teacher.tokenizer, recipe.task.max_length)))
+    remarks = task.kind.remarks(task, teacher.tokenizer, recipe.task.max_length)
+    left = {} if task.kind.features is not None else _left(task, teacher.tokenizer, recipe.task.max_length)
+    task = replace(
+        task, notes=(*task.notes, *remarks), description={**task.description, "remarks": remarks, "left": left}
+    )
     _check_loops(resolved, teacher, world)
     for number, (section, other) in enumerate(zip(recipe.finetune, downstream, strict=True)):
         with placed(f"finetune[{number}].task", "task"):
@@ -232,6 +236,13 @@ def prepare(recipe: Recipe, recipe_path: Path, world: int | None = None) -> Prep
         _check_growth(student, world)
         check_turns(recipe.overparam, steps_of(student, resolved, prepared.training_examples))
     return prepared
+
+
+def _left(task: Task, processor: Any, max_length: int) -> dict[str, int]:
+    """Return how many rows of each set are left, where some are dropped as too long."""
+    sets = {"train": task.train, "selection": task.selection}
+    counts = {name: (len(rows), sum(examples_of(task, rows, processor, max_length))) for name, rows in sets.items()}
+    return {name: left for name, (rows, left) in counts.items() if left < rows}
 
 
 def examples_of(task: Task, rows: "Dataset", processor: Any, max_length: int) -> list[int]:

@@ -27,7 +27,11 @@ class AugmentRecord:
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """kind: of task, by its name. sizes: rows of each set. parts: names of those that it is made of, if any."""
+    """kind: of task, by its name. sizes: rows of each set. parts: names of those that it is made of, if any.
+
+    left: how many of them are left, of the sets of which some are dropped as too long. remarks: what a user should know
+    about rows as a model reads them.
+    """
 
     name: str
     kind: str
@@ -37,6 +41,14 @@ class TaskRecord:
     augment: AugmentRecord | None = None
     parts: list[str] = field(default_factory=list)
     mixing_temperature: float = 1.0
+    left: dict[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def trained_on(self) -> str:
+        """How many training rows there are, and how many of them are left where some are dropped."""
+        count = f"{self.sizes['train']:,}"
+        return f"{self.left['train']:,} of {count}" if "train" in self.left else count
 
 
 @dataclass(frozen=True)

@@ -32,14 +32,9 @@ def score_teacher(job: Job, task: Task, teacher: Teacher) -> Metrics:
     with at_fault("teacher.model"):
         scores = _scores(job, teacher.model, teacher.tokenizer, task, ask, "the teacher", use_cache=use_cache)
     score = primary_score(scores, task.primary)
-    chance = task.kind.chance(list(task.report.values()), task.label_names, task.primary)
-    if chance is not None and score <= chance + 0.02:
-        warn(
-            job.console,
-            f"the teacher scores {task.primary} {score:.4f}, no better than chance "
-            f"({chance:.4f}). A student cannot learn the task from it. Is the model fine-tuned on this task, "
-            "and are its classes named in their order (id2label in its config.json)?",
-        )
+    doubt = task.kind.doubt(score, list(task.report.values()), task.label_names, task.primary)
+    if doubt is not None:
+        warn(job.console, f"the teacher scores {task.primary} {score:.4f}, {doubt}")
     return scores
 
 
@@ -70,6 +65,7 @@ def score_student(job: Job, task: Task, teacher: Teacher, metrics: Metrics, stud
         describe_model(teacher.model, task, metrics) if teacher.known else None,
         describe_model(student.model, task, _scores(job, student.model, student.tokenizer, task)),
         task.scored,
+        fewer=task.fewer(student.tokenizer, job.recipe.task.max_length),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from kdcli.tasks.metrics import names_of, retention_of
+from kdcli.words import counted
 
 Score = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A score; JSON has no NaN, and so null stands for it."""
@@ -75,7 +76,8 @@ class Result:
     """What a run reached.
 
     teacher: None for a black box, of which nothing is known. rows: how many rows of each report set a score stands
-    on. loss: of a task that has no score of its own; finetune: the scores of what was fine-tuned from its student.
+    on. fewer: of each set the metrics that stand on fewer of them, with how many. loss: of a task that has no score of
+    its own; finetune: the scores of what was fine-tuned from its student.
     """
 
     primary: str
@@ -84,6 +86,11 @@ class Result:
     rows: dict[str, int] = field(default_factory=dict)
     loss: Loss | None = None
     finetune: list[TaskScores] = field(default_factory=list)
+    fewer: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def label(self, metric: str, name: str) -> str:
+        """Return a metric with the report set it is of, and the rows it stands on. name: of the set."""
+        return labelled(metric, name, self.rows.get(name), self.fewer.get(name))
 
     @property
     def retention(self) -> float | None:
@@ -104,7 +111,7 @@ class Result:
             "student": self.student.to_json(),
             "compression": self.compression,
             **(
-                {"rows": self.rows, "retention": self.retention}
+                {"rows": self.rows, **({"fewer": self.fewer} if self.fewer else {}), "retention": self.retention}
                 if loss is None
                 else {
                     "loss": loss.to_json(),
@@ -123,6 +130,10 @@ def mean_over_sets(metrics: Metrics) -> dict[str, float]:
     return {name: mean(values[name] for values in metrics.values()) for name in shared}
 
 
-def described_set(name: str, rows: int | None) -> str:
-    """Return a report set's name with its rows, where they are known."""
-    return name if rows is None else f"{name}, {rows:,} example{'' if rows == 1 else 's'}"
+def labelled(metric: str, name: str, rows: int | None, fewer: dict[str, int] | None = None) -> str:
+    """Return a metric with the report set it is of, and its rows where they are known: `accuracy (test, 20 examples)`.
+
+    name: of the set. fewer: metrics of it that stand on fewer rows, with how many.
+    """
+    count = (fewer or {}).get(metric, rows)
+    return f"{metric} ({name})" if count is None else f"{metric} ({name}, {counted(count, 'example')})"

@@ -45,6 +45,11 @@ class Task:
         """How many examples each reported score is of, by the name of its set."""
         return {name: self.kind.scored(rows) for name, rows in self.report.items()}
 
+    def fewer(self, processor: Any, max_length: int) -> dict[str, dict[str, int]]:
+        """Return the metrics that are of fewer examples than `scored` says, with how many, by the name of their set."""
+        found = {name: self.kind.fewer(rows, processor, max_length, self.metrics) for name, rows in self.report.items()}
+        return {name: counts for name, counts in found.items() if counts}
+
     @property
     def scored_by_loss(self) -> bool:
         """Whether the only score of a student is its distillation loss on held-out rows: nothing has gold answers."""

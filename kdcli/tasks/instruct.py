@@ -1,6 +1,9 @@
 """Following instructions: prompts, and the responses that a causal language model is to write."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -10,7 +13,7 @@ from kdcli.errors import InputError
 from kdcli.recipe.schema import TaskSection, Tokens
 from kdcli.tasks.conversations import Message, column_of_messages, messages_of, prompt_of, read_conversations
 from kdcli.tasks.generated import GeneratingKind, GenerationFields
-from kdcli.words import counted
+from kdcli.words import counted, joined
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,7 +27,7 @@ TEXT_METRICS = frozenset({"rouge_l", "exact_match"})
 MARK = "<instruction>"
 """Where an instruction stands in a prompt whose layout is asked for."""
 
-MOST_KEPT = 4
+MOST_KEPT = 16
 """Encoded sets of rows that a kind remembers: those of a plan are those of its run."""
 
 
@@ -140,19 +143,52 @@ class Instruct(GeneratingKind):
 
         template = template_of(processor, self.own.template)
         assert template.ends
-        for rows in (task.train, task.selection):
-            self.fit(rows, processor, max_length)
+        by_loss, by_text = self._scored_by(task)
+        sets = {"training": task.train, "held-out": task.selection, **(task.report if by_loss else {})}
+        for name, rows in sets.items():
+            with _named(name):
+                self.fit(rows, processor, max_length)
+        for name, rows in task.report.items() if by_text else ():
+            with _named(name):
+                self.prompts(rows, processor, max_length)
 
     def remarks(self, task: "Task", processor: Any, max_length: int) -> list[str]:
         """Return how many rows are cut or dropped, and how many texts are written for each score of a model."""
         found = []
         for name, rows in (("training", task.train), ("held-out", task.selection)):
             found += self.fit(rows, processor, max_length).notes(name)
+        return found + self.remarks_on_report(task, processor, max_length)
+
+    def remarks_on_report(self, task: "Task", processor: Any, max_length: int) -> list[str]:
+        """Return how many rows are cut or dropped of each set, and how many texts are written for the scores."""
+        by_loss, by_text = self._scored_by(task)
+        found = []
+        for name, rows in task.report.items():
+            if by_loss:
+                fit = self.fit(rows, processor, max_length)
+                found += fit.notes(name)
+                if by_text and (left := len(fit.features)) < fit.rows:
+                    found.append(
+                        f"{name}: {joined(by_loss)} of the {counted(left, 'row')} left, {joined(by_text)} of all "
+                        f"{fit.rows:,}, whose prompts are cut"
+                    )
+            else:
+                # Of a text only the prompt can be too long.
+                fit = type(self)(self.own.model_copy(update={"too_long": "cut"})).fit(rows, processor, max_length)
+                kept = Counter({key: count for key, count in fit.counts.items() if key == "cut prompt"})
+                found += replace(fit, counts=kept).notes(name)
         texts = sum(map(len, task.report.values())) * len(self.own.writings)
-        if texts and not TEXT_METRICS.isdisjoint(task.metrics):
+        if texts and by_text:
             most = self.own.max_new_tokens or max_length
             found.append(f"scores: each model writes {counted(texts, 'text')} of at most {counted(most, 'token')}")
         return found
+
+    def _scored_by(self, task: "Task") -> tuple[list[str], list[str]]:
+        """Return the metrics of losses, which are of the rows that are left, and those of texts, which are of all."""
+        return (
+            [name for name in task.metrics if name not in TEXT_METRICS],
+            [name for name in task.metrics if name in TEXT_METRICS],
+        )
 
     def fit(self, rows: "Dataset", processor: Any, max_length: int) -> "Fitted":
         """Return rows as features, and how many had to be cut or dropped. What it returned last it remembers."""
@@ -184,6 +220,12 @@ class Instruct(GeneratingKind):
 
     def examples(self, rows: "Dataset", processor: Any, max_length: int) -> int:
         return len(self.encode(rows, processor, max_length))
+
+    def fewer(self, rows: "Dataset", processor: Any, max_length: int, metrics: Sequence[str]) -> dict[str, int]:
+        """Return how many rows are left, of the metrics of losses, where some are dropped."""
+        losses = [name for name in metrics if name not in TEXT_METRICS]
+        left = self.examples(rows, processor, max_length) if losses else len(rows)
+        return dict.fromkeys(losses, left) if left < len(rows) else {}
 
     def drawn(self, fields: Any) -> dict[str, Any]:
         return fields.model_dump(include={"template", "turns", "too_long", "max_prompt_length"})
@@ -245,9 +287,14 @@ class Instruct(GeneratingKind):
             found |= scores_of(losses_of(model, features, self.collator(processor), ask=ask, **options))
         return {name: value for name, value in found.items() if name.partition("/")[0] in metrics}
 
-    def chance(self, sets: "Sequence[Dataset]", labels: Sequence[str], metric: str) -> float | None:
-        """Return 0 for the scores of texts: those of texts without a right word."""
-        return 0.0 if metric in TEXT_METRICS else None
+    def doubt(self, score: float, sets: "Sequence[Dataset]", labels: Sequence[str], metric: str) -> str | None:
+        """Return what may be wrong where no text has anything right; texts have no level of chance."""
+        if metric not in TEXT_METRICS or score > 0:
+            return None
+        return (
+            "as a model that cannot do the task. Is it trained on such prompts? Compare task.template and "
+            "task.max_new_tokens with those of its training"
+        )
 
     # Prompts without responses
 
@@ -285,6 +332,15 @@ class Instruct(GeneratingKind):
             else:
                 found.append({"messages": [{"role": each.role, "content": each.text} for each in messages]})
         return found
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Let errors about rows say of which set they are."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error.message}", where=error.where, hint=error.hint) from error
 
 
 KIND = Instruct()

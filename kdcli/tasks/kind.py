@@ -279,7 +279,11 @@ class TaskKind(ABC):
         """Raise InputError where rows cannot be encoded, or nothing of them would be left; encodes a few at most."""
 
     def remarks(self, task: "Task", processor: Any, max_length: int) -> list[str]:
-        """Return what a user should know about training rows as a model reads them; encodes few of them."""
+        """Return what a user should know about rows as a model reads them; encodes few of them."""
+        return self.remarks_on_report(task, processor, max_length)
+
+    def remarks_on_report(self, task: "Task", processor: Any, max_length: int) -> list[str]:
+        """Return what a user should know about the rows that are scored, as a model reads them: a part of `remarks`."""
         return []
 
     @abstractmethod
@@ -322,6 +326,10 @@ class TaskKind(ABC):
     def scored(self, rows: Any) -> int:
         """Return how many examples a score on rows is of. rows: a table or a data set."""
         return len(rows)
+
+    def fewer(self, rows: "Dataset", processor: Any, max_length: int, metrics: Sequence[str]) -> dict[str, int]:
+        """Return those of the metrics that are of fewer examples than `scored` says, with how many."""
+        return {}
 
     def drawn(self, fields: Any) -> dict[str, Any]:
         """Return the fields that change what a model reads, or what is decided about it, though rows stay the same."""
@@ -406,6 +414,17 @@ class TaskKind(ABC):
     def chance(self, sets: "Sequence[Dataset]", labels: Sequence[str], metric: str) -> float | None:
         """Return the mean over sets that answers without any knowledge reach; None where that is not known."""
         return None
+
+    def doubt(self, score: float, sets: "Sequence[Dataset]", labels: Sequence[str], metric: str) -> str | None:
+        """Return why a model with this score on sets has nothing to teach, and what may be wrong; None where it may."""
+        chance = self.chance(sets, labels, metric)
+        if chance is None or score > chance + 0.02:
+            return None
+        named = ", and are its classes named in their order (id2label in its config.json)" if labels else ""
+        return (
+            f"no better than chance ({chance:.4f}). A student cannot learn the task from it. Is the model fine-tuned "
+            f"on this task{named}?"
+        )
 
     # What a model answers to examples without gold answers
 

@@ -113,7 +113,11 @@ def a_context_that_is_not_there(world: World) -> list[str]:
     return distill(world, task={"context": "input"})
 
 
-@case("task.max_prompt_length: the prompt of row 1 is longer than", "even without its instruction", "system prompt")
+@case(
+    "task.max_prompt_length: training: the prompt of row 1 is longer than",
+    "even without its instruction",
+    "system prompt",
+)
 def a_system_prompt_longer_than_a_prompt(world: World) -> list[str]:
     return distill(world, task={"system": "Name it and more. " * 40})
 
@@ -123,7 +127,7 @@ def a_prompt_as_long_as_all(world: World) -> list[str]:
     return distill(world, task={"max_prompt_length": LENGTH})
 
 
-@case("task.max_length: none of 24 rows is left", 'too_long = "cut"')
+@case("task.max_length: training: none of 24 rows is left", 'too_long = "cut"')
 def rows_that_are_all_too_long(world: World) -> list[str]:
     return distill(world, task={"max_length": 12, "max_prompt_length": 4, "too_long": "drop"})
 
@@ -141,7 +145,9 @@ def a_chat_template_that_is_not_there(world: World) -> list[str]:
     return distill(world, task={"template": "chat"})
 
 
-@case("task.template: the chat template refuses a conversation of system, user", "no system here", "task.system")
+@case(
+    "task.template: training: the chat template refuses a conversation of system, user", "no system here", "task.system"
+)
 def a_template_without_system_prompts(world: World) -> list[str]:
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHAT
     return distill(world, template=refusing, task={"system": "Be brief."})

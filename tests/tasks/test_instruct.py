@@ -1,5 +1,6 @@
 """Conversations: which tokens have a loss, chat templates and the Alpaca layout, what is too long, and sets by name."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import small_decoder
+from rich.console import Console
 from tiny_recipes import run_recipe, write_recipe
 
+from kdcli.cli.app import run
 from kdcli.errors import InputError
 from kdcli.models.hashing import hash_of_tokenizer
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.base import Task
+from kdcli.tasks.instruct import KIND
 from kdcli.tasks.load import load_task
 
 CHAT = (
@@ -145,6 +149,79 @@ def test_what_is_too_long_is_cut_or_dropped_and_counted(tmp_path: Path, template
     with pytest.raises(InputError, match="none of 3 rows is left"):
         only = task_of(tmp_path, rows[1:], **sizes, too_long="drop")
         only.kind.check(only, words, sizes["max_length"])
+
+
+def test_rows_of_report_sets_are_counted_by_name_and_a_set_of_none_is_refused(tmp_path: Path):
+    words = words_of()
+    plain = {"instruction": "Say.", "response": "It is."}
+    size = len(words(encoded(tmp_path, [plain], words)[0][0])["input_ids"]) + 10
+    long = {**plain, "instruction": "Say a bird and a tree " * 9}
+    for name, rows in (("mixed", [plain, long, long]), ("long", [long, long])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def task(*sets: str, **fields: Any) -> Task:
+        test = {name: f"{name}.jsonl" for name in sets}
+        sizes = {"max_length": size + 20, "max_prompt_length": size}
+        return task_of(tmp_path, [plain], test=test, **sizes, **fields)
+
+    dropping = task("mixed", too_long="drop", metrics=["rouge_l", "perplexity"])
+    dropping.kind.check(dropping, words, size + 20)
+    notes = [
+        f"mixed: rows with prompts of more than {size} tokens left out: 2 of 3",
+        "mixed: perplexity of the 1 row left, rouge_l of all 3, whose prompts are cut",
+        f"scores: each model writes 3 texts of at most {size + 20} tokens",
+    ]
+    assert dropping.kind.remarks(dropping, words, size + 20) == notes
+    assert dropping.kind.remarks_on_report(dropping, words, size + 20) == notes
+    assert dropping.fewer(words, size + 20) == {"mixed": {"perplexity": 1}}
+    nothing = task("mixed", "long", too_long="drop", metrics=["rouge_l", "perplexity"])
+    with pytest.raises(InputError, match="long: none of 2 rows is left"):
+        nothing.kind.check(nothing, words, size + 20)
+    # Texts are of all rows, their prompts cut.
+    texts = task("long", too_long="drop", metrics=["rouge_l"])
+    texts.kind.check(texts, words, size + 20)
+    assert texts.kind.remarks(texts, words, size + 20)[0] == f"long: prompts cut to {size} tokens: 2 of 2"
+    assert not texts.fewer(words, size + 20)
+
+
+def test_prompts_of_report_sets_that_cannot_be_cut_are_refused(tmp_path: Path):
+    talk = [{"role": "system", "content": "Say a bird and a tree " * 30}, *HELLO]
+    (tmp_path / "long.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    task = task_of(tmp_path, [{"messages": HELLO}], test={"far": "long.jsonl"}, metrics=["rouge_l"])
+    with pytest.raises(InputError, match="far: the prompt of row 1 is longer than 128 tokens"):
+        task.kind.check(task, words_of(CHAT), 256)
+
+
+def test_a_run_and_a_score_tell_how_many_rows_are_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recipe = small_decoder.write_world(
+        tmp_path, method="kd", task={"too_long": "drop", "max_prompt_length": 130}, train={"max_steps": 1}
+    )
+    long = [{"instruction": "Name it and more. " * 30, "response": "It."}] * 3
+    for name in ("rows.jsonl", "held.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in long)
+    write_recipe(tmp_path / "recipe.toml", recipe)
+    said = io.StringIO()
+    document = run_recipe(tmp_path / "recipe.toml", console=Console(file=said, width=300))
+    assert document["task"]["left"] == {"train": 24, "selection": 4} and document["task"]["sizes"]["train"] == 27
+    assert "training: rows with prompts of more than 130 tokens left out: 3 of 27" in document["task"]["remarks"]
+    assert set(document["task"]["remarks"]) <= set(said.getvalue().replace("note: ", "").splitlines())
+    assert document["fewer"] == {"validation": {"perplexity": 4}} and document["rows"] == {"validation": 7}
+    card = (Path(document["paths"]["student"]) / "README.md").read_text()
+    assert "24 of 27 training examples" in card and "perplexity (validation, 4 examples)" in card
+    capsys.readouterr()
+    assert run(["eval", document["paths"]["run"], "--json"]) == 0
+    out, notes = capsys.readouterr()
+    assert "note: validation: rows with prompts of more than 130 tokens left out: 3 of 7" in notes
+    assert "training" not in notes
+    assert json.loads(out)["fewer"] == document["fewer"]
+
+
+def test_a_text_has_no_level_of_chance_and_a_score_of_0_is_doubted():
+    assert KIND.doubt(0.01, [], (), "rouge_l") is None and KIND.doubt(0.0, [], (), "perplexity") is None
+    for metric in ("rouge_l", "exact_match"):
+        doubt = KIND.doubt(0.0, [], (), metric)
+        assert doubt is not None and "task.template" in doubt and "classes" not in doubt
 
 
 def test_of_a_long_conversation_the_oldest_turns_go_first(tmp_path: Path):
