@@ -90,7 +90,7 @@ def make(folder: Path, recipe: Recipe | None = None, *, head: str = CLASSIFIER, 
     # The built-in task takes longer to make up than such a teacher to train.
     task = task_of(*sections, folder if recipe.task.data else None)
     teacher = make_teacher(
-        start_teacher(recipe, task, head_named(head), base=folder),
+        start_teacher(recipe, task, head_named(head), base=folder, world=1),
         recipe,
         task,
         head_named(head),
