@@ -93,6 +93,7 @@ def export(
     sizes = {"batch_sizes": grid[0], "sequence_lengths": grid[1], "runs": runs, "threads": threads}
     validate_section(ExportSection, sizes)
     from kdcli.export.export import export_model
+    from kdcli.export.session import is_onnx_folder
     from kdcli.files import expanded
     from kdcli.models.finite import at_fault
     from kdcli.models.shape import check_lengths
@@ -115,6 +116,11 @@ def export(
     if out is not None:
         out = expanded(out, "--out")
         check_out(out, choice.model, beside, force=force)
+    for name, where in ((choice.model, "MODEL"), (beside, "--teacher")):
+        if name is not None and is_onnx_folder(Path(name)):
+            raise InputError(
+                f"{name} is an exported graph already", where=where, hint="name the model it was made from"
+            )
     own, tokenizer = load_contestant(choice.model)
     length = readable_length(own.config, length)
     if loaded is not None:

@@ -113,7 +113,8 @@ class Text(ABC):
             if name in self.decoder.inputs:
                 self.binding.bind_cpu_input(name, np.ascontiguousarray(values, np.int64))
         self.binding.bind_output("logits", "cpu")
-        self.decoder.session.run_with_iobinding(self.binding)
+        with self.decoder.running():
+            self.decoder.session.run_with_iobinding(self.binding)
         return self.binding.get_outputs()
 
 

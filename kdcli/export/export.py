@@ -1,12 +1,13 @@
 """A whole export: graph, parity on real inputs, latency beside the teacher; the folder appears whole or not at all."""
 
+import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcli.errors import GateError, InputError
+from kdcli.errors import GateError, InputError, KdcliError
 from kdcli.export.decoder import OnnxDecoder, open_graph
 from kdcli.export.genai import Builder, Form, Precision, build
 from kdcli.export.graph import export_decoder, export_onnx, input_names, operators, plain_copy
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 TEXTS = 8
 """Texts that the logits of a causal language model are compared on."""
+
+AGREEMENT = 0.9
+"""Share of tokens with the same most probable next token below which a note tells of it."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ def export_model(
     """Export `model`, check it, time it beside PyTorch and the teacher, and keep it in `folder`.
 
     A causal language model gets a key-value cache; builder and precision are for it alone (see `kdcli.export.genai`).
+    Where builder "auto" chose ONNX Runtime GenAI's and its graph of fp32 fails, kdcli's own exporter makes another one,
+    and a note says why.
     threads: None takes `default_threads`. runs: timed calls of each
     cell of the grid; None takes as many as `measure` chooses. Parity is checked on the task's own inputs (random ones
     without a task). Raises GateError, and leaves no folder, when an output differs by more than 1e-4 (logits over a
@@ -130,14 +136,15 @@ def export_model(
     tokenizer = kind.tokenizer(tokenizer) if kind is not None else tokenizer
     batches, source = _real_batches(plain, tokenizer, task, max_length, TEXTS if head == CAUSAL_LM else None)
     with atomic_folder(folder, force=force, ours=ours) as temporary:
-        maker, notes = _write(plain, head, tokenizer, temporary, form)
         threads = threads or default_threads()
-        session = open_graph(temporary, threads=threads)
-        checked = _checked(plain, session, batches, form)
-        if checked.tolerance is not None and not checked.difference <= checked.tolerance:
-            raise GateError(
-                f"{checked.output} of the exported graph differs from PyTorch's by {checked.difference:.2e} "
-                f"(allowed {checked.tolerance:.2g})"
+        made = _make(plain, head, tokenizer, temporary, form, batches=batches, threads=threads)
+        session, notes = made.session, made.notes
+        checked = made.checked or _checked(plain, session, batches, form)
+        _check_parity(checked)
+        if checked.agreement is not None and checked.agreement < AGREEMENT:
+            notes.append(
+                f"the most probable token is the model's at only {checked.agreement:.1%} of the places: "
+                "many texts will differ"
             )
         report = None
         if latency:
@@ -146,8 +153,9 @@ def export_model(
             with tempfile.TemporaryDirectory(dir=temporary) as work:
                 if teacher is not None:
                     beside = plain_copy(teacher)
-                    _write(beside, head, tokenizer, Path(work), _form_of_teacher(form, beside, head))
-                    models["teacher"] = (beside, open_graph(Path(work), threads=threads))
+                    timed = _make_teacher(beside, head, tokenizer, Path(work), form, threads=threads)
+                    models["teacher"] = (beside, timed.session)
+                    notes += [f"teacher: {note}" for note in timed.notes]
                 report = measure(
                     models,
                     batch_sizes=batch_sizes,
@@ -162,16 +170,80 @@ def export_model(
         if script is not None:
             (temporary / SCRIPT).write_text(script, encoding="utf-8")
         size, nodes = session.megabytes, operators(temporary / MODEL)
-    return ExportResult(folder, size, checked, source, nodes, report, script and SCRIPT, maker, form.precision, notes)
+    return ExportResult(
+        folder, size, checked, source, nodes, report, script and SCRIPT, made.maker, form.precision, notes
+    )
 
 
-def _form_of_teacher(form: Form, teacher: "PreTrainedModel", head: Head) -> Form:
-    """Return the form that a teacher is timed in: that of the student, or the usual one where it cannot have that."""
+@dataclass
+class _Made:
+    """A graph that can be run. checked: None where it was not compared with its model yet."""
+
+    maker: str
+    session: OnnxModel
+    notes: list[str]
+    checked: Checked | None = None
+
+
+def _make(
+    model: "PreTrainedModel",
+    head: Head,
+    tokenizer: Any,
+    folder: Path,
+    form: Form,
+    *,
+    batches: list[Any],
+    threads: int,
+) -> _Made:
+    """Write the graph of a plain model into a folder, in place of all that is there, and open it.
+
+    A graph of fp32 by a builder that was not asked for is compared with its model on batches; where it fails, kdcli's
+    own takes its place.
+    """
+
+    def attempt(form: Form) -> _Made:
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        maker, notes = _write(model, head, tokenizer, folder, form)
+        return _Made(maker, open_graph(folder, threads=threads), notes)
+
+    if not (form.by_builder(model, head) and form.builder == "auto" and form.precision == "fp32"):
+        return attempt(form)
     try:
-        form.by_builder(teacher, head)
-    except InputError:
-        return Form()
-    return form
+        made = attempt(form)
+        made.checked = _checked(model, made.session, batches, form)
+        _check_parity(made.checked)
+        return made
+    except KdcliError as error:
+        reason = error.message
+    made = attempt(replace(form, builder="kdcli"))
+    made.notes.append(f"kdcli's own exporter made the graph, since that of ONNX Runtime GenAI failed: {reason}")
+    return made
+
+
+def _make_teacher(
+    teacher: "PreTrainedModel", head: Head, tokenizer: Any, folder: Path, form: Form, *, threads: int
+) -> _Made:
+    """Make the graph that a teacher is timed with: in the student's form, or in the usual one where it cannot be."""
+    options: dict[str, Any] = {"batches": [probe_batch(teacher)], "threads": threads}
+    try:
+        return _make(teacher, head, tokenizer, folder, form, **options)
+    except KdcliError as error:
+        if form == Form():
+            raise
+        reason = error.message
+    made = _make(teacher, head, tokenizer, folder, Form(), **options)
+    made.notes.append(f"timed in fp32: {reason}")
+    return made
+
+
+def _check_parity(checked: Checked) -> None:
+    """Raise GateError where outputs differ by more than they may."""
+    if checked.tolerance is not None and not checked.difference <= checked.tolerance:
+        raise GateError(
+            f"{checked.output} of the exported graph differs from PyTorch's by {checked.difference:.2e} "
+            f"(allowed {checked.tolerance:.2g})"
+        )
 
 
 def _write(model: "PreTrainedModel", head: Head, tokenizer: Any, folder: Path, form: Form) -> tuple[str, list[str]]:

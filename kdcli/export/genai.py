@@ -17,10 +17,10 @@ from kdcli.faults import writing
 from kdcli.models.heads import CAUSAL_LM, Head
 from kdcli.models.lowrank import merge_low_rank
 from kdcli.models.save import save_config, save_model, save_tokenizer, structure_of
-from kdcli.models.shape import shape_of
+from kdcli.models.shape import longest_input, shape_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Builder = Literal["auto", "genai", "kdcli"]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
@@ -49,8 +49,20 @@ def _source() -> Path | None:
     return path if path.is_file() else None
 
 
+def window_of(config: "PretrainedConfig") -> int | None:
+    """Return how many tokens some block attends to at most; None where all attend to every token before them."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window is None or (kinds is not None and "sliding_attention" not in kinds):
+        return None
+    positions = longest_input(config)
+    return window if positions is None or window < positions else None
+
+
 def obstacle(model: "PreTrainedModel") -> tuple[str, str | None] | None:
     """Return why the builder makes no graph of a model, and a hint; None where it does."""
+    if (window := window_of(model.config)) is not None:
+        reason = f"the builder of ONNX Runtime GenAI does not keep to the window of {window} tokens that the model has"
+        return reason, "kdcli's own graph does, in fp32"
     source = _source()
     if source is None:
         return "ONNX Runtime GenAI is not installed", EXTRA
@@ -68,7 +80,8 @@ class Form:
     """How a graph is made. where: how messages name one of its fields.
 
     builder: "auto" takes that of ONNX Runtime GenAI where it can make a graph, but for low-rank factors in fp32, which
-    kdcli's own graph keeps. precision: of the weights. Both are for causal language models alone.
+    kdcli's own graph keeps; in fp32 kdcli's own exporter takes its place where it fails. precision: of the weights.
+    Both are for causal language models alone.
     """
 
     opset: int = 23

@@ -1,6 +1,8 @@
 """An exported model that is called like a PyTorch one."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kdcli.errors import InputError
+from kdcli.errors import InputError, RunError
 from kdcli.machine import default_threads
 
 if TYPE_CHECKING:
@@ -55,8 +57,18 @@ class OnnxModel:
         for name in self.inputs:
             if name not in feed:
                 feed[name] = torch.zeros_like(inputs["input_ids"]).numpy()
-        found = zip(self.outputs, self.session.run(self.outputs, feed), strict=True)
-        return SimpleNamespace(**{name: torch.from_numpy(values) for name, values in found})
+        with self.running():
+            found = self.session.run(self.outputs, feed)
+        named = zip(self.outputs, found, strict=True)
+        return SimpleNamespace(**{name: torch.from_numpy(values) for name, values in named})
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Raise what ONNX Runtime raises, of many types of its own, as RunError."""
+        try:
+            yield
+        except Exception as error:
+            raise RunError(f"ONNX Runtime cannot run {self.folder / MODEL}: {str(error).splitlines()[0]}") from error
 
 
 def _session(path: Path, threads: int | None) -> Any:

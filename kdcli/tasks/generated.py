@@ -75,12 +75,12 @@ SCRIPT = """\
 names = [n.name for n in ins if "." not in n.name]
 past = {{n.name: np.zeros((1, n.shape[1], 0, {size}), "f2" if "16" in n.type else "f4") for n in ins if "." in n.name}}
 for text in sys.argv[1:]:
-    prompt = ids = [{first}*tokenizer.encode({text}, add_special_tokens=False).ids]
-    cache, seen = past, 0
+    cache, seen, ids = past, 0, (prompt := [{first}*tokenizer.encode({text}, add_special_tokens=False).ids])
     while len(ids) < {limit} and (not seen or ids[-1] not in {ends}):
         values = [ids[seen:]], [[1] * len(ids)], [range(seen, len(ids))], [-1]
         logits, *presents = session.run(None, cache | {{name: np.array(value) for name, value in zip(names, values)}})
         cache, seen, ids = dict(zip(past, presents)), len(ids), [*ids, int(logits[0, -1].argmax())]
+    seen or print(f"no room for a {answer}: the prompt has {{len(prompt)}} tokens", file=sys.stderr)
     print(json.dumps({{"{answer}": {written}}}))
 """
 """What writes text with an exported graph: greedily, each token with the cache of those before it."""

@@ -1,5 +1,6 @@
 """Wrong wishes for the graph of a causal language model."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,33 @@ def weights_of_4_bits_for_an_encoder(world: World) -> list[str]:
 def a_builder_for_an_encoder(world: World) -> list[str]:
     world.model()
     return ["export", "./teacher", "--out", "made", "--no-latency", "--builder", "genai"]
+
+
+def graph(world: World) -> str:
+    small_decoder.write_world(world.folder)
+    (world.folder / "teacher").rename(world.folder / "graph")
+    (world.folder / "graph" / "model.onnx").touch()
+    return "./graph"
+
+
+@case("MODEL: ./graph is an exported graph already", "name the model it was made from")
+def a_graph_to_make_a_graph_of(world: World) -> list[str]:
+    return ["export", graph(world), "--out", "made"]
+
+
+@case("--teacher: ./graph is an exported graph already", "name the model it was made from")
+def a_graph_to_time_beside(world: World) -> list[str]:
+    name = graph(world)
+    return export(world, "--teacher", name)
+
+
+@case("--precision: ", "does not keep to the window of 5 tokens", "kdcli's own graph does, in fp32")
+def weights_of_16_bits_with_a_window(world: World) -> list[str]:
+    options = export(world, "--precision", "fp16")
+    path = world.folder / "teacher" / "config.json"
+    other = {"sliding_window": 5, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
+    return options
 
 
 @case("export.precision: ", "ONNX Runtime GenAI")

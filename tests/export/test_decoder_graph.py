@@ -8,7 +8,7 @@ import onnx
 import pyarrow as pa
 import pytest
 import torch
-from families import DECODERS, tiny, tokenizer
+from families import DECODERS, EXTRA, tiny, tokenizer
 from scripts import answers_of_script
 from small_decoder import model as small_model
 from small_decoder import tokenizer as small_tokenizer
@@ -19,12 +19,14 @@ from kdcli.data.tables import dataset_of
 from kdcli.errors import GateError, InputError
 from kdcli.export.decoder import OnnxDecoder, open_graph
 from kdcli.export.export import ExportResult, export_model
-from kdcli.export.genai import obstacle
+from kdcli.export.genai import Form, obstacle
 from kdcli.export.graph import export_decoder, plain_copy
 from kdcli.export.latency import FIRST, NEXT, measure, texts
 from kdcli.export.parity import text_parity
 from kdcli.export.script import script_of
+from kdcli.models.families import FAMILIES
 from kdcli.models.generation import GREEDY, Sampling, generate
+from kdcli.models.heads import CAUSAL_LM
 from kdcli.models.load import load_tokenizer
 from kdcli.models.lowrank import LowRankLinear
 from kdcli.models.student import build_student
@@ -102,6 +104,11 @@ def test_the_script_beside_it_writes_as_kdcli_does(stories: Path, exported: tupl
         kept = CAUSAL.replies(one, rows, load_tokenizer(stories), max_length=40, batch_size=2)
         assert [reply["continuation"] for reply in kept] == [reply["continuation"] for reply in found]
     assert len(kept[0]["continuation"]) > 40
+    # A prompt as long as a text may be.
+    found = answers_of_script(
+        result.folder, ["once upon a time " * 30], said="no room for a continuation: the prompt has"
+    )
+    assert found == [{"continuation": ""}]
 
 
 @pytest.mark.slow
@@ -204,16 +211,38 @@ def test_low_rank_factors_stay_factors(stories: Path, exported: tuple[Any, Expor
     assert generate(open_graph(result.folder), PROMPTS, **KEYS) == generate(student, PROMPTS, **KEYS)
 
 
-def large() -> Any:
-    return tiny("llama", hidden=64, head_dim=16)
+def large(family: str = "llama", **extra: Any) -> Any:
+    """Return a model that the builder takes, but for its window."""
+    return tiny(family, hidden=64, **({"head_dim": 16} if FAMILIES[family].sizes.head else {}), **extra)
+
+
+WINDOWS = [name for name in DECODERS if "sliding_window" in EXTRA.get(name, {})]
+FAILING = {"gemma2", "gemma3_text"}
+"""Families that the builder knows and cannot build."""
+
+
+def test_the_builder_gets_no_model_with_windows():
+    for family in WINDOWS:
+        model = large(family)
+        reason, _ = obstacle(model) or ("", None)
+        assert f"window of {model.config.sliding_window} tokens" in reason
+        assert not Form().by_builder(model, CAUSAL_LM)
+        with pytest.raises(InputError, match="window"):
+            Form(precision="int4").by_builder(model, CAUSAL_LM)
+        # One that is as long as the positions hides nothing.
+        model.config.sliding_window = model.config.max_position_embeddings
+        assert "window" not in (obstacle(model) or ("", None))[0]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(obstacle(large()) is not None, reason="needs kdcli[llm]")
-def test_the_builders_graph_writes_what_the_model_writes(tmp_path: Path):
-    model = large()
+@pytest.mark.parametrize("family", DECODERS)
+def test_the_builders_graph_writes_what_the_model_writes(family: str, tmp_path: Path):
+    model = large(family, **({"sliding_window": 260} if family in WINDOWS else {}))
+    built = obstacle(model) is None
     result = export_model(model, tokenizer(), tmp_path / "onnx", task=None, latency=False)
-    assert result.maker == "ONNX Runtime GenAI" and result.operators["GroupQueryAttention"] == 2
+    assert (result.maker == "ONNX Runtime GenAI") == (built and family not in FAILING)
+    assert any("that of ONNX Runtime GenAI failed" in note for note in result.notes) == (family in FAILING)
     assert result.parity.tolerance is not None and result.difference < result.parity.tolerance
     session = open_graph(result.folder)
     # Batches of texts of several lengths, in one cache that is written in place.
@@ -231,4 +260,5 @@ def test_fewer_bits_are_told_from_a_fault(precision: Any, tmp_path: Path):
     assert result.gates == [] and result.parity.tolerance is None
     assert result.difference > 1e-5 and result.parity.agreement > {"fp16": 0.97, "int8": 0.8, "int4": 0.3}[precision]
     assert any("merged" in note for note in result.notes)
+    assert any("many texts will differ" in note for note in result.notes) == (result.parity.agreement < 0.9)
     assert len(generate(open_graph(result.folder), PROMPTS, **KEYS)) == len(PROMPTS)
