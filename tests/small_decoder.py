@@ -1,5 +1,6 @@
 """A tiny Llama that writes short texts, its tokenizer, and prompts with responses: for methods whose models write."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -89,4 +90,5 @@ def write_world(folder: Path, recipe: dict[str, Any] | None = None, **changes: A
         words.save_pretrained(folder / "teacher")
     for name, rows in (("rows.jsonl", ROWS), ("held.jsonl", ROWS[:4])):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return changed(recipe or RECIPE, **changes)
+    # A test may change what it gets.
+    return copy.deepcopy(changed(recipe or RECIPE, **changes))
