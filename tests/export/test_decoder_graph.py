@@ -217,8 +217,8 @@ def large(family: str = "llama", **extra: Any) -> Any:
 
 
 WINDOWS = [name for name in DECODERS if "sliding_window" in EXTRA.get(name, {})]
-FAILING = {"gemma2", "gemma3_text"}
-"""Families that the builder knows and cannot build."""
+FAILING = {"gemma2", "gemma3_text", "phi3", "qwen2"}
+"""Families of which the builder knows the tiny models here, and its graphs fail: a window of 260 wants such a cache."""
 
 
 def test_the_builder_gets_no_model_with_windows():
@@ -238,7 +238,8 @@ def test_the_builder_gets_no_model_with_windows():
 @pytest.mark.skipif(obstacle(large()) is not None, reason="needs kdcli[llm]")
 @pytest.mark.parametrize("family", DECODERS)
 def test_the_builders_graph_writes_what_the_model_writes(family: str, tmp_path: Path):
-    model = large(family, **({"sliding_window": 260} if family in WINDOWS else {}))
+    # The builder asks for an end token.
+    model = large(family, eos_token_id=2, **({"sliding_window": 260} if family in WINDOWS else {}))
     built = obstacle(model) is None
     result = export_model(model, tokenizer(), tmp_path / "onnx", task=None, latency=False)
     assert (result.maker == "ONNX Runtime GenAI") == (built and family not in FAILING)
