@@ -3,6 +3,7 @@
 import importlib
 
 from kdcli.models.plain_loaders import register
+from kdcli.vision_operators import declare_on_import
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "distill", "load_model"]
@@ -30,4 +31,5 @@ def _heads() -> object:
     return heads()
 
 
+declare_on_import()
 register(_heads)  # type: ignore[arg-type]

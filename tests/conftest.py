@@ -12,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+# Before any test imports torchvision or transformers: see kdcli/vision_operators.py.
+import kdcli  # noqa: F401
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
