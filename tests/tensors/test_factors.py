@@ -24,6 +24,21 @@ def test_factors_of_common_widths(dimension: int, pair: tuple[int, int]):
     assert auto_factors(dimension) == pair
 
 
+VISION = (
+    "16x8 16x10 20x16 32x16 32x20 40x32 16x16 32x32 32x14 56x32 24x8 32x24 24x16 48x32 32x18 64x36 "
+    "24x20 32x30 48x28 36x32 54x32"
+)
+"""OPDF's pairs for TinyViT, those of queries, keys and values side by side in the second line."""
+
+
+@pytest.mark.parametrize("pair", VISION.split())
+def test_widths_of_vision_transformers_have_the_published_pairs(pair: str):
+    a, b = map(int, pair.split("x"))
+    assert auto_factors(a * b) == (a, b)
+    square = shape_for(a * b, a * b, OverparamSection(length=1))
+    assert (square.out_factors, square.in_factors) == ((a, 1, b), (a, 1, b))
+
+
 @pytest.mark.parametrize("dimension", [7, 127, 769, 2 * 383, 5 * 61])
 def test_a_prime_or_lopsided_dimension_is_refused(dimension: int):
     with pytest.raises(InputError, match=str(dimension)):
