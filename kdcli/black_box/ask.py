@@ -18,7 +18,8 @@ from datasets import Dataset
 
 from kdcli.errors import InputError, cut
 from kdcli.files import sha256_of_file
-from kdcli.models.hashing import hash_of_model, hash_of_tokenizer
+from kdcli.models.hashing import hash_of_model
+from kdcli.models.processors import hash_of_processor
 from kdcli.tasks.kind import TaskKind
 from kdcli.tasks.labels import class_of, listed
 from kdcli.tasks.predict import predict
@@ -81,7 +82,7 @@ class LocalModel:
         self,
         kind: TaskKind,
         model: "PreTrainedModel",
-        tokenizer: Any,
+        processor: Any,
         *,
         max_length: int,
         batch_size: int = 64,
@@ -89,7 +90,7 @@ class LocalModel:
     ) -> None:
         self.kind = kind
         self.model = model
-        self.tokenizer = tokenizer
+        self.processor = processor
         self.max_length = max_length
         self.batch_size = batch_size
         self.device = device
@@ -98,7 +99,7 @@ class LocalModel:
     def identity(self) -> dict[str, Any]:
         return {
             "model": hash_of_model(self.model),
-            "tokenizer": hash_of_tokenizer(self.tokenizer),
+            "tokenizer": hash_of_processor(self.processor),
             "max_length": self.max_length,
         }
 
@@ -108,7 +109,7 @@ class LocalModel:
         answers = self.kind.answers(
             self.model,
             rows,
-            self.tokenizer,
+            self.processor,
             max_length=self.max_length,
             ask=predict,
             batch_size=self.batch_size,

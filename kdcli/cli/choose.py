@@ -299,20 +299,20 @@ def length_for(config: Any, name: str, asked: int | None, usual: int) -> int:
 
 
 def load_contestant(name: str, where: str = "MODEL") -> tuple[Any, Any]:
-    """Return a model (PyTorch model or ONNX session) with its own head, and its tokenizer. where: what names it.
+    """Return a model (PyTorch model or ONNX session) with its own head, and its processor. where: what names it.
 
-    Raises InputError for a head that no kind of task has, and for a tokenizer that does not fit.
+    Raises InputError for a head that no kind of task has, and for a processor that does not fit.
     """
     from kdcli.export.decoder import open_graph
     from kdcli.export.session import is_onnx_folder
     from kdcli.models.heads import BASE, head_of
-    from kdcli.models.load import check_tokenizer, load_tokenizer
+    from kdcli.models.processors import check_processor, load_processor
     from kdcli.tasks.heads import heads, load_model
 
     model: Any
     model = open_graph(Path(name)) if is_onnx_folder(Path(name)) else load_model(name)
     if head_of(model, heads()) == BASE:
         raise InputError(f"{name} has no trained head (it is {BASE.title})", where=where)
-    tokenizer = load_tokenizer(name)
-    check_tokenizer(model, tokenizer, where=where)
-    return model, tokenizer
+    processor = load_processor(name)
+    check_processor(model, processor, where=where)
+    return model, processor

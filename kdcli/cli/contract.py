@@ -30,10 +30,10 @@ def contract(
     from kdcli.export.parity import TOLERANCE
     from kdcli.files import atomic_folder, expanded
     from kdcli.models.counts import count_parameters
-    from kdcli.models.load import load_tokenizer
     from kdcli.models.lowrank import merge_low_rank
     from kdcli.models.overparam import contract_model
     from kdcli.models.probe import probe
+    from kdcli.models.processors import load_processor
     from kdcli.models.save import save_model
     from kdcli.runs import check_out
     from kdcli.tasks.heads import load_model
@@ -42,7 +42,7 @@ def contract(
     check_out(out, model, force=force)
     with atomic_folder(out, force=force) as folder:
         loaded = load_model(model)
-        tokenizer = load_tokenizer(model)
+        processor = load_processor(model)
         before = probe(loaded)
         report = contract_model(loaded, check=False)
         if merge_lowrank:
@@ -56,7 +56,7 @@ def contract(
             raise GateError(
                 f"contraction changes the outputs by {report.max_abs_difference:.2e} (allowed {TOLERANCE:g})"
             )
-        save_model(loaded, folder, tokenizer)
+        save_model(loaded, folder, processor)
     emit({"folder": str(out), **report.to_json()}, table=render.contraction(report), as_json=as_json)
     what = "nothing to contract: " if not report.matrices and not merge_lowrank else ""
     info(f"{out}: {what}outputs within {report.max_abs_difference:.1e} of {model}'s")

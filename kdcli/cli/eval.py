@@ -157,14 +157,14 @@ def evaluate(
     from kdcli.tasks.metrics import is_error, names_of, retention_of, shown, shown_of
     from kdcli.terminal import stderr
 
-    contestant, tokenizer = load_contestant(choice.model)
+    contestant, processor = load_contestant(choice.model)
     # What a user says that the outputs of a model are called.
     called: dict[str, list[str] | None] = {}
     if data is not None:
         with as_options(set_ or (), of_file=True):
             of_the_run = finished(choice.run).task.kind if choice.run is not None else None
             kind = kind_of_model(
-                contestant, choice.model, "MODEL", tokenizer=tokenizer, wanted=of_type, usual=of_the_run
+                contestant, choice.model, "MODEL", processor=processor, wanted=of_type, usual=of_the_run
             )
             usual = WRITTEN if kind.generates else READ
             section = section.model_copy(update={"max_length": own.max_length if own is not None else usual})
@@ -182,7 +182,7 @@ def evaluate(
         )
     for note in loaded.notes:
         info(f"note: {note}")
-    models = {"student" if teacher else "score": (choice.model, contestant, tokenizer)}
+    models = {"student" if teacher else "score": (choice.model, contestant, processor)}
     if teacher is not None:
         beside = choose_model(teacher, task).model
         models["teacher"] = (beside, *load_contestant(beside, "--teacher"))

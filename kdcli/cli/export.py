@@ -121,10 +121,10 @@ def export(
             raise InputError(
                 f"{name} is an exported graph already", where=where, hint="name the model it was made from"
             )
-    own, tokenizer = load_contestant(choice.model)
+    own, processor = load_contestant(choice.model)
     length = readable_length(own.config, length)
     if loaded is not None:
-        loaded.kind.check(loaded, tokenizer, length)
+        loaded.kind.check(loaded, processor, length)
     models = {"model": own}
     if beside is not None:
         models["teacher"] = load_contestant(beside, "--teacher")[0]
@@ -136,7 +136,7 @@ def export(
             inside.forget_files(inside.onnx)
         result = export_model(
             models["model"],
-            tokenizer,
+            processor,
             out or choice.run.onnx,  # type: ignore[union-attr]
             task=loaded,
             max_length=length,

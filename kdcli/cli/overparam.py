@@ -74,9 +74,9 @@ def overparam(
     from kdcli.cli.console import emit, info
     from kdcli.export.parity import TOLERANCE
     from kdcli.files import atomic_folder, expanded
-    from kdcli.models.load import load_tokenizer
     from kdcli.models.overparam import overparameterise
     from kdcli.models.probe import probe
+    from kdcli.models.processors import load_processor
     from kdcli.models.save import save_model
     from kdcli.runs import check_out
     from kdcli.tasks.heads import load_model
@@ -86,13 +86,13 @@ def overparam(
     check_out(out, model, factors, force=force)
     with atomic_folder(out, force=force) as folder:
         loaded = load_model(model)
-        tokenizer = load_tokenizer(model)
+        processor = load_processor(model)
         before = probe(loaded)
         report = overparameterise(loaded, section)
         difference = float((probe(loaded) - before).abs().max())
         if not difference <= TOLERANCE:
             raise GateError(f"the chains change the outputs by {difference:.2e} (allowed {TOLERANCE:g})")
-        save_model(loaded, folder, tokenizer)
+        save_model(loaded, folder, processor)
     emit(
         {"folder": str(out), "max_abs_difference": difference, **report.to_json()},
         table=render.chains(report),

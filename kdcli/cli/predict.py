@@ -330,10 +330,10 @@ def _answerer(
     from kdcli.tasks import registry
     from kdcli.tasks.heads import kind_of_model
 
-    model, tokenizer = load_contestant(choice.model)
+    model, processor = load_contestant(choice.model)
     of_the_run = finished(choice.run).task.kind if choice.run is not None else None
     kind = kind_of_model(
-        model, choice.model, "MODEL", tokenizer=tokenizer, wanted=wanted, usual=of_the_run, scored=False
+        model, choice.model, "MODEL", processor=processor, wanted=wanted, usual=of_the_run, scored=False
     )
     if own is not None:
         named = registry.set_of(own)
@@ -341,7 +341,7 @@ def _answerer(
         known = {name: value for name, value in given.items() if name in kind.fields.model_fields}
         section = section.model_copy(update={**known, **section.fields})
     fields = registry.fields_of(kind, section)
-    return _asked(choice.model, kind.with_fields(fields), model, tokenizer, **how), fields
+    return _asked(choice.model, kind.with_fields(fields), model, processor, **how), fields
 
 
 def _answerer_beside(
@@ -355,18 +355,18 @@ def _answerer_beside(
     from kdcli.tasks.heads import check_head
 
     kind, where = first.kind, "--beside"
-    model, tokenizer = load_contestant(name, where)
+    model, processor = load_contestant(name, where)
     check_head(model, kind.head, name, where)
     owner = Owner(name, where, None, "name a model that was trained on the same task")
     model = kind.align(model, class_names_of(first.model.config), owner, called)
     model.config.update(settings)
     for note in owner.notes:
         info(f"note: {note}")
-    return _asked(name, kind, model, tokenizer, **how)
+    return _asked(name, kind, model, processor, **how)
 
 
 def _asked(
-    name: str, kind: "TaskKind", model: Any, tokenizer: Any, *, max_length: int | None, usual: int, **how: Any
+    name: str, kind: "TaskKind", model: Any, processor: Any, *, max_length: int | None, usual: int, **how: Any
 ) -> "Answerer":
     """Return a model as it is asked. max_length: what the user wants. usual: tokens of a text otherwise."""
     from kdcli.cli.choose import length_for
@@ -381,7 +381,7 @@ def _asked(
         )
     if kind.generates:
         usual = longest_input(model.config) or MOST_TOKENS
-    return Answerer(name, kind, model, tokenizer, length_for(model.config, name, max_length, usual), **how)
+    return Answerer(name, kind, model, processor, length_for(model.config, name, max_length, usual), **how)
 
 
 def _model_and_texts(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -143,7 +143,7 @@ def _importance(
     job: Job, task: Task, teacher: Teacher, follower: Follower, section: OverparamSection, build: StudentBuild
 ) -> dict[MatrixKey, float]:
     """Return how much the loss of the gold answers of some training rows changes without each matrix."""
-    batches = sample_batches(task, teacher.tokenizer, MEASURED, job, tokens=MEASURED_TOKENS)
+    batches = sample_batches(task, teacher.processor, MEASURED, job, tokens=MEASURED_TOKENS)
     total = sum(len(batch["input_ids"]) for batch in batches)
     of_model = task_loss(build.model, task, follower.context)
     with placed(build.model, job.resolved.loop.device) as device, of_model as of_batch:

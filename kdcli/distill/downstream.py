@@ -53,12 +53,12 @@ def score_on_tasks(job: "Job", student: "Distilled", teacher: "Teacher") -> list
                 settings = task.kind.configure(task.label_names)
                 source = teacher if name == "teacher" else student
                 model = with_new_head(source.model, task.kind.head, settings)
-                tokenizer = task.kind.tokenizer(source.tokenizer)
+                processor = task.kind.processor(source.processor)
                 if name == "scratch":
                     reinitialise(model)
                 finetune(
                     model,
-                    tokenizer,
+                    processor,
                     task,
                     section,
                     recipe.train,
@@ -83,17 +83,17 @@ def score_on_tasks(job: "Job", student: "Distilled", teacher: "Teacher") -> list
                     "owner": f"the {name} fine-tuned on {task.name}",
                     "device": recipe.train.device,
                 }
-                calibrate(model, tokenizer, task, **options)
-                found = evaluate_model(model, tokenizer, task, **options)
+                calibrate(model, processor, task, **options)
+                found = evaluate_model(model, processor, task, **options)
                 metrics[name].append(found)
                 scores[name].append(primary_score(found, task.primary))
                 if name == "student" and seed == recipe.seed:
-                    main_does(partial(_keep, model, tokenizer, job.run, job.run.tuned(task.name)))
+                    main_does(partial(_keep, model, processor, job.run, job.run.tuned(task.name)))
         results.append(TaskScores(task.name, task.primary, scores, metrics))
     return results
 
 
-def _keep(model: "PreTrainedModel", tokenizer: Any, run: Run, folder: Path) -> None:
+def _keep(model: "PreTrainedModel", processor: Any, run: Run, folder: Path) -> None:
     with atomic_folder(folder, ours=True) as temporary:
-        save_model(model, temporary, tokenizer)
+        save_model(model, temporary, processor)
     run.note_files(folder)

@@ -32,8 +32,9 @@ from kdcli.methods.base import Context, Stage, Term
 from kdcli.models.blocks import iter_block_matrices
 from kdcli.models.families import family_of
 from kdcli.models.heads import BASE, Head, Labelling
-from kdcli.models.load import check_same_tokens, check_tokenizer
+from kdcli.models.load import check_same_tokens
 from kdcli.models.overparam import check_chains
+from kdcli.models.processors import check_processor
 from kdcli.models.shape import check_lengths
 from kdcli.models.student import StudentBuild, build_student
 from kdcli.models.vocabulary import Trimming, trimmed
@@ -121,9 +122,9 @@ class Prepared:
     world: int
 
     @property
-    def tokenizer(self) -> Any:
+    def processor(self) -> Any:
         """What the models that follow the teacher read by."""
-        return self.teacher.tokenizer if self.trimming is None else self.trimming.tokenizer
+        return self.teacher.processor if self.trimming is None else self.trimming.tokenizer
 
     @property
     def kept(self) -> "np.ndarray | None":
@@ -136,7 +137,7 @@ class Prepared:
 
     def examples(self, rows: "Dataset") -> list[int]:
         """Return how many examples rows of the task give a model, of each of its parts."""
-        return examples_of(self.task, rows, self.tokenizer, self.resolved.recipe.task.max_length)
+        return examples_of(self.task, rows, self.processor, self.resolved.recipe.task.max_length)
 
     @cached_property
     def examples_of_parts(self) -> list[int]:
@@ -156,7 +157,7 @@ class Prepared:
         if all(follower.states is None for follower in self.followers):
             return {}
         section, kind = self.resolved.recipe.task, self.task.kind
-        encoded = kind.prepare(self.task, self.tokenizer, section.max_length, seed=self.resolved.loop.seed)
+        encoded = kind.prepare(self.task, self.processor, section.max_length, seed=self.resolved.loop.seed)
         tokens = int(array_of(encoded.train, "length").sum())
         tokens *= 1 + (section.augment.copies if section.augment is not None else 0)
         return {
@@ -177,13 +178,13 @@ class Prepared:
         notes = [(*method.notes(options, follower.context), *follower.notes) for follower in self.followers]
         schemes = [stage.scheme for follower in self.followers for stage in follower.stages if stage.scheme is not None]
         length = self.resolved.recipe.task.max_length
-        features = partial(self.task.kind.feed, self.task.train, self.tokenizer, length)
+        features = partial(self.task.kind.feed, self.task.train, self.processor, length)
         notes += [tuple(scheme.notes(features, length)) for scheme in schemes]
         return list(dict.fromkeys(itertools.chain(*notes)))
 
 
 def prepare(recipe: Recipe, recipe_path: Path, world: int | None = None) -> Prepared:
-    """Read a recipe's data, models and tokenizers, and check that they fit each other. Trains and writes nothing.
+    """Read a recipe's data, models and their processors, and check that they fit each other. Trains and writes nothing.
 
     world: the processes that are to run it; None for as many as there are now.
     Raises InputError for whatever is wrong, with the field that would have to change.
@@ -196,18 +197,18 @@ def prepare(recipe: Recipe, recipe_path: Path, world: int | None = None) -> Prep
     downstream = tasks_of(recipe, base)
     head = head_needed(resolved, task)
     teacher = start_teacher(recipe, task, head, base=base, world=world)
-    task.kind.check(task, teacher.tokenizer, recipe.task.max_length)
-    remarks = task.kind.remarks(task, teacher.tokenizer, recipe.task.max_length)
-    left = {} if task.kind.features is not None else _left(task, teacher.tokenizer, recipe.task.max_length)
+    task.kind.check(task, teacher.processor, recipe.task.max_length)
+    remarks = task.kind.remarks(task, teacher.processor, recipe.task.max_length)
+    left = {} if task.kind.features is not None else _left(task, teacher.processor, recipe.task.max_length)
     task = replace(
         task, notes=(*task.notes, *remarks), description={**task.description, "remarks": remarks, "left": left}
     )
     _check_loops(resolved, teacher, world)
     for number, (section, other) in enumerate(zip(recipe.finetune, downstream, strict=True)):
         with placed(f"finetune[{number}].task", "task"):
-            check_tokenizer(teacher.model, teacher.tokenizer, section.task.max_length)
-            other.kind.check(other, teacher.tokenizer, section.task.max_length)
-            remarks = other.kind.remarks(other, teacher.tokenizer, section.task.max_length)
+            check_processor(teacher.model, teacher.processor, section.task.max_length)
+            other.kind.check(other, teacher.processor, section.task.max_length)
+            remarks = other.kind.remarks(other, teacher.processor, section.task.max_length)
             downstream[number] = replace(other, notes=(*other.notes, *remarks))
     filler = start_filler(recipe, task, base, world) if recipe.task.augment is not None else None
     labelling = labelling_of(task.kind, task.label_names, head)
@@ -317,20 +318,20 @@ def _followers(
     trimming: Trimming | None,
 ) -> list[Follower]:
     """Return the assistant, if any, and the student, each beside the model that it follows."""
-    base, tokenizer, kept = shape_only(teacher.model), teacher.tokenizer, None
+    base, processor, kept = shape_only(teacher.model), teacher.processor, None
     if trimming is not None:
-        tokenizer, kept = trimming.tokenizer, trimming.kept
+        processor, kept = trimming.tokenizer, trimming.kept
         base = trimmed(base, kept)
     nearest, length = base, resolved.recipe.task.max_length
 
     def examples() -> int:
-        return sum(examples_of(task, task.train, tokenizer, length))
+        return sum(examples_of(task, task.train, processor, length))
 
     followers = []
     for name, section in resolved.sections.items():
         with placed(name):
             if section.model is not None:
-                check_same_tokens(teacher.tokenizer, section.model, "student.model")
+                check_same_tokens(teacher.processor, section.model, "student.model")
             if resolved.from_base:
                 _check_base(teacher, section, resolved)
             # What the student is cut from answers the task, but for the base of the teacher and a body alone.

@@ -30,7 +30,7 @@ def score_teacher(job: Job, task: Task, teacher: Teacher) -> Metrics:
     kept = partial(cached_predictions, use_cache=use_cache, console=job.console)
     ask = kept if task.kind.outputs_are_kept else predict
     with at_fault("teacher.model"):
-        scores = _scores(job, teacher.model, teacher.tokenizer, task, ask, "the teacher", use_cache=use_cache)
+        scores = _scores(job, teacher.model, teacher.processor, task, ask, "the teacher", use_cache=use_cache)
     score = primary_score(scores, task.primary)
     doubt = task.kind.doubt(score, list(task.report.values()), task.label_names, task.primary)
     if doubt is not None:
@@ -53,7 +53,7 @@ def score_student(job: Job, task: Task, teacher: Teacher, metrics: Metrics, stud
         )
     calibrate(
         student.model,
-        student.tokenizer,
+        student.processor,
         task,
         max_length=job.recipe.task.max_length,
         batch_size=job.recipe.evaluate.batch_size,
@@ -63,16 +63,16 @@ def score_student(job: Job, task: Task, teacher: Teacher, metrics: Metrics, stud
     return Result(
         task.primary,
         describe_model(teacher.model, task, metrics) if teacher.known else None,
-        describe_model(student.model, task, _scores(job, student.model, student.tokenizer, task)),
+        describe_model(student.model, task, _scores(job, student.model, student.processor, task)),
         task.scored,
-        fewer=task.fewer(student.tokenizer, job.recipe.task.max_length),
+        fewer=task.fewer(student.processor, job.recipe.task.max_length),
     )
 
 
 def _scores(
     job: Job,
     model: "PreTrainedModel",
-    tokenizer: Any,
+    processor: Any,
     task: Task,
     ask: Callable[..., Any] = predict,
     owner: str = "the student",
@@ -81,7 +81,7 @@ def _scores(
 ) -> Metrics:
     return evaluate_model(
         model,
-        tokenizer,
+        processor,
         task,
         batch_size=job.recipe.evaluate.batch_size,
         max_length=job.recipe.task.max_length,

@@ -25,9 +25,10 @@ from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.methods.base import Stage, Term
 from kdcli.models.counts import count_parameters
 from kdcli.models.embedding import append_dense, settings_of
-from kdcli.models.hashing import hash_of_model, hash_of_tokenizer, hash_of_weights
+from kdcli.models.hashing import hash_of_model, hash_of_weights
 from kdcli.models.overparam import contract_model
 from kdcli.models.placement import take_home
+from kdcli.models.processors import hash_of_processor
 from kdcli.models.projections import merge
 from kdcli.models.save import round_to_stored
 from kdcli.models.shape import shape_of
@@ -54,7 +55,7 @@ RECORD = "record.json"
 class Distilled:
     """A student at the end of its training, contracted.
 
-    head_trained: some term needed its predictions. tokenizer: what it reads by.
+    head_trained: some term needed its predictions. processor: what it reads by.
     """
 
     build: StudentBuild
@@ -63,7 +64,7 @@ class Distilled:
     overparam: dict[str, Any] | None
     contraction: dict[str, Any] | None
     training: list[dict[str, Any]]
-    tokenizer: Any
+    processor: Any
 
     @property
     def model(self) -> "PreTrainedModel":
@@ -93,7 +94,7 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
     set_seed(seed)
     source = teacher.model if teacher.base is None else teacher.base
     with job.timed(f"{folder} start".strip()):
-        factoriser = factoriser_of(job, task, source, teacher.tokenizer, follower.section, follower.context, folder)
+        factoriser = factoriser_of(job, task, source, teacher.processor, follower.section, follower.context, folder)
     with job.timed(name):
         build = build_student(
             source,
@@ -108,7 +109,7 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
         job.tell(f"{name}: {note}")
     if build.projected:
         with job.timed(f"{folder} start".strip()):
-            start_projections(job, task, source, teacher.tokenizer, build, follower.section)
+            start_projections(job, task, source, teacher.processor, build, follower.section)
     plain_hash = hash_of_weights(build.model)
     # Once more, with the weights of its own that a method brings: they are drawn after the student's.
     stages = resolved.method.build(resolved.options, follower.context)
@@ -118,7 +119,7 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
         "recipe": job.recipe.model_dump(),
         "data": task.description["fingerprint"],
         "teacher": hash_of_model(teacher.model),
-        "tokenizer": hash_of_tokenizer(teacher.tokenizer),
+        "tokenizer": hash_of_processor(teacher.processor),
         # What is computed from the teacher may be rounded otherwise on another machine.
         "start": plain_hash if build.form == "checkpoint" else None,
         "student": folder,
@@ -143,7 +144,7 @@ def distil(job: Job, task: Task, teacher: Teacher, follower: Follower) -> Distil
         chain.report.to_json() if chain is not None else None,
         contraction,
         training,
-        teacher.tokenizer,
+        teacher.processor,
     )
 
 
@@ -173,7 +174,7 @@ def _train(
 
     resolved, title = job.resolved, f"{folder}: " if folder else ""
     length = resolved.recipe.task.max_length
-    encoded = task.kind.prepare(task, teacher.tokenizer, length, seed=resolved.loop.seed)
+    encoded = task.kind.prepare(task, teacher.processor, length, seed=resolved.loop.seed)
     train, collator = encoded.train, encoded.collator
     total = resolved.loop.steps(len(train))
     checkpoints = checkpoints_of(job.run.checkpoints, follower.name)
@@ -192,7 +193,7 @@ def _train(
             Setting(
                 student=build.model,
                 teacher=teacher.model if teacher.known else None,
-                tokenizer=teacher.tokenizer,
+                processor=teacher.processor,
                 task=task,
                 train=train,
                 collator=collator,

@@ -19,11 +19,12 @@ from kdcli.machine import resolve_precision
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.models.checkpoint import open_checkpoint
 from kdcli.models.finite import NotFiniteError, at_fault, check_weights
-from kdcli.models.hashing import hash_of_model, hash_of_tokenizer
+from kdcli.models.hashing import hash_of_model
 from kdcli.models.heads import Head, Labelling, check_body
-from kdcli.models.load import check_tokenizer, has_head, load_config, load_model, load_tokenizer, refusal_of_head
+from kdcli.models.load import has_head, load_config, load_model, refusal_of_head
 from kdcli.models.placement import Placement, spread
 from kdcli.models.probe import check_numbers
+from kdcli.models.processors import check_processor, hash_of_processor, load_processor
 from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
 from kdcli.models.sentence_folder import note_on_pooling
@@ -46,12 +47,12 @@ class Teacher:
     """The model to copy from, its classes in the task's order.
 
     known: False for a black box, of which only answers are known; `model` is then the student's start, which lends
-    its shape and its tokenizer, and nothing else. base: what it was before its fine-tuning, where students are cut
+    its shape and its processor, and nothing else. base: what it was before its fine-tuning, where students are cut
     from that.
     """
 
     model: "PreTrainedModel"
-    tokenizer: Any
+    processor: Any
     origin: str
     path: Path | None = None
     known: bool = True
@@ -102,7 +103,7 @@ class TeacherStart:
     """
 
     model: "PreTrainedModel"
-    tokenizer: Any
+    processor: Any
     origin: str
     path: Path | None = None
     known: bool = True
@@ -114,7 +115,7 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path, world: 
     """Return the start of a recipe's teacher, with a head.
 
     world: the processes that train. Trains nothing and writes nothing. Raises InputError for all that is wrong with
-    the teacher, its tokenizer or its classes.
+    the teacher, its processor or its classes.
     """
     section = recipe.teacher
     source = source_of(section.model, base) if section.model is not None else None
@@ -148,27 +149,27 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path, world: 
                 where="teacher.scratch",
                 hint="name a teacher.model",
             )
-        model, tokenizer = build_scratch(
+        model, processor = build_scratch(
             section.scratch,
             task.kind.texts(task.train),
             head,
             task.kind.configure(task.label_names),
             seed=seed_of(recipe),
         )
-        return TeacherStart(model, tokenizer, "from scratch", trains=True)
+        return TeacherStart(model, processor, "from scratch", trains=True)
     if section.black_box:
         assert recipe.student.model is not None
         source = source_of(recipe.student.model, base)
     assert source is not None
     torch.manual_seed(seed_of(recipe))
     model, notes = _with_head(recipe, task, source, head, trains)
-    # A model's own tokenizer is that of its revision.
-    words = (source_of(section.tokenizer, base), None) if section.tokenizer else (source, section.revision)
-    tokenizer = task.kind.tokenizer(load_tokenizer(*words))
-    check_tokenizer(model, tokenizer, recipe.task.max_length)
+    # A model's own processor is that of its revision.
+    reader = (source_of(section.tokenizer, base), None) if section.tokenizer else (source, section.revision)
+    processor = task.kind.processor(load_processor(*reader))
+    check_processor(model, processor, recipe.task.max_length)
     check_numbers(model, "student.model" if section.black_box else "teacher.model")
     if section.black_box:
-        return TeacherStart(model, tokenizer, "a black box", known=False)
+        return TeacherStart(model, processor, "a black box", known=False)
     if trains:
         # What is trained is kept to the bit, whatever its start came in.
         model.config.dtype = torch.float32
@@ -176,7 +177,7 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path, world: 
         limits = section.device_map if isinstance(section.device_map, dict) else {}
         spread(model, Placement(None if section.device_map is None else limits, section.sharding == "fsdp"))
     path = Path(source) if not trains and Path(source).exists() else None
-    return TeacherStart(model, tokenizer, section.model or source, path, trains=trains, notes=notes)
+    return TeacherStart(model, processor, section.model or source, path, trains=trains, notes=notes)
 
 
 def _check_trained(recipe: Recipe) -> None:
@@ -253,13 +254,13 @@ def make_teacher(
     """
     if not start.trains:
         # As its students, so that their scores are comparable.
-        settings = _calibrated(recipe, task, start.model, start.tokenizer) if start.known else {}
-        return Teacher(start.model, start.tokenizer, start.origin, start.path, start.known, settings=settings)
+        settings = _calibrated(recipe, task, start.model, start.processor) if start.known else {}
+        return Teacher(start.model, start.processor, start.origin, start.path, start.known, settings=settings)
     return _finetuned(
         recipe,
         task,
         start.model,
-        start.tokenizer,
+        start.processor,
         head,
         console=console,
         refresh=refresh,
@@ -269,12 +270,12 @@ def make_teacher(
     )
 
 
-def _calibrated(recipe: Recipe, task: Task, model: "PreTrainedModel", tokenizer: Any) -> dict[str, Any]:
+def _calibrated(recipe: Recipe, task: Task, model: "PreTrainedModel", processor: Any) -> dict[str, Any]:
     """Put what is decided about a teacher into its configuration, and return it."""
     with at_fault("teacher.model"):
         return calibrate(
             model,
-            tokenizer,
+            processor,
             task,
             max_length=recipe.task.max_length,
             batch_size=recipe.evaluate.batch_size,
@@ -301,7 +302,7 @@ def _finetuned(
     recipe: Recipe,
     task: Task,
     model: "PreTrainedModel",
-    tokenizer: Any,
+    processor: Any,
     head: Head,
     *,
     console: Console,
@@ -314,7 +315,7 @@ def _finetuned(
     settings = section.finetune if isinstance(section.finetune, FinetuneSection) else FinetuneSection()
     identity = {
         "base": hash_of_model(model),
-        "tokenizer": hash_of_tokenizer(tokenizer),
+        "tokenizer": hash_of_processor(processor),
         # Other rows only score it.
         "task": fingerprint_of(_shaping(task)),
         "max_length": recipe.task.max_length,
@@ -328,14 +329,14 @@ def _finetuned(
     }
     folder = cache_dir() / "teachers" / fingerprint(identity)
     origin = section.model or "from scratch"
-    if not refresh and (kept := _kept(folder, identity, head, tokenizer, origin, console)) is not None:
+    if not refresh and (kept := _kept(folder, identity, head, processor, origin, console)) is not None:
         if log is not None:
             main_does(partial(write_curve, kept.training.get("history", []), log))
         return kept
     tell(console, f"teacher: {origin}, fine-tuning on {task.name}")
     record = finetune(
         model,
-        tokenizer,
+        processor,
         task,
         settings,
         recipe.train,
@@ -351,13 +352,13 @@ def _finetuned(
 
     # Where it was trained it is not left: what follows starts from models on the CPU.
     model.eval().to("cpu")  # type: ignore[arg-type]
-    _calibrated(recipe, task, model, tokenizer)
+    _calibrated(recipe, task, model, processor)
     written: list[Path] = []
 
     def keep() -> None:
         try:
             with atomic_folder(folder, ours=True) as temporary:
-                save_model(model, temporary, tokenizer)
+                save_model(model, temporary, processor)
                 write_json(temporary / "kdcli.json", {"identity": identity, "version": __version__, "training": record})
                 write_manifest(temporary, identity)
             written.append(folder)
@@ -367,7 +368,7 @@ def _finetuned(
             tell(console, f"teacher: cannot be kept for other runs: {error}")
 
     main_does(keep)
-    return Teacher(model, tokenizer, origin=origin, path=folder if agree(bool(written)) else None, training=record)
+    return Teacher(model, processor, origin=origin, path=folder if agree(bool(written)) else None, training=record)
 
 
 def _shaping(task: Task) -> dict[str, Any]:
@@ -377,11 +378,11 @@ def _shaping(task: Task) -> dict[str, Any]:
 
 
 def _kept(
-    folder: Path, identity: dict[str, Any], head: Head, tokenizer: Any, origin: str, console: Console
+    folder: Path, identity: dict[str, Any], head: Head, processor: Any, origin: str, console: Console
 ) -> Teacher | None:
     """Return the teacher that the cache holds in `folder`; None when there is none, or it is not as it was written.
 
-    tokenizer: the one that it was trained with, as the recipe gives it. That of the folder gives what this model
+    processor: the one that it was trained with, as the recipe gives it. That of the folder gives what this model
     takes, and a student may take more.
     """
     if not agree(is_sealed(folder)):
@@ -392,7 +393,7 @@ def _kept(
             model = load_model(str(folder), head)
             check_weights(model, "the teacher")
             record = json.loads((folder / "kdcli.json").read_text(encoding="utf-8"))["training"]
-            found = Teacher(model, tokenizer, origin=origin, path=folder, training=record)
+            found = Teacher(model, processor, origin=origin, path=folder, training=record)
         except (InputError, NotFiniteError) as error:
             problem = error.message
         # All processes train, or none.

@@ -31,11 +31,11 @@ def plan_vocabulary(resolved: Resolved, task: Task, downstream: list[Task], teac
     if section is None:
         return None
     notes: list[str] = []
-    training = [text for one in (task, *downstream) for text in texts_of(one, teacher.tokenizer)]
+    training = [text for one in (task, *downstream) for text in texts_of(one, teacher.processor)]
     if section.text is None:
         texts, apart, which = (
             training,
-            list(task.kind.texts_read(task.selection, teacher.tokenizer)),
+            list(task.kind.texts_read(task.selection, teacher.processor)),
             "the task's selection rows",
         )
     else:
@@ -48,7 +48,7 @@ def plan_vocabulary(resolved: Resolved, task: Task, downstream: list[Task], teac
     # A student from a checkpoint may have other special ids than the teacher.
     models = {each.model for each in resolved.sections.values() if each.model is not None}
     return trim_vocabulary(
-        teacher.tokenizer,
+        teacher.processor,
         teacher.model.config,
         texts,
         keep=section.keep,
@@ -62,10 +62,10 @@ def plan_vocabulary(resolved: Resolved, task: Task, downstream: list[Task], teac
     )
 
 
-def texts_of(task: Task, tokenizer: Any) -> list[str]:
+def texts_of(task: Task, processor: Any) -> list[str]:
     """Return the text that models are trained on, as a tokenizer gets it, with that of rows set aside of it."""
     parts = [task.train, *([task.calibration] if task.calibration is not None else [])]
-    return [text for rows in parts for text in task.kind.texts_read(rows, tokenizer)]
+    return [text for rows in parts for text in task.kind.texts_read(rows, processor)]
 
 
 def with_vocabulary(job: "Job", task: Task, teacher: Teacher) -> Teacher:
@@ -80,7 +80,7 @@ def with_vocabulary(job: "Job", task: Task, teacher: Teacher) -> Teacher:
     difference = check_outputs(
         teacher.model,
         small,
-        (teacher.tokenizer, trimming.tokenizer),
+        (teacher.processor, trimming.tokenizer),
         (*trimming.sample, *trimming.parts),
         trimming.kept,
         job.prepared.head.outputs,
@@ -88,11 +88,11 @@ def with_vocabulary(job: "Job", task: Task, teacher: Teacher) -> Teacher:
     job.tell(f"vocabulary: {trimming.compared(difference, 'the teacher')}")
     if job.prepared.filler is not None:
         found = changes_of(
-            texts_of(task, teacher.tokenizer), Pieces(teacher.tokenizer), trimming.tokenizer, trimming.kept
+            texts_of(task, teacher.processor), Pieces(teacher.processor), trimming.tokenizer, trimming.kept
         )
         job.tell(f"vocabulary: of the training text with its copies, {found.in_words}")
     base = trimmed(teacher.base, trimming.kept) if teacher.base is not None else None
-    return replace(teacher, model=small, tokenizer=trimming.tokenizer, base=base)
+    return replace(teacher, model=small, processor=trimming.tokenizer, base=base)
 
 
 def vocabulary_of(job: "Job", teacher: Teacher, student: "Distilled") -> dict[str, Any] | None:

@@ -63,12 +63,12 @@ def write_student(job: Job, document: dict[str, Any], teacher: Teacher, student:
     run = job.run
     if teacher.path is None and teacher.known:
         with atomic_folder(run.path / "teacher", ours=True) as folder:
-            save_model(teacher.model, folder, teacher.tokenizer)
+            save_model(teacher.model, folder, teacher.processor)
             write_manifest(folder, document["hashes"])
         document = {**document, "teacher_path": str(run.path / "teacher")}
     card = model_card(finished_of({**run.document, **document}, run))
     with atomic_folder(run.student, ours=True) as folder:
-        save_model(student.model, folder, student.tokenizer)
+        save_model(student.model, folder, student.processor)
         (folder / CARD).write_text(card, encoding="utf-8")
     run.note_files(run.student)
     run.update(document)
@@ -84,7 +84,7 @@ def write_graph(job: Job, task: Task, teacher: Teacher, student: Distilled) -> "
     run.forget_files(run.onnx)
     result = export_model(
         student.model,
-        student.tokenizer,
+        student.processor,
         run.onnx,
         task=task,
         max_length=job.recipe.task.max_length,

@@ -22,7 +22,7 @@ class Answerer:
     name: str
     kind: TaskKind
     model: Any
-    tokenizer: Any
+    processor: Any
     max_length: int
     batch_size: int = 64
     device: str = "auto"
@@ -43,7 +43,7 @@ class Answerer:
         return self.kind.replies(
             self.model,
             dataset_of(rows),
-            self.tokenizer,
+            self.processor,
             top=top,
             max_length=self.max_length,
             ask=predict,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def evaluate_model(
     model: Any,
-    tokenizer: Any,
+    processor: Any,
     task: Task,
     *,
     batch_size: int = 64,
@@ -42,7 +42,7 @@ def evaluate_model(
         name: task.kind.evaluate(
             model,
             rows,
-            tokenizer,
+            processor,
             task.label_names,
             task.metrics,
             max_length=max_length,
@@ -57,7 +57,7 @@ def evaluate_model(
     }
 
 
-def calibrate(model: Any, tokenizer: Any, task: Task, *, owner: str, **options: Any) -> dict[str, Any]:
+def calibrate(model: Any, processor: Any, task: Task, *, owner: str, **options: Any) -> dict[str, Any]:
     """Decide on training rows set aside what a kind of task decides about a trained model, such as thresholds.
 
     The settings are put into the model's configuration, and returned. options: max_length, batch_size and device, as
@@ -65,7 +65,7 @@ def calibrate(model: Any, tokenizer: Any, task: Task, *, owner: str, **options: 
     """
     if task.calibration is None:
         return {}
-    settings = task.kind.calibrate(model, task.calibration, tokenizer, ask=predict, owner=owner, **options)
+    settings = task.kind.calibrate(model, task.calibration, processor, ask=predict, owner=owner, **options)
     model.config.update(settings)
     return settings
 

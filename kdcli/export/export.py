@@ -98,7 +98,7 @@ class ExportResult:
 
 def export_model(
     model: "PreTrainedModel",
-    tokenizer: Any,
+    processor: Any,
     folder: Path,
     *,
     task: Task | None,
@@ -132,12 +132,12 @@ def export_model(
     if head is None:
         raise InputError(f"no type of task has the head of {type(plain).__name__}: what it gives is not known")
     form.by_builder(plain, head)
-    kind = task.kind if task is not None else _kind_of(plain, tokenizer)
-    tokenizer = kind.tokenizer(tokenizer) if kind is not None else tokenizer
-    batches, source = _real_batches(plain, tokenizer, task, max_length, TEXTS if head == CAUSAL_LM else None)
+    kind = task.kind if task is not None else _kind_of(plain, processor)
+    processor = kind.processor(processor) if kind is not None else processor
+    batches, source = _real_batches(plain, processor, task, max_length, TEXTS if head == CAUSAL_LM else None)
     with atomic_folder(folder, force=force, ours=ours) as temporary:
         threads = threads or default_threads()
-        made = _make(plain, head, tokenizer, temporary, form, batches=batches, threads=threads)
+        made = _make(plain, head, processor, temporary, form, batches=batches, threads=threads)
         session, notes = made.session, made.notes
         checked = made.checked or _checked(plain, session, batches, form)
         _check_parity(checked)
@@ -153,7 +153,7 @@ def export_model(
             with tempfile.TemporaryDirectory(dir=temporary) as work:
                 if teacher is not None:
                     beside = plain_copy(teacher)
-                    timed = _make_teacher(beside, head, tokenizer, Path(work), form, threads=threads)
+                    timed = _make_teacher(beside, head, processor, Path(work), form, threads=threads)
                     models["teacher"] = (beside, timed.session)
                     notes += [f"teacher: {note}" for note in timed.notes]
                 report = measure(
@@ -166,7 +166,7 @@ def export_model(
                     contest=texts if isinstance(session, OnnxDecoder) else passes,
                 )
         fields = task.fields if task is not None else None
-        script = script_of(kind, fields or kind.fields(), plain.config, tokenizer, max_length) if kind else None
+        script = script_of(kind, fields or kind.fields(), plain.config, processor, max_length) if kind else None
         if script is not None:
             (temporary / SCRIPT).write_text(script, encoding="utf-8")
         size, nodes = session.megabytes, operators(temporary / MODEL)
@@ -188,7 +188,7 @@ class _Made:
 def _make(
     model: "PreTrainedModel",
     head: Head,
-    tokenizer: Any,
+    processor: Any,
     folder: Path,
     form: Form,
     *,
@@ -204,7 +204,7 @@ def _make(
     def attempt(form: Form) -> _Made:
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        maker, notes = _write(model, head, tokenizer, folder, form)
+        maker, notes = _write(model, head, processor, folder, form)
         return _Made(maker, open_graph(folder, threads=threads), notes)
 
     if not (form.by_builder(model, head) and form.builder == "auto" and form.precision == "fp32"):
@@ -222,17 +222,17 @@ def _make(
 
 
 def _make_teacher(
-    teacher: "PreTrainedModel", head: Head, tokenizer: Any, folder: Path, form: Form, *, threads: int
+    teacher: "PreTrainedModel", head: Head, processor: Any, folder: Path, form: Form, *, threads: int
 ) -> _Made:
     """Make the graph that a teacher is timed with: in the student's form, or in the usual one where it cannot be."""
     options: dict[str, Any] = {"batches": [probe_batch(teacher)], "threads": threads}
     try:
-        return _make(teacher, head, tokenizer, folder, form, **options)
+        return _make(teacher, head, processor, folder, form, **options)
     except KdcliError as error:
         if form == Form():
             raise
         reason = error.message
-    made = _make(teacher, head, tokenizer, folder, Form(), **options)
+    made = _make(teacher, head, processor, folder, Form(), **options)
     made.notes.append(f"timed in fp32: {reason}")
     return made
 
@@ -246,14 +246,14 @@ def _check_parity(checked: Checked) -> None:
         )
 
 
-def _write(model: "PreTrainedModel", head: Head, tokenizer: Any, folder: Path, form: Form) -> tuple[str, list[str]]:
+def _write(model: "PreTrainedModel", head: Head, processor: Any, folder: Path, form: Form) -> tuple[str, list[str]]:
     """Write the graph of a plain model, and return what made it, and notes."""
     if head != CAUSAL_LM:
-        export_onnx(model, tokenizer, folder, opset=form.opset, outputs=head.outputs)
+        export_onnx(model, processor, folder, opset=form.opset, outputs=head.outputs)
         return "kdcli", []
     if form.by_builder(model, head):
-        return "ONNX Runtime GenAI", build(model, tokenizer, folder, precision=form.precision)
-    export_decoder(model, tokenizer, folder, opset=form.opset)
+        return "ONNX Runtime GenAI", build(model, processor, folder, precision=form.precision)
+    export_decoder(model, processor, folder, opset=form.opset)
     return "kdcli", []
 
 
@@ -273,30 +273,30 @@ def _checked(model: Any, session: OnnxModel, batches: list[Any], form: Form) -> 
     return Checked(session.outputs[0], found.difference, tolerance, found.agreement)
 
 
-def _kind_of(model: "PreTrainedModel", tokenizer: Any) -> TaskKind | None:
+def _kind_of(model: "PreTrainedModel", processor: Any) -> TaskKind | None:
     """Return the kind of task that a model is for; None where several fit, or none."""
     try:
-        return kind_of_model(model, "the model", "MODEL", tokenizer=tokenizer, scored=False)
+        return kind_of_model(model, "the model", "MODEL", processor=processor, scored=False)
     except InputError:
         return None
 
 
 def _real_batches(
-    model: Any, tokenizer: Any, task: Task | None, max_length: int, most: int | None
+    model: Any, processor: Any, task: Task | None, max_length: int, most: int | None
 ) -> tuple[list[Any], str]:
     """Return batches, and what they are. most: examples of a task; None takes all of its first rows."""
     if task is None:
         single = probe_batch(model)
-        if "token_type_ids" not in input_names(model, tokenizer):
+        if "token_type_ids" not in input_names(model, processor):
             return [single], "random inputs"
-        texts = tokenizer.batch_decode(single["input_ids"], skip_special_tokens=True)
+        texts = processor.batch_decode(single["input_ids"], skip_special_tokens=True)
         longest = min(max_length, 2 * single["input_ids"].shape[1])
-        pairs = tokenizer(texts, texts[::-1], truncation=True, max_length=longest, padding=True, return_tensors="pt")
+        pairs = processor(texts, texts[::-1], truncation=True, max_length=longest, padding=True, return_tensors="pt")
         return [single, dict(pairs)], "random inputs, single and in pairs"
     rows = next(iter(task.report.values()), task.selection)
-    data = task.kind.encode(rows.select(range(min(64, len(rows)))), tokenizer, max_length)
+    data = task.kind.encode(rows.select(range(min(64, len(rows)))), processor, max_length)
     data = data.select(range(min(most or len(data), len(data))))
-    collator, size = task.kind.collator(tokenizer), 8
+    collator, size = task.kind.collator(processor), 8
     batches = [
         collator([data[i] for i in range(start, min(start + size, len(data)))]) for start in range(0, len(data), size)
     ]

@@ -16,7 +16,7 @@ from kdcli.errors import InputError, RunError
 from kdcli.faults import writing
 from kdcli.models.heads import CAUSAL_LM, Head
 from kdcli.models.lowrank import merge_low_rank
-from kdcli.models.save import save_config, save_model, save_tokenizer, structure_of
+from kdcli.models.save import save_config, save_model, save_processor, structure_of
 from kdcli.models.shape import longest_input, shape_of
 
 if TYPE_CHECKING:
@@ -141,5 +141,5 @@ def build(model: "PreTrainedModel", tokenizer: Any, folder: Path, *, precision: 
         last = (found.stderr.strip() or found.stdout.strip() or "it gives no reason").splitlines()[-1]
         raise RunError(f"ONNX Runtime GenAI cannot build {type(model).__name__}: {last}", hint="use --builder kdcli")
     save_config(model.config, folder)
-    save_tokenizer(tokenizer, folder, model.config)
+    save_processor(tokenizer, folder, model.config)
     return notes

@@ -19,7 +19,7 @@ from kdcli.faults import writing
 from kdcli.models.families import family_of
 from kdcli.models.inputs import inputs_of
 from kdcli.models.overparam import contract_model
-from kdcli.models.save import save_config, save_tokenizer
+from kdcli.models.save import save_config, save_processor
 from kdcli.models.shape import longest_input, shape_of
 from kdcli.tensors.parametrization import is_overparameterised
 
@@ -174,7 +174,7 @@ def _write(
     except Exception as error:
         raise RunError(f"{type(model).__name__} cannot be exported: {str(error).splitlines()[0]}") from error
     save_config(model.config, folder)
-    save_tokenizer(tokenizer, folder, model.config)
+    save_processor(tokenizer, folder, model.config)
     return path
 
 

@@ -82,7 +82,7 @@ class Family:
     rotary: heads have an even width. first_position: "after-padding" where positions are counted from the padding
     token's id on. positions_if: a field that says whether the model has positions of its own. padding: the id that
     its code takes for the padding token's, whatever its configuration says. scratch: what a configuration from
-    scratch needs beside its sizes.
+    scratch needs beside its sizes. reads: what its models read.
     """
 
     name: str
@@ -115,6 +115,7 @@ class Family:
     positions_if: str | None = None
     padding: int | None = None
     scratch: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    reads: Literal["text", "images"] = "text"
 
     @property
     def matrices(self) -> dict[str, Matrix]:

@@ -14,6 +14,7 @@ from kdcli.models.fused import SplitLinear
 from kdcli.models.heads import BASE, SENTENCE_EMBEDDING, with_new_head
 from kdcli.models.inputs import INPUTS, inputs_of
 from kdcli.models.lowrank import LowRankDecoder, LowRankEmbedding, LowRankLinear
+from kdcli.models.processors import SETTINGS, is_image_processor
 from kdcli.models.quiet import quiet_transformers
 from kdcli.models.sentence_folder import PROMPTS, save_modules
 
@@ -75,7 +76,7 @@ def round_to_stored(model: "PreTrainedModel") -> None:
             parameter.copy_(rounded)
 
 
-def save_tokenizer(tokenizer: Any, folder: Path, config: "PretrainedConfig") -> None:
+def _save_tokenizer(tokenizer: Any, folder: Path, config: "PretrainedConfig") -> None:
     """Write a tokenizer's files into an existing folder: nothing of where it came from, or of its last call.
 
     config: of the model beside it. What is written gives no token types to a model that does not take them; the
@@ -88,6 +89,15 @@ def save_tokenizer(tokenizer: Any, folder: Path, config: "PretrainedConfig") -> 
     taken = inputs_of(config)
     names = [name for name in tokenizer.model_input_names if name not in INPUTS or name in taken]
     _leave_out(folder / "tokenizer_config.json", (*PASSING, PROMPTS), model_input_names=names)
+
+
+def save_processor(processor: Any, folder: Path, config: "PretrainedConfig") -> None:
+    """Write the files of a tokenizer or an image processor into an existing folder. config: of the model beside it."""
+    if not is_image_processor(processor):
+        _save_tokenizer(processor, folder, config)
+        return
+    processor.save_pretrained(folder)
+    _leave_out(folder / SETTINGS, LOCAL)
 
 
 def save_config(config: "PretrainedConfig", folder: Path) -> None:
@@ -115,8 +125,8 @@ def _leave_out(path: Path, keys: Collection[str], **others: Any) -> None:
     path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_model(model: "PreTrainedModel", folder: Path, tokenizer: Any = None) -> None:
-    """Write config.json, model.safetensors and the tokenizer's files into an existing folder, in `stored_type`.
+def save_model(model: "PreTrainedModel", folder: Path, processor: Any = None) -> None:
+    """Write config.json, model.safetensors and the processor's files into an existing folder, in `stored_type`.
 
     A model of sentence embeddings becomes a folder of sentence-transformers.
 
@@ -151,5 +161,5 @@ def save_model(model: "PreTrainedModel", folder: Path, tokenizer: Any = None) ->
     for file in folder.glob("*.safetensors"):
         # The library leaves them readable to their owner only, beside files that anyone may read.
         file.chmod((folder / "config.json").stat().st_mode & 0o777)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, folder, model.config)
+    if processor is not None:
+        save_processor(processor, folder, model.config)

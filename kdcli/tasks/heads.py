@@ -39,12 +39,12 @@ def kind_of_model(
     name: object,
     where: str,
     *,
-    tokenizer: Any = None,
+    processor: Any = None,
     wanted: str | None = None,
     usual: str | None = None,
     scored: bool = True,
 ) -> TaskKind:
-    """Return the kind that a trained model is for, by its head, its configuration and the tokenizer beside it.
+    """Return the kind that a trained model is for, by its head, its configuration and the processor beside it.
 
     scored: by answers to rows.
 
@@ -58,7 +58,7 @@ def kind_of_model(
     ]
     asked = registry.get(wanted) if wanted is not None else None
     if asked is None and all(kind.name != usual for kind in fitting):
-        fitting = [kind for kind in fitting if kind.claims(tokenizer)] or fitting
+        fitting = [kind for kind in fitting if kind.claims(processor)] or fitting
     for kind in fitting:
         if kind == asked or (asked is None and (len(fitting) == 1 or kind.name == usual)):
             return kind

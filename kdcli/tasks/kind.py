@@ -255,7 +255,7 @@ class TaskKind(ABC):
         return True
 
     def claims(self, processor: Any) -> bool:
-        """False where a model beside this tokenizer is more likely one for another kind with the same head.
+        """False where a model beside this processor is more likely one for another kind with the same head.
 
         Only asked where neither a user nor a run says which.
         """
@@ -270,9 +270,9 @@ class TaskKind(ABC):
 
     # What a model reads
 
-    def tokenizer(self, tokenizer: Any) -> Any:
-        """Return a tokenizer as it is saved beside models of this kind, so that other programs read rows alike."""
-        return tokenizer
+    def processor(self, processor: Any) -> Any:
+        """Return a processor as it is saved beside models of this kind, so that other programs read rows alike."""
+        return processor
 
     @abstractmethod
     def check(self, task: "Task", processor: Any, max_length: int) -> None:
@@ -288,7 +288,7 @@ class TaskKind(ABC):
 
     @abstractmethod
     def encode(self, rows: "Dataset", processor: Any, max_length: int) -> "Dataset":
-        """Return rows as features. processor: a tokenizer."""
+        """Return rows as features. processor: a tokenizer, or an image processor."""
 
     @abstractmethod
     def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], "dict[str, Tensor]"]:

@@ -246,11 +246,11 @@ class TokenClassification(TaskKind):
 
     # What a model reads
 
-    def tokenizer(self, tokenizer: Any) -> Any:
+    def processor(self, processor: Any) -> Any:
         from kdcli.tasks.pieces import check_tokenizer, with_space_before_words
 
-        check_tokenizer(tokenizer)
-        return with_space_before_words(tokenizer)
+        check_tokenizer(processor)
+        return with_space_before_words(processor)
 
     def check(self, task: "Task", processor: Any, max_length: int) -> None:
         from kdcli.tasks.encode import check_room

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def finetune(
     model: "PreTrainedModel",
-    tokenizer: Any,
+    processor: Any,
     task: Task,
     settings: FinetuneSection,
     train: TrainSection,
@@ -41,7 +41,7 @@ def finetune(
     """
     from kdcli.training.trainer import fit
 
-    encoded = task.kind.prepare(task, tokenizer, max_length, seed=seed)
+    encoded = task.kind.prepare(task, processor, max_length, seed=seed)
     return fit(
         Distiller(model, [Term("task", GoldObjective(task.kind.distribution))], kind=task.kind),
         train=encoded.train,

@@ -157,7 +157,7 @@ class World:
             Setting(
                 student=student,
                 teacher=self.teacher,
-                tokenizer=self.tokenizer,
+                processor=self.tokenizer,
                 task=self.task,
                 train=self.encoded.train,
                 collator=self.encoded.collator,

@@ -101,7 +101,7 @@ def test_statistics_do_not_depend_on_how_rows_of_different_lengths_are_batched(t
     recipe = write_recipe(tmp_path / "recipe.toml", changed(RECIPE, "task", task=task))
     prepared = prepare(load_recipe(recipe), recipe)
     teacher, kind = load_model(STORIES, CAUSAL_LM), prepared.task.kind
-    encoded = kind.prepare(prepared.task, prepared.tokenizer, 300)
+    encoded = kind.prepare(prepared.task, prepared.processor, 300)
     found = []
     with task_loss(teacher, prepared.task, prepared.followers[-1].context) as loss:
         for size in (1, 3):
@@ -208,7 +208,7 @@ def test_a_vocabulary_keeps_what_stands_around_instructions(chat: bool, tmp_path
     # Each row is cut into the same pieces, with the layout around it.
     old, new = (
         prepared.task.kind.encode(prepared.task.train, words, 300)["input_ids"]
-        for words in (prepared.teacher.tokenizer, prepared.tokenizer)
+        for words in (prepared.teacher.processor, prepared.processor)
     )
     assert [[int(prepared.trimming.kept[token]) for token in ids] for ids in new] == [list(ids) for ids in old]
 

@@ -123,7 +123,7 @@ def test_a_tuned_teacher_is_kept_and_read_back_as_it_was(folder: Path, own_cache
     assert torch.equal(second.logits(), first.logits())
     assert second.teacher.model.config.id2label == first.teacher.model.config.id2label == {0: "negative", 1: "positive"}
     text = "the film was dull"
-    assert second.teacher.tokenizer(text)["input_ids"] == first.teacher.tokenizer(text)["input_ids"]
+    assert second.teacher.processor(text)["input_ids"] == first.teacher.processor(text)["input_ids"]
     assert not torch.equal(
         load_file(kept / "model.safetensors")["bert.pooler.dense.weight"], body().pooler.dense.weight
     )

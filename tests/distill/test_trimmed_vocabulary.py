@@ -238,7 +238,7 @@ def test_text_of_ones_own_chooses_the_pieces(folder: Path):
     changes = {"student": {"vocabulary": {"text": ["words.txt"], "min_count": 2}}}
     path = write_recipe(folder / "recipe.toml", changed(BASE, **changes))
     prepared = prepare(load_recipe(path, []), path)
-    assert {"film", "a"} <= set(prepared.tokenizer.get_vocab()) < set(tokenizer().get_vocab())
+    assert {"film", "a"} <= set(prepared.processor.get_vocab()) < set(tokenizer().get_vocab())
     notes = " ".join(prepared.notes)
     assert "pieces stay, from 40 texts" in notes
     # What training loses of its own text is told.
@@ -282,7 +282,7 @@ def test_rows_set_aside_for_thresholds_are_read_too(folder: Path):
     prepared = prepare(load_recipe(path, []), path)
     assert prepared.task.calibration is not None
     own = {text for part in (prepared.task.train, prepared.task.calibration) for text in part["text"]}
-    words = prepared.tokenizer
+    words = prepared.processor
     assert all(words.tokenize(text) == tokenizer().tokenize(text) for text in own)
     assert prepared.trimming.texts == len(prepared.task.train) + len(prepared.task.calibration)
 

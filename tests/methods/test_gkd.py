@@ -51,7 +51,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(
         student=student.train(),
         teacher=model(words),
-        tokenizer=words,
+        processor=words,
         task=task,
         train=encoded.train,
         collator=encoded.collator,
@@ -80,7 +80,7 @@ def test_a_batch_has_the_same_prompts_and_the_students_responses(setting: Settin
     assert all(torch.equal(given[name], values) for name, values in before.items())
     assert torch.equal(torch.get_rng_state(), state) and setting.student.training
     assert torch.equal(batch["index"], given["index"])
-    prompts: list[list[int]] = kind.prompts(setting.task.train, setting.tokenizer, LENGTH)  # type: ignore[attr-defined]
+    prompts: list[list[int]] = kind.prompts(setting.task.train, setting.processor, LENGTH)  # type: ignore[attr-defined]
     written = []
     for row, index in enumerate(batch["index"].tolist()):
         length = int(batch["attention_mask"][row].sum())

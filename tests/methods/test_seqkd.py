@@ -167,7 +167,7 @@ def test_responses_do_not_depend_on_their_batches() -> None:
 def test_a_plan_says_how_much_is_written_and_writes_nothing(tmp_path: Path, cache: Path) -> None:
     recipe = recipe_in(tmp_path)
     prepared = prepare(load_recipe(recipe), recipe)
-    task, words = prepared.task, prepared.tokenizer
+    task, words = prepared.task, prepared.processor
     kind: Any = task.kind
     room = [160 - len(prompt) for prompt in kind.prompts(task.train, words, 160)]
     for options, most in (([], 12), (["method.max_new_tokens=150"], 150)):

@@ -141,12 +141,12 @@ def test_a_tokenizer_without_padding_pads_with_its_end_of_text_and_keeps_its_siz
 
 def test_models_with_one_head_are_for_instructions_where_they_have_a_chat_template(tmp_path: Path):
     model, words = small_decoder.model(WORDS), small_decoder.tokenizer()
-    assert kind_of_model(model, "it", "MODEL", tokenizer=words).name == "causal-lm"
+    assert kind_of_model(model, "it", "MODEL", processor=words).name == "causal-lm"
     words.chat_template = "{{ messages }}"
-    assert kind_of_model(model, "it", "MODEL", tokenizer=words).name == "instruct"
-    assert kind_of_model(model, "it", "MODEL", tokenizer=words, usual="causal-lm").name == "causal-lm"
-    assert kind_of_model(model, "it", "MODEL", tokenizer=words, wanted="causal-lm").name == "causal-lm"
+    assert kind_of_model(model, "it", "MODEL", processor=words).name == "instruct"
+    assert kind_of_model(model, "it", "MODEL", processor=words, usual="causal-lm").name == "causal-lm"
+    assert kind_of_model(model, "it", "MODEL", processor=words, wanted="causal-lm").name == "causal-lm"
     with pytest.raises(InputError, match="is not one for classification"):
-        kind_of_model(model, "it", "MODEL", tokenizer=words, wanted="classification")
+        kind_of_model(model, "it", "MODEL", processor=words, wanted="classification")
     model.save_pretrained(tmp_path)
     assert type(load_model(tmp_path, KIND.head)).__name__ == "LlamaForCausalLM"

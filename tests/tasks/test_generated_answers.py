@@ -150,7 +150,7 @@ def check_ways(folder: Path, texts: list[str], tokens: int, tmp_path: Path, call
 
     decoder = load_model(folder)
     ids = [written(decoder, prompt, tokens, words) for prompt in prompts]
-    save_model(decoder, tmp_path / "saved", tokenizer=words)
+    save_model(decoder, tmp_path / "saved", processor=words)
     lines = tmp_path / "texts.txt"
     lines.write_text("\n".join(texts), encoding="utf-8")
 

@@ -31,7 +31,7 @@ from kdcli.export.session import OnnxModel
 from kdcli.models.classes import class_names_of
 from kdcli.models.heads import with_new_head
 from kdcli.models.load import load_tokenizer
-from kdcli.models.save import save_model, save_tokenizer
+from kdcli.models.save import save_model, save_processor
 from kdcli.recipe.schema import EvaluateSection, TaskSection
 from kdcli.tasks.base import Owner, Task
 from kdcli.tasks.heads import kind_of_model, load_model
@@ -275,14 +275,14 @@ def test_a_saved_tokenizer_cuts_words_as_they_were_learnt(name: str, tmp_path: P
     old = load_tokenizer(tmp_path / "old")
     rows = Dataset.from_dict({"index": [0], "words": [["film", "don't", "film"]]})
     [learnt] = encode_words(rows, old, 64)
-    new = KIND.tokenizer(old)
-    save_tokenizer(new, tmp_path, tiny("bert").config)
+    new = KIND.processor(old)
+    save_processor(new, tmp_path, tiny("bert").config)
     for one in (new, load_tokenizer(tmp_path)):
         assert one(rows[0]["words"], is_split_into_words=True)["input_ids"] == learnt["input_ids"]
         assert encode_words(rows, one, 64)["input_ids"][0] == learnt["input_ids"]
     found = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(rows[0]["words"], is_pretokenized=True)
     assert found.ids == learnt["input_ids"]
-    assert KIND.tokenizer(WORDS) is WORDS
+    assert KIND.processor(WORDS) is WORDS
 
 
 def test_a_slow_tokenizer_is_refused(tmp_path: Path):

@@ -78,7 +78,7 @@ def setting(student: PreTrainedModel, teacher: PreTrainedModel | None, train: Da
     return Setting(
         student=student,
         teacher=teacher,
-        tokenizer=words,
+        processor=words,
         task=task,
         train=train,
         collator=Collator(words),

@@ -34,7 +34,7 @@ class Setting:
 
     student: "PreTrainedModel"
     teacher: "PreTrainedModel | None"
-    tokenizer: Any
+    processor: Any
     task: "Task"
     train: Dataset
     collator: Any
@@ -49,7 +49,7 @@ class Setting:
     @property
     def max_length(self) -> int:
         """The most tokens of a row."""
-        return longest_input(self.tokenizer, self.task.description.get("max_length", 128))
+        return longest_input(self.processor, self.task.description.get("max_length", 128))
 
 
 class Scheme:

@@ -80,7 +80,7 @@ class DecisionScheme(Scheme):
         if self.file is not None:
             self.counts = recorded(setting.base / expanded(self.file, "method.black_box.decisions"), task, DECISIONS)
             return
-        neighbours = EmbeddingNeighbours(setting.student, setting.tokenizer) if self.synonyms else None
+        neighbours = EmbeddingNeighbours(setting.student, setting.processor) if self.synonyms else None
         self.counts = ask(
             self._box(setting),
             task.train,
@@ -106,7 +106,7 @@ class DecisionScheme(Scheme):
         return LocalModel(
             setting.task.kind,
             setting.teacher,
-            setting.tokenizer,
+            setting.processor,
             max_length=setting.max_length,
             batch_size=setting.loop.eval_batch_size,
             device=setting.loop.device,

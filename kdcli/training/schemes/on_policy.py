@@ -54,8 +54,8 @@ class OnPolicyScheme(Scheme):
 
     def begin(self, setting: Setting) -> Dataset:
         rows = super().begin(setting)
-        tokenizer = setting.tokenizer
-        self.ends = frozenset(setting.task.kind.end_tokens(tokenizer, setting.student.config))  # type: ignore[attr-defined]
+        processor = setting.processor
+        self.ends = frozenset(setting.task.kind.end_tokens(processor, setting.student.config))  # type: ignore[attr-defined]
         self.half = resolve_precision(setting.loop.precision, setting.loop.device) == "bf16"
         return rows
 
@@ -83,7 +83,7 @@ class OnPolicyScheme(Scheme):
                 max_new_tokens=self.max_new_tokens or setting.max_length,
                 max_length=setting.max_length,
                 end=self.ends,
-                pad=setting.tokenizer.pad_token_id,
+                pad=setting.processor.pad_token_id,
                 sampling=self.sampling,
                 mixture=Mixture(teacher, self.teacher_share) if teacher is not None else None,
                 seed=(setting.loop.seed, step),

@@ -65,15 +65,15 @@ class TeacherTextScheme(Scheme):
         return written
 
     def _written(self, setting: Setting, teacher: "PreTrainedModel", rows: Dataset) -> Iterator[pa.RecordBatch]:
-        tokenizer, kind = setting.tokenizer, setting.task.kind
-        end = frozenset(kind.end_tokens(tokenizer, teacher.config))  # type: ignore[attr-defined]
+        processor, kind = setting.processor, setting.task.kind
+        end = frozenset(kind.end_tokens(processor, teacher.config))  # type: ignore[attr-defined]
         writing = Writing(
             self.sampling,
             self.max_new_tokens or setting.max_length,
             setting.max_length,
             self.seed,
             end,
-            tokenizer.pad_token_id,
+            processor.pad_token_id,
         )
         total = tokens = empty = unended = 0
         schema = rows.features.arrow_schema
@@ -90,7 +90,7 @@ class TeacherTextScheme(Scheme):
             for row, prompt, response in zip(part, prompts, responses, strict=True):
                 total, tokens = total + 1, tokens + len(response)
                 ended = bool(response) and response[-1] in end
-                if not tokenizer.decode(response[:-1] if ended else response, skip_special_tokens=True).strip():
+                if not processor.decode(response[:-1] if ended else response, skip_special_tokens=True).strip():
                     empty += 1
                     continue
                 unended += not ended

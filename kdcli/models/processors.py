@@ -1,0 +1,100 @@
+"""What a model reads by: the tokenizer of one that reads texts, the image processor of one that reads images."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kdcli.errors import InputError, cut
+from kdcli.files import fingerprint
+from kdcli.models import families
+from kdcli.models.checkpoint import BESIDE, check_config, contained, local_folder, read_config
+from kdcli.models.hashing import hash_of_tokenizer
+from kdcli.models.load import check_tokenizer, load_tokenizer
+from kdcli.models.quiet import quiet_transformers
+
+SETTINGS = "preprocessor_config.json"
+"""The file that an image processor is kept in."""
+
+
+def load_processor(name: str | Path, revision: str | None = None) -> Any:
+    """Return the tokenizer, or the image processor, of a folder or a hub name, at a revision of it.
+
+    The model's family says which; a folder without a model holds either. Raises InputError when there is none.
+    """
+    return load_image_processor(name, revision) if _reads_images(name, revision) else load_tokenizer(name, revision)
+
+
+def _reads_images(name: str | Path, revision: str | None) -> bool:
+    folder = local_folder(name)
+    if folder is not None and not (folder / "config.json").is_file():
+        return (folder / SETTINGS).is_file()
+    try:
+        return check_config(read_config(name, revision), name).reads == "images"
+    except InputError:
+        # What reads by a tokenizer may be a folder of a tokenizer alone, or of any family.
+        return False
+
+
+def load_image_processor(name: str | Path, revision: str | None = None) -> Any:
+    """Return the image processor of a folder or a hub name. Raises InputError when there is none."""
+    folder = local_folder(name)
+    if folder is not None and not (folder / SETTINGS).is_file():
+        raise InputError(
+            f"{folder} has no {SETTINGS}",
+            hint="save the image processor beside the model, or set teacher.tokenizer",
+        )
+    if folder is not None:
+        for path in sorted(folder.iterdir()):
+            if path.suffix in BESIDE:
+                contained(folder, path.name)
+    with quiet_transformers():
+        from transformers import AutoImageProcessor
+
+        try:
+            return AutoImageProcessor.from_pretrained(
+                folder or name, revision=revision or "main", trust_remote_code=False
+            )
+        except Exception as error:
+            # What broken settings make the library raise has no common type.
+            raise InputError(f"the image processor of {name} cannot be loaded: {cut(str(error))}") from error
+
+
+def is_image_processor(processor: Any) -> bool:
+    """True for an image processor, False for a tokenizer."""
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    return isinstance(processor, BaseImageProcessor)
+
+
+def check_processor(
+    model: Any, processor: Any, max_length: int | None = None, *, where: str = "teacher.tokenizer"
+) -> None:
+    """Raise InputError when the model cannot read what the processor gives: of texts, of up to `max_length` tokens.
+
+    model: anything with a `config`. where: what names the processor, or the model that it belongs to.
+    """
+    family = families.family_of(model.config)
+    if is_image_processor(processor) != (family.reads == "images"):
+        found, needed = (
+            ("an image processor", "a tokenizer") if family.reads == "text" else ("a tokenizer", "an image processor")
+        )
+        raise InputError(
+            f"this is {found}, and a model of the family {family.title} reads by {needed}",
+            where=where,
+            hint="use the one that the model was trained with",
+        )
+    if family.reads == "text":
+        check_tokenizer(model, processor, max_length, where=where)
+
+
+def hash_of_processor(processor: Any) -> str:
+    """Return 16 hex digits over how text becomes tokens, or an image pixels."""
+    if not is_image_processor(processor):
+        return hash_of_tokenizer(processor)
+    return fingerprint(settings_of(processor))
+
+
+def settings_of(processor: Any) -> dict[str, Any]:
+    """Return what an image processor does, as JSON-able data; nothing of where it came from."""
+    settings: dict[str, Any] = json.loads(processor.to_json_string())
+    return {key: value for key, value in settings.items() if key not in ("_name_or_path", "name_or_path")}
