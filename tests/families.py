@@ -3,14 +3,23 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from kdcli.data.reviews import reviews
 from kdcli.models.families import FAMILIES
 from kdcli.models.scratch import train_tokenizer
 
-NAMES = sorted(name for name, family in FAMILIES.items() if not family.causal)
+NAMES = sorted(name for name, family in FAMILIES.items() if family.reads == "text" and not family.causal)
 """Encoders."""
+
+IMAGES = sorted(name for name, family in FAMILIES.items() if family.reads == "images")
+"""Those that read images."""
 
 DECODERS = sorted(name for name, family in FAMILIES.items() if family.causal)
 
@@ -58,9 +67,10 @@ def tokenizer() -> Any:
 def tiny(
     family: str, *, layers: int = 2, hidden: int = 32, labels: int = 2, seed: int = 0, **extra: Any
 ) -> PreTrainedModel:
-    """Return a random classifier, or causal language model, of `family`, in eval mode.
+    """Return a random classifier (of images or texts), or causal language model, of `family`, in eval mode.
 
-    Its width is 32, its feed-forward width 64; it has 4 heads, of keys and values 2 where these may be fewer.
+    Its width is 32, its feed-forward width 64; it has 4 heads, of keys and values 2 where these may be fewer. An image
+    has 16 x 16 pixels, a patch 4 x 4.
     """
     sizes = FAMILIES[family].sizes
     values: dict[str, Any] = {
@@ -68,11 +78,12 @@ def tiny(
         sizes.hidden: hidden,
         sizes.heads: 4,
         sizes.intermediate: 2 * hidden,
-        sizes.vocabulary: 220,
-        sizes.positions: 130,
         "num_labels": labels,
-        "pad_token_id": 0,
     }
+    if FAMILIES[family].reads == "images":
+        values |= {sizes.image: 16, sizes.patch: 4, sizes.channels: 3}
+    else:
+        values |= {sizes.vocabulary: 220, sizes.positions: 130, "pad_token_id": 0}
     if sizes.kv_heads is not None:
         values[sizes.kv_heads] = 2
     torch.manual_seed(seed)
@@ -80,7 +91,8 @@ def tiny(
     for name in set(sizes.by_block) & set(values):
         values[name] = [values[name][layer % 2] for layer in range(layers)]
     config = AutoConfig.for_model(family, **{**values, **extra})
-    auto = AutoModelForCausalLM if FAMILIES[family].causal else AutoModelForSequenceClassification
+    classifier = AutoModelForImageClassification if family in IMAGES else AutoModelForSequenceClassification
+    auto = AutoModelForCausalLM if FAMILIES[family].causal else classifier
     model = auto.from_config(config).eval()
     with torch.no_grad():
         # The usual initialisation makes tiny models nearly constant: too easy to agree with.

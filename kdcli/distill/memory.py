@@ -209,6 +209,7 @@ def _logits(
     if head is None:
         return 0
     shape = shape_of(student.config)
+    assert shape.vocab is not None
     if not family_of(student.config).causal:
         share = 1.0 if own.all_positions else float(resolved.recipe.task.fields.get("mask_probability", 0.15))
         return int(tokens * share * shape.vocab * (2 * element + 2 * FLOAT))

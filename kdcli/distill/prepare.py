@@ -350,7 +350,7 @@ def _followers(
             stages = aligned(stages, alignment, known=teacher.known)
         check_scale(resolved.recipe, stages, build.model, overparam)
         states = plan_states(resolved.recipe, task.kind, stages, nearest)
-        check_cut(resolved.recipe, task.kind, stages, context.teacher.vocab)
+        check_cut(resolved.recipe, task.kind, stages, context.teacher.vocab or 0)
         tensors_of, pairs = nearest, context.pairs
         if hides_teacher(resolved):
             if overparam is not None and overparam.aux_weight > 0 and not teacher.trains:

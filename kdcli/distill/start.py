@@ -52,7 +52,8 @@ def factoriser_of(
     if section.form != "low-rank" or not (inputs or gradients or section.ranks == "spread"):
         return None
     batches = sample_batches(task, processor, section.init_samples, job)
-    counts = _token_counts(batches, shape_of(model.config).vocab) if inputs or gradients else None
+    vocab = shape_of(model.config).vocab
+    counts = _token_counts(batches, vocab) if vocab is not None and (inputs or gradients) else None
     if section.budget == 1.0:
         return Factoriser(inputs, gradients, counts=counts)
     needs_loss = gradients or section.ranks == "spread"

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -103,6 +103,18 @@ class Checkpoint:
 def _todays(key: str) -> str:
     """Return a tensor's name, where an old checkpoint has one that the library no longer uses."""
     return key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _librarys_names(family: Family, names: Iterable[str]) -> list[str]:
+    """Return the names of today for the tensors of a file that an earlier version of the library may have written."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    found = get_checkpoint_conversion_mapping(MODEL_MAPPING_NAMES.get(family.name))
+    found = found or get_checkpoint_conversion_mapping(family.name) or []
+    renamings = [one for one in found if isinstance(one, WeightRenaming)]
+    return [apply_renamings(name, renamings) for name in names]
 
 
 def local_folder(name: str | Path) -> Path | None:
@@ -254,7 +266,8 @@ def open_checkpoint(name: str | Path, revision: str | None = None, *, any_family
     files = _weight_files(name, revision)
     tensors = _tensors(files)
     if family is not None:
-        check_room(config, family, {key: one.shape for key, one in tensors.items()}, f"{name}: config.json")
+        shapes = {key: one.shape for key, one in tensors.items()}
+        check_room(config, family, shapes, f"{name}: config.json", _librarys_names)
     from kdcli.models.sentence_folder import has_pooling
 
     return Checkpoint(str(name), config, tuple(files), tensors, revision, has_pooling(name, revision))

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Attention = Literal["dot-product", "disentangled", "relative-bias"]
 
+Reads = Literal["text", "images"]
+
 MATRICES = ("query", "key", "value", "attention_output", "ffn_in", "ffn_gate", "ffn_out")
 """The linear maps of a block, by their names in the literature; few families have an `ffn_gate`."""
 
@@ -44,15 +46,16 @@ class SizeNames:
     where it may differ from the blocks'. kv_heads: how many heads keys and values have, where these may be fewer.
     head: the width of one head, where it may be another than hidden / heads. as_hidden: further fields that are as wide
     as the blocks. by_block: lists with one entry a block. times: what `intermediate` is in hidden sizes where it is
-    left out; None where it cannot be.
+    left out; None where it cannot be. vocabulary, positions: None in a family that reads images, and image, patch,
+    channels: None in one that reads text; an image and a patch have one side, or a height and a width.
     """
 
     layers: str = "num_hidden_layers"
     hidden: str = "hidden_size"
     heads: str = "num_attention_heads"
     intermediate: str = "intermediate_size"
-    vocabulary: str = "vocab_size"
-    positions: str = "max_position_embeddings"
+    vocabulary: str | None = "vocab_size"
+    positions: str | None = "max_position_embeddings"
     types: str | None = "type_vocab_size"
     embedding: str | None = None
     kv_heads: str | None = None
@@ -60,14 +63,18 @@ class SizeNames:
     as_hidden: tuple[str, ...] = ()
     by_block: tuple[str, ...] = ()
     times: int | None = None
+    image: str | None = None
+    patch: str | None = None
+    channels: str | None = None
 
 
 @dataclass(frozen=True)
 class Family:
     """One family: paths inside a model's body (`model.bert`, ...), inside a block, and inside its configuration.
 
-    name: the library's `model_type`. embeddings: the module whose output is hidden[0], or None where no
-    one module gives what the first block gets; projection: one after it, present only when the embeddings are narrower
+    name: the library's `model_type`. reads: what its models take, token ids or pixels. embeddings: the module whose
+    output is hidden[0], or None where no one module gives what the first block gets; word_embeddings: the table of
+    tokens, None in a family that reads images; projection: one after it, present only when the embeddings are narrower
     than the blocks, whose output takes that place.
     final_norm: a norm after the last block; the library's last hidden states are after it, and so are kdcli's.
     repeated: True where one block's weights are run `layers` times; one_of: fields that must then be 1.
@@ -79,10 +86,11 @@ class Family:
     attend to those after it, too. score_cap: a field with the largest size of attention
     scores, which a hyperbolic tangent keeps them below. scores_by_number: a field that, where it is true, divides the
     scores of block l (from 1) by l.
+    special: how many tokens stand before those of an image's patches.
     rotary: heads have an even width. first_position: "after-padding" where positions are counted from the padding
     token's id on. positions_if: a field that says whether the model has positions of its own. padding: the id that
     its code takes for the padding token's, whatever its configuration says. scratch: what a configuration from
-    scratch needs beside its sizes. reads: what its models read.
+    scratch needs beside its sizes.
     """
 
     name: str
@@ -95,8 +103,9 @@ class Family:
     ffn_in: Matrix
     ffn_out: Matrix
     ffn_gate: Matrix | None = None
+    reads: Reads = "text"
     embeddings: str | None = "embeddings"
-    word_embeddings: str = "embeddings.word_embeddings"
+    word_embeddings: str | None = "embeddings.word_embeddings"
     projection: str | None = None
     final_norm: str | None = None
     repeated: bool = False
@@ -109,13 +118,13 @@ class Family:
     both_ways: str | None = None
     score_cap: str | None = None
     scores_by_number: str | None = None
+    special: int = 0
     rotary: bool = False
     sizes: SizeNames = SizeNames()
     first_position: Literal["zero", "after-padding"] = "zero"
     positions_if: str | None = None
     padding: int | None = None
     scratch: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    reads: Literal["text", "images"] = "text"
 
     @property
     def matrices(self) -> dict[str, Matrix]:
@@ -198,6 +207,29 @@ _BY_LAYER: dict[str, Any] = {
 }
 
 _GEMMA: dict[str, Any] = {**_BY_LAYER, "both_ways": "use_bidirectional_attention"}
+
+_VIT: dict[str, Any] = {
+    "reads": "images",
+    "blocks": "layers",
+    "query": Matrix("attention.q_proj"),
+    "key": Matrix("attention.k_proj"),
+    "value": Matrix("attention.v_proj"),
+    "attention_output": Matrix("attention.o_proj"),
+    "ffn_in": Matrix("mlp.fc1"),
+    "ffn_out": Matrix("mlp.fc2"),
+    "word_embeddings": None,
+    "final_norm": "layernorm",
+    "special": 1,
+    "sizes": SizeNames(
+        vocabulary=None,
+        positions=None,
+        types=None,
+        as_hidden=("pooler_output_size",),
+        image="image_size",
+        patch="patch_size",
+        channels="num_channels",
+    ),
+}
 
 
 FAMILIES: dict[str, Family] = {
@@ -372,6 +404,7 @@ FAMILIES: dict[str, Family] = {
             causal=True,
             sizes=SizeNames(intermediate="ffn_dim", types=None, embedding="word_embed_proj_dim"),
         ),
+        Family("vit", "ViT", **_VIT),
     )
 }
 """The package's own families by name."""

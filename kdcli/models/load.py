@@ -243,7 +243,8 @@ def _config_of(checkpoint: Checkpoint, head: Head) -> "PretrainedConfig":
 def _name_padding(config: "PretrainedConfig", head: Head, checkpoint: Checkpoint) -> None:
     """Write the tokenizer's padding token into a configuration that names none, where the model needs one."""
     # What follows the last token of a text changes nothing in a decoder; a classifier on it looks for that token.
-    if config.pad_token_id is None and not (family_of(config).causal and (head == BASE or head.causal)):
+    family = family_of(config)
+    if family.reads == "text" and config.pad_token_id is None and not (family.causal and (head == BASE or head.causal)):
         config.pad_token_id = _padding_of(checkpoint.name, checkpoint.revision)
 
 
@@ -323,18 +324,19 @@ def _places(model: "PreTrainedModel", tensors: Mapping[str, Any]) -> dict[str, s
     A body alone is found in a file with a head, too, and a body in a file without its name before each weight's.
     """
     prefix = f"{model.base_model_prefix}."
+    expected, renamed = model.state_dict().keys(), _renamings(model)
+
+    def place(key: str) -> str:
+        if key in expected:
+            return key
+        return next((name for name in (renamed(key), prefix + key, prefix + renamed(key)) if name in expected), key)
+
     if model.base_model is not model:
-        expected, renamed = model.state_dict().keys(), _renamings(model)
-
-        def place(key: str) -> str:
-            if key in expected:
-                return key
-            return next((name for name in (renamed(key), prefix + key) if name in expected), key)
-
         return {place(key): key for key in tensors}
-    inside = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
+    if inside := {place(key.removeprefix(prefix)): key for key in tensors if key.startswith(prefix)}:
+        return inside
     children = {name for name, _ in model.named_children()}
-    return inside or {key: key for key in tensors if key.partition(".")[0] in children}
+    return {name: key for key in tensors if (name := place(key)).partition(".")[0] in children}
 
 
 def _renamings(model: "PreTrainedModel") -> Callable[[str], str]:
@@ -369,8 +371,8 @@ def _differences(
 
 
 def _may_be_left(model: "PreTrainedModel", key: str) -> bool:
-    """True for what a file may hold beside a model: tables of positions, poolers and heads that it does not use."""
-    if key.endswith(("position_ids", "token_type_ids")):
+    """True for what a file may hold beside a model: positions, mask tokens, poolers and heads that it does not use."""
+    if key.endswith(("position_ids", "token_type_ids", "embeddings.mask_token")):
         return True
     if any(re.search(pattern, key) for pattern in model._keys_to_ignore_on_load_unexpected or ()):
         return True

@@ -408,6 +408,12 @@ def _is_shape(linears: Mapping[MatrixKey, nn.Linear]) -> bool:
 
 def _factorise_embeddings(model: "PreTrainedModel", rank: int, factoriser: Factoriser) -> str:
     path = family_of(model.config).word_embeddings
+    if path is None:
+        raise InputError(
+            "a model that reads images has no word embeddings to factorise",
+            where="student.embedding_rank",
+            hint="leave it out",
+        )
     table: nn.Embedding = body_of(model).get_submodule(path)  # type: ignore[assignment]
     limit = break_even_rank(table.num_embeddings, table.embedding_dim)
     if rank >= limit:

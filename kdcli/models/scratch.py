@@ -92,10 +92,12 @@ def build_scratch(
         names.hidden: section.hidden_size,
         names.heads: section.heads,
         names.intermediate: section.intermediate_size,
-        names.vocabulary: len(tokenizer),
-        names.positions: 512 if family.first_position == "zero" else 514,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if names.vocabulary is not None:
+        sizes[names.vocabulary] = len(tokenizer)
+    if names.positions is not None:
+        sizes[names.positions] = 512 if family.first_position == "zero" else 514
     if names.embedding is not None:
         sizes[names.embedding] = section.hidden_size
     if names.kv_heads is not None:

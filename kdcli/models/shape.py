@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import InputError
-from kdcli.models.families import family_of
+from kdcli.models.families import Family, family_of
 from kdcli.models.heads import SENTENCE_SETTINGS
 
 if TYPE_CHECKING:
@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a transformer: blocks, widths, heads, vocabulary, positions.
+    """Sizes of a transformer: blocks, widths, heads, and what it reads.
 
+    vocab, max_positions: of a model that reads text. image, patch: side of a model's images, or their height and
+    width, in pixels; channels: of a pixel; tokens: of patches and before them that one such image becomes. What does
+    not belong to a model is None.
     kv_heads: heads of keys and values, each shared by heads / kv_heads heads of queries. head: the width of a head.
     gated: whether blocks have a gate. causal: whether tokens attend to none after them. embedding: the width of a
     text's embedding; None for a model that gives none.
@@ -28,11 +31,15 @@ class ModelShape:
     kv_heads: int
     head: int
     intermediate: int
-    vocab: int
-    max_positions: int
+    vocab: int | None
+    max_positions: int | None
     gated: bool = False
     causal: bool = False
     embedding: int | None = None
+    image: int | tuple[int, int] | None = None
+    patch: int | tuple[int, int] | None = None
+    channels: int | None = None
+    tokens: int | None = None
 
     def width_of(self, matrix: str) -> int:
         """Return how many features one of a block's linear maps gives."""
@@ -44,11 +51,13 @@ class ModelShape:
 
 
 def longest_input(config: "PretrainedConfig") -> int | None:
-    """Return how many tokens a model has positions for; None where it needs none of its own."""
+    """Return how many tokens a model has positions for; None where it needs none of its own, or reads images."""
     family = family_of(config)
+    if family.sizes.positions is None:
+        return None
     if family.positions_if is not None and not getattr(config, family.positions_if):
         return None
-    positions = getattr(config, family.sizes.positions)
+    positions: int = getattr(config, family.sizes.positions)
     if family.first_position == "zero":
         return positions
     return positions - 1 - (config.pad_token_id if family.padding is None else family.padding)
@@ -59,6 +68,7 @@ def shape_of(config: "PretrainedConfig") -> ModelShape:
     family = family_of(config)
     names = family.sizes
     hidden, heads = getattr(config, names.hidden), getattr(config, names.heads)
+    image, patch = (_side(_given(config, name)) for name in (names.image, names.patch))
     return ModelShape(
         family=family.name,
         layers=getattr(config, names.layers),
@@ -67,16 +77,36 @@ def shape_of(config: "PretrainedConfig") -> ModelShape:
         kv_heads=_given(config, names.kv_heads) or heads,
         head=_given(config, names.head) or hidden // heads,
         intermediate=_given(config, names.intermediate) or (names.times or 0) * hidden,
-        vocab=getattr(config, names.vocabulary),
-        max_positions=getattr(config, names.positions),
+        vocab=_given(config, names.vocabulary),
+        max_positions=_given(config, names.positions),
         gated=family.ffn_gate is not None,
         causal=family.causal and not (family.both_ways is not None and getattr(config, family.both_ways, False)),
         embedding=_embedding(config, hidden),
+        image=image,
+        patch=patch,
+        channels=_given(config, names.channels),
+        tokens=_tokens(family, image, patch),
     )
 
 
-def _given(config: "PretrainedConfig", name: str | None) -> int | None:
+def _given(config: "PretrainedConfig", name: str | None) -> Any:
     return getattr(config, name, None) if name is not None else None
+
+
+def _side(size: Any) -> int | tuple[int, int] | None:
+    return (size[0], size[1]) if isinstance(size, list | tuple) else size
+
+
+def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return height and width of an image, or of a patch, that may be told by one side."""
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def _tokens(family: Family, image: int | tuple[int, int] | None, patch: int | tuple[int, int] | None) -> int | None:
+    if image is None or patch is None:
+        return None
+    (height, width), (down, across) = both_sides(image), both_sides(patch)
+    return family.special + (height // down) * (width // across)
 
 
 def attention_of(config: "PretrainedConfig") -> dict[str, Any]:

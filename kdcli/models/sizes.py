@@ -3,7 +3,7 @@
 Both are checked before a model is built: one of 2^31 blocks takes all memory before its weights are compared.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from kdcli.errors import InputError, cut
@@ -35,7 +35,9 @@ def check_sizes(config: Mapping[str, Any], family: Family, path: str) -> None:
         for name in given:
             _check(config, name, path, least=1)
     own = family.sizes
-    if own.vocabulary not in config:
+    if family.reads == "images":
+        _check_images(config, own, path)
+    if own.vocabulary is not None and own.vocabulary not in config:
         raise InputError(
             f"{path} has no {own.vocabulary}", hint="write the rows of the model's word embeddings into it"
         )
@@ -43,7 +45,7 @@ def check_sizes(config: Mapping[str, Any], family: Family, path: str) -> None:
         if name is not None and (config.get(name) is not None or name == own.vocabulary):
             _check(config, name, path, least=0 if name == own.types else 1)
     for name in ("num_labels", own.positions):
-        if (config.get(name) or 0) > MOST:
+        if name is not None and (config.get(name) or 0) > MOST:
             raise InputError(f"{path}: {name} is {config[name]:,}", hint=f"use at most {MOST:,}")
     for name in family.one_of:
         if config.get(name, 1) != 1:
@@ -70,6 +72,33 @@ def check_sizes(config: Mapping[str, Any], family: Family, path: str) -> None:
     check_heads(family, hidden[1], heads[1], f"{path}: {heads[0]}")
 
 
+def _check_images(config: Mapping[str, Any], names: SizeNames, path: str) -> None:
+    """Raise InputError where images are no whole number of patches, or a size of theirs is none or is missing."""
+    sides = []
+    for name in (names.image, names.patch):
+        if name is None:
+            continue
+        if name not in config:
+            raise InputError(f"{path} has no {name}", hint="write the model's own into it")
+        value = config[name]
+        both = value if isinstance(value, list) and len(value) == 2 else [value, value]
+        for side in both:
+            if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MOST:
+                raise InputError(
+                    f"{path}: {name} is {cut(repr(value))}",
+                    hint=f"use a whole number of pixels from 1 to {MOST:,}, or a list of two: height and width",
+                )
+        sides.append((name, value, both))
+    if names.channels is not None and config.get(names.channels) is not None:
+        _check(config, names.channels, path, least=1)
+    (image, size, whole), (patch, side, part) = sides
+    if any(length % share for length, share in zip(whole, part, strict=True)):
+        raise InputError(
+            f"{path}: {image} {size} is not divisible by {patch} {side}",
+            hint=f"correct {image} or {patch}: an image is cut into whole patches",
+        )
+
+
 def check_heads(family: Family, hidden: int, heads: int, where: str) -> None:
     """Raise InputError when a head is not as wide as its family needs; `heads` divides `hidden`."""
     if family.rotary and hidden // heads % 2:
@@ -80,16 +109,24 @@ def check_heads(family: Family, hidden: int, heads: int, where: str) -> None:
         )
 
 
-def check_room(config: Mapping[str, Any], family: Family, shapes: Mapping[str, tuple[int, ...]], path: str) -> None:
+def check_room(
+    config: Mapping[str, Any],
+    family: Family,
+    shapes: Mapping[str, tuple[int, ...]],
+    path: str,
+    renamed: Callable[[Family, Iterable[str]], list[str]] = lambda family, names: list(names),
+) -> None:
     """Raise InputError when config.json says more blocks, or a larger width, than the tensors of its file can hold.
 
-    shapes: of the file's tensors, by their names. The sizes have passed `check_sizes`.
+    shapes: of the file's tensors, by their names. renamed: gives names of today for those that the library has changed.
+    The sizes have passed `check_sizes`.
     """
-    parts = [key.partition(f"{family.blocks}.") for key in shapes]
-    blocks = {rest.split(".")[0] for before, found, rest in parts if found and (not before or before.endswith("."))}
+    blocks = _numbers(family, shapes)
     name, layers = _size(config, family, "layers")
     if family.repeated and layers > MOST_BLOCKS:
         raise InputError(f"{path}: {name} is {layers:,}", hint=f"use at most {MOST_BLOCKS:,}")
+    if layers > len(blocks) and not family.repeated:
+        blocks = _numbers(family, renamed(family, shapes))
     if layers > len(blocks) and not family.repeated:
         raise InputError(
             f"{path} says {counted(layers, 'block')} ({name}), the file holds {len(blocks):,}",
@@ -110,6 +147,12 @@ def check_room(config: Mapping[str, Any], family: Family, shapes: Mapping[str, t
                 f"{path}: {name} is {size:,}, and the largest tensor dimension in the file is {widest:,}",
                 hint=f"correct {name}, unless it is another model's file",
             )
+
+
+def _numbers(family: Family, names: Iterable[str]) -> set[str]:
+    """Return the numbers of the blocks that tensors of these names are of."""
+    parts = [key.partition(f"{family.blocks}.") for key in names]
+    return {rest.split(".")[0] for before, found, rest in parts if found and (not before or before.endswith("."))}
 
 
 def _is_given(config: Mapping[str, Any], family: Family, kind: str) -> bool:

@@ -137,7 +137,7 @@ def trim_vocabulary(
         made,
         kept,
         len(pieces.of_id),
-        shape_of(config).vocab,
+        shape_of(config).vocab or 0,
         len(texts),
         len(corpus.ids),
         tuple(texts[number] for number in sample),
@@ -170,7 +170,7 @@ def needed_ids(config: "PretrainedConfig") -> set[int]:
     family = family_of(config)
     if family.first_position == "after-padding":
         found |= set(range(1 + (config.pad_token_id if family.padding is None else family.padding)))
-    return {number for number in found if number < shape_of(config).vocab}
+    return {number for number in found if number < (shape_of(config).vocab or 0)}
 
 
 def _token_ids(config: Any) -> dict[str, list[int]]:
@@ -202,8 +202,9 @@ def trimmed(model: "PreTrainedModel", kept: np.ndarray) -> "PreTrainedModel":
         for name, ids in _token_ids(config).items():
             left = [number[old] for old in ids if old in number]
             setattr(config, name, left if isinstance(getattr(config, name), list) else next(iter(left), None))
-        if hasattr(config, family_of(made.config).sizes.vocabulary):
-            setattr(config, family_of(made.config).sizes.vocabulary, len(kept))
+        field = family_of(made.config).sizes.vocabulary
+        if field is not None and hasattr(config, field):
+            setattr(config, field, len(kept))
     return made
 
 
