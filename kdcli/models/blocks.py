@@ -81,9 +81,14 @@ def hidden_module(model: "PreTrainedModel", layer: int) -> "nn.Module":
     return block_of(model, layer)
 
 
-def by_row(states: "Tensor", mask: "Tensor") -> "Tensor":
-    """Return states as (batch, seq, width): some layers get all tokens of a batch in one list. mask: (batch, seq)."""
-    return states.view(*mask.shape, -1) if states.ndim == 2 and len(states) == mask.numel() else states
+def by_row(states: "Tensor", mask: "Tensor | None") -> "Tensor":
+    """Return states as (batch, seq, width): some layers get all tokens of a batch in one list.
+
+    mask: (batch, seq), that of the batch; None where it has none, and no layer gets such a list.
+    """
+    if mask is None or states.ndim != 2 or len(states) != mask.numel():
+        return states
+    return states.view(*mask.shape, -1)
 
 
 @dataclass(frozen=True)

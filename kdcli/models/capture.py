@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kdcli.models.attention import configs_of, noting
 from kdcli.models.blocks import BlockMatrix, block_matrix, block_of, body_of, by_row, hidden_module, hook_embeddings
 from kdcli.models.families import family_of
-from kdcli.models.inputs import model_inputs
+from kdcli.models.inputs import mask_of, model_inputs
 from kdcli.models.output_head import OutputHead, output_head
 from kdcli.models.overparam import linears_of
 from kdcli.models.placement import is_gathered
@@ -182,17 +182,20 @@ class Capture:
         with self._kernels():
             output = self._forward(inputs, batch, logits)
             path = list(self._path(inputs, batch, output)) if self.request.path > 1 and output is not None else []
-        mask = batch["attention_mask"]
+        mask = batch.get("attention_mask")
+        matrices = {key: by_row(x, mask) for key, x in self._matrices.items()}
+        linear = {key: (by_row(x, mask), by_row(y, mask)) for key, (x, y) in self._linear.items()}
+        captured = (*self._hidden.values(), *matrices.values(), *(x for x, _ in linear.values()))
         return Signals(
-            mask=mask,
+            mask=mask_of(batch, next(iter(captured), None)),
             **self.attention,
             segments=batch.get("segments"),
             weights=batch.get("example_weights"),
             predictions=output or [],
             hidden=dict(self._hidden),
-            matrices={key: by_row(x, mask) for key, x in self._matrices.items()},
+            matrices=matrices,
             windows=dict(self._windows),
-            linear={key: (by_row(x, mask), by_row(y, mask)) for key, (x, y) in self._linear.items()},
+            linear=linear,
             local=self._on_inputs_of(other) if other is not None else {},
             factors=self.factors(),
             projections=projections_of(self.model, sorted(self.request.projections)),

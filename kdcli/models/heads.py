@@ -89,6 +89,15 @@ CAUSAL_LM = Head(
 )
 """The next token at each position. Models that continue texts and those that answer prompts have the same."""
 
+IMAGE_CLASSIFICATION = Head(
+    "image-classification",
+    "a classifier of images",
+    "classifying images",
+    "AutoModelForImageClassification",
+    ("ForImageClassification", "ForImageClassificationWithTeacher"),
+    "image-classification",
+)
+
 SENTENCE_SETTINGS = "sentence_embedding"
 """What this head adds to a body's configuration: see `kdcli.models.embedding`."""
 

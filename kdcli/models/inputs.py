@@ -10,10 +10,13 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+PIXELS = ("pixel_values",)
 
 
 def inputs_of(config: "PretrainedConfig") -> tuple[str, ...]:
     """Return the inputs that a model takes. Where all tokens are of one type, types say nothing and are left out."""
+    if family_of(config).reads == "images":
+        return PIXELS
     return INPUTS if _types(config) > 1 else INPUTS[:2]
 
 
@@ -26,7 +29,7 @@ def model_inputs(model: Any, batch: Mapping[str, "Tensor"]) -> dict[str, Any]:
     """
     config = getattr(model, "config", None)
     inputs: dict[str, Any] = {
-        name: batch[name] for name in (INPUTS if config is None else inputs_of(config)) if name in batch
+        name: batch[name] for name in ((*INPUTS, *PIXELS) if config is None else inputs_of(config)) if name in batch
     }
     if config is not None and "token_type_ids" in inputs:
         types = inputs["token_type_ids"]
@@ -34,6 +37,21 @@ def model_inputs(model: Any, batch: Mapping[str, "Tensor"]) -> dict[str, Any]:
     if config is not None and family_of(config).causal and hasattr(model, "base_model"):
         inputs["use_cache"] = False
     return inputs
+
+
+def mask_of(batch: Mapping[str, "Tensor"], like: "Tensor | None" = None) -> "Tensor":
+    """Return the real tokens of a batch as ones, (batch, seq): of images these are all.
+
+    like: what was captured of a model, (batch, seq, width), which says how many tokens it makes of an image; None where
+    nothing was, and a batch counts as one token an image.
+    """
+    import torch
+
+    if "attention_mask" in batch:
+        return batch["attention_mask"]
+    pixels = batch["pixel_values"]
+    shape = like.shape[:2] if like is not None else (len(pixels), 1)
+    return torch.ones(shape, dtype=torch.long, device=pixels.device)
 
 
 def _types(config: "PretrainedConfig") -> int:

@@ -24,7 +24,15 @@ from kdcli.models.checkpoint import (
 )
 from kdcli.models.classes import final_classifier_name
 from kdcli.models.families import family_of
-from kdcli.models.heads import BASE, SENTENCE_EMBEDDING, Head, check_body, with_new_head, without_pooler
+from kdcli.models.heads import (
+    BASE,
+    IMAGE_CLASSIFICATION,
+    SENTENCE_EMBEDDING,
+    Head,
+    check_body,
+    with_new_head,
+    without_pooler,
+)
 from kdcli.models.quiet import quiet_transformers
 from kdcli.models.sentence_folder import note_reading, with_modules
 from kdcli.models.shape import longest_input
@@ -45,6 +53,8 @@ OTHERS = (
     ("ForCausalLM", "a causal language model"),
     ("LMHeadModel", "a causal language model"),
     ("ForSequenceClassification", "a classifier of texts"),
+    ("ForImageClassification", IMAGE_CLASSIFICATION.title),
+    ("ForImageClassificationWithTeacher", IMAGE_CLASSIFICATION.title),
     ("ForMaskedLM", "a masked language model"),
     ("ForPreTraining", "a masked language model"),
 )

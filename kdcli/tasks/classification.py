@@ -1,72 +1,24 @@
 """Classification: one class out of several for a text, or for a pair of texts."""
 
-import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
-
-from pydantic import Field
+from typing import Any
 
 from kdcli.data.columns import Columns, need_column
-from kdcli.models.classes import class_names_of
-from kdcli.tasks.labels import (
-    align_outputs,
-    all_labels,
-    check_problem,
-    counted_labels,
-    known_labels,
-    label_column,
-    labels_of_model,
-    named_labels,
-    named_outputs,
-    to_ids,
-)
+from kdcli.tasks.classes import ClassesKind, ClassFields
 from kdcli.tasks.numbers import are_numbers, check_commas, different, note_of_numbers
-from kdcli.tasks.replies import ranked, softmax
-from kdcli.tasks.text_inputs import TextFields, TextKind, gold
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-    from datasets import Dataset
-
-    from kdcli.objectives.distribution import Distribution
-    from kdcli.tasks.base import Owner
+from kdcli.tasks.text_inputs import TextFields, TextKind
 
 
-SCRIPT = """\
-labels = json.load(open(f"{sys.path[0]}/config.json", encoding="utf-8"))["id2label"]
-for row in logits:
-    shares = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
-    print(json.dumps({"label": labels[str(shares.argmax())], "probability": float(shares.max())}))
-"""
-
-
-class ClassFields(TextFields):
+class TextClassFields(ClassFields, TextFields):
     """The columns of own data, and the classes."""
 
-    labels: list[str] | None = Field(
-        default=None,
-        description="The classes in order; where the data holds whole numbers from 0, these names belong to them. "
-        "Left out, the values in sorted order.",
-    )
 
-
-class Classification(TextKind):
-    """One class out of several."""
+class Classification(ClassesKind, TextKind):
+    """One class out of several for a text, or for a pair of texts."""
 
     name = "classification"
-    ranks = True
     title = "one class out of several"
-    fields = ClassFields
+    fields = TextClassFields
     provides = frozenset({"labels", "classes", "one-per-example", "text"})
-    metrics = ("accuracy", "f1", "mcc", "balanced_accuracy")
-    usual_metrics = ("accuracy", "f1")
-
-    @property
-    def distribution(self) -> "Distribution":
-        from kdcli.objectives.distribution import Categorical
-
-        return Categorical()
 
     def recognises(self, columns: Columns, fields: Any, source: str, notes: list[str]) -> bool:
         """True for all data but numbers with fractions. notes: takes a warning about scores that become classes.
@@ -84,113 +36,5 @@ class Classification(TextKind):
             notes.append(f"{source}: {note}")
         return True
 
-    def read_labels(
-        self, columns: Columns, fields: Any, source: str, notes: list[str], labels: tuple[str, ...] | None
-    ) -> "tuple[np.ndarray, tuple[str, ...]]":
-        known = known_labels(fields.labels)
-        found = named_labels(enumerate(label_column(columns, fields.label, source), 1), known, source, notes)
-        found = counted_labels(found, known) or found
-        labels = labels or all_labels(found, known, source, notes)
-        if known:
-            return to_ids(found, labels, source, where="task.labels", owner="is not in task.labels"), labels
-        return to_ids(found, labels, source), labels
-
-    def labels_for(
-        self, config: Any, columns: Columns, fields: Any, source: str, notes: list[str], names: Sequence[str] | None
-    ) -> "tuple[np.ndarray, tuple[str, ...]]":
-        known = known_labels(names or fields.labels)
-        found = named_labels(enumerate(label_column(columns, fields.label, source), 1), known, source, notes)
-        return labels_of_model(found, known, config, source, names)
-
-    def strata(self, rows: "pa.Table") -> "np.ndarray":
-        return gold(rows)
-
-    def count(self, rows: Any, labels: Sequence[str]) -> "np.ndarray":
-        import numpy as np
-
-        return np.bincount(gold(rows), minlength=len(labels))
-
-    def configure(self, labels: Sequence[str]) -> dict[str, Any]:
-        return {**named_outputs(labels), "problem_type": "single_label_classification"}
-
-    def fits(self, config: Any) -> bool:
-        return config.problem_type in (None, "single_label_classification") and config.num_labels != 1
-
-    def align(self, model: Any, labels: Sequence[str], owner: "Owner", names: Sequence[str] | None = None) -> Any:
-        check_problem(model.config, "single_label_classification", owner)
-        return align_outputs(model, labels, owner, names)
-
-    def decode(self, outputs: dict[str, Any], features: "Dataset", rows: "Dataset") -> "np.ndarray":
-        """Return the class numbers, (n,)."""
-        return outputs["logits"].argmax(-1)
-
-    def replies(
-        self, model: Any, rows: "Dataset", processor: Any, *, top: int | None = None, **options: Any
-    ) -> list[dict[str, Any]]:
-        """Return the label and its probability for each row."""
-        outputs, _ = self.outputs(model, rows, processor, **options)
-        names, found = class_names_of(model.config), []
-        for row in softmax(outputs["logits"]):
-            best = ranked(names, row, top or 1)
-            found.append({**best[0], **({"top": best} if top is not None else {})})
-        return found
-
-    def script_of_logits(self, config: Any) -> str:
-        return SCRIPT
-
-    def show(self, reply: dict[str, Any]) -> str:
-        return f"{reply['label']} {reply['probability']:.3f}"
-
-    def score(
-        self, answers: "np.ndarray", rows: "Dataset", labels: Sequence[str], metrics: Sequence[str]
-    ) -> dict[str, float]:
-        truth = gold(rows).astype("int64")
-        return {name: METRICS[name](answers, truth, len(labels)) for name in metrics}
-
-    def chance(self, sets: "Sequence[Dataset]", labels: Sequence[str], metric: str) -> float:
-        """Return the best that one answer for everything reaches."""
-        import numpy as np
-
-        truths = [gold(rows).astype(np.int64) for rows in sets]
-        # Class 1 is what F1 asks for; elsewhere the best constant is a set's largest class.
-        answers = {1, *(int(np.bincount(truth).argmax()) for truth in truths)}
-        measure = METRICS[metric]
-        return max(
-            float(np.mean([measure(np.full_like(truth, answer), truth, len(labels)) for truth in truths]))
-            for answer in answers
-        )
-
-
-def _f1(answers: "np.ndarray", truth: "np.ndarray", classes: int) -> float:
-    """F1 of class 1 for two classes, otherwise the unweighted mean over the classes that occur."""
-    from sklearn.metrics import f1_score
-
-    average = "binary" if classes == 2 else "macro"
-    return float(f1_score(truth, answers, average=average, zero_division=0))
-
-
-def _mcc(answers: "np.ndarray", truth: "np.ndarray") -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    with warnings.catch_warnings():
-        # Labels of one class alone are worth 0, not a warning.
-        warnings.simplefilter("ignore")
-        return float(matthews_corrcoef(truth, answers))
-
-
-def _balanced_accuracy(answers: "np.ndarray", truth: "np.ndarray") -> float:
-    """Mean over the classes that the labels have of the share that is found."""
-    import numpy as np
-
-    return float(np.mean([(answers[truth == label] == label).mean() for label in np.unique(truth)]))
-
-
-METRICS: "dict[str, Callable[[np.ndarray, np.ndarray, int], float]]" = {
-    "accuracy": lambda p, y, _: float((p == y).mean()),
-    "f1": _f1,
-    "mcc": lambda p, y, _: _mcc(p, y),
-    "balanced_accuracy": lambda p, y, _: _balanced_accuracy(p, y),
-}
-"""Functions of answers, labels and the number of classes."""
 
 KIND = Classification()

@@ -43,6 +43,7 @@ CAPABILITIES = {
     "embedding": "embeddings of texts",
     "prompts": "prompts that a model answers",
     "one-per-example": "one prediction an example",
+    "images": "images",
     "text": "texts that keep their answers where words change",
     "vocabulary": "predictions over a vocabulary",
 }

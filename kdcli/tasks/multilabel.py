@@ -10,6 +10,7 @@ from kdcli.data.columns import Column, Columns, is_missing, need_column
 from kdcli.errors import InputError, cut
 from kdcli.models.classes import class_names_of
 from kdcli.recipe.schema import TaskSection
+from kdcli.tasks.labelled import gold
 from kdcli.tasks.labels import (
     align_outputs,
     all_labels,
@@ -22,7 +23,7 @@ from kdcli.tasks.labels import (
     to_ids,
 )
 from kdcli.tasks.replies import ranked
-from kdcli.tasks.text_inputs import TextFields, TextKind, gold
+from kdcli.tasks.text_inputs import TextFields, TextKind
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from kdcli.data.columns import Column, Columns
 from kdcli.errors import InputError
+from kdcli.tasks.labelled import gold
 from kdcli.tasks.labels import check_problem, label_column
 from kdcli.tasks.numbers import are_numbers, different, number_of
-from kdcli.tasks.text_inputs import TextFields, TextKind, gold
+from kdcli.tasks.text_inputs import TextFields, TextKind
 from kdcli.words import counted
 
 if TYPE_CHECKING:

@@ -1,26 +1,24 @@
 """What kinds of tasks share whose examples are one text, or a pair of texts, each with one prediction."""
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
-from kdcli.data.columns import Column, Columns, chunked, is_missing, need_column, shape_of_value
+from kdcli.data.columns import Column, Columns, chunked, need_column, shape_of_value
 from kdcli.errors import InputError
 from kdcli.models.heads import Head
 from kdcli.recipe.schema import TaskSection
-from kdcli.tasks.kind import Fields, TaskKind
+from kdcli.tasks.kind import Fields
+from kdcli.tasks.labelled import LabelledKind
 from kdcli.tasks.labels import readable
 from kdcli.words import counted
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow as pa
     from datasets import Dataset
     from torch import Tensor
 
-    from kdcli.signals import Prediction
     from kdcli.tasks.base import Task
 
 SEQUENCE_CLASSIFICATION = Head(
@@ -76,56 +74,14 @@ class TextFields(Fields):
             raise ValueError(f"{given[0]} = ... needs data, train or hub")
 
 
-class TextKind(TaskKind):
+class TextKind(LabelledKind):
     """A text, or a pair of texts, with one answer. What is left to a kind are its labels, its head and its scores."""
 
     head = SEQUENCE_CLASSIFICATION
     text_columns = TEXTS
 
-    @abstractmethod
-    def read_labels(
-        self, columns: Columns, fields: Any, source: str, notes: list[str], labels: tuple[str, ...] | None
-    ) -> tuple[Any, tuple[str, ...]]:
-        """Return a label a row, as a batch takes them, and the names of all labels. Arguments are those of `read`."""
-
-    def read(
-        self, columns: Columns, fields: Any, source: str, notes: list[str], labels: tuple[str, ...] | None = None
-    ) -> "tuple[pa.Table, tuple[str, ...]]":
-        import pyarrow as pa
-
-        from kdcli.data.tables import array_of_labels
-
-        texts = read_texts(columns, fields.columns, source)
-        values, labels = self.read_labels(columns, fields, source, notes, labels)
-        return pa.table({**texts, "label": array_of_labels(values)}), labels
-
-    @abstractmethod
-    def labels_for(
-        self, config: Any, columns: Columns, fields: Any, source: str, notes: list[str], names: Sequence[str] | None
-    ) -> tuple[Any, tuple[str, ...]]:
-        """Return the same, where the labels are a model's own. Arguments are those of `read_for`."""
-
-    def read_for(
-        self,
-        config: Any,
-        columns: Columns,
-        fields: Any,
-        source: str,
-        notes: list[str],
-        names: Sequence[str] | None,
-        form: Mapping[str, Any],
-    ) -> "tuple[pa.Table, tuple[str, ...]]":
-        import pyarrow as pa
-
-        from kdcli.data.tables import array_of_labels
-
-        texts = read_texts(columns, fields.columns, source)
-        values, labels = self.labels_for(config, columns, fields, source, notes, names)
-        return pa.table({**texts, "label": array_of_labels(values)}), labels
-
-    def has_answers(self, columns: Columns, fields: Any) -> bool:
-        values = columns.get(fields.label or "label", Column())
-        return not all(map(is_missing, values))
+    def read_examples(self, columns: Columns, fields: Any, source: str) -> dict[str, Any]:
+        return read_texts(columns, fields.columns, source)
 
     def inputs(self, fields: Any) -> dict[str, str]:
         return dict(zip(TEXTS, fields.columns or TEXTS[:1], strict=False))
@@ -159,14 +115,6 @@ class TextKind(TaskKind):
     def script_of_logits(self, config: Any) -> str:
         """Return the lines of `script` that print a reply for each row of `logits`, an array (n, classes)."""
         raise NotImplementedError
-
-    def predictions(
-        self, output: Any, batch: "Mapping[str, Tensor]", *, everywhere: bool = False
-    ) -> "list[Prediction]":
-        """Return one table with a row an example: logits (batch, classes) beside the labels of the batch, if any."""
-        from kdcli.signals import Prediction
-
-        return [Prediction(output.logits, target=batch.get("labels"))]
 
 
 def read_texts(columns: Columns, names: Sequence[str], source: str) -> "dict[str, pa.ChunkedArray]":
@@ -214,17 +162,3 @@ def _texts(values: Column, first: int, name: str, where: str, source: str) -> It
         if isinstance(value, list | dict | bytes):
             raise InputError(f"{source}: {name!r} of row {row} is {shape_of_value(value)}, not a text", where=where)
         yield readable(str(value), row, source, where)
-
-
-def gold(rows: Any) -> "np.ndarray":
-    """Return the labels of rows (a table or a data set), (n, ...)."""
-    import pyarrow as pa
-
-    from kdcli.data.rows import array_of
-
-    if not isinstance(rows, pa.Table):
-        return array_of(rows, "label")
-    column = rows.column("label")
-    if not pa.types.is_list(column.type):
-        return column.to_numpy()
-    return column.combine_chunks().flatten().to_numpy().reshape(len(rows), -1)

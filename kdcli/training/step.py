@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.models.capture import Capture
-from kdcli.models.inputs import model_inputs
+from kdcli.models.inputs import mask_of, model_inputs
 from kdcli.models.placement import place
 from kdcli.objectives.term import Term
 from kdcli.objectives.total import total_loss
@@ -110,10 +110,10 @@ class Distiller(nn.Module):
         if self.teacher_states is not None:
             signals = self.teacher_states.signals(batch)
         elif self.teacher_capture is None:
-            signals = Signals(mask=batch["attention_mask"], heads=0)
+            signals = Signals(mask=mask_of(batch), heads=0)
         else:
             with torch.set_grad_enabled(self.teacher_request.gradients > 0), self.teacher_capture as capture:
-                signals = capture.run(batch).on(batch["attention_mask"].device)
+                signals = capture.run(batch).on(next(iter(batch.values())).device)
         # Held-out rows have numbers of their own.
         known = self.teacher_outputs if self.training or self.held_outputs is None else self.held_outputs
         if known is not None:
