@@ -202,7 +202,8 @@ class Signals:
     teacher's: what the teacher gives there, times it, compares with the student.
     path: (scaled embedding output, predictions) for alpha = 1/K, ..., 1, where a gradient's path is asked for.
     heads: number of attention heads; kv_heads: of keys and values, where these are fewer: each belongs to as many
-    neighbouring heads of queries. causal: each token attends to those before it and to itself. score_cap: c of
+    neighbouring heads of queries. causal: each token attends to those before it and to itself. uneven: states of some
+    tokens outweigh those of all others, so that errors relative to them are so token by token. score_cap: c of
     c tanh(score / c), which some models make of their scores. last: the body's output, of a pass to its end for which
     nothing was predicted.
     """
@@ -211,6 +212,7 @@ class Signals:
     heads: int
     kv_heads: int | None = None
     causal: bool = False
+    uneven: bool = False
     score_cap: float | None = None
     segments: Tensor | None = None
     weights: Tensor | None = None

@@ -172,11 +172,11 @@ def context_of(teacher: "PreTrainedModel", build: StudentBuild, task: Task, reci
 
 
 def _pairs(build: StudentBuild, student: ModelShape, teacher: ModelShape) -> list[tuple[int, int]]:
-    """Return which teacher block each student block follows: of a decoder, the one that it is a copy of.
+    """Return which teacher block each student block follows: of decoders and of images, the one that it is a copy of.
 
     The last one follows the last: both are compared after the norm that follows it.
     """
-    if teacher.causal and build.teacher_layers is not None and len(build.teacher_layers) == student.layers:
+    if teacher.uneven and build.teacher_layers is not None and len(build.teacher_layers) == student.layers:
         followed = [*build.teacher_layers[:-1], teacher.layers - 1]
         return [(number, layer + 1) for number, layer in enumerate(followed, 1)]
     return uniform(student.layers, teacher.layers)

@@ -55,8 +55,8 @@ class HSOptions(Options):
         default=None,
         description='Which teacher block a student block follows: "last", "uniform" (also called "skip"), "last-k", '
         '"all", "uniform-consecutive", "uniform+last", "random", "emd"; or a list of pairs [student '
-        "block, teacher block] from 1, where 0 is the embeddings. Left out, uniform; of a decoder that keeps some "
-        "blocks, those that they are copies of.",
+        "block, teacher block] from 1, where 0 is the embeddings. Left out, uniform; of a decoder or a "
+        "model of images that keeps some blocks, those that they are copies of.",
     )
     consecutive: Literal["closed", "half-open"] = Field(
         default="closed",

@@ -68,15 +68,15 @@ def check_divergence(options: DivergenceOptions, context: Context) -> None:
 
 
 RELATIVE_STATES = (
-    "Measure errors of hidden states relative to the size of the teacher's; of decoders token by token. Left out, only "
-    "of decoders, whose first token has states that outweigh all others."
+    "Measure errors of hidden states relative to the size of the teacher's; of decoders and models of images token by "
+    "token. Left out, only of these: some of their tokens have states that outweigh all others."
 )
 """The description of an option that `relative_states` reads."""
 
 
 def relative_states(option: bool | None, context: Context) -> bool:
     """Return whether errors of hidden states are relative. option: as given; None where it is left out."""
-    return context.teacher.causal if option is None else option
+    return context.teacher.uneven if option is None else option
 
 
 WHERE_PREDICTED: dict[str, Iterable[str]] = {

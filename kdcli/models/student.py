@@ -110,12 +110,12 @@ def _build(
     raise InputError("the student has no form", where="student.form")
 
 
-def chosen_layers(section: StudentSection, depth: int, *, causal: bool = False) -> list[int]:
+def chosen_layers(section: StudentSection, depth: int, *, uneven: bool = False) -> list[int]:
     """Return the 0-based teacher blocks that a depth student keeps.
 
     `even` keeps blocks round(m N / n), counted from 1: 12 -> 6 gives 2, 4, ..., 12. `spread` keeps the first, the
     last and blocks at equal distances between: 12 -> 6 gives 0, 2, 4, 7, 9, 11 from 0 (DistilBERT's choice). `ends`
-    keeps the first and the last ones: 12 -> 5 gives 0, 1, 9, 10, 11. causal: what is cut is a decoder.
+    keeps the first and the last ones: 12 -> 5 gives 0, 1, 9, 10, 11. uneven: of what is cut, see `ModelShape`.
     """
     wanted = section.layers if section.layers is not None else max(1, depth // 2)
     source = section.model or "the teacher"
@@ -132,13 +132,14 @@ def chosen_layers(section: StudentSection, depth: int, *, causal: bool = False) 
             where="student.layers",
             hint=f"use 1 to {depth}",
         )
-    select = section.select or ("ends" if causal else "even")
+    select = section.select or ("ends" if uneven else "even")
     if select == "first":
         return list(range(wanted))
     if select == "last":
         return list(range(depth - wanted, depth))
     if select == "ends":
         # Neighbouring blocks in the middle of a decoder do nearly the same (Gromov et al. 2024, arXiv 2403.17887).
+        # Without its first block a model of images is at chance, and no other one matters nearly as much.
         first = max(1, wanted // 2)
         return [*range(first), *range(depth - wanted + first, depth)]
     if select == "spread":
@@ -150,7 +151,7 @@ def chosen_layers(section: StudentSection, depth: int, *, causal: bool = False) 
 def _depth(teacher: "PreTrainedModel", section: StudentSection, whose: str = "the teacher's") -> StudentBuild:
     """Return a model of some blocks of `teacher`; notes say `whose` they are."""
     depth, family = shape_of(teacher.config).layers, family_of(teacher.config)
-    layers = chosen_layers(section, depth, causal=shape_of(teacher.config).causal)
+    layers = chosen_layers(section, depth, uneven=shape_of(teacher.config).uneven)
     config = copy.deepcopy(teacher.config)
     _set_blocks(config, family, layers)
     student = _empty_like(teacher, config)
@@ -202,7 +203,7 @@ def _width(teacher: "PreTrainedModel", section: StudentSection) -> StudentBuild:
     if section.init == "projections":
         _check_projected(shape, wanted)
     fewer = StudentSection(form="depth", layers=min(wanted.layers, shape.layers))
-    kept = chosen_layers(fewer, shape.layers, causal=shape.causal)
+    kept = chosen_layers(fewer, shape.layers, uneven=shape.uneven)
     config = copy.deepcopy(teacher.config)
     _set_blocks(config, family, [*kept, *(layer % shape.layers for layer in range(shape.layers, wanted.layers))])
     set_widths(config, family, wanted)

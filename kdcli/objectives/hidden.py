@@ -65,8 +65,9 @@ def token_mse(
     student, teacher: (batch, seq, width); mask: (batch, seq); weights: (batch,), of examples. With `match_norm` each
     example's error is divided by the teacher's mean square over that example: a relative error that no activation's
     size can make heavy, and that still averages over examples, so that shares of a batch on several devices agree with
-    the whole; with `by_token` as well, each token's by its own mean square. That is for decoders: their first token
-    has states whose square is ten thousand times that of others (Sun et al. 2024, arXiv 2402.17762).
+    the whole; with `by_token` as well, each token's by its own mean square. That is for decoders, whose first token
+    has states whose square is ten thousand times that of others, and for models of images, of which a few patches do
+    (Sun et al. 2024, arXiv 2402.17762; Darcet et al. 2023, arXiv 2309.16588).
     """
     return mean_token_mse([(student, teacher)], mask, weights, match_norm=match_norm, by_token=by_token)
 
@@ -143,7 +144,7 @@ class HiddenObjective(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         pairs = self._compared(student, teacher)
-        options = {"match_norm": self.match_norm, "by_token": student.causal}
+        options = {"match_norm": self.match_norm, "by_token": student.uneven}
         return mean_token_mse(pairs, student.mask, student.weights, **options)
 
     def _compared(self, student: Signals, teacher: Signals) -> Iterator[tuple[Tensor, Tensor]]:
@@ -183,7 +184,7 @@ class ProjectionObjective(Objective):
         return Request(matrices=frozenset((t, name) for _, t in self.pairs for name in self.names))
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
-        options = {"match_norm": True, "by_token": student.causal}
+        options = {"match_norm": True, "by_token": student.uneven}
         return mean_token_mse(self._compared(student, teacher), student.mask, student.weights, **options)
 
     def _compared(self, student: Signals, teacher: Signals) -> Iterator[tuple[Tensor, Tensor]]:

@@ -43,7 +43,7 @@ class MatrixObjective(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: object) -> Tensor:
         pairs = self._compared(student, teacher)
-        options = {"match_norm": self.match_norm, "by_token": student.causal}
+        options = {"match_norm": self.match_norm, "by_token": student.uneven}
         return mean_token_mse(pairs, student.mask, student.weights, **options)
 
     def _compared(self, student: Signals, teacher: Signals) -> Iterator[tuple[Tensor, Tensor]]:

@@ -527,8 +527,8 @@ class StudentSection(Section):
         default=None,
         description="depth, checkpoint: which blocks a number of layers keeps: at even distances up to the last, the "
         'first and the last and evenly between ("spread"), the first ones and the last ones without the middle '
-        '("ends"), the first ones, or the last ones. Left out, ends for decoders and else even, unless the method has '
-        "a default of its own.",
+        '("ends"), the first ones, or the last ones. Left out, ends for decoders and models of images, else even, '
+        "unless the method has a default of its own.",
     )
     # low-rank
     budget: Fraction | None = Field(

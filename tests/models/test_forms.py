@@ -100,9 +100,9 @@ def test_a_decoder_keeps_its_first_and_last_blocks_unless_a_recipe_says_otherwis
     assert chosen_layers(depth(layers=5, select="ends"), 12) == [0, 1, 9, 10, 11]
     assert chosen_layers(depth(layers=1, select="ends"), 12) == [0]
     for blocks in range(1, 13):
-        kept = chosen_layers(depth(layers=blocks), 12, causal=True)
+        kept = chosen_layers(depth(layers=blocks), 12, uneven=True)
         assert len(kept) == blocks and kept == chosen_layers(depth(layers=blocks, select="ends"), 12)
-    assert chosen_layers(depth(layers=6, select="even"), 12, causal=True) == chosen_layers(depth(layers=6), 12)
+    assert chosen_layers(depth(layers=6, select="even"), 12, uneven=True) == chosen_layers(depth(layers=6), 12)
 
 
 def test_first_last_and_named_layers():

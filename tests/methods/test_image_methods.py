@@ -1,0 +1,238 @@
+"""Every method on images: its inner terms against plain PyTorch, and whole runs, alone and over chains of tensors."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+
+from kdcli.methods import registry
+from kdcli.methods.base import Context
+from kdcli.models.shape import shape_of
+from kdcli.tasks import registry as kinds
+from kdcli.training.step import Distiller
+
+PAIRS = [(1, 2), (2, 4)]
+CLASSES = 3
+
+
+def vit(layers: int, hidden: int = 32, *, seed: int = 0, patch: int = 4, **sizes: Any) -> PreTrainedModel:
+    """Return a random classifier of images of 16 x 16 pixels whose tokens differ in size, one of them by far."""
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=2 * hidden,
+        image_size=16,
+        patch_size=patch,
+        num_labels=CLASSES,
+        attn_implementation="eager",
+        **sizes,
+    )
+    model = ViTForImageClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+        # As some tokens of large models: their states outweigh those of all others.
+        model.vit.embeddings.position_embeddings[:, 3] *= 30
+        for block in (*model.vit.layers, model.vit):
+            for norm in block.children():
+                if isinstance(norm, nn.LayerNorm):
+                    norm.weight.add_(1.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randn(5, 3, 16, 16, generator=generator)
+    return {"index": torch.arange(5), "pixel_values": pixels, "labels": torch.arange(5) % CLASSES}
+
+
+@pytest.fixture(scope="module")
+def teacher() -> PreTrainedModel:
+    return vit(4)
+
+
+@pytest.fixture(scope="module")
+def student() -> PreTrainedModel:
+    return vit(2, seed=1)
+
+
+def terms_of(
+    name: str,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batch: dict[str, Tensor],
+    options: dict[str, Any] | None = None,
+    **context: Any,
+) -> dict[str, Tensor]:
+    """Return the values of all terms of a method, of all its stages."""
+    method = registry.get(name)
+    given = method.options(**(options or {}))
+    shapes = shape_of(teacher.config), shape_of(student.config)
+    chosen = Context(*shapes, "checkpoint", kinds.get("image-classification"), PAIRS, **context)
+    method.check(given, chosen)
+    found: dict[str, Tensor] = {}
+    for stage in method.build(given, chosen):
+        distiller = Distiller(student, stage.terms, kind=chosen.kind, teacher=teacher)
+        distiller.train()
+        student.eval()
+        found |= distiller(batch)
+        distiller.close()
+    return found
+
+
+def outputs_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Any, list[Tensor], dict[Any, Tensor]]:
+    """Return what a model gives, its hidden states, the last of them after its norm, and its matrices' outputs."""
+    found: dict[Any, Tensor] = {}
+    handles = []
+    for number, block in enumerate(model.vit.layers, 1):
+        for path, module in block.named_modules():
+            if isinstance(module, nn.Linear):
+                keep = lambda _, __, output, key=(number, path.split(".")[-1]): found.__setitem__(key, output)  # noqa: E731
+                handles.append(module.register_forward_hook(keep))
+    output = model(pixel_values=batch["pixel_values"], output_hidden_states=True, output_attentions=True)
+    for handle in handles:
+        handle.remove()
+    *states, last = output.hidden_states
+    return output, [*states, model.vit.layernorm(last)], found
+
+
+def relative(own: Tensor, other: Tensor) -> Tensor:
+    """Return the squared error of each token over the size of the teacher's, mean over all tokens of all images."""
+    return ((own - other).square().sum(-1) / other.square().sum(-1)).mean()
+
+
+def heads_of(vectors: Tensor, heads: int = 4) -> Tensor:
+    return vectors.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def scores_of(rows: Tensor, columns: Tensor, heads: int = 4) -> Tensor:
+    left, right = heads_of(rows, heads), heads_of(columns, heads)
+    return left @ right.mT / math.sqrt(left.shape[-1])
+
+
+def divergence(own: Tensor, other: Tensor) -> Tensor:
+    """Return KL of softmaxed scores, mean over heads, queries and images."""
+    p, q = torch.log_softmax(other, -1), torch.log_softmax(own, -1)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_hidden_states_are_compared_token_by_token(student: Any, teacher: Any, batch: dict[str, Tensor]):
+    found = terms_of("hs", student, teacher, batch, {"weights": {"embedding": 1.0}})
+    (output, own, _), (target, other, _) = outputs_of(student, batch), outputs_of(teacher, batch)
+    assert own[0].shape == (5, 17, 32)
+    close(found["hidden"], torch.stack([relative(own[s], other[t]) for s, t in PAIRS]).mean())
+    close(found["embedding"], relative(own[0], other[0]))
+    p, q = torch.log_softmax(target.logits, -1), torch.log_softmax(output.logits, -1)
+    close(found["output"], (p.exp() * (p - q)).sum(-1).mean())
+    close(found["task"], functional.cross_entropy(output.logits, batch["labels"]))
+    # Not relative, the one token of great states is nearly all of the term.
+    plain = terms_of("hs", student, teacher, batch, {"match_norm": False})["hidden"]
+    close(plain, torch.stack([(own[s] - other[t]).square().mean() for s, t in PAIRS]).mean())
+    one = torch.stack([(own[s] - other[t])[:, 3].square().sum() for s, t in PAIRS]).sum()
+    assert one / (plain * 5 * 17 * 32 * len(PAIRS)) > 0.5
+
+
+def test_attention_and_values_of_the_last_block(student: Any, teacher: Any, batch: dict[str, Tensor]):
+    found = terms_of("minilm", student, teacher, batch)
+    (output, _, own), (target, _, other) = outputs_of(student, batch), outputs_of(teacher, batch)
+    p, q = target.attentions[-1].log(), output.attentions[-1].log()
+    close(found["attention"], (p.exp() * (p - q)).sum(-1).mean())
+    values = own[(2, "v_proj")], other[(4, "v_proj")]
+    close(found["value"], divergence(*(scores_of(side, side) for side in values)))
+
+
+def test_relations_of_one_block(student: Any, teacher: Any, batch: dict[str, Tensor]):
+    found = terms_of("minilmv2", student, teacher, batch, {"relation_heads": 8})
+    own, other = outputs_of(student, batch)[2], outputs_of(teacher, batch)[2]
+    expected = [
+        divergence(*(scores_of(side, side, 8) for side in (own[(2, name)], other[(3, name)])))
+        for name in ("q_proj", "k_proj", "v_proj")
+    ]
+    close(found["relation"], torch.stack(expected).sum())
+
+
+def test_matrices_layers_and_embeddings(student: Any, teacher: Any, batch: dict[str, Tensor]):
+    found = terms_of("makd", student, teacher, batch, {"terms": {"embedding": 1.0}})
+    (output, states, own), (target, others, other) = outputs_of(student, batch), outputs_of(teacher, batch)
+
+    def matrices(*names: str) -> Tensor:
+        return torch.stack([relative(own[(s, name)], other[(t, name)]) for s, t in PAIRS for name in names]).mean()
+
+    close(found["mha"], matrices("q_proj", "k_proj", "v_proj", "o_proj"))
+    close(found["ffn"], matrices("fc1", "fc2"))
+    close(found["hidden"], torch.stack([relative(states[s], others[t]) for s, t in PAIRS]).mean())
+    close(found["embedding"], relative(states[0], others[0]))
+    maps = [(target.attentions[t - 1].log(), output.attentions[s - 1].log()) for s, t in PAIRS]
+    close(found["attention"], torch.stack([(p.exp() * (p - q)).sum(-1).mean() for p, q in maps]).mean())
+
+
+def test_scores_and_states_from_the_embeddings_on(student: Any, teacher: Any, batch: dict[str, Tensor]):
+    found = terms_of("tinybert", student, teacher, batch)
+    (_, states, own), (_, others, other) = outputs_of(student, batch), outputs_of(teacher, batch)
+    scores = [
+        [scores_of(side[(block, "q_proj")], side[(block, "k_proj")]) for side, block in ((own, s), (other, t))]
+        for s, t in PAIRS
+    ]
+    close(found["attention"], torch.stack([(a - b).square().mean() for a, b in scores]).mean())
+    close(found["hidden"], torch.stack([relative(states[m], others[2 * m]) for m in range(3)]).mean())
+
+
+def test_directions_of_the_last_states(student: Any, teacher: Any, batch: dict[str, Tensor]):
+    found = terms_of("distilbert", student, teacher, batch)
+    own, other = outputs_of(student, batch)[1][-1], outputs_of(teacher, batch)[1][-1]
+    close(found["cosine"], (1 - functional.cosine_similarity(own, other, dim=-1)).mean())
+
+
+def test_the_patches_that_a_prediction_rests_on(student: Any, teacher: Any, batch: dict[str, Tensor]):
+    found = terms_of("adkd", student, teacher, batch)
+
+    def maps(model: PreTrainedModel) -> list[Tensor]:
+        embedded = model.vit.embeddings(batch["pixel_values"]).detach().requires_grad_()
+        states = embedded
+        for block in model.vit.layers:
+            states = block(states)
+        logits = model.classifier(model.vit.layernorm(states)[:, 0])
+        lengths = []
+        for label in range(CLASSES):
+            score = -torch.log_softmax(logits, -1)[:, label].sum()
+            (gradient,) = torch.autograd.grad(score, embedded, retain_graph=True)
+            lengths.append(functional.normalize((gradient * embedded).norm(dim=-1), dim=-1))
+        return lengths
+
+    pairs = zip(maps(student), maps(teacher), strict=True)
+    close(found["attribution"], torch.stack([(a - b).square().mean() for a, b in pairs]).sum())
+    found["attribution"].backward()
+    assert student.vit.layers[0].mlp.fc1.weight.grad.norm() > 0
+    student.zero_grad()
+
+
+def test_bridges_between_widths(teacher: Any, batch: dict[str, Tensor]):
+    narrow = vit(2, hidden=16, seed=1)
+    for name, options in (("hs", {}), ("tinybert", {}), ("minilmv2", {"relation_heads": 8}), ("minilm", {})):
+        found = terms_of(name, narrow, teacher, batch, options)
+        assert all(value.isfinite() for value in found.values()), name
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher: Any, batch: dict[str, Tensor]):
+    for name in ("minilm", "minilmv2", "distilbert", "adkd", "kd"):
+        method = registry.get(name)
+        context = Context(*[shape_of(teacher.config)] * 2, "checkpoint", kinds.get("image-classification"), PAIRS)
+        options = {"minilmv2": {"relation_heads": 8, "teacher_layer": -1}}.get(name, {})
+        (stage,) = method.build(method.options(**options), context)
+        distiller = Distiller(teacher, stage.terms, kind=context.kind, teacher=teacher)
+        distiller.train()
+        teacher.eval()
+        found = {key: value for key, value in distiller(batch).items() if key not in ("loss", "task")}
+        distiller.close()
+        assert found and all(value.abs() < 1e-5 for value in found.values()), (name, found)
