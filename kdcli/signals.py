@@ -238,6 +238,16 @@ class Signals:
             linear={key: (x.to(device), y.to(device)) for key, (x, y) in self.linear.items()},
         )
 
+    def take(self, tokens: list[int]) -> "Signals":
+        """Return them at these tokens of each row alone. `local` stays: it has the tokens of another model's inputs."""
+        return replace(
+            self,
+            mask=self.mask[:, tokens],
+            hidden={layer: tensor[:, tokens] for layer, tensor in self.hidden.items()},
+            matrices={key: tensor[:, tokens] for key, tensor in self.matrices.items()},
+            linear={key: (x[:, tokens], y[:, tokens]) for key, (x, y) in self.linear.items()},
+        )
+
     def heads_of(self, name: str) -> int:
         """Return how many heads queries, keys or values have."""
         return self.kv_heads if self.kv_heads is not None and name in ("key", "value") else self.heads

@@ -23,6 +23,7 @@ from kdcli.distill.resolve import Resolved, context_of, for_task, head_needed, p
 from kdcli.distill.scale import check_scale
 from kdcli.distill.states import StatesPlan, plan_states
 from kdcli.distill.teacher import TeacherStart, labelling_of, start_teacher
+from kdcli.distill.tokens import check_tokens, notes_of_tokens
 from kdcli.distill.top_tokens import check_cut
 from kdcli.distill.vocabulary import plan_vocabulary
 from kdcli.errors import InputError
@@ -94,11 +95,12 @@ class Follower:
         """What its method cannot compare of it, or of the model that teaches it."""
         terms = [term for stage in self.stages for term in stage.terms if term.weight > 0]
         families = {family.name: family for family in map(family_of, (self.model.config, self.follows.config))}
-        return [
+        positions = [
             f"the attention of {family.title} adds terms of positions to q k^T, which are not compared"
             for family in families.values()
             if family.attention != "dot-product" and any(term.objective.student_request().attention for term in terms)
         ]
+        return [*positions, *notes_of_tokens(self.stages, self.context)]
 
 
 @dataclass(frozen=True)
@@ -348,6 +350,7 @@ def _followers(
             stages = stages_of(resolved, context, build.model, nearest if teacher.known else None, examples)
             alignment = alignment_of(nearest, build, section)
             stages = aligned(stages, alignment, known=teacher.known)
+            check_tokens(resolved.recipe, stages, context)
         check_scale(resolved.recipe, stages, build.model, overparam)
         states = plan_states(resolved.recipe, task.kind, stages, nearest)
         check_cut(resolved.recipe, task.kind, stages, context.teacher.vocab or 0)

@@ -41,6 +41,11 @@ class ModelShape:
     channels: int | None = None
     tokens: int | None = None
 
+    @property
+    def uneven(self) -> bool:
+        """True where hidden states are sums that grow from block to block, and some tokens' outweigh all others."""
+        return self.causal or self.tokens is not None
+
     def width_of(self, matrix: str) -> int:
         """Return how many features one of a block's linear maps gives."""
         if matrix in ("key", "value"):
@@ -116,6 +121,7 @@ def attention_of(config: "PretrainedConfig") -> dict[str, Any]:
         "heads": shape.heads,
         "kv_heads": shape.kv_heads,
         "causal": shape.causal,
+        "uneven": shape.uneven,
         "score_cap": getattr(config, family.score_cap) if family.score_cap is not None else None,
     }
 

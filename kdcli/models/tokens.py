@@ -2,7 +2,6 @@
 
 from kdcli.errors import InputError
 from kdcli.models.shape import ModelShape, both_sides
-from kdcli.words import counted
 
 Tokens = tuple[list[int], list[int]]
 """Places in a row of tokens: of the first model, and of the second."""
@@ -44,10 +43,9 @@ def shared_tokens(student: ModelShape, teacher: ModelShape) -> Tokens | None:
 
 
 def difference(student: ModelShape, teacher: ModelShape) -> str:
-    """Return a line about what `shared_tokens` leaves out of two models that have not the same special tokens."""
+    """Return in words what `shared_tokens` leaves: of two models whose patches are the same, and other tokens are not."""
     assert student.tokens is not None and teacher.tokens is not None
     rows, columns = patch_grid(student)
-    before = (counted(shape.tokens - rows * columns, "token") for shape in (student, teacher))  # type: ignore[operator]
-    kept = "the class token and the patches" if min(student.tokens, teacher.tokens) > rows * columns else "the patches"
-    own, other = before
-    return f"compared at {kept} alone: of the student {own} stand before those of the patches, of the teacher {other}"
+    own, other = (shape.tokens - rows * columns for shape in (student, teacher))
+    kept = "the class token and the patches" if min(own, other) > 0 else "the patches"
+    return f"compared at {kept} alone: before the patches stand {own} of the student's and {other} of the teacher's"

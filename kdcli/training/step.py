@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from kdcli.models.capture import Capture
 from kdcli.models.inputs import mask_of, model_inputs
 from kdcli.models.placement import place
+from kdcli.models.shape import shape_of
+from kdcli.models.tokens import shared_tokens
 from kdcli.objectives.term import Term
 from kdcli.objectives.total import total_loss
 from kdcli.signals import MatrixKey, Request, Signals
@@ -77,6 +79,9 @@ class Distiller(nn.Module):
             known = self.teacher_outputs is not None
             request = replace(self.teacher_request, logits=False) if known else self.teacher_request
             self.teacher_capture = Capture(teacher, request, kind)
+        inside = self.teacher_capture is not None and self.teacher_request.inside
+        shapes = [shape_of(model.config) for model in (student, teacher) if inside and model is not None]
+        self.tokens = shared_tokens(*shapes) if inside else None
 
     def _teacher_must_run(self) -> bool:
         request = self.teacher_request
@@ -148,8 +153,12 @@ class Distiller(nn.Module):
         # A term that compares gradients needs graphs on held-out rows, too.
         with torch.set_grad_enabled(torch.is_grad_enabled() or self.student_capture.request.gradients > 0):
             teacher = self.teacher_signals(batch)
+            if self.tokens is not None:
+                teacher = teacher.take(self.tokens[1])
             with self.student_capture as capture:
                 student = capture.run(batch, teacher)
+            if self.tokens is not None:
+                student = student.take(self.tokens[0])
             with torch.autocast(student.mask.device.type, enabled=False):
                 total, values = total_loss(self.objectives, self.weights, student, teacher, batch)  # type: ignore[arg-type]
         if not self.training:
