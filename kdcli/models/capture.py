@@ -185,7 +185,8 @@ class Capture:
         mask = batch.get("attention_mask")
         matrices = {key: by_row(x, mask) for key, x in self._matrices.items()}
         linear = {key: (by_row(x, mask), by_row(y, mask)) for key, (x, y) in self._linear.items()}
-        captured = (*self._hidden.values(), *matrices.values(), *(x for x, _ in linear.values()))
+        local = self._on_inputs_of(other) if other is not None else {}
+        captured = (*self._hidden.values(), *matrices.values(), *(x for x, _ in linear.values()), *local.values())
         return Signals(
             mask=mask_of(batch, next(iter(captured), None)),
             **self.attention,
@@ -196,7 +197,7 @@ class Capture:
             matrices=matrices,
             windows=dict(self._windows),
             linear=linear,
-            local=self._on_inputs_of(other) if other is not None else {},
+            local=local,
             factors=self.factors(),
             projections=projections_of(self.model, sorted(self.request.projections)),
             path=path,

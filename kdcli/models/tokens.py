@@ -43,9 +43,9 @@ def shared_tokens(student: ModelShape, teacher: ModelShape) -> Tokens | None:
 
 
 def difference(student: ModelShape, teacher: ModelShape) -> str:
-    """Return in words what `shared_tokens` leaves: of two models whose patches are the same, and other tokens are not."""
+    """Return in words what `shared_tokens` leaves of two models whose patches are the same, and other tokens not."""
     assert student.tokens is not None and teacher.tokens is not None
     rows, columns = patch_grid(student)
-    own, other = (shape.tokens - rows * columns for shape in (student, teacher))
+    own, other = (tokens - rows * columns for tokens in (student.tokens, teacher.tokens))
     kept = "the class token and the patches" if min(own, other) > 0 else "the patches"
     return f"compared at {kept} alone: before the patches stand {own} of the student's and {other} of the teacher's"
