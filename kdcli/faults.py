@@ -17,6 +17,9 @@ _TORN = ("unexpected pos", "PytorchStreamWriter failed", "basic_ios::clear", "io
 
 _NO_MEMORY = "can't allocate memory"
 
+_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (?:is killed by|exited unexpectedly)")
+"""How PyTorch says that a process that prepares batches has ended."""
+
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE)
 
 _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
@@ -61,6 +64,11 @@ def explain(error: BaseException) -> KdcliError | None:
         if isinstance(part, MemoryError) or type(part).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(part):
             hint = "set a smaller train.batch_size or task.max_length, or end other programs"
             return RunError("there is not enough memory", hint=hint)
+        if _WORKER.search(str(part)):
+            return RunError(
+                "a process that prepares batches was ended, most likely for want of memory",
+                hint="set a smaller train.workers or train.batch_size, then run the command again with --resume",
+            )
         if isinstance(part, OSError) and part.errno is not None:
             return _explained(part.errno, part.filename, part.strerror)
         if (number := _number_of(part)) is not None:

@@ -118,7 +118,7 @@ def sample_batches(task: Task, processor: Any, samples: int, job: Job, *, tokens
     seed = job.resolved.loop.seed
     chosen = np.random.default_rng(seed).permutation(len(task.train))[:samples]
     rows = task.train.select(np.sort(chosen))
-    encoded = task.kind.prepare(
+    encoded = task.kind.prepare_sample(
         replace(task, train=rows, selection=rows), processor, job.recipe.task.max_length, seed=seed
     )
     features = encoded.train

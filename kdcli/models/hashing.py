@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+CONTENT = "content"
+"""A column of features that names what a model reads of each, where its columns do not: images and their processor."""
+
 _NOT_THE_FUNCTION = {
     "_name_or_path",
     "architectures",
@@ -70,7 +73,8 @@ def hash_of_dataset(dataset: "Dataset", *, labels: bool = False) -> str:
     labels: over these, too, where they say which tokens are predicted.
     """
     digest = hashlib.sha256()
-    for column in sorted(set(dataset.column_names) - {"length"} - (set() if labels else {"labels"})):
+    columns = {"index", CONTENT, "labels"} if CONTENT in dataset.column_names else set(dataset.column_names)
+    for column in sorted(columns - {"length"} - (set() if labels else {"labels"})):
         digest.update(column.encode())
         for chunk in chunks_of(dataset, column):
             digest.update("".join(map(repr, chunk)).encode())

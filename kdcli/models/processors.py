@@ -87,6 +87,12 @@ def check_processor(
         check_tokenizer(model, processor, max_length, where=where)
 
 
+def channels_of(processor: Any) -> int:
+    """Return how many channels an image processor gives a pixel: as many as it has means, or 3."""
+    mean = getattr(processor, "image_mean", None)
+    return len(mean) if isinstance(mean, list | tuple) else 3
+
+
 def hash_of_processor(processor: Any) -> str:
     """Return 16 hex digits over how text becomes tokens, or an image pixels."""
     if not is_image_processor(processor):

@@ -1,6 +1,7 @@
 """Image classification: one class out of several for an image."""
 
 from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -8,7 +9,10 @@ from pydantic import Field
 from kdcli.data.columns import Columns, need_column
 from kdcli.errors import InputError
 from kdcli.models.heads import IMAGE_CLASSIFICATION
+from kdcli.recipe.schema import TaskSection
 from kdcli.tasks.classes import ClassesKind, ClassFields
+from kdcli.tasks.image_augment import AugmentFields, told
+from kdcli.tasks.kind import Encoded
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -18,13 +22,24 @@ if TYPE_CHECKING:
     from kdcli.tasks.base import Task
 
 
-class ImageFields(ClassFields):
-    """The columns of own data, and the classes."""
+class ImageFields(AugmentFields, ClassFields):
+    """The columns of own data, the classes, and what is done with images before a model reads them."""
 
     image: str | None = Field(
         default=None, description="The column of images of own data. Left out, the column named image."
     )
     label: str | None = Field(default=None, description="The label column. Left out, the column named label.")
+    cache_pixels: bool = Field(
+        default=False,
+        description="Decode the training and validation images once, and keep what the image processor makes of them, "
+        "as bytes, in the cache: a byte a pixel and channel. It saves decoding in every epoch, which is worth it "
+        "where images are larger than what the model reads.",
+    )
+
+    def check(self, task: TaskSection) -> None:
+        super().check(task)
+        if task.max_length != TaskSection.model_fields["max_length"].default:
+            raise ValueError("max_length counts tokens of text: the image processor says how large an image is")
 
 
 class ImageClassification(ClassesKind):
@@ -35,6 +50,11 @@ class ImageClassification(ClassesKind):
     head = IMAGE_CLASSIFICATION
     fields = ImageFields
     provides = frozenset({"labels", "classes", "one-per-example", "images"})
+
+    def with_fields(self, fields: Any) -> "ImageClassification":
+        own = copy(self)
+        own.inputs_change = bool(fields.augmented_by)  # type: ignore[misc]
+        return own
 
     def read_examples(self, columns: Columns, fields: Any, source: str) -> dict[str, Any]:
         import pyarrow as pa
@@ -52,54 +72,50 @@ class ImageClassification(ClassesKind):
         return pa.table(self.read_examples(columns, fields, source))
 
     def check(self, task: "Task", processor: Any, max_length: int) -> None:
-        self.encode(task.train.select(range(1)), processor, max_length)
+        from kdcli.tasks.image_inputs import ImageCollator, reader_of
+
+        reader = reader_of(processor)
+        if not reader.in_steps and (given := [*task.fields.augmented_by, *["cache_pixels"] * task.fields.cache_pixels]):
+            raise InputError(
+                f"{given[0]} works on images as bytes, and {type(processor).__name__} does not shape an image before "
+                "it scales its pixels",
+                where=f"task.{given[0]}",
+                hint="leave it out",
+            )
+        ImageCollator(reader)(list(self.encode(task.train.select(range(1)), processor, max_length)))
 
     def encode(self, rows: "Dataset", processor: Any, max_length: int) -> "Dataset":
-        """Return the columns index, image, [labels] and length, which is 1: images are decoded batch by batch."""
-        from kdcli.data.rows import stored
+        from kdcli.tasks.image_inputs import encode
 
-        table = rows.with_format("arrow")
-        return stored(_features(batch) for batch in table.iter(1000))
+        return encode(rows, processor)
 
     def collator(self, processor: Any) -> "Callable[[list[dict[str, Any]]], dict[str, Tensor]]":
-        return ImageCollator(processor)
+        from kdcli.tasks.image_inputs import ImageCollator, reader_of
 
+        return ImageCollator(reader_of(processor))
 
-def _features(batch: "pa.Table") -> "pa.RecordBatch":
-    import pyarrow as pa
+    def prepare(self, task: "Task", processor: Any, max_length: int, *, seed: int = 0) -> Encoded:
+        """Return features: the images of training are changed when they are collated, others never."""
+        from kdcli.tasks.image_inputs import prepare
 
-    names = {"index": "index", "image": "image", "label": "labels"}
-    columns = {new: batch.column(old).combine_chunks() for old, new in names.items() if old in batch.column_names}
-    return pa.RecordBatch.from_pydict({**columns, "length": pa.array([1] * len(batch), pa.int32())})
+        train, selection = (self.feed(rows, processor, max_length) for rows in (task.train, task.selection))
+        return Encoded(*prepare(train, selection, processor, task.fields, seed=seed, classes=len(task.label_names)))
 
+    def prepare_sample(self, task: "Task", processor: Any, max_length: int, *, seed: int = 0) -> Encoded:
+        """Return features as they are scored: what is looked at once is neither changed nor kept."""
+        return super().prepare(task, processor, max_length, seed=seed)
 
-class ImageCollator:
-    """Decodes the images of features and stacks their pixels, as the model's image processor gives them."""
+    def drawn(self, fields: Any) -> dict[str, Any]:
+        return fields.model_dump(include=set(fields.augmented_by))  # type: ignore[no-any-return]
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def __call__(self, rows: list[dict[str, Any]]) -> "dict[str, Tensor]":
-        """Return pixel_values (batch, channels, height, width), labels and index (batch,)."""
-        import torch
-
-        images = [_decoded(row["image"]) for row in rows]
-        batch = {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"]}
-        if "labels" in rows[0]:
-            batch["labels"] = torch.tensor([row["labels"] for row in rows])
-        batch["index"] = torch.tensor([row["index"] for row in rows], dtype=torch.long)
-        return batch
-
-
-def _decoded(image: dict[str, Any]) -> Any:
-    """Return an image as Pillow's, in RGB."""
-    import io
-
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise InputError("images need Pillow, which is not installed", hint='pip install "kdcli[images]"') from error
-    return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]).convert("RGB")
+    def remarks(self, task: "Task", processor: Any, max_length: int) -> list[str]:
+        notes = super().remarks(task, processor, max_length)
+        if self.inputs_change:
+            notes.append(
+                f"{told(task.fields)} change training images in every epoch: what the teacher says of them is not "
+                "cached"
+            )
+        return notes
 
 
 KIND = ImageClassification()

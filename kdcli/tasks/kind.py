@@ -300,6 +300,10 @@ class TaskKind(ABC):
         train, selection = (self.feed(rows, processor, max_length) for rows in (task.train, task.selection))
         return Encoded(train, selection, self.collator(processor))
 
+    def prepare_sample(self, task: "Task", processor: Any, max_length: int, *, seed: int = 0) -> Encoded:
+        """Return a few rows of a task as features, for what is computed of a model before it is trained."""
+        return self.prepare(task, processor, max_length, seed=seed)
+
     def feed(self, rows: "Dataset", processor: Any, max_length: int) -> "Dataset":
         """Return rows as features; those of the parts of a task one part after the other, with the column `part`."""
         from kdcli.tasks.parts import encode

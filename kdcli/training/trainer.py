@@ -53,6 +53,7 @@ from kdcli.training.settings import LoopSettings, check_batch, check_device
 from kdcli.training.shard_files import load_parts, optimizer_state_in_parts, whole_optimizer_state, whole_tensors
 from kdcli.training.step import Distiller
 from kdcli.training.token_weights import counts_of, scaled, weigh_equally
+from kdcli.training.workers import WorkerCollator, raise_fault
 
 WEIGHTS = "model.safetensors"
 
@@ -156,10 +157,16 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            raise_fault(batch)
         batches = self.scheme.batches(self.state.global_step, batches)
         if self.model.kind.tokens_weigh_equally:
             batches = weigh_equally([self._prepare_inputs(each) for each in batches], self._total, self.args.world_size)
         return batches, count
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        raise_fault(inputs)
+        return super()._prepare_inputs(inputs)
 
     def _total(self, counts: Tensor) -> Tensor:
         """Return the sum of `counts` over all processes."""
@@ -474,7 +481,7 @@ def fit(
         args=arguments,
         train_dataset=train,
         eval_dataset=selection,
-        data_collator=collator,
+        data_collator=WorkerCollator(collator) if settings.workers else collator,
         compute_metrics=compute_metrics if metrics is not None else None,
         settings=settings,
         scheme=scheme or Scheme(),
