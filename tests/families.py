@@ -77,9 +77,9 @@ def tiny(
         sizes.layers: layers,
         sizes.hidden: hidden,
         sizes.heads: 4,
-        sizes.intermediate: 2 * hidden,
         "num_labels": labels,
     }
+    values |= {sizes.ratio: 2} if sizes.ratio is not None else {sizes.intermediate: 2 * hidden}
     if FAMILIES[family].reads == "images":
         values |= {sizes.image: 16, sizes.patch: 4, sizes.channels: 3}
     else:
@@ -93,6 +93,9 @@ def tiny(
     config = AutoConfig.for_model(family, **{**values, **extra})
     classifier = AutoModelForImageClassification if family in IMAGES else AutoModelForSequenceClassification
     auto = AutoModelForCausalLM if FAMILIES[family].causal else classifier
+    if config.architectures is None:
+        # The library cannot choose among the two classes that DeiT has.
+        config.architectures = []
     model = auto.from_config(config).eval()
     with torch.no_grad():
         # The usual initialisation makes tiny models nearly constant: too easy to agree with.

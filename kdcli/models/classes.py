@@ -46,31 +46,31 @@ def reorder_classes(model: "PreTrainedModel", order: Sequence[int]) -> None:
         return
     import torch
 
-    head = final_classifier(model)
     rows = torch.tensor(list(order))
     with torch.no_grad():
-        head.weight.copy_(head.weight[rows].clone())
-        if head.bias is not None:
-            head.bias.copy_(head.bias[rows].clone())
+        for head in classifiers(model):
+            head.weight.copy_(head.weight[rows].clone())
+            if head.bias is not None:
+                head.bias.copy_(head.bias[rows].clone())
 
 
-def final_classifier(model: "PreTrainedModel") -> "nn.Linear":
-    """Return the linear layer that gives the logits."""
-    if (name := final_classifier_name(model)) is None:
+def classifiers(model: "PreTrainedModel") -> "list[nn.Linear]":
+    """Return the linear layers that give logits: one, or several whose mean is the model's prediction."""
+    if not (names := classifier_names(model)):
         raise InputError(f"{type(model).__name__} has no linear classifier at its end")
-    return model.get_submodule(name)  # type: ignore[return-value]
+    return [model.get_submodule(name) for name in names]  # type: ignore[misc]
 
 
-def final_classifier_name(model: "PreTrainedModel") -> str | None:
-    """Return the path of the linear layer that gives the logits; None where there is none."""
+def classifier_names(model: "PreTrainedModel") -> list[str]:
+    """Return the paths of the linear layers that give logits; none where there are none."""
     from torch import nn
 
-    classes = model.config.num_labels
-    heads = [
-        name
-        for name, module in model.named_modules()
-        if name.startswith(("classifier", "qa_outputs"))
-        and isinstance(module, nn.Linear)
-        and module.out_features == classes
-    ]
-    return heads[-1] if heads else None
+    classes, found = model.config.num_labels, {}
+    for name, module in model.named_modules():
+        head = name.partition(".")[0]
+        if not head.endswith("classifier") and not head.startswith(("classifier", "qa_outputs")):
+            continue
+        if isinstance(module, nn.Linear) and module.out_features == classes:
+            # What stands before it in a head may by chance be as wide.
+            found[head] = name
+    return list(found.values())

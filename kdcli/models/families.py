@@ -5,7 +5,7 @@ To add a family, add one row to `FAMILIES`, or offer a `Family` from another pac
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,14 +46,16 @@ class SizeNames:
     where it may differ from the blocks'. kv_heads: how many heads keys and values have, where these may be fewer.
     head: the width of one head, where it may be another than hidden / heads. as_hidden: further fields that are as wide
     as the blocks. by_block: lists with one entry a block. times: what `intermediate` is in hidden sizes where it is
-    left out; None where it cannot be. vocabulary, positions: None in a family that reads images, and image, patch,
-    channels: None in one that reads text; an image and a patch have one side, or a height and a width.
+    left out; None where it cannot be. ratio: a whole number that tells the feed-forward width in hidden sizes, in the
+    place of `intermediate`; two_thirds: that width is two thirds of it, up to a multiple of 8. vocabulary, positions:
+    None in a family that reads images, and image, patch, channels: None in one that reads text; an image and a patch
+    have one side, or a height and a width. registers: how many tokens stand beside those of class and patches.
     """
 
     layers: str = "num_hidden_layers"
     hidden: str = "hidden_size"
     heads: str = "num_attention_heads"
-    intermediate: str = "intermediate_size"
+    intermediate: str | None = "intermediate_size"
     vocabulary: str | None = "vocab_size"
     positions: str | None = "max_position_embeddings"
     types: str | None = "type_vocab_size"
@@ -63,9 +65,12 @@ class SizeNames:
     as_hidden: tuple[str, ...] = ()
     by_block: tuple[str, ...] = ()
     times: int | None = None
+    ratio: str | None = None
+    two_thirds: bool = False
     image: str | None = None
     patch: str | None = None
     channels: str | None = None
+    registers: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,9 @@ class Family:
     attend to those after it, too. score_cap: a field with the largest size of attention
     scores, which a hyperbolic tangent keeps them below. scores_by_number: a field that, where it is true, divides the
     scores of block l (from 1) by l.
-    special: how many tokens stand before those of an image's patches.
+    special: how many tokens stand before those of an image's patches, beside registers. scales: vectors in a block
+    that multiply the outputs of matrices, feature by feature, by the matrices' names.
+    variants: fields of the configuration that, where they are true, give other values to fields of this row.
     rotary: heads have an even width. first_position: "after-padding" where positions are counted from the padding
     token's id on. positions_if: a field that says whether the model has positions of its own. padding: the id that
     its code takes for the padding token's, whatever its configuration says. scratch: what a configuration from
@@ -119,6 +126,8 @@ class Family:
     score_cap: str | None = None
     scores_by_number: str | None = None
     special: int = 0
+    scales: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
     rotary: bool = False
     sizes: SizeNames = SizeNames()
     first_position: Literal["zero", "after-padding"] = "zero"
@@ -159,6 +168,10 @@ class Family:
                 f"Its blocks may be of different kinds ({', '.join(self.sizes.by_block)}): the method theseus works "
                 "where each student block replaces blocks of its own kind, as with as many blocks as the teacher."
             )
+        for name, changes in self.variants.items():
+            for short, text in replace(self, **changes, variants=MappingProxyType({})).limits.items():
+                if short not in found:
+                    found[f"{short} ({name})"] = f"With {name}: {text[0].lower()}{text[1:]}"
         return found
 
     def parts_of(self, path: str) -> list[str]:
@@ -208,6 +221,15 @@ _BY_LAYER: dict[str, Any] = {
 
 _GEMMA: dict[str, Any] = {**_BY_LAYER, "both_ways": "use_bidirectional_attention"}
 
+_PIXELS = SizeNames(
+    vocabulary=None,
+    positions=None,
+    types=None,
+    image="image_size",
+    patch="patch_size",
+    channels="num_channels",
+)
+
 _VIT: dict[str, Any] = {
     "reads": "images",
     "blocks": "layers",
@@ -220,16 +242,37 @@ _VIT: dict[str, Any] = {
     "word_embeddings": None,
     "final_norm": "layernorm",
     "special": 1,
-    "sizes": SizeNames(
-        vocabulary=None,
-        positions=None,
-        types=None,
-        as_hidden=("pooler_output_size",),
-        image="image_size",
-        patch="patch_size",
-        channels="num_channels",
-    ),
+    "sizes": replace(_PIXELS, as_hidden=("pooler_output_size",)),
 }
+
+_BEIT: dict[str, Any] = {
+    **_VIT,
+    "scales": MappingProxyType({"attention_output": "lambda_1", "ffn_out": "lambda_2"}),
+    "variants": MappingProxyType(
+        {
+            name: {"attention": "relative-bias"}
+            for name in ("use_relative_position_bias", "use_shared_relative_position_bias")
+        }
+    ),
+    "sizes": _PIXELS,
+}
+
+_DINO: dict[str, Any] = {
+    **_VIT,
+    "blocks": "encoder.layer",
+    "scales": MappingProxyType({"attention_output": "layer_scale1.lambda1", "ffn_out": "layer_scale2.lambda1"}),
+}
+
+
+def _dino(**names: Any) -> dict[str, Any]:
+    sizes = replace(_PIXELS, intermediate=None, ratio="mlp_ratio", **names)
+    gated = {
+        "ffn_gate": Matrix("mlp.gate_proj"),
+        "ffn_in": Matrix("mlp.up_proj"),
+        "ffn_out": Matrix("mlp.down_proj"),
+        "sizes": replace(sizes, two_thirds=True),
+    }
+    return {**_DINO, "sizes": sizes, "variants": MappingProxyType({"use_swiglu_ffn": gated})}
 
 
 FAMILIES: dict[str, Family] = {
@@ -405,6 +448,28 @@ FAMILIES: dict[str, Family] = {
             sizes=SizeNames(intermediate="ffn_dim", types=None, embedding="word_embed_proj_dim"),
         ),
         Family("vit", "ViT", **_VIT),
+        Family("deit", "DeiT", **{**_VIT, "special": 2}),
+        Family("vit_msn", "ViT-MSN", **{**_VIT, "sizes": _PIXELS}),
+        Family("ijepa", "I-JEPA", **{**_VIT, "special": 0}),
+        Family("beit", "BEiT", **_BEIT),
+        Family(
+            "data2vec-vision",
+            "Data2Vec (images)",
+            **{
+                **_BEIT,
+                "blocks": "encoder.layer",
+                "query": Matrix("attention.attention.query"),
+                "key": Matrix("attention.attention.key"),
+                "value": Matrix("attention.attention.value"),
+                "attention_output": Matrix("attention.output.dense"),
+                "ffn_in": Matrix("intermediate.dense"),
+                "ffn_out": Matrix("output.dense"),
+            },
+            embeddings=None,
+            at_function=False,
+        ),
+        Family("dinov2", "DINOv2", **_dino()),
+        Family("dinov2_with_registers", "DINOv2 with registers", **_dino(registers="num_register_tokens")),
     )
 }
 """The package's own families by name."""
@@ -441,8 +506,12 @@ def get(name: object, *, owner: object = None, where: str | None = None) -> Fami
 
 
 def family_of(config: "PretrainedConfig") -> Family:
-    """Return the family of a model. Raises InputError where it is unknown."""
-    return get(config.model_type)
+    """Return the family of a model, and of it the variant that it is. Raises InputError where it is unknown."""
+    family = get(config.model_type)
+    for name, changes in family.variants.items():
+        if getattr(config, name, False):
+            family = replace(family, **changes)
+    return family
 
 
 def usable() -> tuple[list[Family], list[str]]:

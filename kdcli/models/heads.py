@@ -49,6 +49,13 @@ class Head:
         """Return the class of the library that makes body and head."""
         return getattr(importlib.import_module(self.module), self.auto)
 
+    def make(self, config: Any, **arguments: Any) -> Any:
+        """Return a model of a configuration with this head and random weights. arguments: of the library's class."""
+        if config.architectures is None:
+            # The library looks through them where it has several heads for a family.
+            config.architectures = []
+        return self.auto_class().from_config(config, **arguments)
+
 
 BASE = Head(
     "base",
@@ -169,7 +176,7 @@ def with_new_head(
     for name, value in settings.items():
         setattr(config, name, value)
     family_of(config)
-    headed = head.auto_class().from_config(config, dtype=torch.float32)
+    headed = head.make(config, dtype=torch.float32)
     decoders = decoders_of(headed)
     headed = _on_body(headed, model)
     table = module_at(headed, family_of(config).word_embeddings)

@@ -22,7 +22,7 @@ from kdcli.models.checkpoint import (
     open_checkpoint,
     read_config,
 )
-from kdcli.models.classes import final_classifier_name
+from kdcli.models.classes import classifier_names
 from kdcli.models.families import family_of
 from kdcli.models.heads import (
     BASE,
@@ -297,11 +297,10 @@ def _bare(config: "PretrainedConfig", head: Head, tensors: Mapping[str, Stored])
     """Return a model of a configuration; a base model has a pooler only where its file has one."""
     import torch
 
-    auto = head.auto_class()
-    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = head.make(config, dtype=torch.float32)
     if head != BASE or any(_is_pooler(key) for key in tensors) or not (arguments := without_pooler(type(model))):
         return model
-    return auto.from_config(config, dtype=torch.float32, **arguments)  # type: ignore[no-any-return]
+    return head.make(config, dtype=torch.float32, **arguments)  # type: ignore[no-any-return]
 
 
 def _is_pooler(key: str) -> bool:
@@ -310,9 +309,8 @@ def _is_pooler(key: str) -> bool:
 
 def _fit_outputs(model: "PreTrainedModel", checkpoint: Checkpoint) -> bool:
     """Give the configuration of `model` the number of outputs that the file has; True where it had another one."""
-    classifier = final_classifier_name(model)
-    key = f"{classifier}.weight"
-    if classifier is None or key not in checkpoint.tensors:
+    key = next((f"{name}.weight" for name in classifier_names(model)), None)
+    if key is None or key not in checkpoint.tensors:
         return False
     outputs = checkpoint.tensors[key].shape[0]
     if outputs == model.config.num_labels:

@@ -10,6 +10,7 @@ import torch
 from kdcli.errors import InputError
 from kdcli.models import families
 from kdcli.models.heads import Head, check_body
+from kdcli.models.shape import ffn_ratio
 from kdcli.models.sizes import check_heads
 from kdcli.recipe.schema import ScratchSection
 
@@ -91,9 +92,12 @@ def build_scratch(
         names.layers: section.layers,
         names.hidden: section.hidden_size,
         names.heads: section.heads,
-        names.intermediate: section.intermediate_size,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if names.intermediate is not None:
+        sizes[names.intermediate] = section.intermediate_size
+    if names.ratio is not None:
+        sizes[names.ratio] = ffn_ratio(names, section.hidden_size, section.intermediate_size)
     if names.vocabulary is not None:
         sizes[names.vocabulary] = len(tokenizer)
     if names.positions is not None:
@@ -109,4 +113,4 @@ def build_scratch(
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family.name, **sizes, **settings)
     check_body(config, head, "the teacher", "teacher.scratch.family")
-    return head.auto_class().from_config(config).eval(), tokenizer
+    return head.make(config).eval(), tokenizer

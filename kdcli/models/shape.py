@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import InputError
-from kdcli.models.families import Family, family_of
+from kdcli.models.families import Family, SizeNames, family_of
 from kdcli.models.heads import SENTENCE_SETTINGS
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def shape_of(config: "PretrainedConfig") -> ModelShape:
         heads=heads,
         kv_heads=_given(config, names.kv_heads) or heads,
         head=_given(config, names.head) or hidden // heads,
-        intermediate=_given(config, names.intermediate) or (names.times or 0) * hidden,
+        intermediate=_intermediate(config, names, hidden),
         vocab=_given(config, names.vocabulary),
         max_positions=_given(config, names.positions),
         gated=family.ffn_gate is not None,
@@ -90,8 +90,25 @@ def shape_of(config: "PretrainedConfig") -> ModelShape:
         image=image,
         patch=patch,
         channels=_given(config, names.channels),
-        tokens=_tokens(family, image, patch),
+        tokens=_tokens(family, image, patch, _given(config, names.registers) or 0),
     )
+
+
+def _intermediate(config: "PretrainedConfig", names: SizeNames, hidden: int) -> int:
+    if names.ratio is not None:
+        return ffn_width(names, hidden, getattr(config, names.ratio))
+    return _given(config, names.intermediate) or (names.times or 0) * hidden
+
+
+def ffn_width(names: SizeNames, hidden: int, ratio: int) -> int:
+    """Return the feed-forward width of blocks of a family that tells it in hidden sizes."""
+    width = hidden * ratio
+    return (width * 2 // 3 + 7) // 8 * 8 if names.two_thirds else width
+
+
+def ffn_ratio(names: SizeNames, hidden: int, width: int) -> int:
+    """Return the number of hidden sizes that gives a feed-forward width, or the nearest to it."""
+    return min(range(1, 2 * width // hidden + 2), key=lambda ratio: abs(ffn_width(names, hidden, ratio) - width))
 
 
 def _given(config: "PretrainedConfig", name: str | None) -> Any:
@@ -107,11 +124,13 @@ def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
     return size if isinstance(size, tuple) else (size, size)
 
 
-def _tokens(family: Family, image: int | tuple[int, int] | None, patch: int | tuple[int, int] | None) -> int | None:
+def _tokens(
+    family: Family, image: int | tuple[int, int] | None, patch: int | tuple[int, int] | None, registers: int
+) -> int | None:
     if image is None or patch is None:
         return None
     (height, width), (down, across) = both_sides(image), both_sides(patch)
-    return family.special + (height // down) * (width // across)
+    return family.special + registers + (height // down) * (width // across)
 
 
 def attention_of(config: "PretrainedConfig") -> dict[str, Any]:

@@ -16,6 +16,9 @@ MOST = 1_000_000
 MOST_BLOCKS = 1_000
 """Upper limit of the blocks of a model that runs the same weights again and again: no file is larger for more."""
 
+MOST_PATCHES = 65_536
+"""Upper limit of the patches of an image, where no tensor of the file is as long."""
+
 _COMMON = {name: getattr(SizeNames, name) for name in ("layers", "hidden", "heads", "intermediate")}
 """The library's own names of the sizes, which it takes for those of a family, too."""
 
@@ -25,13 +28,13 @@ def check_sizes(config: Mapping[str, Any], family: Family, path: str) -> None:
 
     config: as written. path: of config.json, for messages.
     """
-    for kind, common in _COMMON.items():
-        names = dict.fromkeys((getattr(family.sizes, kind), common))
+    for kind in _COMMON:
+        names = _names(family, kind)
         given = [name for name in names if name in config]
         if kind == "intermediate" and family.sizes.times is not None and not _is_given(config, family, kind):
             continue
         if not given:
-            raise InputError(f"{path} has no {next(iter(names))}", hint="write the model's own into it")
+            raise InputError(f"{path} has no {names[0]}", hint="write the model's own into it")
         for name in given:
             _check(config, name, path, least=1)
     own = family.sizes
@@ -41,12 +44,13 @@ def check_sizes(config: Mapping[str, Any], family: Family, path: str) -> None:
         raise InputError(
             f"{path} has no {own.vocabulary}", hint="write the rows of the model's word embeddings into it"
         )
-    for name in (own.vocabulary, own.positions, own.embedding, "num_labels", own.types, own.kv_heads, own.head):
-        if name is not None and (config.get(name) is not None or name == own.vocabulary):
-            _check(config, name, path, least=0 if name == own.types else 1)
-    for name in ("num_labels", own.positions):
-        if name is not None and (config.get(name) or 0) > MOST:
-            raise InputError(f"{path}: {name} is {config[name]:,}", hint=f"use at most {MOST:,}")
+    others = (own.positions, own.embedding, "num_labels", own.types, own.kv_heads, own.head, own.registers)
+    for size in (own.vocabulary, *others):
+        if size is not None and (config.get(size) is not None or size == own.vocabulary):
+            _check(config, size, path, least=0 if size in (own.types, own.registers) else 1)
+    for size in ("num_labels", own.positions):
+        if size is not None and (config.get(size) or 0) > MOST:
+            raise InputError(f"{path}: {size} is {config[size]:,}", hint=f"use at most {MOST:,}")
     for name in family.one_of:
         if config.get(name, 1) != 1:
             raise InputError(
@@ -81,7 +85,7 @@ def _check_images(config: Mapping[str, Any], names: SizeNames, path: str) -> Non
         if name not in config:
             raise InputError(f"{path} has no {name}", hint="write the model's own into it")
         value = config[name]
-        both = value if isinstance(value, list) and len(value) == 2 else [value, value]
+        both = _sides(value)
         for side in both:
             if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MOST:
                 raise InputError(
@@ -97,6 +101,10 @@ def _check_images(config: Mapping[str, Any], names: SizeNames, path: str) -> Non
             f"{path}: {image} {size} is not divisible by {patch} {side}",
             hint=f"correct {image} or {patch}: an image is cut into whole patches",
         )
+
+
+def _sides(value: Any) -> tuple[Any, Any]:
+    return (value[0], value[1]) if isinstance(value, list) and len(value) == 2 else (value, value)
 
 
 def check_heads(family: Family, hidden: int, heads: int, where: str) -> None:
@@ -134,10 +142,18 @@ def check_room(
         )
     widest = max((length for shape in shapes.values() for length in shape), default=0)
     sizes = [_size(config, family, "hidden")]
-    if _is_given(config, family, "intermediate"):
+    names = family.sizes
+    if names.ratio is not None:
+        sizes.append((f"two thirds of {sizes[0][0]} times {names.ratio}", sizes[0][1] * config[names.ratio] * 2 // 3))
+    elif _is_given(config, family, "intermediate"):
         sizes.append(_size(config, family, "intermediate"))
-    own = (family.sizes.vocabulary, family.sizes.embedding, family.sizes.types)
+    own = (names.vocabulary, names.embedding, names.types, names.channels, names.registers)
     sizes += [(one, config[one]) for one in own if one is not None and config.get(one)]
+    if names.image is not None and names.patch is not None:
+        (height, width), (down, across) = (_sides(config[name]) for name in (names.image, names.patch))
+        sizes.append((names.patch, max(down, across)))
+        if (patches := height // down * (width // across)) > MOST_PATCHES:
+            sizes.append((f"the number of patches by {names.image} and {names.patch}", patches))
     if (head := family.sizes.head) is not None and config.get(head):
         heads = _size(config, family, "heads")
         sizes.append((f"{heads[0]} times {head}", heads[1] * config[head]))
@@ -156,13 +172,20 @@ def _numbers(family: Family, names: Iterable[str]) -> set[str]:
 
 
 def _is_given(config: Mapping[str, Any], family: Family, kind: str) -> bool:
-    return any(config.get(name) is not None for name in (getattr(family.sizes, kind), _COMMON[kind]))
+    return any(config.get(name) is not None for name in _names(family, kind))
+
+
+def _names(family: Family, kind: str) -> list[str]:
+    """Return the names that a size can have in a configuration, the family's own first."""
+    if kind == "intermediate" and family.sizes.ratio is not None:
+        return [family.sizes.ratio]
+    return list(dict.fromkeys((getattr(family.sizes, kind), _COMMON[kind])))
 
 
 def _size(config: Mapping[str, Any], family: Family, kind: str) -> tuple[str, int]:
     """Return the name that a size has in a configuration, and the size: the largest, where it is there twice."""
-    names = dict.fromkeys((getattr(family.sizes, kind), _COMMON[kind]))
-    return max(((name, config[name]) for name in names if config.get(name) is not None), key=lambda pair: pair[1])
+    given = [(name, config[name]) for name in _names(family, kind) if config.get(name) is not None]
+    return max(given, key=lambda pair: pair[1])
 
 
 def _check(config: Mapping[str, Any], name: str, path: str, *, least: int) -> None:

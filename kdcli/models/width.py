@@ -11,7 +11,7 @@ from kdcli.errors import InputError
 from kdcli.models.blocks import block_matrix, blocks_prefix, scale_queries
 from kdcli.models.families import Family, family_of
 from kdcli.models.fused import weight_of
-from kdcli.models.shape import ModelShape, shape_of
+from kdcli.models.shape import ModelShape, ffn_ratio, ffn_width, shape_of
 from kdcli.models.sizes import check_heads
 from kdcli.recipe.schema import StudentSection
 from kdcli.words import counted
@@ -46,6 +46,9 @@ def width_shape(teacher: ModelShape, family: Family, section: StudentSection) ->
     layers = section.layers if section.layers is not None else teacher.layers
     if isinstance(layers, list):
         raise InputError("a width student takes a number of layers, not a list", where="student.layers")
+    intermediate = section.intermediate_size or round(teacher.intermediate * hidden / teacher.hidden)
+    if family.sizes.ratio is not None:
+        intermediate = _of_ratio(teacher, family, hidden, section.intermediate_size)
     return replace(
         teacher,
         layers=layers,
@@ -53,8 +56,23 @@ def width_shape(teacher: ModelShape, family: Family, section: StudentSection) ->
         heads=heads,
         kv_heads=_kv_heads(teacher, family, section, heads),
         head=head,
-        intermediate=section.intermediate_size or round(teacher.intermediate * hidden / teacher.hidden),
+        intermediate=intermediate,
     )
+
+
+def _of_ratio(teacher: ModelShape, family: Family, hidden: int, wanted: int | None) -> int:
+    """Return the feed-forward width where a family has whole numbers of hidden sizes."""
+    names = family.sizes
+    if wanted is None:
+        return ffn_width(names, hidden, ffn_ratio(names, teacher.hidden, teacher.intermediate))
+    nearest = ffn_width(names, hidden, ffn_ratio(names, hidden, wanted))
+    if nearest != wanted:
+        raise InputError(
+            f"{family.title} has a feed-forward width of whole hidden sizes ({names.ratio}), and {wanted} is none",
+            where="student.intermediate_size",
+            hint=f"use {nearest}",
+        )
+    return wanted
 
 
 def _kv_heads(teacher: ModelShape, family: Family, section: StudentSection, heads: int) -> int:
@@ -84,7 +102,11 @@ def _nearest(whole: int, wanted: float) -> int:
 def set_widths(config: "PretrainedConfig", family: Family, shape: ModelShape) -> None:
     """Give a configuration these widths and heads, in place."""
     names, before = family.sizes, shape_of(config)
-    sizes = {names.hidden: shape.hidden, names.heads: shape.heads, names.intermediate: shape.intermediate}
+    sizes = {names.hidden: shape.hidden, names.heads: shape.heads}
+    if names.intermediate is not None:
+        sizes[names.intermediate] = shape.intermediate
+    if names.ratio is not None:
+        sizes[names.ratio] = ffn_ratio(names, shape.hidden, shape.intermediate)
     sizes |= dict.fromkeys(names.as_hidden, shape.hidden)
     if names.kv_heads is not None:
         sizes[names.kv_heads] = shape.kv_heads
@@ -147,10 +169,23 @@ class _Slices:
         places = torch.tensor(found, dtype=torch.long)
         return places[:, 0], places[:, 1]
 
+    def vectors(self, own: int, given: int) -> int:
+        """Return how many vectors as wide as the blocks lie on an axis of a weight, as where a head reads several."""
+        return vectors_on((given, own), (self.given.hidden, self.own.hidden))
+
     def inside_head(self) -> Places:
         """Return them for one head."""
         places = torch.tensor(head_features(self.config, self.own.head), dtype=torch.long)
         return places[:, 0], places[:, 1]
+
+
+def vectors_on(axis: tuple[int, int], widths: tuple[int, int]) -> int:
+    """Return how many vectors of these widths lie on an axis of so many features; 1 where it is none of them.
+
+    axis, widths: of the teacher and of the student.
+    """
+    times, rest = divmod(axis[1], widths[1])
+    return times if axis[0] != axis[1] and not rest and axis[0] == times * widths[0] else 1
 
 
 def _leading(own: int, given: int) -> Places:
@@ -190,6 +225,9 @@ def slice_into(teacher: "PreTrainedModel", student: "PreTrainedModel", kept: Seq
             own, given = slices.inside_head()
             target[own] = value[given]
         else:
+            for axis in reversed(range(target.ndim)):
+                if (vectors := slices.vectors(target.shape[axis], value.shape[axis])) > 1:
+                    target, value = (tensor.unflatten(axis, (vectors, -1)) for tensor in (target, value))
             window = tuple(slice(0, min(a, b)) for a, b in zip(target.shape, value.shape, strict=True))
             target[window].copy_(value[window])
     for own_block, given_block in blocks.items():

@@ -1,22 +1,188 @@
 """The families that read images: where their matrices are, and that captured signals are the library's own."""
 
+import copy
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
 from families import IMAGES, tiny
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdcli.models.probe import probe_batch
+from kdcli.models.blocks import block_matrix, blocks_of, iter_block_matrices
+from kdcli.models.capture import Capture
+from kdcli.models.counts import count_parameters
+from kdcli.models.families import FAMILIES, family_of
+from kdcli.models.lowrank import LowRankLinear, merge_low_rank
+from kdcli.models.overparam import contract_model, overparameterise
+from kdcli.models.probe import probe, probe_batch
+from kdcli.models.save import save_model
 from kdcli.models.shape import longest_input, shape_of
+from kdcli.models.student import build_student
+from kdcli.objectives.attention import attention_request
+from kdcli.objectives.base import masked_log_softmax, own_keys
+from kdcli.recipe.schema import OverparamSection, StudentSection
+from kdcli.signals import Request, Signals
+from kdcli.tasks.heads import load_model
+from kdcli.tasks.image_classification import KIND
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in IMAGES},
+    "beit-biased": ("beit", {"use_relative_position_bias": True}),
+    "beit-shared": ("beit", {"use_shared_relative_position_bias": True, "use_absolute_position_embeddings": True}),
+    "deit-distilled": ("deit", {"architectures": ["DeiTForImageClassificationWithTeacher"]}),
+    "dinov2-gated": ("dinov2", {"use_swiglu_ffn": True, "mlp_ratio": 3}),
+    "vit-wide": ("vit", {"image_size": [8, 16]}),
+}
+"""Every family, and what its configuration can make of it."""
 
 
-@pytest.fixture(scope="module", params=IMAGES)
+def model_of(case: str, **extra: Any) -> PreTrainedModel:
+    family, settings = CASES[case]
+    model = tiny(family, layers=3, labels=5, **settings, **extra)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        # Positions, class tokens and biases begin as zeros, scales of layers as equal numbers.
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return tiny(request.param, layers=3)
+    return model_of(request.param)
+
+
+def signals_of(model: PreTrainedModel, request: Request) -> Signals:
+    capture = Capture(model, request, KIND)
+    try:
+        with capture:
+            return capture.run(probe_batch(model))
+    finally:
+        capture.close()
 
 
 def test_sizes_have_one_name_in_every_family(model: PreTrainedModel):
     shape = shape_of(model.config)
-    assert (shape.layers, shape.hidden, shape.heads, shape.head) == (3, 32, 4, 8)
-    assert (shape.image, shape.patch, shape.channels) == (16, 4, 3)
+    assert (shape.layers, shape.hidden, shape.heads, shape.head, shape.intermediate) == (3, 32, 4, 8, 64)
+    assert (shape.patch, shape.channels, shape.vocab) == (4, 3, None)
     states = model(**probe_batch(model), output_hidden_states=True).hidden_states
     assert {state.shape for state in states} == {(4, shape.tokens, 32)}
-    assert shape.vocab is None and longest_input(model.config) is None
+    assert longest_input(model.config) is None
+
+
+def test_blocks_hold_the_matrices_and_no_other_linear_map(model: PreTrainedModel):
+    found = dict(iter_block_matrices(model))
+    assert len(found) == 3 * len(family_of(model.config).matrices)
+    sides = {"ffn_in": (64, 32), "ffn_gate": (64, 32), "ffn_out": (32, 64)}
+    for (_, name), matrix in found.items():
+        assert matrix.weight.shape == sides.get(name, (32, 32))
+    linear = {module for module in blocks_of(model).modules() if isinstance(module, nn.Linear)}
+    assert linear == {matrix.module for matrix in found.values()}
+
+
+def test_captured_hidden_states_are_the_librarys(model: PreTrainedModel):
+    with torch.no_grad():
+        signals = signals_of(model, Request(logits=True, hidden=frozenset(range(4))))
+        alone = signals_of(model, Request(hidden=frozenset(range(3))))
+        expected = model(**probe_batch(model), output_hidden_states=True)
+        last = model.base_model(**probe_batch(model)).last_hidden_state
+    assert len(expected.hidden_states) == 4
+    for layer in (0, 1, 2):
+        assert torch.equal(signals.hidden[layer], expected.hidden_states[layer])
+        assert torch.equal(alone.hidden[layer], expected.hidden_states[layer])
+    assert torch.equal(signals.hidden[3], last)
+    assert torch.equal(signals.predictions[0].table, expected.logits)
+
+
+@pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if FAMILIES[name].at_function])
+def test_attention_formed_from_captured_queries_and_keys_is_the_librarys(case: str):
+    model = model_of(case)
+    if family_of(model.config).attention != "dot-product":
+        pytest.skip("the terms of positions are no part of q and k")
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        signals = signals_of(model, attention_request([1, 2, 3]) | Request(logits=True))
+        expected = eager(**probe_batch(model), output_attentions=True)
+    assert model.config._attn_implementation == "sdpa"
+    for layer in (1, 2, 3):
+        found = masked_log_softmax(signals.attention_scores(layer), own_keys(signals.mask, None)).exp()
+        torch.testing.assert_close(found, expected.attentions[layer - 1], atol=1e-5, rtol=1e-5)
+
+
+def test_captured_matrices_are_the_maps_of_their_inputs(model: PreTrainedModel):
+    inputs: dict[str, Tensor] = {}
+    matrices = {name: block_matrix(model, 2, name) for name in family_of(model.config).matrices}
+    hooks = [
+        matrix.module.register_forward_hook(
+            lambda module, given, output, name=name: inputs.__setitem__(name, given[0])  # type: ignore[misc]
+        )
+        for name, matrix in matrices.items()
+    ]
+    signals = signals_of(model, Request(logits=True, matrices=frozenset((2, name) for name in matrices)))
+    for hook in hooks:
+        hook.remove()
+    for name, matrix in matrices.items():
+        torch.testing.assert_close(signals.matrices[(2, name)], matrix.module(inputs[name]), atol=1e-5, rtol=1e-5)
+
+
+def state_shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    return [(key, tuple(value.shape)) for key, value in model.state_dict().items()]
+
+
+def test_full_rank_factors_give_the_same_logits(model: PreTrainedModel, tmp_path: Path):
+    factored = copy.deepcopy(model)
+    for _, matrix in list(iter_block_matrices(factored)):
+        linear: Any = matrix.linear()
+        matrix.replace(LowRankLinear.from_linear(linear, min(linear.weight.shape)))
+    torch.testing.assert_close(probe(factored), probe(model), atol=1e-4, rtol=0)
+    save_model(factored, tmp_path)
+    loaded = load_model(tmp_path)
+    assert torch.equal(probe(loaded), probe(factored))
+    merged = merge_low_rank(loaded)
+    assert state_shapes(merged) == state_shapes(model)
+    torch.testing.assert_close(probe(merged), probe(model), atol=1e-4, rtol=0)
+
+
+def test_a_contracted_model_has_the_keys_the_shapes_and_the_logits_of_before(model: PreTrainedModel, tmp_path: Path):
+    chained = copy.deepcopy(model)
+    report = overparameterise(chained, OverparamSection(length=1))
+    assert [(row.block, row.matrix) for row in report.rows] == [key for key, _ in iter_block_matrices(model)]
+    torch.testing.assert_close(probe(chained), probe(model), atol=1e-4, rtol=0)
+    save_model(chained, tmp_path)
+    loaded = load_model(tmp_path)
+    assert torch.equal(probe(loaded), probe(chained))
+    contracted = contract_model(loaded)
+    assert contracted.after == count_parameters(model) and (contracted.max_abs_difference or 0) < 1e-4
+    assert state_shapes(loaded) == state_shapes(model)
+    torch.testing.assert_close(probe(loaded), probe(model), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["depth", "width"])
+def test_a_student_of_all_blocks_or_of_the_full_width_is_the_teacher(model: PreTrainedModel, form: Any):
+    student = build_student(model, StudentSection(form=form, layers=3), seed=0).model
+    assert type(student) is type(model)
+    assert torch.equal(probe(student), probe(model))
+
+
+def test_a_student_of_some_blocks_has_all_that_stands_in_them(model: PreTrainedModel):
+    student = build_student(model, StudentSection(form="depth", layers=[0, 2]), seed=0).model
+    given, own = blocks_of(model)[2].state_dict(), blocks_of(student)[1].state_dict()
+    assert list(own) == list(given) and all(torch.equal(own[key], given[key]) for key in own)
+    assert probe(student).shape == (4, 5)
+
+
+def test_a_narrower_student_has_the_leading_features_of_every_vector(model: PreTrainedModel):
+    student = build_student(model, StudentSection(form="width", hidden_size=16), seed=0).model
+    shape = shape_of(student.config)
+    assert (shape.hidden, shape.heads, shape.head, shape.intermediate) == (16, 2, 8, 32)
+    given = model.state_dict()
+    for key, own in student.state_dict().items():
+        teacher = given[key]
+        if own.ndim and teacher.shape[-1] == 64 and own.shape[-1] == 32 and "classifier" in key:
+            # A head that reads two vectors reads the beginnings of both.
+            own, teacher = own.unflatten(-1, (2, 16)), teacher.unflatten(-1, (2, 32))
+        assert torch.equal(own, teacher[tuple(slice(0, size) for size in own.shape)]), key
+    assert probe(student).shape == (4, 5)

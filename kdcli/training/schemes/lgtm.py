@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 from kdcli.data.rows import array_of
 from kdcli.errors import InputError
 from kdcli.machine import resolve_precision
-from kdcli.models.classes import final_classifier, final_classifier_name
+from kdcli.models.classes import classifier_names, classifiers
 from kdcli.models.inputs import model_inputs
 from kdcli.models.overparam import linears_of, overparameterise
 from kdcli.objectives.gold import gold_loss
@@ -116,7 +116,7 @@ class LGTMScheme(Scheme):
             )
         if self.learning.zero_classifiers:
             for model in (student, teacher):
-                if final_classifier_name(model) is None:
+                if not classifier_names(model):
                     raise InputError(
                         f"{type(model).__name__} has no linear classifier at its end",
                         where="method.zero_classifiers",
@@ -141,8 +141,9 @@ class LGTMScheme(Scheme):
         self._teacher = copy.deepcopy(start).eval().requires_grad_(True)
         if self.learning.zero_classifiers:
             for model in (setting.student, self._teacher):
-                for parameter in final_classifier(model).parameters():
-                    nn.init.zeros_(parameter)
+                for classifier in classifiers(model):
+                    for parameter in classifier.parameters():
+                        nn.init.zeros_(parameter)
         self._trained = None
         if setting.overparam is not None:
             # Every block of the teacher can be some student block's pattern, whichever of these are chains. What the
