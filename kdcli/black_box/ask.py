@@ -14,6 +14,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from datasets import Dataset
 
 from kdcli.errors import InputError, cut
@@ -116,7 +117,8 @@ class LocalModel:
             owner="the teacher",
             device=self.device,
         )
-        return [int(answer) for answer in answers]
+        # Of classes that are ranked the first.
+        return [int(answer) for answer in np.asarray(answers).reshape(count, -1)[:, 0]]
 
 
 def number_of(texts: Mapping[str, list[str]]) -> int:

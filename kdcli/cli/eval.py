@@ -79,6 +79,10 @@ def evaluate(
     ] = None,
     fail_under: FailUnder = None,
     fail_under_retention: FailUnderRetention = None,
+    by_class: Annotated[
+        bool,
+        typer.Option("--by-class", help="Show precision, recall and F1 of each class, which --json always has."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
     """Score a model on a task.
@@ -143,8 +147,10 @@ def evaluate(
             of_type=of_type,
             changes=set_ or (),
         )
+    from rich.console import Group
     from rich.table import Table
 
+    from kdcli.cli import render
     from kdcli.cli.choose import length_for, load_contestant
     from kdcli.distill.record import finished
     from kdcli.evaluation.result import labelled, mean_over_sets
@@ -152,7 +158,9 @@ def evaluate(
     from kdcli.gates import Limits
     from kdcli.models.finite import at_fault
     from kdcli.tasks.base import Owner
+    from kdcli.tasks.by_class import ByClass, plain_by_class
     from kdcli.tasks.heads import check_head, kind_of_model, typed_for
+    from kdcli.tasks.kind import TaskKind
     from kdcli.tasks.load import load_rows, load_task
     from kdcli.tasks.metrics import is_error, names_of, retention_of, shown, shown_of
     from kdcli.terminal import stderr
@@ -180,6 +188,8 @@ def evaluate(
             where="--task",
             hint="give the --task NAME of a set with gold answers, or --data FILE",
         )
+    if by_class and type(loaded.kind).by_class is TaskKind.by_class:
+        raise InputError(f"a task of type {loaded.kind.name} has no classes", where="--by-class")
     for note in loaded.notes:
         info(f"note: {note}")
     models = {"student" if teacher else "score": (choice.model, contestant, processor)}
@@ -190,6 +200,7 @@ def evaluate(
             called["--teacher"] = named
     document: dict = {"task": loaded.name, "primary": loaded.primary, "metrics": {}}
     scores: dict[str, float] = {}
+    classes: dict[str, ByClass] = {}
     fewer: dict[str, dict[str, int]] = {}
     for role, (name, one, words) in models.items():
         limit = length_for(one.config, name, max_length, section.max_length)
@@ -213,7 +224,11 @@ def evaluate(
             info(f"note: {note}" if teacher is None else f"note: {role}: {note}")
         with at_fault(place):
             options: dict[str, Any] = {"max_length": limit, "owner": name, "console": stderr()}
-            values = evaluate_model(aligned, words, loaded, batch_size=batch_size, **options)
+            each: ByClass = {}
+            values = evaluate_model(aligned, words, loaded, batch_size=batch_size, by_class=each, **options)
+        if each:
+            classes[role] = each
+            document["by_class" if role != "teacher" else "teacher_by_class"] = plain_by_class(each)
         fewer = fewer or loaded.fewer(words, limit)
         scores[role] = primary_score(values, loaded.primary)
         document["metrics" if role != "teacher" else "teacher_metrics"] = values
@@ -241,5 +256,6 @@ def evaluate(
         table.add_row(f"{metric} (mean of {len(loaded.report)} sets)", *cells)
     limits = Limits(fail_under, fail_under_retention)
     gates = limits.gates(loaded.primary, score, document.get("retention"), error=is_error(loaded.primary))
-    emit({**document, "gates": [gate.to_json() for gate in gates]}, table=table, as_json=as_json)
+    shown_tables = Group(table, *(render.by_class(classes) if by_class else []))
+    emit({**document, "gates": [gate.to_json() for gate in gates]}, table=shown_tables, as_json=as_json)
     return settle(gates)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kdcli.export.latency import LatencyReport
     from kdcli.models.overparam import ContractReport, OverparamReport
     from kdcli.recipe.fields import Entry
+    from kdcli.tasks.by_class import ByClass
 
 
 def scores(result: "Result") -> Table:
@@ -61,6 +62,21 @@ def _teacher_beside_student(result: "Result") -> Table:
     row("parameters", "{:,}".format, [side.parameters for side in known.values()])
     row("megabytes", "{:.1f}".format, [side.megabytes for side in known.values()])
     return table
+
+
+def by_class(sides: "Mapping[str, ByClass]") -> list[Table]:
+    """Return a table of the classes of each report set. sides: each model's scores, by what it is called."""
+    from kdcli.evaluation.result import tables_by_class
+
+    tables = []
+    for name, (head, *rows) in tables_by_class(sides).items():
+        table = Table(title=name, title_style="", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for place, column in enumerate(head):
+            table.add_column(column, justify="right" if place else "left", overflow="fold")
+        for cells in rows:
+            table.add_row(*map(Text, cells))
+        tables.append(table)
+    return tables
 
 
 def _after_finetuning(result: "Result", loss: "Loss") -> Table:

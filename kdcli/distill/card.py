@@ -1,14 +1,19 @@
 """The model card that a run writes beside its student."""
 
+from collections.abc import Mapping
+
 import yaml
 
 from kdcli.distill.record import FinishedRun, TaskRecord
-from kdcli.evaluation.result import Loss
+from kdcli.evaluation.result import Loss, Side, tables_by_class
 from kdcli.markdown import code, escaped, table_row
 from kdcli.models.heads import Head
 from kdcli.tasks.heads import head_named
 from kdcli.tasks.metrics import is_error, names_of, shown, shown_of
 from kdcli.words import counted
+
+MOST_CLASSES = 50
+"""Classes that a card shows one by one."""
 
 
 def model_card(record: FinishedRun) -> str:
@@ -63,7 +68,7 @@ A smaller transformer for the task {code(task.name)}, distilled with kdcli {reco
 {_fell(result.loss)}
 
 {rows}
-{kept}
+{kept}{_by_class(sides)}
 ## Loading
 
 ```python
@@ -79,6 +84,20 @@ is one sample of the training's randomness.
 
 {escaped(method.paper)}
 """
+
+
+def _by_class(sides: Mapping[str, Side]) -> str:
+    """Return the section with the scores of each class; nothing where a task has no classes."""
+    found = {name: side.by_class for name, side in sides.items() if side.by_class}
+    if not found:
+        return ""
+    lines = ["", "## By class", ""]
+    for name, (head, *rows) in tables_by_class(found, most=MOST_CLASSES).items():
+        every = max(len(side[name]) for side in found.values())
+        left_out = f": the {len(rows)} of {every:,} classes with the lowest F1" if len(rows) < every else ""
+        lines += [f"{escaped(name)}{left_out}", "", table_row(head), table_row(["---", *["---:"] * (len(head) - 1)])]
+        lines += [*(table_row([escaped(cells[0]), *cells[1:]]) for cells in rows), ""]
+    return "\n".join(lines)
 
 
 def _parts(task: TaskRecord) -> str:

@@ -1,6 +1,7 @@
 """The scores of a run: its teacher's before anything is distilled, and its student's beside them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from kdcli.evaluation.result import Loss, Metrics, Result
 from kdcli.evaluation.score import calibrate, describe_model, evaluate_model, primary_score
 from kdcli.models.finite import at_fault
 from kdcli.tasks.base import Task
+from kdcli.tasks.by_class import ByClass
 from kdcli.tasks.predict import predict
 from kdcli.terminal import warn
 from kdcli.training.generated import generate_together
@@ -21,25 +23,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def score_teacher(job: Job, task: Task, teacher: Teacher) -> Metrics:
+@dataclass(frozen=True)
+class Scores:
+    """What a model scores on each report set, and on each class of it."""
+
+    metrics: Metrics = field(default_factory=dict)
+    by_class: ByClass = field(default_factory=dict)
+
+
+def score_teacher(job: Job, task: Task, teacher: Teacher) -> Scores:
     """Return the teacher's scores; none on plain text, nor of a black box. Warns of one that has learnt nothing."""
     if task.scored_by_loss or not teacher.known:
-        return {}
+        return Scores()
     # Many students have the same teacher: what it predicts for the report sets is cached like all its predictions.
     use_cache = bool(job.recipe.teacher.cache)
     kept = partial(cached_predictions, use_cache=use_cache, console=job.console)
     ask = kept if task.kind.outputs_are_kept else predict
     with at_fault("teacher.model"):
         scores = _scores(job, teacher.model, teacher.processor, task, ask, "the teacher", use_cache=use_cache)
-    score = primary_score(scores, task.primary)
+    score = primary_score(scores.metrics, task.primary)
     doubt = task.kind.doubt(score, list(task.report.values()), task.label_names, task.primary)
     if doubt is not None:
         warn(job.console, f"the teacher scores {task.primary} {score:.4f}, {doubt}")
     return scores
 
 
-def score_student(job: Job, task: Task, teacher: Teacher, metrics: Metrics, student: Distilled) -> Result:
-    """Return the result of a run: the student beside its teacher. metrics: the teacher's.
+def score_student(job: Job, task: Task, teacher: Teacher, scores: Scores, student: Distilled) -> Result:
+    """Return the result of a run: the student beside its teacher. scores: the teacher's.
 
     On plain text the student has a held-out loss, and the scores of what is fine-tuned from it.
     """
@@ -60,10 +70,11 @@ def score_student(job: Job, task: Task, teacher: Teacher, metrics: Metrics, stud
         owner="the student",
         device=job.recipe.train.device,
     )
+    own = _scores(job, student.model, student.processor, task)
     return Result(
         task.primary,
-        describe_model(teacher.model, task, metrics) if teacher.known else None,
-        describe_model(student.model, task, _scores(job, student.model, student.processor, task)),
+        describe_model(teacher.model, task, scores.metrics, scores.by_class) if teacher.known else None,
+        describe_model(student.model, task, own.metrics, own.by_class),
         task.scored,
         fewer=task.fewer(student.processor, job.recipe.task.max_length),
     )
@@ -78,8 +89,9 @@ def _scores(
     owner: str = "the student",
     *,
     use_cache: bool = False,
-) -> Metrics:
-    return evaluate_model(
+) -> Scores:
+    by_class: ByClass = {}
+    metrics = evaluate_model(
         model,
         processor,
         task,
@@ -90,7 +102,9 @@ def _scores(
         device=job.recipe.train.device,
         generate=partial(generate_together, use_cache=use_cache),
         console=job.console,
+        by_class=by_class,
     )
+    return Scores(metrics, by_class)
 
 
 def held_out_loss(training: list[dict[str, Any]], parts: Sequence[str] = ()) -> Loss:

@@ -1,17 +1,23 @@
 """The result of a run: what its models score, how large they are, how much was kept. Read by attribute everywhere."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import mean
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from kdcli.tasks.metrics import names_of, retention_of
+from kdcli.tasks.by_class import ByClass, ClassScores
+from kdcli.tasks.metrics import names_of, retention_of, shown
 from kdcli.words import counted
 
 Score = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A score; JSON has no NaN, and so null stands for it."""
+
+SCORES_OF_CLASS = ("precision", "recall", "F1")
+NO_ANSWER = ClassScores(0, 0.0, 0.0, 0.0)
+"""Of a class without rows, which a model never answers with."""
 
 Metrics = dict[str, dict[str, Score]]
 """{report set: {metric: score}}"""
@@ -22,12 +28,14 @@ class Side:
     """One model of a result: its parameters, megabytes (10^6 bytes, as its file stores them), and its scores.
 
     score: the first metric, mean over the report sets; None where the model was not scored, and has no metrics.
+    by_class: of a classifier.
     """
 
     parameters: int
     megabytes: float
     metrics: Metrics
     score: float | None
+    by_class: ByClass = field(default_factory=dict)
 
     @property
     def mean(self) -> dict[str, float]:
@@ -35,7 +43,8 @@ class Side:
         return mean_over_sets(self.metrics)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), **({"mean": self.mean} if self.mean else {})}
+        found = {name: value for name, value in asdict(self).items() if name != "by_class" or value}
+        return {**found, **({"mean": self.mean} if self.mean else {})}
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,28 @@ def mean_over_sets(metrics: Metrics) -> dict[str, float]:
     first, *others = metrics.values()
     shared = [name for name in names_of(first) if all(name in values for values in others)]
     return {name: mean(values[name] for values in metrics.values()) for name in shared}
+
+
+def tables_by_class(sides: Mapping[str, ByClass], most: int | None = None) -> dict[str, list[list[str]]]:
+    """Return for each report set a table of its classes, the heading first: their rows, and each model's scores.
+
+    sides: of each model, by what it is called. most: of more classes than these, those where the last model has the
+    lowest F1.
+    """
+    tables = {}
+    *_, last = sides.values()
+    for name, classes in last.items():
+        # A class without rows is told where some model answers with it.
+        labels = list(dict.fromkeys(label for side in sides.values() for label in side[name]))
+        if most is not None and len(labels) > most:
+            labels = sorted(sorted(classes, key=lambda label: classes[label].f1)[:most], key=labels.index)
+        rows = [["class", "examples", *(f"{score} {side}" for score in SCORES_OF_CLASS for side in sides)]]
+        for label in labels:
+            own = [side[name].get(label, NO_ANSWER) for side in sides.values()]
+            cells = (shown(score, getattr(one, score.lower())) for score in SCORES_OF_CLASS for one in own)
+            rows.append([label, f"{max(one.support for one in own):,}", *cells])
+        tables[name] = rows
+    return tables
 
 
 def labelled(metric: str, name: str, rows: int | None, fewer: dict[str, int] | None = None) -> str:

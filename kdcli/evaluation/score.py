@@ -10,6 +10,7 @@ from kdcli.evaluation.result import Side
 from kdcli.models.counts import count_parameters
 from kdcli.models.save import stored_type
 from kdcli.tasks.base import Task
+from kdcli.tasks.by_class import ByClass, ClassScores
 from kdcli.tasks.parts import pairs_of
 from kdcli.tasks.predict import predict
 
@@ -30,16 +31,19 @@ def evaluate_model(
     device: str = "auto",
     generate: Callable[..., list[list[int]]] | None = None,
     console: "Console | None" = None,
+    by_class: ByClass | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return {report set: {metric: value}} of a PyTorch model or an `OnnxModel`, its outputs in the task's order.
 
     ask: called as `predict` is, and returns what it does; the way to outputs that are there already. owner, device: as
     in `predict`. generate: the same for texts that a model writes, as in `TaskKind.evaluate`.
-    console: is told of progress, where answers take long.
+    console: is told of progress, where answers take long. by_class: takes the scores of each class, if it has any.
     Raises NotFiniteError when its outputs contain NaN or inf.
     """
-    return {
-        name: task.kind.evaluate(
+    found = {}
+    for name, rows in task.report.items():
+        each: dict[str, ClassScores] = {}
+        found[name] = task.kind.evaluate(
             model,
             rows,
             processor,
@@ -52,9 +56,11 @@ def evaluate_model(
             device=device,
             generate=generate,
             console=console,
+            by_class=each,
         )
-        for name, rows in task.report.items()
-    }
+        if each and by_class is not None:
+            by_class[name] = each
+    return found
 
 
 def calibrate(model: Any, processor: Any, task: Task, *, owner: str, **options: Any) -> dict[str, Any]:
@@ -105,10 +111,15 @@ def primary_score(scores: dict[str, dict[str, float]], primary: str) -> float:
     return float(np.mean([values[primary] for values in scores.values()]))
 
 
-def describe_model(model: Any, task: Task | None = None, metrics: dict[str, dict[str, float]] | None = None) -> Side:
+def describe_model(
+    model: Any,
+    task: Task | None = None,
+    metrics: dict[str, dict[str, float]] | None = None,
+    by_class: ByClass | None = None,
+) -> Side:
     """Return a model's sizes and, where it was scored on a task, its scores."""
     parameters = count_parameters(model)
     megabytes = round(parameters * stored_type(model).itemsize / 1e6, 3)
     if task is None or metrics is None:
         return Side(parameters, megabytes, {}, None)
-    return Side(parameters, megabytes, metrics, primary_score(metrics, task.primary))
+    return Side(parameters, megabytes, metrics, primary_score(metrics, task.primary), by_class or {})

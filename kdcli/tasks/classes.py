@@ -2,12 +2,14 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from kdcli.data.columns import Columns
 from kdcli.models.classes import class_names_of
+from kdcli.tasks.by_class import ClassScores, class_scores
 from kdcli.tasks.kind import Fields
 from kdcli.tasks.labelled import LabelledKind, gold
 from kdcli.tasks.labels import (
@@ -33,6 +35,12 @@ if TYPE_CHECKING:
     from kdcli.tasks.base import Owner
 
 
+RANKS = 5
+"""How many of the best classes a score may look at."""
+TOP = f"top{RANKS}_accuracy"
+"""The share of rows whose class is among them."""
+
+
 SCRIPT = """\
 labels = json.load(open(f"{sys.path[0]}/config.json", encoding="utf-8"))["id2label"]
 for row in logits:
@@ -55,7 +63,7 @@ class ClassesKind(LabelledKind):
     """One class out of several."""
 
     ranks = True
-    metrics = ("accuracy", "f1", "mcc", "balanced_accuracy")
+    metrics = ("accuracy", "f1", "mcc", "balanced_accuracy", TOP)
     usual_metrics = ("accuracy", "f1")
 
     @property
@@ -82,6 +90,11 @@ class ClassesKind(LabelledKind):
         found = named_labels(enumerate(label_column(columns, fields.label, source), 1), known, source, notes)
         return labels_of_model(found, known, config, source, names)
 
+    def metrics_for(self, labels: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return all metrics; of the best few classes only where there are more than these."""
+        fits = partial(filter, lambda name: name != TOP or len(labels) > RANKS)
+        return tuple(fits(self.metrics)), tuple(fits(self.usual_metrics))
+
     def strata(self, rows: "pa.Table") -> "np.ndarray":
         return gold(rows)
 
@@ -101,8 +114,9 @@ class ClassesKind(LabelledKind):
         return align_outputs(model, labels, owner, names)
 
     def decode(self, outputs: dict[str, Any], features: "Dataset", rows: "Dataset") -> "np.ndarray":
-        """Return the class numbers, (n,)."""
-        return outputs["logits"].argmax(-1)
+        """Return the class numbers of the few largest logits, the largest first, (n, at most 5)."""
+        # Of equal logits the first class, as argmax has it.
+        return (-outputs["logits"]).argsort(-1, kind="stable")[:, :RANKS]
 
     def replies(
         self, model: Any, rows: "Dataset", processor: Any, *, top: int | None = None, **options: Any
@@ -126,7 +140,14 @@ class ClassesKind(LabelledKind):
         self, answers: "np.ndarray", rows: "Dataset", labels: Sequence[str], metrics: Sequence[str]
     ) -> dict[str, float]:
         truth = gold(rows).astype("int64")
-        return {name: METRICS[name](answers, truth, len(labels)) for name in metrics}
+        return {name: METRICS[name](_ranked(answers), truth, len(labels)) for name in metrics}
+
+    def by_class(self, answers: "np.ndarray", rows: "Dataset", labels: Sequence[str]) -> dict[str, ClassScores]:
+        import numpy as np
+
+        truth, best = gold(rows).astype("int64"), _ranked(answers)[:, 0]
+        counts = (np.bincount(numbers, minlength=len(labels)) for numbers in (truth, best, truth[truth == best]))
+        return class_scores(labels, *counts)
 
     def chance(self, sets: "Sequence[Dataset]", labels: Sequence[str], metric: str) -> float:
         """Return the best that one answer for everything reaches."""
@@ -135,11 +156,20 @@ class ClassesKind(LabelledKind):
         truths = [gold(rows).astype(np.int64) for rows in sets]
         # Class 1 is what F1 asks for; elsewhere the best constant is a set's largest class.
         answers = {1, *(int(np.bincount(truth).argmax()) for truth in truths)}
+        # Behind it the largest of all sets together.
+        shares = np.mean([np.bincount(truth, minlength=len(labels)) / len(truth) for truth in truths], axis=0)
+        order = np.argsort(-shares, kind="stable")
+        rankings = [np.array([answer, *order[order != answer]])[:RANKS] for answer in (*answers, order[0])]
         measure = METRICS[metric]
         return max(
-            float(np.mean([measure(np.full_like(truth, answer), truth, len(labels)) for truth in truths]))
-            for answer in answers
+            float(np.mean([measure(np.tile(ranking, (len(truth), 1)), truth, len(labels)) for truth in truths]))
+            for ranking in rankings
         )
+
+
+def _ranked(answers: "np.ndarray") -> "np.ndarray":
+    """Return answers, (n, classes that are ranked); a kind made from this one may answer with one class, (n,)."""
+    return answers.reshape(len(answers), -1)
 
 
 def _f1(answers: "np.ndarray", truth: "np.ndarray", classes: int) -> float:
@@ -167,9 +197,10 @@ def _balanced_accuracy(answers: "np.ndarray", truth: "np.ndarray") -> float:
 
 
 METRICS: "dict[str, Callable[[np.ndarray, np.ndarray, int], float]]" = {
-    "accuracy": lambda p, y, _: float((p == y).mean()),
-    "f1": _f1,
-    "mcc": lambda p, y, _: _mcc(p, y),
-    "balanced_accuracy": lambda p, y, _: _balanced_accuracy(p, y),
+    "accuracy": lambda p, y, _: float((p[:, 0] == y).mean()),
+    "f1": lambda p, y, classes: _f1(p[:, 0], y, classes),
+    "mcc": lambda p, y, _: _mcc(p[:, 0], y),
+    "balanced_accuracy": lambda p, y, _: _balanced_accuracy(p[:, 0], y),
+    TOP: lambda p, y, _: float((p == y[:, None]).any(1).mean()),
 }
-"""Functions of answers, labels and the number of classes."""
+"""Functions of the best classes, labels and the number of classes."""

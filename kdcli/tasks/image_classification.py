@@ -10,7 +10,7 @@ from kdcli.data.columns import Columns, need_column
 from kdcli.errors import InputError
 from kdcli.models.heads import IMAGE_CLASSIFICATION
 from kdcli.recipe.schema import TaskSection
-from kdcli.tasks.classes import ClassesKind, ClassFields
+from kdcli.tasks.classes import TOP, ClassesKind, ClassFields
 from kdcli.tasks.image_augment import AugmentFields, told
 from kdcli.tasks.kind import Encoded
 
@@ -50,6 +50,7 @@ class ImageClassification(ClassesKind):
     head = IMAGE_CLASSIFICATION
     fields = ImageFields
     provides = frozenset({"labels", "classes", "one-per-example", "images"})
+    usual_metrics = ("accuracy", TOP, "f1")
 
     def with_fields(self, fields: Any) -> "ImageClassification":
         own = copy(self)

@@ -263,6 +263,7 @@ class Instruct(GeneratingKind):
         ask: Any,
         generate: "Callable[..., list[list[int]]] | None" = None,
         console: "Console | None" = None,
+        by_class: Any = None,
         **options: Any,
     ) -> dict[str, float]:
         """Return the scores of the texts that a model writes, and those of its losses on the right responses.

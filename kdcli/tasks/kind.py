@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kdcli.objectives.distribution import Distribution
     from kdcli.signals import Prediction
     from kdcli.tasks.base import Owner, Task
+    from kdcli.tasks.by_class import ClassScores
 
 CAPABILITIES = {
     "labels": "gold labels",
@@ -387,6 +388,10 @@ class TaskKind(ABC):
         """Return the named metrics of answers to rows, and others that belong to one of them (`f1/person`)."""
         raise NotImplementedError(f"{self.name} is scored by its loss")
 
+    def by_class(self, answers: Any, rows: "Dataset", labels: Sequence[str]) -> "dict[str, ClassScores]":
+        """Return the scores of each class by itself; none where rows have no classes."""
+        return {}
+
     def evaluate(
         self,
         model: Any,
@@ -399,14 +404,18 @@ class TaskKind(ABC):
         ask: Any,
         generate: "Callable[..., list[list[int]]] | None" = None,
         console: "Console | None" = None,
+        by_class: "dict[str, ClassScores] | None" = None,
         **options: Any,
     ) -> dict[str, float]:
         """Return the named metrics of a model on rows, as `score` does. ask, options: as in `answers`.
 
+        by_class: takes the scores of each class, where the kind has classes.
         generate: does what `kdcli.models.generation.generate` does, on a `device`; for kinds whose models write texts.
         console: is told of progress, where answers take long.
         """
         answers = self.answers(model, rows, processor, max_length=max_length, ask=ask, **options)
+        if by_class is not None:
+            by_class |= self.by_class(answers, rows, labels)
         return self.score(answers, rows, labels, metrics)
 
     def calibrate(self, model: Any, rows: "Dataset", processor: Any, **options: Any) -> dict[str, Any]:

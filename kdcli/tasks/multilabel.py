@@ -10,6 +10,7 @@ from kdcli.data.columns import Column, Columns, is_missing, need_column
 from kdcli.errors import InputError, cut
 from kdcli.models.classes import class_names_of
 from kdcli.recipe.schema import TaskSection
+from kdcli.tasks.by_class import ClassScores, class_scores
 from kdcli.tasks.labelled import gold
 from kdcli.tasks.labels import (
     align_outputs,
@@ -216,6 +217,10 @@ class MultiLabel(TextKind):
     ) -> dict[str, float]:
         truth = gold(rows) > 0.5
         return {name: METRICS[name](answers, truth) for name in metrics}
+
+    def by_class(self, answers: Answers, rows: "Dataset", labels: Sequence[str]) -> dict[str, ClassScores]:
+        truth = gold(rows) > 0.5
+        return class_scores(labels, *(table.sum(0) for table in (truth, answers.chosen, truth & answers.chosen)))
 
     def calibrate(self, model: Any, rows: "Dataset", processor: Any, **options: Any) -> dict[str, Any]:
         """Return the thresholds of the labels with the best micro-F1 on these rows.

@@ -34,6 +34,13 @@ def broken_toml(world: World) -> list[str]:
     return ["distill", world.write("recipe.toml", 'task = "sst2"\nmethod = \n')]
 
 
+@case("--by-class", "regression has no classes")
+def classes_of_a_regression(world: World) -> list[str]:
+    world.model("regressor")
+    data = world.csv("numbers.csv", [(text, str(number / 8)) for number, (text, _) in enumerate(ROWS)])
+    return ["eval", "teacher", "--data", data, "--text", "text", "--by-class"]
+
+
 @case("recipe.toml:18: train.colour", "unknown field", "known here")
 def unknown_key(world: World) -> list[str]:
     return ["distill", world.recipe(train={"max_steps": 1, "colour": "red"})]

@@ -223,6 +223,23 @@ def test_eval_scores_the_newest_run_as_distill_did(after: World, finished: tuple
     assert by_name.json["metrics"] == outcome.json["metrics"]
 
 
+def test_eval_shows_each_class_as_the_run_and_its_card_have_it(after: World, finished: tuple[Path, Outcome]):
+    beside = after.call("eval", "--teacher", "teacher", "--json").json
+    [classes] = beside["by_class"].values()
+    assert set(classes) == {"no", "yes"} and sum(one["support"] for one in classes.values()) > 0
+    for side, key in (("student", "by_class"), ("teacher", "teacher_by_class")):
+        assert beside[key] == finished[1].json[side]["by_class"]
+    card = (after.folder / "runs" / "recipe" / "student" / "README.md").read_text(encoding="utf-8")
+    table = after.call("eval", "--by-class").out
+    for label, one in classes.items():
+        [line] = [line for line in table.splitlines() if line.split()[:1] == [label]]
+        cells = [f"{100 * one[score]:.2f}" for score in ("precision", "recall", "f1")]
+        assert line.split() == [label, str(one["support"]), *cells]
+        [row] = [line for line in card.splitlines() if line.startswith(f"| {label} |")]
+        assert row.split(" | ")[3::2] == [*cells[:2], f"{cells[2]} |"]
+    assert "precision" not in after.call("eval").out
+
+
 @pytest.mark.parametrize(
     ("gate", "code"),
     [

@@ -64,7 +64,10 @@ def test_names_in_a_card_are_read_as_they_stand(record: FinishedRun):
     assert NAME in [span.text for span in body.iter("code")]
     items = ["".join(item.itertext()).strip() for item in body.iter("li")]
     assert f"teacher: {EVIL}" in items and any(EVIL in item for item in items if item.startswith("data: "))
-    assert {len(line) for line in body.iter("tr")} == {3}
+    assert {len(line) for line in body.iter("tr")} == {3, 8}
+    # The classes, with precision, recall and F1 of both models.
+    classes = ["".join(line[0].itertext()) for line in body.iter("tr") if len(line) == 8]
+    assert classes == ["class", EVIL, "good"]
 
 
 def test_the_front_matter_of_a_card_is_data(record: FinishedRun):

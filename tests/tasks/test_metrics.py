@@ -159,7 +159,7 @@ def test_a_set_with_one_class_alone_is_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = scores(CLASSIFICATION, CLASSIFICATION.metrics, logits_of([1, 1, 1], 2), [1, 1, 1])
-    assert found == {"accuracy": 1.0, "f1": 1.0, "mcc": 0.0, "balanced_accuracy": 1.0}
+    assert found == {"accuracy": 1.0, "f1": 1.0, "mcc": 0.0, "balanced_accuracy": 1.0, "top5_accuracy": 1.0}
 
 
 @pytest.mark.parametrize(
