@@ -143,10 +143,11 @@ def _loading(head: Head, *, plain: bool) -> str:
             'model = SentenceTransformer("FOLDER")\n'
             'embeddings = model.encode(["a text", "another one"])'
         )
+    reader, auto = ("processor", "AutoImageProcessor") if head.reads == "images" else ("tokenizer", "AutoTokenizer")
     return (
-        f"{needed}from transformers import {head.auto}, AutoTokenizer\n\n"
+        f"{needed}from transformers import {head.auto}, {auto}\n\n"
         f'model = {head.auto}.from_pretrained("FOLDER")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+        f'{reader} = {auto}.from_pretrained("FOLDER")'
     )
 
 

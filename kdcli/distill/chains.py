@@ -15,6 +15,7 @@ from kdcli.distill.teacher import Teacher
 from kdcli.models.counts import count_parameters
 from kdcli.models.factoriser import Factoriser
 from kdcli.models.importance import most_important, zeroing_importance
+from kdcli.models.inputs import main_input
 from kdcli.models.overparam import (
     OverparamReport,
     candidates,
@@ -143,13 +144,13 @@ def _importance(
     job: Job, task: Task, teacher: Teacher, follower: Follower, section: OverparamSection, build: StudentBuild
 ) -> dict[MatrixKey, float]:
     """Return how much the loss of the gold answers of some training rows changes without each matrix."""
-    batches = sample_batches(task, teacher.processor, MEASURED, job, tokens=MEASURED_TOKENS)
-    total = sum(len(batch["input_ids"]) for batch in batches)
+    batches = sample_batches(task, teacher.processor, build.model, MEASURED, job, tokens=MEASURED_TOKENS)
+    total = sum(len(main_input(batch)) for batch in batches)
     of_model = task_loss(build.model, task, follower.context)
     with placed(build.model, job.resolved.loop.device) as device, of_model as of_batch:
         moved = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
         def loss() -> Tensor:
-            return torch.stack([of_batch(batch) * (len(batch["input_ids"]) / total) for batch in moved]).sum()
+            return torch.stack([of_batch(batch) * (len(main_input(batch)) / total) for batch in moved]).sum()
 
         return zeroing_importance(candidates(build.model, section), loss)

@@ -68,12 +68,15 @@ def memory_of_step(
 ) -> Memory:
     """Return what each of `processes` needs for a step of its part of a batch, all of its texts `max_length` long.
 
+    An image has as many tokens as each model makes of it.
+
     teacher: None where none runs. student: as it is trained, with its chains. Both may be on the meta device.
     What a method generates, and tables that an objective forms of every two tokens, are not counted.
     """
     recipe = resolved.recipe
     rows = max(1, loop.batch_size // loop.gradient_accumulation // processes)
-    length = math.ceil(recipe.task.max_length / 8) * 8
+    longest = math.ceil(recipe.task.max_length / 8) * 8
+    length = shape_of(student.config).tokens or longest
     tokens = rows * length
     half = resolve_precision(loop.precision, loop.device) == "bf16"
     element = 2 if half else FLOAT
@@ -86,9 +89,8 @@ def memory_of_step(
         parts["teacher weights"], spread = _teacher_weights(teacher, processes, loop.device)
         shape = shape_of(teacher.config)
         # One block at a time, and what is compared of all of them.
-        parts["teacher's states"] = (
-            tokens * element * (_block_width(teacher, shape, 0, on_gpu, half) + _captured(asked, shape))
-        )
+        width = _block_width(teacher, shape, 0, on_gpu, half) + _captured(asked, shape)
+        parts["teacher's states"] = rows * (shape.tokens or longest) * element * width
     share = processes if sharded else 1
     halved = half and not is_overparameterised(student)
     parts["student weights"] = FLOAT * count // share

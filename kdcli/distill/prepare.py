@@ -33,10 +33,9 @@ from kdcli.methods.base import Context, Stage, Term
 from kdcli.models.blocks import iter_block_matrices
 from kdcli.models.families import family_of
 from kdcli.models.heads import BASE, Head, Labelling
-from kdcli.models.load import check_same_tokens
 from kdcli.models.overparam import check_chains
-from kdcli.models.processors import check_processor
-from kdcli.models.shape import check_lengths
+from kdcli.models.processors import check_processor, check_same_reading
+from kdcli.models.shape import check_lengths, token_counts
 from kdcli.models.student import StudentBuild, build_student
 from kdcli.models.vocabulary import Trimming, trimmed
 from kdcli.recipe.schema import FinetuneSection, OverparamSection, Recipe, StudentSection
@@ -160,10 +159,12 @@ class Prepared:
             return {}
         section, kind = self.resolved.recipe.task, self.task.kind
         encoded = kind.prepare(self.task, self.processor, section.max_length, seed=self.resolved.loop.seed)
-        tokens = int(array_of(encoded.train, "length").sum())
-        tokens *= 1 + (section.augment.copies if section.augment is not None else 0)
+        lengths = array_of(encoded.train, "length")
+        copies = 1 + (section.augment.copies if section.augment is not None else 0)
         return {
-            each.name: tokens * each.states.layout.token_bytes for each in self.followers if each.states is not None
+            each.name: copies * int(token_counts(each.follows.config, lengths).sum()) * each.states.layout.token_bytes
+            for each in self.followers
+            if each.states is not None
         }
 
     @property
@@ -333,7 +334,7 @@ def _followers(
     for name, section in resolved.sections.items():
         with placed(name):
             if section.model is not None:
-                check_same_tokens(teacher.processor, section.model, "student.model")
+                check_same_reading(teacher.processor, section.model, "student.model")
             if resolved.from_base:
                 _check_base(teacher, section, resolved)
             # What the student is cut from answers the task, but for the base of the teacher and a body alone.

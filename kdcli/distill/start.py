@@ -15,8 +15,9 @@ from kdcli.files import cache_dir, fingerprint
 from kdcli.methods.base import Context
 from kdcli.models.factoriser import Factoriser
 from kdcli.models.hashing import hash_of_model, hash_of_tensors
+from kdcli.models.inputs import main_input
 from kdcli.models.projections import moments_of, project
-from kdcli.models.shape import shape_of
+from kdcli.models.shape import shape_of, token_counts
 from kdcli.models.statistics import Batch, Statistics, collect_statistics, from_tensors, to_tensors
 from kdcli.models.student import StudentBuild
 from kdcli.recipe.schema import StudentSection
@@ -51,7 +52,7 @@ def factoriser_of(
     inputs, gradients = section.init in ("activations", "both"), section.init in ("gradients", "both")
     if section.form != "low-rank" or not (inputs or gradients or section.ranks == "spread"):
         return None
-    batches = sample_batches(task, processor, section.init_samples, job)
+    batches = sample_batches(task, processor, model, section.init_samples, job)
     vocab = shape_of(model.config).vocab
     counts = _token_counts(batches, vocab) if vocab is not None and (inputs or gradients) else None
     if section.budget == 1.0:
@@ -106,15 +107,20 @@ def start_projections(
     task: its training rows are looked at.
     """
     assert build.teacher_layers is not None
-    batches = sample_batches(task, processor, section.init_samples, job)
+    batches = sample_batches(task, processor, model, section.init_samples, job)
     with placed(model, job.resolved.loop.device) as place:
         moved = ({name: tensor.to(place) for name, tensor in batch.items()} for batch in batches)
         moments = moments_of(model, moved)
     project(model, build.model, build.teacher_layers, moments)
 
 
-def sample_batches(task: Task, processor: Any, samples: int, job: Job, *, tokens: int | None = None) -> list[Batch]:
-    """Return some training rows as batches; the same for every run of one seed. tokens: at most so many in all."""
+def sample_batches(
+    task: Task, processor: Any, model: "PreTrainedModel", samples: int, job: Job, *, tokens: int | None = None
+) -> list[Batch]:
+    """Return some training rows as batches; the same for every run of one seed.
+
+    model: that is to read them. tokens: at most so many in all.
+    """
     seed = job.resolved.loop.seed
     chosen = np.random.default_rng(seed).permutation(len(task.train))[:samples]
     rows = task.train.select(np.sort(chosen))
@@ -124,7 +130,7 @@ def sample_batches(task: Task, processor: Any, samples: int, job: Job, *, tokens
     features = encoded.train
     # Of text many blocks may come from one document.
     order = np.random.default_rng(seed).permutation(len(features))[:samples]
-    lengths = array_of(features, "length")
+    lengths = token_counts(model.config, array_of(features, "length"))
     if tokens is not None:
         order = order[: max(1, np.searchsorted(np.cumsum(lengths[order]), tokens, "right"))]
     order = order[np.argsort(lengths[order], kind="stable")]
@@ -154,7 +160,7 @@ def task_loss(model: "PreTrainedModel", task: Task, context: Context) -> Iterato
         distiller.eval()
         # The loss itself is formed in training only; the model stays in eval mode.
         distiller.training = True
-        rows = len(batch["input_ids"])
+        rows = len(main_input(batch))
         tokens = batch["targets"].numel() / rows if task.kind.tokens_weigh_equally else 1.0
         return distiller(batch)["loss"] * tokens
 

@@ -143,7 +143,7 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path, world: 
             hint='start one process, or use teacher.sharding = "fsdp"',
         )
     if section.scratch is not None:
-        if next(iter(task.kind.texts(task.train)), None) is None:
+        if head.reads == "text" and next(iter(task.kind.texts(task.train)), None) is None:
             raise InputError(
                 f'its tokenizer is made from the texts of the task, and type = "{task.kind.name}" has none',
                 where="teacher.scratch",

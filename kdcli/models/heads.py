@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import InputError
-from kdcli.models.families import family_of
+from kdcli.models.families import Reads, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +25,7 @@ class Head:
     pass and of the ONNX graph; per_token where each token has a row of its own in them. module: where `auto` is.
     on_any_body: True where it needs no weights of its own, so that every body has it. causal: True where the body must
     be one whose tokens see none that come after them. library: that a model with it is loaded by, for the model card.
+    reads: what examples of its tasks are.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Head:
     on_any_body: bool = False
     causal: bool = False
     library: str = "transformers"
+    reads: Reads = "text"
 
     def is_of(self, architecture: str) -> bool:
         """True when a class of that name has this head."""
@@ -103,6 +105,7 @@ IMAGE_CLASSIFICATION = Head(
     "AutoModelForImageClassification",
     ("ForImageClassification", "ForImageClassificationWithTeacher"),
     "image-classification",
+    reads="images",
 )
 
 SENTENCE_SETTINGS = "sentence_embedding"

@@ -39,6 +39,11 @@ def model_inputs(model: Any, batch: Mapping[str, "Tensor"]) -> dict[str, Any]:
     return inputs
 
 
+def main_input(batch: Mapping[str, "Tensor"]) -> "Tensor":
+    """Return what every model takes of a batch, a row an example: the ids of tokens, or pixels."""
+    return next(batch[name] for name in (*INPUTS, *PIXELS) if name in batch)
+
+
 def mask_of(batch: Mapping[str, "Tensor"], like: "Tensor | None" = None) -> "Tensor":
     """Return the real tokens of a batch as ones, (batch, seq): of images these are all.
 
@@ -49,9 +54,9 @@ def mask_of(batch: Mapping[str, "Tensor"], like: "Tensor | None" = None) -> "Ten
 
     if "attention_mask" in batch:
         return batch["attention_mask"]
-    pixels = batch["pixel_values"]
-    shape = like.shape[:2] if like is not None else (len(pixels), 1)
-    return torch.ones(shape, dtype=torch.long, device=pixels.device)
+    read = main_input(batch)
+    shape = like.shape[:2] if like is not None else (len(read), 1)
+    return torch.ones(shape, dtype=torch.long, device=read.device)
 
 
 def _types(config: "PretrainedConfig") -> int:

@@ -1,6 +1,7 @@
 """What a model reads by: the tokenizer of one that reads texts, the image processor of one that reads images."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from kdcli.files import fingerprint
 from kdcli.models import families
 from kdcli.models.checkpoint import BESIDE, check_config, contained, local_folder, read_config
 from kdcli.models.hashing import hash_of_tokenizer
-from kdcli.models.load import check_tokenizer, load_tokenizer
+from kdcli.models.load import check_same_tokens, check_tokenizer, load_tokenizer
 from kdcli.models.quiet import quiet_transformers
 
 SETTINGS = "preprocessor_config.json"
@@ -35,8 +36,15 @@ def _reads_images(name: str | Path, revision: str | None) -> bool:
         return False
 
 
+def needs_torchvision() -> None:
+    """Raise InputError where torchvision or Pillow, which image processors work with, are not installed."""
+    if not all(map(find_spec, ("torchvision", "PIL"))):
+        raise InputError("images need torchvision and Pillow", hint='pip install "kdcli[images]"')
+
+
 def load_image_processor(name: str | Path, revision: str | None = None) -> Any:
     """Return the image processor of a folder or a hub name. Raises InputError when there is none."""
+    needs_torchvision()
     folder = local_folder(name)
     if folder is not None and not (folder / SETTINGS).is_file():
         raise InputError(
@@ -57,6 +65,15 @@ def load_image_processor(name: str | Path, revision: str | None = None) -> Any:
         except Exception as error:
             # What broken settings make the library raise has no common type.
             raise InputError(f"the image processor of {name} cannot be loaded: {cut(str(error))}") from error
+
+
+def new_image_processor(height: int, width: int) -> Any:
+    """Return a processor that brings images to a size in pixels, and their values from 0 to 255 to -1 to 1."""
+    needs_torchvision()
+    from transformers import ViTImageProcessor
+
+    half = [0.5, 0.5, 0.5]
+    return ViTImageProcessor(size={"height": height, "width": width}, image_mean=half, image_std=half)
 
 
 def is_image_processor(processor: Any) -> bool:
@@ -91,6 +108,15 @@ def channels_of(processor: Any) -> int:
     """Return how many channels an image processor gives a pixel: as many as it has means, or 3."""
     mean = getattr(processor, "image_mean", None)
     return len(mean) if isinstance(mean, list | tuple) else 3
+
+
+def check_same_reading(processor: Any, name: str | Path, where: str) -> None:
+    """Raise InputError when the model `name` was trained to read other tokens than those that `processor` gives.
+
+    where: what names the model. One that comes without a processor of its own is not checked.
+    """
+    if not is_image_processor(processor):
+        check_same_tokens(processor, name, where)
 
 
 def hash_of_processor(processor: Any) -> str:

@@ -52,11 +52,11 @@ Moments = Mapping[str, Moment]
 def moments_of(teacher: "PreTrainedModel", batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Moment]:
     """Return the moments of a teacher's vectors at the real tokens of `batches`, on the CPU, in one pass over them."""
     found: dict[str, Moment] = {}
-    mask = torch.empty(0)
+    mask: Tensor | None = None
 
     def add(path: str, vectors: Tensor) -> None:
         vectors = by_row(vectors, mask)
-        real = vectors[mask] if vectors.shape[:-1] == mask.shape else vectors.flatten(0, -2)
+        real = vectors[mask] if mask is not None and vectors.shape[:-1] == mask.shape else vectors.flatten(0, -2)
         found.setdefault(path, Moment()).add(real)
 
     hooks = []
@@ -70,7 +70,7 @@ def moments_of(teacher: "PreTrainedModel", batches: Iterable[Mapping[str, Tensor
     teacher.eval()
     try:
         for batch in batches:
-            mask = batch["attention_mask"].bool()
+            mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
             teacher(**model_inputs(teacher, batch))
     finally:
         teacher.train(training)

@@ -1,4 +1,4 @@
-"""A teacher from scratch: a small configuration, and a tokenizer trained on the task's own text."""
+"""A teacher from scratch: a small configuration, and a tokenizer trained on the task's text or an image processor."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,9 @@ import torch
 
 from kdcli.errors import InputError
 from kdcli.models import families
+from kdcli.models.families import Family
 from kdcli.models.heads import Head, check_body
+from kdcli.models.processors import new_image_processor
 from kdcli.models.shape import ffn_ratio
 from kdcli.models.sizes import check_heads
 from kdcli.recipe.schema import ScratchSection
@@ -71,10 +73,11 @@ def build_scratch(
     *,
     seed: int,
 ) -> tuple["PreTrainedModel", Any]:
-    """Return a randomly initialised model of `section`'s sizes with a head, and its tokenizer.
+    """Return a randomly initialised model of `section`'s sizes with a head, and its processor.
 
-    settings: of its configuration, such as num_labels.
-    Raises InputError for an unknown family, or a width that its heads do not divide.
+    texts: that a tokenizer is made from. settings: of its configuration, such as num_labels.
+    Raises InputError for an unknown family, one that has no such head, a width that its heads do not divide, and sizes
+    of what the family does not read.
     """
     from transformers import AutoConfig
 
@@ -85,32 +88,57 @@ def build_scratch(
             where="teacher.scratch.heads",
         )
     check_heads(family, section.hidden_size, section.heads, "teacher.scratch.heads")
-    tokenizer = train_tokenizer(texts, section.vocab_size, padding=family.padding or 0)
+    check_body(AutoConfig.for_model(family.name), head, "the teacher", "teacher.scratch.family")
+    _check_read(section, family)
     names = family.sizes
     sizes: dict[str, Any] = {
         **family.scratch,
         names.layers: section.layers,
         names.hidden: section.hidden_size,
         names.heads: section.heads,
-        "pad_token_id": tokenizer.pad_token_id,
     }
     if names.intermediate is not None:
         sizes[names.intermediate] = section.intermediate_size
     if names.ratio is not None:
         sizes[names.ratio] = ffn_ratio(names, section.hidden_size, section.intermediate_size)
-    if names.vocabulary is not None:
-        sizes[names.vocabulary] = len(tokenizer)
-    if names.positions is not None:
-        sizes[names.positions] = 512 if family.first_position == "zero" else 514
     if names.embedding is not None:
         sizes[names.embedding] = section.hidden_size
     if names.kv_heads is not None:
         sizes[names.kv_heads] = section.heads
     if names.head is not None:
         sizes[names.head] = section.hidden_size // section.heads
-    if family.causal:
-        sizes |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+    processor, own = _for_images(section, family) if family.reads == "images" else _for_texts(section, family, texts)
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family.name, **sizes, **settings)
-    check_body(config, head, "the teacher", "teacher.scratch.family")
-    return head.make(config).eval(), tokenizer
+    config = AutoConfig.for_model(family.name, **sizes, **own, **settings)
+    return head.make(config).eval(), processor
+
+
+def _check_read(section: ScratchSection, family: Family) -> None:
+    """Raise InputError for sizes of what the models of a family do not read."""
+    others = {"text": ("image_size", "patch_size"), "images": ("vocab_size",)}[family.reads]
+    if given := [name for name in others if name in section.model_fields_set]:
+        what = "texts" if family.reads == "text" else "images"
+        raise InputError(
+            f"models of the family {family.title} read {what}", where=f"teacher.scratch.{given[0]}", hint="leave it out"
+        )
+
+
+def _for_texts(section: ScratchSection, family: Family, texts: Iterable[str]) -> tuple[Any, dict[str, Any]]:
+    """Return a tokenizer made from texts, and what a configuration says of it."""
+    tokenizer = train_tokenizer(texts, section.vocab_size, padding=family.padding or 0)
+    names = family.sizes
+    own: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id}
+    if names.vocabulary is not None:
+        own[names.vocabulary] = len(tokenizer)
+    if names.positions is not None:
+        own[names.positions] = 512 if family.first_position == "zero" else 514
+    if family.causal:
+        own |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+    return tokenizer, own
+
+
+def _for_images(section: ScratchSection, family: Family) -> tuple[Any, dict[str, Any]]:
+    """Return an image processor for the size of a section, and what a configuration says of its images."""
+    names, side = family.sizes, section.image_size
+    given = {names.image: side, names.patch: section.patch}
+    return new_image_processor(side, side), {name: size for name, size in given.items() if name is not None}

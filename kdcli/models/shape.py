@@ -9,6 +9,7 @@ from kdcli.models.families import Family, SizeNames, family_of
 from kdcli.models.heads import SENTENCE_SETTINGS
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PretrainedConfig
 
 
@@ -131,6 +132,11 @@ def _tokens(
         return None
     (height, width), (down, across) = both_sides(image), both_sides(patch)
     return family.special + registers + (height // down) * (width // across)
+
+
+def token_counts(config: "PretrainedConfig", lengths: "np.ndarray") -> "np.ndarray":
+    """Return how many tokens a model makes of features of these lengths, (n,): of every image the same number."""
+    return lengths * (shape_of(config).tokens or 1)
 
 
 def attention_of(config: "PretrainedConfig") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdcli.models.blocks import BlockMatrix, body_of, by_row, iter_block_matrices
 from kdcli.models.finite import NotFiniteError
-from kdcli.models.inputs import model_inputs
+from kdcli.models.inputs import main_input, mask_of, model_inputs
 from kdcli.signals import MatrixKey
 from kdcli.words import counted
 
@@ -139,7 +139,7 @@ def _run(
     if loss is None:
         body_of(model)(**model_inputs(model, batch))
         return {}
-    value = loss(batch) * len(batch["input_ids"])
+    value = loss(batch) * len(main_input(batch))
     outputs = [output for found in calls.values() for _, output in found]
     gradients = torch.autograd.grad(value, outputs, allow_unused=True)
     return {
@@ -156,12 +156,14 @@ def _add(
     gradients: Mapping[int, Tensor],
     batch: Batch,
 ) -> None:
-    mask = batch["attention_mask"][:, :, None]
+    known = batch.get("attention_mask")
     shared: dict[int, _Inputs] = {}
     for key, matrix in matrices.items():
         found = calls[matrix.module]
         # Blocks that are run again and again have several inputs a batch: they are one longer row.
-        given = [by_row(x, batch["attention_mask"]) * mask for x, _ in found]
+        rows = [by_row(x, known) for x, _ in found]
+        mask = mask_of(batch, rows[0])[:, :, None]
+        given = [x * mask for x in rows]
         x = torch.cat(given, dim=1) if len(given) > 1 else given[0]
         name = found[0][0].data_ptr()
         if key not in sums:
@@ -176,7 +178,7 @@ def _add(
             inputs.second += flat.T @ flat
             inputs.tokens += int(mask.sum()) * len(found)
         if gradients:
-            parts = [by_row(matrix.of(gradients[id(y)]), batch["attention_mask"]) * mask for _, y in found]
+            parts = [by_row(matrix.of(gradients[id(y)]), known) * mask for _, y in found]
             g = torch.cat(parts, dim=1).float()
             # The squared entries of a row's gradient sum_t g_t x_t^T, summed over columns, without forming it.
             likeness = x.float() @ x.float().transpose(1, 2)

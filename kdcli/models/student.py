@@ -281,12 +281,12 @@ def _checkpoint(
     else:
         student = load_model(section.model, labelling.head, new_head=labelling.settings)
         notes.append("with a new head: it has none of the kind that is needed")
-    if kept is not None and kept[-1] < student.config.vocab_size:
+    if kept is not None and kept[-1] < (shape_of(student.config).vocab or 0):
         student = trimmed(student, kept)
-    if student.config.vocab_size != teacher.config.vocab_size:
+    own, theirs = (shape_of(model.config).vocab for model in (student, teacher))
+    if own is not None and theirs is not None and own != theirs:
         raise InputError(
-            f"the student's vocabulary has {student.config.vocab_size:,} tokens, the teacher's "
-            f"{teacher.config.vocab_size:,}: both must read the same tokens",
+            f"the student's vocabulary has {own:,} tokens, the teacher's {theirs:,}: both must read the same tokens",
             where="student.model",
             hint="choose a student with the teacher's tokenizer",
         )

@@ -26,6 +26,7 @@ Blocks = Annotated[int, Field(gt=0, le=256)]
 Heads = Annotated[int, Field(gt=0, le=1024)]
 Width = Annotated[int, Field(gt=0, le=65_536)]
 Words = Annotated[int, Field(gt=0, le=1_000_000)]
+Pixels = Annotated[int, Field(gt=0, le=4_096)]
 Tokens = Annotated[int, Field(gt=0, le=1_000_000)]
 BatchSize = Annotated[int, Field(gt=0, le=65_536)]
 Times = Annotated[int, Field(gt=0, le=1000)]
@@ -299,7 +300,10 @@ def _check_parts(task: TaskSection) -> None:
 
 
 class ScratchSection(Section):
-    """`[teacher.scratch]`: a new, randomly initialised teacher with a tokenizer trained on the task's text."""
+    """`[teacher.scratch]`: a new, randomly initialised teacher.
+
+    One that reads texts gets a tokenizer trained on the task's, one that reads images a processor for their size.
+    """
 
     family: str = Field(
         default="bert", description="The model family, such as bert or roberta; `kdcli families` lists all."
@@ -309,7 +313,17 @@ class ScratchSection(Section):
     heads: Heads = Field(default=4, description="Attention heads; their number divides hidden_size.")
     intermediate_size: Width = Field(default=512, description="Width of the feed-forward layer.")
     vocab_size: Words = Field(
-        default=4096, description="Most tokens of the tokenizer that is made from the task's text."
+        default=4096,
+        description="Most tokens of the tokenizer that is made from the task's text; only of a family that reads text.",
+    )
+    image_size: Pixels = Field(
+        default=32,
+        description="Height and width in pixels that images are brought to; only of a family that reads images.",
+    )
+    patch_size: Pixels | None = Field(
+        default=None,
+        description="Height and width in pixels of the patches that are a model's tokens; only of a family that reads "
+        "images. It divides image_size. Left out, an eighth of image_size.",
     )
 
     @model_validator(mode="after")
@@ -322,6 +336,17 @@ class ScratchSection(Section):
                 f"{SCRATCH_PARAMETERS / 1e9:g} billion are made from scratch"
             )
         return self
+
+    @model_validator(mode="after")
+    def _has_patches(self) -> Self:
+        if self.image_size % self.patch:
+            raise ValueError(f"patch_size {self.patch} does not divide image_size {self.image_size}")
+        return self
+
+    @property
+    def patch(self) -> int:
+        """Height and width of a patch in pixels."""
+        return self.patch_size or max(1, self.image_size // 8)
 
 
 class DownstreamSection(FinetuneSection):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.models.capture import Capture
-from kdcli.models.inputs import mask_of, model_inputs
+from kdcli.models.inputs import main_input, mask_of, model_inputs
 from kdcli.models.placement import place
 from kdcli.models.shape import shape_of
 from kdcli.models.tokens import shared_tokens
@@ -118,7 +118,7 @@ class Distiller(nn.Module):
             signals = Signals(mask=mask_of(batch), heads=0)
         else:
             with torch.set_grad_enabled(self.teacher_request.gradients > 0), self.teacher_capture as capture:
-                signals = capture.run(batch).on(next(iter(batch.values())).device)
+                signals = capture.run(batch).on(main_input(batch).device)
         # Held-out rows have numbers of their own.
         known = self.teacher_outputs if self.training or self.held_outputs is None else self.held_outputs
         if known is not None:

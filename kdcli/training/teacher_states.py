@@ -21,7 +21,8 @@ from kdcli.models.blocks import block_matrix
 from kdcli.models.capture import Capture
 from kdcli.models.finite import NotFiniteError
 from kdcli.models.hashing import hash_of_dataset, hash_of_model
-from kdcli.models.shape import attention_of, shape_of
+from kdcli.models.inputs import main_input
+from kdcli.models.shape import attention_of, shape_of, token_counts
 from kdcli.signals import MatrixKey, Request, Signals
 from kdcli.tasks.predict import by_length, in_order, placed
 from kdcli.terminal import tell
@@ -83,8 +84,8 @@ def layout_of(teacher: "PreTrainedModel", request: Request, dtype: Literal["fp32
 class KeptStates:
     """A teacher's states on disk: of every training row its real tokens.
 
-    starts: (rows,), the tokens before each training row's, in the order of the rows. attention: what signals say of the
-    teacher's.
+    image: how many tokens each row is, where rows are images; None where a row's length says it. starts: (rows,), the
+    tokens before each training row's, in the order of the rows. attention: what signals say of the teacher's.
     bands: of each block with a window how many keys a query attends to before and after itself.
     """
 
@@ -93,6 +94,7 @@ class KeptStates:
     starts: np.ndarray
     attention: dict[str, Any]
     bands: dict[int, tuple[int, int]]
+    image: int | None = None
 
     @cached_property
     def numbers(self) -> np.memmap:
@@ -122,7 +124,7 @@ class KeptStates:
 
     def read(self, key: Key, batch: Mapping[str, Any]) -> Tensor:
         """Return one state of a batch of a `StatesCollator`, (batch, seq, width), on its device; 0 at padding."""
-        mask, numbers, width = batch["attention_mask"], self.numbers, self.layout.widths[key]
+        mask, numbers, width = self.mask(batch), self.numbers, self.layout.widths[key]
         # From pinned memory the copy to a GPU does not hold up the host.
         found = torch.empty(*mask.shape, width, dtype=self.layout.torch_dtype, pin_memory=mask.is_cuda)
         target = (found.view(torch.int16) if self.layout.dtype == "bf16" else found).numpy()
@@ -132,12 +134,19 @@ class KeptStates:
             target[row, length:] = 0
         return found.to(mask.device, non_blocking=True)
 
+    def mask(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the real tokens of a batch as ones, (batch, seq)."""
+        if self.image is None:
+            return batch["attention_mask"]  # type: ignore[no-any-return]
+        read = main_input(batch)
+        return torch.ones(len(read), self.image, dtype=torch.long, device=read.device)
+
     def signals(self, batch: Mapping[str, Any]) -> Signals:
         """Return the teacher's signals on a batch of a `StatesCollator`, as its own pass would give them.
 
         A state is read when it is asked for, and not held: beside the student no memory is needed for all of them.
         """
-        mask, keys = batch["attention_mask"], self.layout.widths
+        mask, keys = self.mask(batch), self.layout.widths
         read = partial(self.read, batch=batch)
         return Signals(
             mask=mask,
@@ -175,7 +184,7 @@ class StatesCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(rows)
         if PLACE in rows[0]:
-            batch[PLACE] = [(row[PLACE], row["length"]) for row in rows]
+            batch[PLACE] = [(row[PLACE], self.kept.image or row["length"]) for row in rows]
             self.kept.expect(batch[PLACE])
         return batch
 
@@ -205,7 +214,7 @@ def keep_states(
     and layout, and nothing of it was changed since; else it is made again, and the console told.
     Raises NotFiniteError when a state contains NaN or inf.
     """
-    lengths, order = array_of(rows, "length"), by_length(rows)
+    lengths, order = token_counts(teacher.config, array_of(rows, "length")), by_length(rows)
     starts = np.zeros(len(rows), np.int64)
     starts[order] = lengths[order].cumsum() - lengths[order]
     of = {
@@ -231,7 +240,8 @@ def keep_states(
     main_does(make)
     bands = agree(json.loads((folder / RECORD).read_text(encoding="utf-8"))["bands"])
     attention = attention_of(teacher.config)
-    return KeptStates(folder / TABLE, layout, starts, attention, {int(key): tuple(band) for key, band in bands.items()})
+    by_block = {int(key): tuple(band) for key, band in bands.items()}
+    return KeptStates(folder / TABLE, layout, starts, attention, by_block, shape_of(teacher.config).tokens)
 
 
 def _sealed(content: dict[str, Any]) -> dict[str, Any]:
@@ -279,7 +289,7 @@ def _write(
     device: str,
 ) -> dict[str, Any]:
     """Write the states in the order of the pass, longest rows first; return what is known of it only now."""
-    lengths, digest = array_of(rows, "length"), xxhash.xxh3_128()
+    lengths, digest = token_counts(teacher.config, array_of(rows, "length")), xxhash.xxh3_128()
     capture = Capture(teacher, replace(request, factors=False), kind)
     outputs: list[Any] = []
     hook = teacher.register_forward_hook(lambda model, inputs, output: outputs.append(output))
@@ -294,7 +304,7 @@ def _write(
                 batch = {name: values.to(place) for name, values in batch.items()}
                 with capture as running:
                     signals = running.run(batch)
-                real = _real(lengths[numbers], batch["attention_mask"])
+                real = _real(lengths[numbers], signals.mask)
                 states = _arrays(signals, layout, real)
                 for row, length in enumerate(lengths[numbers]):
                     for state in states:
