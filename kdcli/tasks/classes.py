@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -63,8 +63,8 @@ class ClassesKind(LabelledKind):
     """One class out of several."""
 
     ranks = True
-    metrics = ("accuracy", "f1", "mcc", "balanced_accuracy", TOP)
-    usual_metrics = ("accuracy", "f1")
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "mcc", "balanced_accuracy", TOP)
+    usual_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1")
 
     @property
     def distribution(self) -> "Distribution":
