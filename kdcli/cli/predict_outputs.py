@@ -13,7 +13,7 @@ from kdcli.errors import InputError, RunError, cut
 from kdcli.faults import unwritable
 from kdcli.files import atomic_file
 from kdcli.terminal import forget, json_for, visible
-from kdcli.words import counted
+from kdcli.words import counted, one
 
 if TYPE_CHECKING:
     from kdcli.tasks.kind import TaskKind
@@ -132,7 +132,7 @@ def output_file(path: Path, kind: "TaskKind", *, echo: bool, beside: bool) -> It
     echo: with their inputs. beside: whether there is a second model. Raises InputError where the file cannot hold them.
     """
     if path.suffix == ".npy" and (kind.vector is None or echo or beside):
-        said = f"vectors, and a {kind.name} model gives none" if kind.vector is None else "vectors alone"
+        said = f"vectors, and {one(kind.name)} model gives none" if kind.vector is None else "vectors alone"
         raise InputError(f"{path.name} takes {said}", where="--output", hint="write a .jsonl file")
     try:
         with atomic_file(path) as new:

@@ -9,6 +9,7 @@ from kdcli.methods.base import Stage, Term
 from kdcli.recipe.schema import Recipe
 from kdcli.training.schemes.base import Scheme
 from kdcli.training.teacher_tokens import Cut, KnownTokens, keep_tokens, measure_cut
+from kdcli.words import one
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,9 +26,9 @@ def check_cut(recipe: Recipe, kind: "TaskKind", stages: Sequence[Stage], vocabul
     schemes = [stage.scheme for stage in stages if stage.scheme is not None]
     reasons = []
     if "vocabulary" not in kind.provides:
-        reasons.append(f"a {kind.name} task predicts no tokens")
+        reasons.append(f"{one(kind.name)} task predicts no tokens")
     if kind.inputs_change:
-        reasons.append(f"on a {kind.name} task the inputs are drawn again in every epoch")
+        reasons.append(f"on {one(kind.name)} task the inputs are drawn again in every epoch")
     if any(scheme.changes_batches for scheme in schemes):
         reasons.append(f"{name} trains on text that the student writes meanwhile")
     if not all(scheme.teacher_is_fixed for scheme in schemes):

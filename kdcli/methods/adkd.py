@@ -1,4 +1,4 @@
-"""AD-KD: the student rests its predictions on the same words as the teacher."""
+"""AD-KD: the student rests its predictions on the same tokens (of images, patches) as the teacher."""
 
 from pydantic import Field
 
@@ -64,7 +64,7 @@ def build(options: ADKDOptions, context: Context) -> list[Stage]:
 
 METHOD = Method(
     name="adkd",
-    title="Prediction and the words that it rests on",
+    title="Prediction and the tokens that it rests on",
     paper="Wu, Chen, Quan, Wang, Wang (2023): AD-KD: Attribution-Driven Knowledge Distillation for Language Model "
     "Compression. arXiv 2305.10010",
     formula="(1 - alpha) CE(z_S, y) + alpha KL(softmax(z_T / T) || softmax(z_S / T)) + beta sum_c "

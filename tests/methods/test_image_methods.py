@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
+from kdcli.distill.prepare import Prepared, prepare
 from kdcli.distill.run import run_distill
+from kdcli.errors import InputError
 from kdcli.methods import registry
 from kdcli.methods.base import Context
 from kdcli.models.save import save_model
@@ -273,13 +275,13 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher: Any, batch:
         assert found and all(value.abs() < 1e-5 for value in found.values()), (name, found)
 
 
+COARSE = {"form": "checkpoint"}
 METHODS = ["kd", "hs", "minilm", "minilmv2", "makd", "tinybert", "distilbert", "theseus", "lgtm", "adkd"]
 CHAINS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "svd": {"factorization": "svd"},
     "mpo": {"factorization": "mpo", "length": 1},
 }
-LONG = {"kd", "hs", "theseus"}
 
 
 @pytest.fixture(scope="module")
@@ -293,15 +295,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels[np.arange(count), 4:12, 4:12, labels] += 120
         images = [{"bytes": png(array), "path": None} for array in pixels]
         pq.write_table(pa.table({"image": images, "label": labels}), place / f"{split}.parquet")
-    torch.manual_seed(0)
-    model = vit(4)
-    save_model(model, place_of(place, "teacher"), ViTImageProcessor(size={"height": 16, "width": 16}))
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    for name, model in (("teacher", vit(4)), ("coarse", vit(2, patch=8))):
+        (place / name).mkdir()
+        save_model(model, place / name, processor)
     return place
-
-
-def place_of(folder: Path, name: str) -> Path:
-    (folder / name).mkdir()
-    return folder / name
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -310,9 +308,14 @@ def png(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def distil(folder: Path, output: Path, method: dict[str, Any], **others: Any) -> dict[str, Any]:
+def distil(folder: Path, output: Path, method: Any, **others: Any) -> dict[str, Any]:
     """Return the record of a run of two steps."""
-    recipe = {
+    parsed = Recipe.model_validate(recipe_of(folder, method, **others))
+    return run_distill(parsed, recipe_path=output / "recipe.toml", output=output, console=QUIET).to_json()
+
+
+def recipe_of(folder: Path, method: Any, **others: Any) -> dict[str, Any]:
+    return {
         "name": "run",
         "task": {
             "name": "squares",
@@ -325,8 +328,36 @@ def distil(folder: Path, output: Path, method: dict[str, Any], **others: Any) ->
         "train": {"max_steps": 2, "batch_size": 16, "learning_rate": 1e-3, "log_every": 1, "precision": "fp32"},
         **others,
     }
-    parsed = Recipe.model_validate(recipe)
-    return run_distill(parsed, recipe_path=output / "recipe.toml", output=output, console=QUIET).to_json()
+
+
+def planned(folder: Path, method: Any, **others: Any) -> Prepared:
+    """Return what a dry run prepares."""
+    return prepare(Recipe.model_validate(recipe_of(folder, method, **others)), folder / "recipe.toml")
+
+
+@pytest.mark.parametrize("method", ["od", "embedding", "dbkd", "seqkd", "gkd", "minillm"])
+def test_methods_of_texts_are_refused(method: str, folder: Path):
+    with pytest.raises(InputError, match=rf"{method} works on .* squares is an image-classification task") as caught:
+        planned(folder, method)
+    assert set(caught.value.hint.removeprefix("use ").split(", ")) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", ["hs", "minilm", "minilmv2", "makd", "tinybert", "distilbert", "adkd"])
+def test_tokens_of_other_patches_are_not_compared(method: str, folder: Path):
+    with pytest.raises(InputError, match=r"tokens of the student's 2 x 2 patches .* the teacher's 4 x 4") as caught:
+        planned(folder, method, student=COARSE | {"model": str(folder / "coarse")})
+    assert caught.value.where == "student" and "such as kd" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("method", ["kd", "lgtm", {"name": "distilbert", "weights": {"cosine": 0.0}}])
+def test_outputs_of_other_patches_are_compared(method: Any, folder: Path):
+    assert planned(folder, method, student=COARSE | {"model": str(folder / "coarse")}).method_notes == []
+
+
+def test_students_keep_the_first_and_the_last_blocks_and_follow_them(folder: Path):
+    (student,) = planned(folder, "hs").followers
+    assert student.build.teacher_layers == [0, 3]
+    assert student.context.pairs == [(1, 1), (2, 4)]
 
 
 @pytest.mark.slow
