@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from kdcli.data.columns import CHUNK
 from kdcli.errors import InputError, RunError
 from kdcli.files import cache_dir
 
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TEXT = pa.large_string()
+
+IMAGE = pa.struct([("bytes", pa.large_binary()), ("path", TEXT), ("stamp", TEXT)])
+"""An image of a row: its encoded bytes, or else its file; and a stamp that changes with it, a hash of the bytes or the
+size and time of the file."""
 
 BATCH = 1000
 """Rows that are Python objects at the same time."""
@@ -51,6 +57,28 @@ def chunks_of(rows: "Dataset", column: str) -> Iterator[list[Any]]:
     """Yield the values of a column as lists of at most 1,000."""
     for batch in batches_of(rows.select_columns([column])):
         yield batch[column]
+
+
+def identities(rows: "Dataset | pa.Table", column: str) -> Iterator[list[Any]]:
+    """Yield lists of what identifies each value of a column: of an image its file and stamp, else the value itself."""
+    if isinstance(rows, pa.Table):
+        parts: Iterable[pa.ChunkedArray] = (rows.column(column).slice(at, CHUNK) for at in range(0, len(rows), CHUNK))
+    elif isinstance(feature := rows.features[column], dict) and set(feature) == {field.name for field in IMAGE}:
+        parts = (table.column(column) for table in rows.select_columns([column]).with_format("arrow").iter(BATCH))
+    else:
+        yield from chunks_of(rows, column)
+        return
+    for part in parts:
+        if pa.types.is_struct(part.type) and part.type.get_field_index("stamp") >= 0:
+            files, stamps = (pc.struct_field(part, name).to_pylist() for name in ("path", "stamp"))
+            known = pc.struct_field(part, "bytes").is_null().to_pylist()
+            # Bytes are known by their hash, whatever they are called.
+            yield [
+                (path if of_file else None, stamp) for path, stamp, of_file in zip(files, stamps, known, strict=True)
+            ]
+        else:
+            yield part.to_pylist()
+        let_go()
 
 
 def values_of(rows: "Dataset", column: str) -> Iterator[Any]:

@@ -33,9 +33,10 @@ def named_sets() -> dict[str, NamedSet]:
     from kdcli.data.glue import GLUE
     from kdcli.data.instructions import INSTRUCTIONS
     from kdcli.data.reviews import REVIEWS
+    from kdcli.data.shapes import SHAPES
     from kdcli.data.squad import SQUAD
 
-    return {**GLUE, **SQUAD, **INSTRUCTIONS, REVIEWS.name: REVIEWS}
+    return {**GLUE, **SQUAD, **INSTRUCTIONS, REVIEWS.name: REVIEWS, SHAPES.name: SHAPES}
 
 
 def read_set(

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from copy import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from kdcli.data.columns import Columns, need_column
+from kdcli.data.columns import Columns
 from kdcli.errors import InputError
 from kdcli.models.heads import IMAGE_CLASSIFICATION
 from kdcli.recipe.schema import TaskSection
@@ -25,8 +26,13 @@ if TYPE_CHECKING:
 class ImageFields(AugmentFields, ClassFields):
     """The columns of own data, the classes, and what is done with images before a model reads them."""
 
+    columns_of_rows = frozenset({"image", "label"})
+
     image: str | None = Field(
-        default=None, description="The column of images of own data. Left out, the column named image."
+        default=None,
+        description="The column of images of own data: encoded bytes, or paths that start at the table's folder. Left "
+        "out, the column named image, or the only one that holds encoded images; a folder of folders of classes needs "
+        "none.",
     )
     label: str | None = Field(default=None, description="The label column. Left out, the column named label.")
     cache_pixels: bool = Field(
@@ -38,6 +44,9 @@ class ImageFields(AugmentFields, ClassFields):
 
     def check(self, task: TaskSection) -> None:
         super().check(task)
+        given = [name for name in ("image", "label", "labels") if getattr(self, name) is not None]
+        if given and not task.is_own:
+            raise ValueError(f"{given[0]} = ... needs data, train or hub")
         if task.max_length != TaskSection.model_fields["max_length"].default:
             raise ValueError("max_length counts tokens of text: the image processor says how large an image is")
 
@@ -57,12 +66,21 @@ class ImageClassification(ClassesKind):
         own.inputs_change = bool(fields.augmented_by)  # type: ignore[misc]
         return own
 
-    def read_examples(self, columns: Columns, fields: Any, source: str) -> dict[str, Any]:
-        import pyarrow as pa
+    def splits(self, section: TaskSection, fields: Any, base: Path, notes: list[str]) -> tuple[dict[str, Columns], str]:
+        from kdcli.data.image_sets import read_image_splits
 
-        kind = pa.struct({"bytes": pa.large_binary(), "path": pa.large_string()})
-        parts = need_column(columns, fields.image or "image", "image", source).parts
-        return {"image": pa.chunked_array([pa.array(part).cast(kind) for part in parts], kind)}
+        return read_image_splits(section, fields.image, base, notes)
+
+    def columns_of_file(self, section: TaskSection, fields: Any, notes: list[str]) -> Columns:
+        from kdcli.data.image_sets import read_images_of
+
+        assert section.data is not None
+        return read_images_of(Path(section.data), section, fields.image, "--data", notes)
+
+    def read_examples(self, columns: Columns, fields: Any, source: str) -> dict[str, Any]:
+        from kdcli.data.images import image_column, read_images
+
+        return {"image": read_images(columns, image_column(columns, fields.image, source), source)}
 
     def inputs(self, fields: Any) -> dict[str, str]:
         return {"image": fields.image or "image"}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kdcli.data.images import decoded
 from kdcli.data.rows import stored
-from kdcli.errors import InputError
 from kdcli.models.hashing import CONTENT
 from kdcli.models.processors import channels_of, hash_of_processor
 from kdcli.tasks.pixel_cache import PLACE, KeptPixels, keep_pixels
@@ -177,21 +177,6 @@ class ImageCollator:
         if index is not None and self.augment is not None:
             images = self.augment(images, index, self.epoch)
         return self.reader.scaled(images)
-
-
-def decoded(image: Mapping[str, Any], *, row: int, mode: str) -> Any:
-    """Return an image as Pillow's, in `mode`. row: its number, for messages."""
-    import io
-
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise InputError("images need Pillow, which is not installed", hint='pip install "kdcli[images]"') from error
-    try:
-        return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]).convert(mode)
-    except (OSError, ValueError, SyntaxError) as error:
-        place = image["path"] if image["bytes"] is None else f"the image of row {row + 1}"
-        raise InputError(f"{place} cannot be read: {error}") from error
 
 
 def prepare(

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from kdcli.data.columns import Column, Columns, chunked
+from kdcli.data.columns import Columns, chunked
 from kdcli.data.mixing import apportioned
 from kdcli.data.own import files_of, test_set_of
-from kdcli.data.rows import chunks_of
+from kdcli.data.rows import identities
 from kdcli.data.sets import named_sets
 from kdcli.data.tables import dataset_of, halves, subset
 from kdcli.errors import InputError
@@ -224,9 +224,7 @@ def fingerprint_of(splits: Mapping[str, "pa.Table | Dataset | Mapping[str, Seque
 
 
 def _chunks(rows: Any, column: str) -> Iterable[list[Any]]:
-    if isinstance(rows, pa.Table):
-        return Column(rows.column(column).chunks).chunks()
-    return chunks_of(rows, column) if hasattr(rows, "column_names") else chunked(rows[column])
+    return identities(rows, column) if hasattr(rows, "column_names") else chunked(rows[column])
 
 
 def _metrics(
