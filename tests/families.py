@@ -6,20 +6,20 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
 
 from kdcli.data.reviews import reviews
 from kdcli.models.families import FAMILIES
+from kdcli.models.heads import IMAGE_CLASSIFICATION
 from kdcli.models.scratch import train_tokenizer
 
 NAMES = sorted(name for name, family in FAMILIES.items() if family.reads == "text" and not family.causal)
 """Encoders."""
 
-IMAGES = sorted(name for name, family in FAMILIES.items() if family.reads == "images")
-"""Those that read images."""
+IMAGES = sorted(name for name, family in FAMILIES.items() if family.reads == "images" and family.outputs_only is None)
+"""Those that read images, and whose blocks are seen."""
 
 DECODERS = sorted(name for name, family in FAMILIES.items() if family.causal)
 
@@ -91,7 +91,7 @@ def tiny(
     for name in set(sizes.by_block) & set(values):
         values[name] = [values[name][layer % 2] for layer in range(layers)]
     config = AutoConfig.for_model(family, **{**values, **extra})
-    classifier = AutoModelForImageClassification if family in IMAGES else AutoModelForSequenceClassification
+    classifier = IMAGE_CLASSIFICATION.auto_class() if family in IMAGES else AutoModelForSequenceClassification
     auto = AutoModelForCausalLM if FAMILIES[family].causal else classifier
     if config.architectures is None:
         # The library cannot choose among the two classes that DeiT has.

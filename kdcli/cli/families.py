@@ -14,8 +14,9 @@ def families(
 ) -> int:
     """List the families of models that teachers and students can be of, with their limits, or explain one.
 
-    Every form of student, [overparam], [teacher.scratch] and ONNX export work with all of them. "attention: no
-    positions": attention is compared by q k^T alone, without the terms of positions that these models add.
+    Every form of student, [overparam], [teacher.scratch] and ONNX export work with all of them but those of which
+    kdcli sees outputs only: their predictions can be taught and learnt. "attention: no positions": attention is
+    compared by q k^T alone, without the terms of positions that these models add.
 
     \b
     Examples:
@@ -41,13 +42,18 @@ def families(
 
 
 def _row(family: "Family") -> dict[str, Any]:
-    return {
-        "name": family.name,
-        "title": family.title,
+    inside = {
         "attention": f"{family.attention}, rotary" if family.rotary else family.attention,
         "direction": "causal" if family.causal else "both ways",
         "feed_forward": "gated" if family.ffn_gate is not None else "plain",
         "blocks": "shared" if family.repeated else "own weights",
+    }
+    if family.outputs_only is not None:
+        inside = dict.fromkeys(inside, "not seen")
+    return {
+        "name": family.name,
+        "title": family.title,
+        **inside,
         "matrices": {name: matrix.path for name, matrix in family.matrices.items()},
         "limits": list(family.limits),
     }

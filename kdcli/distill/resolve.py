@@ -14,7 +14,7 @@ from kdcli.methods.base import Context, Method, Stage
 from kdcli.methods.layer_maps import uniform
 from kdcli.models.heads import BASE, Head
 from kdcli.models.load import load_config
-from kdcli.models.shape import ModelShape, shape_of
+from kdcli.models.shape import ModelShape, OuterShape, UnseenError, shape_of
 from kdcli.models.student import StudentBuild
 from kdcli.recipe.schema import FORM_FIELDS, Recipe, StudentSection
 from kdcli.tasks import registry as kinds
@@ -176,6 +176,8 @@ def _pairs(build: StudentBuild, student: ModelShape, teacher: ModelShape) -> lis
 
     The last one follows the last: both are compared after the norm that follows it.
     """
+    if isinstance(student, OuterShape) or isinstance(teacher, OuterShape):
+        return []
     if teacher.uneven and build.teacher_layers is not None and len(build.teacher_layers) == student.layers:
         followed = [*build.teacher_layers[:-1], teacher.layers - 1]
         return [(number, layer + 1) for number, layer in enumerate(followed, 1)]
@@ -241,12 +243,43 @@ def stages_of(
 
     examples: counts those of training.
     """
-    resolved.method.check(resolved.options, context)
-    stages = resolved.method.build(resolved.options, context)
+    with _refusing_unseen(resolved.method.name):
+        resolved.method.check(resolved.options, context)
+        stages = resolved.method.build(resolved.options, context)
+    _check_seen(resolved.method.name, stages, context)
     for stage in stages:
         if stage.scheme is not None:
             stage.scheme.check(resolved.loop, student, teacher, examples())
     return stages
+
+
+@contextmanager
+def _refusing_unseen(method: str) -> Iterator[None]:
+    """Let the error for a size inside a model whose outputs alone are seen name the method that asked for it."""
+    try:
+        yield
+    except UnseenError as error:
+        raise _unseen(method, error.title, error.reason) from error
+
+
+def _unseen(method: str, title: str, reason: str) -> InputError:
+    return InputError(
+        f"{method} looks inside both models, and of {title} kdcli sees outputs only, because {reason}",
+        where="method.name",
+        hint="use a method that compares predictions alone, such as kd, or models of other families: `kdcli families` "
+        "lists them",
+    )
+
+
+def _check_seen(method: str, stages: list[Stage], context: Context) -> None:
+    """Raise InputError where a method asks for more than outputs of a model of which only these are seen."""
+    terms = [term for stage in stages for term in stage.terms if term.weight > 0]
+    for shape, requests in (
+        (context.teacher, [term.objective.teacher_request() for term in terms]),
+        (context.student, [term.objective.student_request() for term in terms]),
+    ):
+        if isinstance(shape, OuterShape) and any(request.inside for request in requests):
+            raise _unseen(method, shape.title, shape.reason)
 
 
 def head_needed(resolved: Resolved, task: Task) -> Head:

@@ -338,7 +338,7 @@ def make_distiller(
 def _saves(request: Request, teacher: "PreTrainedModel") -> bool:
     """True when the teacher needs not run to its end once its predictions are known."""
     deepest = max([*request.hidden, *(layer for layer, _ in request.matrices | request.linear)], default=0)
-    return deepest < shape_of(teacher.config).layers
+    return deepest == 0 or deepest < shape_of(teacher.config).layers
 
 
 def _is_usable(final: Path, identity: dict[str, Any], console: Console) -> bool:

@@ -18,6 +18,7 @@ from kdcli.files import atomic_folder, cache_dir, fingerprint, source_of, write_
 from kdcli.machine import resolve_precision
 from kdcli.manifest import check_manifest, is_sealed, write_manifest
 from kdcli.models.checkpoint import open_checkpoint
+from kdcli.models.families import family_of
 from kdcli.models.finite import NotFiniteError, at_fault, check_weights
 from kdcli.models.hashing import hash_of_model
 from kdcli.models.heads import Head, Labelling, check_body
@@ -28,6 +29,7 @@ from kdcli.models.processors import check_processor, hash_of_processor, load_pro
 from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
 from kdcli.models.sentence_folder import note_on_pooling
+from kdcli.models.shape import need_blocks
 from kdcli.recipe.schema import FinetuneSection, Recipe
 from kdcli.tasks.base import Owner, Task
 from kdcli.tasks.kind import TaskKind
@@ -174,6 +176,8 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path, world: 
         # What is trained is kept to the bit, whatever its start came in.
         model.config.dtype = torch.float32
     elif section.device_map is not None or section.sharding != "none":
+        name = "device_map" if section.device_map is not None else "sharding"
+        need_blocks(family_of(model.config), f"teacher.{name}", f"teacher.{name}", "leave it out")
         limits = section.device_map if isinstance(section.device_map, dict) else {}
         spread(model, Placement(None if section.device_map is None else limits, section.sharding == "fsdp"))
     path = Path(source) if not trains and Path(source).exists() else None

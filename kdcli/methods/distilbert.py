@@ -35,8 +35,10 @@ def check(options: DistilBERTOptions, context: Context) -> None:
     """Raise InputError when vocabularies or widths differ."""
     refuse_unsupported(options, context, text=("positions",), gold=("weights.task",))
     need_equal_vocabulary(context)
+    if options.weights.cosine == 0:
+        return
     teacher, student = context.teacher.hidden, context.student.hidden
-    if options.weights.cosine > 0 and teacher != student:
+    if teacher != student:
         raise InputError(
             f"directions can be compared between equal widths, not {teacher} of the teacher and {student} of the "
             "student",
@@ -51,12 +53,13 @@ def build(options: DistilBERTOptions, context: Context) -> list[Stage]:
 
     weights = options.weights
     everywhere = context.plain_text and options.positions == "all"
-    last = CosineObjective([(context.student.layers, context.teacher.layers)])
     terms = [
         context.output_term(weights.output, options.temperature, all_positions=everywhere),
         *([context.gold_term(weights.task)] if context.has_gold else []),
-        Term("cosine", last, weights.cosine),
     ]
+    if weights.cosine > 0:
+        last = CosineObjective([(context.student.layers, context.teacher.layers)])
+        terms.append(Term("cosine", last, weights.cosine))
     return [Stage("distil", weighted(terms))]
 
 

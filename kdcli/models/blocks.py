@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdcli.models.families import family_of
-from kdcli.models.shape import shape_of
+from kdcli.models.shape import need_blocks, shape_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,6 +24,7 @@ def blocks_of(model: "PreTrainedModel") -> "nn.ModuleList":
     """Return the list of transformer blocks that have weights of their own: one, where it is run several times."""
     from torch import nn
 
+    need_blocks(family_of(model.config), "this")
     blocks = body_of(model).get_submodule(family_of(model.config).blocks)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
@@ -185,7 +186,7 @@ def block_matrix(model: "PreTrainedModel", layer: int, name: str) -> BlockMatrix
 def iter_block_matrices(model: "PreTrainedModel") -> "Iterator[tuple[MatrixKey, BlockMatrix]]":
     """Yield ((block, name), matrix) for every matrix of every block that has weights of its own, in their order."""
     names = family_of(model.config).matrices
-    for layer in range(1, len(blocks_of(model)) + 1):
+    for layer in range(1, len(blocks_of(model)) + 1) if names else ():
         for name in names:
             yield (layer, name), block_matrix(model, layer, name)
 

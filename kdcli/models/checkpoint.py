@@ -17,6 +17,7 @@ from kdcli.models import families
 from kdcli.models.families import Family
 from kdcli.models.heads import SENTENCE_EMBEDDING
 from kdcli.models.sizes import check_room, check_sizes
+from kdcli.models.written import as_read
 
 KDCLI_MODEL_TYPE = "kdcli (pip install kdcli, then import kdcli)"
 """The model type of a folder that holds factors or chains in place of matrices.
@@ -156,6 +157,7 @@ def read_config(name: str | Path, revision: str | None = None) -> dict[str, Any]
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
+    config = as_read(config, str(path)) if isinstance(config, dict) else config
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise InputError(f"{path} names no model_type", hint="give a Hugging Face model folder")
     if isinstance(config.get("id2label"), list):

@@ -1,7 +1,7 @@
 """The classes of a model: their number, their names, their order."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import InputError
 from kdcli.words import counted
@@ -65,6 +65,12 @@ def classifier_names(model: "PreTrainedModel") -> list[str]:
     """Return the paths of the linear layers that give logits; none where there are none."""
     from torch import nn
 
+    body: Any = model.base_model
+    if hasattr(body, "get_classifier"):
+        # A body of timm holds them itself.
+        layers = body.get_classifier()
+        own = {id(one) for one in (layers if isinstance(layers, tuple) else (layers,)) if isinstance(one, nn.Linear)}
+        return [name for name, module in model.named_modules() if id(module) in own]
     classes, found = model.config.num_labels, {}
     for name, module in model.named_modules():
         head = name.partition(".")[0]

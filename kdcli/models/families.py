@@ -38,6 +38,10 @@ class Matrix:
     transposed: bool = False
 
 
+NONE = Matrix("")
+"""In place of each matrix of a family whose blocks are not seen."""
+
+
 @dataclass(frozen=True)
 class SizeNames:
     """What a family's configuration calls its sizes.
@@ -74,6 +78,22 @@ class SizeNames:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """A model of which another family's models are a part: its checkpoints are read as that part.
+
+    name: its `model_type`. config: the field of its configuration that is the part's. part: the part's name among its
+    modules. others: what the names of all other tensors of its files begin with. settings: of the part's configuration,
+    for what a classifier does not use.
+    """
+
+    name: str
+    config: str
+    part: str
+    others: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True)
 class Family:
     """One family: paths inside a model's body (`model.bert`, ...), inside a block, and inside its configuration.
 
@@ -82,6 +102,9 @@ class Family:
     tokens, None in a family that reads images; projection: one after it, present only when the embeddings are narrower
     than the blocks, whose output takes that place.
     final_norm: a norm after the last block; the library's last hidden states are after it, and so are kdcli's.
+    outputs_only: why nothing inside its models can be compared; `blocks` and all matrices are then left out.
+    wraps: the library whose models stand inside the transformers library's.
+    part_of: the larger models of which its models are a part.
     repeated: True where one block's weights are run `layers` times; one_of: fields that must then be 1.
     after_first: a module that some models have between their first and second block.
     first_only: weights that every block but the first has.
@@ -102,15 +125,18 @@ class Family:
 
     name: str
     title: str
-    blocks: str
-    query: Matrix
-    key: Matrix
-    value: Matrix
-    attention_output: Matrix
-    ffn_in: Matrix
-    ffn_out: Matrix
+    blocks: str = ""
+    query: Matrix = NONE
+    key: Matrix = NONE
+    value: Matrix = NONE
+    attention_output: Matrix = NONE
+    ffn_in: Matrix = NONE
+    ffn_out: Matrix = NONE
     ffn_gate: Matrix | None = None
     reads: Reads = "text"
+    outputs_only: str | None = None
+    wraps: Literal["timm"] | None = None
+    part_of: Whole | None = None
     embeddings: str | None = "embeddings"
     word_embeddings: str | None = "embeddings.word_embeddings"
     projection: str | None = None
@@ -138,7 +164,7 @@ class Family:
     @property
     def matrices(self) -> dict[str, Matrix]:
         """The linear maps of a block by name, in the order of `MATRICES`."""
-        return {name: matrix for name in MATRICES if (matrix := getattr(self, name)) is not None}
+        return {name: matrix for name in MATRICES if (matrix := getattr(self, name)) not in (None, NONE)}
 
     @property
     def attention_module(self) -> str:
@@ -148,6 +174,13 @@ class Family:
     @property
     def limits(self) -> dict[str, str]:
         """What does not work with its models: in a few words, and in full."""
+        if self.outputs_only is not None:
+            return {
+                f"outputs only: {self.outputs_only}": f"Only its outputs can be compared, because {self.outputs_only}. "
+                "Its models can be teachers of methods that compare predictions alone, such as kd, and students with "
+                'form = "checkpoint". What needs blocks is refused: hidden states, attention, matrices, replaced '
+                "blocks, students that are cut, narrowed or factorised, and [teacher.scratch]."
+            }
         found = {}
         if self.attention != "dot-product":
             found["attention: no positions"] = (
@@ -273,6 +306,22 @@ def _dino(**names: Any) -> dict[str, Any]:
         "sizes": replace(sizes, two_thirds=True),
     }
     return {**_DINO, "sizes": sizes, "variants": MappingProxyType({"use_swiglu_ffn": gated})}
+
+
+_TEXTS = ("text_model.", "logit_scale", "logit_bias")
+
+_TOWER: dict[str, Any] = {
+    "reads": "images",
+    "blocks": "encoder.layers",
+    "query": Matrix("self_attn.q_proj"),
+    "key": Matrix("self_attn.k_proj"),
+    "value": Matrix("self_attn.v_proj"),
+    "attention_output": Matrix("self_attn.out_proj"),
+    "ffn_in": Matrix("mlp.fc1"),
+    "ffn_out": Matrix("mlp.fc2"),
+    "word_embeddings": None,
+    "sizes": _PIXELS,
+}
 
 
 FAMILIES: dict[str, Family] = {
@@ -470,6 +519,44 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("dinov2", "DINOv2", **_dino()),
         Family("dinov2_with_registers", "DINOv2 with registers", **_dino(registers="num_register_tokens")),
+        Family(
+            "swin",
+            "Swin",
+            reads="images",
+            outputs_only="its blocks have other widths and other windows from stage to stage",
+            word_embeddings=None,
+            sizes=replace(_PIXELS, by_block=("depths",)),
+        ),
+        Family(
+            "timm_wrapper",
+            "timm (TinyViT and others)",
+            reads="images",
+            outputs_only="models of timm differ in what is inside them",
+            wraps="timm",
+            word_embeddings=None,
+            sizes=replace(_PIXELS, image=None, patch=None, channels=None),
+        ),
+        Family(
+            "clip_vision_model",
+            "CLIP (images)",
+            **_TOWER,
+            embeddings="pre_layrnorm",
+            special=1,
+            part_of=Whole("clip", "vision_config", "vision_model", (*_TEXTS, "visual_projection.", "text_projection.")),
+        ),
+        Family(
+            "siglip_vision_model",
+            "SigLIP (images)",
+            **_TOWER,
+            final_norm="post_layernorm",
+            part_of=Whole(
+                "siglip",
+                "vision_config",
+                "vision_model",
+                (*_TEXTS, "head.", "vision_model.head."),
+                MappingProxyType({"vision_use_head": False}),
+            ),
+        ),
     )
 }
 """The package's own families by name."""

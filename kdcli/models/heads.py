@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import InputError
+from kdcli.models.classes import classifier_names
 from kdcli.models.families import Reads, family_of
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ IMAGE_CLASSIFICATION = Head(
     ("ForImageClassification", "ForImageClassificationWithTeacher"),
     "image-classification",
     reads="images",
+    module="kdcli.models.image_heads",
 )
 
 SENTENCE_SETTINGS = "sentence_embedding"
@@ -204,9 +206,18 @@ def without_pooler(kind: type) -> dict[str, bool]:
 def _on_body(headed: "PreTrainedModel", model: "PreTrainedModel") -> "PreTrainedModel":
     """Put copies of the parts of a body in the place of those of `headed`, and return it in eval mode."""
     body = headed.base_model
+    own_config = getattr(model.base_model, "config", model.config)
+    # Some bodies hold the classifier themselves.
+    own = {name: headed.get_submodule(name) for name in classifier_names(headed)}
     headed.config.dtype = model.config.dtype
+    # Some bodies have weights beside their parts, such as a token or positions.
+    for name, parameter in model.base_model.named_parameters(recurse=False):
+        setattr(body, name, copy.deepcopy(parameter))
     for name, child in model.base_model.named_children():
         if child is not None and getattr(body, name, None) is not None:
             # Its modules read the configuration of the whole, not a copy of the old one.
-            setattr(body, name, copy.deepcopy(child, {id(model.base_model.config): headed.config}))
+            setattr(body, name, copy.deepcopy(child, {id(own_config): headed.config}))
+    for name, classifier in own.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(headed.get_submodule(parent), attribute, classifier)
     return headed.eval()

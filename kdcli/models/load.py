@@ -331,7 +331,8 @@ def _places(model: "PreTrainedModel", tensors: Mapping[str, Any]) -> dict[str, s
 
     A body alone is found in a file with a head, too, and a body in a file without its name before each weight's.
     """
-    prefix = f"{model.base_model_prefix}."
+    whole = family_of(model.config).part_of
+    prefix = f"{model.base_model_prefix if whole is None else whole.part}."
     expected, renamed = model.state_dict().keys(), _renamings(model)
 
     def place(key: str) -> str:
@@ -380,6 +381,11 @@ def _differences(
 
 def _may_be_left(model: "PreTrainedModel", key: str) -> bool:
     """True for what a file may hold beside a model: positions, mask tokens, poolers and heads that it does not use."""
+    whole = family_of(model.config).part_of
+    if whole is not None and key.startswith(whole.others):
+        return True
+    if _is_left_out(model, key):
+        return True
     if key.endswith(("position_ids", "token_type_ids", "embeddings.mask_token")):
         return True
     if any(re.search(pattern, key) for pattern in model._keys_to_ignore_on_load_unexpected or ()):
@@ -388,6 +394,17 @@ def _may_be_left(model: "PreTrainedModel", key: str) -> bool:
         return getattr(model.base_model, "pooler", None) is None and not hasattr(model, "pooler")
     children = {name for name, _ in model.named_children()}
     return key.startswith(PRETRAINED[0]) or (key.startswith(PRETRAINED) and key.partition(".")[0] not in children)
+
+
+def _is_left_out(model: "PreTrainedModel", key: str) -> bool:
+    """True for a weight of a layer that a body has nothing in place of: of a classifier that it would hold itself."""
+    from torch import nn
+
+    *parents, _ = key.split(".")
+    module: Any = model
+    for name in parents:
+        module = getattr(module, name, None)
+    return isinstance(module, nn.Identity)
 
 
 def _check_weights(model: "PreTrainedModel", checkpoint: Checkpoint) -> None:
@@ -501,6 +518,8 @@ def _whole(config: "PretrainedConfig", head: Head, checkpoint: Checkpoint) -> "P
     import transformers
 
     own: Any = getattr(transformers, checkpoint.architecture or "", None)
+    if family_of(config).part_of is not None and IMAGE_CLASSIFICATION.is_of(checkpoint.architecture or ""):
+        return _bare(config, IMAGE_CLASSIFICATION, checkpoint.tensors)
     if head != BASE or own is None or BASE.is_of(checkpoint.architecture or ""):
         return _bare(config, head, checkpoint.tensors)
     return own._from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ from kdcli.models.factoriser import Factoriser
 from kdcli.models.families import family_of
 from kdcli.models.fused import make_layers, merge_split
 from kdcli.models.lowrank import LowRankLinear
+from kdcli.models.shape import need_blocks
 from kdcli.recipe.schema import OverparamSection
 from kdcli.signals import MatrixKey
 from kdcli.tensors.factors import MPOShape
@@ -159,6 +160,7 @@ def _wanted(model: "PreTrainedModel", section: OverparamSection) -> tuple[list[t
     Raises InputError when it cannot have any.
     """
     check_factors(section)
+    need_blocks(family_of(model.config), "[overparam]", "overparam", "leave it out")
     if section.layers is not None and (family := family_of(model.config)).repeated:
         raise InputError(
             f"the blocks of {family.title} are one, run again and again, so none can be left out",

@@ -46,6 +46,8 @@ def load_image_processor(name: str | Path, revision: str | None = None) -> Any:
     """Return the image processor of a folder or a hub name. Raises InputError when there is none."""
     needs_torchvision()
     folder = local_folder(name)
+    if (known := _of_timm(name, revision, folder)) is not None:
+        return known
     if folder is not None and not (folder / SETTINGS).is_file():
         raise InputError(
             f"{folder} has no {SETTINGS}",
@@ -74,6 +76,18 @@ def new_image_processor(height: int, width: int) -> Any:
 
     half = [0.5, 0.5, 0.5]
     return ViTImageProcessor(size={"height": height, "width": width}, image_mean=half, image_std=half)
+
+
+def _of_timm(name: str | Path, revision: str | None, folder: Path | None) -> Any | None:
+    """Return the image processor of a model of timm, which has its settings in config.json; None of all others."""
+    if folder is not None and ((folder / SETTINGS).is_file() or not (folder / "config.json").is_file()):
+        return None
+    config = read_config(name, revision)
+    if not families.is_known(config["model_type"]) or check_config(config, name).wraps is None:
+        return None
+    from kdcli.models.timm_models import processor_of
+
+    return processor_of(config, name)
 
 
 def is_image_processor(processor: Any) -> bool:

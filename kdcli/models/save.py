@@ -10,6 +10,7 @@ from torch import nn
 
 from kdcli.errors import RunError
 from kdcli.models.checkpoint import KDCLI_MODEL_TYPE, LOCAL
+from kdcli.models.families import family_of
 from kdcli.models.fused import SplitLinear
 from kdcli.models.heads import BASE, SENTENCE_EMBEDDING, with_new_head
 from kdcli.models.inputs import INPUTS, inputs_of
@@ -163,3 +164,6 @@ def save_model(model: "PreTrainedModel", folder: Path, processor: Any = None) ->
         file.chmod((folder / "config.json").stat().st_mode & 0o777)
     if processor is not None:
         save_processor(processor, folder, model.config)
+        if family_of(model.config).wraps is not None:
+            # What it says of images is of the model's origin, and comes before the processor's file.
+            _leave_out(folder / "config.json", ("pretrained_cfg",))

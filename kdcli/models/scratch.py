@@ -12,7 +12,7 @@ from kdcli.models import families
 from kdcli.models.families import Family
 from kdcli.models.heads import Head, check_body
 from kdcli.models.processors import new_image_processor
-from kdcli.models.shape import ffn_ratio
+from kdcli.models.shape import ffn_ratio, need_blocks
 from kdcli.models.sizes import check_heads
 from kdcli.recipe.schema import ScratchSection
 
@@ -82,6 +82,7 @@ def build_scratch(
     from transformers import AutoConfig
 
     family = families.get(section.family, where="teacher.scratch.family")
+    need_blocks(family, "a teacher from scratch", "teacher.scratch.family")
     if section.hidden_size % section.heads:
         raise InputError(
             f"hidden_size {section.hidden_size} is not divisible by {section.heads} heads",

@@ -56,6 +56,44 @@ class ModelShape:
         return self.intermediate if matrix in ("ffn_in", "ffn_gate") else self.hidden
 
 
+INSIDE = ("layers", "hidden", "heads", "kv_heads", "head", "intermediate")
+"""Sizes of what stands inside a model."""
+
+
+class UnseenError(InputError):
+    """A size is asked for of what kdcli does not see. title: of the family; reason: why its outputs alone are seen."""
+
+    def __init__(self, title: str, reason: str, **place: Any) -> None:
+        super().__init__(f"of {title} only outputs can be compared, because {reason}", **place)
+        self.title, self.reason = title, reason
+
+
+@dataclass(frozen=True)
+class OuterShape(ModelShape):
+    """The shape of a model of which only outputs are seen: whoever asks for a size inside it is refused."""
+
+    title: str = ""
+    reason: str = ""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in INSIDE:
+            raise UnseenError(self.title, self.reason, hint=OTHER_FAMILY)
+        return super().__getattribute__(name)
+
+
+OTHER_FAMILY = "choose a model of another family: `kdcli families` lists them"
+
+
+def need_blocks(family: Family, what: str, where: str | None = None, hint: str = OTHER_FAMILY) -> None:
+    """Raise InputError where `what`, as the start of a sentence, needs blocks, and the models of a family show none."""
+    if family.outputs_only is not None:
+        raise InputError(
+            f"{what} needs blocks, and of {family.title} kdcli sees outputs only, because {family.outputs_only}",
+            where=where,
+            hint=hint,
+        )
+
+
 def longest_input(config: "PretrainedConfig") -> int | None:
     """Return how many tokens a model has positions for; None where it needs none of its own, or reads images."""
     family = family_of(config)
@@ -73,6 +111,8 @@ def shape_of(config: "PretrainedConfig") -> ModelShape:
     """Return the sizes that a configuration says. Raises InputError for an unknown family."""
     family = family_of(config)
     names = family.sizes
+    if family.outputs_only is not None:
+        return _outer(config, family)
     hidden, heads = getattr(config, names.hidden), getattr(config, names.heads)
     image, patch = (_side(_given(config, name)) for name in (names.image, names.patch))
     return ModelShape(
@@ -112,6 +152,32 @@ def ffn_ratio(names: SizeNames, hidden: int, width: int) -> int:
     return min(range(1, 2 * width // hidden + 2), key=lambda ratio: abs(ffn_width(names, hidden, ratio) - width))
 
 
+def _outer(config: "PretrainedConfig", family: Family) -> OuterShape:
+    names = family.sizes
+    image, channels = _side(_given(config, names.image)), _given(config, names.channels)
+    if family.wraps == "timm":
+        from kdcli.models.timm_models import images_of
+
+        images = images_of(config)
+        channels, image = images.channels, (images.height, images.width)
+    return OuterShape(
+        family=family.name,
+        layers=0,
+        hidden=0,
+        heads=0,
+        kv_heads=0,
+        head=0,
+        intermediate=0,
+        vocab=None,
+        max_positions=None,
+        image=image,
+        patch=_side(_given(config, names.patch)),
+        channels=channels,
+        title=family.title,
+        reason=family.outputs_only or "",
+    )
+
+
 def _given(config: "PretrainedConfig", name: str | None) -> Any:
     return getattr(config, name, None) if name is not None else None
 
@@ -142,6 +208,8 @@ def token_counts(config: "PretrainedConfig", lengths: "np.ndarray") -> "np.ndarr
 def attention_of(config: "PretrainedConfig") -> dict[str, Any]:
     """Return what `Signals` says of a model's attention: its heads, and what its scores are formed like."""
     shape, family = shape_of(config), family_of(config)
+    if family.outputs_only is not None:
+        return {"heads": 0}
     return {
         "heads": shape.heads,
         "kv_heads": shape.kv_heads,

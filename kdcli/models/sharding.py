@@ -20,7 +20,8 @@ def units_of(model: "PreTrainedModel") -> list[nn.Module]:
 
     A block that is run several times stays with the rest: it would be gathered again and again.
     """
-    return [] if family_of(model.config).repeated else list(blocks_of(model))
+    family = family_of(model.config)
+    return [] if family.repeated or family.outputs_only is not None else list(blocks_of(model))
 
 
 def has_shards(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 Both are checked before a model is built: one of 2^31 blocks takes all memory before its weights are compared.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from kdcli.errors import InputError, cut
@@ -28,6 +28,9 @@ def check_sizes(config: Mapping[str, Any], family: Family, path: str) -> None:
 
     config: as written. path: of config.json, for messages.
     """
+    if family.outputs_only is not None:
+        _check_stages(config, family, path)
+        return
     for kind in _COMMON:
         names = _names(family, kind)
         given = [name for name in names if name in config]
@@ -74,6 +77,32 @@ def check_sizes(config: Mapping[str, Any], family: Family, path: str) -> None:
             hint=f"correct {heads[0]}: one head is as wide as {hidden[0]} divided by it",
         )
     check_heads(family, hidden[1], heads[1], f"{path}: {heads[0]}")
+
+
+def _check_stages(config: Mapping[str, Any], family: Family, path: str) -> None:
+    """Raise InputError where a number in the configuration of a model of several stages is larger than any can be."""
+    own = family.sizes
+    for name in (own.image, own.patch, own.channels, "num_labels"):
+        if name is not None and config.get(name) is not None:
+            for side in config[name] if isinstance(config[name], list) else [config[name]]:
+                _check({name: side}, name, path, least=1)
+    numbers = {name: value for name, value in config.items() if name not in ("id2label", "label2id")}
+    for name, value in _numbers_in(numbers):
+        most = MOST_BLOCKS if "depth" in name or "layers" in name else MOST
+        if value > most:
+            raise InputError(f"{path}: {name} is {value:,}", hint=f"use at most {most:,}")
+
+
+def _numbers_in(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Yield every whole number of a configuration with the name of its field."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from _numbers_in(one, str(key))
+    elif isinstance(value, list):
+        for one in value:
+            yield from _numbers_in(one, name)
 
 
 def _check_images(config: Mapping[str, Any], names: SizeNames, path: str) -> None:
@@ -129,6 +158,8 @@ def check_room(
     shapes: of the file's tensors, by their names. renamed: gives names of today for those that the library has changed.
     The sizes have passed `check_sizes`.
     """
+    if family.outputs_only is not None:
+        return
     blocks = _numbers(family, shapes)
     name, layers = _size(config, family, "layers")
     if family.repeated and layers > MOST_BLOCKS:

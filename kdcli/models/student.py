@@ -20,7 +20,7 @@ from kdcli.models.probe import check_numbers
 from kdcli.models.reinit import start_again
 from kdcli.models.save import stored_type
 from kdcli.models.sentence_folder import note_on_pooling
-from kdcli.models.shape import ModelShape, shape_of
+from kdcli.models.shape import ModelShape, need_blocks, shape_of
 from kdcli.models.vocabulary import trimmed
 from kdcli.models.width import set_widths, slice_into, width_shape
 from kdcli.recipe.schema import OverparamSection, StudentSection
@@ -89,6 +89,13 @@ def _build(
             f"a {section.form} student takes its weights from whole matrices, and the teacher's are low-rank factors",
             where="student.form",
             hint="use a teacher without them; `kdcli contract MODEL --merge-lowrank --out DIR` multiplies them",
+        )
+    if section.form != "checkpoint":
+        need_blocks(
+            family_of(teacher.config),
+            f'a student of form = "{section.form}"',
+            "student.form",
+            'use form = "checkpoint" with student.model: another model, or the teacher itself',
         )
     if section.form == "low-rank":
         # A teacher may be in half precision; what is trained is not.
@@ -292,6 +299,7 @@ def _checkpoint(
         )
     check_numbers(student, "student.model")
     if section.layers is not None:
+        need_blocks(family_of(student.config), "a number of layers", "student.layers", "leave it out")
         cut = _depth(student, section, whose="its")
         student, notes = cut.model, [*notes, *cut.notes]
     return StudentBuild(student, "checkpoint", None, notes)

@@ -194,7 +194,7 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
         (overwrite("config.json", b"\xff\xfe"), r"config\.json is not valid JSON"),
         (overwrite("config.json", b"[]"), "names no model_type"),
         (overwrite("config.json", b"{}"), "names no model_type"),
-        (change_config(model_type="bloom"), "unknown family 'bloom'; known are albert, bert"),
+        (change_config(model_type="bloom"), "unknown family 'bloom'; known are albert, "),
         (remove("model.safetensors"), r"has no model\.safetensors"),
         (only_a_pickle, r"only as a pickle \(pytorch_model\.bin\)"),
         (overwrite("model.safetensors", b""), "not a readable safetensors file"),
@@ -292,7 +292,7 @@ def test_a_file_is_no_model(folder: Path):
 def test_a_model_of_an_unknown_family_is_refused_with_the_way_to_add_one(tmp_path: Path):
     config = BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=50)
     BloomForSequenceClassification(config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"known are albert, bert, camembert, deberta-v2") as caught:
+    with pytest.raises(InputError, match=r"known are albert, .*bert, camembert") as caught:
         load_model(tmp_path)
     assert caught.value.hint is not None and "kdcli.families" in caught.value.hint
 
