@@ -2,9 +2,10 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from datasets import Dataset
@@ -12,9 +13,9 @@ from rich.console import Console
 from rich.progress import track
 
 from kdcli.black_box.ask import BlackBox
-from kdcli.black_box.noise import Noise
 from kdcli.data.columns import Columns
 from kdcli.data.files import read_file
+from kdcli.data.rows import values_of
 from kdcli.errors import InputError
 from kdcli.files import cache_dir, fingerprint
 from kdcli.tasks.base import Task
@@ -80,12 +81,31 @@ class Memory:
                     file.write("\n" + "\n".join(lines) + "\n")
 
 
+class Copies(Protocol):
+    """What changes an example a little, in ways that depend on what it is made of alone."""
+
+    @property
+    def ratio(self) -> float: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    def copies(self, value: Any, example: int, numbers: Sequence[int], field: str) -> list[Any]:
+        """Return numbered copies of the value of a column, of which number 0 is the value itself."""
+        ...
+
+
+def columns_asked(task: Task) -> list[str]:
+    """Return the columns of a task's rows that a black box is shown."""
+    return ["image"] if "images" in task.kind.provides else task.kind.columns_of_text(task.train)
+
+
 def ask(
     box: BlackBox,
     train: Dataset,
-    noise: Noise,
+    noise: Copies,
     *,
-    texts: Sequence[str],
+    columns: Sequence[str],
     copies: int,
     names: tuple[str, ...],
     queries_per_call: int = 1024,
@@ -95,17 +115,17 @@ def ask(
 ) -> np.ndarray:
     """Return how often each class was decided, (largest index + 1, classes); row i for the example with index i.
 
-    train: the task's rows with the columns index and, of text, `texts`. Each example is asked `copies` times: once as
-    it is, and then noised differently. Decisions are kept in the cache under the identity of the black box, the data
-    and the noise, as soon as they are known: what was interrupted goes on, more copies ask for the additional ones
-    only.
+    train: the task's rows with the columns index and `columns`, those that a black box is shown. Each example is asked
+    `copies` times: once as it is, and then noised differently. Decisions are kept in the cache under the identity of
+    the black box, the data and the noise, as soon as they are known: what was interrupted goes on, more copies ask for
+    the additional ones only.
     Raises InputError when an answer is no label.
     """
-    columns = {name: list(train[name]) for name in texts}
+    shown = train.select_columns([*columns, "index"])
     name = fingerprint(
         {
             "box": box.identity,
-            "data": fingerprint_of({"train": {**columns, "index": list(train["index"])}}),
+            "data": fingerprint_of({"train": shown}),
             "names": names,
             "noise": [noise.ratio, noise.seed, noise_identity],
             "format": 3,
@@ -123,7 +143,7 @@ def ask(
         tell(console, f"asking the black box {counted(questions, 'question')}")
     quiet = console is None or not console.is_terminal
     for portion in track(portions, "decisions", console=console, disable=quiet, transient=True):
-        memory.add(_decide(box, columns, index, portion, noise, copies))
+        memory.add(_decide(box, shown, columns, portion, noise, copies))
     counts = np.zeros((max(index) + 1, len(names)))
     for number in index:
         counts[number] = np.bincount(memory.known[number][:copies], minlength=len(names))
@@ -149,29 +169,34 @@ def _portions(index: list[int], memory: Memory, copies: int, size: int) -> Itera
 
 def _decide(
     box: BlackBox,
-    columns: dict[str, list[str]],
-    index: list[int],
+    rows: Dataset,
+    columns: Sequence[str],
     portion: list[tuple[int, int]],
-    noise: Noise,
+    noise: Copies,
     copies: int,
 ) -> dict[int, list[int]]:
-    asked = [(row, number) for row, first in portion for number in range(first, copies)]
-    texts = {
-        field: [noise.copy(values[row], index[row], number, field) for row, number in asked]
-        for field, values in columns.items()
+    asked = rows[[row for row, _ in portion]]
+    numbers = [range(first, copies) for _, first in portion]
+    questions = {
+        field: [
+            copy
+            for value, example, missing in zip(asked[field], asked["index"], numbers, strict=True)
+            for copy in noise.copies(value, example, missing, field)
+        ]
+        for field in columns
     }
-    decisions = box.decide(texts)
-    found: dict[int, list[int]] = {}
-    for (row, _), decision in zip(asked, decisions, strict=True):
-        found.setdefault(index[row], []).append(decision)
-    return found
+    decisions = iter(box.decide(questions))
+    return {
+        example: [next(decisions) for _ in missing] for example, missing in zip(asked["index"], numbers, strict=True)
+    }
 
 
 def recorded(path: Path, task: Task, where: str) -> np.ndarray:
     """Return the counts in a file of recorded decisions, (largest index + 1, classes).
 
     A row names its training example by `index` (its number in the training data, from 0), or by its texts
-    (`text` and, of a pair, `text_pair`). It holds either one decision as `label`, and there are several rows an
+    (`text` and, of a pair, `text_pair`), or by the file of its image (`image`; relative to the folder that `path` is
+    in). It holds either one decision as `label`, and there are several rows an
     example, or all as `counts`: a list in the order of the task's labels, or a table from label to number; or a column
     a label.
     Raises InputError when the file has no such columns, an unknown label, or no decision on some example.
@@ -184,7 +209,7 @@ def recorded(path: Path, task: Task, where: str) -> np.ndarray:
     for key, row in zip(keys, rows, strict=True):
         table[key] = table[key] + row if key in table else row
     index = list(task.train["index"])
-    wanted: list[Any] = index if "index" in columns else _texts_of(task)
+    wanted: list[Any] = index if "index" in columns else _shown_of(task)
     counts = np.zeros((max(index) + 1, len(names)))
     for number, key in zip(index, wanted, strict=True):
         if key not in table or table[key].sum() <= 0:
@@ -198,9 +223,13 @@ def recorded(path: Path, task: Task, where: str) -> np.ndarray:
     return counts
 
 
-def _texts_of(task: Task) -> list[Any]:
-    fields = [list(task.train[field]) for field in task.kind.columns_of_text(task.train)]
-    return list(zip(*fields, strict=True))
+def _shown_of(task: Task) -> list[Any]:
+    """Return what tells each training example: its texts, or the file of its image."""
+    fields = [values_of(task.train, field) for field in columns_asked(task)]
+    return [
+        tuple(value["path"] if isinstance(value, Mapping) else value for value in values)
+        for values in zip(*fields, strict=True)
+    ]
 
 
 def _keys(columns: Columns, task: Task, path: Path, where: str) -> list[Any]:
@@ -212,14 +241,18 @@ def _keys(columns: Columns, task: Task, path: Path, where: str) -> list[Any]:
         if not all(number.is_integer() for number in numbers):
             raise InputError(f"{path}: index must hold whole numbers", where=where)
         return [int(number) for number in numbers]
-    fields = task.kind.columns_of_text(task.train)
+    fields = columns_asked(task)
     if any(field not in columns for field in fields):
         raise InputError(
             f"{path} does not say which example a row is about; it has {', '.join(columns)}",
             where=where,
             hint=f"add the column index, or {' and '.join(fields)}",
         )
-    return list(zip(*([str(value) for value in columns[field]] for field in fields), strict=True))
+    found: list[Any] = list(zip(*([str(value) for value in columns[field]] for field in fields), strict=True))
+    if "images" in task.kind.provides:
+        known = set(_shown_of(task))
+        found = [name if name in known else (os.path.abspath(path.parent / name[0]),) for name in found]
+    return found
 
 
 def _rows_of_counts(columns: Columns, names: tuple[str, ...], path: Path, where: str) -> list[np.ndarray]:

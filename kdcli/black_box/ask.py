@@ -1,10 +1,12 @@
-"""Ways of asking a teacher of which nothing is known but its decisions: text in, one label out."""
+"""Ways of asking a teacher of which nothing is known but its decisions: a text or an image in, one label out."""
 
 import ast
+import base64
 import contextlib
 import importlib
 import importlib.util
 import inspect
+import io
 import json
 import shutil
 import subprocess
@@ -34,6 +36,10 @@ TAIL = 5
 """Lines of a failed command's messages that are told."""
 
 
+Questions = Mapping[str, list[Any]]
+"""What a black box is shown, by the columns of rows: texts (one column, or two of pairs), or PNG files of images."""
+
+
 class BlackBox(Protocol):
     """A black-box teacher: it returns labels only."""
 
@@ -42,11 +48,8 @@ class BlackBox(Protocol):
         """Return what tells this black box from others, as far as that can be known: plain values."""
         ...
 
-    def decide(self, texts: Mapping[str, list[str]]) -> list[int]:
-        """Return a class number for every question. Raises InputError when the answers are no classes.
-
-        texts: the columns of text, by name: one, or two of pairs.
-        """
+    def decide(self, questions: Questions) -> list[int]:
+        """Return a class number for every question. Raises InputError when the answers are no classes."""
         ...
 
 
@@ -104,9 +107,9 @@ class LocalModel:
             "max_length": self.max_length,
         }
 
-    def decide(self, texts: Mapping[str, list[str]]) -> list[int]:
-        count = number_of(texts)
-        rows = Dataset.from_dict({"index": list(range(count)), **texts, "label": [0] * count})
+    def decide(self, questions: Questions) -> list[int]:
+        count = number_of(questions)
+        rows = Dataset.from_dict({"index": list(range(count)), **questions, "label": [0] * count})
         answers = self.kind.answers(
             self.model,
             rows,
@@ -121,9 +124,9 @@ class LocalModel:
         return [int(answer) for answer in np.asarray(answers).reshape(count, -1)[:, 0]]
 
 
-def number_of(texts: Mapping[str, list[str]]) -> int:
+def number_of(questions: Questions) -> int:
     """Return how many questions there are."""
-    return len(next(iter(texts.values())))
+    return len(next(iter(questions.values())))
 
 
 @contextlib.contextmanager
@@ -189,7 +192,8 @@ def names_in(tree: ast.Module) -> set[str] | None:
 
 
 class PythonCallable:
-    """A function `module:name` that gets a list of texts, or of (text, text) pairs, and returns a list of labels.
+    """A function `module:name` that gets a list of texts, of (text, text) pairs, or of Pillow's images (RGB, or L where
+    models read one channel), and returns a list of labels.
 
     The module is looked for in `folder` first.
     """
@@ -227,12 +231,12 @@ class PythonCallable:
         content = sha256_of_file(source) if source is not None and source.is_file() else None
         return {"callable": self.name, "source": content}
 
-    def decide(self, texts: Mapping[str, list[str]]) -> list[int]:
-        first, *others = texts.values()
-        questions: list[Any] = list(zip(first, *others, strict=True)) if others else first
+    def decide(self, questions: Questions) -> list[int]:
+        first, *others = ([_opened(value) for value in values] for values in questions.values())
+        shown: list[Any] = list(zip(first, *others, strict=True)) if others else first
         with _importing_from(self.folder):
             try:
-                answers = self.function(questions)
+                answers = self.function(shown)
             except Exception as error:
                 raise InputError(
                     f"{self.name} failed with {type(error).__name__}: {error}", where=self.where
@@ -241,7 +245,8 @@ class PythonCallable:
 
 
 class Command:
-    """A program that reads JSON lines {"text": ..., "text_pair": ...} and writes one label a line.
+    """A program that reads JSON lines and writes one label a line: {"text": ..., "text_pair": ...}, or of images
+    {"image": ...} with a PNG file in base64.
 
     It runs in `folder`, once for every portion of questions, for at most `timeout` seconds. Raises InputError when
     there is no such program.
@@ -268,13 +273,14 @@ class Command:
         contents = {word: sha256_of_file(path) for word, path in files.items() if path.is_file()}
         return {"command": self.words, "files": contents}
 
-    def decide(self, texts: Mapping[str, list[str]]) -> list[int]:
-        rows = [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
-        questions = "".join(json.dumps(row) + "\n" for row in rows)
+    def decide(self, questions: Questions) -> list[int]:
+        columns = [[_written(value) for value in values] for values in questions.values()]
+        rows = [dict(zip(questions, row, strict=True)) for row in zip(*columns, strict=True)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
         try:
             result = subprocess.run(
                 self.words,
-                input=questions.encode("ascii"),
+                input=lines.encode("ascii"),
                 capture_output=True,
                 cwd=self.folder,
                 timeout=self.timeout,
@@ -296,6 +302,20 @@ class Command:
             )
         answers = result.stdout.decode(errors="replace").strip().split("\n") if result.stdout.strip() else []
         return read_answers(answers, self.names, len(rows), self.where, _tail(result.stderr))
+
+
+def _opened(value: Any) -> Any:
+    """Return a question as a function gets it: a text, or of an image in memory Pillow's."""
+    if not isinstance(value, Mapping):
+        return value
+    from PIL import Image
+
+    return Image.open(io.BytesIO(value["bytes"]))
+
+
+def _written(value: Any) -> str:
+    """Return a question as it stands in JSON."""
+    return base64.b64encode(value["bytes"]).decode("ascii") if isinstance(value, Mapping) else value
 
 
 def _tail(stderr: bytes | None) -> str:

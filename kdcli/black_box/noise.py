@@ -30,6 +30,10 @@ class Noise:
     seed: int = 0
     neighbours: Neighbours | None = None
 
+    def copies(self, text: str, example: int, numbers: Sequence[int], field: str = "text") -> list[str]:
+        """Return numbered copies of `text`."""
+        return [self.copy(text, example, number, field) for number in numbers]
+
     def copy(self, text: str, example: int, number: int, field: str = "text") -> str:
         """Return copy `number` of `text`, where copy 0 is the text itself; words are what white space separates.
 

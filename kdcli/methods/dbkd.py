@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, model_validator
 
+from kdcli.errors import InputError
 from kdcli.methods.base import Context, Method, Options, Stage
 from kdcli.methods.terms import refuse_idle
 from kdcli.recipe.schema import PositiveFloat, PositiveInt, Seed, Times
@@ -19,13 +20,13 @@ class BlackBoxOptions(Options):
 
     callable: str | None = Field(
         default=None,
-        description='"module:function"; it takes a list of texts (or of pairs of texts) and returns a list '
-        "of labels. Give this, command or decisions.",
+        description='"module:function"; it takes a list of texts (or of pairs of texts, or of Pillow images) and '
+        "returns a list of labels. Give this, command or decisions.",
     )
     command: Annotated[list[str], Field(min_length=1)] | None = Field(
         default=None,
-        description='Program and arguments; it reads a JSON line {"text": ..., "text_pair": ...} for each question '
-        "and writes one label a line. Give this, callable or decisions.",
+        description='Program and arguments; it reads a JSON line {"text": ..., "text_pair": ...} for each question, or '
+        '{"image": ...} with a PNG file in base64, and writes one label a line. Give this, callable or decisions.',
     )
     decisions: str | None = Field(
         default=None, description="A file of recorded decisions: JSONL, CSV or Parquet. Give this, callable or command."
@@ -62,14 +63,18 @@ class DBKDOptions(Options):
     )
     ratio: Annotated[float, Field(gt=0.0, le=0.5)] = Field(
         default=0.1,
-        description="Mean share of the words of a copy that noise changes; each copy draws its own, of at most 0.5.",
+        description="How strong noise is: of texts the mean share of a copy's words that change, where each copy draws "
+        "its own of at most 0.5; of images the standard deviation of Gaussian noise, as a share of the range of pixel "
+        "values.",
     )
     noise_seed: Seed = Field(
         default=0,
         description="Seed of the noise, apart from the recipe's seed, so that runs of several seeds share their "
         "decisions.",
     )
-    synonyms: bool = Field(default=False, description="Let noise also replace words by words with similar embeddings.")
+    synonyms: bool = Field(
+        default=False, description="Of texts: let noise also replace words by words with similar embeddings."
+    )
     alpha: PositiveFloat = Field(
         default=0.7,
         description="Weight of the KL divergence from the estimated teacher logits, beside the gold labels' weight of "
@@ -113,7 +118,21 @@ def load_sources(options: DBKDOptions, task: "Task", base: Path) -> None:
 
 
 def check(options: DBKDOptions, context: Context) -> None:
-    """Raise InputError for options about questions where none are asked."""
+    """Raise InputError for examples that no noised copies are made of, and for options that have no effect."""
+    provided = context.kind.provides
+    if provided.isdisjoint({"text", "images"}):
+        raise InputError(
+            f"noised copies are made of texts and of images, and a task of type {context.kind.name} has neither",
+            where="method.name",
+        )
+    if context.kind.inputs_change:
+        raise InputError(
+            "logits are estimated for training examples as they are, and those of this task change from epoch to epoch",
+            where="method.name",
+            hint="leave out what changes them: it stands in [task]",
+        )
+    if "images" in provided:
+        refuse_idle(options, ("synonyms",), "on images, whose noise is on pixels")
     if options.black_box is not None and options.black_box.decisions is not None:
         refuse_idle(options, ("copies", "ratio", "noise_seed", "synonyms"), "beside recorded decisions")
 
@@ -155,7 +174,8 @@ METHOD = Method(
     signals="decisions (labels) of the teacher on the examples and on noised copies, gold labels",
     constraints="none on the models; the teacher may be a black box that returns one label an example; a student is "
     "cut from what the teacher was before its fine-tuning. Not for spans, tags, several labels or numbers: logits are "
-    "estimated from shares of decisions for one class of a text",
+    "estimated from shares of decisions for one class. Images are noised on their pixels, at the size that the student "
+    "reads, and must not change from epoch to epoch",
     cost="student only; before it m decisions an example, asked for once and kept",
     options=DBKDOptions,
     build=build,
@@ -163,7 +183,7 @@ METHOD = Method(
     check_sources=check_sources,
     load_sources=load_sources,
     notes=notes,
-    needs=frozenset({"labels", "classes", "one-per-example", "text"}),
+    needs=frozenset({"labels", "classes", "one-per-example"}),
     teacherless=lambda options: options.black_box is not None,
     # It must know nothing of the teacher's weights.
     from_base=lambda options: frozenset() if options.black_box is not None else frozenset({"student"}),

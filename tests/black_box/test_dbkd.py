@@ -133,7 +133,7 @@ def counts_of(box: Any, task: Task, **extra: Any) -> np.ndarray:
         box,
         task.train,
         extra.pop("noise", Noise()),
-        texts=task.kind.columns_of_text(task.train),
+        columns=task.kind.columns_of_text(task.train),
         copies=extra.pop("copies", 4),
         names=task.label_names,
         **extra,
@@ -198,7 +198,7 @@ def test_both_sentences_of_a_pair_are_noised_each_by_itself():
 
 def test_rows_whose_index_has_gaps_keep_their_places():
     rows = task_of().train.select([0, 3]).map(lambda row: {"index": row["index"] * 2 + 1})
-    counts = ask(Oracle(), rows, Noise(), texts=["text"], copies=4, names=NAMES)
+    counts = ask(Oracle(), rows, Noise(), columns=["text"], copies=4, names=NAMES)
     assert counts.shape == (8, 3)
     assert counts.sum(1).tolist() == [0, 4, 0, 0, 0, 0, 0, 4]
 
@@ -626,7 +626,7 @@ def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any]):
 
 def test_it_is_known_by_name_and_classifies_only():
     assert registry.get("dbkd") is METHOD
-    assert tasks_of(METHOD) == ["classification"]
+    assert tasks_of(METHOD) == ["classification", "image-classification"]
 
 
 def test_many_classes_are_solved_by_the_pattern_of_their_counts():
@@ -706,5 +706,5 @@ def test_regression_is_refused(tmp_path: Path):
     task = {"name": "mine", "data": "d.csv", "text": "t", "label": "y"}
     path = write_recipe(tmp_path / "tiny.toml", tiny_recipe("task", method="dbkd", task=task))
     (tmp_path / "d.csv").write_text("t,y\n" + "".join(f"word {i},{i / 7}\n" for i in range(100)))
-    with pytest.raises(InputError, match="dbkd works on classification tasks"):
+    with pytest.raises(InputError, match="dbkd works on classification and image-classification tasks"):
         run_recipe(path)

@@ -89,7 +89,7 @@ def test_each_kind_says_which_methods_fit(kind: str, world: Path, capsys: Any):
     assert fitting == set(registry.names()) - {"dbkd", "od"} - OF_OTHERS
     assert run(["distill", str(world / f"{kind}.toml"), "--dry-run", "--set", "method=dbkd"]) == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert "dbkd works on classification tasks: it needs one class out of several" in error
+    assert "dbkd works on classification and image-classification tasks: it needs one class out of several" in error
     assert f"own is a {kind} task" in error and "use kd, makd, hs" in error
 
 

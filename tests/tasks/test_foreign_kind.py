@@ -190,5 +190,5 @@ def test_a_broken_kind_stops_no_list_but_is_told(offer: Offer, capsys: pytest.Ca
             assert [row["name"] for row in json.loads(shown.out)["tasks"]] == built_in
     for command in (["methods", "--json"], ["methods", "dbkd"], ["tasks", "classification", "--json"]):
         assert run(command) == 0, command
-    with pytest.raises(UnfitTaskError, match="dbkd works on classification tasks"):
+    with pytest.raises(UnfitTaskError, match="dbkd works on classification and image-classification tasks"):
         resolve(load_recipe(own_data(tmp_path, "regression"), ["method=dbkd"]), tmp_path / "recipe.toml")

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 
-from kdcli.black_box.answers import ask, recorded
+from kdcli.black_box.answers import Copies, ask, columns_asked, recorded
 from kdcli.black_box.ask import BlackBox, LocalModel
 from kdcli.black_box.estimate import logits_from_decisions
+from kdcli.black_box.image_noise import ImageNoise
 from kdcli.black_box.neighbours import EmbeddingNeighbours
 from kdcli.black_box.noise import Noise
 from kdcli.data.rows import array_of
@@ -80,19 +82,27 @@ class DecisionScheme(Scheme):
         if self.file is not None:
             self.counts = recorded(setting.base / expanded(self.file, "method.black_box.decisions"), task, DECISIONS)
             return
-        neighbours = EmbeddingNeighbours(setting.student, setting.processor) if self.synonyms else None
+        noise, identity = self._noise(setting)
         self.counts = ask(
             self._box(setting),
             task.train,
-            Noise(self.ratio, self.noise_seed, neighbours),
-            texts=task.kind.columns_of_text(task.train),
+            noise,
+            columns=columns_asked(task),
             copies=self.copies,
             names=task.label_names,
             queries_per_call=self.queries_per_call,
             use_cache=setting.cache,
             console=setting.console,
-            noise_identity=neighbours.identity if neighbours is not None else None,
+            noise_identity=identity,
         )
+
+    def _noise(self, setting: Setting) -> tuple[Copies, Any]:
+        """Return what makes noised copies of the task's examples, and what tells it from others of its kind."""
+        if "images" in setting.task.kind.provides:
+            on_pixels = ImageNoise.for_processor(setting.processor, self.ratio, self.noise_seed)
+            return on_pixels, on_pixels.identity
+        neighbours = EmbeddingNeighbours(setting.student, setting.processor) if self.synonyms else None
+        return Noise(self.ratio, self.noise_seed, neighbours), neighbours.identity if neighbours is not None else None
 
     def _box(self, setting: Setting) -> BlackBox:
         if self.make_box is not None:
