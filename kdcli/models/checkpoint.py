@@ -3,10 +3,10 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from kdcli.files import expanded
 from kdcli.models import families
 from kdcli.models.families import Family
 from kdcli.models.heads import SENTENCE_EMBEDDING
+from kdcli.models.older_files import joined, names_of_today
 from kdcli.models.sizes import check_room, check_sizes
 from kdcli.models.written import as_read
 
@@ -52,6 +53,7 @@ class Checkpoint:
     """A model's configuration as written, and the tensors of its files by their names of today.
 
     revision: of a hub name; None is the newest. pooled: whether modules beside it make sentence embeddings of it.
+    parts: the tensors of its files that are several of the model's, each with the names of its equal parts.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Checkpoint:
     tensors: Mapping[str, Stored]
     revision: str | None = None
     pooled: bool = False
+    parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def structure(self) -> dict[str, Any] | None:
@@ -97,25 +100,15 @@ class Checkpoint:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118
                     # A tensor in the file's own memory may lie at an odd address, which changes a sum's last bits.
-                    state[_todays(key)] = tensors.get_tensor(key).clone()
+                    names = self.parts.get(_todays(key), [_todays(key)])
+                    for name, part in zip(names, tensors.get_tensor(key).chunk(len(names)), strict=True):
+                        state[name] = part.clone()
         return state
 
 
 def _todays(key: str) -> str:
     """Return a tensor's name, where an old checkpoint has one that the library no longer uses."""
     return key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-
-
-def _librarys_names(family: Family, names: Iterable[str]) -> list[str]:
-    """Return the names of today for the tensors of a file that an earlier version of the library may have written."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-
-    found = get_checkpoint_conversion_mapping(MODEL_MAPPING_NAMES.get(family.name))
-    found = found or get_checkpoint_conversion_mapping(family.name) or []
-    renamings = [one for one in found if isinstance(one, WeightRenaming)]
-    return [apply_renamings(name, renamings) for name in names]
 
 
 def local_folder(name: str | Path) -> Path | None:
@@ -267,12 +260,18 @@ def open_checkpoint(name: str | Path, revision: str | None = None, *, any_family
         return Checkpoint(str(name), config, (), {}, revision)
     files = _weight_files(name, revision)
     tensors = _tensors(files)
+    parts: dict[str, list[str]] = {}
     if family is not None:
         shapes = {key: one.shape for key, one in tensors.items()}
-        check_room(config, family, shapes, f"{name}: config.json", _librarys_names)
+        check_room(config, family, shapes, f"{name}: config.json", names_of_today)
+        parts = joined(family, shapes) if not is_structured(config) else {}
+    for key, names in parts.items():
+        whole = tensors.pop(key)
+        each = Stored(whole.dtype, (whole.shape[0] // len(names), *whole.shape[1:]))
+        tensors |= dict.fromkeys(names, each)
     from kdcli.models.sentence_folder import has_pooling
 
-    return Checkpoint(str(name), config, tuple(files), tensors, revision, has_pooling(name, revision))
+    return Checkpoint(str(name), config, tuple(files), tensors, revision, has_pooling(name, revision), parts)
 
 
 def _weight_files(name: str | Path, revision: str | None) -> list[Path]:

@@ -13,7 +13,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import ModelOutput
 
 from kdcli.errors import InputError
-from kdcli.models.heads import SENTENCE_EMBEDDING, SENTENCE_SETTINGS, without_pooler
+from kdcli.models.heads import SENTENCE_EMBEDDING, SENTENCE_SETTINGS, with_pooler
 from kdcli.models.shape import shape_of
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class _Embedding(PreTrainedModel):
         settings = copy.deepcopy(getattr(config, SENTENCE_SETTINGS, ASSUMED))
         setattr(config, SENTENCE_SETTINGS, settings)
         config.architectures = [type(self).__name__]
-        setattr(self, self.base_model_prefix, self.body_class(config, **without_pooler(self.body_class)))
+        setattr(self, self.base_model_prefix, self.body_class(config, **with_pooler(self.body_class, False)))
         self.pooling = tuple(settings["pooling"])
         self.after_pooling = nn.ModuleList()
         width = len(self.pooling) * shape_of(config).hidden

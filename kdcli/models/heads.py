@@ -198,9 +198,9 @@ def _forget_head(config: Any) -> None:
         delattr(config, SENTENCE_SETTINGS)
 
 
-def without_pooler(kind: type) -> dict[str, bool]:
-    """Return the arguments that make a base model of a class without a pooler; none where it has no pooler."""
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
+def with_pooler(kind: type, wanted: bool) -> dict[str, bool]:
+    """Return the arguments that make a base model of a class with or without a pooler; none where it has no choice."""
+    return {"add_pooling_layer": wanted} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
 
 
 def _on_body(headed: "PreTrainedModel", model: "PreTrainedModel") -> "PreTrainedModel":

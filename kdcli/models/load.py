@@ -31,7 +31,7 @@ from kdcli.models.heads import (
     Head,
     check_body,
     with_new_head,
-    without_pooler,
+    with_pooler,
 )
 from kdcli.models.quiet import quiet_transformers
 from kdcli.models.sentence_folder import note_reading, with_modules
@@ -298,7 +298,8 @@ def _bare(config: "PretrainedConfig", head: Head, tensors: Mapping[str, Stored])
     import torch
 
     model: PreTrainedModel = head.make(config, dtype=torch.float32)
-    if head != BASE or any(_is_pooler(key) for key in tensors) or not (arguments := without_pooler(type(model))):
+    arguments = with_pooler(type(model), any(_is_pooler(key) for key in tensors)) if head == BASE else {}
+    if not arguments or arguments["add_pooling_layer"] == (getattr(model, "pooler", None) is not None):
         return model
     return head.make(config, dtype=torch.float32, **arguments)  # type: ignore[no-any-return]
 
@@ -342,10 +343,12 @@ def _places(model: "PreTrainedModel", tensors: Mapping[str, Any]) -> dict[str, s
 
     if model.base_model is not model:
         return {place(key): key for key in tensors}
-    if inside := {place(key.removeprefix(prefix)): key for key in tensors if key.startswith(prefix)}:
-        return inside
+    inside = {place(key.removeprefix(prefix)): key for key in tensors if key.startswith(prefix)}
     children = {name for name, _ in model.named_children()}
-    return {name: key for key in tensors if (name := place(key)).partition(".")[0] in children}
+    beside = {place(key): key for key in tensors if not key.startswith(prefix)}
+    # Beside parts with that name there may be parts of other heads, which are called like those of a body.
+    taken = children if not inside else expected - inside.keys()
+    return inside | {name: key for name, key in beside.items() if name in taken or name.partition(".")[0] in taken}
 
 
 def _renamings(model: "PreTrainedModel") -> Callable[[str], str]:
@@ -441,7 +444,7 @@ def _load_plain(checkpoint: Checkpoint, head: Head, weights: "torch.dtype | None
     kind: Any = type(empty)
     places = _places(empty, checkpoint.tensors)
     state, expected = checkpoint.state(), empty.state_dict()
-    arguments = without_pooler(kind) if head == BASE and getattr(empty, "pooler", None) is None else {}
+    arguments = with_pooler(kind, getattr(empty, "pooler", None) is not None) if head == BASE else {}
     with quiet_transformers():
         try:
             model, report = kind.from_pretrained(

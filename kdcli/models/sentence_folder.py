@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import InputError
 from kdcli.models.checkpoint import contained, local_folder
-from kdcli.models.heads import SENTENCE_EMBEDDING, SENTENCE_SETTINGS, Head, without_pooler
+from kdcli.models.heads import SENTENCE_EMBEDDING, SENTENCE_SETTINGS, Head, with_pooler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -335,7 +335,7 @@ def save_modules(model: "PreTrainedModel", folder: Path, dtype: Any) -> None:
     settings, width = settings_of(model), shape_of(model.config).hidden
     transformer = {name: settings[name] for name in ("max_seq_length", "do_lower_case")}
     # A body has no pooler, which nothing reads: none is made when it is loaded.
-    if arguments := without_pooler(type(model.base_model)):
+    if arguments := with_pooler(type(model.base_model), False):
         transformer["model_args"] = arguments
     _write(folder / TRANSFORMER, {key: value for key, value in transformer.items() if value is not None})
     kept = {name: settings[name] for name in ("prompts", "default_prompt_name", "similarity_fn_name")}

@@ -13,7 +13,7 @@ from kdcli.models.embedding import read_alike
 from kdcli.models.factoriser import Factoriser
 from kdcli.models.families import Family, family_of
 from kdcli.models.fused import SplitLinear
-from kdcli.models.heads import Labelling, without_pooler
+from kdcli.models.heads import Labelling, with_pooler
 from kdcli.models.load import has_head, load_model
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, factorise
 from kdcli.models.probe import check_numbers
@@ -196,8 +196,8 @@ def _origin(key: str, prefix: str, layers: list[int]) -> str:
 
 
 def _empty_like(model: "PreTrainedModel", config: Any) -> "PreTrainedModel":
-    pooled = model.base_model is not model or getattr(model, "pooler", None) is not None
-    arguments = {} if pooled else without_pooler(type(model))
+    is_body = model.base_model is model
+    arguments = with_pooler(type(model), getattr(model, "pooler", None) is not None) if is_body else {}
     made = type(model)(config, **arguments).float()  # type: ignore[arg-type, call-arg]
     if model.can_generate():
         made.generation_config = copy.deepcopy(model.generation_config)

@@ -92,7 +92,7 @@ def more_blocks_of_gpt2_than_the_file_has(world: World) -> list[str]:
     return sized(world, family="gpt2", n_layer=3)
 
 
-@case("teacher is of the unknown family 'gemma3'", "known are albert, bert", "gemma3_text", "kdcli.families")
+@case("teacher is of the unknown family 'gemma3'", "known are albert, ", "gemma3_text", "kdcli.families")
 def a_decoder_that_sees_pictures(world: World) -> list[str]:
     return sized(world, model_type="gemma3")
 

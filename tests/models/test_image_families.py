@@ -1,19 +1,23 @@
 """The families that read images: where their matrices are, and that captured signals are the library's own."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import IMAGES, tiny
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from kdcli.models.blocks import block_matrix, blocks_of, iter_block_matrices
 from kdcli.models.capture import Capture
 from kdcli.models.counts import count_parameters
 from kdcli.models.families import FAMILIES, family_of
+from kdcli.models.heads import BASE, IMAGE_CLASSIFICATION
+from kdcli.models.load import load_model as load_body
 from kdcli.models.lowrank import LowRankLinear, merge_low_rank
 from kdcli.models.overparam import contract_model, overparameterise
 from kdcli.models.probe import probe, probe_batch
@@ -186,3 +190,43 @@ def test_a_narrower_student_has_the_leading_features_of_every_vector(model: PreT
             own, teacher = own.unflatten(-1, (2, 16)), teacher.unflatten(-1, (2, 32))
         assert torch.equal(own, teacher[tuple(slice(0, size) for size in own.shape)]), key
     assert probe(student).shape == (4, 5)
+
+
+def written_by_the_library(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """Save a model as the library does, by the names of its earlier versions, and return the file's tensors."""
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def test_files_by_older_names_are_read(model: PreTrainedModel, tmp_path: Path):
+    tensors = written_by_the_library(model, tmp_path)
+    if model.config.model_type != "data2vec-vision":
+        assert tensors.keys() != model.state_dict().keys()
+    loaded = load_model(tmp_path)
+    assert type(loaded) is type(model) and torch.equal(probe(loaded), probe(model))
+    assert type(type(model).from_pretrained(tmp_path)) is type(model)
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_a_body_is_read_from_either_file(model: PreTrainedModel, prefixed: bool, tmp_path: Path):
+    tensors = written_by_the_library(model, tmp_path)
+    if not prefixed:
+        prefix = f"{model.base_model_prefix}."
+        inside = {key.removeprefix(prefix): value for key, value in tensors.items() if "classifier" not in key}
+        save_file(inside, tmp_path / "model.safetensors", {"format": "pt"})
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["SomeModel"]}))
+    body = load_body(tmp_path, BASE)
+    given, batch = body.state_dict(), probe_batch(model)
+    assert all(torch.equal(value, given[key]) for key, value in model.base_model.state_dict().items())
+    assert torch.equal(body(**batch)[0], model.base_model(**batch)[0])
+    headed = load_body(tmp_path, IMAGE_CLASSIFICATION, new_head={"num_labels": 7})
+    assert probe(headed).shape == (4, 7)
+    assert torch.equal(headed.base_model(**batch)[0], body(**batch)[0])
+
+
+def test_plain_transformers_reads_factors_of_every_family(model: PreTrainedModel, tmp_path: Path):
+    student = build_student(model, StudentSection(form="low-rank", budget=0.5), seed=0).model
+    save_model(student, tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert type(loaded) is type(model) and torch.equal(probe(loaded), probe(student))
