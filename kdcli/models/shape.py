@@ -18,8 +18,8 @@ class ModelShape:
     """Sizes of a transformer: blocks, widths, heads, and what it reads.
 
     vocab, max_positions: of a model that reads text. image, patch: side of a model's images, or their height and
-    width, in pixels; channels: of a pixel; tokens: of patches and before them that one such image becomes. What does
-    not belong to a model is None.
+    width, in pixels; channels: of a pixel; tokens: of patches and before them that one such image becomes; any_size:
+    images of other sizes may be given as they are. What does not belong to a model is None.
     kv_heads: heads of keys and values, each shared by heads / kv_heads heads of queries. head: the width of a head.
     gated: whether blocks have a gate. causal: whether tokens attend to none after them. embedding: the width of a
     text's embedding; None for a model that gives none.
@@ -41,6 +41,7 @@ class ModelShape:
     patch: int | tuple[int, int] | None = None
     channels: int | None = None
     tokens: int | None = None
+    any_size: bool = False
 
     @property
     def uneven(self) -> bool:
@@ -154,12 +155,12 @@ def ffn_ratio(names: SizeNames, hidden: int, width: int) -> int:
 
 def _outer(config: "PretrainedConfig", family: Family) -> OuterShape:
     names = family.sizes
-    image, channels = _side(_given(config, names.image)), _given(config, names.channels)
+    image, channels, any_size = _side(_given(config, names.image)), _given(config, names.channels), False
     if family.wraps == "timm":
         from kdcli.models.timm_models import images_of
 
         images = images_of(config)
-        channels, image = images.channels, (images.height, images.width)
+        channels, image, any_size = images.channels, (images.height, images.width), not images.fixed
     return OuterShape(
         family=family.name,
         layers=0,
@@ -173,6 +174,7 @@ def _outer(config: "PretrainedConfig", family: Family) -> OuterShape:
         image=image,
         patch=_side(_given(config, names.patch)),
         channels=channels,
+        any_size=any_size,
         title=family.title,
         reason=family.outputs_only or "",
     )

@@ -59,6 +59,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def processor_of(config: Mapping[str, Any], name: object) -> Any:
     """Return an image processor of transformers that does what timm does to an image before a model predicts.
 
+    What is cropped of an image with an odd number of pixels too many lies one pixel further up or left than timm's.
     One of timm's own could not stand beside a model of another family: it keeps its settings in the model's. config:
     as written in config.json. name: of the model, for messages. Raises InputError for steps that only timm has.
     """
