@@ -101,7 +101,9 @@ class Checkpoint:
                 for key in tensors.keys():  # noqa: SIM118
                     # A tensor in the file's own memory may lie at an odd address, which changes a sum's last bits.
                     names = self.parts.get(_todays(key), [_todays(key)])
-                    for name, part in zip(names, tensors.get_tensor(key).chunk(len(names)), strict=True):
+                    tensor = tensors.get_tensor(key)
+                    shares = tensor.chunk(len(names)) if len(names) > 1 else [tensor]
+                    for name, part in zip(names, shares, strict=True):
                         state[name] = part.clone()
         return state
 
