@@ -227,9 +227,11 @@ def latency(report: "LatencyReport") -> Table:
     runs = (f"{counts[0]} to " if len(counts) > 1 else "") + counted(counts[-1], "run")
     what = report.rows[0]["what"]
     timed = {FIRST: "ms to the first token", NEXT: "ms for each next token"}.get(what, "latency in ms")
+    unit = "tokens" if timed.startswith("latency") else "tokens of the prompt"
+    unit = "pixels of a side" if report.of_images else unit
     title = (
         f"{timed}, {counted(report.threads, 'thread')}, {runs} each, in turn\n"
-        f"size: batch x {'tokens' if timed.startswith('latency') else 'tokens of the prompt'}; "
+        f"size: batch x {unit}; "
         "speed: against PyTorch eager"
     )
     if not all(row["steady"] for row in report.rows):
@@ -244,10 +246,10 @@ def latency(report: "LatencyReport") -> Table:
         return "" if all(row["steady"] for row in rows) else "*"
 
     for row in report.rows:
-        eager = report.of(row["model"], "PyTorch", row["batch"], row["sequence"])
+        eager = report.of(row["model"], "PyTorch", row["batch"], row[report.axis])
         table.add_row(
             row["model"],
-            f"{row['batch']} x {row['sequence']}",
+            f"{row['batch']} x {row[report.axis]}",
             row["backend"],
             f"{row['p50']:.2f}{mark(row)}",
             *(f"{row[key]:.2f}" for key in ("p95", "p99")),

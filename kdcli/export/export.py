@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 from kdcli.errors import GateError, InputError, KdcliError
 from kdcli.export.decoder import OnnxDecoder, open_graph
 from kdcli.export.genai import Builder, Form, Precision, build
-from kdcli.export.graph import export_decoder, export_onnx, input_names, operators, plain_copy
+from kdcli.export.graph import (
+    ImageModel,
+    export_decoder,
+    export_onnx,
+    input_names,
+    operators,
+    other_size,
+    plain_copy,
+)
 from kdcli.export.latency import LatencyReport, measure, passes, texts
 from kdcli.export.parity import TOLERANCE, parity, text_parity
 from kdcli.export.script import SCRIPT, script_of
@@ -18,8 +26,10 @@ from kdcli.export.session import MODEL, OnnxModel
 from kdcli.files import atomic_folder
 from kdcli.gates import Gate, parity_gates
 from kdcli.machine import default_threads
+from kdcli.models.families import family_of
 from kdcli.models.heads import CAUSAL_LM, Head, head_of
 from kdcli.models.probe import probe_batch
+from kdcli.models.shape import shape_of, takes_any_size
 from kdcli.tasks.base import Task
 from kdcli.tasks.heads import heads, kind_of_model
 from kdcli.tasks.kind import TaskKind
@@ -109,6 +119,7 @@ def export_model(
     latency: bool = True,
     batch_sizes: Sequence[int] = (1, 8),
     sequence_lengths: Sequence[int] = (16, 128),
+    image_sizes: Sequence[int] | None = None,
     threads: int | None = None,
     runs: int | None = None,
     teacher: "PreTrainedModel | None" = None,
@@ -120,6 +131,7 @@ def export_model(
     A causal language model gets a key-value cache; builder and precision are for it alone (see `kdcli.export.genai`).
     Where builder "auto" chose ONNX Runtime GenAI's and its graph of fp32 fails, kdcli's own exporter makes another one,
     and a note says why.
+    image_sizes: sides of images that a model of images is timed with, if it `takes_any_size`; None takes its own.
     threads: None takes `default_threads`. runs: timed calls of each
     cell of the grid; None takes as many as `measure` chooses. Parity is checked on the task's own inputs (random ones
     without a task). Raises GateError, and leaves no folder, when an output differs by more than 1e-4 (logits over a
@@ -134,7 +146,7 @@ def export_model(
     form.by_builder(plain, head)
     kind = task.kind if task is not None else _kind_of(plain, processor)
     processor = kind.processor(processor) if kind is not None else processor
-    batches, source = _real_batches(plain, processor, task, max_length, TEXTS if head == CAUSAL_LM else None)
+    batches, source = _all_batches(plain, processor, task, max_length, TEXTS if head == CAUSAL_LM else None)
     with atomic_folder(folder, force=force, ours=ours) as temporary:
         threads = threads or default_threads()
         made = _make(plain, head, processor, temporary, form, batches=batches, threads=threads)
@@ -148,22 +160,29 @@ def export_model(
             )
         report = None
         if latency:
-            models: dict[str, tuple[Any, OnnxModel | None]] = {"student": (plain, session)}
+            models: dict[str, tuple[Any, OnnxModel | None]] = {"student": (_called(plain), session)}
             # What is killed on the way leaves all it wrote in one place.
             with tempfile.TemporaryDirectory(dir=temporary) as work:
                 if teacher is not None:
                     beside = plain_copy(teacher)
                     timed = _make_teacher(beside, head, processor, Path(work), form, threads=threads)
-                    models["teacher"] = (beside, timed.session)
+                    models["teacher"] = (_called(beside), timed.session)
                     notes += [f"teacher: {note}" for note in timed.notes]
+                shape = shape_of(plain.config)
                 report = measure(
                     models,
                     batch_sizes=batch_sizes,
-                    sequence_lengths=sequence_lengths,
                     threads=threads,
                     runs=runs,
-                    vocab_size=min(one.config.vocab_size for one, _ in models.values()),
                     contest=texts if isinstance(session, OnnxDecoder) else passes,
+                    **(
+                        {
+                            "sequence_lengths": sequence_lengths,
+                            "vocab_size": min(one.config.vocab_size for one, _ in models.values()),
+                        }
+                        if shape.image is None
+                        else {"image_sizes": image_sizes or [shape.image], "channels": shape.channels}
+                    ),
                 )
         fields = task.fields if task is not None else None
         script = script_of(kind, fields or kind.fields(), plain.config, processor, max_length) if kind else None
@@ -260,7 +279,7 @@ def _write(model: "PreTrainedModel", head: Head, processor: Any, folder: Path, f
 def _checked(model: Any, session: OnnxModel, batches: list[Any], form: Form) -> Checked:
     """Compare a graph with its model on batches."""
     if not isinstance(session, OnnxDecoder):
-        differences = parity(model, session, batches)
+        differences = parity(_called(model), session, batches)
         worst = max(differences, key=lambda name: differences[name])
         return Checked(worst, differences[worst], TOLERANCE)
     rows = [
@@ -273,12 +292,28 @@ def _checked(model: Any, session: OnnxModel, batches: list[Any], form: Form) -> 
     return Checked(session.outputs[0], found.difference, tolerance, found.agreement)
 
 
+def _called(model: "PreTrainedModel") -> Any:
+    """Return a PyTorch model as its graph is called."""
+    return ImageModel(model) if family_of(model.config).reads == "images" else model
+
+
 def _kind_of(model: "PreTrainedModel", processor: Any) -> TaskKind | None:
     """Return the kind of task that a model is for; None where several fit, or none."""
     try:
         return kind_of_model(model, "the model", "MODEL", processor=processor, scored=False)
     except InputError:
         return None
+
+
+def _all_batches(
+    model: "PreTrainedModel", processor: Any, task: Task | None, max_length: int, most: int | None
+) -> tuple[list[Any], str]:
+    """Return batches, and what they are, with images of another size where the model takes any."""
+    batches, source = _real_batches(model, processor, task, max_length, most)
+    if not takes_any_size(model.config):
+        return batches, source
+    pixels = other_size(model)
+    return [*batches, {"pixel_values": pixels}], f"{source}, and random ones of {pixels.shape[2]} x {pixels.shape[3]}"
 
 
 def _real_batches(

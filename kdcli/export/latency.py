@@ -13,7 +13,7 @@ from torch import Tensor
 from kdcli.export.decoder_graph import TorchText
 from kdcli.export.session import OnnxModel
 from kdcli.models.inputs import model_inputs
-from kdcli.models.shape import longest_input
+from kdcli.models.shape import both_sides, longest_input
 from kdcli.words import counted
 
 WARM_UP = 5
@@ -39,6 +39,9 @@ WRITTEN = 16
 PASS, FIRST, NEXT = "pass", "first token", "next token"
 """What is timed: a forward pass; a prompt, up to the logits of the first new token; one more token with the cache."""
 
+SEQUENCE, IMAGE = "sequence", "image"
+"""What the size of an example is called: tokens of a text, and the side of an image (or height and width) in pixels."""
+
 Timed = dict[str, list[float]]
 """Milliseconds by what was timed; the longest part comes first."""
 
@@ -54,7 +57,11 @@ class Contestant:
 
 
 Contest = Callable[[Mapping[str, tuple[Any, Any]], Tensor], list[Contestant]]
-"""From models, as `measure` takes them, and ids (batch, seq) to what is timed of one cell of the grid."""
+"""From models, as `measure` takes them, and ids (batch, seq) or pixels (batch, channels, height, width) to what is
+timed of one cell of the grid."""
+
+Size = int | tuple[int, int]
+"""Tokens of a text; the side of an image, or its height and width, in pixels."""
 
 
 def is_steady(times: Sequence[float]) -> bool:
@@ -69,12 +76,18 @@ def is_steady(times: Sequence[float]) -> bool:
 
 @dataclass
 class LatencyReport:
-    """rows: model, backend, batch, sequence, what (`PASS`, or `FIRST` and `NEXT`), runs, fastest, p50, p75, p95, p99
-    (milliseconds), throughput (examples a second; of next tokens, tokens), steady: whether the times are close enough
-    together to rely on (`is_steady`)."""
+    """rows: model, backend, batch, sequence or (of images) image, what (`PASS`, or `FIRST` and `NEXT`), runs, fastest,
+    p50, p75, p95, p99 (milliseconds), throughput (examples a second; of next tokens, tokens), steady: whether the times
+    are close enough together to rely on (`is_steady`)."""
 
     rows: list[dict[str, Any]]
     threads: int
+    of_images: bool = False
+
+    @property
+    def axis(self) -> str:
+        """What rows call the size of an example."""
+        return IMAGE if self.of_images else SEQUENCE
 
     def to_json(self) -> dict[str, Any]:
         runs = max((row["runs"] for row in self.rows), default=0)
@@ -86,7 +99,7 @@ class LatencyReport:
         if not unsteady:
             return None
         row = max(unsteady, key=lambda row: row["p75"] / row["fastest"])
-        worst = f"{row['model']} {row['batch']} x {row['sequence']} in {row['backend']}"
+        worst = f"{row['model']} {row['batch']} x {row[self.axis]} in {row['backend']}"
         if row["what"] != PASS:
             worst = f"the {row['what']} of {worst}"
         if row["runs"] < FEW:
@@ -98,19 +111,25 @@ class LatencyReport:
             "--runs, on a machine that does nothing else, or with fewer --threads"
         )
 
-    def of(self, model: str, backend: str, batch: int, sequence: int, what: str | None = None) -> dict[str, Any]:
-        """Return one row. what: None takes the last, which of generated text is a next token."""
-        asked = (model, backend, batch, sequence)
+    def of(self, model: str, backend: str, batch: int, size: Size, what: str | None = None) -> dict[str, Any]:
+        """Return one row. size: of an example. what: None takes the last, which of generated text is a next token."""
+        asked = (model, backend, batch, size)
         return [
             row
             for row in self.rows
-            if (row["model"], row["backend"], row["batch"], row["sequence"]) == asked and what in (None, row["what"])
+            if (row["model"], row["backend"], row["batch"], row[self.axis]) == asked and what in (None, row["what"])
         ][-1]
 
 
-def passes(models: Mapping[str, tuple[Any, Any]], ids: Tensor) -> list[Contestant]:
+def passes(models: Mapping[str, tuple[Any, Any]], examples: Tensor) -> list[Contestant]:
     """Return forward passes of each model in PyTorch and, where it has a session, in ONNX Runtime."""
-    full = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    full = {
+        "input_ids": examples,
+        "attention_mask": torch.ones_like(examples),
+        "token_type_ids": torch.zeros_like(examples),
+    }
+    if examples.is_floating_point():
+        full = {"pixel_values": examples}
 
     def contestant(name: str, backend: str, model: Any, inputs: dict[str, Tensor]) -> Contestant:
         return Contestant(name, backend, partial(model, **inputs), lambda: {PASS: [_milliseconds(model, **inputs)]})
@@ -168,14 +187,16 @@ def measure(
     models: Mapping[str, tuple[Any, OnnxModel | None]],
     *,
     batch_sizes: Sequence[int],
-    sequence_lengths: Sequence[int],
+    sequence_lengths: Sequence[int] = (),
+    image_sizes: Sequence[Size] = (),
     threads: int,
     runs: int | None = None,
     vocab_size: int = 1000,
+    channels: int = 3,
     limit: float = LIMIT,
     contest: Contest = passes,
 ) -> LatencyReport:
-    """Time every model over a grid of batch sizes and sequence lengths.
+    """Time every model over a grid of batch sizes and sequence lengths or, of images, image sizes.
 
     models: name -> (PyTorch model, its ONNX session or None). All contestants of a grid cell run once a round,
     in turn, so that a drift of the machine's speed meets all of them; the first rounds are not counted, and in every
@@ -188,24 +209,33 @@ def measure(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     rows = []
-    cells = [(batch, sequence) for batch in batch_sizes for sequence in sequence_lengths]
+    sizes: Sequence[Size] = image_sizes or sequence_lengths
+    cells = [(batch, size) for batch in batch_sizes for size in sizes]
+    report = LatencyReport(rows, threads, of_images=bool(image_sizes))
     end = time.perf_counter() + limit
     try:
-        for number, (batch, sequence) in enumerate(cells):
+        for number, (batch, size) in enumerate(cells):
             # What a cell leaves over is for those after it.
             share = None if runs is not None else (end - time.perf_counter()) / (len(cells) - number)
             generator = torch.Generator().manual_seed(0)
-            ids = torch.randint(5, vocab_size, (batch, sequence), generator=generator)
-            rows += _cell(contest(models, ids), batch, sequence, runs or RUNS, share)
+            if image_sizes:
+                examples = torch.randn(batch, channels, *both_sides(size), generator=generator)
+            else:
+                examples = torch.randint(5, vocab_size, (batch, size), generator=generator)
+            cell = {"batch": batch, report.axis: size}
+            rows += _cell(contest(models, examples), cell, runs or RUNS, share)
     finally:
         torch.set_num_threads(before)
-    return LatencyReport(rows, threads)
+    return report
 
 
 def _cell(
-    contestants: Sequence[Contestant], batch: int, sequence: int, runs: int, seconds: float | None
+    contestants: Sequence[Contestant], cell: dict[str, Any], runs: int, seconds: float | None
 ) -> list[dict[str, Any]]:
-    """Return the rows of one cell. seconds: for all of it; None for as long as `runs` calls take."""
+    """Return the rows of one cell. cell: its place in the grid.
+
+    seconds: for all of it; None for as long as `runs` calls take.
+    """
     begun = time.perf_counter()
 
     def one_round() -> list[Timed]:
@@ -245,8 +275,7 @@ def _cell(
                 {
                     "model": one.model,
                     "backend": one.backend,
-                    "batch": batch,
-                    "sequence": sequence,
+                    **cell,
                     "what": what,
                     "runs": len(rounds),
                     "steady": is_steady(values),
@@ -255,7 +284,7 @@ def _cell(
                     "p75": float(p75),
                     "p95": float(p95),
                     "p99": float(p99),
-                    "throughput": 1000 * batch / float(np.mean(values)),
+                    "throughput": 1000 * cell["batch"] / float(np.mean(values)),
                 }
             )
     return rows

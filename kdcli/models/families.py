@@ -117,6 +117,7 @@ class Family:
     special: how many tokens stand before those of an image's patches, beside registers. scales: vectors in a block
     that multiply the outputs of matrices, feature by feature, by the matrices' names.
     variants: fields of the configuration that, where they are true, give other values to fields of this row.
+    interpolates: whether positions of square images are interpolated to any other size.
     rotary: heads have an even width. first_position: "after-padding" where positions are counted from the padding
     token's id on. positions_if: a field that says whether the model has positions of its own. padding: the id that
     its code takes for the padding token's, whatever its configuration says. scratch: what a configuration from
@@ -152,6 +153,7 @@ class Family:
     score_cap: str | None = None
     scores_by_number: str | None = None
     special: int = 0
+    interpolates: bool = False
     scales: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
     rotary: bool = False
@@ -275,6 +277,7 @@ _VIT: dict[str, Any] = {
     "word_embeddings": None,
     "final_norm": "layernorm",
     "special": 1,
+    "interpolates": True,
     "sizes": replace(_PIXELS, as_hidden=("pooler_output_size",)),
 }
 
@@ -283,7 +286,7 @@ _BEIT: dict[str, Any] = {
     "scales": MappingProxyType({"attention_output": "lambda_1", "ffn_out": "lambda_2"}),
     "variants": MappingProxyType(
         {
-            name: {"attention": "relative-bias"}
+            name: {"attention": "relative-bias", "interpolates": False}
             for name in ("use_relative_position_bias", "use_shared_relative_position_bias")
         }
     ),

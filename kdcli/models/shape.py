@@ -193,6 +193,12 @@ def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
     return size if isinstance(size, tuple) else (size, size)
 
 
+def takes_any_size(config: "PretrainedConfig") -> bool:
+    """Return whether a model can read images of another size than its own: its positions are interpolated."""
+    image = shape_of(config).image
+    return family_of(config).interpolates and image is not None and len(set(both_sides(image))) == 1
+
+
 def _tokens(
     family: Family, image: int | tuple[int, int] | None, patch: int | tuple[int, int] | None, registers: int
 ) -> int | None:
