@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ALLOWED = {"json", "sys", "numpy", "onnxruntime", "tokenizers", "re"}
+ALLOWED = {"json", "sys", "numpy", "onnxruntime", "tokenizers", "PIL", "re"}
 
 
 def code_lines(script: str) -> list[str]:

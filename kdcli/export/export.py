@@ -185,7 +185,11 @@ def export_model(
                     ),
                 )
         fields = task.fields if task is not None else None
-        script = script_of(kind, fields or kind.fields(), plain.config, processor, max_length) if kind else None
+        script = None
+        try:
+            script = script_of(kind, fields or kind.fields(), plain.config, processor, max_length) if kind else None
+        except InputError as error:
+            notes.append(f"no {SCRIPT} is written, which could not follow the image processor: {error.message}")
         if script is not None:
             (temporary / SCRIPT).write_text(script, encoding="utf-8")
         size, nodes = session.megabytes, operators(temporary / MODEL)

@@ -1,7 +1,8 @@
-"""The script that an exported folder gets: it answers with the graph, by ONNX Runtime and tokenizers alone."""
+"""The script that an exported folder gets: it needs ONNX Runtime and tokenizers, or Pillow, alone."""
 
 from typing import TYPE_CHECKING, Any
 
+from kdcli.models.processors import is_image_processor
 from kdcli.tasks.encode import longest_input
 from kdcli.tasks.kind import TaskKind
 
@@ -22,18 +23,32 @@ from tokenizers import Tokenizer
 session = InferenceSession(f"{{sys.path[0]}}/model.onnx")
 '''
 
+IMAGE_HEAD = '''\
+"""Answers as JSON lines: python {script} {usage}; needs onnxruntime, NumPy and Pillow only."""
+
+{imports}
+import numpy as np
+from onnxruntime import InferenceSession
+from PIL import Image, ImageOps
+
+session = InferenceSession(f"{{sys.path[0]}}/model.onnx")
+
+
+'''
 
 NAMES = 'NAMES = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}\n'
 
 
-def script_of(kind: TaskKind, fields: Any, config: "PretrainedConfig", tokenizer: Any, max_length: int) -> str | None:
+def script_of(kind: TaskKind, fields: Any, config: "PretrainedConfig", processor: Any, max_length: int) -> str | None:
     """Return the script for a model's folder; None where its kind has none, or its tokenizer no tokenizer.json.
 
-    fields: the kind's own. max_length: tokens of an input.
+    fields: the kind's own. max_length: tokens of an input. Raises InputError, with the reason, where no script can make
+    pixels as the image processor does.
     """
-    if not getattr(tokenizer, "is_fast", False):
+    of_images = is_image_processor(processor)
+    if not of_images and not getattr(processor, "is_fast", False):
         return None
-    decoding = kind.script(fields, config, tokenizer, longest_input(tokenizer, max_length))
+    decoding = kind.script(fields, config, processor, max_length if of_images else longest_input(processor, max_length))
     if decoding is None:
         return None
     needed = [name for name in kind.inputs(fields) if name not in kind.optional_inputs(fields)]
@@ -41,5 +56,7 @@ def script_of(kind: TaskKind, fields: Any, config: "PretrainedConfig", tokenizer
     lines = decoding.splitlines(keepends=True)
     imports = ["import json\n", "import sys\n", *(line for line in lines if line.startswith("import "))]
     names = NAMES if "NAMES" in decoding else ""
-    head = HEAD.format(script=SCRIPT, usage=usage, imports="".join(sorted(imports)), names=names)
+    head = (IMAGE_HEAD if of_images else HEAD).format(
+        script=SCRIPT, usage=usage, imports="".join(sorted(imports)), names=names
+    )
     return head + "".join(line for line in lines if line not in imports)

@@ -16,6 +16,7 @@ from kdcli.tasks.image_augment import AugmentFields, told
 from kdcli.tasks.kind import Encoded
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
     from datasets import Dataset
     from torch import Tensor
@@ -89,6 +90,18 @@ class ImageClassification(ClassesKind):
         import pyarrow as pa
 
         return pa.table(self.read_examples(columns, fields, source))
+
+    def script(self, fields: Any, config: Any, processor: Any, max_length: int) -> str:
+        from kdcli.models.shape import shape_of
+        from kdcli.tasks.image_script import lines_for
+
+        collator = self.collator(processor)
+
+        def make(files: list[bytes]) -> "np.ndarray":
+            rows = [{"index": 0, "image": {"bytes": file, "path": None}} for file in files]
+            return collator(rows)["pixel_values"].numpy()
+
+        return lines_for(processor, shape_of(config).channels or 3, make) + self.script_of_logits(config)
 
     def check(self, task: "Task", processor: Any, max_length: int) -> None:
         from kdcli.tasks.image_inputs import ImageCollator, reader_of

@@ -495,6 +495,8 @@ class TaskKind(ABC):
         `NAMES`, the attribute of an encoding for each input of the graph; lines that import modules go before it.
         Both together have at most 20 lines, and use no library but NumPy beside what the head imports. The texts are
         the script's arguments, one after the other as in `inputs`; the replies have the main keys of `replies`.
+        Of images, the head imports Pillow's `Image` and `ImageOps`, not a tokenizer, and the arguments are files.
+        Raises InputError, with the reason, where pixels cannot be made as the image processor makes them.
         """
         return None
 
