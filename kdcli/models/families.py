@@ -117,7 +117,7 @@ class Family:
     special: how many tokens stand before those of an image's patches, beside registers. scales: vectors in a block
     that multiply the outputs of matrices, feature by feature, by the matrices' names.
     variants: fields of the configuration that, where they are true, give other values to fields of this row.
-    interpolates: whether positions of square images are interpolated to any other size.
+    interpolates: whether positions of square images are interpolated to any other size, in a graph, too.
     rotary: heads have an even width. first_position: "after-padding" where positions are counted from the padding
     token's id on. positions_if: a field that says whether the model has positions of its own. padding: the id that
     its code takes for the padding token's, whatever its configuration says. scratch: what a configuration from
@@ -521,7 +521,12 @@ FAMILIES: dict[str, Family] = {
             at_function=False,
         ),
         Family("dinov2", "DINOv2", **_dino()),
-        Family("dinov2_with_registers", "DINOv2 with registers", **_dino(registers="num_register_tokens")),
+        Family(
+            "dinov2_with_registers",
+            "DINOv2 with registers",
+            # Its interpolation smooths, which the exporter can do for one size alone.
+            **{**_dino(registers="num_register_tokens"), "interpolates": False},
+        ),
         Family(
             "swin",
             "Swin",

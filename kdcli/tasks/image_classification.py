@@ -92,7 +92,7 @@ class ImageClassification(ClassesKind):
         return pa.table(self.read_examples(columns, fields, source))
 
     def script(self, fields: Any, config: Any, processor: Any, max_length: int) -> str:
-        from kdcli.models.shape import shape_of
+        from kdcli.models.processors import channels_of
         from kdcli.tasks.image_script import lines_for
 
         collator = self.collator(processor)
@@ -101,7 +101,7 @@ class ImageClassification(ClassesKind):
             rows = [{"index": 0, "image": {"bytes": file, "path": None}} for file in files]
             return collator(rows)["pixel_values"].numpy()
 
-        return lines_for(processor, shape_of(config).channels or 3, make) + self.script_of_logits(config)
+        return lines_for(processor, channels_of(processor), make) + self.script_of_logits(config)
 
     def check(self, task: "Task", processor: Any, max_length: int) -> None:
         from kdcli.tasks.image_inputs import ImageCollator, reader_of
