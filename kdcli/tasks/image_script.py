@@ -20,8 +20,7 @@ SIZES = ((37, 53), (300, 400), (400, 300), (225, 640), (640, 225))
 OPEN = """\
 def pixels(image):
     image = ImageOps.exif_transpose(image)
-    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I") else image
-    image = image.convert("{mode}")
+    image = (Image.fromarray(np.uint8(np.asarray(image) >> 8)) if image.mode[0] == "I" else image).convert("{mode}")
 """
 
 SHORTEST = "    width, height = (int({side} * side / min(image.size)) for side in image.size)\n"
@@ -29,10 +28,8 @@ SHORTEST = "    width, height = (int({side} * side / min(image.size)) for side i
 RESIZE = "    image = image.resize(({width}, image.height), {resample}).resize(({width}, {height}), {resample})\n"
 """Width first, as torchvision does; Pillow alone would begin with the side that shrinks more."""
 
-RESIZE_AT_ONCE = "    image = image.resize(({width}, {height}), {resample})\n"
-
 CROP = """\
-    left, top = {rounded}((image.width - {width}) / 2), {rounded}((image.height - {height}) / 2)
+    left, top = int((image.width - {width}) / 2), int((image.height - {height}) / 2)
     image = image.crop((left, top, left + {width}, top + {height}))
 """
 
@@ -50,8 +47,8 @@ logits = (session.run(["logits"], {"pixel_values": pixels(Image.open(name))})[0]
 class Steps:
     """What becomes of an image.
 
-    side: of its shorter edge, or size: its width and height; neither where it keeps its own. at_once: both sides are
-    resized in one step. crop: width and height. mean, std: of the levels 0 to 255, by channel.
+    side: of its shorter edge, or size: its width and height; neither where it keeps its own. resample: Pillow's number.
+    crop: width and height. mean, std: of the levels 0 to 255, by channel.
     """
 
     mean: tuple[float, ...]
@@ -59,9 +56,7 @@ class Steps:
     side: int | None = None
     size: tuple[int, int] | None = None
     resample: int = 2
-    at_once: bool = False
     crop: tuple[int, int] | None = None
-    rounded: str = "int"
 
     def lines(self) -> str:
         """Return a function `pixels` from an image of Pillow to an array (1, channels, height, width)."""
@@ -70,10 +65,9 @@ class Steps:
         if self.side is not None:
             found += SHORTEST.format(side=self.side)
         if self.side is not None or self.size is not None:
-            resize = RESIZE_AT_ONCE if self.at_once else RESIZE
-            found += resize.format(width=width, height=height, resample=self.resample)
+            found += RESIZE.format(width=width, height=height, resample=self.resample)
         if self.crop is not None:
-            found += CROP.format(width=self.crop[0], height=self.crop[1], rounded=self.rounded)
+            found += CROP.format(width=self.crop[0], height=self.crop[1])
         mean, std = (", ".join(f"{value:.9g}" for value in values) for values in (self.mean, self.std))
         return found + SCALE.format(mean=mean, std=std)
 
@@ -84,14 +78,13 @@ def lines_for(processor: Any, channels: int, make: "Callable[[list[bytes]], np.n
     make: from encoded images to pixels (n, channels, height, width), as models get them.
     Raises InputError, with the reason, where the lines would give other pixels.
     """
-    transforms = getattr(getattr(processor, "val_transforms", None), "transforms", None)
-    steps = _of_transforms(transforms) if transforms is not None else _of_settings(processor, channels)
+    steps = _steps(processor, channels)
     lines = steps.lines()
     _check(lines, steps, make)
     return lines + ASK
 
 
-def _of_settings(processor: Any, channels: int) -> Steps:
+def _steps(processor: Any, channels: int) -> Steps:
     """Return the steps of a processor that has the library's usual settings."""
 
     def given(name: str, needed_by: str) -> Any:
@@ -122,31 +115,6 @@ def _of_channels(values: Any, default: float, channels: int) -> tuple[float, ...
     values = default if values is None else values
     found = tuple(values) if isinstance(values, list | tuple) else (values,)
     return found * channels if len(found) == 1 else found
-
-
-def _of_transforms(transforms: Any) -> Steps:
-    """Return the steps of torchvision's transforms of an image of Pillow, as timm makes them."""
-    from torchvision.transforms import InterpolationMode
-
-    modes = {InterpolationMode.BILINEAR: 2, InterpolationMode.BICUBIC: 3, InterpolationMode.LANCZOS: 1}
-    found: dict[str, Any] = {}
-    for step in transforms:
-        name = type(step).__name__
-        if name == "Resize" and not found and getattr(step, "max_size", None) is None:
-            found["side" if isinstance(step.size, int) else "size"] = (
-                step.size if isinstance(step.size, int) else (step.size[1], step.size[0])
-            )
-            found["resample"] = modes.get(step.interpolation)
-        elif name == "CenterCrop" and "mean" not in found:
-            height, width = step.size
-            found["crop"] = (width, height)
-        elif name == "Normalize":
-            found |= {key: tuple(255 * float(value) for value in getattr(step, key)) for key in ("mean", "std")}
-        elif name not in ("ToTensor", "MaybeToTensor"):
-            raise InputError(f"it has a step {name}")
-    if "mean" not in found or found.get("resample", 2) is None:
-        raise InputError("it does not normalise, or resizes in another way than Pillow")
-    return Steps(**found, at_once=True, rounded="round")
 
 
 def _check(lines: str, steps: Steps, make: "Callable[[list[bytes]], np.ndarray]") -> None:
