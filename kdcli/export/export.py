@@ -19,7 +19,7 @@ from kdcli.export.graph import (
     other_size,
     plain_copy,
 )
-from kdcli.export.latency import LatencyReport, measure, passes, texts
+from kdcli.export.latency import LatencyReport, Size, measure, passes, texts
 from kdcli.export.parity import TOLERANCE, parity, text_parity
 from kdcli.export.script import SCRIPT, script_of
 from kdcli.export.session import MODEL, OnnxModel
@@ -119,7 +119,7 @@ def export_model(
     latency: bool = True,
     batch_sizes: Sequence[int] = (1, 8),
     sequence_lengths: Sequence[int] = (16, 128),
-    image_sizes: Sequence[int] | None = None,
+    image_sizes: Sequence[Size] | None = None,
     threads: int | None = None,
     runs: int | None = None,
     teacher: "PreTrainedModel | None" = None,

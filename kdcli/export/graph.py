@@ -156,6 +156,7 @@ def other_size(model: "PreTrainedModel") -> Tensor:
     Height and width differ from it and from each other by patches: the exporter takes what is equal for the same.
     """
     shape = shape_of(model.config)
+    assert shape.image is not None and shape.patch is not None
     height, width = (
         side + (number + 1) * patch
         for number, (side, patch) in enumerate(zip(both_sides(shape.image), both_sides(shape.patch), strict=True))

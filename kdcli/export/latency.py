@@ -208,7 +208,7 @@ def measure(
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    rows = []
+    rows: list[dict[str, Any]] = []
     sizes: Sequence[Size] = image_sizes or sequence_lengths
     cells = [(batch, size) for batch in batch_sizes for size in sizes]
     report = LatencyReport(rows, threads, of_images=bool(image_sizes))
@@ -221,6 +221,7 @@ def measure(
             if image_sizes:
                 examples = torch.randn(batch, channels, *both_sides(size), generator=generator)
             else:
+                assert isinstance(size, int)
                 examples = torch.randint(5, vocab_size, (batch, size), generator=generator)
             cell = {"batch": batch, report.axis: size}
             rows += _cell(contest(models, examples), cell, runs or RUNS, share)
