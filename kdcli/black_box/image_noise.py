@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcli.tasks.image_inputs import decoded, reader_of
+from kdcli.data.images import decoded
+from kdcli.tasks.image_inputs import reader_of
 
 if TYPE_CHECKING:
     from PIL import Image

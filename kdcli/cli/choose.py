@@ -156,7 +156,7 @@ def choose_task(
         raise InputError(
             f"which task is {choice.model} to be scored on?",
             where="--task",
-            hint="give --task NAME, such as sst2",
+            hint="give --task NAME, such as sst2, or rows of a file: --data FILE",
         )
     if protocol is not None:
         evaluate = EvaluateSection.model_validate({**evaluate.model_dump(), "protocol": protocol})
@@ -286,8 +286,12 @@ def readable_length(config: Any, wanted: int) -> int:
 def length_for(config: Any, name: str, asked: int | None, usual: int) -> int:
     """Return how many tokens of a text are given to a model: those of `--max-length`, or the usual ones.
 
-    Raises InputError where the model, by the name, has positions for fewer than were asked for.
+    Raises InputError where the model, by the name, has positions for fewer than were asked for, or reads no text.
     """
+    from kdcli.models.families import family_of
+
+    if asked is not None and family_of(config).reads != "text":
+        raise InputError(f"counts tokens of text, and {name} reads images", where="--max-length", hint="leave it out")
     limit = readable_length(config, asked or usual)
     if asked is not None and limit < asked:
         raise InputError(

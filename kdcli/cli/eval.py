@@ -147,6 +147,8 @@ def evaluate(
             of_type=of_type,
             changes=set_ or (),
         )
+    from dataclasses import replace
+
     from rich.console import Group
     from rich.table import Table
 
@@ -181,7 +183,7 @@ def evaluate(
         called["MODEL"] = names
         section = typed_for(section, contestant)
         with as_named() if task is not None else contextlib.nullcontext():
-            loaded = load_task(section, evaluate_section, base=base, limit=max_samples)
+            loaded = replace(load_task(section, evaluate_section, base=base, limit=max_samples), trains=False)
     if not loaded.report:
         raise InputError(
             f"{loaded.name} has nothing to score a model with",

@@ -106,7 +106,7 @@ def export(
         loaded, length = load_task(section, evaluate_section, base=base), section.max_length
     beside = choose_model(teacher).model if teacher is not None else None
     record = finished(choice.run) if choice.run is not None else None
-    if beside is None and record is not None and latency and record.result.loss is None:
+    if beside is None and record is not None and latency and not record.is_general:
         beside = record.teacher_path
         if beside is not None and not Path(beside).is_dir():
             info(f"the run's teacher is gone ({beside}): timing the student alone")

@@ -64,15 +64,22 @@ def trim(
     from kdcli.files import atomic_folder, expanded
     from kdcli.models.hashing import hash_of_tokenizer
     from kdcli.models.heads import head_of
-    from kdcli.models.load import check_vocabulary, load_tokenizer
+    from kdcli.models.load import check_vocabulary, load_config, load_tokenizer
     from kdcli.models.probe import check_numbers
     from kdcli.models.save import save_model
-    from kdcli.models.vocabulary import check_outputs, trim_vocabulary, trimmed, vocabulary_megabytes
+    from kdcli.models.vocabulary import (
+        check_has_vocabulary,
+        check_outputs,
+        trim_vocabulary,
+        trimmed,
+        vocabulary_megabytes,
+    )
     from kdcli.runs import check_out
     from kdcli.tasks.heads import heads, load_model
 
     out = expanded(out, "--out")
     check_out(out, model, *text, *(held_out or ()), force=force)
+    check_has_vocabulary(load_config(model), model, where="MODEL")
     notes: list[str] = []
     if column:
         check_columns([*text, *(held_out or ())], Path(), "--column")

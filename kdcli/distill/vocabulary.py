@@ -14,7 +14,15 @@ from kdcli.distill.resolve import Resolved
 from kdcli.distill.teacher import Teacher, TeacherStart
 from kdcli.models.load import load_config
 from kdcli.models.tokenizer_trim import Pieces, changes_of
-from kdcli.models.vocabulary import Trimming, check_outputs, needed_ids, trim_vocabulary, trimmed, vocabulary_megabytes
+from kdcli.models.vocabulary import (
+    Trimming,
+    check_has_vocabulary,
+    check_outputs,
+    needed_ids,
+    trim_vocabulary,
+    trimmed,
+    vocabulary_megabytes,
+)
 from kdcli.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -30,6 +38,7 @@ def plan_vocabulary(resolved: Resolved, task: Task, downstream: list[Task], teac
     section = resolved.student.vocabulary
     if section is None:
         return None
+    check_has_vocabulary(teacher.model.config, "the teacher", where="student.vocabulary", hint="leave it out")
     notes: list[str] = []
     training = [text for one in (task, *downstream) for text in texts_of(one, teacher.processor)]
     if section.text is None:

@@ -152,7 +152,8 @@ def tables_by_class(sides: Mapping[str, ByClass], most: int | None = None) -> di
         labels = list(dict.fromkeys(label for side in sides.values() for label in side[name]))
         if most is not None and len(labels) > most:
             labels = sorted(sorted(classes, key=lambda label: classes[label].f1)[:most], key=labels.index)
-        rows = [["class", "examples", *(f"{score} {side}" for score in SCORES_OF_CLASS for side in sides)]]
+        columns = [f"{score} {side}" if len(sides) > 1 else score for score in SCORES_OF_CLASS for side in sides]
+        rows = [["class", "examples", *columns]]
         for label in labels:
             own = [side[name].get(label, NO_ANSWER) for side in sides.values()]
             cells = (shown(score, getattr(one, score.lower())) for score in SCORES_OF_CLASS for one in own)

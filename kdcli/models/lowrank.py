@@ -210,10 +210,12 @@ def plan_ranks(
     weights: Mapping[MatrixKey, Tensor] | None = None,
     overparam: OverparamSection | None = None,
     losses: Mapping[MatrixKey, Tensor] | None = None,
+    words: bool = True,
 ) -> dict[MatrixKey, int | None]:
     """Return the rank of every block matrix; None where it stays dense.
 
-    shapes: (out, in) of each matrix. fixed_params: parameters outside the matrices' weights. `budget`,
+    shapes: (out, in) of each matrix. fixed_params: parameters outside the matrices' weights. words: whether some of
+    them are word embeddings. `budget`,
     `params` and the default give one rank everywhere, the largest that fits, or with `losses` (as `spread_ranks` takes
     them) ranks by their worth; `energy` gives each matrix the smallest rank that keeps that share of its squared
     singular values, and needs `weights`. All but a rank of its own are multiples of `section.rank_multiple`.
@@ -254,7 +256,7 @@ def plan_ranks(
                 f"{parse_count(section.params):,} parameters are not enough: embeddings, biases, norms and "
                 f"head alone take {fixed_params:,}, and rank 1 everywhere {smallest:,} more",
                 where="student.params",
-                hint="factorise the embeddings, too (student.embedding_rank), or allow more",
+                hint=f"{'factorise the embeddings, too (student.embedding_rank), or ' if words else ''}allow more",
             )
     else:
         # The small term undoes binary fractions: 0.29 of 100 weights are 29, not 28.
@@ -373,6 +375,7 @@ def factorise(
         overparam=overparam,
         # What each gets follows from rows that a shape knows nothing of; together they get about as much as evenly.
         losses=factoriser.losses(linears) if section.ranks == "spread" and not _is_shape(linears) else None,
+        words=family_of(model.config).word_embeddings is not None,
     )
     layer = 0
     if section.ranks == "spread" and not _is_shape(linears):

@@ -161,6 +161,12 @@ def _on_a_part(pieces: Pieces, texts: Sequence[str], options: dict[str, Any]) ->
     return changes_of(texts[::APART], pieces, pieces.cut(kept), kept)
 
 
+def check_has_vocabulary(config: "PretrainedConfig", name: str, *, where: str, hint: str | None = None) -> None:
+    """Raise InputError for a model that reads no text. name: the model's."""
+    if family_of(config).reads != "text":
+        raise InputError(f"{name} reads images, and has no vocabulary", where=where, hint=hint)
+
+
 def needed_ids(config: "PretrainedConfig") -> set[int]:
     """Return the ids that a model's configuration names, and those that its padding token must keep its place for.
 

@@ -19,6 +19,7 @@ class Task:
     model is trained on, for a kind that decides something on them. `notes` are what a user should know about the data.
     parts: names of the sets that it is made of, none where it is one; the rows of `train` and `selection` then have the
     column `part`, a number from 0. mixing_temperature: as in `kdcli.data.mixing.shares`.
+    trains: False where models are only scored on it.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Task:
     calibration: "Dataset | None" = None
     parts: tuple[str, ...] = ()
     mixing_temperature: float = 1.0
+    trains: bool = True
 
     @property
     def primary(self) -> str:

@@ -144,8 +144,8 @@ class Instruct(GeneratingKind):
         template = template_of(processor, self.own.template)
         assert template.ends
         by_loss, by_text = self._scored_by(task)
-        sets = {"training": task.train, "held-out": task.selection, **(task.report if by_loss else {})}
-        for name, rows in sets.items():
+        sets = {"training": task.train, "held-out": task.selection} if task.trains else {}
+        for name, rows in (sets | (task.report if by_loss else {})).items():
             with _named(name):
                 self.fit(rows, processor, max_length)
         for name, rows in task.report.items() if by_text else ():

@@ -355,6 +355,7 @@ def _task(
         calibration=dataset_of(splits["calibration"]) if calibration else None,
         parts=tuple(names),
         mixing_temperature=section.mixing_temperature or 1.0,
+        trains=trains,
     )
 
 

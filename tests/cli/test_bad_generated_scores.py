@@ -153,7 +153,7 @@ def seeds_of_greedy_texts_of_a_file(world: World) -> list[str]:
     return score(world, ROWS[:2], "--set", "seeds=[1]")
 
 
-@case("--max-length: ", "none of 2 rows is left", "--set too_long=cut")
+@case("--max-length: ", "rows: none of 2 rows is left", "--set too_long=cut")
 def rows_to_score_that_are_all_dropped(world: World) -> list[str]:
     return score(world, ROWS[:2], "--max-length", "12", "--set", "too_long=drop")
 
