@@ -12,6 +12,8 @@ from kdcli.models.checkpoint import BESIDE, check_config, contained, local_folde
 from kdcli.models.hashing import hash_of_tokenizer
 from kdcli.models.load import check_same_tokens, check_tokenizer, load_tokenizer
 from kdcli.models.quiet import quiet_transformers
+from kdcli.models.shape import both_sides, shape_of
+from kdcli.words import counted
 
 SETTINGS = "preprocessor_config.json"
 """The file that an image processor is kept in."""
@@ -116,6 +118,58 @@ def check_processor(
         )
     if family.reads == "text":
         check_tokenizer(model, processor, max_length, where=where)
+    else:
+        _check_pixels(model, processor, where)
+
+
+def _check_pixels(model: Any, processor: Any, where: str) -> None:
+    """Raise InputError when images of any size do not become pixels that the model reads."""
+    shape, channels = shape_of(model.config), channels_of(processor)
+    if shape.channels not in (None, channels):
+        raise InputError(
+            f"the image processor gives {counted(channels, 'channel')}, as many as it has means, and the model reads "
+            f"{counted(shape.channels, 'channel')}",
+            where=where,
+            hint=f"give as many numbers in image_mean and image_std of {SETTINGS}",
+        )
+    _, *size = pixels_of(processor, where)
+    if shape.image is not None and (sides := both_sides(shape.image)) != tuple(size):
+        given, read = (f"{height} x {width} pixels" for height, width in (size, sides))
+        raise InputError(
+            f"the image processor makes images of {given}, and the model reads {read}",
+            where=where,
+            hint=f"set size, or crop_size, in {SETTINGS}",
+        )
+
+
+def pixels_of(processor: Any, where: str = "teacher.tokenizer") -> tuple[int, int, int]:
+    """Return channels, height and width of what an image processor makes of every image.
+
+    Raises InputError where images of two shapes become no such pixels. where: what names the processor.
+    """
+    from PIL import Image
+
+    mode = "L" if channels_of(processor) == 1 else "RGB"
+    images = [Image.new(mode, size) for size in ((90, 70), (50, 120))]
+    try:
+        pixels = [processor(image, return_tensors="pt").pixel_values for image in images]
+    except Exception as error:
+        # What settings that do not go together make the library raise has no common type.
+        raise InputError(f"the image processor cannot be used: {cut(str(error))}", where=where) from error
+    if not all(each.isfinite().all() for each in pixels):
+        raise InputError(
+            "the image processor makes pixels that are no finite numbers", where=where, hint="is there a 0 in image_std?"
+        )
+    found = [tuple(each.shape[1:]) for each in pixels]
+    if found[0] != found[1] or len(found[0]) != 3:
+        raise InputError(
+            f"the image processor makes images of several sizes, which no batch can hold: {found[0]} and {found[1]} of "
+            "two",
+            where=where,
+            hint=f"set size to a height and a width, or do_center_crop = true, in {SETTINGS}",
+        )
+    channels, height, width = found[0]
+    return channels, height, width
 
 
 def channels_of(processor: Any) -> int:
