@@ -70,7 +70,8 @@ class Follower:
     build: on the meta device, unless it is a checkpoint. follows: the same of the model that teaches it.
     alignment: the terms of its stages that are not the method's.
     overparam: the chains that it is trained as; tensors_of: the shape of the model whose tensors they are compared
-    with, in `tensor_pairs` of blocks. states: what is kept on disk of the model that teaches it.
+    with, in `tensor_pairs` of blocks. states: what is kept on disk of the model that teaches it. reading: what a user
+    should know about what it reads.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Follower:
     states: StatesPlan | None
     tensors_of: "PreTrainedModel"
     tensor_pairs: list[tuple[int, int]]
+    reading: list[str]
 
     @property
     def model(self) -> "PreTrainedModel":
@@ -169,10 +171,11 @@ class Prepared:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know about the data, of the tasks of `[[finetune]]` with their names, and the teacher."""
+        """What a user should know about the data, of the tasks of `[[finetune]]` with their names, and the models."""
         downstream = [f"{task.name}: {note}" for task in self.downstream for note in task.notes]
         vocabulary = [f"vocabulary: {note}" for note in self.trimming.notes] if self.trimming is not None else []
-        return [*self.task.notes, *downstream, *self.teacher.notes, *vocabulary]
+        reading = [f"{each.name}: {note}" for each in self.followers for note in each.reading]
+        return [*self.task.notes, *downstream, *self.teacher.notes, *vocabulary, *reading]
 
     @property
     def method_notes(self) -> list[str]:
@@ -333,8 +336,9 @@ def _followers(
     followers = []
     for name, section in resolved.sections.items():
         with placed(name):
+            reading: list[str] = []
             if section.model is not None:
-                check_same_reading(teacher.processor, section.model, "student.model")
+                reading = check_same_reading(teacher.processor, section.model, "student.model")
             if resolved.from_base:
                 _check_base(teacher, section, resolved)
             # What the student is cut from answers the task, but for the base of the teacher and a body alone.
@@ -367,9 +371,10 @@ def _followers(
             tensors_of = base
             if build.teacher_layers is not None:
                 pairs = [(number, layer + 1) for number, layer in enumerate(build.teacher_layers, 1)]
-        followers.append(
-            Follower(name, section, overparam, build, nearest, context, alignment, stages, states, tensors_of, pairs)
+        follower = Follower(
+            name, section, overparam, build, nearest, context, alignment, stages, states, tensors_of, pairs, reading
         )
+        followers.append(follower)
         nearest = build.model
     return followers
 

@@ -158,7 +158,9 @@ def pixels_of(processor: Any, where: str = "teacher.tokenizer") -> tuple[int, in
         raise InputError(f"the image processor cannot be used: {cut(str(error))}", where=where) from error
     if not all(each.isfinite().all() for each in pixels):
         raise InputError(
-            "the image processor makes pixels that are no finite numbers", where=where, hint="is there a 0 in image_std?"
+            "the image processor makes pixels that are no finite numbers",
+            where=where,
+            hint="is there a 0 in image_std?",
         )
     found = [tuple(each.shape[1:]) for each in pixels]
     if found[0] != found[1] or len(found[0]) != 3:
@@ -178,13 +180,26 @@ def channels_of(processor: Any) -> int:
     return len(mean) if isinstance(mean, list | tuple) else 3
 
 
-def check_same_reading(processor: Any, name: str | Path, where: str) -> None:
-    """Raise InputError when the model `name` was trained to read other tokens than those that `processor` gives.
+def check_same_reading(processor: Any, name: str | Path, where: str) -> list[str]:
+    """Return what a user should know where the model `name` was trained to read other pixels than `processor` gives.
 
     where: what names the model. One that comes without a processor of its own is not checked.
+    Raises InputError when it was trained to read other tokens.
     """
     if not is_image_processor(processor):
         check_same_tokens(processor, name, where)
+        return []
+    try:
+        own = settings_of(load_image_processor(name))
+    except InputError:
+        return []
+    ours = settings_of(processor)
+    other = [key for key in sorted({*own, *ours} - {"image_processor_type"}) if own.get(key) != ours.get(key)]
+    if not other:
+        return []
+    first = f"{other[0]} is {own.get(other[0])}, not {ours.get(other[0])}"
+    more = f", and {counted(len(other) - 1, 'more setting')} differ" if len(other) > 1 else ""
+    return [f"{name} was made for another image processor ({first}{more}): it is trained with the teacher's"]
 
 
 def hash_of_processor(processor: Any) -> str:

@@ -20,7 +20,7 @@ from kdcli.models.probe import check_numbers
 from kdcli.models.reinit import start_again
 from kdcli.models.save import stored_type
 from kdcli.models.sentence_folder import note_on_pooling
-from kdcli.models.shape import ModelShape, need_blocks, shape_of
+from kdcli.models.shape import ModelShape, both_sides, need_blocks, shape_of
 from kdcli.models.vocabulary import trimmed
 from kdcli.models.width import set_widths, slice_into, width_shape
 from kdcli.recipe.schema import OverparamSection, StudentSection
@@ -275,6 +275,22 @@ def _check_projected(teacher: ModelShape, student: ModelShape) -> None:
             where="student.kv_heads",
             hint=f"use at least {-(-student.heads // most)}",
         )
+
+
+def _check_same_images(student: "PreTrainedModel", teacher: "PreTrainedModel") -> None:
+    """Raise InputError where a student cannot read what its teacher reads: images of one size, of as many channels."""
+    own, other = shape_of(student.config), shape_of(teacher.config)
+    for what, mine, theirs in (
+        ("pixels", *(each.image and both_sides(each.image) for each in (own, other))),
+        ("channels", own.channels, other.channels),
+    ):
+        if None not in (mine, theirs) and mine != theirs:
+            said = [" x ".join(map(str, each)) if isinstance(each, tuple) else str(each) for each in (mine, theirs)]
+            raise InputError(
+                f"the student reads images of {said[0]} {what}, the teacher of {said[1]}: both must read the same",
+                where="student.model",
+                hint="choose a student for images of the teacher's size",
+            )
 
 
 def _checkpoint(
