@@ -313,6 +313,7 @@ def _checkpoint(
             where="student.model",
             hint="choose a student with the teacher's tokenizer",
         )
+    _check_same_images(student, teacher)
     check_numbers(student, "student.model")
     if section.layers is not None:
         need_blocks(family_of(student.config), "a number of layers", "student.layers", "leave it out")
