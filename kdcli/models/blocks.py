@@ -41,6 +41,16 @@ def block_of(model: "PreTrainedModel", layer: int) -> "nn.Module":
     return blocks_of(model)[0 if family_of(model.config).repeated else layer - 1]
 
 
+def scale_of(block: "nn.Module", path: str | None) -> "Tensor | None":
+    """Return the vector in a block that multiplies a matrix's output; None where there is none at `path`."""
+    from torch import Tensor
+
+    found: Any = block
+    for name in path.split(".") if path is not None else ():
+        found = getattr(found, name, None)
+    return found if path is not None and isinstance(found, Tensor) else None
+
+
 def module_at(model: "PreTrainedModel", path: str | None) -> "nn.Module | None":
     """Return a module of a model's body; None where the model has none at `path`."""
     module: Any = body_of(model)

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from kdcli.models.blocks import (
     BlockMatrix,
     block_matrix,
+    block_of,
     blocks_of,
     blocks_prefix,
     by_row,
     module_at,
     query_factor,
+    scale_of,
 )
 from kdcli.models.families import Family, family_of
 from kdcli.models.fused import merge_split
@@ -126,8 +128,18 @@ class _Projection:
         return block_matrix(self.teacher, self.kept[layer - 1] + 1, name)
 
     def weight(self, layer: int, name: str) -> Tensor:
-        """Return that matrix, (out, in), in fp64."""
-        return self.matrix(layer, name).weight.detach().double()
+        """Return that matrix, (out, in), in fp64, times what multiplies its output."""
+        return self._scaled(layer, name, self.matrix(layer, name).weight).double()
+
+    def bias(self, layer: int, name: str) -> Tensor:
+        """Return its bias, (out,), in fp64, times the same."""
+        matrix = self.matrix(layer, name)
+        return self._scaled(layer, name, matrix.of(matrix.module.bias)).double()  # type: ignore[arg-type]
+
+    def _scaled(self, layer: int, name: str, tensor: Tensor) -> Tensor:
+        block = block_of(self.teacher, self.kept[layer - 1] + 1)
+        scale = scale_of(block, self.family.scales.get(name))
+        return tensor.detach() if scale is None else tensor.detach() * scale.detach().view(-1, *[1] * (tensor.ndim - 1))
 
     def input(self, layer: int, name: str) -> Moment:
         """Return the moments of what that matrix reads."""
@@ -206,11 +218,10 @@ class _Projection:
     def _output(self, layer: int, name: str) -> Tensor:
         """Return E[y y^T] of a block matrix's output y = W x + b."""
         weight, given = self.weight(layer, name), self.input(layer, name)
-        module: Any = (matrix := self.matrix(layer, name)).module
         second, shift = weight @ given.second @ weight.T, weight @ given.mean
-        if module.bias is None:
+        if not self._biased(layer, name):
             return second
-        bias = matrix.of(module.bias.detach()).double()
+        bias = self.bias(layer, name)
         return second + torch.outer(shift, bias) + torch.outer(bias, shift) + torch.outer(bias, bias)
 
     def fill(self) -> None:
@@ -233,11 +244,16 @@ class _Projection:
             # Maps beside the queries and keys that the table does not name make queries and keys of positions.
             score = inside.startswith(f"{family.attention_module}.") and isinstance(module, nn.Linear)
             for name, parameter in module.named_parameters(recurse=False):
+                if f"{inside}.{name}".removeprefix(".") in family.scales.values():
+                    # It is part of the matrix whose output it multiplies.
+                    nn.init.ones_(parameter)
+                    continue
                 value = getattr(source, name).detach().double()
                 if name == "bias" and origin in self.moments:
                     value += self._missing(source, origin)
                 for axis in range(value.ndim):
-                    space = self._space(module, axis, value.shape[axis], parameter.shape[axis])
+                    bare = name not in ("weight", "bias") and axis < value.ndim - 1
+                    space = None if bare else self._space(module, axis, value.shape[axis], parameter.shape[axis])
                     if score and axis == 0:
                         space = inner[number].query
                     if axis == 1 and space is not None and origin in self.moments:
@@ -265,10 +281,14 @@ class _Projection:
 
     def _space(self, module: nn.Module, axis: int, teacher: int, student: int) -> Tensor | None:
         """Return the space of an axis of a weight outside of norms and block matrices; None where it stays."""
-        if isinstance(module, nn.Embedding) and axis == 0:
+        if (isinstance(module, nn.Embedding) and axis == 0) or (isinstance(module, nn.Conv2d) and axis > 0):
             return None
         if (teacher, student) == self.widths:
             return self.hidden
+        times = teacher // self.widths[0]
+        if isinstance(module, nn.Linear) and (teacher, student) == (times * self.widths[0], times * self.widths[1]):
+            # A head may read several vectors at once.
+            return torch.block_diag(*[self.hidden] * times)
         if self.heads is not None and (teacher, student) == (self.sizes[0].heads, self.sizes[1].heads):
             return selection(teacher, self.heads)
         return None
@@ -319,19 +339,17 @@ class _Projection:
     def _fill_module(self, layer: int, names: list[str], spaces: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Do so for the matrices that one module of the student gives, in the order of its output."""
         own: Any = block_matrix(self.student, layer, names[0]).module
-        sources = [self.matrix(layer, name) for name in names]
         space, given, biased = spaces[names[0]][1], self.input(layer, names[0]), self._biased(layer, names[0])
         read = reading(given.spread(biased), space)
         writes = [spaces[name][0] for name in names]
-        weight = torch.cat([source.weight.detach() for source in sources])
+        weight = torch.cat([self._scaled(layer, name, self.matrix(layer, name).weight) for name in names])
         attach(own, ProjectedWeight(weight, write=torch.cat(writes), read=read, parts=len(names)))
         if biased:
             # Of what the student's input cannot say of the teacher's, the mean is known.
             missing = given.mean - read @ (space.T @ given.mean)
             found = []
-            for write, source in zip(writes, sources, strict=True):
-                bias = source.of(source.module.bias.detach()).double()  # type: ignore[operator, union-attr, arg-type]
-                found.append(write.T @ (bias + source.weight.detach().double() @ missing))
+            for name, write in zip(names, writes, strict=True):
+                found.append(write.T @ (self.bias(layer, name) + self.weight(layer, name) @ missing))
             _set(own.bias, torch.cat(found))
 
     def _fill_embeddings(self) -> None:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from kdcli.models.blocks import block_matrix, blocks_of, iter_block_matrices
+from kdcli.errors import InputError
+from kdcli.models.blocks import block_matrix, blocks_of, blocks_prefix, iter_block_matrices
 from kdcli.models.capture import Capture
 from kdcli.models.counts import count_parameters
 from kdcli.models.families import FAMILIES, family_of
@@ -21,6 +22,7 @@ from kdcli.models.load import load_model as load_body
 from kdcli.models.lowrank import LowRankLinear, merge_low_rank
 from kdcli.models.overparam import contract_model, overparameterise
 from kdcli.models.probe import probe, probe_batch
+from kdcli.models.projections import moments_of, project
 from kdcli.models.save import save_model
 from kdcli.models.shape import longest_input, shape_of
 from kdcli.models.student import build_student
@@ -30,6 +32,7 @@ from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.signals import Request, Signals
 from kdcli.tasks.heads import load_model
 from kdcli.tasks.image_classification import KIND
+from kdcli.tensors.projection import merge_projections
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in IMAGES},
@@ -40,6 +43,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit-wide": ("vit", {"image_size": [8, 16]}),
 }
 """Every family, and what its configuration can make of it."""
+
+SAME_NAMES = ("clip_vision_model", "data2vec-vision", "siglip_vision_model")
+"""Families whose tensors have the names that they always had."""
 
 
 def model_of(case: str, **extra: Any) -> PreTrainedModel:
@@ -200,11 +206,9 @@ def written_by_the_library(model: PreTrainedModel, folder: Path) -> dict[str, Te
 
 def test_files_by_older_names_are_read(model: PreTrainedModel, tmp_path: Path):
     tensors = written_by_the_library(model, tmp_path)
-    if model.config.model_type != "data2vec-vision":
-        assert tensors.keys() != model.state_dict().keys()
+    assert (tensors.keys() == model.state_dict().keys()) == (model.config.model_type in SAME_NAMES)
     loaded = load_model(tmp_path)
     assert type(loaded) is type(model) and torch.equal(probe(loaded), probe(model))
-    assert type(type(model).from_pretrained(tmp_path)) is type(model)
 
 
 @pytest.mark.parametrize("prefixed", [True, False])
@@ -230,3 +234,118 @@ def test_plain_transformers_reads_factors_of_every_family(model: PreTrainedModel
     save_model(student, tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert type(loaded) is type(model) and torch.equal(probe(loaded), probe(student))
+
+
+def projected(teacher: PreTrainedModel, **fields: Any) -> PreTrainedModel:
+    """Return a student of projections of `teacher`, in eval mode."""
+    build = build_student(teacher, StudentSection(form="width", init="projections", **fields), seed=0)
+    assert build.teacher_layers is not None
+    generator = torch.Generator().manual_seed(3)
+    pixels = probe_batch(teacher)["pixel_values"].shape[1:]
+    batches = [{"pixel_values": torch.randn(32, *pixels, generator=generator)} for _ in range(2)]
+    project(teacher, build.model, build.teacher_layers, moments_of(teacher, batches))
+    return build.model.eval()
+
+
+def test_at_full_width_a_student_of_projections_is_its_teacher(model: PreTrainedModel):
+    student = projected(model)
+    torch.testing.assert_close(probe(student), probe(model), atol=1e-4, rtol=0)
+    merge_projections(student)
+    assert state_shapes(student) == state_shapes(model)
+    torch.testing.assert_close(probe(student), probe(model), atol=1e-4, rtol=0)
+
+
+def test_all_vectors_of_a_narrow_student_of_projections_lie_in_one_space(model: PreTrainedModel):
+    fields: dict[str, Any] = {"hidden_size": 24, "heads": 3}
+    student, prefix = projected(model, **fields), blocks_prefix(model)
+    before = probe(student)
+    merge_projections(student)
+    assert state_shapes(student) == state_shapes(
+        build_student(model, StudentSection(form="width", **fields), seed=0).model
+    )
+    torch.testing.assert_close(probe(student), before, atol=1e-4, rtol=0)
+    own, given = student.state_dict(), model.state_dict()
+    (patches,) = [key for key in own if "patch_embedding" in key and key.endswith("weight")]
+    space = torch.linalg.pinv(given[patches].flatten(1).double()).T @ own[patches].flatten(1).double().T
+    compared = []
+    for key, value in own.items():
+        vectors = value.shape[-1] // 24 if value.ndim and value.shape[-1] % 24 == 0 else 0
+        if key.startswith(prefix) or not vectors or not ("token" in key or "position" in key or vectors == 2):
+            continue
+        wanted = given[key].double().unflatten(-1, (vectors, 32)) @ space
+        torch.testing.assert_close(value.double(), wanted.flatten(-2), atol=1e-4, rtol=1e-4, msg=key)
+        compared.append(key)
+    assert compared or model.config.model_type == "ijepa"
+
+
+def test_gated_widths_are_two_thirds_of_the_plain_ones_and_narrower_students_keep_the_ratio():
+    # int(96 * 2 / 3) = 64; of 40 hidden features and 4 of them a feature it is 112, up from 106.
+    model = tiny("dinov2", hidden=40, use_swiglu_ffn=True, mlp_ratio=4)
+    assert shape_of(model.config).intermediate == 112 == block_matrix(model, 1, "ffn_gate").weight.shape[0]
+    student = build_student(model, StudentSection(form="width", hidden_size=20), seed=0).model
+    assert student.config.mlp_ratio == 4 and shape_of(student.config).intermediate == 56
+    with pytest.raises(InputError, match=r"whole hidden sizes \(mlp_ratio\), and 100 is none") as caught:
+        build_student(model, StudentSection(form="width", hidden_size=20, intermediate_size=100), seed=0)
+    assert (caught.value.where, caught.value.hint) == ("student.intermediate_size", "use 96")
+
+
+def config_of(model: PreTrainedModel, folder: Path, **changes: Any) -> Path:
+    """Save a model with changes of its config.json; None leaves a field out."""
+    save_model(model, folder)
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("vit", {"image_size": 18}, "image_size 18 is not divisible by patch_size 4"),
+        ("vit", {"image_size": [16, 18]}, "image_size \\[16, 18\\] is not divisible by patch_size 4"),
+        ("vit", {"image_size": [16, 16, 16]}, "image_size is \\[16, 16, 16\\]"),
+        ("vit", {"image_size": "16"}, "image_size is '16'"),
+        ("vit", {"image_size": None}, "has no image_size"),
+        ("vit", {"patch_size": 0}, "patch_size is 0"),
+        ("vit", {"patch_size": 16}, "patch_embeddings.projection.weight is 32 x 3 x 4 x 4, and 32 x 3 x 16 x 16 by"),
+        ("vit", {"num_channels": 1.5}, "num_channels is 1.5"),
+        ("vit", {"num_channels": 1}, "patch_embeddings.projection.weight is 32 x 3 x 4 x 4, and 32 x 1 x 4 x 4 by"),
+        ("vit", {"num_channels": 4000}, "num_channels is 4,000, and the largest tensor dimension in the file is 64"),
+        ("vit", {"image_size": 400_000}, "the number of patches by image_size and patch_size is 10,000,000,000, and"),
+        ("vit", {"num_hidden_layers": 3}, "says 3 blocks"),
+        ("vit", {"num_attention_heads": 5}, "hidden_size 32 is not divisible by num_attention_heads 5"),
+        ("deit", {"image_size": 8}, "position_embeddings is 1 x 18 x 32, and 1 x 6 x 32 by"),
+        ("dinov2", {"mlp_ratio": None}, "has no mlp_ratio"),
+        ("dinov2", {"mlp_ratio": 3}, "encoder.layer.0.mlp.fc1.bias is 64, and 96 by"),
+        ("dinov2", {"mlp_ratio": 10**7}, "two thirds of hidden_size times mlp_ratio is 213,333,333, and"),
+        ("dinov2", {"use_swiglu_ffn": True}, "is missing 12 weights \\(first: .*gate_proj"),
+        ("dinov2_with_registers", {"num_register_tokens": -1}, "num_register_tokens is -1"),
+        ("dinov2_with_registers", {"num_register_tokens": 9}, "register_tokens is 1 x 4 x 32, and 1 x 9 x 32 by"),
+        ("beit", {"use_relative_position_bias": True}, "is missing 2 weights .*relative_position_bias_table"),
+        (
+            "beit",
+            {"layer_scale_init_value": 0.0},
+            "has 4 weights \\(first: .*lambda_1\\) for which its config.json has no",
+        ),
+    ],
+)
+def test_a_configuration_that_does_not_fit_its_file_is_refused(
+    family: str, changes: dict[str, Any], words: str, tmp_path: Path
+):
+    with pytest.raises(InputError, match=words):
+        load_model(config_of(tiny(family), tmp_path, **changes))
+
+
+def test_a_file_without_a_position_table_is_refused(tmp_path: Path):
+    save_model(tiny("vit"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["vit.embeddings.position_embeddings"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="is missing 1 weight .first: vit.embeddings.position_embeddings"):
+        load_model(tmp_path)
+
+
+def test_there_are_no_word_embeddings_to_factorise():
+    section = StudentSection(form="low-rank", budget=0.5, embedding_rank=4)
+    with pytest.raises(InputError, match="a model that reads images has no word embeddings") as caught:
+        build_student(tiny("vit"), section, seed=0)
+    assert caught.value.where == "student.embedding_rank"
