@@ -3,6 +3,7 @@
     KDCLI_DATA_DIR=... python tests/benchmarks/tables.py --output tables --minutes 13
     KDCLI_DATA_DIR=... python tests/benchmarks/tables.py --output tables --cpu [--workers 2] [--threads 1]
     KDCLI_DATA_DIR=... python tests/benchmarks/tables.py --output tables --study kinds [--workers 1]
+    KDCLI_DATA_DIR=... python tests/benchmarks/tables.py --output tables --study images --teacher FOLDER
     python tests/benchmarks/tables.py --output tables [--cpu] [--study kinds] --report
 
 A cell is one student: a row of a table, a task and a seed. Cells run in the order of their importance, several side by
@@ -18,8 +19,9 @@ than 0.2 %. A quarter and an eighth of the block weights stand in the tables of 
 parameters than the rows around them: no whole blocks make these shares, and blocks without a part of their neurons
 would be a poor baseline.
 
-`--study kinds` has the tables of further kinds of tasks (questions, tags, sentence embeddings, several languages);
-their rows and sizes stand in kinds.py. What follows is about the other ones.
+`--study kinds` has the tables of further kinds of tasks (questions, tags, sentence embeddings, several languages), and
+`--study images` those of image classification; their rows and sizes stand in kinds.py and images.py. What follows is
+about the other ones.
 
 `makd` is as recipes/methods has it; the tables of its starts and ranks have the other values beside it.
 
@@ -48,6 +50,7 @@ from typing import Any
 
 from cells import AT_A_TIME, RECIPES, Cell, Outcome, Profile, Row, Size, Study
 from common import encoder, need_data
+from images import IMAGES
 from kinds import KINDS
 
 from kdcli.compare.report import difference_text
@@ -136,6 +139,7 @@ GPU = Profile(
 
 
 METHODS = Study(tuple(map(tuple, STAGES)), METRICS, ORDER, BASELINES, CPU, GPU)
+STUDIES = {"methods": METHODS, "kinds": KINDS, "images": IMAGES}
 
 
 def next_cell(waiting: Sequence[Cell], running: Iterable[Cell], taught: Iterable[str]) -> Cell | None:
@@ -183,8 +187,8 @@ def begin(threads: int) -> None:
     encoding.encode = remembered
 
 
-def run_cell(cell: Cell, profile: Profile, output: Path) -> Outcome:
-    """Train and score a student, write its outcome, and leave nothing else of it."""
+def run_cell(cell: Cell, profile: Profile, output: Path, model: str) -> Outcome:
+    """Train and score a student of a teacher, write its outcome, and leave nothing else of it."""
     from rich.console import Console
 
     from kdcli.distill.recipe import load_recipe
@@ -192,7 +196,7 @@ def run_cell(cell: Cell, profile: Profile, output: Path) -> Outcome:
 
     begun = time.perf_counter()
     file, changes = RECIPES / f"{cell.row.recipe}.toml", cell.changes(profile)
-    recipe = load_recipe(file, [*changes, f'name="{cell.name}"', f"teacher.model={json.dumps(encoder())}"])
+    recipe = load_recipe(file, [*changes, f'name="{cell.name}"', f"teacher.model={json.dumps(model)}"])
     folder = output / "runs" / cell.name
     done = run_distill(recipe, recipe_path=file, output=folder, force=True, console=Console(stderr=True, quiet=True))
     record = done.record
@@ -217,9 +221,20 @@ def run_cell(cell: Cell, profile: Profile, output: Path) -> Outcome:
 
 
 def run_all(
-    cells: Sequence[Cell], profile: Profile, output: Path, *, workers: int, threads: int, minutes: float | None
+    cells: Sequence[Cell],
+    profile: Profile,
+    output: Path,
+    *,
+    workers: int,
+    threads: int,
+    minutes: float | None,
+    model: str | None = None,
 ) -> None:
-    """Run what is not finished, the first cells first, until all are done or no time is left."""
+    """Run what is not finished, the first cells first, until all are done or no time is left.
+
+    model: of the teacher; the real encoder where there is none.
+    """
+    model = model or encoder()
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     # Before the workers import torch; and teachers are kept beside the cells.
     os.environ |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -236,7 +251,7 @@ def run_all(
                 if (cell := next_cell(waiting, running.values(), taught)) is None:
                     break
                 waiting.remove(cell)
-                running[pool.submit(run_cell, cell, profile, output)] = cell
+                running[pool.submit(run_cell, cell, profile, output, model)] = cell
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -329,18 +344,19 @@ def _seconds(outcomes: list[Outcome]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", choices=["methods", "kinds"], default="methods", help="which set of tables")
+    parser.add_argument("--study", choices=list(STUDIES), default="methods", help="which set of tables")
     parser.add_argument("--output", type=Path, default=Path("bench/tables"))
+    parser.add_argument("--teacher", help="folder of the teacher of images, which image_teacher.py makes")
     parser.add_argument("--cpu", action="store_true", help="sizes that finish on a CPU, and run there")
     parser.add_argument("--workers", type=int, help="processes side by side (default: 12, or 2 with --cpu)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each of them")
     parser.add_argument("--minutes", type=float, help="start no cell after these")
-    parser.add_argument("--seeds", type=int, help="how many, from 42 (default: 3 for methods, 2 for kinds)")
+    parser.add_argument("--seeds", type=int, help="how many, from 42 (default: 3 for methods, 2 for others)")
     parser.add_argument("--tasks", nargs="+", help="these tasks alone")
     parser.add_argument("--plan", action="store_true", help="print the cells and what they cost, and run nothing")
     parser.add_argument("--report", action="store_true", help="print the tables of what is finished, and run nothing")
     options = parser.parse_args()
-    study = {"methods": METHODS, "kinds": KINDS}[options.study]
+    study = STUDIES[options.study]
     profile = study.cpu if options.cpu or study.gpu is None else study.gpu
     seeds = options.seeds or study.seeds
     cells = [cell for cell in study.cells(profile, seeds) if cell.task in (options.tasks or study.order)]
@@ -356,7 +372,8 @@ def main() -> None:
     if not options.report:
         need_data()
         workers = options.workers or (2 if options.cpu else 12)
-        run_all(cells, profile, options.output, workers=workers, threads=options.threads, minutes=options.minutes)
+        sizes = {"workers": workers, "threads": options.threads}
+        run_all(cells, profile, options.output, **sizes, minutes=options.minutes, model=options.teacher)
     print(tables(outcomes_of(options.output, cells, profile), seeds, study))
 
 
