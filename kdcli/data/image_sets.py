@@ -49,12 +49,12 @@ def read_image_splits(section: "TaskSection", column: str | None, base: Path, no
         if folders:
             splits = {name: read_image_folder(folder, "task.data", notes) for name, folder in folders.items()}
         else:
-            splits = {"train": read_images_of(place, section, column, "task.data", notes)}
+            splits = {"train": read_images_of(section.data, base, section, column, "task.data", notes)}
         _check_classes(splits, section, "task.data", notes)
     elif section.train is not None:
         source, splits = section.train, {}
         for name, (path, where) in files_of(section).items():
-            splits[name] = read_images_of(placed_at(path, base, where), section, column, where, notes)
+            splits[name] = read_images_of(path, base, section, column, where, notes)
         _check_classes(splits, section, "task.train", notes)
     else:
         return read_splits(section, base, notes)
@@ -63,11 +63,15 @@ def read_image_splits(section: "TaskSection", column: str | None, base: Path, no
     return splits, source
 
 
-def read_images_of(place: Path, section: "TaskSection", column: str | None, where: str, notes: list[str]) -> Columns:
+def read_images_of(
+    path: str, base: Path, section: "TaskSection", column: str | None, where: str, notes: list[str]
+) -> Columns:
     """Return the columns of a table of images, or `image` and `label` of a folder of classes; images are checked.
 
-    Paths in a table start at its folder. section: says how text files are written. Raises InputError.
+    base: the folder that relative paths start from; those in a table start at its own. section: says how text files are
+    written. Raises InputError.
     """
+    place = placed_at(path, base, where)
     if place.is_dir():
         if folders := _folders_of_splits(place, where):
             raise InputError(
@@ -81,7 +85,7 @@ def read_images_of(place: Path, section: "TaskSection", column: str | None, wher
             f"{place} is one image", where=where, hint="give a folder with a folder for each class, or a table of paths"
         )
     table = read_file(place, where, delimiter=section.delimiter, encoding=section.encoding, notes=notes)
-    return _with_images(table, column, str(place), notes, folder=place.parent)
+    return _with_images(table, column, path, notes, folder=place.parent)
 
 
 def _with_images(

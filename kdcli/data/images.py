@@ -40,6 +40,9 @@ MODES = {
 LARGEST = 89_478_485
 """Pixels of the largest image, Pillow's own limit: a few kilobytes may unpack to gigabytes."""
 
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, MemoryError)
+"""What Pillow raises for data that is missing or damaged."""
+
 THREADS = min(8, (os.cpu_count() or 1) + 2)
 
 AT_ONCE = 256
@@ -355,8 +358,8 @@ def _opened(file: Any, start: bytes) -> "Image.Image":
         ) from error
     except Image.DecompressionBombError as error:
         raise _too_large() from error
-    except (OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError) as error:
-        raise _Fault(f"is damaged: {error}") from error
+    except DAMAGE as error:
+        raise _damaged(error) from error
 
 
 def _too_large(pixels: int | None = None) -> _Fault:
@@ -396,11 +399,13 @@ def _load(image: "Image.Image") -> None:
     """Decode an image, in place. Raises _Fault where data is missing or damaged."""
     try:
         image.load()
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, MemoryError) as error:
-        cut = "truncated" in str(error) or isinstance(error, EOFError)
-        raise _Fault(
-            f"is {'truncated' if cut else 'damaged'}: {error}", "write or download it again, or remove it"
-        ) from error
+    except DAMAGE as error:
+        raise _damaged(error) from error
+
+
+def _damaged(error: Exception) -> _Fault:
+    cut = "truncated" in str(error).lower() or isinstance(error, EOFError)
+    return _Fault(f"is {'truncated' if cut else 'damaged'}: {error}", "write or download it again, or remove it")
 
 
 def hash_of_file(path: str) -> str | None:

@@ -76,7 +76,7 @@ class ImageClassification(ClassesKind):
         from kdcli.data.image_sets import read_images_of
 
         assert section.data is not None
-        return read_images_of(Path(section.data), section, fields.image, "--data", notes)
+        return read_images_of(section.data, Path(), section, fields.image, "--data", notes)
 
     def read_examples(self, columns: Columns, fields: Any, source: str) -> dict[str, Any]:
         from kdcli.data.images import image_column, read_images

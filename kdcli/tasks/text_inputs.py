@@ -35,6 +35,8 @@ TEXTS = ("text", "text_pair")
 """The columns of rows for one text, or the two of a pair."""
 
 
+IMAGES = 'images have type = "image-classification"'
+
 SCRIPT = """\
 tokenizer.enable_padding(pad_id={pad})
 tokenizer.enable_truncation({length})
@@ -160,5 +162,9 @@ def _texts(values: Column, first: int, name: str, where: str, source: str) -> It
         if value is None or value != value:
             raise InputError(f"{source}: row {row} has no {name!r}", where=where)
         if isinstance(value, list | dict | bytes):
-            raise InputError(f"{source}: {name!r} of row {row} is {shape_of_value(value)}, not a text", where=where)
+            raise InputError(
+                f"{source}: {name!r} of row {row} is {shape_of_value(value)}, not a text",
+                where=where,
+                hint=IMAGES if isinstance(value, bytes) or (isinstance(value, dict) and "bytes" in value) else None,
+            )
         yield readable(str(value), row, source, where)

@@ -16,6 +16,7 @@ from transformers import AutoModelForMultipleChoice, AutoModelForTokenClassifica
 
 from kdcli.cli.app import run
 from kdcli.models.overparam import overparameterise
+from kdcli.models.processors import new_image_processor
 from kdcli.models.save import save_model
 from kdcli.recipe.schema import OverparamSection
 
@@ -67,6 +68,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "chains": _chains,
     "filler": _filler,
     "embedder": _embedder,
+    "viewer": partial(tiny, "vit", **NAMED),
 }
 
 
@@ -80,7 +82,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         path = root / name
         if not path.exists():
             path.mkdir()
-            save_model(BUILDERS[name](), path, words)
+            model = BUILDERS[name]()
+            save_model(model, path, words if model.main_input_name != "pixel_values" else new_image_processor(16, 16))
         return path
 
     return folder
