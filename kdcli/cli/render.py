@@ -171,7 +171,7 @@ def _memory(memory: "Memory") -> list[tuple[str, str]]:
     """Return the rows of a table that say what a training step needs."""
     each = "" if memory.processes == 1 else f" in each of {memory.processes:,} processes"
     how = "" if memory.processes == 1 else ", sharded (FSDP2)" if memory.sharded else ", a whole student each (DDP)"
-    rows = [("memory", f"about {_megabytes(memory.total)} for a step of {memory.tokens:,} tokens{each}{how}")]
+    rows = [("memory", f"about {_megabytes(memory.total)} for a step of {memory.tokens:,} {memory.unit}{each}{how}")]
     rows += [(f"  {name}", _megabytes(size)) for name, size in memory.parts.items()]
     if memory.spread:
         rows.append(

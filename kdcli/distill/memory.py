@@ -5,6 +5,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
+from kdcli.distill.prepare import shape_only
 from kdcli.distill.resolve import Resolved
 from kdcli.distill.states import teacher_request
 from kdcli.machine import computing_device, resolve_precision
@@ -14,7 +17,8 @@ from kdcli.models.counts import count_parameters
 from kdcli.models.families import family_of
 from kdcli.models.lowrank import LowRankLinear
 from kdcli.models.placement import bytes_of, placement_of
-from kdcli.models.shape import ModelShape, shape_of
+from kdcli.models.probe import probe_batch
+from kdcli.models.shape import ModelShape, OuterShape, shape_of
 from kdcli.models.sharding import units_of
 from kdcli.objectives.rows import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS
 from kdcli.signals import Request
@@ -38,7 +42,7 @@ DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 class Memory:
     """What one of `processes` needs on its device for a training step, in bytes by part.
 
-    tokens: of one process at once. host: what it keeps in the CPU's memory beside that. sharded: whether processes hold
+    tokens: of one process at once; of a model of images whose inside is not known, images. host: what it keeps in the CPU's memory beside that. sharded: whether processes hold
     a part of the student each. spread: of the teacher's blocks, which its device map puts elsewhere, or here, too,
     where it has no limit for this device.
     """
@@ -49,6 +53,7 @@ class Memory:
     parts: dict[str, int] = field(default_factory=dict)
     host: int = 0
     spread: int = 0
+    unit: str = "tokens"
 
     @property
     def total(self) -> int:
@@ -76,7 +81,8 @@ def memory_of_step(
     recipe = resolved.recipe
     rows = max(1, loop.batch_size // loop.gradient_accumulation // processes)
     longest = math.ceil(recipe.task.max_length / 8) * 8
-    length = shape_of(student.config).tokens or longest
+    sizes = shape_of(student.config)
+    length = 1 if isinstance(sizes, OuterShape) else sizes.tokens or longest
     tokens = rows * length
     half = resolve_precision(loop.precision, loop.device) == "bf16"
     element = 2 if half else FLOAT
@@ -88,9 +94,10 @@ def memory_of_step(
     if teacher is not None:
         parts["teacher weights"], spread = _teacher_weights(teacher, processes, loop.device)
         shape = shape_of(teacher.config)
-        # One block at a time, and what is compared of all of them.
-        width = _block_width(teacher, shape, 0, on_gpu, half) + _captured(asked, shape)
-        parts["teacher's states"] = rows * (shape.tokens or longest) * element * width
+        if not isinstance(shape, OuterShape):
+            # One block at a time, and what is compared of all of them.
+            width = _block_width(teacher, shape, 0, on_gpu, half) + _captured(asked, shape)
+            parts["teacher's states"] = rows * (shape.tokens or longest) * element * width
     share = processes if sharded else 1
     halved = half and not is_overparameterised(student)
     parts["student weights"] = FLOAT * count // share
@@ -112,7 +119,8 @@ def memory_of_step(
     parts["activations"] = tokens * element * _activations(student, length, loop.gradient_checkpointing, on_gpu, half)
     parts["logits"] = _logits(resolved, student, teacher, tokens, own, element, on_gpu)
     found = {name: int(size) for name, size in parts.items() if size}
-    return Memory(processes, sharded, tokens, found, FLOAT * count * sharded, spread)
+    unit = "images" if isinstance(sizes, OuterShape) else "tokens"
+    return Memory(processes, sharded, tokens, found, FLOAT * count * sharded, spread, unit)
 
 
 def _requests(stages: list[Stage]) -> tuple[Request, Request]:
@@ -168,12 +176,37 @@ def _activations(student: "PreTrainedModel", length: int, checkpointed: bool, on
     With checkpoints that is the input of every block, and all of one block.
     """
     shape = shape_of(student.config)
+    if isinstance(shape, OuterShape):
+        return _kept_of_image(student)
     block = _block_width(student, shape, length, on_gpu, half)
     low_rank = sum(module.rank for module in student.modules() if isinstance(module, LowRankLinear))
     whole = 3 * shape.hidden
     if checkpointed:
         return whole + shape.layers * shape.hidden + block + low_rank // shape.layers
     return whole + shape.layers * block + low_rank
+
+
+def _kept_of_image(student: "PreTrainedModel") -> int:
+    """Return the numbers an image that a model whose inside is not known keeps for its backward pass.
+
+    They are counted in a pass without any numbers, on the meta device; 0 for a model that cannot be run there.
+    """
+    shape = shape_only(student).train()
+    own = {tensor.untyped_storage()._cdata for tensor in (*shape.parameters(), *shape.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (key := tensor.untyped_storage()._cdata) not in own:
+            kept[key] = tensor
+        return tensor
+
+    batch = probe_batch(shape)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            shape(**batch)
+    except (RuntimeError, NotImplementedError, ValueError):
+        return 0
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // FLOAT // len(batch["pixel_values"])
 
 
 def _block_width(model: "PreTrainedModel", shape: ModelShape, length: int, on_gpu: bool, half: bool) -> int:
