@@ -15,8 +15,9 @@ def families(
     """List the families of models that teachers and students can be of, with their limits, or explain one.
 
     Every form of student, [overparam], [teacher.scratch] and ONNX export work with all of them but those of which
-    kdcli sees outputs only: their predictions can be taught and learnt. "attention: no positions": attention is
-    compared by q k^T alone, without the terms of positions that these models add.
+    kdcli sees outputs only: these teach and learn predictions, and [overparam] takes the linear layers inside them.
+    "attention: no positions": attention is compared by q k^T alone, without the terms of positions that these models
+    add.
 
     \b
     Examples:

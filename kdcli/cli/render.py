@@ -152,7 +152,8 @@ def plan(plan: "Plan") -> Table:
             terms = ", ".join(f"{name} x {weight:g}" for name, weight in stage.terms.items())
             steps = f"{counted(stage.steps, 'step')} at {stage.learning_rate:g}"
             table.add_row(f"{title} {stage.name}", f"{steps}: {terms}")
-    table.add_row("matched blocks", ", ".join(f"{s}<-{t}" for s, t in plan.pairs) + " (student<-teacher)")
+    if plan.pairs:
+        table.add_row("matched blocks", ", ".join(f"{s}<-{t}" for s, t in plan.pairs) + " (student<-teacher)")
     batch = counted(plan.train.batch_size, "example")
     table.add_row("training", f"{batch} a step, {plan.train.precision}, seed {plan.seed}")
     for tuned in plan.finetune:

@@ -30,7 +30,7 @@ from kdcli.errors import InputError
 from kdcli.export.genai import Form
 from kdcli.gates import Limits
 from kdcli.methods.base import Context, Stage, Term
-from kdcli.models.blocks import iter_block_matrices
+from kdcli.models.blocks import iter_block_matrices, pairs_of_alike
 from kdcli.models.families import family_of
 from kdcli.models.heads import BASE, Head, Labelling
 from kdcli.models.overparam import check_chains
@@ -359,7 +359,7 @@ def _followers(
         check_scale(resolved.recipe, stages, build.model, overparam)
         states = plan_states(resolved.recipe, task.kind, stages, nearest)
         check_cut(resolved.recipe, task.kind, stages, context.teacher.vocab or 0)
-        tensors_of, pairs = nearest, context.pairs
+        tensors_of, pairs = nearest, context.pairs or pairs_of_alike(build.model, nearest)
         if hides_teacher(resolved):
             if overparam is not None and overparam.aux_weight > 0 and not teacher.trains:
                 raise InputError(

@@ -50,7 +50,8 @@ def check(options: TheseusOptions, context: Context) -> None:
         refuse_idle(options, ("full_at",), "beside k or steps_for_replacing", "give one of them")
     if context.student_form != "depth":
         raise InputError(
-            f"theseus trains blocks inside the teacher, so they must be cut from it, not {context.student_form!r}",
+            f"theseus trains blocks inside the teacher, so they must be cut from its {context.teacher.layers}, not "
+            f"{context.student_form!r}",
             where="student.form",
             hint='use form = "depth"',
         )

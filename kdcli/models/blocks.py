@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kdcli.models.classes import classifier_names
 from kdcli.models.families import family_of
 from kdcli.models.shape import need_blocks, shape_of
 
@@ -194,11 +195,43 @@ def block_matrix(model: "PreTrainedModel", layer: int, name: str) -> BlockMatrix
 
 
 def iter_block_matrices(model: "PreTrainedModel") -> "Iterator[tuple[MatrixKey, BlockMatrix]]":
-    """Yield ((block, name), matrix) for every matrix of every block that has weights of its own, in their order."""
-    names = family_of(model.config).matrices
-    for layer in range(1, len(blocks_of(model)) + 1) if names else ():
+    """Yield ((block, name), matrix) for every matrix of every block that has weights of its own, in their order.
+
+    Of a model of which only outputs are seen these are its linear layers, but for classifiers: a block is what stands
+    at one place of a list inside it, and a name is the path of a layer there, such as "attn/qkv".
+    """
+    family = family_of(model.config)
+    if family.outputs_only is not None:
+        yield from _linear_layers(model)
+        return
+    names = family.matrices
+    for layer in range(1, len(blocks_of(model)) + 1):
         for name in names:
             yield (layer, name), block_matrix(model, layer, name)
+
+
+def _linear_layers(model: "PreTrainedModel") -> "Iterator[tuple[MatrixKey, BlockMatrix]]":
+    from torch import nn
+
+    blocks: dict[str, int] = {}
+    heads = {id(model.get_submodule(name)) for name in classifier_names(model)}
+    for path, module in list(body_of(model).named_modules()):
+        if not isinstance(module, nn.Linear) or id(module) in heads:
+            continue
+        parts = path.split(".")
+        inside = max((number for number, part in enumerate(parts, 1) if part.isdecimal()), default=0)
+        block = blocks.setdefault(".".join(parts[:inside]), len(blocks) + 1)
+        name = "/".join(parts[inside:])
+        holder = body_of(model).get_submodule(".".join(parts[:-1]))
+        yield (block, name), BlockMatrix(holder, parts[-1], name)
+
+
+def pairs_of_alike(model: "PreTrainedModel", other: "PreTrainedModel") -> list[tuple[int, int]]:
+    """Return (block, block), from 1, of two models of which only outputs are seen and whose linear layers are alike."""
+    own, theirs = (
+        {key: tuple(matrix.weight.shape) for key, matrix in iter_block_matrices(each)} for each in (model, other)
+    )
+    return [(layer, layer) for layer in dict.fromkeys(layer for layer, _ in own)] if own == theirs else []
 
 
 def query_factor(config: "PretrainedConfig", layer: int, origin: int) -> float:

@@ -179,9 +179,10 @@ class Family:
         if self.outputs_only is not None:
             return {
                 f"outputs only: {self.outputs_only}": f"Only its outputs can be compared, because {self.outputs_only}. "
-                "Its models can be teachers of methods that compare predictions alone, such as kd, and students with "
-                'form = "checkpoint". What needs blocks is refused: hidden states, attention, matrices, replaced '
-                "blocks, students that are cut, narrowed or factorised, and [teacher.scratch]."
+                "Its models teach and learn by methods that compare predictions alone, such as kd; a student has "
+                'form = "checkpoint", and [overparam] takes the linear layers inside it. What needs blocks is refused: '
+                "hidden states, attention, matrices, replaced blocks, students that are cut, narrowed or factorised, "
+                "and [teacher.scratch]."
             }
         found = {}
         if self.attention != "dot-product":

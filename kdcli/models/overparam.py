@@ -160,29 +160,33 @@ def _wanted(model: "PreTrainedModel", section: OverparamSection) -> tuple[list[t
     Raises InputError when it cannot have any.
     """
     check_factors(section)
-    need_blocks(family_of(model.config), "[overparam]", "overparam", "leave it out")
+    unseen = family_of(model.config).outputs_only is not None
+    for name in ("layers", "targets") if unseen else ():
+        if getattr(section, name) != type(section).model_fields[name].get_default(call_default_factory=True):
+            need_blocks(family_of(model.config), f"overparam.{name}", f"overparam.{name}", "leave it out")
     if section.layers is not None and (family := family_of(model.config)).repeated:
         raise InputError(
             f"the blocks of {family.title} are one, run again and again, so none can be left out",
             where="overparam.layers",
             hint="leave it out",
         )
-    depth = len(blocks_of(model))
+    depth = 0 if unseen else len(blocks_of(model))
     if wrong := sorted(layer for layer in section.layers or [] if layer >= depth):
         raise InputError(f"the student has blocks 0 to {depth - 1}, not {wrong[0]}", where="overparam.layers")
     wanted, skipped = [], []
     unfit: set[int] = set()
     for place in _places(model):
-        if not is_target(place.key[0], place.matrix.name, section):
+        if not unseen and not is_target(place.key[0], place.matrix.name, section):
             continue
         out_features, in_features = place.weight.shape
         try:
             shape = shape_for(out_features, in_features, section)
         except InputError as error:
-            # A checkpoint's ranks were chosen without a thought of chains, and may be prime.
-            if not place.factor:
+            # A checkpoint's ranks were chosen without a thought of chains, and may be prime; so may unseen widths.
+            if not place.factor and not unseen:
                 raise
-            unfit.add(out_features if place.factor == "down" else in_features)
+            if place.factor:
+                unfit.add(out_features if place.factor == "down" else in_features)
             skipped.append(f"{place.name} ({error.message})")
             continue
         wanted.append((place, shape))
@@ -492,9 +496,17 @@ def _teacher_weight(
     factoriser: Factoriser,
 ) -> Tensor | None:
     """Return the teacher's matrix, or the factor of it that has the student's rank; None where there is none."""
-    if layer is None or matrix not in family_of(teacher.config).matrices:
+    if layer is None:
         return None
-    found = block_matrix(teacher, layer, matrix)
+    if family_of(teacher.config).outputs_only is not None:
+        unseen = dict(iter_block_matrices(teacher)).get((layer, matrix))
+        if unseen is None:
+            return None
+        found = unseen
+    elif matrix in family_of(teacher.config).matrices:
+        found = block_matrix(teacher, layer, matrix)
+    else:
+        return None
     module = found.module
     if not factor:
         return module.merged().weight if isinstance(module, LowRankLinear) else found.weight

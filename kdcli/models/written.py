@@ -16,7 +16,8 @@ def as_read(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     A model with images and texts is read as the part that reads images; one of timm with the classes' names where all
     other models have them. path: of config.json, for messages. Raises InputError where a part is missing.
     """
-    name = config.get("model_type")
+    own = config.get("kdcli")
+    name = own.get("base_model_type") if isinstance(own, dict) else config.get("model_type")
     for family in families.FAMILIES.values():
         if family.wraps is not None and (name == family.name or (name is None and "pretrained_cfg" in config)):
             return _of_timm(config, family, path)
@@ -32,10 +33,10 @@ def _of_timm(config: Mapping[str, Any], family: families.Family, path: str) -> d
 
     if not isinstance(config.get("architecture"), str):
         raise InputError(f"{path} names no architecture of timm", hint='such as "architecture": "tiny_vit_5m_224"')
-    found = {**config, "model_type": family.name}
+    found = {"model_type": family.name, **config}
     if not any(found.get(key) is not None for key in ("id2label", "num_labels")):
         # What the library's own class makes of the numbers and names that timm writes.
-        classes = CONFIG_MAPPING[family.name].from_dict(dict(found)).id2label or {}
+        classes = CONFIG_MAPPING[family.name].from_dict({**found, "model_type": family.name}).id2label or {}
         found["id2label"] = {str(number): str(text) for number, text in classes.items()}
     # Left beside id2label, these would be written again when a model has got other classes.
     return {key: value for key, value in found.items() if key not in ("num_classes", "label_names")}
