@@ -42,9 +42,9 @@ DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 class Memory:
     """What one of `processes` needs on its device for a training step, in bytes by part.
 
-    tokens: of one process at once; of a model of images whose inside is not known, images. host: what it keeps in the CPU's memory beside that. sharded: whether processes hold
-    a part of the student each. spread: of the teacher's blocks, which its device map puts elsewhere, or here, too,
-    where it has no limit for this device.
+    tokens: of one process at once, or images, as `unit` says, of a model whose inside is not known. host: what it keeps
+    in the CPU's memory beside that. sharded: whether processes hold a part of the student each. spread: of the
+    teacher's blocks, which its device map puts elsewhere, or here, too, where it has no limit for this device.
     """
 
     processes: int

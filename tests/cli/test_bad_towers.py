@@ -147,6 +147,8 @@ QUICK = {"cut_from_swin", "attention_of_swin", "gradients_at_embeddings_of_swin"
 """One for each way in which a model is refused: the others are slower than they are different."""
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
+)
 def test_wrong_input_is_told(name: str, world: World, own_cache: Path):
     CASES.check(name, world, own_cache)
