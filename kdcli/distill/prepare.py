@@ -32,7 +32,7 @@ from kdcli.gates import Limits
 from kdcli.methods.base import Context, Stage, Term
 from kdcli.models.blocks import iter_block_matrices, pairs_of_alike
 from kdcli.models.families import family_of
-from kdcli.models.heads import BASE, Head, Labelling
+from kdcli.models.heads import BASE, Head, Labelling, check_body
 from kdcli.models.overparam import check_chains
 from kdcli.models.processors import check_processor, check_same_reading
 from kdcli.models.shape import check_lengths, token_counts
@@ -212,6 +212,7 @@ def prepare(recipe: Recipe, recipe_path: Path, world: int | None = None) -> Prep
     _check_loops(resolved, teacher, world)
     for number, (section, other) in enumerate(zip(recipe.finetune, downstream, strict=True)):
         with placed(f"finetune[{number}].task", "task"):
+            check_body(teacher.model.config, other.kind.head, teacher.origin, "task.type")
             check_processor(teacher.model, teacher.processor, section.task.max_length)
             other.kind.check(other, teacher.processor, section.task.max_length)
             remarks = other.kind.remarks(other, teacher.processor, section.task.max_length)
