@@ -117,7 +117,9 @@ class Prediction:
     then over the examples, of which one without rows counts as zero; or, where tokens weigh equally, the mean over all
     rows of a step, of which this table is a part. None where all rows weigh the same. target: the gold answers, (n,) or
     (n, classes); None without any. Where only some rows have one, `answered` (m,) says which, `target` holds those m,
-    and `target_weights` (m,) their weights.
+    and `target_weights` (m,) their weights. heads: of a model whose logits are the mean of two, those for gold answers
+    and those for a teacher's predictions (DeiT, Touvron et al. 2021, arXiv 2012.12877, section 4); apart: whether
+    each of them learns its own, rather than their mean both.
     """
 
     logits: Logits
@@ -125,6 +127,18 @@ class Prediction:
     target: Tensor | None = None
     answered: Tensor | None = None
     target_weights: Tensor | None = None
+    heads: tuple[Tensor, Tensor] | None = None
+    apart: bool = False
+
+    @property
+    def for_gold(self) -> Logits:
+        """The logits that gold answers are compared with."""
+        return self.heads[0] if self.apart and self.heads is not None else self.logits
+
+    @property
+    def for_teacher(self) -> Logits:
+        """The logits that a teacher's are compared with."""
+        return self.heads[1] if self.apart and self.heads is not None else self.logits
 
     @property
     def table(self) -> Tensor:

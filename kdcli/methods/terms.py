@@ -39,7 +39,8 @@ class DivergenceOptions(Options):
         default=FORWARD_KL.name,
         description='How predictions are compared: "kl" of the student from the teacher, "reverse-kl" of the teacher '
         'from the student, "js" (Jensen-Shannon, of both from a mean of both; GKD), "skew-kl" and "skew-reverse-kl" '
-        "(of one from its mean with the other; DistiLLM). Tasks that predict no classes have the first alone.",
+        '(of one from its mean with the other; DistiLLM), "hard" (cross-entropy with the most probable class of the '
+        "teacher; DeiT). Tasks that predict no classes have the first alone.",
     )
     beta: Between = Field(
         default=FORWARD_KL.beta,

@@ -29,6 +29,8 @@ def compare(own: Tensor, other: Tensor, divergence: Divergence, *, slope: bool =
             return _skew_kl(own, other, divergence.skew, slope)
         case "skew-reverse-kl":
             return _skew_reverse_kl(own, other, divergence.skew, slope)
+        case "hard":
+            return _hard(own, other, slope)
 
 
 def compare_top(
@@ -39,7 +41,11 @@ def compare_top(
     own: log q (rows, classes); ids: the tokens, (rows, k), fewer than there are; other: log p, (rows, k + 1).
     """
     top, rest = top_and_rest(own, ids)
-    values, outcomes = compare(torch.cat([top, rest], 1), other.clone(), divergence, slope=slope)
+    other = other.clone()
+    if divergence.name == "hard":
+        # All others together are no class.
+        other[:, -1] = -torch.inf
+    values, outcomes = compare(torch.cat([top, rest], 1), other, divergence, slope=slope)
     if outcomes is None:
         return values, None
     # What the rest gets is shared out by the share that each token has in it.
@@ -87,6 +93,13 @@ def _skew_reverse_kl(own: Tensor, other: Tensor, skew: float, slope: bool) -> tu
     ratio, q = _mixture(other, own, 1.0 - skew).neg_().add_(own), own.exp()
     values = torch.linalg.vecdot(q, ratio)
     return values, _by_logits(q, ratio.sub_(ratio.exp().mul_(skew))) if slope else None
+
+
+def _hard(own: Tensor, other: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
+    """-log q of the teacher's most probable class (DeiT, arXiv 2012.12877, equation 3)."""
+    best = other.argmax(-1, keepdim=True)
+    values = own.gather(-1, best)[:, 0].neg_()
+    return values, own.exp().scatter_add_(-1, best, -torch.ones_like(values)[:, None]) if slope else None
 
 
 def _of_teacher(other: Tensor, mean: Tensor) -> Tensor:

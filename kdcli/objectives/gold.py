@@ -14,7 +14,7 @@ def gold_loss(predictions: list[Prediction], distribution: Distribution) -> Tens
     """Return the negative log-likelihood of the gold answers, mean over the tables of predictions."""
     terms = []
     for table in predictions:
-        logits = table.logits if table.answered is None else table.logits[table.answered]
+        logits = table.for_gold if table.answered is None else table.for_gold[table.answered]
         weights = table.weights if table.answered is None else table.target_weights
         terms.append(distribution.nll(logits, gold_of(table), weights))
     return sum(terms[1:], terms[0]) / len(terms)

@@ -18,7 +18,7 @@ def output_loss(
 ) -> Tensor:
     """Return the divergence of the student's predictions from the teacher's, mean over the tables of predictions."""
     terms = [
-        distribution.divergence(own.logits, other.logits, own.weights, temperature, scale=scale)
+        distribution.divergence(own.for_teacher, other.logits, own.weights, temperature, scale=scale)
         for own, other in zip(student, teacher, strict=True)
     ]
     return sum(terms[1:], terms[0]) / len(terms)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from kdcli.objectives.base import Objective
 
-DivergenceName = Literal["kl", "reverse-kl", "js", "skew-kl", "skew-reverse-kl"]
+DivergenceName = Literal["kl", "reverse-kl", "js", "skew-kl", "skew-reverse-kl", "hard"]
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,9 @@ class LabelledKind(TaskKind):
         """Return one table with a row an example: logits (batch, classes) beside the labels of the batch, if any."""
         from kdcli.signals import Prediction
 
-        return [Prediction(output.logits, target=batch.get("labels"))]
+        own, taught = (getattr(output, name, None) for name in ("cls_logits", "distillation_logits"))
+        heads = (own, taught) if own is not None and taught is not None else None
+        return [Prediction(output.logits, target=batch.get("labels"), heads=heads)]
 
 
 def gold(rows: Any) -> "np.ndarray":

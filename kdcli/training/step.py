@@ -12,6 +12,8 @@ from kdcli.models.inputs import main_input, mask_of, model_inputs
 from kdcli.models.placement import place
 from kdcli.models.shape import shape_of
 from kdcli.models.tokens import shared_tokens
+from kdcli.objectives.gold import GoldObjective
+from kdcli.objectives.output import OutputObjective
 from kdcli.objectives.term import Term
 from kdcli.objectives.total import total_loss
 from kdcli.signals import MatrixKey, Request, Signals
@@ -61,6 +63,9 @@ class Distiller(nn.Module):
             raise ValueError(f"a method gives more than one term the name {twice[0]!r}")
         self.objectives = nn.ModuleDict({term.name: term.objective for term in active})
         self.weights = {term.name: float(term.weight) for term in active}
+        taught = [any(isinstance(term.objective, one) for term in active) for one in (GoldObjective, OutputObjective)]
+        self.apart = all(taught)
+        """Whether a student's two heads learn from one teacher each: from only one both learn."""
         student_request, self.teacher_request = Request(), Request()
         for term in active:
             student_request |= term.objective.student_request()
@@ -159,6 +164,8 @@ class Distiller(nn.Module):
                 student = capture.run(batch, teacher)
             if self.tokens is not None:
                 student = student.take(self.tokens[0])
+            for table in student.predictions:
+                table.apart = self.apart
             with torch.autocast(student.mask.device.type, enabled=False):
                 total, values = total_loss(self.objectives, self.weights, student, teacher, batch)  # type: ignore[arg-type]
         if not self.training:

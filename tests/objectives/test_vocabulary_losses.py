@@ -134,6 +134,24 @@ def test_the_most_probable_tokens_and_the_rest(
     compare(found, own, (rows * weights.double()).sum(), leaves, within=3e-6)
 
 
+@pytest.mark.parametrize("at_once", [2**22, 3 * VOCABULARY], ids=["whole", "parts"])
+@pytest.mark.parametrize("cut", [False, True], ids=["all", "top"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_hard_divergence_is_the_loss_of_the_teacher_s_most_probable_class(
+    at_once: int, cut: bool, temperature: float, monkeypatch: pytest.MonkeyPatch
+):
+    """DeiT (arXiv 2012.12877), equation 3; what is left out of the most probable tokens is never it."""
+    monkeypatch.setattr("kdcli.objectives.rows.CHUNK_ELEMENTS", at_once)
+    own, other, weights = logits(1), logits(5), draw(9, ROWS).softmax(0)
+    teacher = top_tokens(other, Cut(2, temperature)) if cut else other
+    found = Categorical(Divergence("hard")).divergence(own, teacher, weights, temperature)
+    leaves: list[Tensor] = []
+    q = torch.log_softmax(dense(own, leaves=leaves) / temperature, -1)
+    best = dense(other, leaves=[]).argmax(-1, keepdim=True)
+    rows = -q.gather(1, best)[:, 0] * temperature**2
+    compare(found, own, (rows * weights.double()).sum(), leaves, within=3e-6)
+
+
 def test_a_cut_takes_from_the_divergence_and_adds_nothing():
     """Outcomes taken together cannot be further apart; with all but one token apart nothing is lost."""
     own, other, values = logits(1), logits(5), []
