@@ -399,3 +399,47 @@ def test_a_method_trains_a_plain_student_of_images(method: str, chains: str, fol
     else:
         assert len(record["contraction"]["matrices"]) == len(matrices)
         assert record["contraction"]["max_abs_difference"] < 1e-5
+
+
+NARROW = {"form": "width", "hidden_size": 16, "heads": 4, "layers": 2}
+PARTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "chains by importance": ("hs", {"overparam": {"select": "static", "matrices": 4}}),
+    "chains that come": ("hs", {"overparam": {"select": "dynamic", "matrices": 4, "select_every": 1}}),
+    "factors by weights": ("makd", {"student": {"form": "low-rank", "init": "svd", "ranks": "even"}}),
+    "factors by inputs": ("makd", {"student": {"form": "low-rank", "init": "activations", "ranks": "even"}}),
+    "factors by gradients": ("makd", {"student": {"form": "low-rank", "init": "gradients"}}),
+    "factors one after the other": ("kd", {"student": {"form": "low-rank", "sequential": True}}),
+    "stages": ({"name": "makd", "schedule": "staged", "shares": [0.5, 0.25, 0.25]}, {}),
+    "projections": ("kd", {"student": {**NARROW, "init": "projections"}}),
+    "bridges of one for each block": ("hs", {"student": NARROW}),
+    "a bridge of all blocks": ({"name": "tinybert", "shares": [0.5, 0.5]}, {"student": NARROW}),
+    "vectors themselves": ({"name": "minilmv2", "direct": True, "relation_heads": 8}, {"student": NARROW}),
+    "transport": ({"name": "hs", "layer_map": "emd", "emd": {"attention": True}}, {}),
+    "random blocks": ({"name": "hs", "layer_map": "random"}, {}),
+    "integrated gradients": ({"name": "adkd", "steps": 2, "top_k": 8}, {}),
+    "an assistant": ("minilm", {"student": NARROW, "assistant": {"hidden_size": 16, "heads": 4}}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_of_methods_work_on_images(part: str, folder: Path, tmp_path: Path):
+    method, others = PARTS[part]
+    record = distil(folder, tmp_path, method, **others)
+    assert record["status"] == "done"
+    entries = [entry for stage in record["training"] for entry in stage["history"] if "loss" in entry]
+    assert len(entries) >= 4
+    assert all(math.isfinite(value) for entry in entries for value in entry.values()), entries
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["hs", "minilmv2", "makd"])
+def test_kept_states_train_as_the_teacher_does(method: str, folder: Path, tmp_path: Path):
+    histories = []
+    for cache in (True, "all"):
+        (output := tmp_path / str(cache)).mkdir()
+        options = {"minilmv2": {"relation_heads": 8}}.get(method, {})
+        teacher = {"model": str(folder / "teacher"), "cache": cache}
+        record = distil(folder, output, {"name": method, **options}, teacher=teacher)
+        histories.append([entry["loss"] for entry in record["training"][0]["history"] if "loss" in entry])
+    assert histories[1] == pytest.approx(histories[0], rel=1e-5)
