@@ -133,7 +133,7 @@ def _check_pixels(model: Any, processor: Any, where: str) -> None:
             hint=f"give as many numbers in image_mean and image_std of {SETTINGS}",
         )
     _, *size = pixels_of(processor, where)
-    if shape.image is not None and (sides := both_sides(shape.image)) != tuple(size):
+    if shape.image is not None and not shape.any_size and (sides := both_sides(shape.image)) != tuple(size):
         given, read = (f"{height} x {width} pixels" for height, width in (size, sides))
         raise InputError(
             f"the image processor makes images of {given}, and the model reads {read}",

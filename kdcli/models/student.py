@@ -22,6 +22,7 @@ from kdcli.models.reinit import start_again
 from kdcli.models.save import stored_type
 from kdcli.models.sentence_folder import note_on_pooling
 from kdcli.models.shape import ModelShape, both_sides, need_blocks, shape_of
+from kdcli.models.timm_models import SIZE
 from kdcli.models.vocabulary import trimmed
 from kdcli.models.width import set_widths, slice_into, width_shape
 from kdcli.recipe.schema import OverparamSection, StudentSection
@@ -72,6 +73,13 @@ def build_student(
     if (kind := stored_type(build.model)) != torch.float32:
         build.notes.append(f"kept in {str(kind).removeprefix('torch.')}")
     return build
+
+
+def _see_alike(student: "PreTrainedModel", teacher: "PreTrainedModel") -> None:
+    """Let a student that takes images of any size take those of its teacher, in place."""
+    image = shape_of(teacher.config).image
+    if image is not None and shape_of(student.config).any_size:
+        setattr(student.config, SIZE, list(both_sides(image)))
 
 
 def _build(
@@ -316,6 +324,7 @@ def _checkpoint(
             where="student.model",
             hint="choose a student with the teacher's tokenizer",
         )
+    _see_alike(student, teacher)
     _check_same_images(student, teacher)
     check_numbers(student, "student.model")
     if section.layers is not None:

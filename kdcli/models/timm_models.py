@@ -14,6 +14,9 @@ from kdcli.errors import InputError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+SIZE = "image_size"
+"""Where a configuration keeps the height and width that a model is used with, which takes images of any size."""
+
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 """Pillow's numbers of timm's names for ways to resize."""
 
@@ -37,6 +40,8 @@ def images_of(config: "PretrainedConfig") -> TimmImages:
     if given is not None:
         height, width = given if isinstance(given, list | tuple) else (given, given)
     fixed = given is not None or bool(settings.get("fixed_input_size"))
+    if not fixed and getattr(config, SIZE, None) is not None:
+        height, width = getattr(config, SIZE)
     return TimmImages(arguments.get("in_chans", channels), height, width, fixed)
 
 

@@ -1,10 +1,13 @@
 """Configurations that kdcli reads as others: of models of timm, and of models with one part for images of several."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from kdcli.errors import InputError
 from kdcli.models import families
+from kdcli.models.timm_models import SIZE
 
 OUTER = ("architectures", "id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype")
 """What a configuration of a whole says, not that of its part."""
@@ -38,8 +41,21 @@ def _of_timm(config: Mapping[str, Any], family: families.Family, path: str) -> d
         # What the library's own class makes of the numbers and names that timm writes.
         classes = CONFIG_MAPPING[family.name].from_dict({**found, "model_type": family.name}).id2label or {}
         found["id2label"] = {str(number): str(text) for number, text in classes.items()}
+    if found.get(SIZE) is None and (size := _size_beside(Path(path).parent)) is not None:
+        found[SIZE] = size
     # Left beside id2label, these would be written again when a model has got other classes.
     return {key: value for key, value in found.items() if key not in ("num_classes", "label_names")}
+
+
+def _size_beside(folder: Path) -> list[int] | None:
+    """Return the height and width that the image processor in a folder makes; None where none says so."""
+    try:
+        settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        sides = settings["crop_size" if settings.get("do_center_crop") else "size"]
+        return [int(sides["height"]), int(sides["width"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        # It is read as a whole, and refused, where it is used.
+        return None
 
 
 def _part(config: Mapping[str, Any], family: families.Family, path: str) -> dict[str, Any]:

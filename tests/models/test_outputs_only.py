@@ -9,16 +9,23 @@ import pytest
 import torch
 from outer_models import OUTER, SIDE, processor, timm_model
 from PIL import Image
+from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from kdcli.cli.app import run
 from kdcli.models import families
+from kdcli.models.blocks import pairs_of_alike
 from kdcli.models.classes import reorder_classes
-from kdcli.models.heads import BASE, IMAGE_CLASSIFICATION
+from kdcli.models.heads import BASE, IMAGE_CLASSIFICATION, Labelling
 from kdcli.models.load import load_model
+from kdcli.models.overparam import contract_model, linears_of, overparameterise, teacher_factors
+from kdcli.models.probe import probe_batch
 from kdcli.models.processors import hash_of_processor, load_processor
 from kdcli.models.save import save_model
 from kdcli.models.shape import shape_of
+from kdcli.models.student import build_student
+from kdcli.recipe.schema import OverparamSection, StudentSection
+from kdcli.tensors.parametrization import tensors_of
 
 NAMES = {0: "red", 1: "green", 2: "blue", 3: "grey", 4: "black"}
 SETTINGS = {"num_labels": 5, "id2label": NAMES, "label2id": {name: number for number, name in NAMES.items()}}
@@ -146,3 +153,45 @@ def test_a_model_of_timm_that_takes_any_size_says_so():
 def test_rows_name_a_reason_and_no_blocks():
     for family in families.FAMILIES.values():
         assert (family.outputs_only is None) == bool(family.blocks) == bool(family.matrices)
+
+
+def test_a_student_that_takes_any_size_takes_its_teachers_images(tmp_path: Path):
+    of_the_hub(tmp_path, input_size=[3, 160, 160])
+    assert shape_of(load_model(tmp_path, IMAGE_CLASSIFICATION).config).image == (160, 160)
+    names = Labelling(IMAGE_CLASSIFICATION, {}, lambda model, name: [])
+    section = StudentSection(form="checkpoint", model=str(tmp_path))
+    student = build_student(OUTER["swin"](), section, seed=0, labelling=names).model
+    (tmp_path / "student").mkdir()
+    save_model(student, tmp_path / "student", processor())
+    again = load_model(tmp_path / "student", IMAGE_CLASSIFICATION)
+    assert shape_of(again.config).image == (SIDE, SIDE)
+    assert probe_batch(again)["pixel_values"].shape[2:] == (SIDE, SIDE)
+
+
+@pytest.mark.parametrize("name", ["swin", "tiny-vit"])
+def test_linear_layers_inside_become_chains_and_plain_again(name: str, tmp_path: Path):
+    model = OUTER[name]().eval()
+    before, linear = logits(model), [one for one in model.modules() if isinstance(one, nn.Linear)]
+    report = overparameterise(model, OverparamSection(length=1))
+    # All but the classifier.
+    assert len(report.rows) == len(linear) - 1 and not report.skipped
+    assert {type(one).__name__ for one in linear} == {"Linear", "ParametrizedLinear"}
+    torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-4)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path, IMAGE_CLASSIFICATION)
+    assert torch.equal(logits(again), logits(model)) and again.config.id2label == model.config.id2label
+    contract_model(again)
+    assert again.state_dict().keys() == OUTER[name]().state_dict().keys()
+    torch.testing.assert_close(logits(again), before, atol=1e-5, rtol=1e-4)
+
+
+def test_chains_of_a_copy_are_compared_with_the_layers_that_they_are_copies_of():
+    teacher, student = OUTER["tiny-vit"](), OUTER["tiny-vit"]()
+    pairs = pairs_of_alike(student, teacher)
+    section = OverparamSection(length=1)
+    overparameterise(student, section)
+    found, skipped = teacher_factors(teacher, student, pairs, section)
+    chains = {key: tensors_of(layer) for key, layer in linears_of(student)}
+    assert found.keys() == chains.keys() and not skipped
+    assert all(torch.equal(one, two) for key in found for one, two in zip(found[key], chains[key], strict=True))
+    assert pairs_of_alike(OUTER["swin"](), teacher) == []

@@ -1,6 +1,5 @@
 """A student of two heads (DeiT): the class head learns from gold labels, the distillation head from the teacher."""
 
-
 import pytest
 import torch
 from families import tiny
