@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 256
 """Of a generated text, where neither a user nor a run says how many."""
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""How names of files end that are examples, though they stand where a model may."""
 MOST_TOKENS = 1_000_000
 """That are read of a prompt, where a model has no positions of its own."""
 
@@ -40,7 +42,7 @@ def predict(
         typer.Argument(
             metavar="[MODEL] [TEXT]...",
             help="A model folder, ONNX folder, run or hub name; default: the newest run's student. Then texts, each in "
-            'quotes; "-" reads them from standard input, one a line.',
+            'quotes, or files and folders of images; "-" reads them from standard input, one a line.',
             show_default=False,
         ),
     ] = None,
@@ -50,7 +52,8 @@ def predict(
             "--input",
             "-i",
             metavar="FILE",
-            help='The examples: a .txt file with one text a line, CSV, JSONL or Parquet; "-" is standard input.',
+            help='The examples: a .txt file with one text a line, CSV, JSONL or Parquet; "-" is standard input. Of '
+            "images, paths that start at the file's folder, or encoded bytes; or a folder of images.",
         ),
     ] = None,
     json_input: Annotated[
@@ -159,7 +162,7 @@ def predict(
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines: one document an example.")] = False,
 ) -> int:
-    """Answer texts with a model.
+    """Answer texts, or images, with a model.
 
     \b
     Examples:
@@ -169,6 +172,7 @@ def predict(
       jq -r .text rows.jsonl | kdcli predict MODEL - --json
       kdcli predict MODEL --input rows.csv --text message --output replies.csv
       kdcli predict runs/embeddings --input texts.txt --output vectors.npy
+      kdcli predict runs/pictures cat.jpg photos --top 5
       kdcli predict runs/instruct "Name three rivers." --temperature 0.7 --seed 1
     """
     from kdcli.errors import InputError
@@ -391,5 +395,7 @@ def _model_and_texts(arguments: list[str]) -> tuple[str | None, list[str]]:
     first, *rest = arguments
     # No hub name has a space in it; a folder's name may.
     if first == "-" or ((not first.strip() or len(first.split()) > 1) and not os.path.lexists(first)):
+        return None, arguments
+    if first.lower().endswith(IMAGES) and os.path.isfile(first):
         return None, arguments
     return first, rest

@@ -56,21 +56,12 @@ class Examples:
                 where="TEXT",
                 hint="quote each text; one that is the same for all: --with NAME=TEXT",
             )
-        columns = {self.inputs[name]: Column.of(texts[place::size]) for place, name in enumerate(self.asked)}
+        columns = {self.inputs[name]: self._typed(texts[place::size], "TEXT") for place, name in enumerate(self.asked)}
         return self._rows(columns, "TEXT", len(texts) // size)
 
     def of_file(self, path: Path, section: "TaskSection") -> "pa.Table":
         """Return the rows of a table in a file. section: says how CSV is written."""
-        from kdcli.data.files import read_file
-
-        columns = read_file(
-            path,
-            "--input",
-            beside=(".txt",),
-            delimiter=section.delimiter,
-            encoding=section.encoding,
-            notes=self.notes,
-        )
+        columns = self.kind.columns_of_inputs(path, section, self.fields, self.notes)
         return self._rows(columns, str(path), len(next(iter(columns.values()))))
 
     def of_lines(self, place: str, encoding: str | None, size: int, *, as_json: bool = False) -> "Iterator[pa.Table]":
@@ -87,9 +78,12 @@ class Examples:
             )
         source = "standard input" if place == STDIN else place
         lines = enumerate(_lines(place, encoding, source), 1)
-        first, read = 1, self._objects if as_json else self._plain
+        first = 1
+        # Paths in a file start at its folder, as in a table.
+        folder = None if place == STDIN else Path(place).parent
         while chunk := list(islice(lines, size)):
-            yield self._rows(read(chunk, source), f"{source} from line {first}", len(chunk))
+            columns = self._objects(chunk, source) if as_json else self._plain(chunk, source, folder)
+            yield self._rows(columns, f"{source} from line {first}", len(chunk))
             first += len(chunk)
         if first == 1:
             raise InputError(f"{source} has no lines", where="--input")
@@ -98,11 +92,14 @@ class Examples:
         """Return the inputs of each row, by their names."""
         return self.kind.shown_inputs(rows, self.fields)
 
-    def _plain(self, lines: list[tuple[int, str]], source: str) -> Columns:
+    def _typed(self, texts: Sequence[str], where: str, folder: Path | None = None) -> Column:
+        return self.kind.typed(texts, where, self.notes, folder)
+
+    def _plain(self, lines: list[tuple[int, str]], source: str, folder: Path | None) -> Columns:
         for number, line in lines:
             if not line.strip():
                 raise InputError(f"{source}:{number} is empty", where="--input", hint="each line is an example")
-        return {self.inputs[self.asked[0]]: Column.of(line for _, line in lines)}
+        return {self.inputs[self.asked[0]]: self._typed([line for _, line in lines], "--input", folder)}
 
     def _objects(self, lines: list[tuple[int, str]], source: str) -> Columns:
         rows = []

@@ -1,7 +1,7 @@
 """The splits of a user's own images: folders of classes, tables of files or encoded bytes, or a set of the hub."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from kdcli.data.images import THREADS, hash_of_file, image_column, read_images, 
 from kdcli.data.own import files_of, placed_at, read_splits
 from kdcli.data.rows import IMAGE, TEXT
 from kdcli.errors import InputError
+from kdcli.files import expanded
 from kdcli.words import counted
 
 if TYPE_CHECKING:
@@ -96,6 +97,31 @@ def _with_images(
 
 
 # Folders
+
+
+def read_image_files(places: Sequence[str], where: str, notes: list[str], *, folder: Path | None = None) -> Column:
+    """Return images of files, and of all files below folders whose names are those of images, in order.
+
+    folder: that relative paths start from; None is the working folder. where: what names the places. Raises InputError,
+    with the file, for what is no image, and for a folder without any.
+    """
+    files: list[str] = []
+    for place in places:
+        path = expanded(os.path.join(folder or "", place), where)
+        if not path.is_dir():
+            files.append(place if "://" in place else str(path))
+            continue
+        try:
+            found = [
+                one for one in _below(str(path), set()) if not _is_hidden(os.path.basename(one)) and _is_image(one)
+            ]
+        except OSError as error:
+            raise InputError(f"{error.filename} is not readable: {error.strerror}", where=where) from error
+        if not found:
+            raise InputError(f"{path} has no images", where=where, hint="names of images end in .jpg or .png, say")
+        files += found
+    table = {"image": Column([pa.array(files, TEXT)])}
+    return Column(read_images(table, "image", where, notes, where=where, by_row=False).chunks)
 
 
 def read_image_folder(folder: Path, where: str, notes: list[str]) -> Columns:

@@ -408,6 +408,15 @@ def _damaged(error: Exception) -> _Fault:
     return _Fault(f"is {'truncated' if cut else 'damaged'}: {error}", "write or download it again, or remove it")
 
 
+def name_of(image: Mapping[str, Any]) -> str:
+    """Return what to call an image of a row: its path, from the working folder on where it is below it, or its size."""
+    path: str | None = image["path"]
+    if path is None:
+        return f"{len(image['bytes']):,} bytes"
+    here = os.path.join(os.getcwd(), "")
+    return path.removeprefix(here)
+
+
 def hash_of_file(path: str) -> str | None:
     """Return the hash of a file's bytes, as the stamps of bytes have it; None where it cannot be read."""
     try:

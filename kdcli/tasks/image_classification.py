@@ -1,13 +1,13 @@
 """Image classification: one class out of several for an image."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from kdcli.data.columns import Columns
+from kdcli.data.columns import Column, Columns
 from kdcli.errors import InputError
 from kdcli.models.heads import IMAGE_CLASSIFICATION
 from kdcli.recipe.schema import TaskSection
@@ -90,6 +90,24 @@ class ImageClassification(ClassesKind):
         import pyarrow as pa
 
         return pa.table(self.read_examples(columns, fields, source))
+
+    def typed(self, texts: Sequence[str], where: str, notes: list[str], folder: Path | None = None) -> Column:
+        from kdcli.data.image_sets import read_image_files
+
+        return read_image_files(texts, where, notes, folder=folder)
+
+    def columns_of_inputs(self, path: Path, section: TaskSection, fields: Any, notes: list[str]) -> Columns:
+        from kdcli.data.image_sets import read_image_files, read_images_of
+        from kdcli.data.images import suffixes
+
+        if path.is_dir() or path.suffix.lower() in suffixes():
+            return {fields.image or "image": read_image_files([str(path)], "--input", notes)}
+        return read_images_of(path, section, fields.image, "--input", notes)
+
+    def shown_inputs(self, rows: "pa.Table", fields: Any) -> list[dict[str, Any]]:
+        from kdcli.data.images import name_of
+
+        return [{"image": name_of(image)} for image in rows.column("image").to_pylist()]
 
     def script(self, fields: Any, config: Any, processor: Any, max_length: int) -> str:
         from kdcli.models.processors import channels_of

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-    from kdcli.data.columns import Columns
+    from kdcli.data.columns import Column, Columns
     from kdcli.data.sets import NamedSet
     from kdcli.objectives.distribution import Distribution
     from kdcli.signals import Prediction
@@ -452,6 +452,22 @@ class TaskKind(ABC):
     def optional_inputs(self, fields: Any) -> frozenset[str]:
         """Return which of `inputs` an example may lack; a text that is typed stands for none of these."""
         return frozenset()
+
+    def typed(self, texts: Sequence[str], where: str, notes: list[str], folder: Path | None = None) -> "Column":
+        """Return the inputs that texts stand for, which a user typed or wrote in lines, for `read_inputs`.
+
+        where: what names them in messages. folder: that paths start from; None is the working folder.
+        """
+        from kdcli.data.columns import Column
+
+        return Column.of(texts)
+
+    def columns_of_inputs(self, path: Path, section: TaskSection, fields: Any, notes: list[str]) -> "Columns":
+        """Return the columns of a file of examples. section: says how text files are written."""
+        from kdcli.data.files import read_file
+
+        form: dict[str, Any] = {"delimiter": section.delimiter, "encoding": section.encoding}
+        return read_file(path, "--input", beside=(".txt",), notes=notes, **form)
 
     def shown_inputs(self, rows: "pa.Table", fields: Any) -> list[dict[str, Any]]:
         """Return what was given of each row, by the names of `inputs`. rows: of `read_inputs`."""
