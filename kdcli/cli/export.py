@@ -46,7 +46,15 @@ def export(
     ] = Precision.fp32,
     latency: Annotated[bool, typer.Option("--latency/--no-latency")] = True,
     batch_sizes: Annotated[str, typer.Option("--batch-sizes")] = "1,8",
-    sequence_lengths: Annotated[str, typer.Option("--sequence-lengths")] = "16,128",
+    sequence_lengths: Annotated[
+        str | None, typer.Option("--sequence-lengths", help="Tokens of timed texts; default: 16,128.")
+    ] = None,
+    image_sizes: Annotated[
+        str | None,
+        typer.Option(
+            "--image-sizes", help="Sides of timed images, for models that interpolate positions; default: its own."
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Default: OMP_NUM_THREADS, or every usable core.")
     ] = None,
@@ -58,7 +66,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace the folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
-    """Write a model as ONNX with dynamic batch and sequence, check its logits, measure its latency.
+    """Write a model as ONNX with dynamic batch and sequence or image size, check its logits, measure its latency.
 
     A causal language model gets a key-value cache, by the model builder of ONNX Runtime GenAI where that is installed
     (pip install 'kdcli[llm]') and knows the model, else by kdcli; its latency is the time to the first token of a text
@@ -86,17 +94,19 @@ def export(
     choice = choose_model(model, task)
     if out is None and not choice.is_student:
         raise InputError(f"--out DIR is needed: {choice.model} is a model outside a run", where="--out")
-    grid = [_numbers(batch_sizes, "--batch-sizes"), _numbers(sequence_lengths, "--sequence-lengths")]
+    grid = _numbers(batch_sizes, "--batch-sizes")
+    lengths = _numbers(sequence_lengths, "--sequence-lengths") if sequence_lengths is not None else None
+    sides = _numbers(image_sizes, "--image-sizes") if image_sizes is not None else None
     from kdcli.recipe.load import validate_section
     from kdcli.recipe.schema import ExportSection
 
-    sizes = {"batch_sizes": grid[0], "sequence_lengths": grid[1], "runs": runs, "threads": threads}
-    validate_section(ExportSection, sizes)
+    sizes = {"batch_sizes": grid, "sequence_lengths": lengths, "image_sizes": sides, "runs": runs, "threads": threads}
+    times = validate_section(ExportSection, {name: value for name, value in sizes.items() if value is not None})
     from kdcli.export.export import export_model
+    from kdcli.export.latency import check_grid
     from kdcli.export.session import is_onnx_folder
     from kdcli.files import expanded
     from kdcli.models.finite import at_fault
-    from kdcli.models.shape import check_lengths
     from kdcli.runs import check_out
     from kdcli.tasks.load import load_task
 
@@ -129,7 +139,8 @@ def export(
     if beside is not None:
         models["teacher"] = load_contestant(beside, "--teacher")[0]
     if latency:
-        check_lengths({name: one.config for name, one in models.items()}, grid[1], "--sequence-lengths")
+        configs = {name: one.config for name, one in models.items()}
+        check_grid(configs, lengths, sides, names=("--sequence-lengths", "--image-sizes"))
     inside = choice.run if out is None else None
     with at_fault("MODEL"), inside.held() if inside is not None else nullcontext():
         if inside is not None:
@@ -144,8 +155,9 @@ def export(
             builder=builder.value,
             precision=precision.value,
             latency=latency,
-            batch_sizes=grid[0],
-            sequence_lengths=grid[1],
+            batch_sizes=grid,
+            sequence_lengths=times.sequence_lengths,
+            image_sizes=times.image_sizes,
             threads=threads,
             runs=runs,
             teacher=models.get("teacher"),
@@ -161,7 +173,8 @@ def export(
         info(f"note: {note}")
     gates = result.gates
     if max_latency_ms is not None and result.latency is not None:
-        cell = result.latency.of("student", "ONNX Runtime", grid[0][0], grid[1][0])
+        first = next(row for row in result.latency.rows if row["model"] == "student")
+        cell = result.latency.of("student", "ONNX Runtime", first["batch"], first[result.latency.axis])
         gates.append(Gate("latency_ms", cell["p50"], max_latency_ms, at_most=True, label="p50 in ms"))
         if not cell["steady"]:
             warn(err, "--max-latency-ms is checked against an unsteady time: measure again before you rely on it")

@@ -28,6 +28,7 @@ from kdcli.distill.top_tokens import check_cut
 from kdcli.distill.vocabulary import plan_vocabulary
 from kdcli.errors import InputError
 from kdcli.export.genai import Form
+from kdcli.export.latency import check_grid
 from kdcli.gates import Limits
 from kdcli.methods.base import Context, Stage, Term
 from kdcli.models.blocks import iter_block_matrices, pairs_of_alike
@@ -35,7 +36,7 @@ from kdcli.models.families import family_of
 from kdcli.models.heads import BASE, Head, Labelling, check_body
 from kdcli.models.overparam import check_chains
 from kdcli.models.processors import check_processor, check_same_reading
-from kdcli.models.shape import check_lengths, token_counts
+from kdcli.models.shape import token_counts
 from kdcli.models.student import StudentBuild, build_student
 from kdcli.models.vocabulary import Trimming, trimmed
 from kdcli.recipe.schema import FinetuneSection, OverparamSection, Recipe, StudentSection
@@ -224,7 +225,12 @@ def prepare(recipe: Recipe, recipe_path: Path, world: int | None = None) -> Prep
     student = followers[-1]
     if recipe.export.onnx:
         models = {"teacher": teacher.model.config, "student": student.model.config}
-        check_lengths(models, recipe.export.sequence_lengths, "export.sequence_lengths")
+        check_grid(
+            models,
+            recipe.export.sequence_lengths,
+            recipe.export.image_sizes,
+            names=("export.sequence_lengths", "export.image_sizes"),
+        )
         form = Form(recipe.export.opset, recipe.export.builder, recipe.export.precision, where="export.{}")
         form.by_builder(student.model, head)
     if (

@@ -93,6 +93,7 @@ def write_graph(job: Job, task: Task, teacher: Teacher, student: Distilled) -> "
         precision=section.precision,
         batch_sizes=section.batch_sizes,
         sequence_lengths=section.sequence_lengths,
+        image_sizes=section.image_sizes,
         threads=section.threads,
         runs=section.runs,
         teacher=teacher.model if teacher.known else None,

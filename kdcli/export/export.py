@@ -19,7 +19,7 @@ from kdcli.export.graph import (
     other_size,
     plain_copy,
 )
-from kdcli.export.latency import LatencyReport, Size, measure, passes, texts
+from kdcli.export.latency import LENGTHS, LatencyReport, Size, measure, passes, texts
 from kdcli.export.parity import TOLERANCE, parity, text_parity
 from kdcli.export.script import SCRIPT, script_of
 from kdcli.export.session import MODEL, OnnxModel
@@ -118,7 +118,7 @@ def export_model(
     precision: Precision = "fp32",
     latency: bool = True,
     batch_sizes: Sequence[int] = (1, 8),
-    sequence_lengths: Sequence[int] = (16, 128),
+    sequence_lengths: Sequence[int] | None = None,
     image_sizes: Sequence[Size] | None = None,
     threads: int | None = None,
     runs: int | None = None,
@@ -131,7 +131,8 @@ def export_model(
     A causal language model gets a key-value cache; builder and precision are for it alone (see `kdcli.export.genai`).
     Where builder "auto" chose ONNX Runtime GenAI's and its graph of fp32 fails, kdcli's own exporter makes another one,
     and a note says why.
-    image_sizes: sides of images that a model of images is timed with, if it `takes_any_size`; None takes its own.
+    sequence_lengths: tokens of timed texts; None takes `LENGTHS`. image_sizes: sides of timed images, of a model that
+    `takes_any_size`; None takes its own.
     threads: None takes `default_threads`. runs: timed calls of each
     cell of the grid; None takes as many as `measure` chooses. Parity is checked on the task's own inputs (random ones
     without a task). Raises GateError, and leaves no folder, when an output differs by more than 1e-4 (logits over a
@@ -177,7 +178,7 @@ def export_model(
                     contest=texts if isinstance(session, OnnxDecoder) else passes,
                     **(
                         {
-                            "sequence_lengths": sequence_lengths,
+                            "sequence_lengths": sequence_lengths or LENGTHS,
                             "vocab_size": min(one.config.vocab_size for one, _ in models.values()),
                         }
                         if shape.image is None

@@ -4,17 +4,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kdcli.errors import InputError
 from kdcli.export.decoder_graph import TorchText
 from kdcli.export.session import OnnxModel
+from kdcli.models.families import family_of
 from kdcli.models.inputs import model_inputs
-from kdcli.models.shape import both_sides, longest_input
+from kdcli.models.shape import both_sides, check_lengths, longest_input, shape_of, takes_any_size
 from kdcli.words import counted
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 WARM_UP = 5
 
@@ -26,6 +31,9 @@ RUNS = 30
 
 LIMIT = 60.0
 """Seconds for a whole grid, where the number of runs is not given."""
+
+LENGTHS = (16, 128)
+"""Tokens of timed texts, where none are asked for."""
 
 WIDE = 1.5
 """How much longer than the fastest call three quarters of the calls may take."""
@@ -180,6 +188,38 @@ def _milliseconds(call: Callable[..., Any], **arguments: Any) -> float:
     started = time.perf_counter()
     call(**arguments)
     return 1000 * (time.perf_counter() - started)
+
+
+def check_grid(
+    configs: Mapping[str, "PretrainedConfig"],
+    lengths: Sequence[int] | None,
+    image_sizes: Sequence[int] | None,
+    names: tuple[str, str],
+) -> None:
+    """Raise InputError when some model cannot read texts of these lengths, or images of these sizes.
+
+    configs: by the models' names, the one that is exported among them; all read texts, or all images. lengths,
+    image_sizes: tokens, and sides in pixels; None where none are asked for. names: of both in messages.
+    """
+    of_lengths, of_sizes = names
+    if any(family_of(config).reads == "text" for config in configs.values()):
+        if image_sizes is not None:
+            raise InputError("the model reads texts, not images", where=of_sizes)
+        check_lengths(configs, LENGTHS if lengths is None else lengths, of_lengths)
+        return
+    if lengths is not None:
+        raise InputError("the model reads images, which have no tokens of text", where=of_lengths)
+    shapes = {name: shape_of(config) for name, config in configs.items()}
+    usual = next(iter(shapes.values())).image
+    for name, shape in shapes.items():
+        for size in [usual] if image_sizes is None else image_sizes:
+            if size is None or shape.image is None or both_sides(size) == both_sides(shape.image):
+                continue
+            own = " x ".join(map(str, both_sides(shape.image)))
+            if not takes_any_size(configs[name]):
+                raise InputError(f"the {name} reads images of {own} pixels alone, not of {size}", where=of_sizes)
+            if shape.patch is not None and min(both_sides(size)) < max(both_sides(shape.patch)):
+                raise InputError(f"{size} pixels are less than a patch of the {name}", where=of_sizes)
 
 
 @torch.inference_mode()

@@ -926,8 +926,16 @@ class ExportSection(Section):
         "GenAI.",
     )
     batch_sizes: list[BatchSize] = Field(default=[1, 8], description="Batch sizes of the latency grid.")
-    sequence_lengths: list[Tokens] = Field(
-        default=[16, 128], description="Sequence lengths of the latency grid, in tokens."
+    sequence_lengths: list[Tokens] | None = Field(
+        default=None,
+        min_length=1,
+        description="Sequence lengths of the latency grid, in tokens. Left out, 16 and 128.",
+    )
+    image_sizes: list[Annotated[int, Field(gt=0, le=8192)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="Sides of square images of the latency grid, in pixels, for families that interpolate positions. "
+        "Left out, the size that the model reads.",
     )
     threads: Times | None = Field(
         default=None,
