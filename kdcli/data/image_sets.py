@@ -109,6 +109,8 @@ def read_image_files(places: Sequence[str], where: str, notes: list[str], *, fol
     for place in places:
         path = expanded(os.path.join(folder or "", place), where)
         if not path.is_dir():
+            if "://" not in place and not path.exists():
+                raise InputError(f"{path} does not exist", where=where)
             files.append(place if "://" in place else str(path))
             continue
         try:

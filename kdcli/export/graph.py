@@ -46,8 +46,11 @@ class ImageModel:
 
 def _interpolated(model: "PreTrainedModel") -> dict[str, bool]:
     """Return what a forward pass has to be told for images of another size than the model's own."""
-    told = takes_any_size(model.config) and INTERPOLATE in inspect.signature(type(model).forward).parameters
-    return {INTERPOLATE: True} if told else {}
+    if not takes_any_size(model.config):
+        return {}
+    # A part of a whole is told by what its classifier hands on to it.
+    named = INTERPOLATE in inspect.signature(type(model).forward).parameters
+    return {INTERPOLATE: True} if named or family_of(model.config).part_of is not None else {}
 
 
 class _Function(nn.Module):

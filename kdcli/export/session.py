@@ -12,6 +12,7 @@ import torch
 
 from kdcli.errors import InputError, RunError
 from kdcli.machine import default_threads
+from kdcli.models.written import as_read
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,7 +40,7 @@ class OnnxModel:
 
         path = self.folder / "config.json"
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = as_read(json.loads(path.read_text(encoding="utf-8")), str(path))
             family = raw.pop("model_type")
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(

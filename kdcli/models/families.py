@@ -324,6 +324,7 @@ _TOWER: dict[str, Any] = {
     "ffn_in": Matrix("mlp.fc1"),
     "ffn_out": Matrix("mlp.fc2"),
     "word_embeddings": None,
+    "interpolates": True,
     "sizes": _PIXELS,
 }
 

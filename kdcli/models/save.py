@@ -103,7 +103,9 @@ def save_processor(processor: Any, folder: Path, config: "PretrainedConfig") -> 
 
 def save_config(config: "PretrainedConfig", folder: Path) -> None:
     """Write config.json into an existing folder, with all its settings."""
-    text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=str) + "\n"
+    # Models of timm are written without it, under names of timm's.
+    settings = {**config.to_dict(), "id2label": config.id2label}
+    text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     _leave_out(folder / "config.json", LOCAL)
 

@@ -102,7 +102,7 @@ class ImageClassification(ClassesKind):
 
         if path.is_dir() or path.suffix.lower() in suffixes():
             return {fields.image or "image": read_image_files([str(path)], "--input", notes)}
-        return read_images_of(path, section, fields.image, "--input", notes)
+        return read_images_of(str(path), Path(), section, fields.image, "--input", notes)
 
     def shown_inputs(self, rows: "pa.Table", fields: Any) -> list[dict[str, Any]]:
         from kdcli.data.images import name_of
