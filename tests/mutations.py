@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import runpy
 import shutil
 import sys
 import tempfile
@@ -161,6 +162,8 @@ def main() -> int:
     sys.dont_write_bytecode = True
     for name, value in (("HF_HUB_OFFLINE", "1"), ("OMP_NUM_THREADS", "1"), ("TOKENIZERS_PARALLELISM", "false")):
         os.environ.setdefault(name, value)
+    # torchvision may need it; of the package nothing else happens here.
+    runpy.run_path(str(ROOT / "kdcli" / "vision_operators.py"))["declare_on_import"]()
     # Imported once: every process below starts with them. Nothing of the package itself may be among them.
     import datasets  # noqa: F401
     import scipy.optimize  # noqa: F401

@@ -196,6 +196,10 @@ def _set_blocks(config: "PretrainedConfig", family: Family, layers: list[int]) -
         settings = getattr(config, name)
         setattr(config, name, [settings[layer] for layer in layers])
     setattr(config, family.sizes.layers, len(layers))
+    if hasattr(config, "set_output_features_output_indices"):
+        # Models that the library also has as backbones name a stage after each block.
+        config.stage_names = ["stem", *(f"stage{number}" for number in range(1, len(layers) + 1))]
+        config.set_output_features_output_indices(out_features=None, out_indices=None)
 
 
 def _origin(key: str, prefix: str, layers: list[int]) -> str:
