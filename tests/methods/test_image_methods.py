@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from families import IMAGES, tiny
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -261,6 +262,19 @@ def test_bridges_between_widths(teacher: Any, batch: dict[str, Tensor]):
     for name, options in (("hs", {}), ("tinybert", {}), ("minilmv2", {"relation_heads": 8}), ("minilm", {})):
         found = terms_of(name, narrow, teacher, batch, options)
         assert all(value.isfinite() for value in found.values()), name
+
+
+@pytest.mark.parametrize("family", IMAGES)
+def test_every_family_has_what_methods_compare(family: str, batch: dict[str, Tensor]):
+    teacher, student = tiny(family, layers=4, labels=CLASSES), tiny(family, labels=CLASSES, seed=1)
+    for name in ("hs", "minilm", "makd", "adkd"):
+        student.zero_grad()
+        found = terms_of(name, student, teacher, batch, {"terms": {"attention": 0.0}} if name == "makd" else {})
+        found["loss"].backward()
+        gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
+        assert gradients and all(gradient.isfinite().all() for gradient in gradients), name
+        inner = [value for key, value in found.items() if key not in ("loss", "output", "task")]
+        assert inner and all(value > 0 for value in inner), (name, found)
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher: Any, batch: dict[str, Tensor]):
