@@ -21,7 +21,7 @@ NOISE = 24
 """Most that noise adds to a channel, or takes from it, of 255."""
 DARK, LIGHT = 96, 144
 """What the channels of backgrounds are below, and those of shapes not below."""
-FINE = 4
+FINE = 2
 """Points along each side of a pixel at which a shape is drawn, so that its edges are smooth."""
 
 Outline = Callable[["np.ndarray", "np.ndarray"], "np.ndarray"]
