@@ -466,6 +466,8 @@ class TeacherSection(Section):
             raise ValueError("top_k keeps what the teacher says, and cache = false keeps nothing: give one of them")
         if self.top_k is not None and self.sharding != "none":
             raise ValueError("top_k is computed by one process, before sharding shares the teacher out: one of them")
+        if self.cache == "all" and self.sharding != "none":
+            raise ValueError('what cache = "all" keeps is computed by one process, and sharding needs all: one of them')
         if self.black_box and self.finetune not in (None, False):
             raise ValueError("a black box cannot be fine-tuned")
         if self.scratch is not None and self.finetune is False:

@@ -50,6 +50,11 @@ def checkpoints_for_second_derivatives(world: World) -> list[str]:
     return fixed(world, method={"name": "adkd"}, train={"gradient_checkpointing": True})
 
 
+@case('cache = "all" keeps is computed by one process', "sharding")
+def kept_states_of_a_sharded_teacher(world: World) -> list[str]:
+    return fixed(world, teacher={"cache": "all", "sharding": "fsdp"})
+
+
 @case("teacher.dtype", "is for a teacher that is used as it is", "leave it out")
 def half_a_trained_teacher(world: World) -> list[str]:
     return fixed(world, teacher={"finetune": True, "dtype": "bf16"})
