@@ -84,11 +84,8 @@ def test_a_student_that_was_made_for_other_pixels(tmp_path: Path):
 @pytest.mark.parametrize("name", ["kd", "hs", "minilm", "minilmv2", "makd", "tinybert", "theseus", "lgtm", "adkd"])
 def test_every_method_learns_from_changed_and_mixed_images(name: str, tmp_path: Path):
     options = {"minilmv2": {"relation_heads": 4}}.get(name, {})
-    method = {"name": name, **options}
-    student = {"layers": 1}
-    recipe = changed(
-        put_images(tmp_path), "student", task=EVERYTHING, method=method, student=student, train={"workers": 1}
-    )
+    tables: dict[str, Any] = {"task": EVERYTHING, "method": {"name": name, **options}, "train": {"workers": 1}}
+    recipe = changed(put_images(tmp_path), "student", **tables)
     document = run_recipe(write_recipe(tmp_path / "recipe.toml", recipe))
     history = [entry for stage in document["training"] for entry in stage["history"] if "loss" in entry]
     assert history and all(math.isfinite(value) for entry in history for value in entry.values())
