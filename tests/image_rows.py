@@ -74,9 +74,10 @@ def put_images(folder: Path, **processor: Any) -> dict[str, Any]:
 
 
 def put_model(folder: Path, *, model: dict[str, Any] | None = None, **processor: Any) -> None:
-    """Write a tiny ViT for three classes, with its image processor. model, processor: their settings."""
+    """Write a tiny ViT for three classes, with its image processor. model: its settings, and another
+    family. processor: its settings."""
     names = dict(enumerate("abc"))
     labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}, "labels": 3}
     folder.mkdir()
     reads = ViTImageProcessor(**{"size": {"height": 16, "width": 16}, **processor})
-    save_model(tiny("vit", **labels, **(model or {})), folder, reads)
+    save_model(tiny(**{"family": "vit", **labels, **(model or {})}), folder, reads)

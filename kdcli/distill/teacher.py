@@ -22,10 +22,17 @@ from kdcli.models.families import family_of
 from kdcli.models.finite import NotFiniteError, at_fault, check_weights
 from kdcli.models.hashing import hash_of_model
 from kdcli.models.heads import Head, Labelling, check_body
+from kdcli.models.image_size import fit_images
 from kdcli.models.load import has_head, load_config, load_model, refusal_of_head
 from kdcli.models.placement import Placement, spread
 from kdcli.models.probe import check_numbers
-from kdcli.models.processors import check_processor, hash_of_processor, load_processor
+from kdcli.models.processors import (
+    check_processor,
+    hash_of_processor,
+    is_image_processor,
+    load_processor,
+    pixels_of,
+)
 from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
 from kdcli.models.sentence_folder import note_on_pooling
@@ -169,6 +176,8 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path, world: 
     reader = (source_of(section.tokenizer, base), None) if section.tokenizer else (source, section.revision)
     processor = task.kind.processor(load_processor(*reader))
     check_processor(model, processor, recipe.task.max_length)
+    if is_image_processor(processor) and (note := fit_images(model, *pixels_of(processor)[1:])) is not None:
+        notes = (*notes, f"teacher: {note}")
     check_numbers(model, "student.model" if section.black_box else "teacher.model")
     if section.black_box:
         return TeacherStart(model, processor, "a black box", known=False)

@@ -10,6 +10,7 @@ from kdcli.files import fingerprint
 from kdcli.models import families
 from kdcli.models.checkpoint import BESIDE, check_config, contained, local_folder, read_config
 from kdcli.models.hashing import hash_of_tokenizer
+from kdcli.models.image_size import reads_size
 from kdcli.models.load import check_same_tokens, check_tokenizer, load_tokenizer
 from kdcli.models.quiet import quiet_transformers
 from kdcli.models.shape import both_sides, shape_of
@@ -133,7 +134,8 @@ def _check_pixels(model: Any, processor: Any, where: str) -> None:
             hint=f"give as many numbers in image_mean and image_std of {SETTINGS}",
         )
     _, *size = pixels_of(processor, where)
-    if shape.image is not None and not shape.any_size and (sides := both_sides(shape.image)) != tuple(size):
+    other = shape.image is not None and (sides := both_sides(shape.image)) != tuple(size)
+    if other and not shape.any_size and not reads_size(model, *size):
         given, read = (f"{height} x {width} pixels" for height, width in (size, sides))
         raise InputError(
             f"the image processor makes images of {given}, and the model reads {read}",

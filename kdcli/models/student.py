@@ -15,6 +15,7 @@ from kdcli.models.factoriser import Factoriser
 from kdcli.models.families import Family, family_of
 from kdcli.models.fused import SplitLinear
 from kdcli.models.heads import Labelling, with_pooler
+from kdcli.models.image_size import fit_images
 from kdcli.models.load import has_head, load_model
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, factorise
 from kdcli.models.probe import check_numbers
@@ -329,6 +330,8 @@ def _checkpoint(
             hint="choose a student with the teacher's tokenizer",
         )
     _see_alike(student, teacher)
+    if (image := shape_of(teacher.config).image) is not None and (note := fit_images(student, *both_sides(image))):
+        notes.append(note)
     _check_same_images(student, teacher)
     check_numbers(student, "student.model")
     if section.layers is not None:

@@ -874,7 +874,8 @@ class TrainSection(Section):
         description="Optimizer steps between two points of the curves. Left out, it is chosen, for at least 20 points.",
     )
     workers: Annotated[int, Field(ge=0, le=256)] = Field(
-        default=0, description="Processes that prepare batches; 0 prepares them in the training process."
+        default=0,
+        description="Processes that prepare batches, and decode images; 0 prepares them in the training process.",
     )
     keep_checkpoints: bool = Field(
         default=False, description="Keep the checkpoints, optimizer states and all, when the run is done."

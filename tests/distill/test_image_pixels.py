@@ -89,3 +89,23 @@ def test_every_method_learns_from_changed_and_mixed_images(name: str, tmp_path: 
     document = run_recipe(write_recipe(tmp_path / "recipe.toml", recipe))
     history = [entry for stage in document["training"] for entry in stage["history"] if "loss" in entry]
     assert history and all(math.isfinite(value) for entry in history for value in entry.values())
+
+
+@pytest.mark.slow
+def test_a_teacher_of_larger_images_teaches_at_the_size_of_its_processor(tmp_path: Path):
+    recipe = put_images(tmp_path)
+    for name, size in (("large", 32), ("start", 24)):
+        put_model(tmp_path / name, model={"family": "dinov2", "image_size": size})
+    tables: dict[str, Any] = {"method": {"name": "hs"}, "teacher": {"model": "large", "cache": "all"}}
+    path = write_recipe(tmp_path / "recipe.toml", changed(recipe, **tables))
+    assert "teacher: its positions are interpolated from images of 32 x 32 pixels to 16 x 16, as it does itself" in [
+        note for note in planned(path).notes if note.startswith("teacher")
+    ]
+    kept = run_recipe(path, "name=kept")
+    asked = run_recipe(path, "name=asked", "teacher.cache=false")
+    assert kept["training"][0]["history"] == asked["training"][0]["history"]
+    start = {"student": {"form": "checkpoint", "model": "start"}}
+    path = write_recipe(tmp_path / "recipe.toml", changed(recipe, "student", **tables, **start))
+    notes = planned(path).followers[0].build.notes
+    assert any("24 x 24 pixels to 16 x 16" in note for note in notes)
+    assert run_recipe(path, "name=checkpoint")["status"] == "done"
