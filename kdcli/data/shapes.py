@@ -106,7 +106,7 @@ SHAPES = NamedSet(
     "shapes",
     "image-classification",
     {"image": "image", "labels": list(LABELS)},
-    ("accuracy",),
+    ("accuracy", "top5_accuracy", "f1"),
     "built-in generator",
     _columns,
 )
