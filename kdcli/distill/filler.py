@@ -19,7 +19,14 @@ from kdcli.errors import InputError, RunError
 from kdcli.files import source_of
 from kdcli.machine import computing_device, resolve_precision
 from kdcli.models.load import check_vocabulary, has_head, load_config, load_model, load_tokenizer
-from kdcli.recipe.schema import AugmentSection, FinetuneSection, Recipe, TaskSection, TeacherSection
+from kdcli.recipe.schema import (
+    AugmentSection,
+    FinetuneSection,
+    Recipe,
+    TaskSection,
+    TeacherFinetuneSection,
+    TeacherSection,
+)
 from kdcli.tasks.base import Task
 from kdcli.tasks.encode import check_room
 from kdcli.tasks.load import load_task
@@ -77,7 +84,8 @@ def start_filler(recipe: Recipe, task: Task, base: Path, world: int) -> FillerSt
         with _at(MODEL):
             check_vocabulary(load_config(source), tokenizer)
         return FillerStart(source)
-    teacher = TeacherSection(model=section.model, finetune=section.finetune or True, seed=seed_of(recipe))
+    tuning = TeacherFinetuneSection(**section.finetune.model_dump(exclude_unset=True)) if section.finetune else True
+    teacher = TeacherSection(model=section.model, finetune=tuning, seed=seed_of(recipe))
     text = TaskSection(name="augment", type=PLAIN_TEXT.name, data=section.text, max_length=recipe.task.max_length)
     tuned = recipe.model_copy(update={"teacher": teacher, "task": text})
     with _at("task.augment.text"):
@@ -86,8 +94,7 @@ def start_filler(recipe: Recipe, task: Task, base: Path, world: int) -> FillerSt
         start = start_teacher(tuned, documents, MASKED_LM, base=base, world=world)
     with _at("task.augment.text"):
         documents.kind.check(documents, tokenizer, text.max_length)
-    tuning = section.finetune or FinetuneSection()
-    check_batch(tuning.batch_size, 1, world, "task.augment.finetune.batch_size")
+    check_batch((section.finetune or FinetuneSection()).batch_size, 1, world, "task.augment.finetune.batch_size")
     return FillerStart(source, (tuned, documents, start))
 
 

@@ -21,7 +21,7 @@ from kdcli.models.checkpoint import open_checkpoint
 from kdcli.models.families import family_of
 from kdcli.models.finite import NotFiniteError, at_fault, check_weights
 from kdcli.models.hashing import hash_of_model
-from kdcli.models.heads import Head, Labelling, check_body
+from kdcli.models.heads import Head, Labelling, check_body, head_parameters
 from kdcli.models.image_size import fit_images
 from kdcli.models.load import has_head, load_config, load_model, refusal_of_head
 from kdcli.models.placement import Placement, spread
@@ -37,7 +37,7 @@ from kdcli.models.save import save_model
 from kdcli.models.scratch import build_scratch
 from kdcli.models.sentence_folder import note_on_pooling
 from kdcli.models.shape import need_blocks
-from kdcli.recipe.schema import FinetuneSection, Recipe
+from kdcli.recipe.schema import Recipe, TeacherFinetuneSection
 from kdcli.tasks.base import Owner, Task
 from kdcli.tasks.kind import TaskKind
 from kdcli.tasks.load import fingerprint_of
@@ -182,6 +182,8 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path, world: 
     if section.black_box:
         return TeacherStart(model, processor, "a black box", known=False)
     if trains:
+        if isinstance(section.finetune, TeacherFinetuneSection) and section.finetune.head_only:
+            _check_head(model, head)
         # What is trained is kept to the bit, whatever its start came in.
         model.config.dtype = torch.float32
     elif section.device_map is not None or section.sharding != "none":
@@ -191,6 +193,16 @@ def start_teacher(recipe: Recipe, task: Task, head: Head, *, base: Path, world: 
         spread(model, Placement(None if section.device_map is None else limits, section.sharding == "fsdp"))
     path = Path(source) if not trains and Path(source).exists() else None
     return TeacherStart(model, processor, section.model or source, path, trains=trains, notes=notes)
+
+
+def _check_head(model: "PreTrainedModel", head: Head) -> None:
+    """Raise InputError for a head without weights of its own: there is nothing to train beside the body."""
+    if not head_parameters(model):
+        raise InputError(
+            f"{head.title} has no weights beside its body's, so there is no head to train alone",
+            where="teacher.finetune.head_only",
+            hint="leave it out",
+        )
 
 
 def _check_trained(recipe: Recipe) -> None:
@@ -325,7 +337,7 @@ def _finetuned(
     log: Path | None,
 ) -> Teacher:
     section = recipe.teacher
-    settings = section.finetune if isinstance(section.finetune, FinetuneSection) else FinetuneSection()
+    settings = section.finetune if isinstance(section.finetune, TeacherFinetuneSection) else TeacherFinetuneSection()
     identity = {
         "base": hash_of_model(model),
         "tokenizer": hash_of_processor(processor),
@@ -361,6 +373,7 @@ def _finetuned(
         title="teacher",
         log=log,
         identity=identity,
+        head_only=settings.head_only,
     )
 
     # Where it was trained it is not left: what follows starts from models on the CPU.

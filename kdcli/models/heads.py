@@ -13,6 +13,7 @@ from kdcli.models.classes import classifier_names
 from kdcli.models.families import Reads, family_of
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -157,6 +158,14 @@ def check_body(config: Any, head: Head, owner: object, where: str | None = None)
             where=where,
             hint="choose a model of another family",
         )
+
+
+def head_parameters(model: "PreTrainedModel") -> "list[nn.Parameter]":
+    """Return the parameters of a model's head, which is beside its body, or the classifiers that its body holds."""
+    inside = {id(parameter) for parameter in model.base_model.parameters()}
+    for name in classifier_names(model):
+        inside -= {id(parameter) for parameter in model.get_submodule(name).parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in inside]
 
 
 def with_new_head(

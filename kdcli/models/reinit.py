@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from kdcli.models.families import family_of
+from kdcli.models.timm_models import start_body
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -13,6 +16,9 @@ def reinitialise(model: "PreTrainedModel") -> "PreTrainedModel":
     Factors get those of a random dense weight of the same shape, so that their product has its usual size.
     """
     start_again(model, model)
+    if family_of(model.config).wraps is not None:
+        # The library only knows how its classifier starts.
+        start_body(model)
     import torch
 
     from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, svd_factors

@@ -19,7 +19,7 @@ from kdcli.models.image_size import fit_images
 from kdcli.models.load import has_head, load_model
 from kdcli.models.lowrank import LowRankEmbedding, LowRankLinear, factorise
 from kdcli.models.probe import check_numbers
-from kdcli.models.reinit import start_again
+from kdcli.models.reinit import reinitialise, start_again
 from kdcli.models.save import stored_type
 from kdcli.models.sentence_folder import note_on_pooling
 from kdcli.models.shape import ModelShape, both_sides, need_blocks, shape_of
@@ -314,7 +314,10 @@ def _checkpoint(
 ) -> StudentBuild:
     assert section.model is not None and labelling is not None
     notes = [f"from {section.model}"]
-    if has_head(section.model, labelling.head):
+    if section.init == "random":
+        student = reinitialise(load_model(section.model, labelling.head, new_head=labelling.settings))
+        notes = [f"has the shape of {section.model}, with random weights"]
+    elif has_head(section.model, labelling.head):
         student = load_model(section.model, labelling.head)
         notes += [*note_on_pooling(section.model, labelling.head), *labelling.align(student, section.model)]
     else:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kdcli.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 SIZE = "image_size"
 """Where a configuration keeps the height and width that a model is used with, which takes images of any size."""
@@ -59,6 +59,17 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     found = timm.get_pretrained_cfg(name)
     return found.to_dict() if found is not None else {}
+
+
+def start_body(model: "PreTrainedModel") -> None:
+    """Give a model of timm the random weights that timm starts it with, in place, its classifier among them."""
+    import timm
+
+    config: Any = model.config
+    if next(model.parameters()).is_meta:
+        return
+    made = timm.create_model(config.architecture, num_classes=config.num_labels, **config.model_args or {})
+    model.base_model.load_state_dict(made.state_dict())
 
 
 def processor_of(config: Mapping[str, Any], name: object) -> Any:

@@ -44,7 +44,7 @@ class Section(BaseModel):
 
 
 class FinetuneSection(Section):
-    """`[teacher.finetune]`: how a base model becomes the teacher; in `[task.augment]`, a masked language model."""
+    """How a model is trained on gold answers: a teacher, a masked language model of `[task.augment]`, a student."""
 
     epochs: PositiveFloat = Field(default=3.0, description="Passes over the training rows.")
     max_steps: PositiveInt | None = Field(
@@ -58,6 +58,16 @@ class FinetuneSection(Section):
     warmup: Share = Field(default=0.1, description="Share of the steps in which the learning rate rises from 0.")
     weight_decay: NonNegativeFloat = Field(
         default=0.01, description="AdamW's weight decay of matrices; biases and layer norms have none."
+    )
+
+
+class TeacherFinetuneSection(FinetuneSection):
+    """`[teacher.finetune]`: how a base model becomes the teacher."""
+
+    head_only: bool = Field(
+        default=False,
+        description="Train the head alone, on what the base model makes of the rows (a linear probe, where the head is "
+        "one layer): its own weights stay as they are, and nothing in it is dropped out.",
     )
 
 
@@ -424,7 +434,7 @@ class TeacherSection(Section):
         description="Seed of the teacher's making and fine-tuning, so that students of several seeds share one "
         "teacher. Left out, the recipe's seed.",
     )
-    finetune: FinetuneSection | bool | None = Field(
+    finetune: TeacherFinetuneSection | bool | None = Field(
         default=None,
         description="Fine-tune the teacher on the task first: true, false, or a table that says how. Left out, only a "
         "model without a trained head of the task's type is fine-tuned.",
@@ -472,6 +482,8 @@ class TeacherSection(Section):
             raise ValueError("a black box cannot be fine-tuned")
         if self.scratch is not None and self.finetune is False:
             raise ValueError("a teacher from scratch must be trained: finetune = false makes no sense")
+        if self.scratch is not None and isinstance(self.finetune, TeacherFinetuneSection) and self.finetune.head_only:
+            raise ValueError("a teacher from scratch must be trained whole: finetune.head_only = true makes no sense")
         return self
 
 
@@ -492,7 +504,7 @@ FORM_FIELDS: dict[Form, tuple[str, ...]] = {
         "sequential",
     ),
     "width": ("hidden_size", "intermediate_size", "heads", "kv_heads", "layers", "init", "init_samples", "alignment"),
-    "checkpoint": ("model", "layers", "select"),
+    "checkpoint": ("model", "layers", "select", "init"),
 }
 """The fields of `[student]` that each form has."""
 
@@ -500,7 +512,7 @@ STARTS: dict[Form, tuple[str, ...]] = {
     "depth": ("teacher", "random"),
     "low-rank": ("svd", "activations", "gradients", "both"),
     "width": ("teacher", "random", "projections"),
-    "checkpoint": (),
+    "checkpoint": ("random",),
 }
 """The values of `init` that each form has."""
 
@@ -621,8 +633,8 @@ class StudentSection(Section):
         'factors that are closest to a matrix ("svd"), to what it makes of its inputs for training rows '
         '("activations"), to a matrix whose rows weigh as much as the loss changes with them ("gradients"), or the '
         'last two together ("both"); but for "svd", factors of embeddings are closest for the tokens that are frequent '
-        'in these rows. Left out, "teacher"; for low-rank "both", or "activations" where nothing has a '
-        "loss.",
+        'in these rows. checkpoint: the weights of its file, or all at random ("random"). Left out, "teacher"; for '
+        'low-rank "both", or "activations" where nothing has a loss; for checkpoint the weights of its file.',
     )
     alignment: NonNegativeFloat = Field(
         default=1.0,

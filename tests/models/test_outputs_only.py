@@ -195,3 +195,23 @@ def test_chains_of_a_copy_are_compared_with_the_layers_that_they_are_copies_of()
     assert found.keys() == chains.keys() and not skipped
     assert all(torch.equal(one, two) for key in found for one, two in zip(found[key], chains[key], strict=True))
     assert pairs_of_alike(OUTER["swin"](), teacher) == []
+
+
+def test_a_student_starts_at_random_as_its_library_starts_it(tmp_path: Path):
+    (tmp_path / "student").mkdir()
+    trained = OUTER["tiny-vit"]()
+    with torch.no_grad():
+        trained.timm_model.patch_embed.conv1.bn.running_mean.add_(3.0)
+    save_model(trained, tmp_path / "student", processor())
+    names = Labelling(IMAGE_CLASSIFICATION, SETTINGS, lambda model, name: [])
+    section = StudentSection(form="checkpoint", model=str(tmp_path / "student"), init="random")
+    one, other, third = (
+        build_student(OUTER["swin"](), section, seed=seed, labelling=names).model.state_dict() for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    weight = "timm_model.stages.1.blocks.0.mlp.fc1.weight"
+    assert not torch.equal(one[weight], third[weight]) and not torch.equal(one[weight], trained.state_dict()[weight])
+    assert not one["timm_model.patch_embed.conv1.bn.running_mean"].any()
+    assert one["timm_model.head.fc.weight"].shape[0] == 5
+    # Convolutions of TinyViT start by fan-in, which the library's own start does not.
+    assert one["timm_model.patch_embed.conv1.conv.weight"].std() > 0.05
