@@ -1,5 +1,7 @@
 """kdcli families"""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +19,7 @@ def families(
     Every form of student, [overparam], [teacher.scratch] and ONNX export work with all of them but those of which
     kdcli sees outputs only: these teach and learn predictions, and [overparam] takes the linear layers inside them.
     "attention: no positions": attention is compared by q k^T alone, without the terms of positions that these models
-    add.
+    add; "(some)": as their configuration says.
 
     \b
     Examples:
@@ -35,8 +37,9 @@ def families(
         return 0
     found, problems = usable()
     rows = [_row(family) for family in found]
-    lines = [(row["name"], row["title"], row["attention"], "; ".join(row["limits"])) for row in rows]
-    emit({"families": rows}, table=render.columns(lines, ("name", "title", "attention", "limits")), as_json=as_json)
+    names = ("name", "title", "reads", "limits")
+    lines = [(*(row[name] for name in names[:-1]), "; ".join(row["limits"])) for row in rows]
+    emit({"families": rows}, table=render.columns(lines, names), as_json=as_json)
     for problem in problems:
         info(f"left out: {problem}")
     return 0
@@ -44,9 +47,9 @@ def families(
 
 def _row(family: "Family") -> dict[str, Any]:
     inside = {
-        "attention": f"{family.attention}, rotary" if family.rotary else family.attention,
+        "attention": _of(family, lambda one: f"{one.attention}, rotary" if one.rotary else one.attention),
         "direction": "causal" if family.causal else "both ways",
-        "feed_forward": "gated" if family.ffn_gate is not None else "plain",
+        "feed_forward": _of(family, lambda one: "gated" if one.ffn_gate is not None else "plain"),
         "blocks": "shared" if family.repeated else "own weights",
     }
     if family.outputs_only is not None:
@@ -54,7 +57,14 @@ def _row(family: "Family") -> dict[str, Any]:
     return {
         "name": family.name,
         "title": family.title,
+        "reads": family.reads,
         **inside,
         "matrices": {name: matrix.path for name, matrix in family.matrices.items()},
         "limits": list(family.limits),
     }
+
+
+def _of(family: "Family", read: "Callable[[Family], str]") -> str:
+    """Return what models of a family have, and what others of it have by their configuration."""
+    variants = (replace(family, **changes) for changes in family.variants.values())
+    return " or ".join(dict.fromkeys(map(read, (family, *variants))))

@@ -406,7 +406,7 @@ def family(document: Mapping[str, Any]) -> Group:
     """Return a family of models: what its blocks are like, where their matrices are, and what does not work."""
     lines = [
         (key.replace("_", "-"), document[key])
-        for key in ("name", "title", "attention", "direction", "feed_forward", "blocks")
+        for key in ("name", "title", "reads", "attention", "direction", "feed_forward", "blocks")
     ]
     limits = [("limits" if number == 0 else "", text) for number, text in enumerate(document["limits_in_full"])]
     matrices = columns(document["matrices"].items(), ("matrix", "module in a block"))

@@ -178,7 +178,7 @@ class Family:
         """What does not work with its models: in a few words, and in full."""
         if self.outputs_only is not None:
             return {
-                f"outputs only: {self.outputs_only}": f"Only its outputs can be compared, because {self.outputs_only}. "
+                "outputs only": f"Only its outputs can be compared, because {self.outputs_only}. "
                 "Its models teach and learn by methods that compare predictions alone, such as kd; a student has "
                 'form = "checkpoint", and [overparam] takes the linear layers inside it. What needs blocks is refused: '
                 "hidden states, attention, matrices, replaced blocks, students that are cut, narrowed or factorised, "
@@ -204,10 +204,13 @@ class Family:
                 f"Its blocks may be of different kinds ({', '.join(self.sizes.by_block)}): the method theseus works "
                 "where each student block replaces blocks of its own kind, as with as many blocks as the teacher."
             )
+        others: dict[str, list[str]] = {}
         for name, changes in self.variants.items():
-            for short, text in replace(self, **changes, variants=MappingProxyType({})).limits.items():
-                if short not in found:
-                    found[f"{short} ({name})"] = f"With {name}: {text[0].lower()}{text[1:]}"
+            own = replace(self, **changes, variants=MappingProxyType({})).limits
+            for short in own.keys() - found.keys():
+                others.setdefault(short, [own[short]]).insert(-1, name)
+        for short, (*names, text) in others.items():
+            found[f"{short} (some)"] = f"With {' or '.join(names)}: {text[0].lower()}{text[1:]}"
         return found
 
     def parts_of(self, path: str) -> list[str]:
@@ -292,6 +295,8 @@ _BEIT: dict[str, Any] = {
         }
     ),
     "sizes": _PIXELS,
+    # Without any of its tables the model would not know where a patch lies.
+    "scratch": MappingProxyType({"use_relative_position_bias": True}),
 }
 
 _DINO: dict[str, Any] = {
@@ -525,7 +530,7 @@ FAMILIES: dict[str, Family] = {
         Family("dinov2", "DINOv2", **_dino()),
         Family(
             "dinov2_with_registers",
-            "DINOv2 with registers",
+            "DINOv2, registers",
             # Its interpolation smooths, which the exporter can do for one size alone.
             **{**_dino(registers="num_register_tokens"), "interpolates": False},
         ),
@@ -540,7 +545,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "timm_wrapper",
-            "timm (TinyViT and others)",
+            "timm, as TinyViT",
             reads="images",
             outputs_only="models of timm differ in what is inside them",
             wraps="timm",

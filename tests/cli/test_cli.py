@@ -562,7 +562,7 @@ def test_families_lists_every_family(world: World):
     lines = [line.rstrip() for line in world.call("families").out.splitlines()]
     assert max(map(len, lines)) <= 100
     for row, line in zip(rows, lines[1:], strict=True):
-        assert row["title"] in line and row["attention"] in line and line.endswith("; ".join(row["limits"]))
+        assert row["title"] in line and row["reads"] in line and line.endswith("; ".join(row["limits"]))
     told = {row["name"]: row for row in rows}
     assert told["deberta-v2"]["attention"] == "disentangled" and told["albert"]["blocks"] == "shared"
     for name, row in told.items():
@@ -570,7 +570,7 @@ def test_families_lists_every_family(world: World):
         assert {key: document[key] for key in row} == row
         assert len(document["limits_in_full"]) == len(row["limits"])
         words = " ".join(world.call("families", name).out.split())
-        for said in (*document["limits_in_full"], *row["matrices"], *row["matrices"].values(), row["feed_forward"]):
+        for said in (*document["limits_in_full"], *row["matrices"], *row["matrices"].values(), row["attention"]):
             assert said in words
         assert all(re.fullmatch(r"[A-Z].{40,}\.", sentence) for sentence in document["limits_in_full"])
     outcome = world.call("families", "modern-bert")

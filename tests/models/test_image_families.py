@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from kdcli.cli.app import run
 from kdcli.errors import InputError
 from kdcli.models.blocks import block_matrix, blocks_of, blocks_prefix, iter_block_matrices
 from kdcli.models.capture import Capture
@@ -24,11 +25,12 @@ from kdcli.models.overparam import contract_model, overparameterise
 from kdcli.models.probe import probe, probe_batch
 from kdcli.models.projections import moments_of, project
 from kdcli.models.save import save_model
+from kdcli.models.scratch import build_scratch
 from kdcli.models.shape import longest_input, shape_of
 from kdcli.models.student import build_student
 from kdcli.objectives.attention import attention_request
 from kdcli.objectives.base import masked_log_softmax, own_keys
-from kdcli.recipe.schema import OverparamSection, StudentSection
+from kdcli.recipe.schema import OverparamSection, ScratchSection, StudentSection
 from kdcli.signals import Request, Signals
 from kdcli.tasks.heads import load_model
 from kdcli.tasks.image_classification import KIND
@@ -59,7 +61,18 @@ def model_of(case: str, **extra: Any) -> PreTrainedModel:
     return model
 
 
+SOON = ("beit-biased", "data2vec-vision", "deit-distilled", "dinov2-gated", "vit")
+"""Those that every run looks at whole; what takes longer than a look at the others is slow."""
+
+
 @pytest.fixture(scope="module", params=CASES)
+def every(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return model_of(request.param)
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(case, marks=[pytest.mark.slow] * (case not in SOON)) for case in CASES]
+)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return model_of(request.param)
 
@@ -73,31 +86,31 @@ def signals_of(model: PreTrainedModel, request: Request) -> Signals:
         capture.close()
 
 
-def test_sizes_have_one_name_in_every_family(model: PreTrainedModel):
-    shape = shape_of(model.config)
+def test_sizes_have_one_name_in_every_family(every: PreTrainedModel):
+    shape = shape_of(every.config)
     assert (shape.layers, shape.hidden, shape.heads, shape.head, shape.intermediate) == (3, 32, 4, 8, 64)
     assert (shape.patch, shape.channels, shape.vocab) == (4, 3, None)
-    states = model(**probe_batch(model), output_hidden_states=True).hidden_states
+    states = every(**probe_batch(every), output_hidden_states=True).hidden_states
     assert {state.shape for state in states} == {(4, shape.tokens, 32)}
-    assert longest_input(model.config) is None
+    assert longest_input(every.config) is None
 
 
-def test_blocks_hold_the_matrices_and_no_other_linear_map(model: PreTrainedModel):
-    found = dict(iter_block_matrices(model))
-    assert len(found) == 3 * len(family_of(model.config).matrices)
+def test_blocks_hold_the_matrices_and_no_other_linear_map(every: PreTrainedModel):
+    found = dict(iter_block_matrices(every))
+    assert len(found) == 3 * len(family_of(every.config).matrices)
     sides = {"ffn_in": (64, 32), "ffn_gate": (64, 32), "ffn_out": (32, 64)}
     for (_, name), matrix in found.items():
         assert matrix.weight.shape == sides.get(name, (32, 32))
-    linear = {module for module in blocks_of(model).modules() if isinstance(module, nn.Linear)}
+    linear = {module for module in blocks_of(every).modules() if isinstance(module, nn.Linear)}
     assert linear == {matrix.module for matrix in found.values()}
 
 
-def test_captured_hidden_states_are_the_librarys(model: PreTrainedModel):
+def test_captured_hidden_states_are_the_librarys(every: PreTrainedModel):
     with torch.no_grad():
-        signals = signals_of(model, Request(logits=True, hidden=frozenset(range(4))))
-        alone = signals_of(model, Request(hidden=frozenset(range(3))))
-        expected = model(**probe_batch(model), output_hidden_states=True)
-        last = model.base_model(**probe_batch(model)).last_hidden_state
+        signals = signals_of(every, Request(logits=True, hidden=frozenset(range(4))))
+        alone = signals_of(every, Request(hidden=frozenset(range(3))))
+        expected = every(**probe_batch(every), output_hidden_states=True)
+        last = every.base_model(**probe_batch(every)).last_hidden_state
     assert len(expected.hidden_states) == 4
     for layer in (0, 1, 2):
         assert torch.equal(signals.hidden[layer], expected.hidden_states[layer])
@@ -122,16 +135,16 @@ def test_attention_formed_from_captured_queries_and_keys_is_the_librarys(case: s
         torch.testing.assert_close(found, expected.attentions[layer - 1], atol=1e-5, rtol=1e-5)
 
 
-def test_captured_matrices_are_the_maps_of_their_inputs(model: PreTrainedModel):
+def test_captured_matrices_are_the_maps_of_their_inputs(every: PreTrainedModel):
     inputs: dict[str, Tensor] = {}
-    matrices = {name: block_matrix(model, 2, name) for name in family_of(model.config).matrices}
+    matrices = {name: block_matrix(every, 2, name) for name in family_of(every.config).matrices}
     hooks = [
         matrix.module.register_forward_hook(
             lambda module, given, output, name=name: inputs.__setitem__(name, given[0])  # type: ignore[misc]
         )
         for name, matrix in matrices.items()
     ]
-    signals = signals_of(model, Request(logits=True, matrices=frozenset((2, name) for name in matrices)))
+    signals = signals_of(every, Request(logits=True, matrices=frozenset((2, name) for name in matrices)))
     for hook in hooks:
         hook.remove()
     for name, matrix in matrices.items():
@@ -171,10 +184,10 @@ def test_a_contracted_model_has_the_keys_the_shapes_and_the_logits_of_before(mod
 
 
 @pytest.mark.parametrize("form", ["depth", "width"])
-def test_a_student_of_all_blocks_or_of_the_full_width_is_the_teacher(model: PreTrainedModel, form: Any):
-    student = build_student(model, StudentSection(form=form, layers=3), seed=0).model
-    assert type(student) is type(model)
-    assert torch.equal(probe(student), probe(model))
+def test_a_student_of_all_blocks_or_of_the_full_width_is_the_teacher(every: PreTrainedModel, form: Any):
+    student = build_student(every, StudentSection(form=form, layers=3), seed=0).model
+    assert type(student) is type(every)
+    assert torch.equal(probe(student), probe(every))
 
 
 def test_a_student_of_some_blocks_has_all_that_stands_in_them(model: PreTrainedModel, tmp_path: Path):
@@ -185,11 +198,11 @@ def test_a_student_of_some_blocks_has_all_that_stands_in_them(model: PreTrainedM
     assert torch.equal(probe(load_model(tmp_path)), probe(student))
 
 
-def test_a_narrower_student_has_the_leading_features_of_every_vector(model: PreTrainedModel):
-    student = build_student(model, StudentSection(form="width", hidden_size=16), seed=0).model
+def test_a_narrower_student_has_the_leading_features_of_every_vector(every: PreTrainedModel):
+    student = build_student(every, StudentSection(form="width", hidden_size=16), seed=0).model
     shape = shape_of(student.config)
     assert (shape.hidden, shape.heads, shape.head, shape.intermediate) == (16, 2, 8, 32)
-    given = model.state_dict()
+    given = every.state_dict()
     for key, own in student.state_dict().items():
         teacher = given[key]
         if own.ndim and teacher.shape[-1] == 64 and own.shape[-1] == 32 and "classifier" in key:
@@ -350,3 +363,33 @@ def test_there_are_no_word_embeddings_to_factorise():
     with pytest.raises(InputError, match="a model that reads images has no word embeddings") as caught:
         build_student(tiny("vit"), section, seed=0)
     assert caught.value.where == "student.embedding_rank"
+
+
+def test_families_are_listed_with_what_some_of_their_models_have(capsys: pytest.CaptureFixture[str]):
+    assert run(["families", "beit", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["reads"], told["attention"]) == ("images", "dot-product or relative-bias")
+    assert told["limits"] == ["attention: no positions (some)"]
+    fields = "use_relative_position_bias or use_shared_relative_position_bias"
+    assert told["limits_in_full"][0].startswith(f"With {fields}: methods compare its attention by q k^T alone")
+    assert run(["families", "dinov2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["feed_forward"] == "plain or gated"
+
+
+@pytest.mark.parametrize("family", IMAGES)
+def test_a_model_from_scratch_knows_where_its_patches_lie(family: str):
+    section = ScratchSection(
+        family=family, layers=1, hidden_size=32, heads=4, intermediate_size=64, image_size=16, patch_size=4
+    )
+    settings = {"num_labels": 3}
+    if FAMILIES[family].part_of is not None:
+        pytest.skip("a part of a larger model")
+    model, _ = build_scratch(section, [], IMAGE_CLASSIFICATION, settings, seed=0)
+    shape = shape_of(model.config)
+    assert (shape.image, shape.patch, shape.intermediate, shape.layers) == (16, 4, 64, 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    pixels = probe_batch(model)["pixel_values"]
+    turned = pixels.unflatten(3, (4, 4)).flip(3).flatten(3)
+    assert (model(pixels).logits - model(turned).logits).abs().max() > 1e-3
