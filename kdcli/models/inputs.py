@@ -23,7 +23,8 @@ def inputs_of(config: "PretrainedConfig") -> tuple[str, ...]:
 def model_inputs(model: Any, batch: Mapping[str, "Tensor"]) -> dict[str, Any]:
     """Return the part of a batch that the forward pass of `model` takes; types that it does not have become 0.
 
-    A decoder of PyTorch is told to keep no keys and values for tokens that follow: nothing reads them.
+    Pixels get the type of a PyTorch model's weights. A decoder of PyTorch is told to keep no keys and values for tokens
+    that follow: nothing reads them.
     model: anything with a `config`, or else all is given. A tokenizer may know more types than a model has embeddings
     for: that of a BERT, for example, beside a RoBERTa.
     """
@@ -34,6 +35,9 @@ def model_inputs(model: Any, batch: Mapping[str, "Tensor"]) -> dict[str, Any]:
     if config is not None and "token_type_ids" in inputs:
         types = inputs["token_type_ids"]
         inputs["token_type_ids"] = types.where(types < _types(config), 0)
+    for name in inputs.keys() & set(PIXELS):
+        # Not every model of the library does so itself.
+        inputs[name] = inputs[name].to(getattr(model, "dtype", None) or inputs[name].dtype)
     if config is not None and family_of(config).causal and hasattr(model, "base_model"):
         inputs["use_cache"] = False
     return inputs

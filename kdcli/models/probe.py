@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kdcli.models.finite import at_fault, check_finite, check_weights
+from kdcli.models.inputs import model_inputs
 from kdcli.models.shape import both_sides, longest_input, shape_of
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def probe(model: "PreTrainedModel", owner: str = "the model") -> Tensor:
     Raises NotFiniteError when it contains NaN or inf: no difference says how far another output is from it.
     """
     training = model.training
-    output = model.eval()(**probe_batch(model))[0].float()
+    output = model.eval()(**model_inputs(model, probe_batch(model)))[0].float()
     model.train(training)
     check_finite(output.cpu(), owner)
     return output

@@ -4,13 +4,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from families import tiny
+from families import IMAGES, tiny
 from image_rows import encoded, pictures, rows_of, task_of
 
 from kdcli.data.columns import Column
 from kdcli.errors import InputError
 from kdcli.models.heads import IMAGE_CLASSIFICATION, head_of
 from kdcli.models.inputs import inputs_of, main_input, mask_of, model_inputs
+from kdcli.models.probe import probe
 from kdcli.models.processors import check_processor, hash_of_processor, load_processor, new_image_processor
 from kdcli.models.save import save_model
 from kdcli.tasks import registry
@@ -91,3 +92,10 @@ def test_a_processor_is_named_by_what_it_does_and_is_that_of_the_folder(tmp_path
     check_processor(tiny("vit"), one)
     with pytest.raises(InputError, match="a model of the family BERT reads by a tokenizer"):
         check_processor(tiny("bert"), one)
+
+
+@pytest.mark.parametrize("family", IMAGES)
+def test_a_model_in_half_precision_reads_pixels(family: str):
+    model = tiny(family, labels=3).bfloat16()
+    batch = {"pixel_values": torch.rand(2, 3, 16, 16)}
+    assert model_inputs(model, batch)["pixel_values"].dtype == torch.bfloat16 and probe(model).dtype == torch.float32
