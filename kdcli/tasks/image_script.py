@@ -102,7 +102,7 @@ def _steps(processor: Any, channels: int) -> Steps:
     if size is not None and not (size.get("height") and size.get("width")):
         sizes["side"] = size.get("shortest_edge")
         if sizes["side"] is None or size.get("longest_edge"):
-            raise InputError(f"it resizes by {' and '.join(name for name in size if size.get(name))}")
+            raise InputError(f"it resizes by {' and '.join(name for name, value in dict(size).items() if value)}")
     elif size is not None:
         sizes["size"] = (size["width"], size["height"])
     if crop is not None:

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from families import IMAGES, tiny
 from PIL import Image
 from rich.console import Console
 from scripts import answers_of_script
-from transformers import DeiTForImageClassificationWithTeacher
 
 from kdcli.cli import render
 from kdcli.data.columns import Column
 from kdcli.data.tables import dataset_of
-from kdcli.errors import RunError
+from kdcli.errors import InputError, RunError
 from kdcli.export.export import export_model
 from kdcli.export.graph import export_onnx, operators
 from kdcli.export.session import MODEL, OnnxModel
@@ -29,14 +29,13 @@ from kdcli.models.shape import both_sides, shape_of, takes_any_size
 from kdcli.models.student import build_student
 from kdcli.recipe.schema import OverparamSection, StudentSection
 from kdcli.tasks import registry
+from kdcli.tasks.image_script import lines_for
 from kdcli.tasks.predict import predict
 
 
-def processor(**settings: object) -> object:
+def processor(**settings: Any) -> Any:
     """Return an image processor for the tiny models' images."""
-    from transformers import ViTImageProcessor
-
-    return ViTImageProcessor(**{"size": {"height": 16, "width": 16}, **settings})
+    return transformers.ViTImageProcessor(**{"size": {"height": 16, "width": 16}, **settings})
 
 
 # Each takes seconds.
@@ -95,7 +94,7 @@ def test_a_dynamic_size_changes_nothing_at_the_models_own(tmp_path: Path, monkey
 
 @pytest.mark.slow
 def test_both_heads_of_a_distilled_deit_are_one_answer(tmp_path: Path):
-    model = DeiTForImageClassificationWithTeacher(tiny("deit").config).eval()
+    model = transformers.DeiTForImageClassificationWithTeacher(tiny("deit").config).eval()
     exported = OnnxModel(export_onnx(model, processor(), tmp_path / "onnx").parent)
     assert exported.outputs == ["logits"] and distance(model, exported, (3, 3, 16, 16)) < 1e-5
 
@@ -183,8 +182,6 @@ def saved(tmp_path: Path, processor: Any) -> tuple[Any, Any]:
     "name", [pytest.param(name, marks=() if name == "shorter edge" else pytest.mark.slow) for name in PROCESSORS]
 )
 def test_the_script_answers_files_as_kdcli_does(name: str, files: list[Path], tmp_path: Path):
-    import transformers
-
     kind, settings = PROCESSORS[name]
     processor = getattr(transformers, kind)(**settings)
     model, result = saved(tmp_path, processor)
@@ -195,3 +192,55 @@ def test_the_script_answers_files_as_kdcli_does(name: str, files: list[Path], tm
     # A few pixels differ by one of 256 levels; where nothing is resized none does.
     far = [abs(one["probability"] - other["probability"]) for one, other in zip(found, expected, strict=True)]
     assert max(far) < 0.02 and (name != "square" or far[0] < 1e-5)
+
+
+def lines_of(processor: Any) -> str:
+    """Return the lines that make pixels as an image processor does."""
+    kind = registry.get("image-classification")
+    collator = kind.collator(processor)
+
+    def make(files: list[bytes]) -> np.ndarray:
+        rows = [{"index": 0, "image": {"bytes": file, "path": None}} for file in files]
+        return collator(rows)["pixel_values"].numpy()
+
+    return lines_for(processor, len(processor.image_mean), make)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        # Bicubic and Lanczos overshoot, and are cut off between both sides: the order of these counts.
+        ("CLIPImageProcessor", {"resample": 3, "size": {"height": 24, "width": 40}}),
+        ("CLIPImageProcessor", {"resample": 1, "size": {"height": 24, "width": 40}}),
+        ("ViTImageProcessor", {"do_resize": False}),
+        ("ViTImageProcessor", {"do_normalize": False}),
+        ("ViTImageProcessor", {"do_rescale": False}),
+        ("ViTImageProcessor", {"do_rescale": False, "do_normalize": False}),
+        ("ViTImageProcessor", {"image_mean": [0.4], "image_std": [0.3]}),
+        ("SiglipImageProcessor", {"size": {"height": 33, "width": 16}}),
+    ],
+)
+def test_lines_make_the_pixels_of_a_processor(kind: str, settings: dict[str, Any]):
+    assert "def pixels(" in lines_of(getattr(transformers, kind)(**settings))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "reason"),
+    [
+        ("ViTImageProcessor", {"resample": 0}, "of 255 levels from Pillow's"),
+        ("ConvNextImageProcessor", {"size": {"shortest_edge": 224}}, "it makes 224 x 224 pixels of"),
+        ("CLIPImageProcessor", {"size": {"shortest_edge": 8, "longest_edge": 9}}, "by longest_edge and shortest_edge"),
+        ("ViTImageProcessor", {"do_pad": True, "pad_size": {"height": 300, "width": 300}}, "it pads images"),
+    ],
+)
+def test_what_lines_cannot_follow_is_told_with_the_reason(kind: str, settings: dict[str, Any], reason: str):
+    with pytest.raises(InputError, match=reason):
+        lines_of(getattr(transformers, kind)(**settings))
+
+
+@pytest.mark.slow
+def test_a_folder_without_a_script_says_why(tmp_path: Path):
+    _, result = saved(tmp_path, processor(resample=0))
+    assert result.script is None and not (tmp_path / "out" / "predict.py").exists()
+    [note] = result.notes
+    assert "no predict.py is written" in note and "levels from Pillow's" in note
