@@ -210,8 +210,8 @@ def lines_of(processor: Any) -> str:
     ("kind", "settings"),
     [
         # Bicubic and Lanczos overshoot, and are cut off between both sides: the order of these counts.
-        ("CLIPImageProcessor", {"resample": 3, "size": {"height": 24, "width": 40}}),
-        ("CLIPImageProcessor", {"resample": 1, "size": {"height": 24, "width": 40}}),
+        ("DeiTImageProcessor", {"resample": 3}),
+        ("DeiTImageProcessor", {"resample": 1}),
         ("ViTImageProcessor", {"do_resize": False}),
         ("ViTImageProcessor", {"do_normalize": False}),
         ("ViTImageProcessor", {"do_rescale": False}),
