@@ -168,12 +168,14 @@ def build(options: HSOptions, context: Context) -> list[Stage]:
 
     from kdcli.objectives.hidden import HiddenObjective
 
-    how = bridging(options.bridge, context)
+    how, of_embeddings = (bridging(options.bridge, context, embeddings=some) for some in (False, True))
     if options.layer_map == "emd":
         # BERT-EMD's is TinyBERT's: one for all blocks and the embeddings.
         bridge = nn.Linear(*how["widths"]) if needs_bridge(options.bridge, context) else False
-        how = {"widths": how["widths"], "bridge": bridge}
-    embedding = HiddenObjective([(0, 0)], match_norm=relative_states(options.match_norm, context), **how)
+        how = of_embeddings = {"widths": how["widths"], "bridge": bridge}
+    elif any(own == 0 for own, _ in _pairs(options, context)):
+        how = of_embeddings
+    embedding = HiddenObjective([(0, 0)], match_norm=relative_states(options.match_norm, context), **of_embeddings)
     terms = [
         Term("hidden", _hidden(options, context, how), options.weights.hidden),
         Term("embedding", embedding, options.weights.embedding),

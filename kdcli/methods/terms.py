@@ -210,12 +210,13 @@ def needs_bridge(bridge: bool | None, context: Context) -> bool:
     return differ if bridge is None else bridge
 
 
-def bridging(bridge: bool | None, context: Context) -> dict[str, Any]:
+def bridging(bridge: bool | None, context: Context, *, embeddings: bool = False) -> dict[str, Any]:
     """Return how hidden states become comparable, as arguments of `HiddenObjective`.
 
-    Left out, those of a student of projections go through these, and nothing else is learnt.
+    Left out, those of a student of projections go through these, and nothing else is learnt. embeddings: whether the
+    student's embedding output is one of them: that of an image comes from no projection.
     """
-    projected = context.projected and bridge is None
+    projected = context.projected and bridge is None and not (embeddings and context.student.vocab is None)
     return {
         "widths": (context.student.hidden, context.teacher.hidden),
         "bridge": needs_bridge(bridge, context) and not projected,

@@ -79,7 +79,7 @@ def _inside(options: TinyBERTOptions, context: Context) -> list[Term]:
         pairs,
         shared=True,
         match_norm=relative_states(None, context),
-        **bridging(options.bridge, context),
+        **bridging(options.bridge, context, embeddings=True),
     )
     # Objectives are means over blocks, the published terms are sums.
     return weighted(

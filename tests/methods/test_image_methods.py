@@ -425,6 +425,14 @@ PARTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "factors one after the other": ("kd", {"student": {"form": "low-rank", "sequential": True}}),
     "stages": ({"name": "makd", "schedule": "staged", "shares": [0.5, 0.25, 0.25]}, {}),
     "projections": ("kd", {"student": {**NARROW, "init": "projections"}}),
+    "projections of all but embeddings": (
+        {"name": "hs", "weights": {"embedding": 1.0}},
+        {"student": {**NARROW, "init": "projections"}},
+    ),
+    "no projections beside embeddings": (
+        {"name": "tinybert", "shares": [0.5, 0.5]},
+        {"student": {**NARROW, "init": "projections"}},
+    ),
     "bridges of one for each block": ("hs", {"student": NARROW}),
     "a bridge of all blocks": ({"name": "tinybert", "shares": [0.5, 0.5]}, {"student": NARROW}),
     "vectors themselves": ({"name": "minilmv2", "direct": True, "relation_heads": 8}, {"student": NARROW}),
