@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from families import tiny
-from image_rows import encoded, pictures, rows_of, task_of
+from image_rows import encoded, pictures, put_images, rows_of, task_of
 from rich.console import Console
-from stages import LOOP, Killed, kill_after
+from stages import LOOP, TWO_PROCESSES, Killed, distill, kill_after
+from tiny_recipes import changed, write_recipe
 from torch import Tensor
 from transformers import ViTImageProcessor
 
@@ -101,3 +102,18 @@ def test_a_worker_that_is_ended_or_fails_is_told(tmp_path: Path):
     assert isinstance(told, RunError) and "train.workers" in (told.hint or "")
     with pytest.raises(RunError, match="the disk is full"):
         train(task(), tmp_path, workers=1, collate=fail)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path: Path):
+    fields = {"flip": True, "crop": 2, "rand_augment": True, "cache_pixels": True}
+    recipe = changed(put_images(tmp_path), task=fields, train={"max_steps": 4, "workers": 1, "learning_rate": 1e-4})
+    write_recipe(tmp_path / "recipe.toml", recipe)
+    alone, weights = distill(tmp_path, "one")
+    both, other = distill(tmp_path, "two", *TWO_PROCESSES)
+    losses = [
+        [entry["loss"] for entry in document["training"][0]["history"] if "loss" in entry] for document in (alone, both)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5)
