@@ -161,7 +161,7 @@ class Prepared:
         if all(follower.states is None for follower in self.followers):
             return {}
         section, kind = self.resolved.recipe.task, self.task.kind
-        encoded = kind.prepare(self.task, self.processor, section.max_length, seed=self.resolved.loop.seed)
+        encoded = kind.prepare_sample(self.task, self.processor, section.max_length, seed=self.resolved.loop.seed)
         lengths = array_of(encoded.train, "length")
         copies = 1 + (section.augment.copies if section.augment is not None else 0)
         return {

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from kdcli.data.images import decoded
 from kdcli.data.rows import stored
+from kdcli.machine import usable_processors
 from kdcli.models.hashing import CONTENT
 from kdcli.models.processors import channels_of, hash_of_processor
 from kdcli.tasks.pixel_cache import PLACE, KeptPixels, keep_pixels
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
 
 CHANGES = "changes"
 """A column of features whose images are changed in each epoch: those of training."""
+
+LARGE = 2**20
+"""Encoded bytes of a batch from which on threads take less time than they cost."""
+
+MOST_THREADS = 8
+"""Threads that decode at a time."""
 
 ROWS = 1000
 """Features that are made at a time."""
@@ -170,13 +178,26 @@ class ImageCollator:
         if self.kept is not None and PLACE in rows[0]:
             images = self.kept.read(np.array([row[PLACE] for row in rows], np.int64))
         else:
-            found = self.reader.decoded(rows)
+            found = self._decoded(rows)
             if index is None or not self.reader.in_steps:
                 return self.reader.whole(found)
             images = self.reader.shaped(found)
         if index is not None and self.augment is not None:
             images = self.augment(images, index, self.epoch)
         return self.reader.scaled(images)
+
+    def _decoded(self, rows: list[dict[str, Any]]) -> list[Any]:
+        """Return the images of rows: decoded by threads where they are large, and no other processes decode."""
+        from torch.utils.data import get_worker_info
+
+        # A file's size is not looked up: most are large.
+        size = sum(LARGE if (content := row["image"]["bytes"]) is None else len(content) for row in rows)
+        threads = min(usable_processors(), MOST_THREADS, len(rows))
+        if size < LARGE or threads == 1 or get_worker_info() is not None:
+            return self.reader.decoded(rows)
+        with ThreadPoolExecutor(threads) as pool:
+            parts = pool.map(self.reader.decoded, ([row] for row in rows))
+            return [image for part in parts for image in part]
 
 
 def prepare(

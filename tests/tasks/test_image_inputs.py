@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from image_rows import encoded, pictures, rows_of, task_of
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import (
     BeitImageProcessor,
@@ -19,6 +20,7 @@ from transformers import (
 from kdcli.errors import InputError
 from kdcli.models.hashing import hash_of_dataset
 from kdcli.models.processors import hash_of_processor
+from kdcli.tasks.image_inputs import LARGE
 
 SIZE = {"height": 16, "width": 16}
 SMALL = {"size": {"shortest_edge": 20}, "crop_size": SIZE}
@@ -56,6 +58,20 @@ def test_pixels_are_those_of_the_processor_on_one_image(processor):
     assert torch.equal(batch["pixel_values"], alone)
     assert batch["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert batch["index"].tolist() == list(range(7))
+
+
+def test_large_images_are_those_of_the_processor_in_their_order(processor):
+    noise = np.random.default_rng(0).integers(0, 256, (6, 300, 280, 3), dtype=np.uint8)
+    images = [Image.fromarray(each) for each in noise]
+    rows = rows_of(images)
+    kind = task_of(rows, rows).kind
+    features = list(kind.encode(rows, processor, 128))
+    assert sum(len(row["image"]["bytes"]) for row in features) > LARGE
+    alone = [processor(image, return_tensors="pt").pixel_values for image in images]
+    assert torch.equal(kind.collator(processor)(features)["pixel_values"], torch.cat(alone))
+    features[4]["image"]["bytes"] = features[4]["image"]["bytes"][:1000]
+    with pytest.raises(InputError, match="row 5"):
+        kind.collator(processor)(features)
 
 
 def test_a_colour_image_is_grey_for_a_model_of_one_channel():
