@@ -50,6 +50,7 @@ def _scored_card(record: FinishedRun) -> str:
     protocol = code(task.protocol)
     head = head_named(record.student_head)
     loading = _loading(head, plain=record.is_plain)
+    holding = "Scores hold for data like the task's own. " if every else ""
     retention = result.retention
     kept = ""
     if retention is not None and is_error(result.primary):
@@ -77,7 +78,7 @@ A smaller transformer for the task {code(task.name)}, distilled with kdcli {reco
 
 ## Limits
 
-Scores hold for data like the task's own. The student inherits the teacher's biases, and seed {record.seed}
+{holding}The student inherits the teacher's biases, and seed {record.seed}
 is one sample of the training's randomness.
 
 ## Source

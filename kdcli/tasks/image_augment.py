@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 from pydantic import Field, field_validator
 
 from kdcli.recipe.schema import PositiveFloat, Section, TaskSection
@@ -14,6 +13,7 @@ from kdcli.tasks.kind import Fields
 from kdcli.words import joined
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 BINS = 31
@@ -90,12 +90,14 @@ def told(fields: AugmentFields) -> str:
     return joined(fields.augmented_by)
 
 
-def uniforms(parts: list[int], index: np.ndarray, count: int) -> np.ndarray:
+def uniforms(parts: list[int], index: "np.ndarray", count: int) -> "np.ndarray":
     """Return `count` uniform numbers in [0, 1) for each index, (n, count), which follow from `parts` and it alone.
 
     A counter-based generator: the finaliser of SplitMix64 (Steele, Lea and Flood 2014, figure 16) over one part after
     the other.
     """
+    import numpy as np
+
     state = np.zeros(1, np.uint64)
     for part in [*parts, index]:
         state = _mixed(state ^ np.asarray(part).astype(np.uint64))
@@ -103,7 +105,9 @@ def uniforms(parts: list[int], index: np.ndarray, count: int) -> np.ndarray:
     return (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def _mixed(values: "np.ndarray") -> "np.ndarray":
+    import numpy as np
+
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -118,7 +122,7 @@ class Augment:
     seed: int
     classes: int
 
-    def __call__(self, images: "Tensor", index: np.ndarray, epoch: int) -> "Tensor":
+    def __call__(self, images: "Tensor", index: "np.ndarray", epoch: int) -> "Tensor":
         """Return uint8 images (n, channels, height, width) changed, each by its own draws. index: (n,)."""
         fields, draw = self.fields, partial(self._draw, index, epoch)
         if fields.crop is not None:
@@ -133,15 +137,16 @@ class Augment:
             images = _rand_augmented(images, how.magnitude, draw(OPERATIONS, 2 * how.operations))
         return images
 
-    def _draw(self, index: np.ndarray, epoch: int, stream: int, count: int) -> np.ndarray:
+    def _draw(self, index: "np.ndarray", epoch: int, stream: int, count: int) -> "np.ndarray":
         return uniforms([self.seed, epoch, stream], index, count)
 
-    def mixed(self, pixels: "Tensor", labels: "Tensor", index: np.ndarray, epoch: int) -> "tuple[Tensor, Tensor]":
+    def mixed(self, pixels: "Tensor", labels: "Tensor", index: "np.ndarray", epoch: int) -> "tuple[Tensor, Tensor]":
         """Return the pixels of each example mixed with those of the next one of the batch, and shares of the classes.
 
         labels: (n,). shares: (n, classes). The batch has one share, which follows from seed, epoch and its indices.
         Source: Zhang et al. 2018 (arXiv 1710.09412), section 2.
         """
+        import numpy as np
         import torch
         from torch.nn import functional
 
@@ -155,15 +160,16 @@ class Augment:
         )
 
 
-def _flipped(images: "Tensor", chosen: np.ndarray) -> "Tensor":
+def _flipped(images: "Tensor", chosen: "np.ndarray") -> "Tensor":
     import torch
     from torchvision.transforms.v2 import functional as transforms
 
     return torch.where(torch.from_numpy(chosen)[:, None, None, None], transforms.horizontal_flip(images), images)
 
 
-def _cropped(images: "Tensor", padding: int, draws: np.ndarray) -> "Tensor":
+def _cropped(images: "Tensor", padding: int, draws: "np.ndarray") -> "Tensor":
     """Return as much of each padded image as it was large. draws: (n, 2), of its top and left."""
+    import numpy as np
     import torch
     from torchvision.transforms.v2 import functional as transforms
 
@@ -173,12 +179,13 @@ def _cropped(images: "Tensor", padding: int, draws: np.ndarray) -> "Tensor":
     return torch.stack([padded[i, :, t : t + height, x : x + width] for i, (t, x) in enumerate(places)])
 
 
-def _resized_crops(images: "Tensor", least: float, most: float, draws: np.ndarray) -> "Tensor":
+def _resized_crops(images: "Tensor", least: float, most: float, draws: "np.ndarray") -> "Tensor":
     """Return a part of each image, of a share of its area and an aspect ratio of 3/4 to 4/3, at the image's size.
 
     draws: (n, 4 x tries), of area, ratio, top and left; the first that fits is taken.
     Source: Szegedy et al. 2015 (arXiv 1409.4842), section 6; torchvision's RandomResizedCrop.
     """
+    import numpy as np
     import torch
     from torchvision.transforms.v2 import functional as transforms
 
@@ -197,12 +204,13 @@ def _resized_crops(images: "Tensor", least: float, most: float, draws: np.ndarra
     return torch.stack([transforms.resized_crop(image, *place, [height, width]) for image, *place in parts])
 
 
-def _rand_augmented(images: "Tensor", magnitude: int, draws: np.ndarray) -> "Tensor":
+def _rand_augmented(images: "Tensor", magnitude: int, draws: "np.ndarray") -> "Tensor":
     """Return each image after some of the operations. draws: (n, 2 x operations), of the operation and its sign.
 
     Images with the same one are changed together.
     Source: Cubuk et al. 2019 (arXiv 1909.13719), section 3; the operations and their ranges are torchvision's.
     """
+    import numpy as np
     import torch
 
     table = operations(magnitude, *images.shape[-2:])

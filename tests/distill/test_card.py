@@ -13,6 +13,7 @@ from rich.console import Console
 from kdcli.distill.card import model_card
 from kdcli.distill.record import FinishedRun, MethodRecord
 from kdcli.distill.run import run_distill
+from kdcli.evaluation.result import Loss
 from kdcli.models.save import save_model
 from kdcli.recipe.schema import Recipe
 
@@ -68,6 +69,17 @@ def test_names_in_a_card_are_read_as_they_stand(record: FinishedRun):
     # The classes, with precision, recall and F1 of both models.
     classes = ["".join(line[0].itertext()) for line in body.iter("tr") if len(line) == 8]
     assert classes == ["class", EVIL, "good"]
+
+
+def test_a_card_without_scores_says_nothing_of_them(record: FinishedRun):
+    result = record.result
+    assert result.teacher is not None
+    bare: dict[str, Any] = {"metrics": {}, "score": None, "by_class": {}}
+    sides = {"teacher": replace(result.teacher, **bare), "student": replace(result.student, **bare)}
+    card = model_card(replace(record, result=replace(result, **sides, loss=Loss(2.0, 1.0))))
+    assert "held-out loss of the distillation: 2.0000 before, 1.0000 after" in card and "| parameters |" in card
+    for words in ("Scores hold for", "## By class"):
+        assert words in model_card(record) and words not in card
 
 
 def test_the_front_matter_of_a_card_is_data(record: FinishedRun):
