@@ -16,7 +16,7 @@ from kdcli.models.quiet import quiet_transformers
 from kdcli.models.shape import both_sides, shape_of
 from kdcli.words import counted
 
-SETTINGS = "preprocessor_config.json"
+SETTINGS, WITH_TEXTS = "preprocessor_config.json", "processor_config.json"
 """The file that an image processor is kept in."""
 
 
@@ -51,7 +51,7 @@ def load_image_processor(name: str | Path, revision: str | None = None) -> Any:
     folder = local_folder(name)
     if (known := _of_timm(name, revision, folder)) is not None:
         return known
-    if folder is not None and not (folder / SETTINGS).is_file():
+    if folder is not None and not any((folder / file).is_file() for file in (SETTINGS, WITH_TEXTS)):
         raise InputError(
             f"{folder} has no {SETTINGS}",
             hint="save the image processor beside the model, or set teacher.tokenizer",

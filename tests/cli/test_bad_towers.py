@@ -81,7 +81,8 @@ def hidden_states_into_swin(world: World) -> list[str]:
 
 @case("method.name", f"adkd looks inside both models, and {REASON}")
 def gradients_at_embeddings_of_swin(world: World) -> list[str]:
-    return recipe(world, method="adkd")
+    put(world, plain_tower(), "tower")
+    return recipe(world, method="adkd", teacher={"model": "tower"})
 
 
 @case("method.name", f"theseus looks inside both models, and {REASON}")

@@ -50,6 +50,7 @@ def kept_teacher(own_cache: Path) -> PreTrainedModel:
     return load_model(folder, IMAGE_CLASSIFICATION)
 
 
+@pytest.mark.slow
 def test_a_probe_on_clips_features_changes_nothing_but_the_head(tmp_path: Path, own_cache: Path):
     # The student is another family's, and learns from what the features tell.
     run = run_recipe(folder_of(tmp_path, whole("clip", "clip_vision_model"), OUTER["swin"]()))
@@ -61,7 +62,6 @@ def test_a_probe_on_clips_features_changes_nothing_but_the_head(tmp_path: Path, 
     assert run["student"]["parameters"] == sum(p.numel() for p in OUTER["swin"]().parameters())
 
 
-@pytest.mark.slow
 def test_a_probe_leaves_running_means_of_the_body_as_they_are(tmp_path: Path, own_cache: Path):
     # Its layers of a batch's mean and deviation would follow the batches, were the body in training mode.
     run_recipe(folder_of(tmp_path, OUTER["tiny-vit"](), OUTER["tiny-vit"]()))

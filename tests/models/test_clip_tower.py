@@ -7,13 +7,20 @@ from typing import Any
 import pytest
 import torch
 from outer_models import SIDE, whole
-from transformers import AutoModel, AutoModelForImageClassification, CLIPVisionModelWithProjection, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    CLIPImageProcessor,
+    CLIPVisionModelWithProjection,
+    PreTrainedModel,
+)
 
 from kdcli.errors import InputError
 from kdcli.models.blocks import blocks_of
 from kdcli.models.heads import BASE, IMAGE_CLASSIFICATION
 from kdcli.models.load import has_head, load_config, load_model
 from kdcli.models.overparam import contract_model, overparameterise
+from kdcli.models.processors import hash_of_processor, load_processor
 from kdcli.models.save import save_model
 from kdcli.models.student import build_student
 from kdcli.recipe.schema import OverparamSection, StudentSection
@@ -106,6 +113,12 @@ def test_chains_in_its_place_are_the_same_function_written_read_and_contracted(
     assert torch.equal(logits(again), logits(classifier))
     contract_model(again)
     torch.testing.assert_close(logits(again), before, atol=1e-5, rtol=1e-5)
+
+
+def test_its_image_processor_is_found_beside_a_tokenizer(folder: Path):
+    own = CLIPImageProcessor(crop_size={"height": SIDE, "width": SIDE})
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": own.to_dict()}))
+    assert hash_of_processor(load_processor(folder)) == hash_of_processor(own)
 
 
 def test_a_whole_model_without_the_half_is_refused(folder: Path):
