@@ -13,10 +13,11 @@ import pytest
 import torch
 from families import tiny
 from PIL import Image
+from scripts import answers_of_script
 from transformers import ViTImageProcessor
 
 from kdcli.cli.app import run
-from kdcli.export.graph import export_onnx
+from kdcli.export.export import export_model
 
 NAMES = {0: "cat", 1: "dog", 2: "ship"}
 
@@ -31,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor = ViTImageProcessor(size={"height": 16, "width": 16})
     for one in (model, processor):
         one.save_pretrained(folder / "model")
-    export_onnx(model, processor, folder / "onnx")
+    export_model(model, processor, folder / "onnx", task=None, latency=False)
     drawn = np.random.default_rng(0)
     for place in ("cat/1.png", "cat/2.jpg", "dog/deep/3.png", "ship/4.png"):
         path = folder / "photos" / place
@@ -78,6 +79,16 @@ def test_files_and_folders_are_answered_in_order_by_the_model_and_by_its_graph(w
     [best] = predict("model", files[0], "--top", 3)
     assert best["top"][0] == {key: best[key] for key in ("label", "probability")}
     assert sorted(entry["label"] for entry in best["top"]) == ["cat", "dog", "ship"]
+
+
+def test_the_script_beside_a_graph_says_the_same(world: Path, predict: Command):
+    files = [str(world / "photos" / name) for name in ("cat/1.png", "cat/2.jpg", "ship/4.png")]
+    found = answers_of_script(world / "onnx", files)
+    assert found == [{key: near(row[key]) for key in ("label", "probability")} for row in predict("model", *files)]
+
+
+def near(value: Any) -> Any:
+    return pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
 
 
 def test_tables_and_lists_hold_paths_from_their_own_folder_or_bytes(world: Path, predict: Command):

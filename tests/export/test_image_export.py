@@ -178,9 +178,8 @@ def saved(tmp_path: Path, processor: Any) -> tuple[Any, Any]:
     return model, export_model(model, processor, tmp_path / "out", task=None, latency=False)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "shorter edge" else pytest.mark.slow) for name in PROCESSORS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROCESSORS)
 def test_the_script_answers_files_as_kdcli_does(name: str, files: list[Path], tmp_path: Path):
     kind, settings = PROCESSORS[name]
     processor = getattr(transformers, kind)(**settings)
