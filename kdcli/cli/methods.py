@@ -49,6 +49,7 @@ def methods(
         "paper": method.paper,
         "options": options,
         "student": method.student,
+        "student_on_images": method.student | method.image_student if method.image_student else None,
         "train": method.train,
         "train_on_text": method.train | method.text_train if method.text_train else None,
     }
@@ -65,6 +66,7 @@ def methods(
     table.add_section()
     defaults = [
         ("student", method.student, ""),
+        ("student", method.image_student, " on images"),
         ("train", method.train, ""),
         ("train", method.text_train, " where tokens are predicted"),
     ]

@@ -59,20 +59,20 @@ def resolve(recipe: Recipe, recipe_path: Path) -> Resolved:
     if kind is not None:
         _check_kind(method, kind, recipe.task.name)
     options = method.options.model_validate(recipe.method.options)
-    student = _filled(recipe.student, {"form": "depth", **method.student}, "student", method)
+    base = recipe_path.resolve().parent
+    student = _student(recipe, method, kind, base)
     assistant = recipe.assistant
     if assistant is not None:
         assistant = _filled(assistant, {"form": "width"}, "assistant", method)
     if recipe.teacher.black_box:
         _check_black_box(recipe, method, options, student)
-    base = recipe_path.resolve().parent
     return Resolved(
         recipe=recipe,
         name=recipe.name or recipe_path.stem,
         base=base,
         method=method,
         options=options,
-        student=_found(student, base),
+        student=student,
         assistant=_found(assistant, base) if assistant is not None else None,
         loop=_loop(recipe, method, kind),
     )
@@ -84,12 +84,19 @@ def for_task(resolved: Resolved, task: Task) -> Resolved:
     resolved.method.check_sources(resolved.options, task, resolved.base)
     loop = _loop(resolved.recipe, resolved.method, task.kind)
     mixture: dict[str, Any] = {"parts": task.parts, "mixing_temperature": task.mixing_temperature}
-    return replace(resolved, loop=replace(loop, metric=task.primary, **mixture))
+    student = _student(resolved.recipe, resolved.method, task.kind, resolved.base)
+    return replace(resolved, student=student, loop=replace(loop, metric=task.primary, **mixture))
 
 
 def _loop(recipe: Recipe, method: Method, kind: TaskKind | None) -> LoopSettings:
     tokens = kind is not None and "vocabulary" in kind.provides
     return LoopSettings.from_train(recipe, {**method.train, **(method.text_train if tokens else {})})
+
+
+def _student(recipe: Recipe, method: Method, kind: TaskKind | None, base: Path) -> StudentSection:
+    on_images = kind is not None and "images" in kind.provides
+    defaults = {"form": "depth", **method.student, **(method.image_student if on_images else {})}
+    return _found(_filled(recipe.student, defaults, "student", method), base)
 
 
 def _check_kind(method: Method, kind: TaskKind, name: str) -> None:

@@ -143,7 +143,8 @@ class Method:
     """A method by name.
 
     title, paper, formula, signals, constraints, cost: for `kdcli methods`. options: the schema of its own
-    options. student, train: defaults for those tables; where tokens are predicted text_train comes before train.
+    options. student, train: defaults for those tables; where tokens are predicted text_train comes before train, and
+    on images image_student before student.
     check(options, context) raises InputError for what cannot work, with the nearest setting that does.
     check_sources(options, task, base) raises InputError for files, programs and modules named in the options that are
     not there, and runs none of them; base is the folder that relative paths start from. load_sources(options, task,
@@ -171,6 +172,7 @@ class Method:
     student: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     text_train: dict[str, Any] = field(default_factory=dict)
+    image_student: dict[str, Any] = field(default_factory=dict)
     teacherless: Callable[[Any], bool] = _never
     from_base: Callable[[Any], frozenset[str]] = _none
     notes: Callable[[Any, Context], list[str]] = _no_notes

@@ -122,6 +122,8 @@ METHOD = Method(
     needs=frozenset(),
     # Block m follows block m N / n.
     student={"form": "depth", "select": "even"},
+    # Even blocks are without the first, which a model of images cannot do without.
+    image_student={"select": "ends"},
     # About 10 epochs for the first and 3 for the second stage.
     train={"epochs": 13.0, "learning_rate": 5e-5},
     text_train={"epochs": 3.0},

@@ -370,8 +370,9 @@ def test_outputs_of_other_patches_are_compared(method: Any, folder: Path):
     assert planned(folder, method, student=COARSE | {"model": str(folder / "coarse")}).method_notes == []
 
 
-def test_students_keep_the_first_and_the_last_blocks_and_follow_them(folder: Path):
-    (student,) = planned(folder, "hs").followers
+@pytest.mark.parametrize("method", ["hs", "tinybert"])
+def test_students_keep_the_first_and_the_last_blocks_and_follow_them(method: str, folder: Path):
+    (student,) = planned(folder, method).followers
     assert student.build.teacher_layers == [0, 3]
     assert student.context.pairs == [(1, 1), (2, 4)]
 
