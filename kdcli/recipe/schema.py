@@ -387,10 +387,13 @@ class TeacherSection(Section):
         description="The teacher: a hub name or a folder. Give this, [teacher.scratch] or black_box = true.",
     )
     revision: str | None = Field(
-        default=None, description="Branch, tag or commit of the hub's model and of its tokenizer. Left out, the newest."
+        default=None,
+        description="Branch, tag or commit of the hub's model and of what it reads by. Left out, the newest.",
     )
     tokenizer: str | None = Field(
-        default=None, description="Another tokenizer: a hub name or a folder. Left out, the model's own."
+        default=None,
+        description="Another tokenizer, or image processor of a model that reads images: a hub name or a folder. "
+        "Left out, the model's own.",
     )
     labels: list[str] | None = Field(
         default=None,
