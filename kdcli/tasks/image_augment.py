@@ -4,20 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator
+import numpy as np
 
-from kdcli.recipe.schema import PositiveFloat, Section, TaskSection
-from kdcli.tasks.kind import Fields
-from kdcli.words import joined
+from kdcli.tasks.image_fields import BINS, AugmentFields, RandAugmentFields
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
-
-BINS = 31
-"""Magnitudes of RandAugment: 0 to 30."""
 
 TRIES = 10
 """How often an area and a shape are drawn that may not fit an image; after that the whole image is taken."""
@@ -26,77 +20,12 @@ FLIP, CROP, RESIZED_CROP, OPERATIONS = range(4)
 """Streams of random numbers: what one transform draws does not depend on which others there are."""
 
 
-class RandAugmentFields(Section):
-    """How RandAugment changes an image."""
-
-    operations: Annotated[int, Field(ge=1, le=14)] = Field(
-        default=2, description="How many operations are applied to an image, one after the other."
-    )
-    magnitude: Annotated[int, Field(ge=0, le=BINS - 1)] = Field(
-        default=9, description="How strong they are, from 0 to 30."
-    )
-
-
-class AugmentFields(Fields):
-    """How training images are changed in each epoch; left out, they are not. A fine-tuned teacher sees the same."""
-
-    flip: bool = Field(
-        default=False, description="Mirror a training image left to right, or not, drawn again in every epoch."
-    )
-    crop: Annotated[int, Field(ge=1, le=1024)] | None = Field(
-        default=None,
-        description="Pixels of black padding around a training image, of which as much as the image's size is cut out "
-        "at random. Left out, images are not cropped.",
-    )
-    random_resized_crop: (
-        Annotated[list[Annotated[float, Field(gt=0.0, le=1.0)]], Field(min_length=2, max_length=2)] | None
-    ) = Field(
-        default=None,
-        description="Cut a random part out of a training image and resize it to the image's size: the least and the "
-        "largest share of the area, such as [0.8, 1.0]. It is cut out of what the image processor made. Left out, "
-        "images are not cropped.",
-    )
-    rand_augment: bool | RandAugmentFields = Field(
-        default=False,
-        description="Change training images by RandAugment: true, or { operations = 2, magnitude = 9 }, which are the "
-        "defaults.",
-    )
-    mixup: PositiveFloat | None = Field(
-        default=None,
-        description="Mix each training image of a batch with another one, pixels and labels, in a share drawn from "
-        "Beta(a, a): this is a, such as 0.2. The teacher sees the mixed images. Left out, images are not mixed.",
-    )
-
-    @field_validator("random_resized_crop")
-    @classmethod
-    def _rising(cls, value: list[float] | None) -> list[float] | None:
-        if value is not None and value[0] > value[1]:
-            raise ValueError(f"the least share comes first: [{value[1]}, {value[0]}]")
-        return value
-
-    def check(self, task: TaskSection) -> None:
-        super().check(task)
-        if self.crop is not None and self.random_resized_crop is not None:
-            raise ValueError("crop and random_resized_crop both crop an image: give one of them")
-
-    @property
-    def augmented_by(self) -> list[str]:
-        """The names of the fields that change training images."""
-        return [name for name in AugmentFields.model_fields if getattr(self, name)]
-
-
-def told(fields: AugmentFields) -> str:
-    """Return the fields that change training images, for a message: "flip and crop"."""
-    return joined(fields.augmented_by)
-
-
-def uniforms(parts: list[int], index: "np.ndarray", count: int) -> "np.ndarray":
+def uniforms(parts: list[int], index: np.ndarray, count: int) -> np.ndarray:
     """Return `count` uniform numbers in [0, 1) for each index, (n, count), which follow from `parts` and it alone.
 
     A counter-based generator: the finaliser of SplitMix64 (Steele, Lea and Flood 2014, figure 16) over one part after
     the other.
     """
-    import numpy as np
 
     state = np.zeros(1, np.uint64)
     for part in [*parts, index]:
@@ -105,8 +34,7 @@ def uniforms(parts: list[int], index: "np.ndarray", count: int) -> "np.ndarray":
     return (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _mixed(values: "np.ndarray") -> "np.ndarray":
-    import numpy as np
+def _mixed(values: np.ndarray) -> np.ndarray:
 
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -122,7 +50,7 @@ class Augment:
     seed: int
     classes: int
 
-    def __call__(self, images: "Tensor", index: "np.ndarray", epoch: int) -> "Tensor":
+    def __call__(self, images: "Tensor", index: np.ndarray, epoch: int) -> "Tensor":
         """Return uint8 images (n, channels, height, width) changed, each by its own draws. index: (n,)."""
         fields, draw = self.fields, partial(self._draw, index, epoch)
         if fields.crop is not None:
@@ -137,16 +65,15 @@ class Augment:
             images = _rand_augmented(images, how.magnitude, draw(OPERATIONS, 2 * how.operations))
         return images
 
-    def _draw(self, index: "np.ndarray", epoch: int, stream: int, count: int) -> "np.ndarray":
+    def _draw(self, index: np.ndarray, epoch: int, stream: int, count: int) -> np.ndarray:
         return uniforms([self.seed, epoch, stream], index, count)
 
-    def mixed(self, pixels: "Tensor", labels: "Tensor", index: "np.ndarray", epoch: int) -> "tuple[Tensor, Tensor]":
+    def mixed(self, pixels: "Tensor", labels: "Tensor", index: np.ndarray, epoch: int) -> "tuple[Tensor, Tensor]":
         """Return the pixels of each example mixed with those of the next one of the batch, and shares of the classes.
 
         labels: (n,). shares: (n, classes). The batch has one share, which follows from seed, epoch and its indices.
         Source: Zhang et al. 2018 (arXiv 1710.09412), section 2.
         """
-        import numpy as np
         import torch
         from torch.nn import functional
 
@@ -160,16 +87,15 @@ class Augment:
         )
 
 
-def _flipped(images: "Tensor", chosen: "np.ndarray") -> "Tensor":
+def _flipped(images: "Tensor", chosen: np.ndarray) -> "Tensor":
     import torch
     from torchvision.transforms.v2 import functional as transforms
 
     return torch.where(torch.from_numpy(chosen)[:, None, None, None], transforms.horizontal_flip(images), images)
 
 
-def _cropped(images: "Tensor", padding: int, draws: "np.ndarray") -> "Tensor":
+def _cropped(images: "Tensor", padding: int, draws: np.ndarray) -> "Tensor":
     """Return as much of each padded image as it was large. draws: (n, 2), of its top and left."""
-    import numpy as np
     import torch
     from torchvision.transforms.v2 import functional as transforms
 
@@ -179,13 +105,12 @@ def _cropped(images: "Tensor", padding: int, draws: "np.ndarray") -> "Tensor":
     return torch.stack([padded[i, :, t : t + height, x : x + width] for i, (t, x) in enumerate(places)])
 
 
-def _resized_crops(images: "Tensor", least: float, most: float, draws: "np.ndarray") -> "Tensor":
+def _resized_crops(images: "Tensor", least: float, most: float, draws: np.ndarray) -> "Tensor":
     """Return a part of each image, of a share of its area and an aspect ratio of 3/4 to 4/3, at the image's size.
 
     draws: (n, 4 x tries), of area, ratio, top and left; the first that fits is taken.
     Source: Szegedy et al. 2015 (arXiv 1409.4842), section 6; torchvision's RandomResizedCrop.
     """
-    import numpy as np
     import torch
     from torchvision.transforms.v2 import functional as transforms
 
@@ -204,13 +129,12 @@ def _resized_crops(images: "Tensor", least: float, most: float, draws: "np.ndarr
     return torch.stack([transforms.resized_crop(image, *place, [height, width]) for image, *place in parts])
 
 
-def _rand_augmented(images: "Tensor", magnitude: int, draws: "np.ndarray") -> "Tensor":
+def _rand_augmented(images: "Tensor", magnitude: int, draws: np.ndarray) -> "Tensor":
     """Return each image after some of the operations. draws: (n, 2 x operations), of the operation and its sign.
 
     Images with the same one are changed together.
     Source: Cubuk et al. 2019 (arXiv 1909.13719), section 3; the operations and their ranges are torchvision's.
     """
-    import numpy as np
     import torch
 
     table = operations(magnitude, *images.shape[-2:])

@@ -12,7 +12,7 @@ from kdcli.errors import InputError
 from kdcli.models.heads import IMAGE_CLASSIFICATION
 from kdcli.recipe.schema import TaskSection
 from kdcli.tasks.classes import TOP, ClassesKind, ClassFields
-from kdcli.tasks.image_augment import AugmentFields, told
+from kdcli.tasks.image_fields import AugmentFields, told
 from kdcli.tasks.kind import Encoded
 
 if TYPE_CHECKING:

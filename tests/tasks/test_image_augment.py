@@ -8,7 +8,8 @@ from scipy import stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
-from kdcli.tasks.image_augment import Augment, AugmentFields, operations, uniforms
+from kdcli.tasks.image_augment import Augment, operations, uniforms
+from kdcli.tasks.image_fields import AugmentFields
 
 
 def images(count: int = 16, height: int = 12, width: int = 10, channels: int = 3) -> torch.Tensor:
