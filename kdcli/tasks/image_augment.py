@@ -26,7 +26,6 @@ def uniforms(parts: list[int], index: np.ndarray, count: int) -> np.ndarray:
     A counter-based generator: the finaliser of SplitMix64 (Steele, Lea and Flood 2014, figure 16) over one part after
     the other.
     """
-
     state = np.zeros(1, np.uint64)
     for part in [*parts, index]:
         state = _mixed(state ^ np.asarray(part).astype(np.uint64))
@@ -35,7 +34,6 @@ def uniforms(parts: list[int], index: np.ndarray, count: int) -> np.ndarray:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
