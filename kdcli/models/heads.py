@@ -218,6 +218,8 @@ def _on_body(headed: "PreTrainedModel", model: "PreTrainedModel") -> "PreTrained
     own_config = getattr(model.base_model, "config", model.config)
     # Some bodies hold the classifier themselves.
     own = {name: headed.get_submodule(name) for name in classifier_names(headed)}
+    if not own and hasattr(body, "get_classifier"):
+        raise InputError(f"{type(body).__name__} has no linear classifier at its end, so it cannot get a new one")
     headed.config.dtype = model.config.dtype
     # Some bodies have weights beside their parts, such as a token or positions.
     for name, parameter in model.base_model.named_parameters(recurse=False):
