@@ -92,8 +92,8 @@ def cached_predictions(
     """Return the teacher's outputs for an encoded data set in its order, as `predict` does; all of them finite.
 
     The file is named by the teacher's weights and configuration and the encoded inputs, holds fp32 as computed, and
-    appears whole or not at all: another teacher, text or image, processor or maximum length is another file. A file that
-    is damaged is made again, and the console told. owner, device: as in `predict`.
+    appears whole or not at all: another teacher, text or image, processor or maximum length is another file. A file
+    that is damaged is made again, and the console told. owner, device: as in `predict`.
     Raises NotFiniteError when the teacher's outputs contain NaN or inf; they are never kept.
     """
     name, path = _named(teacher, dataset, outputs)

@@ -196,7 +196,8 @@ def test_two_processes_train_the_student_of_one(sharding: str, tmp_path: Path):
     write_world(tmp_path, "method", method={"name": "minilm"}, train={"batch_size": 4, "sharding": sharding})
     _, one = distill(tmp_path, "one")
     _, two = distill(tmp_path, "two", *TWO_PROCESSES)
-    assert differ(one, two) < 1e-6
+    # A step moves weights by 1e-3.
+    assert differ(one, two) < 1e-5
     assert Run(tmp_path / "runs" / "two").document["student"]["metrics"]
 
 
