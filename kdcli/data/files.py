@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from kdcli.data.columns import CHUNK, Column, Columns, chunked, packed
 from kdcli.data.conll import ENDINGS, read_conll
-from kdcli.data.rows import TEXT, stored_table
+from kdcli.data.rows import IN_MEMORY, TEXT, stored_table
 from kdcli.errors import InputError
 from kdcli.words import counted
 
@@ -53,7 +53,7 @@ def read_file(
             parquet = pyarrow.parquet.ParquetFile(path)
             schema = parquet.schema_arrow
             _check_names(path, schema.names, where)
-            table = stored_table(parquet.iter_batches(CHUNK), schema)
+            table = stored_table(parquet.iter_batches(_rows_at_once(parquet.metadata)), schema)
             columns = {name: Column(table.column(name).chunks) for name in schema.names}
         elif kind in SEPARATORS:
             columns = _read_csv(path, kind, delimiter, encoding, where, notes)
@@ -69,6 +69,12 @@ def read_file(
     if not columns or not len(next(iter(columns.values()))):
         raise InputError(f"{path} has no rows", where=where)
     return columns
+
+
+def _rows_at_once(about: pyarrow.parquet.FileMetaData) -> int:
+    """Return how many rows of a Parquet file are read at a time: fewer where they are large, as images are."""
+    size = sum(about.row_group(group).total_byte_size for group in range(about.num_row_groups))
+    return max(1, min(CHUNK, IN_MEMORY * about.num_rows // max(size, 1)))
 
 
 def check_exists(path: Path, where: str) -> None:

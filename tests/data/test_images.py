@@ -259,6 +259,13 @@ def test_every_image_that_lacks_its_end_is_found_before_training(form: str):
             images_of(whole, whole[: int(len(whole) * share)])
 
 
+def test_rows_are_counted_through_all_slices():
+    content = [encoded(NOISE)] * 700
+    content[600] = content[600][:-30]
+    with pytest.raises(InputError, match="rows: row 601 is truncated"):
+        images_of(*content)
+
+
 def test_what_is_behind_the_end_of_an_image_does_no_harm():
     content = encoded(NOISE, "JPEG") + b"a trailer of some camera" * 10
     assert len(images_of(content)) == 1 and seen(content).size == NOISE.size
