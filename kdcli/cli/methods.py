@@ -91,6 +91,7 @@ def short_citation(paper: str) -> str:
 
 
 def _tasks(method: "Method") -> str:
-    """Return what tasks a method works on, in few words: what they must provide, else their names."""
-    needs = ", ".join(sorted(method.needs)) or "all"
-    return needs if len(needs) <= 23 else ", ".join(tasks_of(method))
+    """Return what tasks a method works on, in few words: what they must provide."""
+    # What has classes has labels.
+    needs = method.needs - {"labels"} if "classes" in method.needs else method.needs
+    return ", ".join(sorted(needs)) or "all"

@@ -116,7 +116,7 @@ def relation_heads_that_divide_queries_alone(world: World) -> list[str]:
     return distill(world, method={"name": "minilmv2", "relation_heads": 12, "max_new_tokens": None})
 
 
-@case("dbkd works on classification tasks", "own is a causal-lm task", "use kd, makd")
+@case("dbkd works on classification and image-classification tasks", "own is a causal-lm task", "use kd, makd")
 def decisions_on_plain_text(world: World) -> list[str]:
     return distill(world, method={"name": "dbkd", "max_new_tokens": None})
 

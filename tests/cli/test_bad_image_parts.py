@@ -45,7 +45,7 @@ def distill(world: World, **changes: Any) -> list[str]:
 
 
 @case("task: augment needs texts that keep their answers where words change", "image-classification")
-def copies_with_other_words(world: World) -> list[str]:
+def copies_of_images_with_other_words(world: World) -> list[str]:
     return distill(world, task={"augment": {"model": "filler"}})
 
 

@@ -130,5 +130,8 @@ def test_what_a_decoder_cannot_do_is_refused_with_the_reason(
 
 def test_decisions_of_a_black_box_are_refused_on_text(tmp_path: Path) -> None:
     document = write_world(tmp_path, task=TEXT, method={"name": "dbkd", "max_new_tokens": None})
-    with pytest.raises(InputError, match="dbkd works on classification tasks: it needs one class out of several"):
+    with pytest.raises(
+        InputError,
+        match="dbkd works on classification and image-classification tasks: it needs one class out of several",
+    ):
         run_recipe(write_recipe(tmp_path / "recipe.toml", document))

@@ -42,7 +42,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # The code of one family under another's name.
-SLOW = ("xlm-roberta", "camembert", "roberta", "electra", "distilbert", "mpnet", "albert")
+SLOW = ("xlm-roberta", "camembert", "roberta", "electra", "distilbert", "mpnet", "albert", "modernbert")
 # One block is as good as two, but where blocks share weights, or attend to a window in turn.
 LAYERS = {"albert": 2, "modernbert": 2}
 

@@ -133,6 +133,7 @@ def test_a_text_that_no_person_writes_is_no_recipe(tmp_path: Path, text: str, wo
         assert len(refusal(tmp_path, [f"{name}={value}", f"student={value}"])) < 1000
 
 
+@pytest.mark.slow
 def test_the_time_to_name_mistakes_grows_with_the_text_alone(tmp_path: Path) -> None:
     def seconds(lines: int) -> float:
         path = tmp_path / "recipe.toml"

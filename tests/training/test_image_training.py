@@ -76,7 +76,7 @@ def test_workers_resuming_and_kept_pixels_change_no_step(tmp_path: Path, monkeyp
     assert not torch.equal(drawn_otherwise["classifier.weight"], weights["classifier.weight"])
 
 
-@pytest.mark.parametrize("place", ["train", "selection"])
+@pytest.mark.parametrize("place", ["train", pytest.param("selection", marks=pytest.mark.slow)])
 def test_a_worker_that_meets_a_broken_image_ends_the_run_in_words(tmp_path: Path, place: str):
     good = [encoded(each) for each in pictures(24)]
     broken = [*good[:17], good[17][: len(good[17]) // 2], *good[18:]]
@@ -95,6 +95,7 @@ def fail(rows: Any) -> Any:
     raise OSError(28, "No space left on device", "/somewhere")
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_ended_or_fails_is_told(tmp_path: Path):
     with pytest.raises(RuntimeError) as caught:
         train(task(), tmp_path, workers=1, collate=end_the_process)

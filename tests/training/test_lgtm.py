@@ -103,7 +103,10 @@ def mutual(kind: str, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
     return (lambda teacher, student: ((teacher - student) ** 2).mean()) if kind == "regression" else kl
 
 
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=pytest.mark.slow) if name not in ("bert", "modernbert") else name for name in NAMES],
+)
 def test_influence_is_the_mixed_second_derivative_along_the_direction(family: str):
     check_influence(family, "classification")
 
