@@ -91,7 +91,6 @@ def short_citation(paper: str) -> str:
 
 
 def _tasks(method: "Method") -> str:
-    """Return what tasks a method works on, in few words: what they must provide."""
-    # What has classes has labels.
-    needs = method.needs - {"labels"} if "classes" in method.needs else method.needs
+    """Return what tasks a method works on, in few words: what they must provide; `kdcli methods NAME` names them."""
+    needs = {"classes"} if "classes" in method.needs else method.needs
     return ", ".join(sorted(needs)) or "all"
