@@ -320,7 +320,16 @@ def _check_one(content: bytes | None, path: str | None) -> tuple[str, bool]:
         raise _Fault(f"is no path: {error}") from error
     except OSError as error:
         raise _Fault(f"cannot be read: {error.strerror or error}") from error
-    return f"{about.st_size}-{about.st_mtime_ns}", several
+    return stamp_of_file(about), several
+
+
+def stamp_of_file(about: os.stat_result) -> str:
+    """Return what changes with a file: its size, and its times of writing and of change, in nanoseconds.
+
+    Files that change places keep their sizes and times of writing, which any program can set; that of change is the
+    system's own.
+    """
+    return f"{about.st_size}-{about.st_mtime_ns}-{about.st_ctime_ns}"
 
 
 def _check_header(file: Any, content: bytes | None = None) -> bool:

@@ -26,7 +26,7 @@ TEXT = pa.large_string()
 
 IMAGE = pa.struct([("bytes", pa.large_binary()), ("path", TEXT), ("stamp", TEXT)])
 """An image of a row: its encoded bytes, or else its file; and a stamp that changes with it, a hash of the bytes or the
-size and time of the file."""
+size and times of the file."""
 
 BATCH = 1000
 """Rows that are Python objects at the same time."""

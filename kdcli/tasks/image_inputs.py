@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcli.data.images import decoded
+from kdcli.data.images import decoded, stamp_of_file
 from kdcli.data.rows import stored
 from kdcli.machine import usable_processors
 from kdcli.models.hashing import CONTENT
@@ -134,8 +134,7 @@ def _content(data: "pa.Scalar", path: str | None, stamp: str | None, processor: 
         of.append(stamp or hashlib.blake2b(data.as_buffer()).hexdigest())
     else:
         assert path is not None
-        about = os.stat(path) if stamp is None else None
-        of += [path, stamp or f"{about.st_size}-{about.st_mtime_ns}"]  # type: ignore[union-attr]
+        of += [path, stamp or stamp_of_file(os.stat(path))]
     return hashlib.blake2b("\0".join(of).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,20 @@ def test_a_changed_file_is_another_data_set(tmp_path: Path):
     about = path.stat()
     path.write_bytes(path.read_bytes())
     os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns + 1_000_000))
+    assert task_of(tmp_path, data="photos").description["fingerprint"] != before
+
+
+def test_files_of_one_size_and_time_that_change_places_are_another_data_set(tmp_path: Path):
+    root = folder_of(tmp_path / "photos")
+    paths = [root / "cat" / name for name in ("0.png", "3.png")]
+    for path in paths:
+        Image.open(path).copy().save(path, "BMP")
+        os.utime(path, ns=(10**18, 10**18))
+    before = task_of(tmp_path, data="photos").description["fingerprint"]
+    time.sleep(0.02)
+    for old, new in ((paths[0], root / "other"), (paths[1], paths[0]), (root / "other", paths[1])):
+        old.rename(new)
+    assert len({(path.stat().st_size, path.stat().st_mtime_ns) for path in paths}) == 1
     assert task_of(tmp_path, data="photos").description["fingerprint"] != before
 
 
