@@ -454,16 +454,31 @@ def decoded(image: Mapping[str, Any], *, row: int | None = None, mode: str = "RG
 
 def _decoded(image: Mapping[str, Any], mode: str) -> "Image.Image":
     content, path = image["bytes"], image["path"]
-    try:
-        content = content if content is not None else Path(path).read_bytes()
-    except OSError as error:
-        raise _Fault(f"cannot be read any more: {error.strerror or error}") from error
+    if content is None:
+        content = _read_again(path, image.get("stamp"))
     with io.BytesIO(content) as file:
         found = _opened(file, b"")
         _check_pixels(found)
         bits = _bits(found)
         _load(found)
     return _in_mode(_upright(found), mode, bits)
+
+
+def _read_again(path: str, stamp: str | None) -> bytes:
+    """Return the bytes of a file. Raises _Fault where it is another one than its stamp was taken of.
+
+    What is kept of an image has a name made of its stamp, so other pixels must not become part of it.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+            # After reading, so that a change on the way is seen, too.
+            about = os.fstat(file.fileno())
+    except OSError as error:
+        raise _Fault(f"cannot be read any more: {error.strerror or error}") from error
+    if stamp is not None and stamp != stamp_of_file(about):
+        raise _Fault("was changed after it was checked", "run it again, and leave the images as they are meanwhile")
+    return content
 
 
 def _upright(image: "Image.Image") -> "Image.Image":

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from kdcli.data.columns import Column, Columns
-from kdcli.errors import InputError
 from kdcli.models.heads import IMAGE_CLASSIFICATION
 from kdcli.recipe.schema import TaskSection
 from kdcli.tasks.classes import TOP, ClassesKind, ClassFields
@@ -122,16 +121,10 @@ class ImageClassification(ClassesKind):
         return lines_for(processor, channels_of(processor), make) + self.script_of_logits(config)
 
     def check(self, task: "Task", processor: Any, max_length: int) -> None:
-        from kdcli.tasks.image_inputs import ImageCollator, reader_of
+        from kdcli.tasks.image_inputs import ImageCollator, check_steps, reader_of
 
         reader = reader_of(processor)
-        if not reader.in_steps and (given := [*task.fields.augmented_by, *["cache_pixels"] * task.fields.cache_pixels]):
-            raise InputError(
-                f"{given[0]} works on images as bytes, and {type(processor).__name__} does not shape an image before "
-                "it scales its pixels",
-                where=f"task.{given[0]}",
-                hint="leave it out",
-            )
+        check_steps(reader, task.fields)
         ImageCollator(reader)(list(self.encode(task.train.select(range(1)), processor, max_length)))
 
     def encode(self, rows: "Dataset", processor: Any, max_length: int) -> "Dataset":

@@ -11,6 +11,7 @@ import numpy as np
 
 from kdcli.data.images import decoded, stamp_of_file
 from kdcli.data.rows import stored
+from kdcli.errors import InputError
 from kdcli.machine import usable_processors
 from kdcli.models.hashing import CONTENT
 from kdcli.models.processors import channels_of, hash_of_processor
@@ -103,6 +104,17 @@ def reader_of(processor: Any) -> Reader:
     return Reader(processor, mode, in_steps)
 
 
+def check_steps(reader: Reader, fields: Any) -> None:
+    """Raise InputError where the fields of a task need images as bytes, and the image processor gives none."""
+    if not reader.in_steps and (given := [*fields.augmented_by, *["cache_pixels"] * fields.cache_pixels]):
+        raise InputError(
+            f"{given[0]} works on images as bytes, and {type(reader.processor).__name__} does not shape an image "
+            "before it scales its pixels",
+            where=f"task.{given[0]}",
+            hint="leave it out",
+        )
+
+
 def encode(rows: "Dataset", processor: Any) -> "Dataset":
     """Return the columns index, image, content, [labels] and length, which is 1: images stay what they are."""
     name = hash_of_processor(processor)
@@ -178,7 +190,7 @@ class ImageCollator:
             images = self.kept.read(np.array([row[PLACE] for row in rows], np.int64))
         else:
             found = self._decoded(rows)
-            if index is None or not self.reader.in_steps:
+            if index is None:
                 return self.reader.whole(found)
             images = self.reader.shaped(found)
         if index is not None and self.augment is not None:
@@ -202,10 +214,14 @@ class ImageCollator:
 def prepare(
     train: "Dataset", selection: "Dataset", processor: Any, fields: Any, *, seed: int, classes: int
 ) -> "tuple[Dataset, Dataset, ImageCollator]":
-    """Return encoded training and validation rows with what the fields of a task ask for, and their collator."""
+    """Return encoded training and validation rows with what the fields of a task ask for, and their collator.
+
+    Raises InputError as `check_steps` does.
+    """
     from kdcli.tasks.image_augment import Augment
 
     kept, reader = None, reader_of(processor)
+    check_steps(reader, fields)
     if fields.cache_pixels:
         kept, (train, selection) = keep_pixels([train, selection], reader)
     augment = None

@@ -293,12 +293,25 @@ def test_an_image_that_is_damaged_after_the_check_is_named(tmp_path: Path):
     assert row["path"] == str(path) and row["bytes"] is None and row["stamp"].startswith(f"{path.stat().st_size}-")
     path.write_bytes(encoded(NOISE)[:-60])
     with pytest.raises(InputError, match=f"{path.name} is truncated"):
-        decoded(row, row=3)
+        decoded({**row, "stamp": None}, row=3)
     path.unlink()
     with pytest.raises(InputError, match=f"{path.name} cannot be read any more"):
         decoded(row, row=3)
     with pytest.raises(InputError, match=r"the image of row 4 is no image"):
         decoded({"bytes": b"nothing", "path": None, "stamp": None}, row=3)
+
+
+def test_a_file_that_takes_the_place_of_the_checked_one_is_not_decoded(tmp_path: Path):
+    first, second = tmp_path / "a.bmp", tmp_path / "b.bmp"
+    for path, image in ((first, NOISE), (second, ImageOps.flip(NOISE))):
+        path.write_bytes(encoded(image, "BMP"))
+        os.utime(path, ns=(0, 10**18))
+    [row] = images_of("a.bmp", folder=tmp_path).to_pylist()
+    assert decoded(row).tobytes() == NOISE.tobytes()
+    os.replace(second, first)
+    with pytest.raises(InputError, match=r"a\.bmp was changed after it was checked") as told:
+        decoded(row)
+    assert "run it again" in str(told.value.hint)
 
 
 # Shapes

@@ -117,6 +117,28 @@ def test_a_collator_is_the_same_after_pickling(processor):
     assert torch.equal(prepared.collator(batch)["pixel_values"], other(batch)["pixel_values"])
 
 
+class AtOnce(ViTImageProcessor):
+    """Scales pixels whatever it is asked for."""
+
+    def __call__(self, images, **options):
+        return super().__call__(images, return_tensors="pt")
+
+
+@pytest.mark.parametrize("field", ["flip", "cache_pixels"])
+def test_what_works_on_bytes_is_refused_where_a_processor_gives_none(field: str, own_cache):
+    rows = rows_of(pictures(4))
+    task, plain = task_of(rows, rows, **{field: True}), task_of(rows, rows)
+    processor = AtOnce(size=SIZE)
+    for refused in (task.kind.check, task.kind.prepare):
+        with pytest.raises(InputError, match=f"{field} works on images as bytes, and AtOnce") as told:
+            refused(task, processor, 128)
+        assert told.value.where == f"task.{field}"
+    assert not list(own_cache.rglob("pixels.bin"))
+    prepared = plain.kind.prepare(plain, processor, 128)
+    pixels = prepared.collator(list(prepared.train))["pixel_values"]
+    assert torch.equal(pixels, torch.cat([processor(image).pixel_values for image in pictures(4)]))
+
+
 def test_only_training_images_change(processor):
     rows = rows_of(pictures(8))
     task = task_of(rows, rows, **EVERYTHING)
