@@ -400,9 +400,12 @@ def _may_be_left(model: "PreTrainedModel", key: str) -> bool:
 
 
 def _is_left_out(model: "PreTrainedModel", key: str) -> bool:
-    """True for a weight of a layer that a body has nothing in place of: of a classifier that it would hold itself."""
+    """True for a weight of a layer that another library's model has nothing in place of: of its own classifier."""
     from torch import nn
 
+    if family_of(model.config).wraps is None:
+        # A layer that a family's models never have is no part of their files, either.
+        return False
     *parents, _ = key.split(".")
     module: Any = model
     for name in parents:

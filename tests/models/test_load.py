@@ -348,3 +348,11 @@ def test_moving_a_folder_does_not_matter(folder: Path, tmp_path_factory: pytest.
     shutil.copytree(folder, moved)
     assert torch.equal(probe(load_model(moved)), probe(tiny("bert")))
     assert torch.equal(probe(load_model(str(moved))), probe(tiny("bert")))
+
+
+def test_a_weight_of_a_layer_that_a_model_has_nothing_in_place_of_is_refused(tmp_path: Path):
+    # The first block's norm of a ModernBERT is an identity: with a weight for it the file is another model's.
+    save_model(tiny("modernbert"), tmp_path)
+    change_weights(lambda state: state.update({"model.layers.0.attn_norm.weight": torch.full((32,), 3.0)}))(tmp_path)
+    with pytest.raises(InputError, match=r"has 1 weight \(first: model.layers.0.attn_norm.weight\) .* no place"):
+        load_model(tmp_path)
