@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
+TWO_HEADS = ("cls_classifier", "distillation_classifier")
+"""The heads of a DeiT with a distillation token, whose outputs hold the logits of each beside their mean."""
+
 
 def class_names_of(config: "PretrainedConfig") -> list[str]:
     """Return a model's class names in the order of its logits."""
@@ -61,6 +64,14 @@ def classifiers(model: "PreTrainedModel") -> "list[nn.Linear]":
     return [model.get_submodule(name) for name in names]  # type: ignore[misc]
 
 
+def has_two_heads(model: "PreTrainedModel") -> bool:
+    """True where a model's outputs hold the logits of two heads, so that gold labels and a teacher can teach one each.
+
+    Of timm's models with two heads the outputs hold the mean alone.
+    """
+    return set(TWO_HEADS) <= set(classifier_names(model))
+
+
 def classifier_names(model: "PreTrainedModel") -> list[str]:
     """Return the paths of the linear layers that give logits; none where there are none."""
     from torch import nn
@@ -74,7 +85,7 @@ def classifier_names(model: "PreTrainedModel") -> list[str]:
     classes, found = model.config.num_labels, {}
     for name, module in model.named_modules():
         head = name.partition(".")[0]
-        if not head.endswith("classifier") and not head.startswith(("classifier", "qa_outputs")):
+        if head not in TWO_HEADS and not head.startswith(("classifier", "qa_outputs")):
             continue
         if isinstance(module, nn.Linear) and module.out_features == classes:
             # What stands before it in a head may by chance be as wide.

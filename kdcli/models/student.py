@@ -9,7 +9,7 @@ import torch
 
 from kdcli.errors import InputError
 from kdcli.models.blocks import blocks_of, blocks_prefix, module_at, scale_queries
-from kdcli.models.classes import classifier_names
+from kdcli.models.classes import has_two_heads
 from kdcli.models.embedding import read_alike
 from kdcli.models.factoriser import Factoriser
 from kdcli.models.families import Family, family_of
@@ -69,7 +69,7 @@ def build_student(
     read_alike(build.model, teacher)
     if section.dtype is not None:
         build.model.config.dtype = getattr(torch, section.dtype)
-    if len(classifier_names(build.model)) > 1:
+    if has_two_heads(build.model):
         build.notes.append("two heads: where gold labels and the teacher's predictions teach, each learns from one")
     if (kind := stored_type(build.model)) != torch.float32:
         build.notes.append(f"kept in {str(kind).removeprefix('torch.')}")

@@ -8,8 +8,10 @@ from families import NAMES, tiny
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from kdcli.models.blocks import block_matrix
+from kdcli.models.classes import reorder_classes
 from kdcli.models.heads import head_of, with_new_head
 from kdcli.models.lowrank import LowRankLinear
+from kdcli.models.probe import probe
 from kdcli.models.reinit import reinitialise
 from kdcli.models.student import build_student
 from kdcli.recipe.schema import StudentSection
@@ -99,3 +101,11 @@ def test_random_factors_multiply_to_a_matrix_of_the_usual_size():
         # The best approximation of a random matrix at half of its weights keeps most of its size.
         assert 0.5 < product.std() / student.config.initializer_range < 1.0
     assert student(IDS).logits.isfinite().all()
+
+
+def test_a_layer_before_the_classifier_that_is_as_wide_keeps_its_order():
+    model = tiny("distilbert", labels=32)
+    assert model.pre_classifier.out_features == model.config.num_labels
+    before, order = probe(model), torch.randperm(32, generator=torch.Generator().manual_seed(0)).tolist()
+    reorder_classes(model, order)
+    torch.testing.assert_close(probe(model), before[:, order], rtol=0, atol=0)

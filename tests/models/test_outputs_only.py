@@ -80,6 +80,16 @@ def test_classes_in_another_order_are_the_same_logits_in_that_order(folder: Path
     torch.testing.assert_close(logits(model), before[:, [2, 0, 1]])
 
 
+def test_two_heads_whose_mean_alone_is_an_output_are_not_said_to_part(tmp_path: Path):
+    (tmp_path / "student").mkdir()
+    model = OUTER["two-heads"]()
+    save_model(model, tmp_path / "student", processor())
+    section = StudentSection(form="checkpoint", model=str(tmp_path / "student"))
+    labelling = Labelling(IMAGE_CLASSIFICATION, {}, lambda model, name: [])
+    build = build_student(OUTER["vit"](), section, seed=0, labelling=labelling)
+    assert not any("two heads" in note for note in build.notes)
+
+
 def test_a_size_inside_is_told_of_no_such_model(model: PreTrainedModel):
     shape = shape_of(model.config)
     assert shape.channels == 3
