@@ -146,6 +146,15 @@ class Prediction:
         return self.logits if isinstance(self.logits, Tensor) else self.logits.float()
 
 
+def part_heads(predictions: list[Prediction], *, gold: bool, teacher: bool) -> None:
+    """Let a student's two heads learn from one teacher each, in place: from gold answers or predictions alone both do.
+
+    gold, teacher: whether the student learns from gold answers, and from a teacher's predictions.
+    """
+    for table in predictions:
+        table.apart = gold and teacher
+
+
 @dataclass(frozen=True)
 class Request:
     """What must be captured from one model's forward pass; everything else is not even looked at.

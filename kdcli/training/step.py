@@ -16,7 +16,7 @@ from kdcli.objectives.gold import GoldObjective
 from kdcli.objectives.output import OutputObjective
 from kdcli.objectives.term import Term
 from kdcli.objectives.total import total_loss
-from kdcli.signals import MatrixKey, Request, Signals
+from kdcli.signals import MatrixKey, Request, Signals, part_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,9 +63,10 @@ class Distiller(nn.Module):
             raise ValueError(f"a method gives more than one term the name {twice[0]!r}")
         self.objectives = nn.ModuleDict({term.name: term.objective for term in active})
         self.weights = {term.name: float(term.weight) for term in active}
-        taught = [any(isinstance(term.objective, one) for term in active) for one in (GoldObjective, OutputObjective)]
-        self.apart = all(taught)
-        """Whether a student's two heads learn from one teacher each: from only one both learn."""
+        self.by_gold, self.by_outputs = (
+            any(isinstance(term.objective, one) for term in active) for one in (GoldObjective, OutputObjective)
+        )
+        """Whether gold answers, and the teacher's predictions, teach the student."""
         student_request, self.teacher_request = Request(), Request()
         for term in active:
             student_request |= term.objective.student_request()
@@ -162,10 +163,9 @@ class Distiller(nn.Module):
                 teacher = teacher.take(self.tokens[1])
             with self.student_capture as capture:
                 student = capture.run(batch, teacher)
-            if self.tokens is not None:
+            if self.tokens is not None and self.student_capture.request.inside:
                 student = student.take(self.tokens[0])
-            for table in student.predictions:
-                table.apart = self.apart
+            part_heads(student.predictions, gold=self.by_gold, teacher=self.by_outputs)
             with torch.autocast(student.mask.device.type, enabled=False):
                 total, values = total_loss(self.objectives, self.weights, student, teacher, batch)  # type: ignore[arg-type]
         if not self.training:

@@ -1,10 +1,16 @@
 """Which tokens of an image two models are compared at."""
 
+from typing import Any
+
 import pytest
 import torch
 from families import IMAGES, tiny
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kdcli.errors import InputError
+from kdcli.methods import registry
+from kdcli.methods.base import Context
 from kdcli.models.capture import Capture
 from kdcli.models.shape import shape_of
 from kdcli.models.tokens import shared_tokens
@@ -79,3 +85,42 @@ def test_a_student_without_a_distillation_token_follows_the_other_tokens():
     own, other = next(heads), next(heads)[:, :, kept]
     own, other = (torch.log_softmax(side @ side.mT / 8**0.5, -1) for side in (own, other))
     torch.testing.assert_close(found["relation"], (other.exp() * (other - own)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"), [("vit", "deit"), ("vit", "dinov2_with_registers"), ("deit", "vit"), ("deit", "deit")]
+)
+@pytest.mark.parametrize("options", [{"schedule": "staged"}, {"matrix_inputs": "teacher"}])
+def test_a_student_of_more_tokens_learns_matrices_on_the_inputs_of_the_teacher(
+    teacher: str, student: str, options: dict[str, Any]
+):
+    theirs, own = tiny(teacher, labels=3), tiny(student, labels=3, seed=1)
+    batch = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 2, 0])}
+    shapes = shape_of(theirs.config), shape_of(own.config)
+    context = Context(*shapes, "checkpoint", KIND, [(1, 1), (2, 2)])
+    method = registry.get("makd")
+    values = []
+    for stage in method.build(method.options(**options), context):
+        distiller = Distiller(own, stage.terms, kind=KIND, teacher=theirs)
+        values.append(distiller(batch))
+        distiller.close()
+    assert all(torch.isfinite(value["loss"]) for value in values)
+
+    def linears(model: PreTrainedModel) -> list[nn.Module]:
+        return [module for name, module in model.named_modules() if name.endswith((".fc1", ".fc2"))]
+
+    kept = (shared_tokens(shapes[1], shapes[0]) or (None, [*range(shapes[0].tokens or 0)]))[1]
+    taken: list[tuple[Tensor, Tensor]] = []
+    hooks = [
+        module.register_forward_hook(lambda _, given, output: taken.append((given[0][:, kept], output[:, kept])))
+        for module in linears(theirs)
+    ]
+    theirs(batch["pixel_values"])
+    for hook in hooks:
+        hook.remove()
+    found = [module(x) for module, (x, _) in zip(linears(own), taken, strict=True)]
+    errors = [
+        ((mine - other).square().sum(-1) / other.square().sum(-1)).mean()
+        for mine, (_, other) in zip(found, taken, strict=True)
+    ]
+    torch.testing.assert_close(values[0]["ffn"], torch.stack(errors).mean())

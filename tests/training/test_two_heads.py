@@ -1,18 +1,30 @@
 """A student of two heads (DeiT): the class head learns from gold labels, the distillation head from the teacher."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from datasets import Dataset
 from families import tiny
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import default_collate
+from training.stages import setting
 from transformers import PreTrainedModel
 
+from kdcli.methods import registry
+from kdcli.methods.base import Context
 from kdcli.models.classes import reorder_classes
 from kdcli.models.probe import probe
+from kdcli.models.shape import shape_of
+from kdcli.models.student import build_student
 from kdcli.objectives.gold import GoldObjective
 from kdcli.objectives.output import OutputObjective
 from kdcli.objectives.term import Divergence, Term
+from kdcli.recipe.schema import StudentSection
 from kdcli.tasks.image_classification import KIND
+from kdcli.training.schemes.lgtm import LGTMScheme
 from kdcli.training.step import Distiller
 
 TWO_HEADS = {"architectures": ["DeiTForImageClassificationWithTeacher"]}
@@ -103,3 +115,39 @@ def test_classes_are_put_in_order_in_both_heads():
     before = probe(model)
     reorder_classes(model, [4, 2, 0, 1, 3])
     torch.testing.assert_close(probe(model), before[:, [4, 2, 0, 1, 3]])
+
+
+def test_two_heads_are_said_to_part():
+    build = build_student(deit(), StudentSection(form="depth", layers=1), seed=0)
+    assert any("two heads" in note for note in build.notes)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_the_look_ahead_of_lgtm_follows_the_loss_of_the_step(
+    alpha: float, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    student, teacher = deit(), deit(2)
+    parameters, found = list(student.parameters()), []
+    direction = LGTMScheme.direction
+
+    def note(scheme: LGTMScheme, loss: Tensor, *others: Any) -> list[Tensor]:
+        found.extend(torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True))
+        return direction(scheme, loss, *others)
+
+    monkeypatch.setattr(LGTMScheme, "direction", note)
+    method, shape = registry.get("lgtm"), shape_of(student.config)
+    context = Context(shape, shape, "checkpoint", KIND, [(1, 1), (2, 2)])
+    (stage,) = method.build(method.options(alpha_student=alpha, held_out=0.5), context)
+    expected = [
+        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for _ in [loss_of(batch, student, teacher, *stage.terms)]
+        for parameter in parameters
+    ]
+    rows = Dataset.from_dict({name: column.tolist() for name, column in batch.items()} | {"length": [1] * 6})
+    place = setting(student, teacher, rows.with_format("torch"), batch_size=3)
+    scheme = stage.scheme
+    scheme.begin(replace(place, collator=default_collate))
+    scheme.place(torch.device("cpu"))
+    scheme.before_step(0, batch, torch.optim.AdamW(parameters, lr=1e-3))
+    for gradient, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.zeros_like(other) if gradient is None else gradient, other)

@@ -21,7 +21,7 @@ from kdcli.models.inputs import model_inputs
 from kdcli.models.overparam import linears_of, overparameterise
 from kdcli.objectives.gold import gold_loss
 from kdcli.objectives.output import output_loss
-from kdcli.signals import MatrixKey, Prediction
+from kdcli.signals import MatrixKey, Prediction, part_heads
 from kdcli.tensors.parametrization import chain_of, tensors_of
 from kdcli.terminal import tell
 from kdcli.training.distributed import state
@@ -70,6 +70,11 @@ class Learning:
     def loss(self, own: list[Prediction], other: list[Prediction], alpha: float) -> Tensor:
         """Return alpha times the agreement with the other's predictions, and 1 - alpha times the gold labels' loss."""
         return alpha * self.agreement(own, other) + (1.0 - alpha) * self.gold(own)
+
+    def student_loss(self, own: list[Prediction], other: list[Prediction]) -> Tensor:
+        """Return the loss of the student's step: where it has two heads, each learns as it does there."""
+        part_heads(own, gold=self.alpha_student < 1.0, teacher=self.alpha_student > 0.0)
+        return self.loss(own, other, self.alpha_student)
 
 
 class LGTMScheme(Scheme):
@@ -212,8 +217,7 @@ class LGTMScheme(Scheme):
                 learned = learning.kind.predictions(student(**model_inputs(student, batch)), batch)
         learning.loss(taught, learned, learning.alpha_teacher).backward()
         if learning.influence:
-            loss = learning.loss(learned, taught, learning.alpha_student)
-            direction = self.direction(loss, step, optimizer)
+            direction = self.direction(learning.student_loss(learned, taught), step, optimizer)
             self.add_influence(batch, self.trained(optimizer), direction, -rate)
         parameters = [parameter for parameter in teacher.parameters() if parameter.grad is not None]
         average([parameter.grad for parameter in parameters])
