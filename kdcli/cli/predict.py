@@ -24,6 +24,8 @@ NEW_TOKENS = 256
 """Of a generated text, where neither a user nor a run says how many."""
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """How names of files end that are examples, though they stand where a model may."""
+MARKS = ("config.json", "run.json", "model.onnx")
+"""Files that the folder of a model, a run or a graph has."""
 MOST_TOKENS = 1_000_000
 """That are read of a prompt, where a model has no positions of its own."""
 
@@ -140,7 +142,10 @@ def predict(
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Of what is drawn; default: 0.")
     ] = None,
-    echo: Annotated[bool, typer.Option("--echo", help="Write the inputs before each reply.")] = False,
+    echo: Annotated[
+        bool,
+        typer.Option("--echo", help="Write the inputs before each reply; files that are no table are named anyway."),
+    ] = False,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, max=65_536, help="1 answers each line of a pipe as it comes.")
     ] = 64,
@@ -188,7 +193,8 @@ def predict(
         raise InputError(
             "nothing to answer",
             where="TEXT",
-            hint='give texts, --input FILE, or "-" for standard input; a text of one word needs MODEL before it',
+            hint='give texts, files or folders of images, --input FILE, or "-" for standard input; a text of one word '
+            "needs MODEL before it",
         )
     for number, words in enumerate(texts, 1):
         if not words.strip():
@@ -197,7 +203,7 @@ def predict(
         raise InputError("labels has no effect: a model answers with its own labels", where="--set labels")
     place = expanded(input_, "--input") if input_ not in (None, "-") else None
     of_lines = input_ == "-" or (place is not None and place.suffix.lower() == ".txt")
-    of_table = place is not None and not of_lines
+    of_table = place is not None and not (of_lines or place.is_dir() or _is_image(place.name))
     for option, given, fits, needs in (
         ("--text", text is not None, of_table, "--input FILE with columns"),
         ("--delimiter", delimiter is not None, of_table, "--input FILE with columns"),
@@ -249,6 +255,8 @@ def predict(
     other = replace(other, writing=writing) if other is not None else None
     if top is not None and not kind.ranks:
         raise InputError(f"{kind.name} models give one answer, without others to list", where="--top")
+    # A folder has as many replies as images; those of texts and tables stand in the order of what is given.
+    echo = echo or (kind.typed_as_files and not of_table)
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_given(set_ or (), of_table=of_table))
         examples = Examples(kind, fields, fixed)
@@ -396,6 +404,17 @@ def _model_and_texts(arguments: list[str]) -> tuple[str | None, list[str]]:
     # No hub name has a space in it; a folder's name may.
     if first == "-" or ((not first.strip() or len(first.split()) > 1) and not os.path.lexists(first)):
         return None, arguments
-    if first.lower().endswith(IMAGES) and os.path.isfile(first):
+    if (_is_image(first) and os.path.isfile(first)) or _has_images_alone(first):
         return None, arguments
     return first, rest
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGES)
+
+
+def _has_images_alone(folder: str) -> bool:
+    """Return whether a folder, if it is one, holds images, in whatever depth, and neither a model nor a run."""
+    if any(os.path.exists(os.path.join(folder, name)) for name in MARKS):
+        return False
+    return any(_is_image(name) for _, _, names in os.walk(folder) for name in names)

@@ -60,6 +60,7 @@ class ImageClassification(ClassesKind):
     fields = ImageFields
     provides = frozenset({"labels", "classes", "one-per-example", "images"})
     usual_metrics = ("accuracy", TOP, "f1")
+    typed_as_files = True
 
     def with_fields(self, fields: Any) -> "ImageClassification":
         own = copy(self)

@@ -123,6 +123,8 @@ class TaskKind(ABC):
 
     generates: ClassVar[bool] = False
     """True where answers are texts that a model writes token by token (`kdcli.tasks.generated`)."""
+    typed_as_files: ClassVar[bool] = False
+    """True where a text that is typed is the path of an input, or of a folder of inputs: replies then name each."""
     ranks: ClassVar[bool] = False
     """True where `replies` lists the best answers under "top"."""
 

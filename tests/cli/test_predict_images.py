@@ -49,7 +49,7 @@ def predict(world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
     def command(*arguments: object) -> list[dict[str, Any]]:
         capsys.readouterr()
-        code = run(["predict", *map(str, arguments), "--json", "--echo"])
+        code = run(["predict", *map(str, arguments), "--json"])
         found = capsys.readouterr()
         assert code == 0, found.err
         return [json.loads(line) for line in found.out.splitlines()]
@@ -102,9 +102,10 @@ def test_tables_and_lists_hold_paths_from_their_own_folder_or_bytes(world: Path,
     (world / "photos" / "list.txt").write_text(f"cat/1.png\n{last}\n")
     for given in ("table.csv", "list.txt"):
         assert without_images(predict("model", "--input", world / "photos" / given)) == answers
+    assert predict("model", "--input", "photos/table.csv") == answers
     rows = pa.table({"picture": [first.read_bytes(), last.read_bytes()]})
     pq.write_table(rows, world / "bytes.parquet")
-    found = predict("model", "--input", "bytes.parquet", "--beside", "onnx")
+    found = predict("model", "--input", "bytes.parquet", "--beside", "onnx", "--echo")
     assert [{key: row[key] for key in ("label", "probability")} for row in found] == answers
     assert all(row["agree"] for row in found) and found[0]["image"] == f"{first.stat().st_size:,} bytes"
 
@@ -119,12 +120,25 @@ def test_lines_of_standard_input_are_files(world: Path, predict: Command, monkey
     assert [row["image"] for row in found] == ["photos/cat/1.png", "photos/ship/4.png"]
 
 
-def test_a_file_of_an_image_is_no_model(
-    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("arguments", [["photos/cat/1.png"], ["photos"], ["photos", "photos/cat/2.jpg"]])
+def test_files_and_folders_of_images_are_no_models(
+    arguments: list[str], world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(world)
-    assert run(["predict", "photos/cat/1.png"]) == 2
+    assert run(["predict", *arguments]) == 2
     assert "no run yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json", "model.onnx"])
+def test_a_model_with_pictures_beside_it_is_one(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    for one in (name, "photo.png"):
+        (tmp_path / "model" / one).touch()
+    assert run(["predict", "model"]) == 2
+    assert "nothing to answer" in (told := capsys.readouterr().err) and "folders of images" in told
 
 
 def test_a_graph_is_scored_on_a_folder_of_classes_as_its_model_is(
