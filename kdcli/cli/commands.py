@@ -27,13 +27,11 @@ class Commands(TyperGroup):
         place, summary = self.table[name]
         module, member = place.split(":")
         found = getattr(importlib.import_module(module), member)
-        if not isinstance(found, typer.Typer):
-            function, found = (
-                found,
-                typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False),
-            )
-            found.command(name, short_help=summary)(function)
-        return typer.main.get_command(found)
+        if isinstance(found, typer.Typer):
+            return typer.main.get_command(found)
+        alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+        alone.command(name, short_help=summary)(found)
+        return _as_written(typer.main.get_command(alone))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and not args[0].startswith("-") and args[0] not in self.table:
@@ -46,6 +44,15 @@ class Commands(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in self.table.items()])
+
+
+def _as_written(command: Any) -> Any:
+    """Return a command whose help shows words in square brackets, which are markup otherwise."""
+    from rich.markup import escape
+
+    for one in (command, *command.params):
+        one.help = escape(getattr(one, "help", None) or "")
+    return command
 
 
 def group(table: Table, **options: Any) -> typer.Typer:

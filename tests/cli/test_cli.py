@@ -1,6 +1,7 @@
 """The program as a whole: help, exit codes, what goes to stdout, and how it ends when it is cut short."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import threading
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from conftest import NAMED, RECIPE, ROWS, Outcome, World
@@ -72,6 +74,20 @@ def test_the_help_of_every_command_has_examples_with_options_that_exist(command:
     for example in examples:
         own = example.split(f"kdcli {command}", 1)[1]
         assert set(re.findall(r"(?<= )--[a-z][a-z-]+", own)) <= known, example
+
+
+@pytest.mark.parametrize("command", [*sorted(COMMANDS.keys() - {"recipes"}), *(f"recipes {name}" for name in RECIPES)])
+def test_help_shows_words_in_square_brackets(command: str, world: World):
+    place = (COMMANDS | {f"recipes {name}": row for name, row in RECIPES.items()})[command][0]
+    module, member = place.split(":")
+    function = getattr(importlib.import_module(module), member)
+    written = [function.__doc__ or ""]
+    for hint in get_type_hints(function, include_extras=True).values():
+        written += [getattr(one, "help", None) or "" for one in getattr(hint, "__metadata__", ())]
+    words = set(re.findall(r"\[[^\s\]]+\]", "\n".join(written)))
+    assert command not in ("families", "export") or words
+    shown = world.call(*command.split(), "--help").out
+    assert not [word for word in words if word not in shown]
 
 
 def test_help_does_not_wait_for_torch():
