@@ -177,10 +177,8 @@ def as_options(changes: Sequence[str] = (), *, of_file: bool = False) -> Iterato
         settable = of_file and field and field not in TaskSection.model_fields
         if table != "task" or not (field in OPTIONS or field in changed or settable):
             raise
-        where = f"--set {field}" if field in changed else _option(field)
-        hint = error.hint
-        if hint is not None and of_file:
-            hint = SETTING.sub(lambda found: _option(found[1], found[2].strip('"')), hint)
+        where = f"--set {field}" if field in changed else option_of(field)
+        hint = hint_with_options(error.hint) if of_file else error.hint
         raise InputError(error.message, where=where, hint=hint) from error
 
 
@@ -196,10 +194,15 @@ def as_named() -> Iterator[None]:
         raise InputError(error.message, where="--task", hint=hint) from error
 
 
-def _option(field: str, value: str | None = None) -> str:
-    """Return the option of `eval` that stands for a field, with its value."""
-    option, between = (f"--{field.replace('_', '-')}", " ") if field in OPTIONS else (f"--set {field}", "=")
+def option_of(field: str, value: str | None = None, *, own: frozenset[str] = OPTIONS) -> str:
+    """Return the option that stands for a field, with its value. own: fields with one of their own."""
+    option, between = (f"--{field.replace('_', '-')}", " ") if field in own else (f"--set {field}", "=")
     return option if value is None else f"{option}{between}{value}"
+
+
+def hint_with_options(hint: str | None, *, own: frozenset[str] = OPTIONS) -> str | None:
+    """Return a hint with options in place of a recipe's fields."""
+    return hint and SETTING.sub(lambda found: option_of(found[1], found[2].strip('"'), own=own), hint)
 
 
 def section_of_data(

@@ -9,6 +9,7 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdcli.cli.choose import hint_with_options, option_of
 from kdcli.data.columns import Column, Columns
 from kdcli.errors import InputError, cut
 from kdcli.files import expanded
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from kdcli.tasks.kind import TaskKind
 
 STDIN = "-"
+OPTIONS = frozenset({"text", "max_length"})
+"""Fields of `[task]` that have an option of their own."""
 
 
 @dataclass
@@ -179,7 +182,7 @@ def as_given(changes: Sequence[str], *, of_table: bool) -> Iterator[None]:
         table, _, name = (error.where or "").partition(".")
         if table != "task":
             raise
-        option = f"--{name.replace('_', '-')}" if name in ("text", "max_length") else f"--set {name}"
+        option = option_of(name, own=OPTIONS)
         changed = {change.partition("=")[0].strip() for change in changes}
         where = option if of_table or name == "max_length" or name in changed else None
-        raise InputError(error.message, where=where, hint=error.hint) from error
+        raise InputError(error.message, where=where, hint=hint_with_options(error.hint, own=OPTIONS)) from error

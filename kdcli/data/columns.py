@@ -65,10 +65,12 @@ def need_column(columns: Columns, name: str, what: str, source: str) -> Column:
     """Return a column. Raises InputError that lists what is there when it is missing. what: the field that names it."""
     if name not in columns:
         near = difflib.get_close_matches(name, columns, n=1)
+        # A column that is called like its field is the one that is looked for where the field is left out.
+        remedy = f'name it: task.{what} = "COLUMN"' if name == what else None
         raise InputError(
             f"{source} has no {what} column {name!r}; it has {', '.join(map(repr, columns))}",
             where=f"task.{what}",
-            hint=f"did you mean {near[0]!r}?" if near else None,
+            hint=f"did you mean {near[0]!r}?" if near else remedy,
         )
     return columns[name]
 

@@ -71,7 +71,7 @@ def an_address_of_an_image(world: World) -> list[str]:
     return ask(world, "https://example.org/cat.png")
 
 
-@case("--set image", "rows.csv has no image column 'image'; it has 'file', 'label'")
+@case("--set image", "rows.csv has no image column 'image'; it has 'file', 'label'", "name it: --set image=COLUMN")
 def a_table_without_the_column_of_images(world: World) -> list[str]:
     return ask(world, "--input", world.csv("rows.csv", [("a.png", "yes")], header="file,label"))
 
