@@ -410,7 +410,8 @@ def family(document: Mapping[str, Any]) -> Group:
     ]
     limits = [("limits" if number == 0 else "", text) for number, text in enumerate(document["limits_in_full"])]
     matrices = columns(document["matrices"].items(), ("matrix", "module in a block"))
-    return Group(columns([*lines, *(limits or [("limits", "none")])]), "", matrices)
+    about = columns([*lines, *(limits or [("limits", "none")])])
+    return Group(about, "", matrices) if document["matrices"] else Group(about)
 
 
 def _of_kinds(kinds: Sequence[str]) -> str:

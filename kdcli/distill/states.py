@@ -57,9 +57,14 @@ def plan_states(
         )
     if reasons:
         raise InputError(
-            f"the teacher's states cannot be kept: {reasons[0]}", where="teacher.cache", hint="set teacher.cache = true"
+            f"the teacher's states cannot be kept: {reasons[0]}", where="teacher.cache", hint=without_states(kind)
         )
     return StatesPlan(request, layout_of(teacher, request, recipe.teacher.cache_dtype)) if request.inside else None
+
+
+def without_states(kind: "TaskKind") -> str:
+    """Return the hint where states cannot be kept: predictions can, unless inputs change."""
+    return "set teacher.cache = false, or leave it out" if kind.inputs_change else "set teacher.cache = true"
 
 
 def teacher_request(terms: Iterable[Term]) -> Request:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kdcli.distill.states import teacher_request
+from kdcli.distill.states import teacher_request, without_states
 from kdcli.errors import InputError
 from kdcli.methods.base import Context, Stage
 from kdcli.models.tokens import difference, shared_tokens
@@ -34,7 +34,7 @@ def check_tokens(recipe: Recipe, stages: Sequence[Stage], context: Context) -> N
         raise InputError(
             f"the teacher's states cannot be kept: tokens are {line}",
             where="teacher.cache",
-            hint="set teacher.cache = true",
+            hint=without_states(context.kind),
         )
 
 

@@ -175,7 +175,7 @@ class PartSection(Section):
 
 
 class TaskSection(Named, Section):
-    """`[task]`, or `task = "NAME"`: a GLUE task, the built-in `reviews`, or the user's own data.
+    """`[task]`, or `task = "NAME"`: a set that is known by its name, or the user's own data.
 
     Beside these fields stand those of its kind, which has a schema of its own for them (`kdcli tasks` lists both).
     """
@@ -183,8 +183,9 @@ class TaskSection(Named, Section):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
 
     name: Name = Field(
-        description="The task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, reviews, or a name of your own. "
-        "GLUE is read from $KDCLI_DATA_DIR/glue/NAME/*.parquet where that exists, else from nyu-mll/glue on the hub."
+        description="The task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, squad, squad_v2, dolly, alpaca, "
+        "reviews, shapes, or a name of your own. GLUE is read from $KDCLI_DATA_DIR/glue/NAME/*.parquet where that "
+        "exists, else from nyu-mll/glue on the hub."
     )
     type: str | None = Field(
         default=None,

@@ -156,8 +156,7 @@ class ImageClassification(ClassesKind):
         notes = super().remarks(task, processor, max_length)
         if self.inputs_change:
             notes.append(
-                f"{told(task.fields)} change training images in every epoch: what the teacher says of them is not "
-                "cached"
+                f"{told(task.fields)} training images in every epoch: what the teacher says of them is not cached"
             )
         return notes
 

@@ -72,5 +72,5 @@ class AugmentFields(Fields):
 
 
 def told(fields: AugmentFields) -> str:
-    """Return the fields that change training images, for a message: "flip and crop"."""
-    return joined(fields.augmented_by)
+    """Return the fields that change training images, with the verb of a message: "flip and crop change"."""
+    return f"{joined(fields.augmented_by)} {'change' if len(fields.augmented_by) > 1 else 'changes'}"

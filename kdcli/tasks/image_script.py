@@ -39,6 +39,8 @@ SCALE = """\
 """
 
 ASK = """\
+
+
 logits = (session.run(["logits"], {"pixel_values": pixels(Image.open(name))})[0][0] for name in sys.argv[1:])
 """
 

@@ -118,11 +118,11 @@ def _made(folder: Path, name: str, sets: "Sequence[Dataset]", reader: Shaper) ->
                 size = int(np.prod(shape))
                 if size > (free := shutil.disk_usage(folder.parent).free):
                     raise OSError(f"they take {size / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free")
-                tell(console, f"pixels: {counted(count, 'image')} are decoded once and kept in {folder}")
                 with atomic_folder(folder, ours=True) as new:
                     digest = _write(new / TABLE, sets, reader, shape)
                     record = {"of": name, "shape": list(shape), "xxh3": digest}
                     write_json(new / RECORD, {**record, "fingerprint": fingerprint(record)})
+                tell(console, f"pixels: {counted(count, 'image')} decoded once and kept in {folder}")
                 return shape
         except BusyError:
             time.sleep(0.2)

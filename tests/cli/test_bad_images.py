@@ -185,7 +185,7 @@ def numbers_in_place_of_images(world: World) -> list[str]:
     return parquet(world, [7, 8, 9, 10])
 
 
-@case("no image column 'image'; it has 'picture', 'label'", "task.image")
+@case("no image column 'image'; it has 'picture', 'label'", 'name it: task.image = "COLUMN"')
 def a_column_that_is_not_named(world: World) -> list[str]:
     world.write("rows.jsonl", json.dumps({"picture": "a.png", "label": "no"}))
     return distill(world, data="rows.jsonl")

@@ -108,7 +108,7 @@ def pixels_flip_of_a_text_task(world: World) -> list[str]:
     return ["distill", world.recipe(teacher={"model": str(world.model())}, task={"flip": True})]
 
 
-@case("states cannot be kept", "drawn again in every epoch", "teacher.cache = true")
+@case("states cannot be kept", "drawn again in every epoch", "teacher.cache = false, or leave it out")
 def pixels_states_of_changing_images(world: World) -> list[str]:
     return recipe(world, task={"mixup": 0.2}, teacher={"cache": "all"})
 

@@ -588,6 +588,7 @@ def test_families_lists_every_family(world: World):
         words = " ".join(world.call("families", name).out.split())
         for said in (*document["limits_in_full"], *row["matrices"], *row["matrices"].values(), row["attention"]):
             assert said in words
+        assert ("module in a block" in words) == bool(row["matrices"])
         assert all(re.fullmatch(r"[A-Z].{40,}\.", sentence) for sentence in document["limits_in_full"])
     outcome = world.call("families", "modern-bert")
     assert outcome.code == 2 and "did you mean modernbert?" in outcome.err

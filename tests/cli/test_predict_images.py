@@ -84,6 +84,10 @@ def test_files_and_folders_are_answered_in_order_by_the_model_and_by_its_graph(w
 def test_the_script_beside_a_graph_says_the_same(world: Path, predict: Command):
     files = [str(world / "photos" / name) for name in ("cat/1.png", "cat/2.jpg", "ship/4.png")]
     found = answers_of_script(world / "onnx", files)
+    lines = (world / "onnx" / "predict.py").read_text().splitlines()
+    # Two blank lines on both sides of the function.
+    at = [number for number, line in enumerate(lines) if line.startswith(("def pixels", "logits = "))]
+    assert [lines[number - 3 : number].count("") for number in at] == [2, 2]
     assert found == [{key: near(row[key]) for key in ("label", "probability")} for row in predict("model", *files)]
 
 

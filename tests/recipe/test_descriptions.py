@@ -7,8 +7,9 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
+from kdcli.data.sets import named_sets
 from kdcli.methods import registry
-from kdcli.recipe.schema import Recipe
+from kdcli.recipe.schema import Recipe, TaskSection
 from kdcli.tasks import registry as kinds
 
 
@@ -32,6 +33,11 @@ SCHEMAS = {schema: None for root in ROOTS for schema in tables(root)}
 
 def test_the_walk_reaches_tables_of_methods_and_tables_inside_tables():
     assert {"FinetuneSection", "DownstreamSection", "BlackBoxOptions", "EMDOptions"} <= {s.__name__ for s in SCHEMAS}
+
+
+def test_the_field_of_the_tasks_name_lists_every_set_that_is_known():
+    text = TaskSection.model_fields["name"].description or ""
+    assert named_sets().keys() <= set(re.findall(r"\w+", text.partition(", or a name of your own")[0]))
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda s: f"{s.__module__.rpartition('.')[2]}.{s.__name__}")

@@ -202,6 +202,12 @@ def test_an_image_that_cannot_be_decoded_is_told_with_its_row(processor):
         kind.collator(processor)(list(kind.encode(rows, processor, 128)))
 
 
+@pytest.mark.parametrize(("fields", "said"), [({"flip": True}, "flip changes"), (EVERYTHING, "and mixup change")])
+def test_a_note_names_what_changes_images(fields, said, processor):
+    task = task_of(rows_of(pictures(4)), rows_of(pictures(4)), **fields)
+    assert [note for note in task.kind.remarks(task, processor, 128) if f"{said} training images" in note]
+
+
 def test_what_works_on_bytes_is_refused_where_a_processor_has_no_bytes():
     processor = DINOv3ViTImageProcessor(size=SIZE)
     rows = rows_of(pictures(2))

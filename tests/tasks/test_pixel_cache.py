@@ -118,12 +118,12 @@ def test_without_room_images_are_decoded_in_every_epoch(own_cache: Path, monkeyp
     assert files(own_cache) == []
 
 
-def test_an_image_that_cannot_be_decoded_leaves_nothing_behind(own_cache: Path):
+def test_an_image_that_cannot_be_decoded_leaves_nothing_behind(own_cache: Path, capfd):
     content = [encoded(each) for each in pictures(70)]
     content[66] = content[66][:60]
     with pytest.raises(InputError, match="row 67"):
         prepared(rows_of(content), cache_pixels=True)
-    assert list((own_cache / "pixels").rglob("*")) == []
+    assert list((own_cache / "pixels").rglob("*")) == [] and "decoded once" not in capfd.readouterr().err
 
 
 def make(cache: str) -> None:
