@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -20,6 +20,9 @@ from kdcli.recipe.load import parts_of, value_of
 from kdcli.recipe.parts import own_of_parts
 from kdcli.recipe.schema import EvaluateSection, Recipe, TaskSection, parse_delimiter, parse_encoding
 from kdcli.runs import Run, latest_run, run_of_model
+
+if TYPE_CHECKING:
+    from kdcli.tasks.kind import TaskKind
 
 OPTIONS = frozenset({"text", "label", "labels", "max_length", "type"})
 """Fields of `[task]` that have an option of their own."""
@@ -260,6 +263,14 @@ def section_of_data(
     chosen = {name: value for name, value in given.items() if value is not None}
     section = TaskSection.model_validate({"name": "data", "data": str(path), **kept, **chosen})
     return section.model_copy(update={"name": path.stem})
+
+
+def check_effect(kind: "TaskKind", changes: Sequence[str]) -> None:
+    """Raise InputError for a field of `--set` that is about training alone. changes: FIELD=VALUE."""
+    for change in changes:
+        name = parts_of(change, "--set", "label=team")[0][0]
+        if name in kind.fields.of_training:
+            raise InputError(f"{name} has no effect: nothing is trained", where=f"--set {name}", hint="leave it out")
 
 
 def names_with_commas(text: str, option: str) -> list[str]:

@@ -98,6 +98,7 @@ def evaluate(
     from kdcli.cli.choose import (
         as_named,
         as_options,
+        check_effect,
         choose_model,
         choose_task,
         names_with_commas,
@@ -176,6 +177,7 @@ def evaluate(
             kind = kind_of_model(
                 contestant, choice.model, "MODEL", processor=processor, wanted=of_type, usual=of_the_run
             )
+            check_effect(kind, set_ or ())
             usual = WRITTEN if kind.generates else READ
             section = section.model_copy(update={"max_length": own.max_length if own is not None else usual})
             loaded = load_rows(section, kind, contestant.config, names=names, limit=max_samples)

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 256
 """Of a generated text, where neither a user nor a run says how many."""
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""How names of files end that are examples, though they stand where a model may."""
+IMAGES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".avifs"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    *(".tga", ".icb", ".vda", ".vst"),
+)
+"""How names of files end that are examples, though they stand where a model may; Pillow's own list is not loaded."""
 MARKS = ("config.json", "run.json", "model.onnx")
 """Files that the folder of a model, a run or a graph has."""
 MOST_TOKENS = 1_000_000
@@ -220,7 +224,7 @@ def predict(
     if output is not None:
         output = expanded(output, "--output")
         check_output(output, place, force=force)
-    from kdcli.cli.choose import choose_model, choose_task, section_of_data
+    from kdcli.cli.choose import check_effect, choose_model, choose_task, section_of_data
     from kdcli.cli.predict_inputs import fixed_inputs
 
     fixed = fixed_inputs(with_ or ())
@@ -246,6 +250,7 @@ def predict(
     how: dict[str, Any] = {"max_length": max_length, "usual": usual, "batch_size": batch_size, "device": device.value}
     with as_given(set_ or (), of_table=of_table):
         answerer, fields = _answerer(choice, of_type, section, own, **how)
+    check_effect(answerer.kind, set_ or ())
     other = _answerer_beside(answerer, *second, **how) if second is not None else None
     kind, agreement, count = answerer.kind, Agreement(), 0
     drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}

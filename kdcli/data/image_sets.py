@@ -123,7 +123,8 @@ def read_image_files(places: Sequence[str], where: str, notes: list[str], *, fol
             raise InputError(f"{path} has no images", where=where, hint="names of images end in .jpg or .png, say")
         files += found
     table = {"image": Column([pa.array(files, TEXT)])}
-    return Column(read_images(table, "image", where, notes, where=where, by_row=False).chunks)
+    source = str(places[0]) if len(places) == 1 else "the files given"
+    return Column(read_images(table, "image", source, notes, where=where, by_row=False).chunks)
 
 
 def read_image_folder(folder: Path, where: str, notes: list[str]) -> Columns:
@@ -147,7 +148,7 @@ def read_image_folder(folder: Path, where: str, notes: list[str]) -> Columns:
                 (loose if _is_image(entry.name) else passed).append(entry.name)
             else:
                 before = len(files)
-                for path in _below(entry.path, set()):
+                for path in _below(entry.path, {os.path.realpath(folder)}):
                     name = os.path.basename(path)
                     if _is_hidden(name):
                         hidden += 1
@@ -234,12 +235,15 @@ def _folders_of_splits(folder: Path, where: str) -> dict[str, Path]:
 
 def _check_classes(splits: dict[str, Columns], section: "TaskSection", where: str, notes: list[str]) -> None:
     """Raise InputError for a folder of a class that the training images do not have; note those that a split lacks."""
-    given = section.fields.get("labels")
+    if section.fields.get("labels") is not None:
+        return
     places = {name: path for name, (path, _) in files_of(section).items()} if section.data is None else {}
     folders = {name: rows for name, rows in splits.items() if _is_folder(rows)}
-    if given is not None or "train" not in folders or len(folders) < 2:
+    if "train" not in folders:
         return
     known = _classes(folders["train"])
+    if len(known) == 1:
+        _check_depth(folders["train"], next(iter(known)), section)
     for name, rows in folders.items():
         own = _classes(rows)
         if more := sorted(own - known):
@@ -251,6 +255,19 @@ def _check_classes(splits: dict[str, Columns], section: "TaskSection", where: st
             )
         if less := sorted(known - own):
             notes.append(f"{name}: no images of {counted(len(less), 'class', 'classes')} (first: {less[0]})")
+
+
+def _check_depth(rows: Columns, name: str, section: "TaskSection") -> None:
+    """Raise InputError where all images lie in folders of the only class: its name is that of a folder above."""
+    paths = pc.struct_field(pa.chunked_array(rows["image"].parts, IMAGE), "path").to_pylist()
+    folders = {os.path.dirname(path) for path in paths}
+    if name not in {os.path.basename(folder) for folder in folders}:
+        where, place = ("task.data", section.data) if section.data is not None else ("task.train", section.train)
+        raise InputError(
+            f"{place} has one folder of a class ({name}), and the images lie in folders of that one",
+            where=where,
+            hint=f'if those are the classes: {where} = "{os.path.join(place or "", name)}"',
+        )
 
 
 def _is_folder(rows: Columns) -> bool:

@@ -184,8 +184,9 @@ def read_images(
     if checked.several and notes is not None:
         place = pa.chunked_array(parts, IMAGE)[checked.several[0] - 1].as_py()["path"]
         notes.append(
-            f"{counted(len(checked.several), 'image')} of {source} have several frames or pages, of which the first is "
-            f"taken (first: {f'row {checked.several[0]}' if by_row or not place else place})"
+            f"{counted(len(checked.several), 'image')} of {source} {'has' if len(checked.several) == 1 else 'have'} "
+            "several frames or pages, of which the first is taken "
+            f"(first: {f'row {checked.several[0]}' if by_row or not place else place})"
         )
     return pa.chunked_array(parts, IMAGE)
 
@@ -312,6 +313,8 @@ def _check_one(content: bytes | None, path: str | None) -> tuple[str, bool]:
         with open(path, "rb") as file:
             several = _check_header(file)
     except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise _Fault("is a link to a file that does not exist", "remove it") from error
         other = os.path.exists(path.replace("\\", "/")) and "its paths need / in place of \\"
         raise _Fault(
             "does not exist", other or "relative paths start at the folder of their table; image = names their column"

@@ -69,7 +69,25 @@ def load_image_processor(name: str | Path, revision: str | None = None) -> Any:
             )
         except Exception as error:
             # What broken settings make the library raise has no common type.
-            raise InputError(f"the image processor of {name} cannot be loaded: {cut(str(error))}") from error
+            raise InputError(
+                f"the image processor of {name} cannot be loaded: {_unknown_type(folder) or cut(str(error))}",
+                hint=f"{SETTINGS} is the file that was saved with the model; its image_processor_type names a class of "
+                "transformers, such as ViTImageProcessor",
+            ) from error
+
+
+def _unknown_type(folder: Path | None) -> str | None:
+    """Return what to say of settings in a folder that name no class of the library; None for other faults."""
+    if folder is None:
+        return None
+    try:
+        named = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["image_processor_type"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    import transformers
+
+    known = isinstance(named, str) and hasattr(transformers, named)
+    return None if known else f"image_processor_type is {cut(repr(named))}, which transformers does not have"
 
 
 def new_image_processor(height: int, width: int) -> Any:

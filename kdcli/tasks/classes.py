@@ -1,5 +1,6 @@
 """What classifiers share, whatever they read: one class out of several an example."""
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -78,6 +79,8 @@ class ClassesKind(LabelledKind):
         known = known_labels(fields.labels)
         found = named_labels(enumerate(label_column(columns, fields.label, source), 1), known, source, notes)
         found = counted_labels(found, known) or found
+        if labels is None and not known:
+            _note_mixed(found, source, notes)
         labels = labels or all_labels(found, known, source, notes)
         if known:
             return to_ids(found, labels, source, where="task.labels", owner="is not in task.labels"), labels
@@ -164,6 +167,18 @@ class ClassesKind(LabelledKind):
         return max(
             float(np.mean([measure(np.tile(ranking, (len(truth), 1)), truth, len(labels)) for truth in truths]))
             for ranking in rankings
+        )
+
+
+def _note_mixed(labels: Sequence[str], source: str, notes: list[str]) -> None:
+    """Note whole numbers among names, each of which becomes a class. labels: of all rows."""
+    numbers = {label for label in set(labels) if re.fullmatch(r"-?\d+", label)}
+    if numbers and len(numbers) < len(set(labels)):
+        rows = [next(row for row, label in enumerate(labels, 1) if (label in numbers) == is_one) for is_one in (1, 0)]
+        number, name = (f"{labels[row - 1]!r} in row {row}" for row in rows)
+        notes.append(
+            f"{source}: labels are numbers ({number}) and names ({name}), each a class of its own; if a number stands "
+            "for a name, write the name"
         )
 
 

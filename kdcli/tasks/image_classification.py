@@ -27,6 +27,7 @@ class ImageFields(AugmentFields, ClassFields):
     """The columns of own data, the classes, and what is done with images before a model reads them."""
 
     columns_of_rows = frozenset({"image", "label"})
+    of_training = frozenset({*AugmentFields.model_fields, "cache_pixels"})
 
     image: str | None = Field(
         default=None,

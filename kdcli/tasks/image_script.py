@@ -19,9 +19,11 @@ SIZES = ((37, 53), (300, 400), (400, 300), (225, 640), (640, 225))
 
 OPEN = """\
 def pixels(image):
-    image = ImageOps.exif_transpose(image)
+    image = image.convert("RGBA") if (image := ImageOps.exif_transpose(image)).mode == "P" else image
     image = (Image.fromarray(np.uint8(np.asarray(image) >> 8)) if image.mode[0] == "I" else image).convert("{mode}")
 """
+
+"""A palette may have shades of transparency, which Pillow warns of; the script has 20 lines at most."""
 
 SHORTEST = "    width, height = (int({side} * side / min(image.size)) for side in image.size)\n"
 

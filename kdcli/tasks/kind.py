@@ -58,6 +58,8 @@ class Fields(Section):
     """Those that name columns of a task's own rows. A `[[task.part]]` may have them in place of those of `[task]`."""
     of_parts: ClassVar[frozenset[str]] = frozenset()
     """Others that a `[[task.part]]` may have."""
+    of_training: ClassVar[frozenset[str]] = frozenset()
+    """Those that have no effect on a model that answers or is scored."""
 
     def check(self, task: TaskSection) -> None:
         """Raise ValueError where these fields do not go together with the common ones."""

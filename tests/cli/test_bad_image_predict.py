@@ -105,6 +105,18 @@ def a_length_of_images(world: World) -> list[str]:
     return ask(world, "a.png", "--max-length", "16")
 
 
+@case("--set flip: flip has no effect")
+def a_field_of_training_for_a_model_that_answers(world: World) -> list[str]:
+    world.write("a.png", noise())
+    return ask(world, "a.png", "--set", "flip=true")
+
+
+@case("--set cache_pixels: cache_pixels has no effect")
+def a_field_of_training_for_a_model_that_is_scored(world: World) -> list[str]:
+    world.write("photos/yes/a.png", noise())
+    return ["eval", str(world.model("viewer")), "--data", "photos", "--set", "cache_pixels=true"]
+
+
 @case("--sequence-lengths", "no tokens of text")
 def a_grid_of_lengths_for_images(world: World) -> list[str]:
     return ["export", str(world.model("viewer")), "--out", "served", "--sequence-lengths", "16"]

@@ -214,6 +214,18 @@ def images_of_one_class(world: World) -> list[str]:
     return parquet(world, [GOOD] * 4, ["yes"] * 4)
 
 
+@case("task.data", "photos has one folder of a class (all)", 'task.data = "photos/all"')
+def a_folder_that_is_one_level_too_high(world: World) -> list[str]:
+    folder(world, "all/yes", "all/no")
+    return distill(world, data="photos")
+
+
+@case("photos/yes/lost.png is a link to a file that does not exist", "hint: remove it")
+def a_broken_link_in_a_folder_of_a_class(world: World) -> list[str]:
+    (folder(world, "yes", "no") / "yes" / "lost.png").symlink_to("nowhere.png")
+    return distill(world, data="photos")
+
+
 @case("photos has one class only ('yes')")
 def a_folder_of_one_class(world: World) -> list[str]:
     folder(world, "yes")

@@ -42,7 +42,7 @@ def pixels_broken_processor(world: World) -> list[str]:
     return arguments
 
 
-@case("the image processor of", "cannot be loaded")
+@case("the image processor of", "image_processor_type is 'WordProcessor'", "such as ViTImageProcessor")
 def pixels_unknown_processor(world: World) -> list[str]:
     return settings(world, image_processor_type="WordProcessor")
 

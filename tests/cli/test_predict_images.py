@@ -17,6 +17,8 @@ from scripts import answers_of_script
 from transformers import ViTImageProcessor
 
 from kdcli.cli.app import run
+from kdcli.cli.predict import IMAGES
+from kdcli.data.images import suffixes
 from kdcli.export.export import export_model
 
 NAMES = {0: "cat", 1: "dog", 2: "ship"}
@@ -143,6 +145,18 @@ def test_a_model_with_pictures_beside_it_is_one(
         (tmp_path / "model" / one).touch()
     assert run(["predict", "model"]) == 2
     assert "nothing to answer" in (told := capsys.readouterr().err) and "folders of images" in told
+
+
+def test_names_of_images_are_all_those_that_are_read():
+    assert suffixes() <= set(IMAGES)
+
+
+def test_of_several_frames_the_file_is_named(world: Path, capsys: pytest.CaptureFixture[str]):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    frames[0].save(world / "moving.gif", save_all=True, append_images=frames[1:])
+    assert run(["predict", str(world / "model"), str(world / "moving.gif")]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"1 image of {world}/moving.gif has several frames or pages" in told
 
 
 def test_a_graph_is_scored_on_a_folder_of_classes_as_its_model_is(

@@ -144,8 +144,21 @@ def test_links_are_followed_and_circles_end(tmp_path: Path):
     for name in CLASSES:
         (tmp_path / "photos" / name).symlink_to(root / name)
     (root / "cat" / "again").symlink_to(root / "cat")
+    (tmp_path / "photos" / "all").symlink_to(tmp_path / "photos")
+    (root / "dog" / "all").symlink_to(tmp_path / "photos")
     task = task_of(tmp_path, data="photos")
     assert held(task.train) | held(task.selection) == WANTED
+    assert task.label_names == CLASSES and len(task.train) + len(task.selection) == 12
+
+
+def test_numbers_among_names_are_noted(tmp_path: Path):
+    folder_of(tmp_path / "files")
+    lines = [f"{CLASSES[n % 3]}/{n}.png,{(1, 'bird', 3)[n % 3]}" for n in range(12)]
+    (tmp_path / "files" / "rows.csv").write_text("\n".join(["image,label", *lines]) + "\n")
+    task = task_of(tmp_path, data="files/rows.csv")
+    assert any("labels are numbers ('1' in row 1) and names ('bird' in row 2)" in note for note in task.notes)
+    task = task_of(tmp_path, data="files/rows.csv", labels=["1", "bird", "3"])
+    assert not any("numbers" in note for note in task.notes)
 
 
 def test_a_changed_file_is_another_data_set(tmp_path: Path):
@@ -261,7 +274,7 @@ def test_of_several_frames_the_first_is_taken_with_a_note():
     file = io.BytesIO()
     frames[0].save(file, "PNG", save_all=True, append_images=frames[1:])
     images_of(encoded(frames[0]), file.getvalue(), notes=notes)
-    assert notes == ["1 image of rows have several frames or pages, of which the first is taken (first: row 2)"]
+    assert notes == ["1 image of rows has several frames or pages, of which the first is taken (first: row 2)"]
     assert seen(file.getvalue()).tobytes() == frames[0].tobytes()
 
 

@@ -161,6 +161,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
             exif[0x0112] = 6
         Image.fromarray(values).save(folder / name, exif=exif)
         found.append(folder / name)
+    # A palette with shades of transparency, which Pillow warns of.
+    Image.open(folder / "wide.jpg").convert("P").save(folder / "palette.png", transparency=bytes(range(256)))
+    found.append(folder / "palette.png")
     return found
 
 
