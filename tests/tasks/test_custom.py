@@ -369,7 +369,7 @@ def refused(base: Path, columns: dict[str, list], words: str, suffix: str = "jso
         ({"text": ["message", "answers"]}, "no text column 'answers'", "did you mean 'answer'?"),
         ({"label": "Team"}, "no label column 'Team'", "did you mean 'team'?"),
         ({"label": "zzz"}, "no label column 'zzz'", None),
-        ({"label": None}, "no label column 'label'", None),
+        ({"label": None}, "no label column 'label'", 'name it: task.label = "COLUMN"'),
     ],
 )
 def test_a_missing_column_gets_the_nearest_name(values: dict, there: str, hint: str | None, tmp_path: Path):
