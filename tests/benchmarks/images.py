@@ -42,8 +42,9 @@ def _rows(table: str, suffix: str, methods: tuple[str, ...]) -> list[Row]:
 
 def _decisions(suffix: str) -> list[Row]:
     """Return the row of dbkd, whose students have nothing of the teacher: they start at random."""
-    student = ("student.layers=", 'student.model="START"', "method.ratio=0.05")
-    return [Row(DEPTH, f"`dbkd`, from random weights{suffix}", "dbkd", (*student, *CHAINS[suffix]))]
+    student = ("student.layers=", 'student.form="checkpoint"', 'student.model="START"', "method.ratio=0.05")
+    chains = (*CHAINS[suffix], "overparam.aux_weight=0") if suffix else ()
+    return [Row(DEPTH, f"`dbkd`, from random weights{suffix}", "dbkd", (*student, *chains))]
 
 
 def _task() -> str:
