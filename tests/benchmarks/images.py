@@ -42,7 +42,7 @@ def _rows(table: str, suffix: str, methods: tuple[str, ...]) -> list[Row]:
 
 def _decisions(suffix: str) -> list[Row]:
     """Return the row of dbkd, whose students have nothing of the teacher: they start at random."""
-    student = ("student.layers=", 'student.form="checkpoint"', 'student.model="START"', "method.ratio=0.05")
+    student = ("student.layers=", 'student.form="checkpoint"', 'student.model="NEW"', "method.ratio=0.05")
     chains = (*CHAINS[suffix], "overparam.aux_weight=0") if suffix else ()
     return [Row(DEPTH, f"`dbkd`, from random weights{suffix}", "dbkd", (*student, *chains))]
 

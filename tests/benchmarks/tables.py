@@ -196,8 +196,8 @@ def run_cell(cell: Cell, profile: Profile, output: Path, model: str) -> Outcome:
 
     begun = time.perf_counter()
     file, changes = RECIPES / f"{cell.row.recipe}.toml", cell.changes(profile)
-    placed = [change.replace("START", f"{model}/start") for change in changes]
-    recipe = load_recipe(file, [*placed, f'name="{cell.name}"', f"teacher.model={json.dumps(model)}"])
+    placed = [change.replace("NEW", f"{model}/start") for change in changes]
+    recipe = load_recipe(file, [*placed, f'name="{cell.row.recipe}"', f"teacher.model={json.dumps(model)}"])
     folder = output / "runs" / cell.name
     done = run_distill(recipe, recipe_path=file, output=folder, force=True, console=Console(stderr=True, quiet=True))
     record = done.record
