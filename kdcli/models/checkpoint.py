@@ -344,6 +344,16 @@ def contained(folder: Path, name: str, said: str | None = None) -> Path:
     return path
 
 
+def check_beside(folder: Path) -> None:
+    """Raise InputError when one of the files beside the weights in `folder` lies, or leads, outside.
+
+    Which of them the library reads depends on what is in them.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in BESIDE:
+            contained(folder, path.name)
+
+
 def _tensors(files: list[Path]) -> dict[str, Stored]:
     from safetensors import SafetensorError, safe_open
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import InputError
 from kdcli.models.checkpoint import (
-    BESIDE,
     LOCAL,
     Checkpoint,
     Stored,
+    check_beside,
     check_config,
     contained,
     is_structured,
@@ -599,10 +599,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
             hint="save the tokenizer beside the model, or set teacher.tokenizer",
         )
     if folder is not None:
-        # Which of them the library reads depends on what is in them.
-        for path in sorted(folder.iterdir()):
-            if path.suffix in BESIDE:
-                contained(folder, path.name)
+        check_beside(folder)
     with quiet_transformers():
         try:
             if folder is None:

@@ -8,7 +8,7 @@ from typing import Any
 from kdcli.errors import InputError, cut
 from kdcli.files import fingerprint
 from kdcli.models import families
-from kdcli.models.checkpoint import BESIDE, check_config, contained, local_folder, read_config
+from kdcli.models.checkpoint import check_beside, check_config, local_folder, read_config
 from kdcli.models.hashing import hash_of_tokenizer
 from kdcli.models.image_size import reads_size
 from kdcli.models.load import check_same_tokens, check_tokenizer, load_tokenizer
@@ -57,9 +57,7 @@ def load_image_processor(name: str | Path, revision: str | None = None) -> Any:
             hint="save the image processor beside the model, or set teacher.tokenizer",
         )
     if folder is not None:
-        for path in sorted(folder.iterdir()):
-            if path.suffix in BESIDE:
-                contained(folder, path.name)
+        check_beside(folder)
     with quiet_transformers():
         from transformers import AutoImageProcessor
 

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from kdcli.errors import InputError
-from kdcli.files import atomic_folder, cache_dir, fingerprint, write_json
+from kdcli.files import atomic_folder, cache_dir, fingerprint, quick_hash_of_file, write_json
 from kdcli.locks import BusyError, lock_file
 from kdcli.machine import usable_processors
 from kdcli.models.hashing import hash_of_dataset
@@ -172,18 +172,10 @@ def _found(folder: Path, name: str, count: int) -> tuple[int, ...] | None:
             problem = f"{RECORD} was changed after it was written"
         elif about.st_size != np.prod(shape):
             problem = f"{TABLE} has {about.st_size:,} bytes, not {np.prod(shape):,}"
-        elif known not in _whole and _digest(folder / TABLE) != record["xxh3"]:
+        elif known not in _whole and quick_hash_of_file(folder / TABLE) != record["xxh3"]:
             problem = f"{TABLE} was changed after it was written (its hash differs)"
         else:
             _whole.add(known)
             return shape
     tell(stderr(), f"cache: {folder} is made again: {problem}")
     return None
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while part := file.read(2**24):
-            digest.update(part)
-    return digest.hexdigest()

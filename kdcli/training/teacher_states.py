@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from kdcli.data.rows import array_of
-from kdcli.files import atomic_folder, fingerprint, write_json
+from kdcli.files import atomic_folder, fingerprint, quick_hash_of_file, write_json
 from kdcli.models.blocks import block_matrix
 from kdcli.models.capture import Capture
 from kdcli.models.finite import NotFiniteError
@@ -260,21 +260,13 @@ def _problem_of(folder: Path, of: dict[str, Any], size: int) -> str | None:
         found = (folder / TABLE).stat().st_size
         if found != size:
             return f"{TABLE} has {found:,} bytes, not {size:,}"
-        if _digest(folder / TABLE) != record["xxh3"]:
+        if quick_hash_of_file(folder / TABLE) != record["xxh3"]:
             return f"{TABLE} was changed after it was written (its hash differs)"
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{RECORD} is damaged"
     return None
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while part := file.read(2**24):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _write(
